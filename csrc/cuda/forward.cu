@@ -108,7 +108,8 @@ class Forward {
     p.conv = builder.conv;
     p.mem_pitch = step.mem_pitch();
     p.vectors = int(forward_shared_bytes(step, p.conv, c.pool != Pool::none));
-    const Launch how{"forward step (mma)",
+    const bool plain = is_plain(n);
+    const Launch how{plain ? "forward step (mma, plain)" : "forward step (mma)",
                      step.tiling.blocks(),
                      step.threads(),
                      p.vectors + 5 * step.channels() * sizeof(float),
@@ -116,7 +117,10 @@ class Forward {
                      t > 0};
     with_element(step.multiply, [&](auto element) {
       using E = decltype(element);
-      launch(how, step.tiles == 8 ? &forward_mma<E, 2> : &forward_mma<E, 1>, p);
+      if (plain)
+        launch(how, step.tiles == 8 ? &forward_mma<E, 2, true> : &forward_mma<E, 1, true>, p);
+      else
+        launch(how, step.tiles == 8 ? &forward_mma<E, 2, false> : &forward_mma<E, 1, false>, p);
     });
   }
 

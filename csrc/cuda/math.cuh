@@ -79,10 +79,15 @@ SNNLSTM_DEVICE void clear(R* v) {
   unrolled<count>([&](int i) { v[i] = 0; });
 }
 
-// Calls f(T{}), T the type of an array's elements.
-template <class R, class F>
+// Stands for a type of elements that a kernel does not know when it is compiled.
+struct AnyType {};
+
+// Calls f(T{}), T the type of an array's elements: Known, or what `type` says.
+template <class R, class Known = AnyType, class F>
 SNNLSTM_DEVICE void with_stored(DType type, F&& f) {
-  if constexpr (sizeof(R) == 8)
+  if constexpr (!std::is_same_v<Known, AnyType>)
+    f(Known{});
+  else if constexpr (sizeof(R) == 8)
     f(double{});
   else if (type == DType::float32)
     f(float{});
@@ -136,14 +141,15 @@ SNNLSTM_DEVICE void store_vector(T* p, const R (&v)[N]) {
 }
 
 // The same, from element i of an array on.
-template <class R, int N>
+template <class R, class Known = AnyType, int N>
 SNNLSTM_DEVICE void read_vector(const void* array, DType type, int64_t i, R (&v)[N]) {
-  with_stored<R>(type,
-                 [&](auto of) { load_vector(static_cast<decltype(of) const*>(array) + i, v); });
+  with_stored<R, Known>(
+      type, [&](auto of) { load_vector(static_cast<decltype(of) const*>(array) + i, v); });
 }
-template <class R, int N>
+template <class R, class Known = AnyType, int N>
 SNNLSTM_DEVICE void write_vector(void* array, DType type, int64_t i, const R (&v)[N]) {
-  with_stored<R>(type, [&](auto of) { store_vector(static_cast<decltype(of)*>(array) + i, v); });
+  with_stored<R, Known>(type,
+                        [&](auto of) { store_vector(static_cast<decltype(of)*>(array) + i, v); });
 }
 
 #if defined(__CUDA_ARCH__)

@@ -66,13 +66,22 @@ SNNLSTM_DEVICE int offset(const Image& a, int plane, int c, int y, int x) {
   return ((y * a.width + x) * a.planes + plane) * a.Cp + c;
 }
 
+// What a kernel knows of tensors and images when it is compiled: the type of their elements, or
+// AnyType, and whether no tensor is accessed element by element.
+template <class T, bool vectors>
+struct Known {
+  using Type = T;
+  static constexpr bool kVectors = vectors;
+};
+using Unknown = Known<AnyType, false>;
+
 // Calls move(p, values) for the CH channels of each pixel, or for both pixels of each channel, or
 // for each element, as the layout allows. The values come from v[pixel][channel] and go back there.
-template <class R, int CH, class Move>
+template <class Known, class R, int CH, class Move>
 SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH],
                                Move&& move) {
   if (c0 >= a.channels) return;
-  with_stored<R>(a.type, [&](auto of) {
+  with_stored<R, typename Known::Type>(a.type, [&](auto of) {
     auto* p = static_cast<decltype(of)*>(image_of(a, at.t, at.n));
     decltype(p) pixel[2] = {p + offset(a, c0, at.y[0], at.x[0]),
                             p + offset(a, c0, at.y[1], at.x[1])};
@@ -80,7 +89,7 @@ SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, R (
       unrolled<2>([&](int px) {
         if (at.valid[px]) move(pixel[px], v[px]);
       });
-    } else if (a.access == Access::rows) {
+    } else if (Known::kVectors || a.access == Access::rows) {
       unrolled<CH>([&](int ch) {
         if (!at.valid[0] || c0 + ch >= a.channels) return;
         R pair[2] = {v[0][ch], v[1][ch]};
@@ -99,37 +108,39 @@ SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, R (
 }
 
 // Loads v[pixel][channel] of channels c0, c0 + 1, ...; values outside of the tensor are 0.
-template <class R, int CH>
+template <class Known = Unknown, class R, int CH>
 SNNLSTM_DEVICE void load_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH]) {
   clear<2 * CH>(&v[0][0]);
-  move_patch(a, at, c0, v, [](const auto* p, auto& values) { load_vector(p, values); });
+  move_patch<Known>(a, at, c0, v, [](const auto* p, auto& values) { load_vector(p, values); });
 }
 
-template <class R, int CH>
+template <class Known = Unknown, class R, int CH>
 SNNLSTM_DEVICE void store_patch(const Tensor& a, const PixelPair& at, int c0, const R (&v)[2][CH]) {
   R copy[2][CH];
   unrolled<2, CH>([&](int px, int ch) { copy[px][ch] = v[px][ch]; });
-  move_patch(a, at, c0, copy, [](auto* p, auto& values) { store_vector(p, values); });
+  move_patch<Known>(a, at, c0, copy, [](auto* p, auto& values) { store_vector(p, values); });
 }
 
-template <class R, int CH>
+template <class Known = Unknown, class R, int CH>
 SNNLSTM_DEVICE void load_patch(const Image& a, const PixelPair& at, int c0, R (&v)[2][CH],
                                int plane = 0) {
   const void* p = image_of(a, at.t, at.n);
   clear<2 * CH>(&v[0][0]);
   unrolled<2>([&](int px) {
     if (at.valid[px] && c0 < a.Cp)
-      read_vector<R>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]), v[px]);
+      read_vector<R, typename Known::Type>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]),
+                                           v[px]);
   });
 }
 
-template <class R, int CH>
+template <class Known = Unknown, class R, int CH>
 SNNLSTM_DEVICE void store_patch(const Image& a, const PixelPair& at, int c0, const R (&v)[2][CH],
                                 int plane = 0) {
   void* p = image_of(a, at.t, at.n);
   unrolled<2>([&](int px) {
     if (at.valid[px] && c0 < a.Cp)
-      write_vector<R>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]), v[px]);
+      write_vector<R, typename Known::Type>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]),
+                                            v[px]);
   });
 }
 

@@ -120,9 +120,10 @@ def resident_blocks(launch: Launch, registers: int = 0, device: Mapping[str, int
 
 def registers_of(launch: Launch, mode: str, arch: int = 90) -> int:
     """The most registers that an instance of the kernel needs, or 0 if that is not known."""
-    if launch.kernel not in KERNELS or gpu_tools.find("nvcc") is None:
+    name = launch.kernel.replace(", plain", "")
+    if name not in KERNELS or gpu_tools.find("nvcc") is None:
         return 0
-    kernel, file = KERNELS[launch.kernel]
+    kernel, file = KERNELS[name]
     _, log = gpu_tools.compile_fatbin(ROOT / "csrc" / "cuda" / f"{file}.cu", (arch,))
     pattern = re.compile(rf"{kernel}<({MODES[mode][2]})")
     resources = gpu_tools.resources_of_log(log)

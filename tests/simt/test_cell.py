@@ -40,6 +40,23 @@ def test_forward(core, mode, case, schedule):
     check(core, case, ALL[mode])
 
 
+@pytest.mark.parametrize(
+    "mode", ["tf32", "tf32x3", "bfloat16 autocast", "float16 autocast on sm_75"]
+)
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("plain", True), ("wide", True), ("channels last", True), ("odd sizes", False),
+        ("quantised", False), ("max pool", False), ("inhibition", False), ("no spikes", False),
+    ],
+)  # fmt: skip
+def test_plain_steps_have_an_instance_of_their_own(core, mode, name, plain):
+    core.checks(counters=True)
+    check(core, CASES[name], MODES[mode])
+    steps = {launch for launch in core.counters() if "step" in launch}
+    assert steps == {"forward step (mma, plain)" if plain else "forward step (mma)"}
+
+
 def test_full_precision_bears_tensor_cores_that_truncate(core):
     """One accumulator over all of K would shrink sums by 1e-5: each k-step adds three times."""
     case = PLAIN.but(sequence=False, record=False, batch=1, in_channels=64, channels=64, height=4,

@@ -27,9 +27,9 @@ SM75 = r"fp16_sm75|Multiply\)5"
 # must have (a space ends the name). A kernel of 16-bit types has code for both of them.
 EXPECTED = {
     "forward": {
-        r"forward_mma<float, \d>": (*TF32, "LDG.E.128"),
-        r"forward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDG.E.128"),
-        r"forward_mma<(?!.*fp16_sm75).*, 2>": VECTORS,
+        r"forward_mma<float, \d": (*TF32, "LDG.E.128"),
+        r"forward_mma<unsigned short, \d": (*BOTH_HALVES, "LDG.E.128"),
+        r"forward_mma<(?!.*fp16_sm75).*, 2, ": VECTORS,
     },
     "backward": {
         r"backward_mma<float, \d>": (*TF32, *VECTORS),
