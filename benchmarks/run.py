@@ -261,7 +261,7 @@ class Suite:
         if rows:
             tqdm.write(report.block(pd.DataFrame(rows)))
         if rows and not ratios:
-            self.busy.append(f"{name}, {mode}, {self.threads} threads")
+            self.busy.append(f"{name}, {mode}, threads: {self.threads}")
             tqdm.write(
                 f"No ratios: other programs took {beside:.1f} cores, and the machine's peak went "
                 f"from {before:.0f} to {self.peak:.0f} GFLOP/s.\n"

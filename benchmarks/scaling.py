@@ -188,9 +188,9 @@ def main(given: list[str] | None = None) -> None:
             work = sum(sum(phase.tasks) for phase in call.phases)
             most = max((phase.threads for phase in call.phases), default=1)
             line = (
-                f"  {threads:3} threads {seconds * 1e3:9.3f} ms, {alone / seconds / threads:5.0%} "
+                f"  threads: {threads:2} {seconds * 1e3:9.3f} ms, {alone / seconds / threads:5.0%} "
                 f"(work {work * 1e3:.3f}, serial {call.serial * 1e3:.3f}, {len(call.phases)} "
-                f"phases, at most {most} threads)"
+                f"phases, threads at most: {most})"
             )
             if args.check and threads <= (os.cpu_count() or 1):
                 before = torch.get_num_threads()

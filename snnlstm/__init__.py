@@ -40,3 +40,8 @@ __all__ = [
     "unpatch",
     "unroll",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without the modules that they come from."""
+    return sorted(__all__)

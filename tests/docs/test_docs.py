@@ -156,6 +156,10 @@ def test_paths_in_the_text_exist(page):
                 assert (folder / name).exists(), f"{page.name} names {folder / name}"
 
 
+def test_dir_lists_public_names_alone():
+    assert dir(snnlstm) == sorted(snnlstm.__all__)
+
+
 def test_every_public_name_is_in_the_reference():
     api = (DOCS / "api.md").read_text()
     for name in snnlstm.__all__:
