@@ -1,4 +1,4 @@
-"""Sphinx: `make docs`. Needs no network, and no compiled core."""
+"""Sphinx: `make docs`. The build and its pages need no network, and no compiled core."""
 
 import re
 import sys
@@ -21,6 +21,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx-mathjax-offline",  # copies MathJax, which draws the formulas, to the pages
 ]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
@@ -29,19 +30,19 @@ nb_execution_mode = "off"  # the outputs are committed
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings state types, with shapes
-# As text: "int or (int, int), default 0" is no cross-reference.
+# These keep types as text: "int or (int, int), default 0" is no cross-reference.
 napoleon_use_param = False
 napoleon_use_rtype = False
 
 nitpicky = True
-# Named in docstrings; their documentation is not fetched.
+# Docstrings name these, and their documentation is not fetched.
 nitpick_ignore_regex = [("py:.*", r"(torch|snntorch|nn|Tensor)\b.*")]
 
 html_theme = "furo"
 html_title = f"snnlstm {release}"
 html_copy_source = False
 
-# What the pages at the root, which are included here, call their neighbours.
+# Links of the pages at the root to their neighbours, and the same links on the pages here.
 LINKS = {
     "](docs/": "](",
     "](CONTRIBUTING.md": "](contributing.md",
@@ -55,6 +56,6 @@ def _mend_links(app, relative_path, parent_docname, content):
 
 
 def setup(app):
-    """Draw what is drawn from the code; let links of included pages hold here too."""
+    """Draw the pictures, and mend the links of included pages."""
     app.connect("builder-inited", lambda app: figures.draw(Path(app.srcdir) / "_generated"))
     app.connect("include-read", _mend_links)

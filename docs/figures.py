@@ -1,4 +1,4 @@
-"""Pictures that are drawn from the code when the documentation is built."""
+"""Draws pictures from the code when the documentation is built."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from snnlstm import quant, surrogate
 
 GREY = "#808890"  # readable on white and on black
-SHOWN = {  # panels of curves that are of one size
+SHOWN = {  # panels, each with curves of one scale
     "wide": [surrogate.atan(), surrogate.sigmoid(5), surrogate.spike_rate_escape(slope=1)],
     "narrow": [surrogate.atan(20), surrogate.sigmoid(), surrogate.fast_sigmoid()],
     "in pieces": [
@@ -36,7 +36,7 @@ def _pyplot() -> Any:
 
 
 def draw_surrogates() -> Any:
-    """d spk / d x of the surrogates, over x = mem - threshold."""
+    """Draw d spk / d x of the surrogates over x = mem - threshold."""
     figure, panels = _pyplot().subplots(1, 3, figsize=(9.5, 4), layout="constrained")
     x = torch.linspace(-2, 2, 801, dtype=torch.float64)
     for panel, (title, shown) in zip(panels, SHOWN.items(), strict=True):
@@ -51,7 +51,7 @@ def draw_surrogates() -> Any:
 
 
 def draw_quantisers() -> Any:
-    """Two quantisers of three bits."""
+    """Draw two quantisers of three bits."""
     figure, panel = _pyplot().subplots(figsize=(5, 3), layout="constrained")
     x = torch.linspace(-1.2, 1.4, 1301)
     for uniform in (True, False):
@@ -68,7 +68,7 @@ STEPS = 3
 
 
 def draw_calls() -> Any:
-    """What runs for some steps: operators of snnTorch's cell one by one, and one call of ours."""
+    """Draw some steps: snnTorch's cell runs operators one by one, and ours one call."""
     figure, panel = _pyplot().subplots(figsize=(9.5, 3), layout="constrained")
 
     def row(bottom: float, left: str, names: list[str], colour: str) -> None:
