@@ -10,7 +10,7 @@ PIP      := $(RUN) -m pip install --disable-pip-version-check
 PYTEST   := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 CSRC     := $(shell find csrc -type f 2>/dev/null)
 CXX_CODE := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-# That of .venv, unless the caller names one.
+# The Python of .venv, unless the caller names one.
 HERE      = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON))
 
 .PHONY: help demo test test-all test-simt fuzz sanitize coverage versions bench gpu core lint format docs wheel clean
@@ -18,13 +18,13 @@ HERE      = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHO
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-demo: $(VENV)/.installed  ## train on moving handwritten digits, snnTorch's cell beside ours
+demo: $(VENV)/.demo  ## train on moving handwritten digits, snnTorch's cell beside ours
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests, on as many cores as there are (ARGS="-n 0": on one)
 	$(PYTEST) $(ARGS)
 
-test-all: $(VENV)/.all  ## the tests, and those that take long or need more of PyPI
+test-all: $(VENV)/.all  ## all tests, also those that take long or need more of PyPI
 	SNNLSTM_LONG=1 $(PYTEST) -m "simt_long or not simt_long" $(ARGS)
 
 test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shapes, faults and schedules
@@ -39,7 +39,7 @@ sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-be
 	$(RUN) tools/sanitizers/run.py thread --isa all
 	$(RUN) tools/instrumented.py address
 
-coverage: $(VENV)/.instruments  ## which lines and branches the tests reach, of Python and of C++
+coverage: $(VENV)/.instruments  ## the lines and branches of Python and C++ that the tests reach
 	$(RUN) tools/instrumented.py coverage $(ARGS)
 
 versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Python, in fresh environments (3 GB each)
@@ -77,16 +77,16 @@ docs: $(VENV)/.docs  ## build the documentation into out/docs; a warning is an e
 NVCC     = $(or $(CUDACXX),$(shell nvcc --version 2>/dev/null | grep 'release $(CUDA)'))
 LOCAL   := $(if $(filter 12 13,$(CUDA)),cu)$(CUDA)
 BACKEND  = $(if $(filter cpu,$(CUDA)),off,$(if $(or $(NVCC),$(filter 12,$(CUDA))),on,pip))
-wheel: $(VENV)/.build  ## build the wheel for all into dist/ (CUDA=cpu|12|13: the wheel +cpu, +cu12 or +cu13)
+wheel: $(VENV)/.build  ## build the wheel with both backends into dist/ (CUDA=cpu|12|13: +cpu, +cu12 or +cu13)
 	$(if $(filter-out cpu 12 13,$(CUDA)),$(error CUDA is '$(CUDA)'; accepted: cpu, 12, 13, or nothing))
 	rm -rf build/wheel
 	SNNLSTM_CUDA=$(BACKEND) SNNLSTM_LOCAL_VERSION=$(LOCAL) $(RUN) -m build --outdir build/wheel --wheel .
 	PATH=$(VENV)/bin:$$PATH $(RUN) -m auditwheel repair --wheel-dir dist build/wheel/*.whl
 	$(if $(CUDA),,$(RUN) -m build --outdir dist --sdist .)
 
-clean:  ## remove what builds and runs have made
+clean:  ## remove the products of builds and runs
 	rm -rf build dist out docs/_generated mutants snnlstm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
-	rm -f $(VENV)/.installed
+	rm -f $(VENV)/.installed $(VENV)/.demo
 	find snnlstm tests tools benchmarks docs -name __pycache__ -type d -exec rm -rf {} +
 
 # ---- the virtual environment ---------------------------------------------------------------------
@@ -98,11 +98,14 @@ $(RUN):
 # Installed anew when the native code or the metadata changes. The build requirements stay: in isolation
 # each build would start from nothing. Where there is a compiler, a core that fails is an error.
 NO_DEPS = $(if $(wildcard $@),$(if $(filter pyproject.toml,$?),,--no-deps))
-$(VENV)/.installed: export SNNLSTM_CORE ?= $(if $(shell command -v c++ g++ clang++),on)
-$(VENV)/.installed: pyproject.toml snnlstm/version.py $(CSRC) | $(RUN)
-	@echo "Installing snnlstm and what it needs into $(VENV); the first time takes some minutes ..."
+$(VENV)/.demo: EXTRAS = bench
+$(VENV)/.installed: EXTRAS = test,bench
+$(VENV)/.demo $(VENV)/.installed: export SNNLSTM_CORE ?= $(if $(shell command -v c++ g++ clang++),on)
+$(VENV)/.demo $(VENV)/.installed: pyproject.toml snnlstm/version.py $(CSRC) | $(RUN)
+	@echo "Installing torch, snntorch, the packages of the extras [$(EXTRAS)] and snnlstm into $(VENV)."
+	@echo "The first time takes 2 to 10 minutes, one of them for compiling snnlstm's core."
 	$(if $(NO_DEPS),,$(PIP) "scikit-build-core>=1.1" "pybind11>=2.13" cmake ninja)
-	$(PIP) --no-build-isolation $(NO_DEPS) -e ".[test,bench]"
+	$(PIP) --no-build-isolation $(NO_DEPS) -e ".[$(EXTRAS)]"
 	@touch $@
 
 $(VENV)/.all: WANTED = "snnlstm[test-all]"
