@@ -11,24 +11,22 @@ import torch
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.snntorch import recognise_surrogate
+from tests.shared.cases import SURROGATES
 from tests.shared.helpers import close, ours, states, steps, train_alike, twins
 from tests.shared.helpers import theirs as cell_of_snntorch
 
-# A row has a surrogate's name, and parameters that are not its defaults.
-ROWS = {
-    "atan": {"alpha": 3.5},
-    "fast_sigmoid": {"slope": 7},
-    "sigmoid": {"slope": 4},
-    "straight_through_estimator": {},
-    "triangular": {"threshold": 0.4},
-    "heaviside": {},
-    "spike_rate_escape": {"beta": 2.0, "slope": 3},
-    "SFS": {"slope": 5, "B": 0.1},
-    "SSO": {"mean": 0.3, "variance": 0.5},
-    "LSO": {"slope": 0.2},
-}
-ALL = [(name, kwargs) for name, row in ROWS.items() for kwargs in ([{}, row] if row else [{}])]
+
+def parameters_of(spike):
+    return dict(zip(surrogate.KINDS[spike.kind].parameters, (spike.p0, spike.p1), strict=False))
+
+
+# Each surrogate by name with its defaults, and with other numbers.
+UNUSUAL = {spike.name: parameters_of(spike) for spike in SURROGATES if spike.kind}
+ALL = [(name, kwargs) for name, own in UNUSUAL.items() for kwargs in ([{}, own] if own else [{}])]
 each = pytest.mark.parametrize(("name", "kwargs"), ALL, ids=str)
+each_of_snntorch = pytest.mark.parametrize(
+    ("name", "kwargs"), [row for row in ALL if hasattr(theirs, row[0])], ids=str
+)
 
 
 def points() -> torch.Tensor:
@@ -43,14 +41,7 @@ def gradient(spike, x, weights=None):
     return spk.detach(), x.grad
 
 
-def test_the_table_has_every_row():
-    assert [kind.name for kind in surrogate.KINDS] == ["none", *ROWS]
-    for number, name in enumerate(ROWS, 1):
-        assert getattr(surrogate, name)().kind == number
-        assert getattr(surrogate, name)().name == name
-
-
-@each
+@each_of_snntorch
 def test_it_spikes_and_differentiates_as_snntorchs(name, kwargs):
     x, weights = points(), torch.linspace(-1, 1, 105)
     reference = getattr(theirs, name)(**kwargs)
@@ -87,11 +78,7 @@ def stand_in(class_name, like, module="snntorch.surrogate", change=lambda x: x, 
     return made
 
 
-def parameters_of(spike):
-    return dict(zip(surrogate.KINDS[spike.kind].parameters, (spike.p0, spike.p1), strict=False))
-
-
-@each
+@each_of_snntorch
 def test_snntorchs_closures_and_objects_are_recognised(name, kwargs):
     spike = getattr(surrogate, name)(**kwargs)
     class_name = name.title().replace("_", "") + "Surrogate"
@@ -156,7 +143,9 @@ EDGES = [*ALL, ("SFS", {"slope": 5, "B": 0.125})]
 @pytest.mark.parametrize(("name", "kwargs"), EDGES, ids=str)
 def test_the_kernels_spike_reset_and_differentiate_exactly_at_edges(backend, name, kwargs, u):
     """mem is 0.5 to the last bit, so mem - threshold is u, where some surrogates jump."""
-    closure = getattr(surrogate if name == "LSO" else theirs, name)(**kwargs)
+    closure = getattr(surrogate if name == "LSO" else theirs, name, getattr(surrogate, name))(
+        **kwargs
+    )
     options = {"threshold": 0.5 - u, "reset_mechanism": "subtract"}
     cells = twins(1, 1, 1, spike_grad=closure, **options)
     zeros = torch.zeros(1, 1, 1, 1)
@@ -247,17 +236,17 @@ def test_a_foreign_spike_grad_also_makes_the_reset(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_spikes_have_the_dtype_of_their_input(dtype):
-    for name in ROWS:
+    for name in UNUSUAL:
         spk, grad = gradient(getattr(surrogate, name)(), points().to(dtype))
         assert spk.dtype == grad.dtype == dtype
         assert grad.isfinite().all()
     close(surrogate.NONE(points().to(dtype)), spk)
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name != "SSO"])
+@pytest.mark.parametrize("name", [name for name in UNUSUAL if name != "SSO"])
 def test_the_derivative_of_its_gradient_is_that_of_its_factor(name):
     x = torch.linspace(-2, 2.21, 50, dtype=torch.float64, requires_grad=True)
-    spike, step = getattr(surrogate, name)(**ROWS[name]), 1e-6
+    spike, step = getattr(surrogate, name)(**UNUSUAL[name]), 1e-6
     (first,) = torch.autograd.grad(spike(x).sum(), x, create_graph=True)
     second = torch.autograd.grad(first.sum(), x)[0] if first.requires_grad else 0 * x
     with torch.no_grad():

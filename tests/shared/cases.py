@@ -1,5 +1,6 @@
 """Describes calls of the cell: options, shapes, memory layouts, numbers; hypothesis draws some."""
 
+import inspect
 import os
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -13,19 +14,14 @@ from snnlstm import surrogate
 from snnlstm.quant import StateQuant, state_quant
 from snnlstm.spec import CellSpec
 
-SURROGATES = (
-    surrogate.atan(2.0),
-    surrogate.fast_sigmoid(25),
-    surrogate.sigmoid(25),
-    surrogate.straight_through_estimator(),
-    surrogate.triangular(0.8),
-    surrogate.heaviside(),
-    surrogate.spike_rate_escape(1, 25),
-    surrogate.SFS(25, 0.01),
-    surrogate.SSO(0.1, 0.2),
-    surrogate.LSO(0.1),
-    surrogate.NONE,
-)
+
+def unusual(kind: surrogate.Kind) -> surrogate.Surrogate:
+    """Returns a surrogate of this kind whose numbers are no defaults, and exact in float32."""
+    make = getattr(surrogate, kind.name)
+    return make(*(p.default / 4 + 1 / 16 for p in inspect.signature(make).parameters.values()))
+
+
+SURROGATES = (*map(unusual, surrogate.KINDS[1:]), surrogate.NONE)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "strided", "transposed", "shifted", "expanded")
 
 
