@@ -125,7 +125,7 @@ def code_of_ptx(source: Path, arch: int) -> dict[str, list[tuple[int, str, str, 
 
 def _ptx_of(source: Path, arch: int) -> str:
     """nvcc's PTX of `source`, which lies uncompressed beside the machine code that it became."""
-    binary, _ = compile_fatbin(source, known_architectures())
+    binary, _ = compile_fatbin(source, (arch,))
     texts = re.findall(rb"\.version [^\0]+", binary.read_bytes())
     (found,) = (text for text in texts if b".target sm_%d\n" % arch in text)
     return found.decode()

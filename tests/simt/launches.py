@@ -156,7 +156,7 @@ def compiled(source: Path, arch: int) -> dict[str, Compiled]:
     """The kernels of a source by name, as they are compiled for an architecture."""
     from tools import machine_code
 
-    _, log = gpu_tools.compile_fatbin(source, gpu_tools.known_architectures())
+    _, log = gpu_tools.compile_fatbin(source, (arch,))
     resources = {r.kernel: r for r in gpu_tools.resources_of_log(log) if r.arch == arch}
     code = gpu_tools.code_of_ptx(source, gpu_tools.ptx_of(arch))
     found = {}

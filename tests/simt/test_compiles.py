@@ -1,6 +1,7 @@
 """Kernels compile with nvcc for every architecture, and fit into registers.
 
-Compiling them all takes two to three minutes of one core. The results are kept under build/simt.
+`make test` compiles them for one architecture. All take two to three minutes of one core. The
+results are kept under build/simt.
 """
 
 import os
@@ -20,6 +21,8 @@ needs_cuobjdump = pytest.mark.skipif(
     reason="pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
 )
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# One architecture, and others at length.
+ARCHITECTURES = [*(pytest.param(arch, marks=pytest.mark.simt_long) for arch in (75, 80)), 90]
 TUNED = (75, 80, 90)  # the architectures whose registers and shared memory were chosen with care
 
 
@@ -72,6 +75,7 @@ def test_local_memory_is_seen(tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.simt_long
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
 def test_every_source_compiles_for_every_architecture(source):
     archs = gpu_tools.known_architectures()
@@ -93,7 +97,7 @@ def test_the_installed_kernels_need_no_local_memory():
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [75, 80])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_a_kernel_multiplies_on_tensor_cores_or_traps(source, arch):
     """Tensor cores of sm_75 multiply fp16_sm75 alone, others all types but that."""
@@ -108,7 +112,7 @@ def test_a_kernel_multiplies_on_tensor_cores_or_traps(source, arch):
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", ARCHITECTURES[1:])
 @pytest.mark.parametrize("source", ["forward.cu", "backward.cu"])
 def test_steps_wait_for_the_launch_before_on_sm_90(source, arch):
     """Unless they trap. Launches overlap only where the code is from PTX of 9.0 on."""

@@ -10,7 +10,7 @@ from tests.simt import gpu_tools
 from tests.simt.builder import ROOT
 from tools import machine_code
 
-pytestmark = needs_cuobjdump
+pytestmark = [needs_cuobjdump, pytest.mark.simt_long]
 
 CUDA = ROOT / "csrc" / "cuda"
 

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from test_cell_gradients import check
-from test_compiles import SOURCES, needs_nvcc
+from test_compiles import ARCHITECTURES, SOURCES, needs_nvcc
 from test_disassembly import kind_of
 
 from benchmarks import devices
@@ -68,7 +68,7 @@ MOST_BARRIERS = 12  # the data gradient has a walk for each width of its tiles
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [75, 80, 90])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_kernels_in_numbers(source, arch):
     for name, of in compiled(source, arch).items():
