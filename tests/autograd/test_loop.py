@@ -5,11 +5,9 @@ Graphs run in threads, or fail. What was saved, and the weights, change meanwhil
 
 import gc
 import weakref
-from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks import peak_memory
 from tests.autograd.loops import (
@@ -102,21 +100,6 @@ def test_two_backward_passes_over_one_kept_graph_at_once():
 # ---- what happens while the backward pass runs --------------------------------------------------
 
 
-class _Restores(torch.autograd.Function):
-    """Doubles x in place; its backward pass halves what it gave out, as invertible layers do."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.out = x.detach().mul_(2)
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.out.mul_(0.5)
-        return 2 * grad
-
-
 def _trained_within_the_pass(cell):
     """Each step has an x and first states of its own, which an optimizer changes in the pass."""
     leaves, losses = [], []
@@ -135,46 +118,8 @@ def _descend(leaf):
         leaf.sub_(leaf.grad).mul_(3)
 
 
-def _clear(tensor, _):
-    tensor.data.zero_()
-
-
-def _written_to_by_a_hook(cell):
-    x = nn.Parameter(events())
-    state, loss = zeros(), 0
-    for x_t in x.unbind():
-        copy = x_t.clone()
-        copy.register_hook(partial(_clear, copy))
-        spk, *state = cell(copy, *state)
-        mem = state[1]
-        mem.register_hook(partial(_clear, mem))
-        loss = loss + spk.sum() + mem.square().sum()
-    loss.backward()
-
-
-def _restored_by_a_function(cell):
-    x = nn.Parameter(events())
-    out = unroll(cell, torch.stack([_Restores.apply(x_t.clone()) for x_t in x]))
-    loss_of(out).backward()
-
-
-@pytest.mark.parametrize("work", [_trained_within_the_pass, _restored_by_a_function])
-def test_inputs_that_are_written_to_during_the_pass(work):
-    both(work)
-
-
-def test_hooks_that_write_to_what_a_step_has_read():
-    """snnTorch's graph reads mem later; ours has read all of a step's tensors in one node."""
-    _, ours = cells()
-    _written_to_by_a_hook(ours)
-    _, alone = cells()
-    x = nn.Parameter(events())
-    state, loss = zeros(), 0
-    for x_t in x.unbind():
-        spk, *state = alone(x_t.clone(), *state)
-        loss = loss + spk.sum() + state[1].square().sum()
-    loss.backward()
-    assert_same(alone, ours)
+def test_inputs_that_are_written_to_during_the_pass():
+    both(_trained_within_the_pass)
 
 
 @pytest.mark.parametrize("place", [0, STEPS - 1])

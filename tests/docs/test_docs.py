@@ -118,46 +118,36 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-@every_page
-def test_make_targets_exist(page):
-    makefile = (ROOT / "Makefile").read_text()
-    for words in commands(page):
-        for before, target in itertools.pairwise(words):
-            if before == "make" and re.fullmatch(r"[a-z][\w-]*", target):
-                assert re.search(rf"(?m)^{target}:", makefile), f"no target {target}"
-
-
 GENERATED = {
     f"_generated/{name}.svg" for name in ("calls", "surrogates", "quantisers")
 }  # docs/figures.py draws them
 
 
 @every_page
-def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#\s]+)", text_of(page))
-    links += re.findall(r"```\{include\} (\S+)", text_of(page))
-    for link in links:
+def test_what_a_page_names_exists(page):
+    """A page names targets, links, and paths such as `csrc/cell.h`.
+
+    Other names in a row of a table lie in the folder of the row's first path.
+    """
+    makefile = (ROOT / "Makefile").read_text()
+    for words in commands(page):
+        for before, target in itertools.pairwise(words):
+            if before == "make" and re.fullmatch(r"[a-z][\w-]*", target):
+                assert re.search(rf"(?m)^{target}:", makefile), f"no target {target}"
+    for link in re.findall(r"\]\(([^)#\s]+)|```\{include\} (\S+)", text_of(page)):
+        link = "".join(link)
         if "://" not in link and link not in GENERATED:
-            assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
-
-
-@every_page
-def test_paths_in_the_text_exist(page):
-    """Paths are such as `csrc/cell.h`; other names in a row of a table lie in its first folder."""
+            assert (page.parent / link).exists(), f"no file {link}"
     top = {path.name for path in ROOT.iterdir()} - {"build", "dist", "out"}
     for line in text_of(page).split("\n"):
         folder = ROOT
         for name in re.findall(r"(?<!`)`([\w./-]+)`", line):
             first, slash, _ = name.partition("/")
             if slash and first in top:
-                assert (ROOT / name).exists(), f"{page.name} names {name}, which is not there"
+                assert (ROOT / name).exists(), f"no file {name}"
                 folder = (ROOT / name).parent
             elif line.startswith("| `") and folder != ROOT and re.search(r"\.(py|h|cpp|cu)$", name):
-                assert (folder / name).exists(), f"{page.name} names {folder / name}"
-
-
-def test_dir_lists_public_names_alone():
-    assert dir(snnlstm) == sorted(snnlstm.__all__)
+                assert (folder / name).exists(), f"no file {folder / name}"
 
 
 def test_every_public_name_is_in_the_reference():

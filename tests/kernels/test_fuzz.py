@@ -1,5 +1,7 @@
 """Random calls such as those of ``make fuzz`` pass, and a fault in the kernels is found."""
 
+import os
+
 import pytest
 
 from tests.shared.cases import PLAIN
@@ -32,6 +34,7 @@ def test_gradients_that_are_asked_for_in_unusual_ways(asked, kept, way, checkpoi
     )
 
 
+@pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
 def test_a_fault_is_found_and_its_script_shows_it(monkeypatch, capsys):
     forward = native.cpu.Plan.forward
 

@@ -17,7 +17,7 @@ from tests.shared import flat
 from tests.shared.cases import LAYOUTS, PLAIN, SURROGATES, Inputs
 from tests.shared.checks import check_gradients, check_results, infer
 from tests.shared.cpu_kernels import Kernels, native, one_thread
-from tests.shared.gradients import NAMES, OUTPUTS, compare, gradients
+from tests.shared.gradients import NAMES, compare, gradients
 from tests.shared.helpers import same, steps, twins
 from tests.shared.oracle import check_steps
 from tests.shared.poison import HUGE, poisoned
@@ -190,14 +190,6 @@ def test_the_stochastic_surrogate_draws_the_noise_of_the_reference_in_float32(ke
     assert not torch.equal(own["weight"], again["weight"])
 
 
-@pytest.mark.parametrize("outputs", [*itertools.combinations(OUTPUTS, 1), ("spk", "mem")], ids=str)
-def test_gradients_through_spikes_through_states_and_through_both(isa, outputs):
-    for record in (True, False):
-        for reset in ("none", "subtract", "zero"):
-            case = DOUBLE.but(record=record, reset=reset)
-            assert check_gradients(Kernels(isa, "auto"), case, outputs)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layouts(kernels, layout):
     """Equal numbers in another layout give equal bits."""
@@ -216,41 +208,27 @@ def test_memory_layouts(kernels, layout):
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 3), (9, 5)], ids=str)
 def test_every_size_of_image_up_to_13(isa, kernel):
-    """The images cut off their last tile of 2, 3 or 4 pixels at every place, along either axis."""
+    """The images cut off their last tile of 2, 3 or 4 pixels at every place, along either axis.
+
+    The tiles of an axis do not depend on the other axis.
+    """
     kernels = Kernels(isa, "winograd")
     # The results have no jump, so that every size can be compared.
     case = PLAIN.but(kernel_size=kernel, reset="none", record=False)
     case = case.but(time=1, batch=1, in_channels=2)
-    for height in range(1, 14):
-        for width in range(1, 14):
-            # 9 and 5 channels take whole and half vectors of AVX-512.
-            channels = 9 if (height + width) % 2 else 5
-            sized = case.but(height=height, width=width, channels=channels)
-            inputs = sized.inputs()
-            grads = [None, *sized.output_gradients()[1:]]
-            out = infer(kernels, sized.recorded(), inputs)
-            with poisoned(HUGE):
-                actual = gradients(kernels.run, inputs, sized.options, grads)
-            with one_thread():
-                check_steps(sized.recorded(), inputs, out, kernels.state_error(sized.dtype))
-                exact = gradients(flat.reference, inputs.double(), sized.options, grads)
-            compare(actual, exact, kernels.gradient_error(sized.dtype), grads)
-
-
-def test_a_hundred_steps_stay_accurate(kernels):
-    """Relative errors in norm stay below the documented 5e-6 of mem and 2e-5 of gradients."""
-    case = PLAIN.but(reset="none", time=100, batch=1, in_channels=4, channels=16)
-    inputs = case.but(density=0.3).inputs()
-    with one_thread():
-        grads = [None, None, case.output_gradients()[2]]
-        exact = gradients(flat.reference, inputs.double(), case.options, grads)
-        exact_mem = flat.reference(*inputs.double(), case.options)[2]
-    mem = infer(kernels, case, inputs)[2]
-    assert (mem - exact_mem).norm() / exact_mem.norm() < 5e-6
-    assert (mem[-1] - exact_mem[-1]).norm() / exact_mem[-1].norm() < 5e-6
-    actual = gradients(kernels.run, inputs, case.options, grads)
-    for name in ("x", "syn", "mem", "weight", "bias"):
-        assert (actual[name] - exact[name]).norm() / exact[name].norm() < 2e-5, name
+    for height, other in itertools.product(range(1, 14), (0, 5, 8)):
+        width = (height * 5 + other) % 13 + 1
+        # 9 and 5 channels take whole and half vectors of AVX-512.
+        sized = case.but(height=height, width=width, channels=9 if other else 5)
+        inputs = sized.inputs()
+        grads = [None, *sized.output_gradients()[1:]]
+        out = infer(kernels, sized.recorded(), inputs)
+        with poisoned(HUGE):
+            actual = gradients(kernels.run, inputs, sized.options, grads)
+        with one_thread():
+            check_steps(sized.recorded(), inputs, out, kernels.state_error(sized.dtype))
+            exact = gradients(flat.reference, inputs.double(), sized.options, grads)
+        compare(actual, exact, kernels.gradient_error(sized.dtype), grads)
 
 
 def test_long_sums_round_no_more_than_torchs(isa):

@@ -16,7 +16,8 @@ import snnlstm
 from tests.shared.helpers import close, ours, quietly, steps, theirs
 
 X = steps(1, 2, 2, 6, 6)[0]
-# shared/data/make_checkpoints.py wrote the files of earlier releases.
+# A file of an earlier release has for each cell its arguments, its state_dict, an input of three
+# steps and their last results.
 DATA = Path(__file__).parents[1] / "shared" / "data"
 FILES = ("snntorch-0.9.4.pt", "snntorch-1.0.0.pt", "snnlstm-0.1.0.pt")
 

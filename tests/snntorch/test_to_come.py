@@ -1,4 +1,4 @@
-"""The open proposals to snnTorch that accelerate relies on: stubs have their interfaces."""
+"""The cell on signals that is proposed to snnTorch is swapped; a stub has its interface."""
 
 import pytest
 import snntorch
@@ -8,65 +8,7 @@ from torch import nn
 
 import snnlstm
 from snnlstm import swap
-from snnlstm.quant import StateQuant, state_quant
-from snnlstm.snntorch import recognise_quant
-from tests.shared.helpers import close, ours, steps, theirs, train_alike
-
-X = steps(4, 3, 2, 6, 6)
-LEVELS = state_quant(4).levels
-
-
-class Cast(torch.autograd.Function):
-    """Casts the levels to the input's dtype before it compares, as is proposed."""
-
-    @staticmethod
-    def forward(ctx, x, levels):
-        levels = levels.to(x.device, x.dtype)
-        return levels[(levels - x[..., None]).abs().min(-1).indices]
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.clone(), None
-
-
-def closure(levels, work=Cast.apply):
-    def inner(x):
-        return work(x, levels)
-
-    inner.__module__ = "snntorch.functional.quant"
-    inner.__qualname__ = "state_quant.<locals>.inner"
-    return inner
-
-
-def instance(levels, work=Cast.apply):
-    call = {"__module__": "snntorch.functional.quant", "__call__": lambda self, x: work(x, LEVELS)}
-    made = type("StateQuantizer", (), call)()
-    made.levels = levels
-    return made
-
-
-FORMS = {"closure": closure, "object": instance}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_quantisers_are_recognised_by_what_they_compute(form):
-    make = FORMS[form]
-    cell = ours(state_quant=make(LEVELS))
-    assert type(cell.state_quant) is StateQuant
-    assert cell.state_quant == state_quant(4)
-    train_alike(cell, theirs(state_quant=make(LEVELS)), X)
-    assert cell.path.native
-
-    def of_gradient_zero(x, levels):
-        return levels[(levels - x[..., None]).abs().min(-1).indices] + 0 * x
-
-    halves = make(LEVELS, lambda x, levels: Cast.apply(x / 2, levels))
-    broken = make(LEVELS, lambda x, levels: 1 / 0)
-    for foreign in (halves, make(LEVELS, of_gradient_zero), broken, make("levels")):
-        assert recognise_quant(foreign) is foreign
-
-
-# ---- the cell on signals ------------------------------------------------------------------
+from tests.shared.helpers import close, steps
 
 
 class Proposed(snntorch.SpikingNeuron):

@@ -204,19 +204,3 @@ def test_a_block_is_used_again_when_nothing_refers_to_it():
     del view
     assert pool.free_bytes() == 8 * MIB
     assert megabytes(8).data_ptr() == address
-
-
-def test_threads_that_take_blocks_at_the_same_time(monkeypatch):
-    monkeypatch.setattr(pool, "LIMIT", 8 * MIB)  # so that all threads drop blocks, too
-
-    def work(number: int) -> None:
-        for k in range(200):
-            workspace = pool.workspace(20000 * k + 8)
-            tensors = [workspace, *(megabytes(1 + k % 3).view(-1) for _ in range(3))]
-            for value, tensor in enumerate(tensors, 4 * number):
-                tensor[:8] = value
-            assert all(bool((t[:8] == v).all()) for v, t in enumerate(tensors, 4 * number))
-            pool.let_go(workspace)
-
-    in_threads(work)
-    assert 0 < pool.free_bytes() <= 8 * MIB

@@ -216,32 +216,3 @@ def test_another_number_of_threads_in_the_backward_pass(kernels):
         found.append(torch.autograd.grad(out[0].sum(), leaves.weight)[0])
     for grad in found[1:]:
         torch.testing.assert_close(grad, found[0], atol=1e-5 * float(found[0].abs().max()), rtol=0)
-
-
-CORE = ["copy_weight", "same", "density", "pack", "forward", "backward"]
-
-
-@pytest.mark.parametrize("name", CORE)
-def test_no_lock_is_held_while_the_core_works(name, monkeypatch):
-    """Other threads, signal handlers and forked children may call the same cell meanwhile."""
-    cell, state, ended = ours(3, 8, 3, threshold=0.05), torch.zeros(2, 8, 9, 9), []
-
-    def train() -> None:
-        _, syn, mem = cell(torch.ones(2, 3, 9, 9), state, state)
-        cell(torch.ones(2, 3, 9, 9), syn, mem)[0].sum().backward()
-
-    holder = snnlstm._C if hasattr(snnlstm._C, name) else snnlstm._C.CpuPlan
-    function = getattr(holder, name)
-
-    def meanwhile(*args, **kwargs):
-        if other.ident is None:
-            other.start()
-            other.join(HANG)
-            ended.append(not other.is_alive())
-        return function(*args, **kwargs)
-
-    other = threading.Thread(target=train, daemon=True)
-    monkeypatch.setattr(holder, name, meanwhile)
-    monkeypatch.setattr(native, "_plans", {})
-    train()
-    assert ended == [True]

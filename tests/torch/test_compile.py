@@ -172,8 +172,9 @@ def test_what_changes_after_compiling_is_followed(name):
     assert torch.allclose(actual[2].float(), before, atol=1e-5) != changes_mem
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("library", [surrogate, snnlstm.surrogate], ids=["theirs", "ours"])
+@pytest.mark.parametrize(
+    ("library", "dynamic"), [(surrogate, None), (snnlstm.surrogate, True)], ids=["theirs", "ours"]
+)
 def test_the_functional_form_recognises_surrogates(library, dynamic):
     """A second number is a symbol to the compiler, and is guarded on; all are if it is dynamic."""
     weight, x = torch.randn(12, 5, 3, 3, requires_grad=True) / 9, steps(3, 2, 2, 6, 6)

@@ -174,7 +174,8 @@ def _run_checks(rank: int, world: int, folder: str) -> None:
     os._exit(any(said.values()))
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+# Four processes are part of `make test-all`.
+@pytest.fixture(scope="module", params=[2, 4] if os.environ.get("SNNLSTM_LONG") else [2])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list:
     """Returns, for each process, an empty text or a traceback for each check."""
     folder = tmp_path_factory.mktemp(f"world{request.param}")
