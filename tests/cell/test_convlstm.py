@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import snnlstm
-from tests.shared.helpers import close
+from tests.shared.helpers import close, flat
 from tests.shared.oracle import float32_error
 from tests.shared.plain_convlstm import Cell, Stack
 
@@ -54,12 +54,6 @@ def wanting(tree):
     if isinstance(tree, Tensor):
         return tree.detach().clone().requires_grad_()
     return [wanting(branch) for branch in tree]
-
-
-def flat(tree) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    return [leaf for branch in tree for leaf in flat(branch)]
 
 
 def double(tree):

@@ -11,7 +11,7 @@ from torch import nn
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.quant import StateQuant, state_quant
-from tests.shared.helpers import ours, same, steps, theirs
+from tests.shared.helpers import flat, ours, same, steps, theirs
 
 OPTIONS = {
     "spike_grad": surrogate.fast_sigmoid(5), "state_quant": state_quant(3), "dilation": 2,
@@ -50,15 +50,6 @@ COPIES = {
 }
 
 
-def results(module, x):
-    """Returns the tensors that a call gives, in a list."""
-
-    def flat(out):
-        return [out] if isinstance(out, torch.Tensor) else [t for part in out for t in flat(part)]
-
-    return flat(module(x))
-
-
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("name", MODULES)
 def test_a_copy_of_a_module_in_use_goes_on_as_it_does(name, how):
@@ -66,14 +57,14 @@ def test_a_copy_of_a_module_in_use_goes_on_as_it_does(name, how):
         pytest.skip("its cells, and their states, are the same objects")
     make, shape = MODULES[name]
     module, x = make(), steps(2, *shape)
-    results(module, x[0])  # in grad mode, with a state whose history can be neither copied nor kept
+    module(x[0])  # in grad mode, with a state whose history can be neither copied nor kept
     copied = COPIES[how](module)
     assert repr(copied) == repr(module)
     assert all(type(one) is type(other) for one, other in
                zip(copied.modules(), module.modules(), strict=True))  # fmt: skip
-    expected = results(module, x[1])
-    same(results(copied, x[1]), expected)
-    sum(out.sum() for out in results(copied, x[1])).backward()
+    expected = flat(module(x[1]))
+    same(flat(copied(x[1])), expected)
+    sum(out.sum() for out in flat(copied(x[1]))).backward()
 
 
 @pytest.mark.parametrize("how", COPIES)

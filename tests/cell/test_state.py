@@ -153,29 +153,6 @@ def test_a_reset_state_may_be_edited_in_place(backend, how, time):
         close(cell(x, *((syn, mem) if how == "passed" else ())), ours()(x, *start))
 
 
-@pytest.mark.parametrize("how", ["reset", "passed"])
-def test_a_state_that_was_stored_in_a_backward_pass_goes_on(how):
-    cell, plain = ours(), ours()
-    x = steps(2, 2, 2, 6, 7)
-    leaf = torch.zeros(1, requires_grad=True)
-
-    def step(grad):
-        if how == "reset":
-            cell.reset_mem()
-            cell(x[0])
-        else:
-            cell(x[0], torch.zeros(0), torch.zeros(0))
-        assert cell(x[0])[1].any()  # the state may be used within the pass, too
-
-    leaf.register_hook(step)
-    leaf.sum().backward()
-    plain(x[0])
-    plain(x[0])
-    close(cell(x[1]), plain(x[1]))
-    leaf.sum().backward()
-    close(cell(x[0][:1]), ours()(x[0][:1]))  # another batch starts from zeros
-
-
 def test_explicit_states_with_init_hidden_raise_before_anything_changes():
     cell = ours(init_hidden=True)
     cell(steps(1, 1, 2, 5, 5)[0])
@@ -326,9 +303,6 @@ RESETS_READ = {
     "another threshold": (
         lambda cell: setattr(cell, "threshold", torch.tensor(-0.3)), lambda cell: None,
         lambda mem: mem > -0.3,
-    ),
-    "no number": (
-        lambda cell: cell.threshold.fill_(torch.nan), lambda cell: None, lambda mem: 0 * mem,
     ),
     "overridden": (overridden, lambda cell: None, lambda mem: torch.full_like(mem, 0.5)),
     "no longer overridden": (

@@ -172,19 +172,6 @@ def test_steps_of_shared_layers_may_be_written_to():
     close(*grads)
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_a_sequential_with_hooks_among_layers_that_share_a_state(batch_first):
-    cell = hidden(2, 2, 3)
-    inner = snnlstm.Sequential(ours(2, 2, 3), leaky(), batch_first=batch_first)
-    one, calls = snnlstm.Sequential(cell, inner, cell), []
-    other = copy.deepcopy(one)
-    other[1].register_forward_hook(lambda module, args, out: calls.append(args[0].shape[:2]))
-    close(other(X), one(X))
-    assert calls == T * [(N, 1) if batch_first else (1, N)]
-    assert [len(net.report) for net in (one, other)] == [4, 3]
-    assert {layer.kind for layer in (*one.report, *other.report)} == {"step"}
-
-
 def test_layers_without_a_state_may_be_in_several_places():
     relu, conv = nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1)
     equals_the_loop(nn.Sequential(conv, relu, hidden(2, 2, 3), conv, relu), X,

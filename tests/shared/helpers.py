@@ -83,6 +83,11 @@ def same(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
         assert torch.equal(one, other)
 
 
+def flat(tree: Any) -> list[Tensor]:
+    """Returns the tensors in tuples and lists of them."""
+    return [tree] if isinstance(tree, Tensor) else [t for branch in tree for t in flat(branch)]
+
+
 def in_threads(work: Callable[[int], Any], count: int = 4) -> None:
     """Calls `work` with a number in each of several threads, and raises the error of any thread."""
     with ThreadPoolExecutor(count) as pool:

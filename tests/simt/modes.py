@@ -174,9 +174,7 @@ def crossed(modes, calls):
             case,
             SCHEDULES[(i + j) % 3],
             id=f"{mode}-{name}",
-            marks=[]
-            if (i + j) % 7 == 0 or name in ("plain", "one step")
-            else pytest.mark.simt_long,
+            marks=[] if (i + j) % 7 == 0 or name == "plain" else pytest.mark.simt_long,
         )
         for i, mode in enumerate(modes)
         for j, (name, case) in enumerate(calls.items())

@@ -2,19 +2,17 @@
 
 import copy
 import pickle
-import warnings
 from types import MethodType
 
 import pytest
 import snntorch
 import torch
-from snntorch import functional, utils
+from snntorch import utils
 from snntorch.functional.quant import state_quant
 from torch import nn
 
 import snnlstm
 from tests.shared.helpers import (
-    THRESHOLD,
     close,
     described,
     ours,
@@ -168,58 +166,12 @@ def test_the_report_names_what_looks_like_a_convlstm_and_nothing_changes():
     assert not snnlstm.restore(model).left
 
 
-def sequential(how, leaky=True, **options):
-    """Makes a network whose neurons are of two classes, or with leaky=False all of one."""
-    torch.manual_seed(0)
-    cell = snnlstm.SConv2dLSTM if how == "ours" else snntorch.SConv2dLSTM
-    first = cell(2, 3, 3, threshold=THRESHOLD, init_hidden=True, **options)
-    if leaky:
-        last = snntorch.Leaky(beta=0.9, threshold=0.2, init_hidden=True, output=True)
-        model = nn.Sequential(first, nn.Flatten(), nn.Linear(3 * 36, 4), last)
-    else:
-        # Equal spikes make equal mem, of which max_pool would send gradients by the last bit.
-        last = cell(3, 4, 3, threshold=0.01, avg_pool=6, init_hidden=True, output=True)
-        model = nn.Sequential(first, last)
-    if how == "accelerated":
-        assert snnlstm.accelerate(model).swapped == (("0",) if leaky else ("0", "1"))
-    return model
-
-
-class FlatLoss(functional.ce_count_loss):
-    def __call__(self, spk, target):
-        return super().__call__(spk.flatten(2), target)
-
-
-# TBPTT and RTRL of snntorch 1.0.0 fail for every net with data that varies in time, and with
-# neurons of two classes, because they detach the neurons of one class alone.
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("BPTT", {}),
-        ("BPTT", {"num_steps": 4, "time_var": False}),
-        ("TBPTT", {"num_steps": 4, "time_var": False, "K": 2}),
-        ("RTRL", {"num_steps": 3, "time_var": False}),
-    ],
-    ids=described,
-)
-def test_backprop_trains_as_with_snntorchs_cell(name, options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from snntorch import backprop
-    data = [(steps(5, 4, 2, 6, 6, seed=s), torch.arange(4)) for s in range(2)]
-    if options:
-        data = [(x[0], target) for x, target in data]
-    losses = {}
-    for how in ("ours", "accelerated", "theirs"):
-        model = sequential(how, leaky=name == "BPTT")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        losses[how] = [
-            getattr(backprop, name)(model, data, optimizer, FlatLoss(), **options).item()
-            for _ in range(3)
-        ]
-    assert losses["ours"] == pytest.approx(losses["theirs"], rel=1e-4)
-    assert losses["accelerated"] == pytest.approx(losses["theirs"], rel=1e-4)
-    assert losses["theirs"][-1] != losses["theirs"][0]
+def two_cells(**options):
+    """Makes a network of snnTorch's cells."""
+    options |= {"init_hidden": True}
+    # Equal spikes make equal mem, of which max_pool would send gradients by the last bit.
+    last = theirs(3, 4, 3, threshold=0.01, avg_pool=6, output=True, init_hidden=True)
+    return nn.Sequential(theirs(**options), last)
 
 
 OPTIONS = [
@@ -275,7 +227,7 @@ def double(function):
 
 @pytest.mark.parametrize("name", ["state_function", "_base_state_function", "_base_int"])
 def test_a_cell_whose_functions_were_replaced_is_left(name):
-    model = sequential("theirs", leaky=False)
+    model = two_cells()
     setattr(model[0], name, double(getattr(model[0], name)))
     expected = model(X)
     utils.reset(model)
@@ -296,7 +248,7 @@ def test_a_cell_whose_functions_were_replaced_is_left(name):
 def test_cells_of_a_class_that_was_patched_are_left(monkeypatch, kind, name):
     original = getattr(kind, name)
     monkeypatch.setattr(kind, name, lambda self, *args: original(self, *args))
-    model = sequential("theirs", leaky=False)
+    model = two_cells()
     report = snnlstm.accelerate(model)
     assert all(type(cell) is snntorch.SConv2dLSTM for cell in model)
     assert f"snntorch.SConv2dLSTM.{name} was replaced" in str(report)
@@ -305,7 +257,7 @@ def test_cells_of_a_class_that_was_patched_are_left(monkeypatch, kind, name):
 @pytest.mark.parametrize("reset", ["none", "subtract"])
 def test_both_ways_in_the_midst_of_training_keep_optimizer_hooks_and_registry(reset):
     x = steps(6, 2, 2, 6, 6)
-    models = [sequential("theirs", leaky=False, reset_mechanism=reset) for _ in range(2)]
+    models = [two_cells(reset_mechanism=reset) for _ in range(2)]
     optimizers = [torch.optim.Adam(model.parameters(), lr=0.05) for model in models]
     seen = []
     models[0][0].register_forward_hook(lambda module, *_: seen.append(type(module)))

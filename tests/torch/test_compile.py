@@ -10,7 +10,15 @@ from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 
 import snnlstm
 from snnlstm.native import function as native
-from tests.shared.helpers import close, described, ours, same_gradients, states, steps
+from tests.shared.helpers import (
+    close,
+    described,
+    flat,
+    ours,
+    same_gradients,
+    states,
+    steps,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -96,10 +104,6 @@ OBJECTS = {
         for kind in snnlstm.surrogate.KINDS[1:] if kind.name != "SSO"  # it draws other numbers
     },
 }  # fmt: skip
-
-
-def flat(out):
-    return [out] if isinstance(out, Tensor) else [t for part in out for t in flat(part)]
 
 
 @pytest.mark.parametrize("name", OBJECTS)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.export import Dim
 
 import snnlstm
-from tests.shared.helpers import close, ours, same_gradients, states, steps
+from tests.shared.helpers import close, flat, ours, same_gradients, states, steps
 
 CELLS = {
     "pooled": {"max_pool": 2, "reset_mechanism": "subtract"},
@@ -55,10 +55,6 @@ def any_batch(name: str, sequence: bool) -> Any:
     if name in ("ConvLSTM", "hidden"):
         return {"x" if name == "hidden" else "input_tensor": {1: batch}}
     return {"x": {int(sequence): batch}, "syn": {0: batch}, "mem": {0: batch}}
-
-
-def flat(out: Any) -> list[Tensor]:
-    return [out] if isinstance(out, Tensor) else [t for part in out for t in flat(part)]
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
