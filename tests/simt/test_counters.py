@@ -7,6 +7,9 @@ from tests.simt import own
 from tests.simt.own import own_kernels
 from tests.simt.traffic import table
 
+# The emulator changes seldom.
+pytestmark = pytest.mark.simt_long
+
 
 @pytest.fixture
 def emulator():

@@ -8,6 +8,9 @@ import pytest
 from tests.simt.emulator import EmulationError
 from tests.simt.own import own_kernels, run_case
 
+# The emulator changes seldom.
+pytestmark = pytest.mark.simt_long
+
 WAIT = r" it at .*, before its wait_for_launch_before\(\)"
 # By kernel: what the report says, and whether the plain build has a report, too.
 CASES = {

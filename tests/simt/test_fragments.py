@@ -5,6 +5,9 @@ import pytest
 
 from tests.simt.own import from_bf16, own_kernels, to_bf16, to_tf32
 
+# The emulator changes seldom.
+pytestmark = pytest.mark.simt_long
+
 # The position of element v that a lane holds: PTX ISA, "Matrix Fragments for mma.m16n8k16 with
 # floating point type" and "... for mma.m16n8k8".
 

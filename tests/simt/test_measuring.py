@@ -71,7 +71,16 @@ def test_of_equals_the_rules_choice_is_kept(core):
         assert flat.last_name() == f"simt-measured-{clock.timed[0]}"
 
 
-@pytest.mark.parametrize("best", sorted(FORWARD | BACKWARD | OF_WIDE))
+SHORT = {"mma-tf32-2x1", "hybrid-mma-tf32-2x1x2", "cudnn"}
+
+
+@pytest.mark.parametrize(
+    "best",
+    [
+        pytest.param(name, marks=[] if name in SHORT else pytest.mark.simt_long)
+        for name in sorted(FORWARD | BACKWARD | OF_WIDE)
+    ],
+)
 def test_every_algorithm_that_may_be_chosen_is_right(core, best):
     case = WIDE if best in OF_WIDE else NARROW
     case = MODES["tf32"].of(case.but(pool="avg", pool_size=(2, 2)))
