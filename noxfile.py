@@ -1,9 +1,9 @@
-"""The tests in fresh environments, one for each Python and torch: ``make versions``.
+"""Runs the tests in fresh environments, one for each Python and torch: ``make versions``.
 
     make versions ARGS="--session 'tests-3.11(oldest)'"  one of them, about 3 GB; --list: all
     make versions ARGS="... -- tests/kernels"            arguments for pytest; the environment stays
 
-Pythons that are not installed are left out. What docs/install.md promises is what has passed.
+Pythons that are not installed are skipped. docs/install.md lists the versions that have passed.
 """
 
 import nox

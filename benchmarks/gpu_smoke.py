@@ -63,7 +63,7 @@ def run(
 ) -> Iterator[tuple[str, bool]]:
     """Runs and compares every cell; yields a line for each, and whether it is right.
 
-    It is not if plain torch ran, if an error was raised, or if the kernels computed something else.
+    It is not if the reference path ran, if an error was raised, or if the results differ.
     """
     for precision, algorithm in itertools.product(precisions(device), algorithms):
         for name in names if precision in EXACT else SMOOTH:
@@ -102,7 +102,7 @@ def _layer(
 def _apart(
     cell: snnlstm.SConv2dLSTM, x: Tensor, spk: Tensor, mem: Tensor, options: dict[str, Any]
 ) -> tuple[float, float]:
-    """Returns the distances of mem and of gradients from those of plain torch in float64."""
+    """Returns the distances of mem and of gradients from those of the reference path in float64."""
     inputs = [x, cell.conv.weight, cell.conv.bias]
     found = torch.autograd.grad(spk.double().sum() + mem.double().square().sum(), inputs)
     exact = [t.detach().double().requires_grad_() for t in inputs]

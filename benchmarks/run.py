@@ -206,7 +206,7 @@ class Suite:
         return built
 
     def skip(self, provider: str, case: str, error: Exception) -> None:
-        """Says why a provider is left out."""
+        """Says why a provider is skipped."""
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, Disagreement):
             reason = f"computes something else: {reason}"
@@ -326,7 +326,7 @@ def parser() -> argparse.ArgumentParser:
         help="for one case in one mode, all providers together (default: 12; --quick: 1.5)")
     p.add_argument("--limit", type=float, default=math.inf, metavar="S",
         help="begin no case after S seconds")
-    p.add_argument("--without-core", action="store_true", help="time plain torch where it is all")
+    p.add_argument("--without-core", action="store_true", help="time the reference path")
     p.add_argument("--busy-anyway", action="store_true",
         help="print ratios of several threads in any case")
     p.add_argument("--out", type=Path, metavar="DIR",

@@ -66,9 +66,9 @@ struct Neuron {
     }
   }
 
-  // mem_grad: with respect to mem after reset and quantisation (which passes gradients straight
-  // through), the spike's and the later steps' parts included; syn_grad: likewise for syn.
-  // a: activated gates. With Reset::zero a neuron that was reset passes nothing on but NaN.
+  // mem_grad and syn_grad: with respect to mem and syn after reset and quantisation (which passes
+  // gradients straight through), with the parts of the spike and of later steps. a: activated
+  // gates. With Reset::zero a neuron that was reset passes on only NaN.
   template <class Mask>
   static SNNLSTM_HD NeuronGrad<R> backward(Reset mechanism, const Gates<R>& a, R syn_prev,
                                            R tanh_syn, Mask reset, R mem_grad, R syn_grad) {

@@ -68,8 +68,8 @@ void* find_torch() {
 #endif
 }
 
-// Returns the library that gives torch its parallel regions. For a torch that is built otherwise,
-// or none, it is what the process has, or else the system's.
+// Returns the library that gives torch its parallel regions. If torch is built otherwise, or
+// absent, it is the one that the process has loaded, and if there is none, the system's.
 void* find_openmp(std::string& path) {
   const auto parallel_in = [](void* place) {
     void* const of_gcc = dlsym(place, "GOMP_parallel");

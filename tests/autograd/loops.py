@@ -40,8 +40,8 @@ def gradients(cell: nn.Module) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in cell.parameters()]
 
 
-def assert_same(one: nn.Module, other: nn.Module) -> None:
-    close(gradients(one), gradients(other), atol=1e-11, rtol=1e-10)
+def assert_same(actual: nn.Module, expected: nn.Module) -> None:
+    close(gradients(actual), gradients(expected), atol=1e-11, rtol=1e-10)
 
 
 def both(work: Callable[[nn.Module], object], **arguments) -> tuple[nn.Module, nn.Module]:

@@ -96,5 +96,5 @@ def test_output_gradients_of_a_subclass_give_gradients_of_the_subclass():
     grads = [torch.randn_like(o) for o in out]
     expected = torch.autograd.grad(out, first, grads, retain_graph=True)
     found = torch.autograd.grad(out, first, [Wrapper(g) for g in grads])
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.inner, other, atol=1e-12, rtol=1e-12)
+    for actual, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual.inner, exact, atol=1e-12, rtol=1e-12)

@@ -266,7 +266,9 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.skipif(snnlstm.path._native is None, reason="plain torch reads what has no memory")
+@pytest.mark.skipif(
+    snnlstm.path._native is None, reason="the reference path reads what has no memory"
+)
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "known call"])
 @pytest.mark.parametrize("case", UNREADABLE)
 def test_tensors_that_no_kernel_can_read_are_named(case, warm):

@@ -27,10 +27,10 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 def pair(name: str, dtype: torch.dtype = F32, **more) -> tuple[snnlstm.ConvLSTM, Stack]:
     """Returns our stack and plain torch's in float64, with equal weights."""
     args, options = STACKS[name]
-    own = snnlstm.ConvLSTM(*args, **options, dtype=dtype, **more).to(torch.empty(0).device)
-    other = Stack(*args, **options).to(torch.empty(0).device, F64)
-    other.load_state_dict(own.state_dict())
-    return own, other
+    ours = snnlstm.ConvLSTM(*args, **options, dtype=dtype, **more).to(torch.empty(0).device)
+    plain = Stack(*args, **options).to(torch.empty(0).device, F64)
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain
 
 
 def sequence(module: nn.Module, channels: int, dtype: torch.dtype = F32) -> Tensor:
@@ -60,15 +60,19 @@ def double(tree):
     return tree.double() if isinstance(tree, Tensor) else [double(branch) for branch in tree]
 
 
-def compare(own: nn.Module, other: nn.Module, x: Tensor, states, error: float, of_gradients: float):
+def compare(
+    ours: nn.Module, plain: nn.Module, x: Tensor, states, error: float, of_gradients: float
+):
     """Compares all results, and the gradients of all inputs and parameters."""
     leaves = [wanting((x, states)), wanting(double((x, states)))]
-    outs = [flat(m(*args)) for m, args in zip((own, other), leaves, strict=True)]
+    outs = [flat(m(*args)) for m, args in zip((ours, plain), leaves, strict=True)]
     close(double(outs[0]), outs[1], atol=error, rtol=0)
     weights = [torch.randn_like(out) for out in outs[1]]
     for out in outs:
         sum((o * w.to(o.dtype)).sum() for o, w in zip(out, weights, strict=True)).backward()
-    sources = [[*flat(tree), *m.parameters()] for tree, m in zip(leaves, (own, other), strict=True)]
+    sources = [
+        [*flat(tree), *m.parameters()] for tree, m in zip(leaves, (ours, plain), strict=True)
+    ]
     for one, exact in zip(*sources, strict=True):
         scale = float(exact.grad.abs().max())
         close(one.grad.double(), exact.grad, atol=of_gradients * max(scale, 1), rtol=0)
@@ -79,17 +83,17 @@ def compare(own: nn.Module, other: nn.Module, x: Tensor, states, error: float, o
 @pytest.mark.parametrize("name", STACKS)
 def test_a_stack_computes_what_plain_torch_does(backend, name, dtype):
     checkpoint = name == "two layers, batch first" and dtype == F64
-    own, other = pair(name, dtype, checkpoint=checkpoint)
-    x, states = sequence(other, STACKS[name][0][0], dtype), initial(own, dtype)
+    ours, plain = pair(name, dtype, checkpoint=checkpoint)
+    x, states = sequence(plain, STACKS[name][0][0], dtype), initial(ours, dtype)
     with torch.no_grad():
-        own(x)
-    backend.check(own.cell_list[-1].path)
-    errors = {F32: TIME * float32_error(own.cell_list[0].path.name), F64: 1e-12}
+        ours(x)
+    backend.check(ours.cell_list[-1].path)
+    errors = {F32: TIME * float32_error(ours.cell_list[0].path.name), F64: 1e-12}
     error = errors.get(dtype, 16 * torch.finfo(dtype).eps)
-    out = compare(own, other, x, states, error, 10 * error)
+    out = compare(ours, plain, x, states, error, 10 * error)
     assert {o.dtype for o in out} == {dtype}
     assert out[0].is_contiguous()
-    close([o.double() for o in flat(own(x))], flat(other(x.double())), atol=error, rtol=0)
+    close([o.double() for o in flat(ours(x))], flat(plain(x.double())), atol=error, rtol=0)
 
 
 # ---- what people have ----------------------------------------------------------------------------
@@ -105,9 +109,9 @@ def test_one_seed_gives_the_same_bits_and_keys(name):
     assert list(made[0]) == list(made[1])
     assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
     torch.manual_seed(3)
-    own = snnlstm.ConvLSTMCell(2, 5, (3, 3), True)
+    ours = snnlstm.ConvLSTMCell(2, 5, (3, 3), True)
     torch.manual_seed(3)
-    assert torch.equal(own.conv.weight, Cell(2, 5, (3, 3)).conv.weight)
+    assert torch.equal(ours.conv.weight, Cell(2, 5, (3, 3)).conv.weight)
 
 
 def test_attributes_and_forms():
@@ -139,34 +143,34 @@ class Doubled(snnlstm.ConvLSTMCell):
 
 
 def test_a_cell_with_more_to_it_is_called_step_by_step(caplog):
-    own, other = pair("two layers, batch first")
-    x = sequence(own, 2)
+    ours, plain = pair("two layers, batch first")
+    x = sequence(ours, 2)
     seen = []
-    handle = own.cell_list[1].register_forward_hook(lambda *_: seen.append(1))
+    handle = ours.cell_list[1].register_forward_hook(lambda *_: seen.append(1))
     with caplog.at_level(logging.WARNING, "snnlstm"):
-        out = own(x)
+        out = ours(x)
     assert len(seen) == TIME
     assert "layer 1 step by step: its ConvLSTMCell has hooks or" in caplog.text
     handle.remove()
-    close(flat(out), flat(own(x)))
-    own.cell_list[0].__class__ = Doubled
-    other = other.float()
-    other.cell_list[0].forward = lambda input_tensor, cur_state: (lambda h, c: (2 * h, c))(
-        *Cell.forward(other.cell_list[0], input_tensor, cur_state)
+    close(flat(out), flat(ours(x)))
+    ours.cell_list[0].__class__ = Doubled
+    plain = plain.float()
+    plain.cell_list[0].forward = lambda input_tensor, cur_state: (lambda h, c: (2 * h, c))(
+        *Cell.forward(plain.cell_list[0], input_tensor, cur_state)
     )
-    close(flat(own(x)), flat(other(x)), atol=1e-5)
+    close(flat(ours(x)), flat(plain(x)), atol=1e-5)
     assert "layer 0 step by step: its Doubled has hooks or a forward" in caplog.text
 
 
 def test_a_convolution_with_more_to_it_is_called(caplog, monkeypatch):
     monkeypatch.setattr(snnlstm.path, "_logged", set())  # hooks are logged once per process
-    own, other = pair("two layers, batch first", F64)
-    for stack in (own, other):
+    ours, plain = pair("two layers, batch first", F64)
+    for stack in (ours, plain):
         nn.utils.parametrizations.weight_norm(stack.cell_list[0].conv)
         stack.cell_list[1].conv.register_forward_hook(lambda m, args, out: out / 2)
-    other.load_state_dict(own.state_dict())
+    plain.load_state_dict(ours.state_dict())
     with caplog.at_level(logging.WARNING, "snnlstm"):
-        compare(own, other, sequence(own, 2, F64), initial(own, F64), 1e-12, 1e-11)
-    assert [cell.path.name for cell in own.cell_list] == ["reference"] * 2
+        compare(ours, plain, sequence(ours, 2, F64), initial(ours, F64), 1e-12, 1e-11)
+    assert [cell.path.name for cell in ours.cell_list] == ["reference"] * 2
     assert "conv carries hooks" in caplog.text
     assert "conv is a Parametrized" in caplog.text

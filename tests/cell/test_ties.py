@@ -51,7 +51,7 @@ def chosen_by(cell, syn: Tensor) -> list[int]:
 
 def skip_plain_torch(backend) -> None:
     if backend.name == "reference":
-        pytest.skip("plain torch chooses as torch does")
+        pytest.skip("the reference path chooses as torch does")
 
 
 WINDOWS = {  # units below the maximum, row by row, and the pixel that is chosen

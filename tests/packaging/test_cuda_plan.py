@@ -91,7 +91,7 @@ def test_a_compiler_that_does_not_serve_is_passed_over(add, plan, tmp_path):
         ("", "", "native", "", "error", "nvidia-smi shows no GPU"),
         ("", "maybe", "", "", "error", "'maybe'; accepted: on, off, pip"),
         ("", "pip", "", "", "error", "SNNLSTM_CUDA=pip, but no CUDA compiler found"),
-        ("", "on", "", "cu12", "error", "is of CUDA 13.0, and the wheel is to be named cu12"),
+        ("", "on", "", "cu12", "error", "is of CUDA 13.0, but the wheel's name is cu12"),
         ("", "on", "", "cpu", "error", "SNNLSTM_CUDA=on, but it is switched off"),
     ],
 )

@@ -35,7 +35,7 @@ def float32_error(path: str) -> float:
     """Returns by how much states of order 1 may differ in float32 from those of direct sums.
 
     Cancellation in Winograd's transforms costs about one decimal digit. Three products in tf32 for
-    one in float32 leave out 2^-22 of it. Gradients may differ by three times as much.
+    one in float32 drop 2^-22 of it. Gradients may differ by three times as much.
     """
     return 2e-5 if "winograd" in path else 5e-6 if "mma" in path else 2e-6
 

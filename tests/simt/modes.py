@@ -80,11 +80,11 @@ MODES = {
     "bfloat16 on sm_75": Mode(BF16, 3e-2, 1.2e-1, **T4),
     "bfloat16 autocast on sm_75": Mode(F32, 3e-2, 8e-2, operands=BF16, **T4),
 }
-BEHIND_TORCH = {
-    f"{name} behind torch": replace(MODES[name], compute_capability=80, algorithm="cudnn")
+CUDNN = {
+    f"{name} cudnn": replace(MODES[name], compute_capability=80, algorithm="cudnn")
     for name in ("float32", "float64", "bfloat16 states", "bfloat16 autocast")
 }
-BEHIND_TORCH["float32 on sm_75 behind torch"] = replace(
+CUDNN["float32 on sm_75 cudnn"] = replace(
     MODES["float32 on sm_75"], precision="ieee", algorithm="cudnn"
 )
 # The kernels go through the steps, and torch forms the gradients of x, weight and bias.
@@ -97,7 +97,7 @@ OVERLAPPING = {
     f"{name} on sm_90": replace(MODES[name], compute_capability=90)
     for name in ("float64", "tf32x3", "tf32", "bfloat16 states", "bfloat16 autocast")
 }
-FORWARD = MODES | BEHIND_TORCH
+FORWARD = MODES | CUDNN
 BACKWARD = FORWARD | HYBRID
 ALL = BACKWARD | OVERLAPPING
 

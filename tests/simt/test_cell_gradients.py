@@ -58,7 +58,7 @@ def test_coarse_gradients(core, mode, case, schedule):
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("weight",), ("syn", "mem"), ("threshold", "bias")])
-@pytest.mark.parametrize("mode", ["float32 behind torch", "tf32x3", "float32 hybrid"])
+@pytest.mark.parametrize("mode", ["float32 cudnn", "tf32x3", "float32 hybrid"])
 def test_only_what_is_wanted(core, mode, wanted):
     assert check(core, PLAIN, ALL[mode], wanted=wanted)
 

@@ -23,7 +23,7 @@ RUNS = {
     "tf32x3": ("sliced",),
     "float16 autocast": ("wide",),
     "float16 on sm_75": ("channels last",),
-    "float32 behind torch": ("plain", "max pool"),
+    "float32 cudnn": ("plain", "max pool"),
     "tf32 on sm_90": ("plain",),
     "float64 on sm_90": ("plain",),
 }
@@ -31,7 +31,7 @@ BACKWARD_RUNS = {
     "float32": ("plain", "max pool", "inhibition"),
     "tf32x3": ("plain", "wide", "stride, dilation"),
     "bfloat16 states": ("channels last", "short chunks"),
-    "float32 behind torch": ("max pool",),
+    "float32 cudnn": ("max pool",),
     "float64 on sm_90": ("plain",),
 }
 
@@ -60,7 +60,7 @@ def by_likelihood(near: str):
         return (
             ((check is test_cell_gradients.check) != backward)
             + (("fma" in near) != (mode == "float32"))
-            + (("neurons" in near) != ("behind torch" in mode))
+            + (("neurons" in near) != ("cudnn" in mode))
         )
 
     return sorted(runs, key=distance)

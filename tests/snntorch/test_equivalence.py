@@ -116,7 +116,7 @@ class Twins:
 
 
 def reference_run(cell: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns the trajectory in float64 and plain torch."""
+    """Returns the trajectory of the reference path in float64."""
     double = [t.double() for t in (*inputs, cell.conv.weight)]
     bias = None if cell.conv.bias is None else cell.conv.bias.double()
     threshold, graded = cell.threshold.double(), cell.graded_spikes_factor.double()

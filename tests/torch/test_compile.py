@@ -205,7 +205,7 @@ def test_the_functional_form_recognises_surrogates(library, dynamic):
 
 
 def test_the_functional_form_names_what_torch_compile_cannot_take():
-    """What the traced code makes itself, and foreign functions, run in plain torch."""
+    """Closures that the traced code makes, and foreign functions, take the reference path."""
     weight, x = torch.randn(12, 5, 3, 3) / 9, steps(3, 2, 2, 6, 6)
 
     def call(spike, quant=None):

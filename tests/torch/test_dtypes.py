@@ -1,7 +1,7 @@
 """Cells work in every dtype, on meta, by torch's default dtype and device, and under autocast.
 
-Under autocast, and with a GradScaler, states and gradients stay in float32: plain torch and the
-CUDA kernels multiply in the autocast type, and the CPU kernels in float32.
+Under autocast, and with a GradScaler, states and gradients stay in float32: the reference path and
+the CUDA kernels multiply in the autocast type, and the CPU kernels in float32.
 """
 
 import copy

@@ -1,7 +1,7 @@
 // The backward pass of a sequence, last step first. Each step is one phase, in which these tasks
 // run side by side:
 //   rows     the recurrent data gradient of step t and then, while the rows lie in cache, the
-//            pointwise backward of step t - 1 (neuron_backward.h)
+//            neurons of step t - 1 (neuron_backward.h)
 //   inputs   the data gradient of x, if it is wanted (with Winograd the rows tasks form it too)
 //   weights  the part of step t in the weight gradient (weight_gradient.h)
 // The workspace holds two time steps of d gates, mem and x, for any T.

@@ -1,16 +1,16 @@
 // Finds pixels of one pooling window whose recurrent inputs may be equal, and forms their sums
-// directly. Direct sums of equal inputs have equal bits, so max_pool meets exact ties and takes the
-// first pixel, as snnTorch does. Winograd rounds a pixel's sums by its neighbours in the tile and
-// by its place there, which would decide such ties by chance. Nearly silent layers, as all are when
-// training begins, consist of ties.
+// directly. Direct sums of equal inputs are bitwise equal, so max_pool meets exact ties and takes
+// the first pixel, as snnTorch does. Winograd rounds a pixel's sums by its neighbours in the tile
+// and by its place there, which would decide such ties by chance. Nearly silent layers, as all are
+// when training begins, consist of ties.
 //
 // Let p and q = p + d be pixels of one window. If both see the same values of mem, then each value
 // that p sees equals the value at distance d from it, as far as p sees that one as well. The search
-// looks for this condition alone: it reads only pixels that a block reads anyway, and its answer
-// for a pixel does not depend on the block. By induction over the steps, p and q stay equal while
-// their inputs do, in a loop of step calls as in a sequence. Distances of a kernel or more cannot
-// be asked for, and distances count taps where the kernel is dilated. Cells with inhibition, which
-// choose among all neurons, are summed directly as a whole.
+// tests only this condition: it reads only pixels that a block reads anyway, and its answer for a
+// pixel does not depend on the block. By induction over the steps, p and q stay equal while their
+// inputs do, in a loop of step calls as in a sequence. Distances are shorter than a kernel, and
+// count taps if the kernel is dilated. Cells with inhibition, which choose among all neurons, sum
+// all pixels directly.
 #pragma once
 
 #include "layout.h"
@@ -20,9 +20,9 @@ SNNLSTM_BEGIN_ISA
 // How the recurrent sums of a pixel are formed.
 enum class Sums : uint8_t {
   tiled = 0,     // by Winograd
-  directly = 1,  // it may have an equal
-  as_left = 2,   // they are those of the pixel that lies a tap to the left
-  as_above = 3,  // or above
+  directly = 1,  // the pixel may have an equal
+  as_left = 2,   // copied from the pixel a tap to the left
+  as_above = 3,  // copied from the pixel a tap above
 };
 
 template <class T, int VL>
@@ -38,7 +38,7 @@ class EqualPixels {
 
   struct Scratch {
     uint32_t* keys;             // of all pixels that the block sees
-    uint8_t *repeats, *places;  // where they repeat, and the pixels all of whose values do
+    uint8_t *repeats, *places;  // where keys repeat, and the pixels that see only repeated ones
   };
   Scratch carve(Workspace& workspace) const {
     const int64_t seen = sought() ? seen_rows(block_) * columns_ : 0;
@@ -48,8 +48,8 @@ class EqualPixels {
   // Returns how many decisions a block has. Its rows have those of all columns that they see.
   int64_t decisions() const { return sought() ? block_ * columns_ : 0; }
 
-  // Decides for `rows` rows of an image, the first of which sees mem from here on. Returns how many
-  // pixels are left to Winograd.
+  // Decides for `rows` rows of an image; the first sees mem from here on. Returns how many pixels
+  // are left to Winograd.
   int64_t find(const T* mem, int64_t rows, const Scratch& s, Sums* sums) const {
     for (int64_t h = 0; h < seen_rows(rows); ++h)
       for (int64_t w = 0; w < columns_; ++w)
@@ -147,7 +147,7 @@ class EqualPixels {
     return true;
   }
 
-  // Finds the pixels that see only values which repeat, as far as they see both.
+  // Finds the pixels that see only repeated values, as far as they see both.
   bool all_repeat(int64_t rows, int dh, int dw, const Scratch& s) const {
     const int64_t count = (rows - 1) * columns_ + l_.Wo;
     uint8_t* const __restrict places = s.places;
@@ -168,8 +168,8 @@ class EqualPixels {
     return true;
   }
 
-  // Turns marks into decisions, from the last pixel to the first, so that those to the left and
-  // above are marks yet.
+  // Turns marks into decisions, from the last pixel to the first: those to the left and above are
+  // still marks.
   void decide(int64_t rows, Sums* sums) const {
     const int64_t left = c_.dilation_w, above = c_.dilation_h;
     auto* const marks = reinterpret_cast<uint8_t*>(sums);

@@ -63,7 +63,7 @@ struct Neighbours : Math<T, P * VL> {
   using Lanes = std::make_integer_sequence<int, P * VL>;
   using HalfLanes = std::make_integer_sequence<int, (P > 1 ? P / 2 : 1) * VL>;
 
-  // Makes four pixels of each gate of four gates of each pixel, and the other way round.
+  // Turns four gates of each pixel into four pixels of each gate, and back.
   template <int... lane>
   static SNNLSTM_INLINE void transpose(R (&v)[4], std::integer_sequence<int, lane...>) {
     constexpr int L = P * VL;

@@ -1,5 +1,5 @@
-// The pointwise part of the backward pass, for a block of rows of one time step: spike, pooling,
-// reset, LSTM. It fills the images that the step's convolutions read (step_images.h). The spikes'
+// The neurons of the backward pass, for a block of rows of one time step: spike, pooling, reset,
+// LSTM. They fill the images that the step's convolutions read (step_images.h). The spikes'
 // gradient reads mem after the step, which is mem before the next step and still lies in that
 // step's image.
 #pragma once

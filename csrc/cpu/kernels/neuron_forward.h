@@ -1,5 +1,5 @@
-// The pointwise part of the forward pass: LSTM update, reset and quantisation of a row of gates,
-// pooling and spikes. It writes the results that the caller asked for, and what training saves.
+// The neurons of the forward pass: LSTM update, reset and quantisation of a row of gates, pooling
+// and spikes. They write the results that the caller asked for, and what training saves.
 #pragma once
 
 #include "neighbours.h"

@@ -81,7 +81,7 @@ class WeightGradient {
       by_tiles(step, images, cb, of_x, piece, tiles);
   }
 
-  // Says whether the sums are to be folded behind step t. The last step comes first.
+  // Says whether the sums must be folded after step t. The last step comes first.
   bool due(int64_t t) const { return sums_.due(t); }
   int64_t fold_tasks() const { return sums_.chunks(); }
   void fold(int64_t task, int64_t t) { sums_.fold(task, t); }
@@ -216,8 +216,8 @@ class WeightGradient {
     });
   }
 
-  // Adds the products of a run. If not all d gates are finite, each tap leaves out the pixels from
-  // which it meets the border, because zero times infinity is NaN.
+  // Adds the products of a run. If not all d gates are finite, each tap skips the pixels from which
+  // it meets the border, because zero times infinity is NaN.
   template <int NV>
   void add_run(bool finite, const Run& run, bool of_x, const PixelRows<T>& p, T* out) const {
     if (finite) return weight_grad_run<S, NV>(p, run.in, run.len, out);

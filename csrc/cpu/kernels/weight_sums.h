@@ -51,7 +51,7 @@ class WeightSums {
     return sums_ + split * size_ + (of_x ? 0 : x_size_) + cb * l_.grad_points() * channels * kGates;
   }
 
-  // Says whether to fold behind step t. The sums of one split and few steps are the total.
+  // Says whether to fold after step t. The sums of one split and few steps are the total.
   bool due(int64_t t) const { return folds() && (t == 0 || (l_.c.T - t) % steps_ == 0); }
   void fold(int64_t chunk, int64_t t) {
     const bool first = l_.c.T - t <= steps_;

@@ -110,19 +110,17 @@ struct Extents {
         gates_of_all(c.T * shape.gates() * gate),
         places(c.T * c.N * c.C * c.Hp() * c.Wp() * c.place_bytes()) {}
 
-  // Bytes of syn after each step that another follows, or behind torch's convolution of one step.
-  int64_t saved_syn(bool behind_torch) const {
-    return (behind_torch ? 1 : shape.c.T - 1) * shape.state() * size;
-  }
+  // Bytes of syn after each step that another follows, or of one step with cudnn.
+  int64_t saved_syn(bool cudnn) const { return (cudnn ? 1 : shape.c.T - 1) * shape.state() * size; }
 };
 
-// What the kernels of a plan read and write in a call. A step behind torch's convolution may write
+// What the kernels of a plan read and write in a call. A step with cudnn may write
 // the states where it has read them.
 struct CheckedPlan : cuda::Plan {
   using cuda::Plan::Plan;
   explicit CheckedPlan(cuda::Plan&& plan) : cuda::Plan(std::move(plan)) {}
 
-  bool behind_torch() const { return algorithm == cuda::Algorithm::cudnn; }
+  bool cudnn() const { return algorithm == cuda::Algorithm::cudnn; }
 
   template <class Args>
   void add_inputs(Arrays& arrays, Args& a, const Extents& e) const {
@@ -140,7 +138,7 @@ struct CheckedPlan : cuda::Plan {
   void run(ForwardArgs a, void* stream) const {
     const Cell& c = cell;
     const Extents e(*this, a.record);
-    const Does states = behind_torch() ? updates : writes;
+    const Does states = cudnn() ? updates : writes;
     Arrays arrays;
     add_inputs(arrays, a, e);
     arrays.add("bias", a.bias, 4 * c.C * e.size, reads);
@@ -149,7 +147,7 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("syn", a.syn, e.states, c.dtype, states);
     arrays.add("mem", a.mem, e.states, c.dtype, states);
     arrays.add("saved gates", a.saved_gates, e.gates_of_all, writes);
-    arrays.add("saved syn", a.saved_syn, e.saved_syn(behind_torch()), writes);
+    arrays.add("saved syn", a.saved_syn, e.saved_syn(cudnn()), writes);
     arrays.add("winner", a.winner, c.T * c.N * 8, writes);
     arrays.add("places", a.places, e.places, writes);
     arrays.commit();
@@ -162,9 +160,9 @@ struct CheckedPlan : cuda::Plan {
     Arrays arrays;
     add_inputs(arrays, a, e);
     arrays.add("saved gates", a.saved_gates, e.gates_of_all, reads);
-    const Does some = a.lengths ? updates : writes;  // nobody writes those of finished samples
+    const Does some = a.lengths ? updates : writes;  // no kernel writes those of padded samples
     arrays.add("d_gates", a.d_gates, e.gates_of_all, some);
-    const int64_t mems = behind_torch() ? 1 : c.T - 1;
+    const int64_t mems = cudnn() ? 1 : c.T - 1;
     arrays.add("mem after", a.mem_after, mems * e.shape.state() * e.gate, some);
     arrays.add("saved syn", a.saved_syn, e.saved_syn(false), reads);
     arrays.add("winner", a.winner, c.T * c.N * 8, reads);
@@ -174,7 +172,7 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("grad_syn", a.grad_syn, e.states, c.dtype, reads);
     arrays.add("grad_mem", a.grad_mem, e.states, c.dtype, reads);
     arrays.add("grad_x", a.grad_x, e.input, c.dtype, some);
-    arrays.add("grad_syn0", a.grad_syn0, e.state, c.dtype, behind_torch() ? updates : writes);
+    arrays.add("grad_syn0", a.grad_syn0, e.state, c.dtype, cudnn() ? updates : writes);
     arrays.add("grad_mem0", a.grad_mem0, e.state, c.dtype, writes);
     arrays.add("grad_weight", a.grad_weight, e.weight, writes);
     arrays.add("grad_bias", a.grad_bias, 4 * c.C * e.size, writes);

@@ -1,4 +1,4 @@
-"""The CUDA kernels leave samples out that are behind their own last step."""
+"""The CUDA kernels skip padded samples."""
 
 import itertools
 
