@@ -22,6 +22,7 @@ demo: $(VENV)/.demo  ## train on moving handwritten digits, snnTorch's cell besi
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests, on as many cores as there are (ARGS="-n 0": on one)
+	$(if $(ARGS),,$(RUN) -m tests.simt.gpu_tools)
 	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.all  ## all tests, also those that take long or need more of PyPI
