@@ -27,14 +27,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Runs slow tests first, so that workers end together; has simt_long only if -m names it."""
+    """Runs slow tests first, so that workers end together; has simt_long only if -m names it.
+
+    A test of several backends has the mark for the emulated one alone.
+    """
     wanted, long = config.getoption("--backend"), "simt_long" in (config.getoption("-m") or "")
 
     def taken(item: pytest.Item) -> bool:
-        if item.get_closest_marker("simt_long") and not long:
-            return False
         parameters = getattr(item, "callspec", None)
         values = parameters.params.values() if parameters else ()
+        others = {value.name for value in values if isinstance(value, Backend)} - {"simt"}
+        if item.get_closest_marker("simt_long") and not long and not others:
+            return False
         return not wanted or any(wanted in (getattr(v, "name", None), str(v)) for v in values)
 
     config.hook.pytest_deselected(items=[item for item in items if not taken(item)])

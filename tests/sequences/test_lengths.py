@@ -14,7 +14,9 @@ from tests.sequences.by_length import CELLS, LENGTHS, TIME, alone, check, gradie
 from tests.shared.helpers import close, ours, same, steps
 
 
-@pytest.mark.parametrize("record", [False, True], ids=["last", "record"])
+@pytest.mark.parametrize(
+    "record", [False, pytest.param(True, marks=pytest.mark.simt_long)], ids=["last", "record"]
+)
 @pytest.mark.parametrize("options", CELLS.values(), ids=CELLS)
 def test_each_sample_is_as_it_is_alone(backend, options, record):
     check(torch.float64, record, **options)
