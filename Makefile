@@ -36,9 +36,7 @@ fuzz: $(VENV)/.installed  ## fresh examples for the tests that draw some; then r
 	$(RUN) -m tools.fuzz --minutes $(MINUTES) $(ARGS)
 
 sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers
-	$(RUN) tools/sanitizers/run.py address --isa all
-	$(RUN) tools/sanitizers/run.py thread --isa all
-	$(RUN) tools/instrumented.py address
+	for of in address thread tests; do $(RUN) tools/instrumented.py $$of || exit 1; done
 
 coverage: $(VENV)/.instruments  ## the lines and branches of Python and C++ that the tests reach
 	$(RUN) tools/instrumented.py coverage $(ARGS)

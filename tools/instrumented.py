@@ -1,41 +1,117 @@
-"""Copies the package to a tree of its own, builds it with an instrument, and runs tests there.
+"""Builds the CPU kernels with an instrument, and runs random calls of them, or tests.
 
-    python tools/instrumented.py address     runs the kernels' tests under AddressSanitizer
+    python tools/instrumented.py address     random calls: accesses out of bounds, undefined results
+    python tools/instrumented.py thread      random calls: data races
+    python tools/instrumented.py none        without a sanitizer, for another processor:
+        CXX=aarch64-linux-gnu-g++ python tools/instrumented.py none --isa baseline \
+            --under "qemu-aarch64 -L /usr/aarch64-linux-gnu"
+        CXX="python -m ziglang c++ -target x86_64-windows-gnu" python tools/instrumented.py none \
+            --under wine
+    python tools/instrumented.py tests       the kernels' tests under AddressSanitizer
     python tools/instrumented.py coverage    lists the lines and branches that no test reaches
 
-Options come before --. The arguments after -- replace the usual choice of tests. The tree is
-build/instrumented/NAME. A build there compiles only the changed files of csrc.
+Random calls come from sanitizers/driver.cpp, which calls the kernels of one instruction set without
+torch and Python. With "address" csrc/testing/fences.h fences in the pieces of a workspace too, and
+every piece starts as NaN. The compiler must be GCC or Clang with the sanitizers' runtime libraries.
+
+Tests run in a copy of the package, build/instrumented/NAME, where a build compiles only the changed
+files of csrc. Options come before --; the arguments after -- replace the usual choice of tests.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TREES = ROOT / "build" / "instrumented"
+CSRC, TREES = ROOT / "csrc", ROOT / "build" / "instrumented"
 
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSNNLSTM_FENCES=1"],
+    "thread": ["-fsanitize=thread"],
+    "none": [],
+}
+ISAS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "wide": ["-mavx2", "-mfma", "-DSNNLSTM_WIDE=1"],
+    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"],
+}
 FLAGS = {
-    "address": "-O1 -g1 -fsanitize=address -fno-omit-frame-pointer",
+    "tests": "-O1 -g1 -fsanitize=address -fno-omit-frame-pointer",
     "coverage": "-Og -g1 --coverage -fprofile-update=atomic",
 }
 TESTS = {
-    "address": ["kernels", "autograd/test_loop.py", "system/test_threads.py",
-                *(f"--ignore=tests/kernels/test_{of}.py" for of in (
-                    "cuda_check", "math", "packing")),
-                "-k", "not long and not gil"],
+    "tests": ["kernels", "autograd/test_loop.py", "system/test_threads.py",
+              *(f"--ignore=tests/kernels/test_{of}.py" for of in ("cuda_check", "math", "packing")),
+              "-k", "not long and not gil"],
     "coverage": ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal",
                  "--ignore=tests/packaging/test_distribution.py",
                  "--ignore=tests/bench/test_demo.py",
                  # These files test the emulator itself, or build much more than other tests do.
                  *(f"--ignore=tests/simt/test_{of}.py" for of in (
-                     "asan", "compiles", "core_counters", "core_mutations", "counters", "detectors",
-                     "disassembly", "fragments"))],
+                     "compiles", "core_counters", "core_mutations"))],
 }  # fmt: skip
+
+
+# ---- random calls --------------------------------------------------------------------------------
+
+
+def build_driver(sanitizer: str, isa: str) -> Path:
+    """Compiles the driver with `sanitizer` for `isa`, in one to two minutes; returns its path."""
+    cxx = shlex.split(os.environ.get("CXX") or ("g++" if shutil.which("g++") else "clang++"))
+    assert shutil.which(cxx[0]), f"no C++ compiler: {cxx[0]}"
+    folder = TREES / f"{sanitizer}-{isa}"
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=gnu++17", "-O1", "-g1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    flags += [*SANITIZERS[sanitizer], *ISAS[isa], f"-DSNNLSTM_ISA={isa}", f"-I{CSRC}"]
+
+    def compiled(source: Path) -> str:
+        out = str(folder / f"{source.stem}.o")
+        subprocess.run([*cxx, *flags, "-c", str(source), "-o", out], check=True)
+        return out
+
+    units = sorted((CSRC / "cpu" / "kernels").glob("*.cpp"), key=lambda f: -f.stat().st_size)
+    units.append(ROOT / "tools" / "sanitizers" / "driver.cpp")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, units))
+    program = folder / "driver.exe"  # as Windows wants it
+    subprocess.run([*cxx, *flags, *objects, "-pthread", "-o", str(program)], check=True)
+    return program
+
+
+def random_calls(sanitizer: str, isa: str, cases: int, seed: int, under: str) -> int:
+    """Runs random calls; a finding gives a non-zero exit status and a report on stderr.
+
+    `isa` may be "all" that this processor runs, as the installed core lists them. `under` is a
+    command that runs the program, such as an emulator of another processor.
+    """
+    isas = [isa]
+    if isa == "all":
+        from snnlstm import _C
+
+        isas = _C.isa_names()
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=1:halt_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
+    for name in isas:
+        print(f"{sanitizer}, {name}:", flush=True)
+        program = build_driver(sanitizer, name)
+        command = [*shlex.split(under), str(program), str(cases), str(seed)]
+        if status := subprocess.run(command, env=os.environ | options).returncode:
+            return status
+    return 0
+
+
+# ---- tests ---------------------------------------------------------------------------------------
 
 
 def tree(name: str) -> Path:
@@ -53,11 +129,45 @@ def tree(name: str) -> Path:
     return to
 
 
-def build(to: Path, instrument: str) -> None:
-    arguments = f"-DCMAKE_CXX_FLAGS='{FLAGS[instrument]}' -DCMAKE_CXX_FLAGS_RELEASE="
-    environment = os.environ | {"CMAKE_ARGS": arguments, "SNNLSTM_CUDA": "off"}
-    command = ["make", "-s", "core", f"PYTHON={sys.executable}"]
-    subprocess.run(command, cwd=to, env=environment, check=True)
+def run_tests(name: str, tests: list[str], more: bool) -> int:
+    """Builds the core with an instrument, and runs tests; coverage is reported.
+
+    With `more` it is the coverage of earlier runs and this one together.
+    """
+    to = tree(name)
+    arguments = f"-DCMAKE_CXX_FLAGS='{FLAGS[name]}' -DCMAKE_CXX_FLAGS_RELEASE="
+    built = os.environ | {"CMAKE_ARGS": arguments, "SNNLSTM_CUDA": "off"}
+    subprocess.run(
+        ["make", "-s", "core", f"PYTHON={sys.executable}"], cwd=to, env=built, check=True
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "SNNLSTM_ISA"}
+    environment |= {"PYTHONPATH": str(to), "COVERAGE_FILE": str(to / ".coverage")}
+    python = [sys.executable, "-m"]
+    if name == "coverage":
+        for old in () if more else [*to.glob("build/**/*.gcda"), *to.glob(".coverage*")]:
+            old.unlink()
+        python += ["coverage", "run", "-m"]
+    else:
+        libraries = [library(of) for of in ("libasan.so", "libstdc++.so.6")]
+        environment["LD_PRELOAD"] = " ".join(libraries)
+        # At its end Python leaves most memory allocated, which is no leak.
+        environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0"
+    paths = [f"tests/{of}" if (ROOT / "tests" / of).exists() else of for of in tests]
+    command = [*python, "pytest", "-q", "-p", "no:cacheprovider", *paths]
+    failed = subprocess.run(command, cwd=to, env=environment, check=False).returncode
+    for report in (
+        (
+            "coverage combine -q --append",
+            "coverage report --show-missing --skip-covered",
+            # --merge-lines counts a line once for all instantiations. Inner loops run 2^32 times.
+            "gcovr --filter=csrc/ --merge-lines --gcov-suspicious-hits-threshold=0 build",
+        )
+        if name == "coverage"
+        else ()
+    ):
+        command = [sys.executable, "-m", *report.split()]
+        subprocess.run(command, cwd=to, env=environment, check=True)
+    return failed
 
 
 def library(name: str) -> str:
@@ -66,60 +176,20 @@ def library(name: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def pytest(to: Path, tests: list[str], before: tuple[str, ...] = (), **environment: str) -> int:
-    command = [sys.executable, *before, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += files(tests)
-    inherited = {k: v for k, v in os.environ.items() if k != "SNNLSTM_ISA"}
-    done = subprocess.run(
-        command, cwd=to, env=inherited | {"PYTHONPATH": str(to)} | environment, check=False
-    )
-    return done.returncode
-
-
-def address(tests: list[str]) -> int:
-    to = tree("address")
-    build(to, "address")
-    return pytest(
-        to, tests,
-        LD_PRELOAD=f"{library('libasan.so')} {library('libstdc++.so.6')}",
-        # At its end Python leaves most memory allocated, which is no leak.
-        ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0",
-    )  # fmt: skip
-
-
-def coverage(tests: list[str], more: bool = False) -> int:
-    """Runs tests and reports coverage; with `more`, of earlier runs and this one together."""
-    to = tree("coverage")
-    build(to, "coverage")
-    for old in () if more else [*to.glob("build/**/*.gcda"), *to.glob(".coverage*")]:
-        old.unlink()
-    data = {"COVERAGE_FILE": str(to / ".coverage")}
-    failed = pytest(to, tests, ("-m", "coverage", "run"), **data)
-    for command in (
-        ["coverage", "combine", "-q", "--append"],
-        ["coverage", "report", "--show-missing", "--skip-covered"],
-        # --merge-lines counts a line once for all instantiations. Inner loops run 2^32 times.
-        ["gcovr", "--filter=csrc/", "--merge-lines", "--gcov-suspicious-hits-threshold=0", "build"],
-    ):
-        subprocess.run([sys.executable, "-m", *command], cwd=to, env=os.environ | data, check=True)
-    return failed
-
-
-def files(tests: list[str]) -> list[str]:
-    """Returns the arguments with the names of files and folders of tests/ as paths."""
-    return [f"tests/{test}" if (ROOT / "tests" / test).exists() else test for test in tests]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("instrument", choices=["address", "coverage"])
+    parser.add_argument("instrument", choices=[*SANITIZERS, *TESTS])
+    parser.add_argument("--isa", choices=[*ISAS, "all"], default="all")
+    parser.add_argument("--cases", type=int, default=300, help="random calls")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--under", default="", help="command that runs the program")
     parser.add_argument("--more", action="store_true", help="coverage: add to earlier runs")
     parser.add_argument("rest", nargs="*", metavar="-- ...", help="for pytest")
     chosen = parser.parse_args()
-    tests = chosen.rest or TESTS[chosen.instrument]
-    if chosen.instrument == "coverage":
-        return coverage(tests, chosen.more)
-    return address(tests)
+    name = chosen.instrument
+    if name in TESTS:
+        return run_tests(name, chosen.rest or TESTS[name], chosen.more)
+    return random_calls(name, chosen.isa, chosen.cases, chosen.seed, chosen.under)
 
 
 if __name__ == "__main__":

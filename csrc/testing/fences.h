@@ -1,5 +1,5 @@
 // Memory between the pieces of a workspace that AddressSanitizer lets nobody touch, in the
-// sanitizers' build (tools/sanitizers), which defines SNNLSTM_FENCES. Elsewhere there is none.
+// sanitizers' build (tools/instrumented.py), which defines SNNLSTM_FENCES. Elsewhere there is none.
 #pragma once
 
 #include "../cpu/kernels/simd.h"

@@ -197,7 +197,7 @@ Cell random_cell() {
 }
 
 void choose_algorithms(Cell& c, const cpu::Kernels& kernels) {
-  c = cpu::within_image(c);
+  c = within_image(c);
   const auto tile = [](int kernel) {
     return kernel == 1 ? 1 : int(between(kernel < 7 ? 2 : 3, 4));
   };
