@@ -213,7 +213,7 @@ def main() -> None:
     """Compiles the kernels that `make test` looks at, so that no test waits for another's nvcc."""
     if find("nvcc") is None:
         return
-    text = "nvcc is here: compiling the CUDA kernels for sm_90 takes one to two minutes of a core."
+    text = "nvcc is here: compiling the CUDA kernels for sm_90 takes about two minutes of a core."
     print(text, flush=True)
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda p: -p.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
