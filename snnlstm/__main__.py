@@ -19,7 +19,7 @@ from typing import Any
 from .native import cuda_check
 
 MISSING = "missing: "  # a fact that could not be found out is a text that starts with this
-IN_TORCH = "so that every call runs in plain torch, and slower: "
+IN_TORCH = "so that every call takes the reference path, which is slower: "
 
 # Each fact, and the module and its attribute or function that tell it. torch comes first, so that
 # snnlstm._C finds torch's OpenMP.

@@ -20,7 +20,7 @@ __all__ = ["Call", "autocast_dtype", "checked_call", "key_of", "stateless_call"]
 
 PLAIN = (Tensor, nn.Parameter)
 
-# What stands behind the channels in a shape, by the dimensions of an image.
+# The sizes after the channels in a shape, by the dimensions of an image.
 SIZES = {1: "L", 2: "H, W"}
 
 _INTS = (
@@ -343,7 +343,7 @@ def scalar_like(name: str, value: Any, x: Tensor, state: Sequence[int], spec: Ce
     if isinstance(value, Tensor):
         tensor = value
         check_dense(name, tensor)
-    else:  # what is no tensor has no device either
+    else:  # a number has no device
         tensor = real_tensor(name, value).to(x.device)
     if tensor.dim():
         real_tensor(name, tensor)
@@ -435,12 +435,12 @@ def last(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
 
 
 def repeated(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
-    """The states of all steps, (T, N, C, H, W), with a sample's last state behind its last step."""
+    """The states of all steps, (T, N, C, H, W); padded samples repeat their last state."""
     steps = active(lengths, recorded.shape[0])
     return torch.where(steps, recorded, last(recorded, before, lengths))
 
 
 def silenced(x: Tensor, lengths: Tensor) -> Tensor:
-    """A sequence (T, N, ...), with zeros behind each sample's last step."""
+    """A sequence (T, N, ...), with zeros for padded samples."""
     steps = active(lengths, x.shape[0]).flatten(1)
     return torch.where(steps.reshape(steps.shape + (1,) * (x.dim() - 2)), x, 0)

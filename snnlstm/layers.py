@@ -24,13 +24,13 @@ __all__ = [
 CELL = SConv2dLSTM if Base is nn.Module else Base  # the class of our cells and of snnTorch's
 
 LARGEST = 128 << 10
-"""Bytes of a layer's input or output at one step, up to which the CPU gets all steps as one batch.
+"""The most bytes of a layer's input or output at one step with which the CPU folds the steps.
 
 Larger steps run one by one, as in the loop: each of them goes through several layers while it is in
 the cache, and all steps at once would be slower than the loop (benchmarks/NOTES.md).
 """
 
-ALONE = "it treats every sample alone"
+ALONE = "it treats every sample by itself"
 LARGE = "one step of its input or output is larger than 128 KiB"
 TAKES = "it takes sequences"
 PER_SAMPLE = ALONE, LARGE  # the reasons of layers that neither mix samples nor keep a state
@@ -38,7 +38,7 @@ PER_SAMPLE = ALONE, LARGE  # the reasons of layers that neither mix samples nor 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer went through a sequence.
+    """How one layer ran over a sequence.
 
     Parameters
     ----------
@@ -62,8 +62,8 @@ class LayerReport:
         return f"{self.name} {self.layer}: {self.kind} ({self.reason})"
 
 
-# The layers that treat every sample alone, and the number of dimensions, (N, C, ...), from which on
-# the first one of a step is its batch.
+# The layers that treat every sample by itself, and the least number of dimensions, (N, C, ...), of
+# a step whose first one is the batch.
 _LEAST_DIM: dict[type[nn.Module], int] = {
     nn.Conv1d: 3, nn.MaxPool1d: 3, nn.AvgPool1d: 3,
     nn.Conv2d: 4, nn.MaxPool2d: 4, nn.AvgPool2d: 4, nn.AdaptiveAvgPool2d: 4,
@@ -119,7 +119,7 @@ def changed(layer: nn.Module) -> str | None:
 def not_per_sample(layer: nn.Module) -> str | None:
     """Why the result for one sample may depend on other samples, or on the steps before."""
     if type(layer) not in _LEAST_DIM:
-        return f"{type(layer).__name__} is not known to treat every sample alone"
+        return f"{type(layer).__name__} is not known to treat every sample by itself"
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         own = layer.training or layer.running_mean is None
         return "its statistics are those of one step" if own else None
@@ -129,13 +129,13 @@ def not_per_sample(layer: nn.Module) -> str | None:
 
 
 def _has_batch(layer: nn.Module, dim: int) -> bool:
-    """Whether the first of `dim` dimensions is the batch, and the layer leaves it alone."""
+    """Whether the first of `dim` dimensions is the batch, which the layer keeps."""
     start = layer.start_dim if isinstance(layer, nn.Flatten) else 1
     return dim >= _LEAST_DIM[type(layer)] and start % dim != 0
 
 
 def _widening(layer: Any) -> float:
-    """How many times the size of its input the layer's output has, where that is more than 1."""
+    """The size of the layer's output over that of its input, at least 1."""
     if isinstance(layer, nn.Linear):
         return max(1, layer.out_features / max(1, layer.in_features))
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
@@ -257,9 +257,9 @@ class SpikeRates(dict[str, SpikeCount]):
 def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
     """Count the spikes of every neuron layer of a network within a ``with`` block.
 
-    The layers are our cells, snnTorch's cells and its other neurons. Counting changes neither what
-    they compute nor the kernels that run. Code that torch.compile compiled before the block does
-    not count: compile within the block, or call the network that is not compiled. ::
+    The layers are our cells, snnTorch's cells and its other neurons. Counting changes neither their
+    results nor the kernels that run. Code that torch.compile compiled before the block is not
+    counted: compile within the block, or call the network that is not compiled. ::
 
         with snnlstm.spike_rates(net):
             net(x)

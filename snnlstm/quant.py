@@ -2,8 +2,8 @@
 
 :func:`state_quant` makes the same levels as ``snntorch.functional.quant.state_quant`` of
 snntorch 1.0.0, and the object works as ``state_quant`` of any neuron of snnTorch. snnTorch's
-needs (elements x levels) of memory, and this one little more than the result, unless torch
-compiles or traces it.
+needs memory for (elements x levels) numbers, and this one for little more than the result, unless
+torch compiles or traces it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BLOCK = 1 << 17  # distances of a block: they fit a core's cache
 
 
 def _quantise(x: Tensor, levels: Tensor) -> Tensor:
-    """Nearest level of every element, of x's shape and dtype."""
+    """Nearest level for every element, with the shape and dtype of x."""
     levels = levels.to(x.device)
 
     def nearest(part: Tensor) -> Tensor:
@@ -70,13 +70,13 @@ class _QuantiseForwardMode(_Quantise):
 class StateQuant:
     """Rounds to the nearest of a set of levels.
 
-    ``|level - x|`` is compared in floating point; an exact tie takes the lowest index, and
-    NaN and infinities take index 0. Two instances with the same levels are equal.
+    The distances ``|level - x|`` are compared in floating point. An exact tie takes the lowest
+    index; NaN and infinities take index 0. Two instances with the same levels are equal.
 
     Parameters
     ----------
     levels : Tensor
-        (n,), n >= 1, finite, floating. Copied to the CPU. The kernels take ascending levels alone.
+        (n,), n >= 1, finite, floating. Copied to the CPU. The kernels take only ascending levels.
 
     Attributes
     ----------
@@ -116,7 +116,7 @@ class StateQuant:
         return cls(levels)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Nearest level of each element, of x's shape, dtype and device."""
+        """Nearest level for each element, with the shape, dtype and device of x."""
         if torch.compiler.is_compiling():
             return _Quantise.apply(x, self.levels)
         if torch.jit.is_tracing():  # a trace with a Function of Python in it cannot be saved
@@ -174,7 +174,7 @@ def state_quant(
     upper_limit: float = 0.2,
     multiplier: float | None = None,
 ) -> StateQuant:
-    """Make a quantiser with ``2**num_bits`` levels, as snnTorch's function of this name.
+    """Make a quantiser with ``2**num_bits`` levels: snnTorch's function of this name.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """The cell in plain torch: any device, any dtype, any order of differentiation.
 
-This is the oracle of the native kernels, and the path for everything that they cannot do.
-One idea is written once: what a step computes stands here in ``_step``, in the words of
-snntorch 1.0.0's ``SConv2dLSTM``, with its defects repaired.
+This is the oracle of the native kernels, and the reference path: it runs every call that the
+kernels cannot run. ``_step`` computes one step in the words of snntorch 1.0.0's ``SConv2dLSTM``,
+with its defects repaired.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Overrides(NamedTuple):
 
 
 def _tensor_of(name: str, function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
-    """What a callable of the user's returns, which must be a tensor."""
+    """Call a callable of the user's; its result must be a tensor."""
     out: Any = function(given)
     if not isinstance(out, Tensor):
         raise TypeError(f"{name} must return a tensor, got {type(out).__name__}")
@@ -41,10 +41,10 @@ def _tensor_of(name: str, function: Callable[[Tensor], Tensor], given: Tensor) -
 
 
 def reset_signal(mem: Tensor, threshold: Tensor, surrogate: Callable[[Tensor], Tensor]) -> Tensor:
-    """Spikes of the state before the step, which reset it; they carry no gradient.
+    """Reset signal of a step: 1 where the ``mem`` before the step exceeds the threshold, else 0.
 
-    The result is 1 where ``mem > threshold``, else 0. mem is (N, C, H, W), threshold broadcasts to
-    that shape, and `surrogate` is the cell's ``spike_grad``.
+    It carries no gradient. mem is (N, C, H, W), threshold broadcasts to that shape, and `surrogate`
+    is the cell's ``spike_grad``.
     """
     if type(surrogate) is Surrogate:  # dynamo need not trace its autograd.Function
         return (mem.detach() - threshold.detach() > 0).to(mem.dtype)
@@ -60,7 +60,7 @@ def fire(
     quant: Callable[[Tensor], Tensor] | None = None,
     inhibition: bool = False,
 ) -> Tensor:
-    """Spikes (N, C, H, W) of a (pooled) membrane potential of that shape, times the graded factor.
+    """Spikes (N, C, H, W) for a (pooled) membrane potential of that shape, times the graded factor.
 
     threshold and graded broadcast to mem's shape. `quant`, if given, is applied to mem first, and
     `surrogate` to ``mem - threshold``. With `inhibition` only the neuron with the highest mem of
@@ -87,7 +87,7 @@ def _gates(call: Call, spec: CellSpec, conv: Any, x: Tensor, mem: Tensor) -> Ten
         if conv is not None:
             return conv(both)
         return F.conv2d(both, weight, bias, 1, spec.padding, spec.dilation)
-    # The stride applies to the input alone: the recurrent half keeps the size of the state.
+    # Only the input has a stride: the recurrent half keeps the size of the state.
     of_x, of_mem = weight.split([x.shape[1], mem.shape[1]], 1)
     return F.conv2d(x, of_x, bias, spec.stride, spec.padding, spec.dilation) + F.conv2d(
         mem, of_mem, None, 1, spec.padding, spec.dilation
@@ -139,10 +139,10 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one step or a whole sequence; returns spk, syn and mem.
 
-    What foreign code overrides is called in its place; a conv needs a stride of 1. spk is
-    (N, C, Hp, Wp) or (T, N, C, Hp, Wp); syn and mem are (N, C, Ho, Wo), or (T, N, C, Ho, Wo) with
-    ``call.record``. Padded samples take part in the steps, and what these do to them is dropped.
-    The results are tensors of their own, never views.
+    `overrides` are called in the place of the cell's own functions; a foreign conv needs a stride
+    of 1. spk is (N, C, Hp, Wp) or (T, N, C, Hp, Wp); syn and mem are (N, C, Ho, Wo), or
+    (T, N, C, Ho, Wo) with ``call.record``. The steps compute padded samples, too, and drop their
+    results. The results are tensors of their own, never views.
     """
     x, syn, mem = call[:3]
     overrides = overrides or Overrides()

@@ -39,40 +39,39 @@ Named = tuple[str, nn.Module]  # a layer and its name
 class Sequential(nn.Sequential):
     """Time-distributed ``nn.Sequential``: takes and returns sequences, (T, N, ...).
 
-    Equal to a loop over the steps that calls the layers one after the other, gradients and the
-    states at the end included, but each cell gets all steps in one call. After a call
+    The results, the gradients and the final states are those of a loop over the steps that calls
+    the layers one after the other, but each cell gets all steps in one call. After a call
     :attr:`report` shows which of three kinds of calls each layer got:
 
     - *sequence*: :class:`SConv2dLSTM`, and snnTorch's StateLeaky, LinearLeaky, AssociativeLeaky and
       LeakyParallel, one call for all steps. These neurons keep no state: each call starts anew;
-    - *fold*: layers of torch that treat every sample alone, one call with all steps as one batch:
+    - *fold*: layers of torch that treat every sample by itself, one call with all steps as a batch:
       Conv1d, Conv2d, Linear, Flatten, Identity, ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool1d,
       MaxPool2d, AvgPool1d, AvgPool2d, AdaptiveAvgPool2d, GroupNorm, and in evaluation BatchNorm1d,
       BatchNorm2d, Dropout and Dropout2d;
-    - *step*: everything else, one call for each step: snnTorch's other neurons, batch norm in
+    - *step*: all other layers, one call for each step: snnTorch's other neurons, batch norm in
       training (its statistics are those of one step), dropout in training (a new mask for every
-      step), whatever carries hooks, modules that are not known here, and on the CPU layers of
-      which one step is larger than 128 KiB. Several such layers run together: all of them for one
+      step), layers with hooks, modules that are not known here, and on the CPU layers whose input
+      or output at one step exceeds 128 KiB. Several such layers run together: all of them for one
       step, then for the next.
 
-    Each layer of a stack within the stack has a kind of its own. If a layer returns a tuple, such
+    The layers of a stack within the stack are reported one by one. If a layer returns a tuple, such
     as ``spk, syn, mem``, the next layer gets its first item. The last layer's tuple is returned,
     with every item stacked over time.
 
-    ``snnlstm.Sequential(*net)`` makes one from the layers of an ``nn.Sequential``; :meth:`of` keeps
-    their names as well, where they have any. States start from the stored ones, as in step
-    calls: reset them before every new sequence, for example with
-    ``snntorch.utils.reset(net)``, after ``import snntorch.utils``, or with
-    :meth:`SConv2dLSTM.reset_hidden`.
+    ``snnlstm.Sequential(*net)`` makes one from the layers of an ``nn.Sequential``; :meth:`of` also
+    keeps their names. Cells and neurons start from their stored states, as in step calls: reset
+    them before every new sequence with :meth:`SConv2dLSTM.reset_hidden`, or with
+    ``snntorch.utils.reset(net)`` after ``import snntorch.utils``.
 
-    Layers that share a state, such as one cell in two places, cannot be run one after the
-    other: the steps are then taken one by one, and the log says so. If there are several random
-    layers (dropout), they may draw the same random numbers in another order than in the loop.
+    If layers share a state, such as one cell in two places, all layers run step by step, and the
+    log names the cells. Several random layers (dropout) may draw the same random numbers in
+    another order than in the loop.
 
     Parameters
     ----------
     *layers : nn.Module
-        As of an nn.Sequential; a dictionary of named layers works, too.
+        As for an nn.Sequential; a dictionary of named layers works, too.
     batch_first : bool, default False
         Sequences are (N, T, ...), those that are returned too. The setting of the outermost stack
         counts.
@@ -80,7 +79,7 @@ class Sequential(nn.Sequential):
     Attributes
     ----------
     report : tuple of LayerReport, or None
-        How each layer went in the last call; None before it, and under torch.compile.
+        How each layer ran in the last call; None before it, and under torch.compile.
 
     Examples
     --------
@@ -119,9 +118,9 @@ class Sequential(nn.Sequential):
 
     @classmethod
     def of(cls, net: nn.Sequential, batch_first: bool = False) -> Sequential:
-        """Make one with the layers, names and mode of `net`, so with the same state_dict.
+        """Make a stack with the layers, names, mode and state_dict of `net`.
 
-        Hooks on `net` itself are not taken over.
+        Hooks on `net` itself stay behind.
 
         Raises
         ------
@@ -155,15 +154,15 @@ class Sequential(nn.Sequential):
 def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: Any = None) -> Any:
     """Run layers over a sequence, as :class:`Sequential` does, without making a module of them.
 
-    For the ``forward`` of a network that keeps its layers under names of its own: nothing is
-    registered, so the network's state_dict stays as it is. ::
+    It serves the ``forward`` of a network that keeps its layers under its own names: nothing is
+    registered, so the network's state_dict stays the same. ::
 
         def forward(self, x):  # (T, N, C, H, W)
             return snnlstm.unroll(x, self.lstm1, self.lstm2, nn.Flatten(), self.fc, self.lif)
 
-    With ``init_hidden=False`` a cell or neuron goes on from its stored state: reset it first.
-    ``unroll`` keeps nothing, so it has no report: ``snnlstm.Sequential(*layers)`` makes a module
-    of the same layers, whose :attr:`Sequential.report` tells how each of them went.
+    A cell or neuron goes on from its stored state, also with ``init_hidden=False``: reset it first.
+    ``unroll`` gives no report: ``snnlstm.Sequential(*layers)`` makes a module of the same layers,
+    whose :attr:`Sequential.report` tells how each of them ran.
 
     Parameters
     ----------
@@ -174,15 +173,15 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: An
     batch_first : bool, default False
         Sequences are (N, T, ...), those that are returned too.
     lengths : Tensor or list of int, optional
-        (N,) ints, the steps of each sample, between 0 and T. Behind its last step a sample's
-        outputs are 0, and its states, of cells and of neurons, stay as they are. Numbers on a GPU
-        are not checked, but clamped.
+        (N,) ints, the steps of each sample, between 0 and T. After its last step a sample is
+        padded: its outputs are 0, and its states in cells and neurons stay as they are. Numbers on
+        a GPU are not checked, but clamped.
 
     Returns
     -------
     Tensor or tuple of Tensor
-        The last layer's outputs of all steps, stacked. A number a step is (T,), also with
-        `batch_first`.
+        The last layer's outputs of all steps, stacked. A layer that returns one number a step gives
+        (T,), also with `batch_first`.
 
     Raises
     ------
@@ -220,7 +219,7 @@ def _check_modules(layers: Iterable[Any]) -> None:
 def _over_time(
     x: Tensor, modules: Iterable[Named], batch_first: bool, lengths: Any
 ) -> tuple[Any, tuple[LayerReport, ...]]:
-    """Run the layers over a sequence; returns their results, and how each layer went."""
+    """Run the layers over a sequence; returns their results, and how each layer ran."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dim() < 2 or x.shape[1 if batch_first else 0] == 0:
@@ -425,7 +424,7 @@ def _exchanged(out: Any) -> Any:
     return _mapped(lambda item: item.transpose(0, 1) if item.dim() > 1 else item, out)
 
 
-# ---- samples behind their last step -------------------------------------------------------------
+# ---- padded samples -----------------------------------------------------------------------------
 
 
 def _padded(out: Any, lengths: Tensor) -> Any:
@@ -438,11 +437,11 @@ def _padded(out: Any, lengths: Tensor) -> Any:
 
 
 class _Frozen:
-    """Calls a layer step by step, and leaves samples behind their last step as they are.
+    """Calls a layer step by step, and leaves padded samples as they are.
 
-    `call` is what calls the layer. The layer computes them, too, but its first result is 0 there.
-    What it keeps of a sample, in tensors (N, ...) that are its attributes or buffers of no
-    state_dict, and what it returns besides, stays what it was.
+    `call` calls the layer. The layer computes padded samples, too, but its first result is 0 there.
+    Its other results stay as they were, and so do the states that it keeps of a sample, in tensors
+    (N, ...) that are attributes or non-persistent buffers.
     """
 
     def __init__(self, layer: nn.Module, call: Callable[[Tensor], Any], lengths: Tensor) -> None:
@@ -463,9 +462,9 @@ class _Frozen:
 
 
 def _stay(active: Tensor, new: Any, old: Any, first: bool) -> Any:
-    """What is new of samples at a step of their own, else what is old, or 0.
+    """Return `new` for the active samples, and `old` for the padded ones, or 0 if there is none.
 
-    Of tuples this is so item by item, but that of the first item nothing old remains.
+    Tuples are taken item by item. Padded samples get 0 for the first item.
     """
     if isinstance(new, tuple | list):
         olds = old if isinstance(old, tuple) else (None,) * len(new)

@@ -1,8 +1,8 @@
 """Everything that needs snnTorch, which is optional.
 
 The base class of our cell, the recognition of snnTorch's surrogates and quantisers, and the
-registry through which snnTorch's own ``reset_hidden`` and ``detach_hidden`` reach our cells. A
-missing or broken snnTorch costs no more than these.
+registry through which snnTorch's own ``reset_hidden`` and ``detach_hidden`` reach our cells. If
+snnTorch is missing or broken, all the rest works.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _captured(function: types.FunctionType) -> dict[str, Any]:
 def recognise_surrogate(
     spike_grad: Callable[[Tensor], Tensor],
 ) -> surrogate.Surrogate | Callable[[Tensor], Tensor]:
-    """Our surrogate for one of ``snntorch.surrogate``; anything else as it came.
+    """Our surrogate for one of ``snntorch.surrogate``; any other callable unchanged.
 
     snnTorch 1.0.0 makes closures, ``atan.<locals>.inner``, that hold their parameters. After it
     come objects, such as an ``ATanSurrogate`` with the attribute ``alpha``. Either is recognised by
@@ -64,9 +64,9 @@ def recognise_traced(
 ) -> surrogate.Surrogate | Callable[[Tensor], Tensor]:
     """What :func:`recognise_surrogate` returns of a closure, while torch.compile traces.
 
-    The compiler reads a function's code and the numbers that it holds, and no names. The trial of
-    what the function computes is made once for its kind, outside of the trace. A closure that the
-    traced code itself has made, and an object, stay as they came.
+    The compiler reads a function's code and the numbers that it holds, but no names. The function
+    was tried once for its kind, outside the trace. Closures that the traced code itself has made,
+    and objects, stay unchanged.
     """
     if not isinstance(spike_grad, types.FunctionType):
         return spike_grad
@@ -145,7 +145,7 @@ def _agree(theirs: Callable[[Tensor], Tensor], ours: Any, points: Tensor) -> boo
 def recognise_quant(
     state_quant: Callable[[Tensor], Tensor],
 ) -> StateQuant | Callable[[Tensor], Tensor]:
-    """Our quantiser for one of ``snntorch.functional.quant``; anything else as it came.
+    """Our quantiser for one of ``snntorch.functional.quant``; any other callable unchanged.
 
     snnTorch 1.0.0 makes closures, which hold their levels. An object may hold its levels, or the
     arguments of snnTorch's function. Either is recognised by its name and by what it computes.
@@ -225,7 +225,7 @@ SEQUENCE_NEURONS: tuple[type[nn.Module], ...] = tuple(
 """snnTorch's neurons that take a whole sequence, (T, N, C), and keep nothing of it."""
 
 Base: Any = _their_class("SConv2dLSTM") or nn.Module
-"""snnTorch's cell, so that isinstance, utils.reset and BPTT know ours; else nn.Module."""
+"""snnTorch's cell, so that isinstance, utils.reset and BPTT know ours; or nn.Module."""
 
 Base1d: Any = _their_class("SConv1dLSTM")
 """snnTorch's cell on signals, which is proposed there; None as long as there is none."""

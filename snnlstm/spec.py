@@ -168,8 +168,8 @@ def pair(
 ) -> tuple[int, int]:
     """Check an int or a sequence of `dims` ints, each at least 1; returns (height, width).
 
-    What has a length alone, `dims` of 1, has height 1. `lengths` are other lengths of the sequence
-    that are accepted, and `also` says what else the argument accepts.
+    With a `dims` of 1 the height is 1. `lengths` are other lengths of the sequence that are
+    accepted, and `also` names other values that the argument accepts.
     """
     both = (value,) * dims if _is_int(value) else value
     ints = isinstance(both, (tuple, list)) and all(map(_is_int, both))

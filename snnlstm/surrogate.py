@@ -45,8 +45,8 @@ def is_number(value: object) -> bool:
 
 
 def fixed(number: float) -> float:
-    """The number itself; torch.compile, for which it may be a symbol, guards on its value here."""
-    (same,) = {number}  # the compiler has constants alone as members of a set
+    """The number itself; torch.compile, to which it may be a symbol, guards on its value here."""
+    (same,) = {number}  # the compiler allows only constants as members of a set
     return same
 
 
@@ -139,8 +139,8 @@ class _SpikeForwardMode(_Spike):
 class Surrogate:
     """A surrogate gradient, described by its kind and parameters.
 
-    Make one with the functions of this module. Equal kind and parameters compare and hash
-    equal, and instances can be copied and pickled.
+    Make one with the functions of this module. Instances of equal kind and parameters are equal
+    and have equal hashes. They can be copied and pickled.
 
     Parameters
     ----------
@@ -160,9 +160,10 @@ class Surrogate:
         return KINDS[self.kind].name
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Spikes of x, the membrane potential minus the threshold, of any shape and floating dtype.
+        """Spikes for x, the membrane potential minus the threshold, of any shape and float dtype.
 
-        The result has x's shape and dtype. It is 1 where ``x > 0``, and 0 elsewhere and for NaN.
+        The result has the shape and dtype of x. It is 1 where ``x > 0``, and 0 elsewhere, also for
+        NaN.
         """
         if self.kind == 0:
             return (x > 0).to(x.dtype)
@@ -170,7 +171,7 @@ class Surrogate:
         return spike.apply(x, self.kind, self.p0, self.p1)
 
     def factor(self, x: Tensor) -> Tensor:
-        """Return d spk / d x as the backward pass uses it, of x's shape and dtype."""
+        """Return d spk / d x as the backward pass uses it, with the shape and dtype of x."""
         return KINDS[self.kind].factor(x, self.p0, self.p1)
 
     def __repr__(self) -> str:
@@ -179,13 +180,13 @@ class Surrogate:
 
 
 NONE = Surrogate(0)
-"""No gradient through the spike, as ``surrogate_disable=True`` has it."""
+"""No gradient through the spike, as with ``surrogate_disable=True``."""
 
 
 def make(name: str, **parameters: Any) -> Surrogate:
     """Make the surrogate called `name`.
 
-    A parameter that is no number is a TypeError; one that is infinite or NaN is a ValueError.
+    A parameter that is no number raises TypeError; one that is infinite or NaN raises ValueError.
     """
     numbers = [finite_number(f"{key} of {name}", value) for key, value in parameters.items()]
     return Surrogate(_NUMBERS[name], *numbers)
@@ -230,7 +231,7 @@ def triangular(threshold: float = 1) -> Surrogate:
 
 
 def heaviside() -> Surrogate:
-    """The step itself: 1 where x > 0, else 0."""
+    """The Heaviside step itself: 1 where x > 0, else 0."""
     return make("heaviside")
 
 
@@ -243,7 +244,7 @@ def spike_rate_escape(beta: float = 1, slope: float = 25) -> Surrogate:
 
 
 def SFS(slope: float = 25, B: float = 1) -> Surrogate:
-    """Sparse fast sigmoid: that of :func:`fast_sigmoid` where x > B, else 0.
+    """Sparse fast sigmoid: the factor of :func:`fast_sigmoid` where x > B, else 0.
 
     Perez-Nieves and Goodman, "Sparse spiking gradient descent", NeurIPS 2021.
     """

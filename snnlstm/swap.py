@@ -1,4 +1,4 @@
-"""Our cell in the place of snnTorch's, and back: in a model, or wherever one is made."""
+"""Swaps snnTorch's cells for ours, and back: in a model, or wherever one is made."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class SwapReport:
     silent : tuple of str
         Names of the cells whose threshold no mem can exceed, so that they never spike.
     slow : tuple of str
-        Why swapped cells run in plain torch where they are now, such as a device without kernels.
+        Why the swapped cells take the reference path for now, such as a device without kernels.
     """
 
     action: str
@@ -102,7 +102,7 @@ class SwapReport:
             what += "; its surrogate is snnlstm's now" if name in self.surrogates else ""
             what += f"; {_SILENT}" if name in self.silent else ""
             lines.append(f"  {name or _ITSELF:{width}}  {what}")
-        lines += [f"  swapped cells run in plain torch, slower: {reason}" for reason in self.slow]
+        lines += [f"  on the reference path, which is slower: {reason}" for reason in self.slow]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -114,15 +114,15 @@ class SwapReport:
 def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     """Make every ``snntorch.SConv2dLSTM`` in a model one of ours, in place.
 
-    Each cell stays the object that it is, with its parameters, buffers, submodules, state and
-    hooks, and changes its class: whatever holds the cell goes on working, such as optimizers,
-    plain lists and ``torch.compile``. Some stay as they are, and the report gives the reason:
-    instances of subclasses and cells whose forward was replaced (they may compute something else),
-    cells that could not run in snnTorch either, such as one with an even kernel, and other neurons.
-    Only modules of the model are found, not cells that a plain list or another object alone holds.
-    The report also names modules of other classes that look like a ConvLSTM without spikes.
+    Each cell stays the same object, with its parameters, buffers, submodules, state and hooks, and
+    changes its class, so optimizers, plain lists and ``torch.compile`` keep working with it. Some
+    cells stay as they are, and the report gives the reason: instances of subclasses and cells whose
+    forward was replaced (they may compute something else), cells that snnTorch could not run
+    either, such as one with an even kernel, and other neurons. Cells are found among the model's
+    modules, but not in plain lists or other objects. The report also names modules of other classes
+    that look like a ConvLSTM without spikes.
 
-    Three things that snnTorch's cell accepts and ignores take effect: ``inhibition``, and a
+    Three settings that snnTorch's cell accepts and ignores take effect: ``inhibition``, and a
     ``reset_mechanism`` or ``surrogate_disable`` that was changed after construction.
 
     Parameters
@@ -130,7 +130,7 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     model : nn.Module
         A model, or a bare cell.
     surrogates : bool, default False
-        Also give snnTorch's other neurons our surrogates in the place of its closures. Our
+        Also replace the surrogates of snnTorch's other neurons, which are closures, by ours. Our
         surrogates compute the same and can be pickled, so that ``torch.save(model)`` works.
         :func:`snnlstm.restore` leaves them there.
 
@@ -184,12 +184,12 @@ def _is_silent(module: Any) -> bool:
 def restore(model: nn.Module) -> SwapReport:
     """Make every :class:`SConv2dLSTM` of this package in a model one of snnTorch's, in place.
 
-    This undoes :func:`snnlstm.accelerate`, and takes models that were built with our cell, too. A
-    cell keeps what it keeps there. snnTorch's own ``spike_grad`` and ``state_quant`` come back
-    where they were not changed since; otherwise ours stay, which work in snnTorch's cell as well.
-    A cell that does what snnTorch's cannot stays as it is, and the report gives the reason:
-    ``stride``, ``dilation`` and ``checkpoint``, and, unless the cell came from snnTorch,
-    ``inhibition``, float16 and bfloat16.
+    This undoes :func:`snnlstm.accelerate`, and also takes models that were built with our cell. A
+    cell keeps its parameters, buffers, submodules, state and hooks. snnTorch's own ``spike_grad``
+    and ``state_quant`` come back if they were not changed since; otherwise ours stay, which work in
+    snnTorch's cell as well. A cell with an option that snnTorch's cell does not have stays as it
+    is, and the report gives the reason: ``stride``, ``dilation`` and ``checkpoint``, and, unless
+    the cell came from snnTorch, ``inhibition``, float16 and bfloat16.
 
     `model`, the report and the errors are those of :func:`snnlstm.accelerate`.
     """
@@ -210,7 +210,7 @@ def _swap(
     """Make cells of one library those of the other, and report the rest.
 
     `counterpart` returns the other library's cell for a module, the reason to leave the module, or
-    None for a module that is no matter of a swap.
+    None for a module that a swap does not concern.
     """
     a_module("model", model)
     _require_snntorch(action)
@@ -271,7 +271,7 @@ def _looks_like_a_convlstm(module: nn.Module) -> bool:
 
 
 def _difference(cell: Any) -> str | None:
-    """What three steps of a cell of snnTorch have against ours in its place; None if nothing.
+    """Why our cell cannot take the place of a cell of snnTorch; None if three steps agree.
 
     A copy of the cell and ours are called in float64 on the CPU, on equal random numbers.
     """
@@ -285,7 +285,7 @@ def _difference(cell: Any) -> str | None:
             return f"a call raises {type(error).__name__}: {error}"
     # snnTorch's spikes are float32.
     same = len(theirs) == len(ours) and all(map(partial(torch.allclose, rtol=1e-5), theirs, ours))
-    return None if same else "it computes other things than our cell"
+    return None if same else "it computes other results than our cell"
 
 
 def _three_steps(cell: Any) -> list[Tensor]:
@@ -302,7 +302,7 @@ def _three_steps(cell: Any) -> list[Tensor]:
 
 
 def _why_not_as_released(cell: Any) -> str | None:
-    """What makes a cell of snnTorch's class compute something else; None if nothing does."""
+    """Why a cell of snnTorch's class may compute other results; None if it does not."""
     for name, released in METHODS.items():
         if name in cell.__dict__ and name not in ("fire", "mem_reset"):  # ours calls these two
             return f"its {name} was replaced"
@@ -366,8 +366,8 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
         if _RECOGNISE[name](original) == callables[name]:
             callables[name] = original
     kind = next(theirs for theirs, ours in OURS.items() if ours is type(old))
-    # This cell is tiny and draws no random numbers; its tensors are replaced below. patch() lets
-    # the constructor of subclasses be.
+    # This cell is tiny and draws no random numbers; its tensors are replaced below. patch() does
+    # not change the constructor of subclasses.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         cell = type(kind.__name__, (kind,), {})(
             1, 1, 1, surrogate_disable=old.surrogate_disable, reset_mechanism=old.reset_mechanism,
@@ -380,7 +380,7 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
     ours |= {"_path", "_adopted", "_layer_name", "_reset_source"}
     _share(old, cell, ours)
     for name in _chosen(cell):
-        setattr(cell, name, MethodType(getattr(cell, name).__func__, old))  # old is to become cell
+        setattr(cell, name, MethodType(getattr(cell, name).__func__, old))  # old becomes the cell
     cell._buffers.update(syn=old.syn, mem=old.mem)
     cell._non_persistent_buffers_set |= {"syn", "mem"}
     return cell
@@ -394,7 +394,7 @@ def _chosen(cell: nn.Module) -> set[str]:
 
 
 def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
-    """Give `new` what `old` holds, but for the attributes that only old's class needs."""
+    """Give `new` all attributes of `old`, except those that only old's class needs."""
     # The handles of hooks point to the dictionaries of hooks.
     shared = {key for key in old.__dict__ if "hook" in key} | {"training"}
     extra = set(old.__dict__) - set(new.__dict__) - private
@@ -411,20 +411,20 @@ _patch: ExitStack | None = None  # what undoes the patch that is in force
 
 
 def patch() -> AbstractContextManager[object]:
-    """From now on, ``snntorch.SConv2dLSTM(...)`` makes one of our cells.
+    """Let ``snntorch.SConv2dLSTM(...)`` make our cells from now on.
 
-    It does not matter who imported the name, and when: the class stays the same object, and a call
-    of the class makes an instance of ours, which is a subclass of it. So ``isinstance`` and
+    This holds for all code, whenever it imported the name: the class stays the same object, and a
+    call of it makes an instance of our class, a subclass of it. So ``isinstance`` and
     ``snntorch.utils.reset`` know the cells made before and those made after. Our keyword
-    arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's cell stay what they
-    are, and so do cells that exist already: see :func:`snnlstm.accelerate`. A second call changes
-    nothing. The class's old name, ``snntorch.SConvLSTM``, is there for as long as the patch.
+    arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's cell do not change, and
+    neither do cells that exist already: see :func:`snnlstm.accelerate`. A second call changes
+    nothing. The class's old name, ``snntorch.SConvLSTM``, exists as long as the patch.
 
     Returns
     -------
     context manager
-        In a ``with`` statement it undoes the patch at the end of the block, unless the patch was
-        there before.
+        In a ``with`` statement it undoes the patch at the end of the block, unless the patch was in
+        force before.
 
     Raises
     ------
@@ -457,7 +457,7 @@ def patch() -> AbstractContextManager[object]:
 def unpatch() -> None:
     """Undo :func:`snnlstm.patch`.
 
-    Cells that were made meanwhile stay ours: see :func:`snnlstm.restore`.
+    Cells made under the patch stay ours: see :func:`snnlstm.restore`.
     """
     global _patch
     if _patch is not None:

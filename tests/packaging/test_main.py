@@ -22,7 +22,7 @@ from tests.shared.helpers import HANG
     [
         ("", ""),
         ("snntorch numpy", ""),
-        ("snnlstm._C", "so that every call runs in plain torch, and slower: "),
+        ("snnlstm._C", "so that every call takes the reference path, which is slower: "),
         ("snnlstm._C numpy snntorch torch", "pip install torch"),
     ],
 )

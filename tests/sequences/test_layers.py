@@ -48,8 +48,8 @@ def test_global_hooks_are_called_at_every_step():
 REASONS = {
     "it keeps a state from step to step": [leaky()],
     "it draws a new mask for every step": [nn.Dropout(0.5), nn.Dropout2d(1.0)],
-    "InstanceNorm2d is not known to treat every sample alone": [nn.InstanceNorm2d(2)],
-    "it treats every sample alone": [
+    "InstanceNorm2d is not known to treat every sample by itself": [nn.InstanceNorm2d(2)],
+    "it treats every sample by itself": [
         nn.Dropout(0.0), nn.Dropout(0.5).eval(), nn.GroupNorm(1, 2), nn.ReLU(),
     ],
 }  # fmt: skip

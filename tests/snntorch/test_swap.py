@@ -377,7 +377,7 @@ def test_the_report_and_the_log_name_a_device_without_kernels(caplog):
     report = snnlstm.accelerate(model)
     assert report.slow == ("there are no kernels for device meta",)
     assert str(report).splitlines()[3:] == [
-        "  swapped cells run in plain torch, slower: there are no kernels for device meta"
+        "  on the reference path, which is slower: there are no kernels for device meta"
     ]
     assert not caplog.records  # the cells that a swap makes are on meta, too
     model[0](torch.empty(1, 2, 6, 6, device="meta"))

@@ -91,7 +91,7 @@ def test_their_cell_on_signals_is_swapped_both_ways_once_it_exists(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (InAnotherOrder, "it computes other things than our cell"),
+        (InAnotherOrder, "it computes other results than our cell"),
         (Fails, "a call raises TypeError: "),
     ],
 )
