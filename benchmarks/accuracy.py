@@ -46,7 +46,7 @@ def run(plain: bool, tensors: list[Tensor]) -> tuple[list[Tensor], str]:
     if plain:
         mem, name = reference.run(call, spec)[2], "reference"
     else:
-        _, _, mem, path = running.run(call, running.entry_of({}, call, spec))
+        _, _, mem, path = running.run(call, running.entry_of(running.Entries(), call, spec))
         name = path.name
     mem.backward(grad)
     return [mem.detach(), leaves[0].grad, leaves[1].grad], name

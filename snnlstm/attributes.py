@@ -61,7 +61,7 @@ class CellAttributes(Base):
 
     def _remake_spec(self) -> None:
         """Make the spec anew, at once: torch.compile must find it made."""
-        self._entries = {}
+        self._entries = Entries()
         try:
             self._spec = self._make_spec()
         except ValueError:  # two attributes contradict each other until the second one is set
@@ -239,12 +239,13 @@ class CellAttributes(Base):
     def _replicate_for_data_parallel(self) -> Any:
         """Give a replica of DataParallel, which shares the attributes, states of its own."""
         replica = super()._replicate_for_data_parallel()
-        replica._state, replica._entries = self._state.shared(), {}
+        replica._state, replica._entries = self._state.shared(), Entries()
+        replica._reset_source = None
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_spec"], state["_entries"] = None, {}
+        state["_spec"], state["_entries"] = None, Entries()
         state["_reset_source"], state["_logged"] = None, set()
         state["_state"] = copy(self._state)  # without the graph
         state.pop("spk", None)  # spk hangs on the graph of the last call

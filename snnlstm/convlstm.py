@@ -94,7 +94,7 @@ class ConvLSTMCell(nn.Module):
             kernel_size, surrogate_disable=True, spiking=False, stride=stride, dilation=dilation,
             checkpoint=checkpoint,
         )  # fmt: skip
-        self._entries: Entries = {}
+        self._entries = Entries()
         self._logged: set[str] = set()
         self.kernel_size, self.padding = described.kernel_size, described.padding
         self.stride, self.dilation = described.stride, described.dilation
@@ -166,11 +166,11 @@ class ConvLSTMCell(nn.Module):
         return every, h, c
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_entries": {}, "_logged": set()}
+        return self.__dict__ | {"_entries": Entries(), "_logged": set()}
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
-        replica._entries = {}
+        replica._entries = Entries()
         return replica
 
     def init_hidden(self, batch_size: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from .path import Entries, entry_of, run, run_traced
 
 __all__ = ["sconv2dlstm"]
 
-_entries: Entries = {}
+_entries = Entries()
 
 
 def sconv2dlstm(

@@ -21,6 +21,7 @@ from .call import (
     values,
 )
 from .path import (
+    Entries,
     Path,
     entry_of,
     entry_of_foreign,
@@ -167,7 +168,7 @@ class SConv2dLSTM(CellAttributes):
         shape = real_tensor("threshold", threshold).shape
         channel_broadcast("threshold", shape, out_channels, self._dims)
 
-        self._spec, self._entries, self._logged = None, {}, set()
+        self._spec, self._entries, self._logged = None, Entries(), set()
         self._initial_threshold = (
             threshold.detach().cpu().clone() if isinstance(threshold, Tensor) else threshold
         )
@@ -381,7 +382,7 @@ class SConv2dLSTM(CellAttributes):
                 else:
                     threshold: Any = call.threshold
                     reset = reference.reset_signal(call.mem, threshold, described.surrogate)
-                self._reset_source = ResetSource.of(reset)
+                self._reset_source = ResetSource(reset)
             if call.record:
                 self._keep_recorded(syn, mem, True)
             else:
@@ -405,10 +406,10 @@ class SConv2dLSTM(CellAttributes):
         if call.x.dim() == 5:
             spk = spk.transpose(0, 1) if self.batch_first else spk
         elif overrides is not None and overrides.mem_reset is not None:
-            source = ResetSource.of(overrides.mem_reset.reset)  # type: ignore[attr-defined]
+            source = ResetSource(overrides.mem_reset.reset)  # type: ignore[attr-defined]
         else:
-            before = self._reset_source
-            source = ResetSource(call.mem, call.threshold, described.surrogate, before)
+            source = self._reset_source or ResetSource()
+            source.follow(call.mem, call.threshold, described.surrogate)
         # With setattr nn.Module searches for parameters.
         self.__dict__.update(_path=path, spk=spk, _reset_source=source)
         if call.record:

@@ -223,43 +223,29 @@ class LastReset:
 
 
 class ResetSource:
-    """The reset signal of a step's call, computed when somebody asks for it, which is rare.
-
-    While the threshold does not change, the copy of the step `before` serves.
-    """
+    """The reset signal of a cell's last step call, computed when somebody asks for it."""
 
     __slots__ = ("copy", "mem", "reset", "surrogate", "threshold", "threshold_version", "version")
 
-    reset: Tensor | None
-    copy: Tensor | None
-
-    def __init__(
-        self, mem: Tensor, threshold: Any, surrogate: Any, before: ResetSource | None
-    ) -> None:
-        self.reset = None
-        self.mem, self.version, self.surrogate = mem, version(mem), surrogate
-        # Optimizers, and users, write to a threshold in place.
-        self.threshold, self.threshold_version = threshold, version(threshold)
-        if (
-            before is not None
-            and before.copy is not None
-            and before.threshold is threshold
-            and before.threshold_version == self.threshold_version
-        ):
-            self.copy = before.copy
-        else:
-            self.copy = threshold.detach().clone()
-
-    @classmethod
-    def of(cls, reset: Tensor) -> ResetSource:
-        """Return the source of a signal that is known.
+    def __init__(self, reset: Tensor | None = None) -> None:
+        """Start with a signal that is known.
 
         It is under torch.compile, because dynamo cannot watch for modifications in place, and where
         a subclass has a mem_reset of its own.
         """
-        source = cls.__new__(cls)
-        source.reset, source.copy = reset, None
-        return source
+        self.reset, self.threshold = reset, None
+
+    def follow(self, mem: Tensor, threshold: Any, surrogate: Any) -> None:
+        """Take what the signal of a call follows from.
+
+        While the threshold does not change, the copy of the last step serves.
+        """
+        self.reset, self.mem, self.version, self.surrogate = None, mem, version(mem), surrogate
+        # Optimizers, and users, write to a threshold in place.
+        of_threshold = version(threshold)
+        if self.threshold is not threshold or self.threshold_version != of_threshold:
+            self.threshold, self.threshold_version = threshold, of_threshold
+            self.copy = threshold.detach().clone()
 
     def signal(self) -> Tensor:
         """Return the reset signal, of mem's shape; see :attr:`SConv2dLSTM.reset`."""
@@ -270,7 +256,6 @@ class ResetSource:
                 "reset can no longer be computed: the mem that was passed to the last call was "
                 "modified in place; read reset before that"
             )
-        assert self.copy is not None
         same = version(self.threshold) == self.threshold_version
         if same and not torch.allclose(self.threshold, self.copy, 0, 0, equal_nan=True):
             raise RuntimeError(

@@ -15,11 +15,9 @@ from ..call import Call
 from ..spec import DTYPES, HALF_TYPES, CellSpec
 from . import pool
 from .plan import (
-    NO_SAVED,
     CommonPlan,
     Gradients,
     Result,
-    Saved,
     Shapes,
     Sizes,
     address,
@@ -30,10 +28,8 @@ from .plan import (
     make_cell,
     no_memory,
     numbers,
-    saved_addresses,
     shaped_as,
     stochastic_noise,
-    view,
 )
 
 __all__ = ["ALGORITHMS", "Backend", "PackedWeight", "packed_weight", "set_isa"]
@@ -179,11 +175,11 @@ def _drop_overlapping(entries: dict[tuple[Any, ...], PackedWeight], place: Any) 
 # ---- plans ---------------------------------------------------------------------------------------
 
 
-class Decided(NamedTuple):
-    """What the values of a call decide of its algorithms."""
+Decided = tuple[int, int]
+"""What the values of a call decide of its algorithms.
 
-    percent: int  # of x's numbers that are not zero
-    most_inputs: int  # PackedWeight's
+The percentage of x's numbers that are not zero, and :attr:`PackedWeight.most_inputs`.
+"""
 
 
 class Pass:
@@ -215,8 +211,6 @@ class Plan(CommonPlan):
         _, algorithm, self.threads, self.isa = settings
         self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
         self.cell = make_cell(_C, self)
-        largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved_shapes)
-        self.saves_blocks = largest >= pool.SMALLEST  # which are used again, by pool.py
         results = math.prod(self.spk_memory[0]), math.prod(self.state_memory[0])
         self.largest_result = self.dtype.itemsize * max(results)
         quant = spec.quant
@@ -244,23 +238,17 @@ class Plan(CommonPlan):
                 self._forward_passes[decided] = known
         return known
 
-    def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def empty_results(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for spk, syn and mem; large ones lie in blocks that are used again."""
         if self.largest_result < pool.MAPPED:
-            return super().empty_results(x)
+            return super().empty_results(call)
         kinds = self.spk_memory, self.state_memory, self.state_memory
-        return tuple(self._empty_result(x, *kind) for kind in kinds)  # type: ignore[return-value]
+        return tuple(self._empty_result(call.x, *kind) for kind in kinds)  # type: ignore[return-value]
 
     def _empty_result(self, x: Tensor, shape: Any, strides: Any) -> Tensor:
         if math.prod(shape) * x.itemsize >= pool.MAPPED:
             return pool.empty_strided(shape, strides, x.dtype)
         return x.new_empty_strided(shape, strides)
-
-    def empty_saved(self, x: Tensor) -> Saved:
-        """What the forward pass saves in training, uninitialised."""
-        if self.saves_blocks:
-            return Saved(*(pool.empty(shape, kind) for shape, kind in self.saved_shapes))
-        return super().empty_saved(x)
 
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
@@ -275,10 +263,10 @@ class Plan(CommonPlan):
             percent = _C.density(self.cell, (x.data_ptr(), self.x5), lengths_at)
         a_pass = self._forward_passes.get((percent, packed.most_inputs))
         if a_pass is None:
-            a_pass = self._pass(Decided(percent, packed.most_inputs), False, False, False)
+            a_pass = self._pass((percent, packed.most_inputs), False, False, False)
         forms = packed.forms(a_pass)
-        spk, new_syn, new_mem = self.empty_results(x)
-        saved = self.empty_saved(x) if training else None
+        spk, new_syn, new_mem = self.empty_results(call)
+        saved = pool.empty((self.saved.bytes,), torch.uint8) if training else None
         if not self.reads_as_is:
             bias, threshold, graded = (
                 None if t is None else numbers(t, self.dtype) for t in call[4:7]
@@ -296,7 +284,7 @@ class Plan(CommonPlan):
         addresses = (
             (x_at, self.x5), (syn_at, self.syn5), (mem_at, self.mem5), *forms.addresses,
             threshold_at, self.threshold_stride, 0 if graded is None else graded.data_ptr(),
-            self.levels_address, record, *(NO_SAVED if saved is None else saved_addresses(saved)),
+            self.levels_address, record, *self.saved.addresses(saved),
             lengths_at, address(order), workspace.data_ptr(), bias_at, None,
             (spk.data_ptr(), self.spk5) if self.has_spk else None,
             (new_syn.data_ptr(), self.state5), (new_mem.data_ptr(), self.state5),
@@ -305,22 +293,22 @@ class Plan(CommonPlan):
         pool.let_go(workspace)
         if lengths is not None and not record:
             keep_empty(call, (new_syn, new_mem), (syn, mem))
-        return Result(spk, new_syn, new_mem, saved or (), a_pass.name, a_pass.decided, packed)
+        return Result(spk, new_syn, new_mem, saved, a_pass.name, a_pass.decided, packed)
 
     def backward(
         self,
         call: Call,
-        saved: Sequence[Tensor],
+        saved: Tensor,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
         decided: Sequence[int],
         packed: PackedWeight | None,
     ) -> Gradients:
         """Run the backward kernels on what :meth:`forward` was given and saved."""
-        call, restored = self.as_saved(call, saved)
+        call, saved, views = self.as_saved(call, saved)
         lengths = call.lengths
         order = None if lengths is None else longest_first(lengths)
-        a_pass = self._pass(Decided(*decided), True, wanted[0], wanted[3])
+        a_pass = self._pass(tuple(decided), True, wanted[0], wanted[3])
         if packed is None:  # torch.compile's graph, which keeps tensors alone
             packed = packed_weight(self.saved_weight(call))
         forms = packed.forms(a_pass)
@@ -330,9 +318,9 @@ class Plan(CommonPlan):
         workspace = pool.workspace(a_pass.workspace)
         out = empty_gradients(call.x, self.gradient_memory, wanted)
         addresses = (
-            *map(view, call[:3]), *forms.addresses,
+            *views, *forms.addresses,
             threshold_at, self.threshold_stride, graded_at, self.levels_address, call.record,
-            *saved_addresses(restored), address(lengths), address(order),
+            *self.saved.addresses(saved), address(lengths), address(order),
             workspace.data_ptr(), *gradient_addresses(grads, noise, out), 0, 0,
         )  # fmt: skip
         a_pass.run(addresses)

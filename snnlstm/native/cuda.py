@@ -36,7 +36,6 @@ from .plan import (
     keep_empty,
     make_cell,
     numbers,
-    saved_addresses,
     shaped_as,
     stochastic_noise,
     view,
@@ -164,8 +163,8 @@ class Plan(CommonPlan):
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
         x = call.x
         with self.backend.guard(x.device):
-            saved = self.empty_saved(x) if training else None
-            result = Result(*self.empty_results(x), saved or ())
+            saved = empty_bytes(self.saved.bytes, x.device) if training else None
+            result = Result(*self.empty_results(call), saved)
             if call.lengths is not None:
                 result.spk.zero_()  # the host does not know the lengths
             neurons, held = self._neurons(call)
@@ -190,12 +189,11 @@ class Plan(CommonPlan):
             torch_conv.forward(self, run, call, neurons, bias, result)
             return
         spk, syn, mem = result[:3]
-        saved: Any = result.saved or None
         packed, workspace, _held = self._memory(core, call.weight, stream)
         run((
             (call.x.data_ptr(), self.x5), (call.syn.data_ptr(), self.syn5),
             (call.mem.data_ptr(), self.mem5), packed, 0, 0, *neurons, call.record,
-            *saved_addresses(saved), address(call.lengths), 0, workspace, bias, None,
+            *self.saved.addresses(result.saved), address(call.lengths), 0, workspace, bias, None,
             (spk.data_ptr(), self.spk5) if self.has_spk else None,
             (syn.data_ptr(), self.state5), (mem.data_ptr(), self.state5),
         ))  # fmt: skip
@@ -203,19 +201,19 @@ class Plan(CommonPlan):
     def backward(
         self,
         call: Call,
-        saved: Sequence[Tensor],
+        saved: Tensor,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
         decided: Sequence[int],
         packed: None,
     ) -> Gradients:
         """Run the backward kernels on what :meth:`forward` was given and saved."""
-        call, restored = self.as_saved(call, saved)
+        call, saved, _ = self.as_saved(call, saved)
         call = call._replace(weight=self.saved_weight(call))
         with self.backend.guard(call.x.device):
             neurons, held = self._neurons(call)
             noise = stochastic_noise(self, grads[0])
-            given = BackwardPass(call, neurons, restored, grads, noise)
+            given = BackwardPass(call, neurons, saved, grads, noise)
 
             def run(core: Any) -> Gradients:
                 return self._backward(core, given, wanted)
@@ -261,9 +259,10 @@ class Plan(CommonPlan):
         stream = self.stream
         packed, workspace, _held = self._memory(core, call.weight, stream)
         core.backward(stream, (
-            *map(view, call[:3]), packed, 0, 0, *neurons, call.record, *saved_addresses(saved),
-            address(call.lengths), 0, workspace, *gradient_addresses(grads, noise, out),
-            address(d_gates), 0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),
+            *map(view, call[:3]), packed, 0, 0, *neurons, call.record,
+            *self.saved.addresses(saved), address(call.lengths), 0, workspace,
+            *gradient_addresses(grads, noise, out), address(d_gates),
+            0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),
         ))  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from .plan import (
     Gradients,
     Plan,
     Result,
-    Saved,
+    SavedLayout,
     Shapes,
     Sizes,
     empty_gradients,
@@ -192,8 +192,8 @@ class _SConv2dLSTM(torch.autograd.Function):
         # A threshold may be written to before the backward pass: snnTorch's graph keeps none.
         ctx.threshold = threshold = call.threshold
         if threshold is not None:
-            ctx.version, threshold = version(threshold), threshold.clone()
-        ctx.save_for_backward(*call[:5], threshold, call.graded, call.lengths, *result.saved)
+            ctx.version, ctx.copy = version(threshold), threshold.clone()
+        ctx.save_for_backward(*call[:5], call.graded, call.lengths, result.saved)
         ctx.plan, ctx.record = plan, call.record
         ctx.decided, ctx.packed = result.decided, result.packed
         ctx.set_materialize_grads(False)
@@ -223,8 +223,8 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         if "a second time" in str(error):  # torch's "Trying to backward through the graph ..."
             raise RuntimeError(f"{error} {_FORGOTTEN}") from None
         raise
-    *tensors, lengths = everything[:8]
-    saved = everything[8:]
+    *tensors, graded, lengths, saved = everything
+    threshold = None if ctx.threshold is None else ctx.copy
     wanted = _reached(ctx.needs_input_grad[1:7], ctx.plan.spec, grads)
     again = torch.is_grad_enabled()
     if again and wanted[5]:
@@ -233,8 +233,8 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
                 "the threshold was modified by an inplace operation, and its gradient is to be "
                 "differentiated"
             )
-        tensors[5] = ctx.threshold
-    call = Call._make((*tensors, lengths, ctx.record))
+        threshold = ctx.threshold
+    call = Call._make((*tensors, threshold, graded, lengths, ctx.record))
     if again or _beyond_kernels(grads):
         return _in_plain_torch(ctx.plan, call, grads, wanted, again)
     packed = ctx.packed
@@ -324,19 +324,19 @@ def layout() -> int:
     counts = [_C.cpu_padded_channels(dtype, c) for dtype in (0, 1) for c in range(1, 129)]
     if "cuda" in BACKENDS:
         counts += map(_C.cuda_padded_channels, range(1, 129))
-    return zlib.crc32(repr((Saved._fields, counts)).encode())
+    return zlib.crc32(repr(("gates, syn, winner, places", counts)).encode())
 
 
 LAYOUT = layout()  # computed here, because dynamo cannot trace a call into the core
 
 
-def _text(spec: CellSpec, operands: torch.dtype | None) -> str:
+def _text(spec: CellSpec, dtype: torch.dtype, operands: torch.dtype | None) -> str:
     # A graph that torch.compile keeps on disk must not serve where another layout is saved.
-    return f"{LAYOUT}|{operands}|{spec.text}"
+    return f"{LAYOUT}|{dtype}|{operands}|{spec.text}"
 
 
 def _spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
-    _, operands, rest = text.split("|", 2)
+    _, _, operands, rest = text.split("|", 3)
     return CellSpec.from_text(rest), getattr(torch, operands.removeprefix("torch."), None)
 
 
@@ -350,8 +350,14 @@ def _sizes(call: Call, text: str) -> Sizes:
     return Sizes(call, *_traced_spec(text))
 
 
-def _plan(call: Call, text: str, algorithm: str) -> Plan:
-    return plan_of(call, *_spec(text), BACKENDS[call.x.device.type].settings(algorithm))
+def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[Plan, Call]:
+    """The plan of an operator's call, and the call in the dtype of its text.
+
+    Hooks on the tensors that a compiled graph saves may have brought some back in another dtype.
+    """
+    dtype = getattr(torch, text.split("|")[1].removeprefix("torch."))
+    call = Call._make((*(plain(t).to(dtype) for t in fields[:4]), *fields[4:]))
+    return plan_of(call, *_spec(text), BACKENDS[call.x.device.type].settings(algorithm)), call
 
 
 def _numbers(x: Tensor, decided: Sequence[int]) -> Tensor:
@@ -361,19 +367,19 @@ def _numbers(x: Tensor, decided: Sequence[int]) -> Tensor:
 
 
 @torch.library.custom_op(
-    "snnlstm::forward", mutates_args=(), schema=f"({_CALL}, bool training) -> {_results(8)}"
+    "snnlstm::forward", mutates_args=(), schema=f"({_CALL}, bool training) -> {_results(5)}"
 )
 def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    call, (text, algorithm, training) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    result = _plan(call, text, algorithm).forward(call, training)
-    return _eight(call.x, result)
+    text, algorithm, training = arguments[_FIELDS:]
+    plan, call = _planned(arguments[:_FIELDS], text, algorithm)
+    result = plan.forward(call, training)
+    return _five(call.x, result)
 
 
-def _eight(x: Tensor, r: Result) -> tuple[Tensor, ...]:
+def _five(x: Tensor, r: Result) -> tuple[Tensor, ...]:
     """A forward pass's results, as its operator returns them; nothing is saved in inference."""
-    kinds = x.dtype, x.dtype, torch.int64, torch.uint8
-    saved = r.saved or [x.new_empty(0, dtype=kind) for kind in kinds]
-    return r.spk, r.syn, r.mem, *saved, _numbers(x, r.decided)
+    saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved
+    return r.spk, r.syn, r.mem, saved, _numbers(x, r.decided)
 
 
 @_forward_operator.register_fake
@@ -381,25 +387,20 @@ def _(*arguments):
     call, (text, _, training) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
     s, x = _sizes(call, text), call.x
     spk, state = (empty_like_images(x, shape) for shape in s.outputs())
-    shapes = BACKENDS[x.device.type].saved_shapes(s) if training else ()
-    saved = [x.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
-    decided = (0,) * len(cpu.Decided._fields) if x.device.type == "cpu" else ()
-    return _eight(x, Result(spk, state, torch.empty_like(state), saved, decided=decided))
+    layout = SavedLayout(BACKENDS[x.device.type].saved_shapes(s) if training else ())
+    saved = x.new_empty(layout.bytes, dtype=torch.uint8)
+    decided = (0, 0) if x.device.type == "cpu" else ()
+    return _five(x, Result(spk, state, torch.empty_like(state), saved, decided=decided))
 
 
 @torch.library.custom_op(
     "snnlstm::backward", mutates_args=(),
-    schema=f"({_CALL}, Tensor saved_gates, Tensor saved_syn, Tensor saved_winner, "
-    "Tensor saved_places, Tensor decided, Tensor? grad_spk, Tensor? grad_syn, Tensor? grad_mem, "
-    f"bool[] wanted) -> {_results(6)}",
+    schema=f"({_CALL}, Tensor saved, Tensor decided, Tensor? grad_spk, Tensor? grad_syn, "
+    f"Tensor? grad_mem, bool[] wanted) -> {_results(6)}",
 )  # fmt: skip
 def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    call, (text, algorithm, *rest) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    saved, decided, grads, wanted = rest[:4], rest[4], rest[5:8], rest[8]
-    dtype = next(grad.dtype for grad in grads if grad is not None)
-    x, syn, mem, weight = (plain(t).to(dtype) for t in call[:4])
-    call = call._replace(x=x, syn=syn, mem=mem, weight=weight)
-    plan = _plan(call, text, algorithm)
+    text, algorithm, saved, decided, *grads, wanted = arguments[_FIELDS:]
+    plan, call = _planned(arguments[:_FIELDS], text, algorithm)
     grads = [None if grad is None else plain(grad) for grad in grads]
     out = plan.backward(call, saved, grads, wanted, decided.tolist(), None)
     return _six(call.x, out)
@@ -448,7 +449,7 @@ def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Te
     training = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, syn, mem, weight, bias, threshold)
     )
-    text = _text(spec, operands_of(call, autocast_dtype(x.device.type)))
+    text = _text(spec, x.dtype, operands_of(call, autocast_dtype(x.device.type)))
     tensors = x, syn, mem, weight, bias, threshold, graded, lengths
     spk, new_syn, new_mem, *_ = _forward_operator(*tensors, record, text, algorithm, training)
     if not spec.passes_gradient(call.sequence):

@@ -17,26 +17,55 @@ from ..call import Call
 from ..spec import DTYPES, POOLS, RESETS, CellSpec
 from . import pool
 
-__all__ = ["CommonPlan", "Gradients", "Plan", "Result", "Saved", "Sizes"]
+__all__ = ["CommonPlan", "Gradients", "Plan", "Result", "SavedLayout", "Sizes"]
 
 
 Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
-"""Shape and dtype of each tensor of a :class:`Saved`."""
+"""Shape and dtype of each part of what is saved."""
 
 
-class Saved(NamedTuple):
-    """What a forward pass saves for its backward pass, beside its arguments.
+class SavedLayout:
+    """Where a forward pass leaves what its backward pass needs beside its arguments.
 
-    Cp is the number of channels C, rounded up to whole vectors.
+    All of it lies in one block of bytes, which costs autograd the time of one tensor. Cp is the
+    number of channels C, rounded up to whole vectors. The parts are
+
+    - gates (T, N, Ho * Wo, 4 Cp), activated, of every step, in the kernels' own order
+    - syn (T, N, Ho * Wo, Cp), after every step; on CUDA, after every step but the last
+    - winner (T, N) int64, the neuron that inhibition let through; (0,) without inhibition
+    - places (T, N, Hp * Wp, channels), for each pooled pixel the number of the pixel of its window
+      that gets the gradient, row by row; (0,) without max_pool. uint8, or int32 where a window has
+      more than 256 pixels.
+
+    Gates and syn are whole vectors, so that each part is aligned where the one before it ends.
     """
 
-    gates: Tensor  # (T, N, Ho * Wo, 4 Cp), activated, of every step, in the kernels' own order
-    syn: Tensor  # (T, N, Ho * Wo, Cp), after every step; on CUDA, after every step but the last
-    winner: Tensor  # (T, N) int64, the neuron that inhibition let through; (0,) without inhibition
-    # For each pooled pixel, in the kernels' own order, the number of the pixel of its window that
-    # gets the gradient, row by row; (0,) without max_pool. uint8, or int32 where a window has more
-    # than 256 pixels.
-    places: Tensor
+    def __init__(self, parts: Shapes) -> None:
+        self.parts = parts
+        self.bytes = 0
+        self._offsets: list[int | None] = []  # None: the part is empty
+        for shape, dtype in parts:
+            size = math.prod(shape) * dtype.itemsize
+            self._offsets.append(self.bytes if size else None)
+            self.bytes += size
+
+    def addresses(self, block: Tensor | None, step: int = 0) -> tuple[int, ...]:
+        """Addresses of the parts, from a step on; 0 for what is not saved."""
+        if block is None:
+            return 0, 0, 0, 0
+        start = block.data_ptr()
+        if step == 0:
+            return tuple(0 if offset is None else start + offset for offset in self._offsets)
+        return tuple(
+            0 if offset is None or step >= shape[0]
+            else start + offset + step * math.prod(shape[1:]) * dtype.itemsize
+            for offset, (shape, dtype) in zip(self._offsets, self.parts, strict=True)
+        )  # fmt: skip
+
+    def part(self, block: Tensor, number: int) -> Tensor:
+        """A part of a block, as a tensor of its own shape and dtype."""
+        (shape, dtype), start = self.parts[number], self._offsets[number] or 0
+        return block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 class Result(NamedTuple):
@@ -45,7 +74,7 @@ class Result(NamedTuple):
     spk: Tensor
     syn: Tensor
     mem: Tensor
-    saved: Sequence[Tensor] = ()  # a Saved; in inference nothing
+    saved: Tensor | None = None  # a block of a SavedLayout; None in inference
     name: str = ""  # of what ran, such as "cpu-avx2-winograd4-sparse"
     decided: Sequence[int] = ()  # what values decided, which the backward pass is told
     packed: Any = None  # the weight as the kernels read it, if that is kept
@@ -118,7 +147,7 @@ class Sizes:
         return spk, (*(time if self.record else ()), *self.state)
 
     def decisions(self, channels: int) -> Shapes:
-        """Shapes and dtypes of :class:`Saved`'s winner and places, of images of `channels`."""
+        """Shapes and dtypes of the saved winner and places, of images of `channels`."""
         ph, pw = self.spec.pool_size
         pixels = (self.time, self.n, (self.ho // ph) * (self.wo // pw), channels)
         return (
@@ -213,19 +242,14 @@ def address_of_numbers(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, 
     return held.data_ptr(), held
 
 
-NO_SAVED = (0, 0, 0, 0)
-
-
-def saved_addresses(saved: Saved | None) -> tuple[int, ...]:
-    """Addresses of what a forward pass saves; zeros where it saves nothing."""
-    return NO_SAVED if saved is None else tuple(t.data_ptr() for t in saved)
-
-
 def gradient_addresses(
     grads: Sequence[Tensor | None], noise: Tensor | None, out: Gradients
 ) -> tuple[Any, ...]:
     """The last part of a backward pass's addresses, but d_gates and mem_after."""
-    return view(noise), *map(view, (*grads, *out[:3])), *map(address, out[3:])
+    x, syn, mem, *others = out
+    return (
+        view(noise), *map(view, grads), view(x), view(syn), view(mem), *map(address, others)
+    )  # fmt: skip
 
 
 def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
@@ -318,7 +342,7 @@ class Plan(Protocol):
     def backward(
         self,
         call: Call,
-        saved: Sequence[Tensor],
+        saved: Tensor,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
         decided: Sequence[int],
@@ -339,7 +363,7 @@ class CommonPlan(Sizes):
     ----------
     spk_memory, state_memory : (shape, strides)
         Those of spk, and those of syn and mem.
-    saved_shapes : Shapes
+    saved : SavedLayout
     """
 
     def __init__(
@@ -351,18 +375,13 @@ class CommonPlan(Sizes):
         self.spk_memory, self.state_memory = (
             (shape, image_strides(call.x, shape)) for shape in (spk, state)
         )
-        self.saved_shapes = (gates, of_gates), (syn, _), *decisions = backend.saved_shapes(self)
-        # Given strides, torch allocates a tensor in two thirds of the time.
-        self._gates, self._syn = ((t, _contiguous_strides(t)) for t in (gates, syn))
-        self._of_gates = {} if of_gates is self.dtype else {"dtype": of_gates}
+        self.saved = SavedLayout(backend.saved_shapes(self))
+        (_, of_gates), (syn, _), *_ = self.saved.parts
         # Of the gate sums where torch forms them, and of their gradient: (T, N, Ho * Wo, 4 Cp).
         self.of_sums = of_gates
         self.d_gates = self.time, *syn[1:3], 4 * syn[3]
-        with torch.inference_mode(False):  # all calls share the empty tensors
-            self._decisions = [
-                (shape, dtype, None if math.prod(shape) else call.x.new_empty(shape, dtype=dtype))
-                for shape, dtype in decisions
-            ]
+        as_mem = tuple(call.mem.shape), call.mem.stride()
+        self.results_like_mem = self.spk_memory == self.state_memory == as_mem
         # The core takes five strides. A step of a cell that does not spike has no spk.
         self.x5, self.syn5, self.mem5, self.spk5, self.state5 = (
             five(strides)
@@ -372,11 +391,8 @@ class CommonPlan(Sizes):
             )
         )  # fmt: skip
         self._saved_as = [
-            (shape, strides, dtype, False)
-            for shape, strides, dtype in (
-                *((t.shape, t.stride(), self.dtype) for t in call[:3]),
-                *((shape, _contiguous_strides(shape), dtype) for shape, dtype in self.saved_shapes),
-            )
+            *((t.shape, t.stride(), self.dtype, False) for t in call[:3]),
+            ((self.saved.bytes,), (1,), torch.uint8, False),
         ]
         self.gradient_memory = gradient_memory(call.x, self)
         self.threshold_stride = 0 if self.thresholds == 1 else 1
@@ -385,42 +401,38 @@ class CommonPlan(Sizes):
         self.has_spk = spec.spiking or self.sequence
         self.passes_gradient = spec.passes_gradient(self.sequence)
 
-    def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def empty_results(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for spk, syn and mem."""
-        empty, spk, state = x.new_empty_strided, self.spk_memory, self.state_memory
+        x, like, empty = call.x, call.mem, torch.empty_like
         try:
-            return empty(*spk), empty(*state), empty(*state)
+            if self.results_like_mem:  # two thirds of the time
+                return empty(like), empty(like), empty(like)
+            strided, spk, state = x.new_empty_strided, self.spk_memory, self.state_memory
+            return strided(*spk), strided(*state), strided(*state)
         except RuntimeError as error:
             pool.make_room(error)
-        return empty(*spk), empty(*state), empty(*state)
+        return self.empty_results(call)
 
-    def as_saved(self, call: Call, saved: Sequence[Tensor]) -> tuple[Call, Saved]:
+    def as_saved(self, call: Call, saved: Tensor) -> tuple[Call, Tensor, Sequence[Any]]:
         """The call and what its forward pass saved, in their dtypes and shapes again.
 
-        Hooks on saved tensors may have brought any of them back in other memory.
+        The third result are the views of x, syn and mem. Hooks on saved tensors may have brought
+        any of them back in other memory.
         """
-        tensors = (*call[:3], *saved)
-        if [(t.shape, t.stride(), t.dtype, t.is_neg()) for t in tensors] == self._saved_as:
-            return call, Saved(*saved)
-        x, syn, mem, *saved = (
+        x, syn, mem = tensors = call[:3]
+        kinds = [(t.shape, t.stride(), t.dtype, t.is_neg()) for t in (*tensors, saved)]
+        if kinds == self._saved_as and all(at := [t.data_ptr() for t in tensors]):
+            return call, saved, [*zip(at, (self.x5, self.syn5, self.mem5), strict=True)]
+        x, syn, mem, saved = (
             as_saved(t, shape, dtype)
-            for t, (shape, _, dtype, _) in zip(tensors, self._saved_as, strict=True)
+            for t, (shape, _, dtype, _) in zip((*tensors, saved), self._saved_as, strict=True)
         )
-        return call._replace(x=x, syn=syn, mem=mem), Saved(*(t.contiguous() for t in saved))
+        return call._replace(x=x, syn=syn, mem=mem), saved.contiguous(), [*map(view, (x, syn, mem))]
 
     def saved_weight(self, call: Call) -> Tensor:
         """The weight that a backward pass was given, as :func:`as_saved` returns it."""
         shape = 4 * self.c, self.cin + self.c, *self.spec.kernel_size
         return as_saved(call.weight, shape, self.dtype)
-
-    def empty_saved(self, x: Tensor) -> Saved:
-        """Memory for what the forward pass saves in training."""
-        winner, places = (
-            x.new_empty(shape, dtype=dtype) if shared is None else shared
-            for shape, dtype, shared in self._decisions
-        )
-        gates = x.new_empty_strided(*self._gates, **self._of_gates)
-        return Saved(gates, x.new_empty_strided(*self._syn), winner, places)
 
     def empty_d_gates(self, x: Tensor) -> Tensor:
         """Memory for the gradient of the gate sums of every step."""

@@ -98,13 +98,14 @@ def workspace(count: int) -> Tensor:
     """
     if count > LARGEST_WORKSPACE:
         return empty((count,), torch.uint8)
-    memory = None
-    with suppress(IndexError):
+    try:
         memory = _workspaces.pop()[1]
-    if memory is None or memory.nbytes < count:
-        memory = None  # not two at a time
-        memory = torch.frombuffer(_allocate(max(count, 1)), dtype=torch.uint8)
-    return memory
+        if memory.nbytes >= count:
+            return memory
+        del memory  # not two at a time
+    except IndexError:
+        pass
+    return torch.frombuffer(_allocate(max(count, 1)), dtype=torch.uint8)
 
 
 def let_go(memory: Tensor) -> None:

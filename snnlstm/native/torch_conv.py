@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..call import Call, active
-from .plan import NO_SAVED, Gradients, Result, Saved, address, empty_gradients, view
+from .plan import Gradients, Result, address, empty_gradients, view
 
 __all__ = ["BackwardPass", "backward", "forward", "steps_backward"]
 
@@ -40,7 +40,7 @@ class BackwardPass(NamedTuple):
 
     call: Call
     neurons: Neurons
-    saved: Saved
+    saved: Tensor
     grads: Sequence[Tensor | None]
     noise: Tensor | None  # the stochastic surrogate's numbers
 
@@ -109,7 +109,6 @@ def forward(
     result: Result,
 ) -> None:
     """cuDNN convolves, the kernels do the rest of each step by `run`, of one step."""
-    saved: Any = result.saved or None
     syn, mem = call.syn, call.mem
     weight = plan.geometry.inner(call.weight.detach().to(plan.work))
     spks, last = _steps(result.spk, call.sequence), plan.time - 1
@@ -127,17 +126,10 @@ def forward(
         # With lengths the states are carried on: those of every step are wanted.
         run((
             None, view(syn), view(mem), 0, 0, 0, *neurons, call.record or left is not None,
-            *_saved_at(saved, t), address(left), 0, 0,
+            *plan.saved.addresses(result.saved, t), address(left), 0, 0,
             bias, view(sums), view(spk), view(out_syn), view(out_mem),
         ))  # fmt: skip
         syn, mem = out_syn, out_mem
-
-
-def _saved_at(saved: Saved | None, step: int) -> tuple[int, ...]:
-    """Addresses of what is saved of a step; 0 for what is not."""
-    if saved is None:
-        return NO_SAVED
-    return tuple(kind[step].data_ptr() if len(kind) > step else 0 for kind in saved)
 
 
 def backward(
@@ -182,6 +174,7 @@ def steps_backward(
     """
     call, neurons, saved, grads, noise = given
     syn, mem, record = call.syn, call.mem, call.record
+    saved_syn = plan.saved.part(saved, 1)
     grad_spk, into_syn, into_mem = grads
     recorded_syn, recorded_mem = (into_syn, into_mem) if record else (None, None)
     if record:
@@ -199,9 +192,9 @@ def steps_backward(
         into_mem = _sum(into_mem, recorded_mem, t)
         left = _left(call, t)
         run((
-            None, view(syn if t == 0 else images_of(saved.syn[t - 1], mem)[:, :c]), None,
-            0, 0, 0, *neurons, record or left is not None, *_saved_at(saved, t),
-            address(left), 0, workspace,
+            None, view(syn if t == 0 else images_of(saved_syn[t - 1], mem)[:, :c]), None,
+            0, 0, 0, *neurons, record or left is not None,
+            *plan.saved.addresses(saved, t), address(left), 0, workspace,
             view(None if noise is None else noise[t]),
             view(None if grad_spk is None else grad_spk[t]),
             view(into_syn), view(into_mem), None, view(d_syn), None, 0, 0,

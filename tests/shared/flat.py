@@ -46,7 +46,7 @@ def run(*arguments) -> Three:
         if torch.compiler.is_compiling():
             *out, path = snnlstm.path.run_traced(call, spec)
         else:
-            entry = snnlstm.path.entry_of({}, call, spec)
+            entry = snnlstm.path.entry_of(snnlstm.path.Entries(), call, spec)
             assert entry.fallback is None, entry.fallback
             *out, path = snnlstm.path.run(call, entry)
             _last = path.name

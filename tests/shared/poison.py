@@ -71,6 +71,11 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
         def empty_strided(shape, strides, *, dtype, device=None):
             return fenced.new(tuple(shape), tuple(strides), dtype)
 
+        @staticmethod
+        def empty_like(like, memory_format=None):
+            strides = like.stride() if memory_format is None else like.contiguous().stride()
+            return fenced.new(tuple(like.shape), strides, like.dtype)
+
     def new_empty(self, *shape, dtype=None, **_):
         return contiguous(*shape, dtype=dtype or self.dtype)
 

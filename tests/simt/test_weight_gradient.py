@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from snnlstm.native import cuda
-from snnlstm.native.plan import Result, Saved
+from snnlstm.native.plan import Result
 from tests.shared import flat
 from tests.shared.cases import Case
 from tests.simt.modes import MODES, PLAIN, Mode
@@ -32,12 +32,11 @@ class Given:
         self.call = (*images, *inputs[3:], self.case.options)
         with mode.running(core):
             plan = flat.plan_of(self.call, "direct")
-        gates, syn, *decisions = plan.saved_shapes
-        gates, syn = (self.positive(shape).to(dtype) for shape, dtype in (gates, syn))
+        self.saved = torch.zeros(plan.saved.bytes, dtype=torch.uint8)
+        gates, syn = (plan.saved.part(self.saved, number) for number in range(2))
         channels = torch.arange(syn.shape[-1]) < case.channels
-        gates = (gates.unflatten(-1, (4, -1)) / 2 * channels).flatten(-2)
-        decisions = (torch.zeros(shape, dtype=dtype) for shape, dtype in decisions)
-        self.saved = Saved(gates, syn * channels, *decisions)
+        gates.copy_((self.positive(gates.shape).unflatten(-1, (4, -1)) / 2 * channels).flatten(-2))
+        syn.copy_(self.positive(syn.shape) * channels)
         states = (case.time, *self.case.state_shape)
         self.grads = (None, *(self.positive(states).to(inputs.x.dtype) for _ in range(2)))
 
