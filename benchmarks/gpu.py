@@ -3,13 +3,13 @@
     python -m benchmarks.gpu [--quick] [--minutes M] [--steps NAME ...] [--core PATH] [--out DIR]
     python -m benchmarks.gpu --rehearse [--quick]
 
-The command says first all that is missing here, with the line that installs it; until then it
-imports Python's own modules alone. It needs no network. The build has no limit of time, or --core
-takes a core that was built elsewhere. The clock starts behind it: --quick has two minutes for the
+The command first lists everything that is missing, with the line that installs it; until then it
+imports only Python's own modules. It needs no network. The build has no time limit, and --core
+takes a core that was built elsewhere. The clock starts after it: --quick takes two minutes for the
 comparison with float64, every algorithm and block of both passes, and layers beside snnTorch's;
-without it nine minutes have the tests, the sanitizers and large layers as well. Each step has a
-time by which it must end, and later steps get what earlier ones leave over. A step that fails or is
-stopped ends no other.
+without it nine minutes also have the tests, the sanitizers and large layers. Each command has a
+time by which it must end, and later ones get the time that earlier ones leave. A command that fails
+or is stopped ends no other.
 
 --rehearse goes through the same steps without a GPU, on one that tests/simt emulates, with tiny
 layers; its times mean nothing. DIR gets four files, written anew after each step: report.md,
@@ -300,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="right or wrong, and where time goes")
-    parser.add_argument("--minutes", type=float, help="behind the build (default: 9, --quick: 2)")
+    parser.add_argument("--minutes", type=float, help="after the build (default: 9, --quick: 2)")
     parser.add_argument("--core", type=Path, metavar="PATH", help="take this core, and build none")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/gpu-DATE-TIME")
     parser.add_argument("--build", type=Path, metavar="DIR", default=BUILD, help="of the core")

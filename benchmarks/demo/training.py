@@ -147,7 +147,7 @@ class Network(nn.Module):
 
     It has two spiking ConvLSTM layers, each of which halves the image by max-pooling, and a linear
     readout of the second layer's spikes, averaged over time. The layers are cells of `library`,
-    "snntorch" or "snnlstm". One seed gives both networks equal weights, bit for bit. The networks
+    "snntorch" or "snnlstm". One seed gives both networks bitwise equal weights. The networks
     differ only in how a layer runs over time: snnTorch's cell is called once a time step, in the
     loop that its documentation teaches, and our cell takes the whole sequence.
     """

@@ -192,7 +192,7 @@ def test_the_stochastic_surrogate_draws_the_noise_of_the_reference_in_float32(ke
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layouts(kernels, layout):
-    """Equal numbers in another layout give equal bits."""
+    """Equal numbers in another layout give bitwise equal results."""
     for which in range(4):
         layouts = ["contiguous"] * 4
         layouts[which] = layout

@@ -36,7 +36,7 @@ def infer(
 
 
 def check_results(case: Case, kernels: Kernels) -> None:
-    """Judges a forward call that records states; other forms must equal it bit for bit."""
+    """Judges a forward call that records states; other forms must be bitwise equal."""
     inputs, recorded = case.inputs(), case.recorded()
     before = [None if t is None else t.clone() for t in inputs]
     out = infer(kernels, recorded, inputs)

@@ -78,7 +78,7 @@ def close(actual: Any, expected: Any, atol: float = 2e-6, rtol: float = 1e-5) ->
 
 
 def same(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
-    """Asserts that tensors are equal bit for bit."""
+    """Asserts that tensors are bitwise equal."""
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
 

@@ -1,4 +1,4 @@
-"""Equal calls give equal bits, in any process and mode, beside any other callers.
+"""Equal calls have bitwise equal results, in any process and mode, beside any other callers.
 
 Outputs do not depend on the number of threads, either.
 """
