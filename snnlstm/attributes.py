@@ -114,7 +114,7 @@ class CellAttributes(Base):
         return torch.tensor(RESETS.index(self._reset_mechanism), device=device)
 
     def _follow(self, reset: Reset | None) -> None:
-        """Let what runs agree with the buffer; `reset` is None where the buffer cannot be read."""
+        """Take over the buffer's reset mechanism; None if the buffer cannot be read."""
         if reset is not None:
             self._reset_mechanism = reset
             if "_state" in self.__dict__:
@@ -171,10 +171,10 @@ class CellAttributes(Base):
     def reset_mem(self) -> tuple[Tensor, Tensor]:
         """Set the stored states to zero and return them, syn and mem.
 
-        They have the shape of the last call's and may be passed to the next call with an input
-        of any size. To start from something else pass it or assign it: under torch.compile
-        an edit in place of what was returned here, or of ``syn`` and ``mem`` as read after a reset,
-        is seen only where the tensor is passed.
+        They have the shape of the last call's states and may be passed to the next call with an
+        input of any size. To start from other states, pass or assign them: under torch.compile
+        a change in place, of the returned tensors or of ``syn`` and ``mem`` after a reset, takes
+        effect only if the tensor is passed.
         """
         return self._state.reset()
 
@@ -194,9 +194,9 @@ class CellAttributes(Base):
     def detach_hidden(cls) -> None:
         """Detach the stored states of all living cells from the graph, in place.
 
-        For truncated backpropagation through time: the states stay, and their history goes.
-        Neurons of snnTorch have a ``detach_hidden()`` of their own class. States that are passed
-        by hand are detached by hand.
+        This serves truncated backpropagation through time: the states stay, and their history goes.
+        Neurons of snnTorch have a ``detach_hidden()`` of their own class. Detach states that you
+        pass by hand yourself.
         """
         for cell in alive(CellAttributes):
             cell._state.detach()
@@ -214,7 +214,7 @@ class CellAttributes(Base):
 
     @staticmethod
     def zeros(*args: Tensor) -> None:
-        """Set the given states to zero, in place (what snnTorch's documents, but does not do)."""
+        """Set the given states to zero, in place, as snnTorch's documents but does not do."""
         for state in args:
             state.detach().zero_()
 

@@ -42,7 +42,7 @@ class ConvLSTMCell(nn.Module):
     """One step of a convolutional LSTM without spikes.
 
     It has the constructor, attributes, keys, initial values and results of the ``ConvLSTMCell``
-    that many repositories have. It computes the cell of Shi et al. 2015, without peepholes
+    in many repositories. It computes the cell of Shi et al. 2015, without peepholes
     (https://arxiv.org/abs/1506.04214)::
 
         i, f, o, g = conv(cat[x, h]).chunk(4)
@@ -60,15 +60,15 @@ class ConvLSTMCell(nn.Module):
     bias : bool, default True
         Whether ``conv`` has a bias.
     stride, dilation, checkpoint, device, dtype
-        As of :class:`snnlstm.SConv2dLSTM`, with the same defaults.
+        Those of :class:`snnlstm.SConv2dLSTM`, with the same defaults.
 
     Attributes
     ----------
     conv : nn.Conv2d
         weight (4C, Cin + C, kh, kw), gates in the order i, f, o, g, and bias (4C,).
     path : snnlstm.path.Path or None
-        The implementation that ran the last call, and the reason. A `path` that is set on the cell
-        stays what it was set to.
+        The implementation that ran the last call, and the reason. A `path` that the user sets on
+        the cell stays.
     """
 
     path = LastPath()
@@ -112,7 +112,7 @@ class ConvLSTMCell(nn.Module):
         Parameters
         ----------
         input_tensor : Tensor
-            (N, Cin, H, W), of the cell's dtype, or of one that converts to it without loss.
+            (N, Cin, H, W), in the cell's dtype, or in one that converts to it without loss.
         cur_state : (Tensor, Tensor), optional
             h and c, (N, C, Ho, Wo) each; zeros by default.
 
@@ -186,7 +186,7 @@ class ConvLSTMCell(nn.Module):
 
 
 def _per_layer(name: str, value: Any, count: int) -> list[Any]:
-    """One value for each layer: a list has them, anything else is that of every layer."""
+    """One value for each layer: a list gives them, any other value serves every layer."""
     if not isinstance(value, list):
         return [value] * count
     if len(value) != count:
@@ -197,26 +197,25 @@ def _per_layer(name: str, value: Any, count: int) -> list[Any]:
 class ConvLSTM(nn.Module):
     """A stack of convolutional LSTMs without spikes, over whole sequences.
 
-    It has the constructor, attributes, keys, initial values and results of the ``ConvLSTM`` that
-    many repositories have. A layer takes all steps in one call, unless its cell has hooks or a
-    forward of its own: that cell is called step by step, and the log says so. Errors are those of
-    :class:`ConvLSTMCell`.
+    It has the constructor, attributes, keys, initial values and results of the ``ConvLSTM`` in many
+    repositories. A layer takes all steps in one call. A cell with hooks or a forward of its own is
+    called step by step, and the log says so. Errors are those of :class:`ConvLSTMCell`.
 
     Parameters
     ----------
     input_dim : int
         Channels of the input.
     hidden_dim : int or list of int
-        Channels of the states, of all layers or of each.
+        Channels of the states, for all layers or for each.
     kernel_size : int, (int, int), or list of these
-        Odd, of all layers or of each. The padding keeps the image size.
+        Odd, for all layers or for each. The padding keeps the image size.
     num_layers : int
     batch_first : bool, default False
         The input is (N, T, ...), not (T, N, ...).
     bias, return_all_layers : bool, default True and False
-        Whether convolutions have a bias, and whether all layers' results are returned.
+        Whether convolutions have a bias, and whether the results of all layers are returned.
     **of_cells
-        ``stride``, ``dilation``, ``checkpoint``, ``device`` and ``dtype`` of every cell.
+        ``stride``, ``dilation``, ``checkpoint``, ``device`` and ``dtype`` for every cell.
 
     Attributes
     ----------
@@ -262,18 +261,17 @@ class ConvLSTM(nn.Module):
         hidden_state : list of (Tensor, Tensor), optional
             h and c of each layer before the first step, (N, C, Ho, Wo) each; None means zeros.
         lengths : Tensor or list of int, optional
-            (N,) ints, the steps of each sample, between 0 and T. Behind its last step a sample's
-            outputs are 0, and its states stay as they are. Numbers on a GPU are not checked, but
-            clamped.
+            (N,) ints, the steps of each sample, between 0 and T. After its last step a sample is
+            padded: its outputs are 0, and its states stay as they are. Numbers on a GPU are not
+            checked, but clamped.
         record : bool, default False
-            Return h and c of every step in `last_state_list`, in the place of the last ones. A
-            sample's states after its own last step are those of that step.
+            Return h and c of every step in `last_state_list`, instead of only the last ones.
 
         Returns
         -------
         layer_output_list : list of Tensor
-            h of every step, (N, T, C, Ho, Wo) **whatever batch_first is**, of the last layer, or of
-            all layers with ``return_all_layers``.
+            h of every step, (N, T, C, Ho, Wo) **whatever batch_first is**, of the last layer, or
+            of all layers with ``return_all_layers``.
         last_state_list : list of [Tensor, Tensor]
             h and c of these layers after the last step, (N, C, Ho, Wo) each, or of every step,
             (N, T, C, Ho, Wo), with `record`.

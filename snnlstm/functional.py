@@ -47,11 +47,11 @@ def sconv2dlstm(
     Parameters
     ----------
     x : Tensor
-        (N, Cin, H, W) is one step, (T, N, Cin, H, W) a sequence. x has weight's dtype, or one that
-        converts to it without loss, such as bool.
+        (N, Cin, H, W) is one step, (T, N, Cin, H, W) a sequence. x has the dtype of weight, or one
+        that converts to it without loss, such as bool.
     syn, mem : Tensor, optional
-        (N, C, Ho, Wo), synaptic current and membrane potential before the first step, of
-        weight's dtype. None and a tensor of shape (0,) mean zeros.
+        (N, C, Ho, Wo), synaptic current and membrane potential before the first step, in the dtype
+        of weight. None and a tensor of shape (0,) mean zeros.
     weight : Tensor
         (4C, Cin + C, kh, kw), kh and kw odd; gates in the order i, f, o, g. Required.
     bias : Tensor, optional
@@ -59,9 +59,9 @@ def sconv2dlstm(
     threshold, graded_spikes_factor : float or Tensor, default 1.0
         Broadcast to (N, C, Ho, Wo) and to the pooled size; the factor multiplies spk.
     record, lengths, batch_first
-        As of :meth:`snnlstm.SConv2dLSTM.forward`, and of its constructor.
+        Those of :meth:`snnlstm.SConv2dLSTM.forward` and of the constructor.
     **options
-        The others are those of :class:`snnlstm.SConv2dLSTM`, with the same defaults.
+        All others are those of :class:`snnlstm.SConv2dLSTM`, with the same defaults.
 
     Returns
     -------

@@ -1,8 +1,9 @@
 """Decides which implementation runs a call, and runs it.
 
-What is static of a call is looked up: an :class:`Entry` has the plan of the native kernels, or the
-reason for :mod:`snnlstm.reference`. What may change between like calls is asked here, once a call.
-The answer is a :class:`Path`, which the module shows as ``cell.path``. Nothing falls back silently.
+The static properties of a call are its key: the :class:`Entry` behind it has the plan of the native
+kernels, or the reason for :mod:`snnlstm.reference`. This module asks for the others, which may
+change between like calls, once a call. The answer is a :class:`Path`, which the module shows as
+``cell.path``. Nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class Path:
     Parameters
     ----------
     name : str
-        ``"reference"``, or what the native kernels are, such as ``"cpu-avx2-direct"``.
+        ``"reference"``, or the name of the native kernels, such as ``"cpu-avx2-direct"``.
     reason : str
         Why, in plain words.
     slow : bool, default False
-        Whether this is a fallback where the caller could expect the native kernels. A cell's first
-        such path is logged.
+        Whether the call fell back to the reference path although the caller could expect the native
+        kernels. A cell's first such path is logged.
     general : bool, default False
         Whether the reason lies in the installation, the machine or hooks, which tools set on all
         modules. Each such reason is logged once per process.
@@ -64,10 +65,10 @@ class Path:
 
 
 class LastPath:
-    """The attribute ``path`` of a module, which tells what its last call ran.
+    """The attribute ``path`` of a module, which tells what ran its last call.
 
-    It has no setter: a module on which the user sets a `path`, also one that is a submodule or a
-    tensor, keeps the user's, and the log alone names slow paths.
+    It has no setter: a module on which the user sets a `path`, also a submodule or a tensor, keeps
+    the user's, and only the log names slow paths.
     """
 
     def __get__(self, module: nn.Module | None, owner: type | None = None) -> Path | None:
@@ -581,9 +582,9 @@ _logged: set[str] = set()  # the general reasons that have been logged
 def log_fallback(path: Path, seen: set[str], cell: nn.Module | None = None) -> None:
     """Log a slow `path` of `cell`, unless `seen` says that the cell was logged before.
 
-    `seen` is the cell's and remembers the reason. A general reason says nothing of the cell, and is
-    logged once per process. The hooks that tools set on every module, to count operations or to
-    print summaries, are such a reason.
+    `seen` holds the reasons that were logged for the cell. A general reason says nothing about the
+    cell and is logged once per process. Hooks that tools set on every module, to count operations
+    or to print summaries, are such a reason.
     """
     if path.reason in _logged if path.general else seen:
         return
@@ -593,4 +594,4 @@ def log_fallback(path: Path, seen: set[str], cell: nn.Module | None = None) -> N
         who = f"{type(cell).__name__}({cell.extra_repr()})"
         if name := getattr(cell, "_layer_name", ""):
             who = f"layer {name}, {who},"
-    logger.warning("%s runs the reference path (plain torch, slower): %s", who, path.reason)
+    logger.warning("%s takes the reference path, which is slower: %s", who, path.reason)

@@ -44,9 +44,9 @@ __all__ = ["SConv1dLSTM", "SConv2dLSTM"]
 class SConv2dLSTM(CellAttributes):
     """Spiking convolutional LSTM cell: snnTorch's, faster.
 
-    A drop-in replacement for ``snntorch.SConv2dLSTM`` (1.0.0), of which it is a subclass where
-    snnTorch is installed: the same constructor, attributes, results and state_dict. What one
-    step computes is, with ``spike(u) = 1 where u > 0``::
+    A drop-in replacement for ``snntorch.SConv2dLSTM`` 1.0.0, with the same constructor,
+    attributes, results and state_dict. It is a subclass of that class if snnTorch is installed.
+    One step computes, with ``spike(u) = 1 where u > 0``::
 
         reset = spike(mem - threshold)
         i, f, o, g = conv(cat[x, mem]).chunk(4)
@@ -100,8 +100,8 @@ class SConv2dLSTM(CellAttributes):
     dtype : torch.dtype, optional
         float32, float64, float16 or bfloat16.
     checkpoint : bool, default False
-        Keep the states of some sqrt(T) steps alone for the backward pass, which computes the gates
-        again: less memory, one more forward pass.
+        Keep only the states of about sqrt(T) steps for the backward pass, which computes the gates
+        again. This takes less memory, and the time of one more forward pass.
     batch_first : bool, default False
         A sequence x, spk and recorded states are (N, T, ...), not (T, N, ...).
 
@@ -112,13 +112,13 @@ class SConv2dLSTM(CellAttributes):
     threshold : Tensor or nn.Parameter
         May be set to a number.
     syn, mem : Tensor
-        Stored states, (N, C, Ho, Wo), or (0,) before the first call. May be set by hand. They
-        are in no state_dict and no buffers, but move with the cell.
+        Stored states, (N, C, Ho, Wo), or (0,) before the first call. They may be set by hand.
+        They are no buffers and are not in the state_dict, but move with the cell.
     spk : Tensor or None
         The last spikes.
     path : snnlstm.path.Path or None
-        The implementation that ran the last call, and the reason. A `path` that is set on the cell
-        stays what it was set to.
+        The implementation that ran the last call, and the reason. A `path` that the user sets on
+        the cell stays.
 
     Raises
     ------
@@ -239,9 +239,9 @@ class SConv2dLSTM(CellAttributes):
         record : bool, default False
             For a sequence: return syn and mem of every step.
         lengths : Tensor or list of int, optional
-            For a sequence: (N,) ints, the steps of each sample, between 0 and T. Behind its last
-            step a sample's spikes are 0 and its states, recorded ones too, stay as they are.
-            Numbers on a GPU are not checked, but clamped.
+            For a sequence: (N,) ints, the steps of each sample, between 0 and T. After its last
+            step a sample is padded: its spikes are 0, and its states, recorded ones too, stay as
+            they are. Numbers on a GPU are not checked, but clamped.
         input_ : Tensor, optional
             snnTorch's name of x, accepted in its place.
 
@@ -252,7 +252,7 @@ class SConv2dLSTM(CellAttributes):
         syn, mem : Tensor
             (N, C, Ho, Wo) after the last step, or (T, N, C, Ho, Wo) with `record`. Not
             returned with ``init_hidden=True`` and ``output=False``. With ``batch_first=True``
-            T stands behind N.
+            N comes before T.
 
         Raises
         ------
@@ -266,8 +266,8 @@ class SConv2dLSTM(CellAttributes):
 
         Notes
         -----
-        torch.export and the ONNX exporters record one call. The states are stored outside of
-        what they record: pass syn and mem, and feed the returned ones to the next call.
+        torch.export and the ONNX exporters record one call, and no stored states: pass syn and
+        mem, and feed the returned ones to the next call.
         """
         # The ONNX exporter of torch.jit passes the defaults of keywords as further positions.
         if extra and not torch.onnx.is_in_onnx_export():
@@ -432,7 +432,7 @@ class SConv2dLSTM(CellAttributes):
         return spk, syn, mem
 
     def _on_images(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Let foreign code that takes what the cell takes be called with images."""
+        """Wrap foreign code, which on signals takes signals, so that it takes images."""
         if self._dims == 2:
             return function
         return lambda image: as_image(function(image.squeeze(-2)))
@@ -459,7 +459,7 @@ class SConv2dLSTM(CellAttributes):
     # ---- saving and loading ---------------------------------------------------------------
 
     def reset_parameters(self) -> None:
-        """Give parameters and buffers their initial values again; the states become zero."""
+        """Reset parameters and buffers to their initial values, and the states to zero."""
         self.conv.reset_parameters()
         with torch.no_grad():
             self.threshold.copy_(values(self._initial_threshold))
@@ -488,7 +488,7 @@ class SConv1dLSTM(SConv2dLSTM, *filter(None, [Base1d])):  # type: ignore[misc]
     x is (N, Cin, L) for one step or (T, N, Cin, L) for a sequence, and syn and mem are
     (N, C, ceil(L / stride)). ``conv`` is an nn.Conv1d, whose weight is (4C, Cin + C, k).
     `kernel_size`, `max_pool`, `avg_pool`, `stride` and `dilation` are an int, or a tuple of one.
-    Everything else is as of that class: arguments, attributes, results and errors.
+    All other arguments, the attributes, results and errors are those of that class.
     """
 
     _dims, _conv_kind = 1, nn.Conv1d

@@ -300,7 +300,7 @@ def test_reasons_that_come_and_go(reason):
     cell = ours()
     try:
         PASSING[reason](cell)
-    except (RuntimeError, NotImplementedError):  # plain torch convolves with no sparse weight
+    except (RuntimeError, NotImplementedError):  # torch convolves with no sparse weight
         assert reason == "weight is not strided"
     else:
         assert cell.path == Path("reference", reason)
@@ -349,7 +349,7 @@ def test_a_fallback_is_logged_once(name, monkeypatch, caplog):
         change(monkeypatch)
     for cell in [make(), make()] * 3:
         cell(X.to(cell.conv.weight.device))
-    start = "runs the reference path (plain torch, slower)"
+    start = "takes the reference path, which is slower"
     assert caplog.messages == [message % start for message in expected]
     assert cell.path.slow == bool(expected)
 
@@ -362,7 +362,7 @@ def test_the_log_names_the_layer_where_accelerate_knows_it(caplog):
     for cell in net["inner"]:
         cell.spike_grad = torch.sigmoid
         cell(X)
-    assert [message.partition(" runs ")[0] for message in caplog.messages] == [
+    assert [message.partition(" takes ")[0] for message in caplog.messages] == [
         f"layer inner.{n}, {KNOWN}," for n in (0, 1)
     ]
 
@@ -379,7 +379,7 @@ def test_a_device_without_kernels_is_logged_once_per_cell(caplog):
         cells[0](torch.empty(1, 2, 5, 5))
         assert cells[0].path == path
     who = [f"{type(cell).__name__}({cell.extra_repr()})" for cell in cells]
-    said = f" runs the reference path (plain torch, slower): {path.reason}"
+    said = f" takes the reference path, which is slower: {path.reason}"
     assert caplog.messages == [name + said for name in who]
 
 
