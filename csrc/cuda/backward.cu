@@ -124,12 +124,13 @@ class Backward {
     }
     BackwardMma p;
     p.tiling = plan.tiling;
-    p.conv = conv(plan, plan_.packed.to_mem, s);
+    p.conv = conv(plan, plan_.packed.to_mem, s), p.tiles = plan.tiles;
     p.neuron = n;
     const BackwardLayout layout(plan, p.conv, s_.c.pool != Pool::none && plan_.spreads);
     p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
     p.vectors = layout.vectors, p.row_sums = layout.row_sums;
-    const Launch how{"backward step (mma)",
+    const bool plain = is_plain(n);
+    const Launch how{plain ? "backward step (mma, plain)" : "backward step (mma)",
                      plan.tiling.blocks(),
                      plan.threads(),
                      size_t(layout.bytes),
@@ -137,7 +138,7 @@ class Backward {
                      overlaps};
     with_element(plan.multiply, [&](auto element) {
       using E = decltype(element);
-      launch(how, plan.tiles == 8 ? &backward_mma<E, 8> : &backward_mma<E, 2>, p);
+      launch(how, plain ? &backward_mma<E, true> : &backward_mma<E, false>, p);
     });
   }
 

@@ -3,7 +3,7 @@
 // the same kernel. The convolution alone (data_gradient_*) gives the gradients of x and of the
 // first mem.
 //
-// On tensor cores columns are channels: a warp has NT n-tiles, in pairs of 16 channels. A thread
+// On tensor cores columns are channels: a warp has 2, 4 or 8 n-tiles, in pairs of 16. A thread
 // holds 2 pixels x 4 channels of each pair in each of its two m16 tiles. These patches lie in
 // shared memory while the epilogue goes over them one by one.
 #pragma once
@@ -17,6 +17,7 @@ namespace snnlstm::cuda {
 struct BackwardMma {
   Tiling tiling;
   MmaConv conv;
+  int tiles = 0;  // n-tiles of a warp
   NeuronBackward neuron;
   int mem_pitch = 0;
   int mem_tile = 0, vectors = 0, row_sums = 0;  // bytes of shared memory before them
@@ -44,121 +45,115 @@ constexpr int kBackwardBlocks = std::is_same_v<Element, mma_gemm::Parts> ? 2 : 3
 // A block's sums of a convolution in shared memory, in patches of 2 pixels x 4 channels. If there
 // are two groups of warps, each sums over one half of K, and then goes on with one of the m16
 // tiles.
-template <class Element, int NT, bool Strided>
-class BackwardSums {
- public:
-  SNNLSTM_DEVICE BackwardSums(const MmaConv& conv, unsigned char* shared, const Tiling& tiling,
-                              const BlockPlace& block)
-      : gemm_(conv, shared, tiling, block) {
-    const int group = gemm_.k_group(), threads = int(blockDim.x) / conv.k_groups;
-    parked_ = reinterpret_cast<float*>(shared) + 4 * (int(threadIdx.x) - group * threads);
-    stride = 4 * threads;
-    if (conv.k_groups > 1) first_mi = last_mi = group;
-  }
+struct ParkedSums {
+  const float* parked;
+  int stride;  // from a pixel's 4 channels to the next pixel's
+  int pairs;   // of n-tiles
+  int first_mi = 0, last_mi = 1;
+  int first_pixel, first_channel;  // of the thread, in the block
 
-  // Runs the convolution, and parks the sums.
-  SNNLSTM_DEVICE void run() {
-    float acc[2][NT][4];
-    gemm_.run(acc);
-    const int group = gemm_.k_group();
-    float* own = parked_ + group * 2 * NT * stride;
-    unrolled<NT / 2, 2>([&](int pair, int mi) {
-      const auto &a = acc[mi][2 * pair], &b = acc[mi][2 * pair + 1];
-      store(own + (4 * pair + 2 * mi) * stride, make_float4(a[0], a[1], b[0], b[1]));
-      store(own + (4 * pair + 2 * mi + 1) * stride, make_float4(a[2], a[3], b[2], b[3]));
-    });
-    if (gemm_.k_groups() == 1) return;
-    if (!fault(Fault::no_k_groups_barrier)) __syncthreads();
-    unrolled<NT / 2, 2>([&](int pair, int px) {
-      float* sum = parked_ + (4 * pair + 2 * group + px) * stride;
-      float4 v = load<float4>(sum);
-      const float4 w = load<float4>(sum + 2 * NT * stride);
-      v.x += w.x, v.y += w.y, v.z += w.z, v.w += w.w;
-      store(sum, v);
-    });
-  }
-
-  // Returns the first pixel's 4 channels; the second pixel's lie `stride` behind them.
+  // Returns the first pixel's 4 channels.
   SNNLSTM_DEVICE const float* patch(int pair, int mi) const {
-    return parked_ + (4 * pair + 2 * mi) * stride;
+    return parked + (4 * pair + 2 * mi) * stride;
   }
   // The patch's first pixel, and the first of its channels in the block.
-  SNNLSTM_DEVICE int pixel(int mi) const { return gemm_.pixel(mi); }
-  SNNLSTM_DEVICE int channel(int pair) const {
-    return gemm_.warp_column() * 8 * NT + 16 * pair + 4 * gemm_.quad();
-  }
-  // The warp's number among all warps, of all groups, that have its channels.
-  SNNLSTM_DEVICE int row() const { return gemm_.k_group() * gemm_.rows() + gemm_.warp_row(); }
-  SNNLSTM_DEVICE int rows() const { return gemm_.k_groups() * gemm_.rows(); }
-
-  int stride;
-  int first_mi = 0, last_mi = 1;
-
- private:
-  MmaGemm<Element, NT, false, Strided> gemm_;
-  float* parked_;
+  SNNLSTM_DEVICE int pixel(int mi) const { return first_pixel + 16 * mi; }
+  SNNLSTM_DEVICE int channel(int pair) const { return first_channel + 16 * pair; }
 };
 
-template <class Element, int NT>
+// Runs a convolution, and parks the sums. NT: n-tiles of a warp.
+template <class Element, bool Strided, int NT>
+SNNLSTM_DEVICE ParkedSums park_sums(const MmaConv& conv, unsigned char* shared,
+                                    const Tiling& tiling, const BlockPlace& block) {
+  MmaGemm<Element, NT, false, Strided> gemm(conv, shared, tiling, block);
+  const int group = gemm.k_group(), threads = int(blockDim.x) / conv.k_groups;
+  const int stride = 4 * threads;
+  float* parked = reinterpret_cast<float*>(shared) + 4 * (int(threadIdx.x) - group * threads);
+  float acc[2][NT][4];
+  gemm.run(acc);
+  float* own = parked + group * 2 * NT * stride;
+  unrolled<NT / 2, 2>([&](int pair, int mi) {
+    const auto &a = acc[mi][2 * pair], &b = acc[mi][2 * pair + 1];
+    store(own + (4 * pair + 2 * mi) * stride, make_float4(a[0], a[1], b[0], b[1]));
+    store(own + (4 * pair + 2 * mi + 1) * stride, make_float4(a[2], a[3], b[2], b[3]));
+  });
+  ParkedSums sums;
+  sums.parked = parked, sums.stride = stride, sums.pairs = NT / 2;
+  sums.first_pixel = gemm.pixel(0), sums.first_channel = 4 * gemm.quad();
+  if (conv.k_groups == 1) return sums;
+  sums.first_mi = sums.last_mi = group;
+  if (!fault(Fault::no_k_groups_barrier)) __syncthreads();
+  unrolled<NT / 2, 2>([&](int pair, int px) {
+    float* sum = parked + (4 * pair + 2 * group + px) * stride;
+    float4 v = load<float4>(sum);
+    const float4 w = load<float4>(sum + 2 * NT * stride);
+    v.x += w.x, v.y += w.y, v.z += w.z, v.w += w.w;
+    store(sum, v);
+  });
+  return sums;
+}
+
+template <class Element, bool Strided>
+SNNLSTM_DEVICE ParkedSums sums_of(int tiles, const MmaConv& conv, unsigned char* shared,
+                                  const Tiling& tiling, const BlockPlace& block) {
+  if (tiles == 8) return park_sums<Element, Strided, 8>(conv, shared, tiling, block);
+  if (tiles == 4) return park_sums<Element, Strided, 4>(conv, shared, tiling, block);
+  return park_sums<Element, Strided, 2>(conv, shared, tiling, block);
+}
+
+// A kernel has the convolutions of all widths, and its epilogue once. plain: see is_plain().
+template <class Element, bool plain>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     backward_mma(const __grid_constant__ BackwardMma p) {
   if constexpr (arch::has_mma<Element>) {
     auto* shared = &shared_memory<unsigned char>();
     const BlockPlace block = block_of(p.tiling, blockIdx.x);
-    const int channels = p.conv.warp_columns * 8 * NT;
-    const BackwardTile<float> tile(p.neuron, p.tiling, block, block.column * channels, channels,
-                                   reinterpret_cast<float*>(shared + p.vectors));
+    const int channels = 8 * p.tiles;  // all warps have the same
+    const BackwardTile<float, plain, KnownStates<Element, plain>, KnownGates<Element>> tile(
+        p.neuron, p.tiling, block, block.column * channels, channels,
+        reinterpret_cast<float*>(shared + p.vectors));
     if (tile.is_finished()) return wait_for_launch_before();
     tile.load_vectors();
-    BackwardSums<Element, NT, false> sums(p.conv, shared, p.tiling, block);
-    sums.run();
+    const ParkedSums sums = sums_of<Element, false>(p.tiles, p.conv, shared, p.tiling, block);
     const MemTile<float> mem_tile{reinterpret_cast<float*>(shared + p.mem_tile), p.mem_pitch};
     auto* row_sums = reinterpret_cast<float*>(shared + p.row_sums);
     tile.in_phases(mem_tile, [&](bool gather) {
 #pragma unroll 1
-      for (int pair = 0; pair < NT / 2; ++pair)
+      for (int pair = 0; pair < sums.pairs; ++pair)
 #pragma unroll 1
         for (int mi = sums.first_mi; mi <= sums.last_mi; ++mi)
           tile.patch(sums.pixel(mi), sums.channel(pair), gather,
                      FromShared<float>{sums.patch(pair, mi), sums.stride}, mem_tile,
-                     {row_sums + sums.row() * channels, 4, mi == sums.first_mi});
+                     {row_sums + int(threadIdx.x) / 32 * channels, 4, mi == sums.first_mi});
     });
     __syncthreads();
-    tile.write_sums(row_sums, sums.rows());
+    tile.write_sums(row_sums, int(blockDim.x) / 32);
   } else {
     trap_without_mma();
   }
 }
 
-template <class Element, int NT>
-SNNLSTM_DEVICE void data_gradient(const DataGradientMma& p, unsigned index) {
-  const BlockPlace block = block_of(p.tiling, index);
-  if (is_finished(p.lengths, block)) return;
-  BackwardSums<Element, NT, true> sums(p.conv, &shared_memory<unsigned char>(), p.tiling, block);
-  sums.run();
-  const int c0 = block.column * p.conv.warp_columns * 8 * NT;
-#pragma unroll 1
-  for (int pair = 0; pair < NT / 2; ++pair)
-#pragma unroll 1
-    for (int mi = sums.first_mi; mi <= sums.last_mi; ++mi) {
-      const PixelPair at = pixel_pair(p.tiling, block, sums.pixel(mi), p.height, p.width);
-      float v[2][4];
-      load_vector(sums.patch(pair, mi), v[0]);
-      load_vector(sums.patch(pair, mi) + sums.stride, v[1]);
-      store_patch(p.out, at, c0 + sums.channel(pair), v);
-    }
-}
-
 template <class Element>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
-    data_gradient_mma(const __grid_constant__ Jobs<DataGradientMma> p) {
+    data_gradient_mma(const __grid_constant__ Jobs<DataGradientMma> jobs) {
   if constexpr (arch::has_mma<Element>) {
     unsigned index = blockIdx.x;
-    const DataGradientMma& job = job_of(p.job, unsigned(p.job[0].blocks), index);
-    if (job.tiles == 8)
-      data_gradient<Element, 8>(job, index);
-    else
-      data_gradient<Element, 2>(job, index);
+    const DataGradientMma& p = job_of(jobs.job, unsigned(jobs.job[0].blocks), index);
+    const BlockPlace block = block_of(p.tiling, index);
+    if (is_finished(p.lengths, block)) return;
+    auto* shared = &shared_memory<unsigned char>();
+    const ParkedSums sums = sums_of<Element, true>(p.tiles, p.conv, shared, p.tiling, block);
+    const int c0 = block.column * 8 * p.tiles;
+#pragma unroll 1
+    for (int pair = 0; pair < sums.pairs; ++pair)
+#pragma unroll 1
+      for (int mi = sums.first_mi; mi <= sums.last_mi; ++mi) {
+        const PixelPair at = pixel_pair(p.tiling, block, sums.pixel(mi), p.height, p.width);
+        float v[2][4];
+        load_vector(sums.patch(pair, mi), v[0]);
+        load_vector(sums.patch(pair, mi) + sums.stride, v[1]);
+        store_patch(p.out, at, c0 + sums.channel(pair), v);
+      }
   } else {
     trap_without_mma();
   }

@@ -35,16 +35,12 @@ SNNLSTM_DEVICE void take(const float (&acc)[4 * Tiles][4], float (&sum)[4][2][2 
   });
 }
 
-// plain: see is_plain(). Where floats are multiplied, states and gates are float32; so are the
-// states of plain steps.
+// plain: see is_plain().
 template <class Element, int Tiles, bool plain>
 __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
     forward_mma(const __grid_constant__ ForwardMma p) {
   if constexpr (arch::has_mma<Element>) {
     constexpr int kTiles = 4 * Tiles, kHeld = 2 * Tiles, kChannels = 8 * Tiles;
-    constexpr bool kFloat = sizeof(Element) == 4;
-    using OfStates = Known<std::conditional_t<plain || kFloat, float, AnyType>, plain>;
-    using OfGates = Known<std::conditional_t<kFloat, float, AnyType>, true>;
     auto* shared = &shared_memory<unsigned char>();
     // The place is computed twice: one that is kept from here on makes ptxas spill on sm_90.
     if (!plain && p.neuron.fire.is_finished(block_of(p.tiling, blockIdx.x).n))
@@ -52,7 +48,7 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
     const BlockPlace block = block_of(p.tiling, blockIdx.x);
     const int channels = p.conv.warp_columns * kChannels;
     auto* vectors = reinterpret_cast<float*>(shared + p.vectors);
-    const ForwardTile<float, plain, OfStates, OfGates> tile(
+    const ForwardTile<float, plain, KnownStates<Element, plain>, KnownGates<Element>> tile(
         p.neuron, p.tiling, block, block.column * channels, channels, vectors);
     tile.load_vectors();
     MmaGemm<Element, kTiles, true> gemm(p.conv, shared, p.tiling, block);

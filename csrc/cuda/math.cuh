@@ -79,14 +79,22 @@ SNNLSTM_DEVICE void clear(R* v) {
   unrolled<count>([&](int i) { v[i] = 0; });
 }
 
-// Stands for a type of elements that a kernel does not know when it is compiled.
+// What a kernel knows of tensors and images when it is compiled: the type of their elements, or
+// AnyType, and whether no tensor is accessed element by element.
+template <class T, bool vectors>
+struct Known {
+  using Type = T;
+  static constexpr bool kVectors = vectors;
+};
 struct AnyType {};
+using Unknown = Known<AnyType, false>;
 
-// Calls f(T{}), T the type of an array's elements: Known, or what `type` says.
-template <class R, class Known = AnyType, class F>
+// Calls f(T{}), T the type of an array's elements: the known one, or what `type` says.
+template <class R, class Known = Unknown, class F>
 SNNLSTM_DEVICE void with_stored(DType type, F&& f) {
-  if constexpr (!std::is_same_v<Known, AnyType>)
-    f(Known{});
+  using T = typename Known::Type;
+  if constexpr (!std::is_same_v<T, AnyType>)
+    f(T{});
   else if constexpr (sizeof(R) == 8)
     f(double{});
   else if (type == DType::float32)
@@ -141,12 +149,12 @@ SNNLSTM_DEVICE void store_vector(T* p, const R (&v)[N]) {
 }
 
 // The same, from element i of an array on.
-template <class R, class Known = AnyType, int N>
+template <class R, class Known = Unknown, int N>
 SNNLSTM_DEVICE void read_vector(const void* array, DType type, int64_t i, R (&v)[N]) {
   with_stored<R, Known>(
       type, [&](auto of) { load_vector(static_cast<decltype(of) const*>(array) + i, v); });
 }
-template <class R, class Known = AnyType, int N>
+template <class R, class Known = Unknown, int N>
 SNNLSTM_DEVICE void write_vector(void* array, DType type, int64_t i, const R (&v)[N]) {
   with_stored<R, Known>(type,
                         [&](auto of) { store_vector(static_cast<decltype(of)*>(array) + i, v); });

@@ -92,12 +92,10 @@ class MmaGemm {
     return warp_row_ * mma_gemm::kWarpPixels + mi * 16 + 2 * (int(threadIdx.x) % 32 / 4);
   }
   SNNLSTM_DEVICE int warp_column() const { return warp_column_; }
-  SNNLSTM_DEVICE int warp_row() const { return warp_row_; }
   SNNLSTM_DEVICE int rows() const {  // warps along pixels, in a group
     return int(blockDim.x) / 32 / p_.warp_columns / p_.k_groups;
   }
   SNNLSTM_DEVICE int k_group() const { return k_group_; }
-  SNNLSTM_DEVICE int k_groups() const { return p_.k_groups; }
   SNNLSTM_DEVICE static int quad() { return int(threadIdx.x) % 4; }
 
   // Tensor cores truncate their sums. In parts each k-step adds three times, therefore a chunk's
@@ -128,7 +126,7 @@ class MmaGemm {
   SNNLSTM_DEVICE void fill_tables() {
 #pragma unroll 1
     for (int k = 0; k < p_.segments; ++k) {
-      const MmaSegment& seg = p_.segment[k];
+      const MmaSegment& seg = p_.segment[AnyFeed ? k : 0];
       int* table = pipeline_.table(k);
       for (int i = int(threadIdx.x); i < 4 * seg.taps && !is_strided(seg); i += int(blockDim.x)) {
         const int tap = i / 4, step = i / 2 % 2, odd = i % 2;

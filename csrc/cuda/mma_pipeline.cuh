@@ -123,7 +123,7 @@ class MmaPipeline {
   }
 
   // The chunk's segment, its k-steps for a tap, and where it lies.
-  SNNLSTM_DEVICE const MmaSegment& segment() const { return p_.segment[at_.segment]; }
+  SNNLSTM_DEVICE const MmaSegment& segment() const { return segment_of(at_); }
   SNNLSTM_DEVICE int steps() const { return segment().steps(at_.chunk); }
   SNNLSTM_DEVICE const unsigned char* chunk() const { return buffer_at(buffer_); }
   SNNLSTM_DEVICE const MmaSource<Element, AnyFeed>& source() const { return source_; }
@@ -144,13 +144,20 @@ class MmaPipeline {
     int segment = 0, chunk = 0;
   };
 
+  // A single segment's number is known when the kernel is compiled: constant memory, where the
+  // segments lie, is then an operand.
+  static constexpr bool kOneSegment = !AnyFeed;
+  SNNLSTM_DEVICE const MmaSegment& segment_of(const Cursor& c) const {
+    return p_.segment[kOneSegment ? 0 : c.segment];
+  }
   SNNLSTM_DEVICE bool advance(Cursor& c) const {
-    if (++c.chunk < p_.segment[c.segment].chunks) return true;
+    if (++c.chunk < segment_of(c).chunks) return true;
+    if (kOneSegment) return false;
     c.chunk = 0;
     return ++c.segment < p_.segments;
   }
   // Returns the segment of the chunk that is on its way.
-  SNNLSTM_DEVICE const MmaSegment& next() const { return p_.segment[more_ ? loaded_.segment : 0]; }
+  SNNLSTM_DEVICE const MmaSegment& next() const { return segment_of(more_ ? loaded_ : Cursor()); }
   SNNLSTM_DEVICE unsigned char* buffer_at(int buffer) const {
     return shared_ + buffer * p_.buffer_bytes;
   }

@@ -31,6 +31,17 @@ struct NeuronBackward : NeuronStep {
   bool first_sums = true;  // the launch sets the sums, and does not add to them
 };
 
+// Says whether a step is plain, as for NeuronForward; the surrogate is the usual one, too.
+inline bool is_plain(const NeuronBackward& n) {
+  const Fire& f = n.fire;
+  bool vectors = true;
+  for (const Tensor* a : {&n.syn_prev, &n.grad_syn, &n.grad_mem, &n.grad_syn0, &f.spk})
+    vectors = vectors && a->access != Access::scalar;
+  return vectors && f.spk.type == DType::float32 && n.surrogate == Surrogate::atan &&
+         n.winner == nullptr && f.spiking && f.pool == Pool::none && f.num_levels == 0 &&
+         f.lengths == nullptr;
+}
+
 // Loads the recurrent gradients of a patch: pixel k has them at `from` + k * stride.
 template <class R>
 struct FromShared {
@@ -50,8 +61,11 @@ struct RowSums {
   bool set;
 };
 
-template <class R>
+// The parameters are those of ForwardTile.
+template <class R, bool plain = false, class OfStates = Unknown, class OfGates = Unknown>
 class BackwardTile {
+  using Own = Known<R, true>;  // images in the compute type
+
  public:
   using N = Neuron<Math<R>>;
 
@@ -68,7 +82,7 @@ class BackwardTile {
   // Says whether the block's step lies behind its sample's last one. Then the gradients are left
   // out, but a launch that sets the threshold's sums sets them to 0.
   SNNLSTM_DEVICE bool is_finished() const {
-    const bool finished = p_.fire.is_finished(block_.n);
+    const bool finished = !plain && p_.fire.is_finished(block_.n);
     if (finished && p_.first_sums) write_sums(nullptr, 0);
     return finished;
   }
@@ -77,7 +91,7 @@ class BackwardTile {
     return p_.fire.spk.present() && p_.surrogate != Surrogate::none;
   }
   SNNLSTM_DEVICE bool gathers() const {
-    return spikes() && p_.fire.pool != Pool::none && p_.spreads;
+    return !plain && spikes() && p_.fire.pool != Pool::none && p_.spreads;
   }
 
   // Returns the gradient that a spike passes to the mem that it was made from. u: mem - threshold;
@@ -118,17 +132,17 @@ class BackwardTile {
     Patch p;
     load(p, m, first);
     if (gather) return tile.put(m, first, p.mem);
-    if (p_.own_mem.present()) store_patch(p_.own_mem, p.at, p.c0, p.mem);
+    if (p_.own_mem.present()) store_patch<OfGates>(p_.own_mem, p.at, p.c0, p.mem);
     R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {}, of_threshold[2][4];
     from_later(p, recurrent, d_syn, d_mem);
     from_spikes(p, m, first, tile, spike);
     differentiate(p, spike, d_mem, d_syn, of_threshold);
     if (p_.d_gates.present())
-      unrolled<4>([&](int k) { store_patch(p_.d_gates, p.at, p.c0, p.gate[k], k); });
+      unrolled<4>([&](int k) { store_patch<OfGates>(p_.d_gates, p.at, p.c0, p.gate[k], k); });
     if (p_.grad_syn0.present())
-      store_patch(p_.grad_syn0, p.at, p.c0, d_syn);
+      store_patch<OfStates>(p_.grad_syn0, p.at, p.c0, d_syn);
     else if (p_.d_syn_out.present())
-      store_patch(p_.d_syn_out, p.at, p.c0, d_syn);
+      store_patch<Own>(p_.d_syn_out, p.at, p.c0, d_syn);
     if (p_.sums == nullptr) return;
     R sum[4];
     unrolled<4>([&](int ch) { sum[ch] = of_threshold[0][ch] + of_threshold[1][ch]; });
@@ -200,8 +214,8 @@ class BackwardTile {
   SNNLSTM_DEVICE void load(Patch& p, int m, int first) const {
     p.at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
     p.c0 = c0_ + first;
-    unrolled<4>([&](int k) { load_patch(p_.gates, p.at, p.c0, p.gate[k], k); });
-    load_patch(p_.syn_prev, p.at, p.c0, p.syn_prev);
+    unrolled<4>([&](int k) { load_patch<OfGates>(p_.gates, p.at, p.c0, p.gate[k], k); });
+    load_patch<OfStates>(p_.syn_prev, p.at, p.c0, p.syn_prev);
     load_vector(vectors_ + first, p.threshold);
     unrolled<4, 2>([&](int ch, int px) {
       const Gates<R> a = activated(p.gate, px, ch);
@@ -209,31 +223,33 @@ class BackwardTile {
       p.mem[px][ch] = N::after_reset(p_.reset, N::next_mem(a.o, p.tanh_syn[px][ch]),
                                      is_flagged(p.gate[2][px][ch]), p.threshold[ch]);
     });
-    const DType type = p_.syn_prev.type;
-    if (p_.fire.num_levels > 0)
+    if (!plain && p_.fire.num_levels > 0)
       for_each_value(p.mem, [&](R x, int, int) { return quantised(p_.fire, x); });
-    unrolled<2, 4>([&](int px, int ch) { p.mem[px][ch] = rounded(type, p.mem[px][ch]); });
+    if (std::is_same_v<typename OfStates::Type, AnyType>) {
+      const DType type = p_.syn_prev.type;
+      unrolled<2, 4>([&](int px, int ch) { p.mem[px][ch] = rounded(type, p.mem[px][ch]); });
+    }
   }
 
   // Adds the gradients of syn and mem from the next step, and from the caller.
   template <class Recurrent>
   SNNLSTM_DEVICE void from_later(const Patch& p, Recurrent&& recurrent, R (&d_syn)[2][4],
                                  R (&d_mem)[2][4]) const {
-    const bool starts = p_.fire.is_last(block_.n);  // nothing comes from later steps
-    if (p_.d_syn_in.present() && !starts) load_patch(p_.d_syn_in, p.at, p.c0, d_syn);
+    const bool starts = !plain && p_.fire.is_last(block_.n);  // nothing comes from later steps
+    if (p_.d_syn_in.present() && !starts) load_patch<Own>(p_.d_syn_in, p.at, p.c0, d_syn);
     if (!starts) recurrent(d_mem);
-    if (starts || !p_.at_ends)
+    if (plain || starts || !p_.at_ends)
       add_patch(p_.grad_mem, p.at, p.c0, d_mem), add_patch(p_.grad_syn, p.at, p.c0, d_syn);
-    if (!p_.fire.spiking) add_patch(p_.fire.spk, p.at, p.c0, d_mem);
+    if (!plain && !p_.fire.spiking) add_patch(p_.fire.spk, p.at, p.c0, d_mem);
   }
 
   // Writes the gradients of mem through the spikes. Without pooling p.mem becomes mem - threshold.
   SNNLSTM_DEVICE void from_spikes(Patch& p, int m, int first, MemTile<R> tile,
                                   R (&spike)[2][4]) const {
-    if (spikes() && p_.fire.pool == Pool::none) {
+    if (spikes() && (plain || p_.fire.pool == Pool::none)) {
       unrolled<2, 4>([&](int px, int ch) { p.mem[px][ch] -= p.threshold[ch]; });
-      load_patch(p_.fire.spk, p.at, p.c0, spike);
-      if (p_.surrogate == Surrogate::atan && p_.winner == nullptr) {
+      load_patch<OfStates>(p_.fire.spk, p.at, p.c0, spike);
+      if (plain || (p_.surrogate == Surrogate::atan && p_.winner == nullptr)) {
         const R graded = graded_of<R>(p_.fire);
         unrolled<2, 4>([&](int px, int ch) {
           spike[px][ch] =
@@ -248,8 +264,8 @@ class BackwardTile {
         };
         for_each_value(spike, gradient, p.mem);
       }
-    } else if (p_.spikes_in.present()) {
-      load_patch(p_.spikes_in, p.at, p.c0, spike);
+    } else if (!plain && p_.spikes_in.present()) {
+      load_patch<Own>(p_.spikes_in, p.at, p.c0, spike);
     } else if (gathers()) {
       unrolled<4>([&](int ch) {
         R pair[2];
@@ -265,8 +281,9 @@ class BackwardTile {
                                     R (&d_syn)[2][4], R (&of_threshold)[2][4]) const {
     unrolled<2>([&](int px) {
       // Pixels behind the last whole window are in no window.
-      const bool pooled = p_.fire.pool == Pool::none || (p.at.y[px] < p_.fire.Hp * p_.fire.pool_h &&
-                                                         p.at.x[px] < p_.fire.Wp * p_.fire.pool_w);
+      const bool pooled =
+          plain || p_.fire.pool == Pool::none ||
+          (p.at.y[px] < p_.fire.Hp * p_.fire.pool_h && p.at.x[px] < p_.fire.Wp * p_.fire.pool_w);
       unrolled<4>([&](int ch) {
         const bool real = pooled && p.at.valid[px] && p.c0 + ch < p_.C;
         const R through_spike = real ? spike[px][ch] : R(0);
@@ -314,7 +331,7 @@ class BackwardTile {
   SNNLSTM_DEVICE static void add_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][4]) {
     if (!a.present()) return;
     R more[2][4];
-    load_patch(a, at, c0, more);
+    load_patch<OfStates>(a, at, c0, more);
     unrolled<2, 4>([&](int px, int ch) { v[px][ch] += more[px][ch]; });
   }
   SNNLSTM_DEVICE static Gates<R> activated(const R (&gate)[4][2][4], int px, int ch) {

@@ -57,9 +57,8 @@ struct NeuronForward : NeuronStep {
   Image gates_out;             // in training
 };
 
-// Says whether a step is plain, as most are: without pooling, quantiser, inhibition and lengths, of
-// states in float32 that are all accessed in vectors. The kernels for tensor cores have an instance
-// for it, which takes a quarter fewer instructions for each neuron.
+// Says whether a step is plain: without pooling, quantiser, inhibition and lengths, of float32
+// states that are all accessed in vectors. Tensor core kernels have an instance for such steps.
 inline bool is_plain(const NeuronForward& n) {
   const Fire& f = n.fire;
   bool vectors = true;
@@ -68,6 +67,13 @@ inline bool is_plain(const NeuronForward& n) {
   return vectors && f.spk.type == DType::float32 && n.fires && f.spiking && f.pool == Pool::none &&
          f.num_levels == 0 && f.lengths == nullptr;
 }
+
+// What kernels know that multiply Elements: where these are floats, states and gates are float32;
+// so are the states of plain steps.
+template <class Element, bool plain>
+using KnownStates = Known<std::conditional_t<plain || sizeof(Element) == 4, float, AnyType>, plain>;
+template <class Element>
+using KnownGates = Known<std::conditional_t<sizeof(Element) == 4, float, AnyType>, true>;
 
 // Moves every value one place towards v[0][0], whose value is lost, and puts `last` at the end.
 template <int CH, class R>

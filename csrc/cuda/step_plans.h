@@ -134,7 +134,7 @@ struct BlockShape {
   }
 };
 constexpr BlockShape kForwardShapes[] = {{4, 2, 1}, {4, 1, 1}, {2, 2, 1}, {2, 1, 1}};
-constexpr BlockShape kDataShapes[] = {{2, 2, 1}, {4, 1, 1}, {2, 1, 2}};
+constexpr BlockShape kDataShapes[] = {{4, 1, 1}, {2, 1, 2}};
 
 // A convolution with its epilogue.
 struct StepPlan {
@@ -294,13 +294,13 @@ inline std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Mu
   };
   plan.multiply = multiply;
   if (plan.mma()) {
-    plan.tiles = columns <= 32 ? 2 : 8;
+    // A warp reads its pixels once for all its tiles. A product takes 384 bytes of shared memory
+    // with 2 tiles, 256 with 4 and 192 with 8.
+    plan.tiles = columns <= 16 ? 2 : columns <= 32 ? 4 : 8;
     const Segment segment = gates_segment(c, of_x);
     for (const BlockShape& of : kDataShapes) {
       plan.shape = int(&of - kDataShapes);
-      if ((only.shape >= 0 && only.shape != plan.shape) ||
-          (of.n == 2) != (columns > 16 && columns <= 32))
-        continue;
+      if (only.shape >= 0 && only.shape != plan.shape) continue;
       plan.warps_m = of.m, plan.warps_n = of.n, plan.k_groups = of.k;
       offer([&](bool any) {
         MmaBuilder builder = plan.builder();

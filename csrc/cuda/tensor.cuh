@@ -66,22 +66,13 @@ SNNLSTM_DEVICE int offset(const Image& a, int plane, int c, int y, int x) {
   return ((y * a.width + x) * a.planes + plane) * a.Cp + c;
 }
 
-// What a kernel knows of tensors and images when it is compiled: the type of their elements, or
-// AnyType, and whether no tensor is accessed element by element.
-template <class T, bool vectors>
-struct Known {
-  using Type = T;
-  static constexpr bool kVectors = vectors;
-};
-using Unknown = Known<AnyType, false>;
-
 // Calls move(p, values) for the CH channels of each pixel, or for both pixels of each channel, or
 // for each element, as the layout allows. The values come from v[pixel][channel] and go back there.
 template <class Known, class R, int CH, class Move>
 SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH],
                                Move&& move) {
   if (c0 >= a.channels) return;
-  with_stored<R, typename Known::Type>(a.type, [&](auto of) {
+  with_stored<R, Known>(a.type, [&](auto of) {
     auto* p = static_cast<decltype(of)*>(image_of(a, at.t, at.n));
     decltype(p) pixel[2] = {p + offset(a, c0, at.y[0], at.x[0]),
                             p + offset(a, c0, at.y[1], at.x[1])};
@@ -128,8 +119,7 @@ SNNLSTM_DEVICE void load_patch(const Image& a, const PixelPair& at, int c0, R (&
   clear<2 * CH>(&v[0][0]);
   unrolled<2>([&](int px) {
     if (at.valid[px] && c0 < a.Cp)
-      read_vector<R, typename Known::Type>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]),
-                                           v[px]);
+      read_vector<R, Known>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]), v[px]);
   });
 }
 
@@ -139,8 +129,7 @@ SNNLSTM_DEVICE void store_patch(const Image& a, const PixelPair& at, int c0, con
   void* p = image_of(a, at.t, at.n);
   unrolled<2>([&](int px) {
     if (at.valid[px] && c0 < a.Cp)
-      write_vector<R, typename Known::Type>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]),
-                                            v[px]);
+      write_vector<R, Known>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]), v[px]);
   });
 }
 

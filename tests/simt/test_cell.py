@@ -8,6 +8,7 @@ workspaces hold NaN before.
 import re
 
 import pytest
+import test_cell_gradients
 import torch
 from hypothesis import given
 
@@ -15,7 +16,7 @@ from benchmarks import gpu_smoke
 from tests.shared.cases import Case, cases, drawing, wanting_gradients
 from tests.shared.oracle import check_steps
 from tests.simt.backend import SOURCES, float32_precision
-from tests.simt.modes import ALL, CASES, FORWARD, MODES, PLAIN, Mode, crossed
+from tests.simt.modes import ALL, CASES, FORWARD, MODES, PLAIN, SMOOTH, Mode, crossed
 
 
 def check(core, case: Case, mode: Mode) -> None:
@@ -51,9 +52,14 @@ def test_forward(core, mode, case, schedule):
     ],
 )  # fmt: skip
 def test_plain_steps_have_an_instance_of_their_own(core, mode, name, plain):
+    case = CASES[name].but(reset="none")  # which coarse modes would decide otherwise
     core.checks(counters=True)
-    check(core, CASES[name], MODES[mode])
-    steps = {launch for launch in core.counters() if "step" in launch}
+    check(core, case, MODES[mode])
+    if MODES[mode].exact or name in SMOOTH:
+        assert test_cell_gradients.check(core, case, MODES[mode])
+    steps = {
+        launch.replace("backward", "forward") for launch in core.counters() if "step" in launch
+    }
     assert steps == {"forward step (mma, plain)" if plain else "forward step (mma)"}
 
 

@@ -32,8 +32,8 @@ EXPECTED = {
         r"forward_mma<(?!.*fp16_sm75).*, 2, ": VECTORS,
     },
     "backward": {
-        r"backward_mma<float, \d>": (*TF32, *VECTORS),
-        r"backward_mma<unsigned short, \d>": (*BOTH_HALVES, *VECTORS),
+        r"backward_mma<float, ": (*TF32, *VECTORS),
+        r"backward_mma<unsigned short, ": (*BOTH_HALVES, *VECTORS),
     },
     "weight_gradient": {
         r"weight_gradient_mma<.*[34]>": ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128"),
