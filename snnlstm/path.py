@@ -528,7 +528,7 @@ def _in_segments(
     """The cell with ``checkpoint=True``: less memory for the backward pass, one more forward pass.
 
     A sequence is cut into segments of some sqrt(T) steps. Saved for the backward pass are the
-    states between the segments alone; the gates of one segment at a time are computed again, just
+    states between the segments only; the gates of one segment at a time are computed again, just
     before their gradients (Chen et al. 2016, "Training deep nets with sublinear memory cost"), by
     the implementation that ran before.
     """

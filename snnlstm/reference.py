@@ -185,7 +185,7 @@ def sconv2dlstm(
     bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the cell in plain torch.
+    """Run the cell on the reference path.
 
     Arguments, results and errors are those of :func:`snnlstm.functional.sconv2dlstm`.
     """

@@ -97,7 +97,7 @@ class State:
         for name in ("syn", "mem"):
             old = getattr(self, name)
             new = move(old)
-            # A tensor that leaves the meta device comes in memory that nobody has written.
+            # A tensor that leaves the meta device has uninitialised memory.
             setattr(self, name, torch.zeros_like(new) if old.is_meta else new)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class PackedWeight:
     def forms(self, a_pass: Pass) -> Forms:
         """What a pass reads. Each form is made once for each of the weight's values.
 
-        Forms that none of the last sets has are freed, when nobody computes with them.
+        Forms outside the last sets are freed as soon as no call uses them.
         """
         known = self._sets.get(a_pass.forms)
         if known is not None:
@@ -309,7 +309,7 @@ class Plan(CommonPlan):
         lengths = call.lengths
         order = None if lengths is None else longest_first(lengths)
         a_pass = self._pass(tuple(decided), True, wanted[0], wanted[3])
-        if packed is None:  # torch.compile's graph, which keeps tensors alone
+        if packed is None:  # in torch.compile's graph, which keeps only tensors
             packed = packed_weight(self.saved_weight(call))
         forms = packed.forms(a_pass)
         threshold_at, _threshold = address_of_numbers(call.threshold, self.dtype)

@@ -89,7 +89,7 @@ class Plan(CommonPlan):
         # The fastest plans, by pass and gradients that are wanted: 65 at most.
         self._measured: dict[tuple[bool, ...], Any] = {}
         self.geometry = Geometry(*self._chosen[False].geometry)
-        # As far as is known, cuDNN has fast kernels of full float32 for contiguous images alone.
+        # cuDNN is said to have fast kernels of full float32 only for contiguous images.
         self.contiguous = (
             self.work == torch.float32 and backend.device(self.device).compute_capability < 80
         )

@@ -143,7 +143,7 @@ def run(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _repeated(call: Call, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
-    """Recorded states with each sample's last one behind its last step, where kernels leave any."""
+    """Recorded states in which padded samples repeat their last one; kernels leave others there."""
     lengths: Any = call.lengths
     return repeated(syn, call.syn, lengths), repeated(mem, call.mem, lengths)
 
@@ -230,15 +230,15 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     if again and wanted[5]:
         if version(ctx.threshold) != ctx.version:
             raise RuntimeError(
-                "the threshold was modified by an inplace operation, and its gradient is to be "
-                "differentiated"
+                "the threshold was modified by an inplace operation, which its second derivative "
+                "does not allow"
             )
         threshold = ctx.threshold
     call = Call._make((*tensors, threshold, graded, lengths, ctx.record))
     if again or _beyond_kernels(grads):
-        return _in_plain_torch(ctx.plan, call, grads, wanted, again)
+        return _by_reference(ctx.plan, call, grads, wanted, again)
     packed = ctx.packed
-    if not _keeps_graph():  # nobody asks again: the packed weight need not live on
+    if not _keeps_graph():  # no other backward pass comes, so the packed weight can go
         ctx.packed = None
     grads = [None if grad is None else plain(grad) for grad in grads]
     return ctx.plan.backward(call, saved, grads, wanted, ctx.decided, packed)
@@ -247,7 +247,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
 def _reached(
     wanted: Sequence[bool], spec: CellSpec, grads: Sequence[Tensor | None]
 ) -> Sequence[bool]:
-    """Which gradients are wanted and exist: a threshold gets one from spk and "subtract" alone."""
+    """Which gradients are wanted and exist: a threshold gets one only from spk and "subtract"."""
     reached = grads[0] is not None or spec.reset == "subtract"
     return (*wanted[:5], wanted[5] and reached)
 
@@ -266,14 +266,14 @@ def _beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
 
 
 @torch.enable_grad()
-def _in_plain_torch(
+def _by_reference(
     plan: Any,
     call: Call,
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
     again: bool,
 ) -> Sequence[Tensor | None]:
-    """The same gradients in plain torch; with `again` they can be differentiated in their turn."""
+    """The same gradients on the reference path; with `again` they can be differentiated again."""
     # The inputs are aliased, because one may have been computed from another one, and that path
     # must not count. An input may have stopped to require a gradient since the forward pass.
     aliases: list[Any] = [
@@ -361,8 +361,8 @@ def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[Plan, Ca
 
 
 def _numbers(x: Tensor, decided: Sequence[int]) -> Tensor:
-    """What the forward pass decided by values. CUDA's decides nothing, and a graph of CUDA's
-    operators is to have no tensor on the CPU."""
+    """The forward pass's decisions by values. CUDA's are none, and a graph of CUDA's operators must
+    have no tensor on the CPU."""
     return torch.tensor(decided, dtype=torch.int64, device=x.device)
 
 

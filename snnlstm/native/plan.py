@@ -190,7 +190,7 @@ def make_cell(core: Any, s: Sizes) -> Any:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor's memory holds its numbers one behind the other."""
+    """Whether the tensor's memory holds its numbers in order, without gaps."""
     return tensor.is_contiguous() and not tensor.is_neg()
 
 
@@ -267,7 +267,7 @@ def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tenso
 
 
 def empty_bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Memory for the kernels alone, uninitialised."""
+    """Uninitialised memory that only the kernels use."""
     return torch.empty(count, dtype=torch.uint8, device=device)
 
 
@@ -442,8 +442,8 @@ class CommonPlan(Sizes):
 def stochastic_noise(plan: Sizes, grad_spk: Tensor | None) -> Tensor | None:
     """Uniform numbers of the stochastic surrogate, (T, N, C, Hp, Wp), else None.
 
-    Drawn one block a step, last step first, each in the order of (N, C, Hp, Wp): as a loop over
-    steps in plain torch draws them.
+    They are drawn one block a step, last step first, each in the order of (N, C, Hp, Wp), as in a
+    loop over steps on the reference path.
     """
     if grad_spk is None or plan.spec.surrogate.name != "SSO":
         return None

@@ -46,7 +46,7 @@ class BackwardPass(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What torch convolves: the kernel without `outer` taps on either side, rows and columns of
+    """What torch convolves: the kernel without the `outer` rows and columns of taps on either side,
     which only ever meet the border."""
 
     kernel: tuple[int, int]
@@ -138,10 +138,10 @@ def backward(
     wanted: Sequence[bool],
     run_steps: Callable[[Gradients, Tensor, Tensor | None], None],
 ) -> Gradients:
-    """The gradients that are wanted. cuDNN forms those of x, weight and bias behind the steps.
+    """The wanted gradients. cuDNN forms those of x, weight and bias after the steps.
 
-    `run_steps` gets the gradients of syn, mem and threshold to fill in, d_gates, and mems or None,
-    of which the first step's is there.
+    `run_steps` fills in the gradients of syn, mem and threshold, d_gates, and mems, if given, whose
+    first step is there already.
     """
     call, x = given.call, given.call.x
     out = empty_gradients(x, plan.gradient_memory, (*wanted[:3], False, False, wanted[5]))

@@ -1,8 +1,8 @@
 """Pixels that see the same have bitwise equal mem and syn, if the cell chooses among them.
 
-Pixels of one pooling window are so with every algorithm. Inhibition chooses among all of an image, for
-which "auto" forms direct sums. Most images here are lines in one direction: each pixel sees what
-the next one of its line sees, unless the border is near.
+Pixels of one pooling window are so with every algorithm. Inhibition chooses among all pixels of an
+image, so "auto" forms direct sums. Most images here are lines in one direction: each pixel sees
+what the next one of its line sees, unless the border is near.
 """
 
 import pytest
