@@ -76,7 +76,7 @@ class _StubbedCuda:
         *_, algorithm, _ = arguments
         return _StubbedPlan(algorithm)
 
-    def cuda_device(self) -> SimpleNamespace:
+    def cuda_device(self, _: int) -> SimpleNamespace:
         return SimpleNamespace(compute_capability=80)
 
     def cuda_full_precision(self, _: Any) -> int:

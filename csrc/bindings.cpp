@@ -25,7 +25,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(m);
 #if SNNLSTM_WITH_CUDA
   bind_cuda(m);
-  m.def("cuda_device", &cuda::current_device);
+  m.def("cuda_device", &cuda::device_of, py::arg("number"));
 #endif
 #if SNNLSTM_TESTING
   bind_testing(m);

@@ -191,7 +191,7 @@ def core_of(name: str) -> Iterator[tuple[Any, Any]]:
         with emulated.installed():
             yield emulated.module, emulated.module.CudaDevice(80, 108, 163 * 1024)
     else:
-        yield _C, _C.cuda_device() if name == "cuda" else None
+        yield _C, _C.cuda_device(0) if name == "cuda" else None
 
 
 def main(name: str, count: int, seed: int) -> None:

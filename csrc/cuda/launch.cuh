@@ -45,6 +45,26 @@ inline void check(cudaError_t status, const char* what, const char* file = __bui
                            cudaGetErrorName(status) + ") at " + file + ":" + std::to_string(line));
 }
 
+// Makes a device the current one until its end. torch has chosen the device of a call by a runtime
+// of its own; what that has set, the runtime that is linked here need not know.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "asking for the current CUDA device");
+    if (before_ == device) return;
+    check(cudaSetDevice(device), "choosing a CUDA device");
+    changed_ = true;
+  }
+  OnDevice(const OnDevice&) = delete;
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
 inline std::string describe(const Launch& how) {
   auto dims = [](dim3 d) {
     return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
@@ -83,6 +103,12 @@ inline cudaError_t prepare(const void* kernel, bool& may_overlap) {
   return cudaSuccess;
 }
 
+#else
+
+struct OnDevice {
+  explicit OnDevice(int) {}
+};
+
 #endif
 
 // Runs kernel(args...) on the current device, in how.stream. An empty grid runs nothing. Throws
@@ -114,7 +140,9 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
         },
         values);
   }
-  if (status != cudaSuccess) check(status, describe(how).c_str(), how.file, how.line);
+  if (status == cudaSuccess) return;
+  const std::string what = describe(how) + ", or a kernel that was launched before it";
+  check(status, what.c_str(), how.file, how.line);
 #else
   auto thread = [&] { kernel(static_cast<Params>(args)...); };
   ::simt::run(::simt::Geometry{how.name, how.grid, how.block, how.shared_bytes, how.file, how.line,

@@ -61,6 +61,7 @@ void pack_weight(const PassTypes& pass, const PackedPart (&parts)[2], const void
 }
 
 void Plan::store_levels(const double* values, void* levels, void* stream) const {
+  const OnDevice on(device_);
   with_real(cell.dtype, [&](auto real) {
     using R = decltype(real);
     for (int from = 0; from < cell.num_levels; from += StoreLevels::kMost) {

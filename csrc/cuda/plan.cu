@@ -23,7 +23,7 @@ Matrix full_precision(const Device& device) {
 
 Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wanted, bool of_backward,
            const BlockChoice& only)
-    : cell(of), matrix(numbers), algorithm(wanted), backward(of_backward) {
+    : cell(of), matrix(numbers), algorithm(wanted), backward(of_backward), device_(device.number) {
   auto steps = std::make_unique<ForwardPass>(cell, device, matrix, backward ? BlockChoice() : only);
   const Cell& c = steps->s.c;
   reason_against = cuda::reason_against(c, 0);
@@ -96,6 +96,7 @@ std::vector<Plan> Plan::candidates(const Cell& cell, const Device& device, Matri
 }
 
 void Plan::pack(const void* weight, void* packed, void* stream) const {
+  const OnDevice on(device_);
   if (forward_)
     pack_weight(*forward_, {forward_->packed.x, forward_->packed.mem}, weight, packed, stream);
   if (backward_)
@@ -105,28 +106,28 @@ void Plan::pack(const void* weight, void* packed, void* stream) const {
 
 void Plan::run(const ForwardArgs& args, void* stream) const {
   if (!reason_against.empty()) throw std::runtime_error(reason_against);
+  const OnDevice on(device_);
   cudnn_ ? cudnn_->run(as_run(args, cudnn_->s.c), stream)
          : forward_->run(as_run(args, forward_->s.c), stream);
 }
 
 void Plan::run(const BackwardArgs& args, void* stream) const {
   if (!reason_against.empty()) throw std::runtime_error(reason_against);
+  const OnDevice on(device_);
   cudnn_ ? cudnn_->run(as_run(args, cudnn_->s.c), stream)
          : backward_->run(as_run(args, backward_->s.c), stream);
 }
 
 #if defined(__CUDACC__)
 
-Device current_device() {
-  int device = 0;
-  const cudaError_t status = cudaGetDevice(&device);
-  check(status, "asking for the current CUDA device");
+Device device_of(int number) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, device), "asking what the CUDA device can do");
+    check(cudaDeviceGetAttribute(&value, which, number), "asking what the CUDA device can do");
     return value;
   };
   Device found;
+  found.number = number;
   found.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
                              attribute(cudaDevAttrComputeCapabilityMinor);
   found.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);

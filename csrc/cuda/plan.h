@@ -20,10 +20,11 @@ struct Device {
   int compute_capability = 80;  // 10 * major + minor
   int multiprocessors = 108;
   int64_t shared_bytes = 163 * 1024;  // the most shared memory of a block
+  int number = 0;                     // the runtime's
 };
 
-// Describes the current device. Throws std::runtime_error if there is none.
-Device current_device();
+// Describes the device of that number. Throws std::runtime_error if there is none.
+Device device_of(int number);
 
 // The numbers that the convolutions multiply. Sums are in float (of float64: in double).
 enum class Matrix : int {
@@ -101,6 +102,7 @@ class Plan {
   void run(const BackwardArgs& args, void* stream) const;
 
  private:
+  int device_;  // on which all is launched
   // The one that the pass and the algorithm ask for.
   std::unique_ptr<const ForwardPass> forward_;
   std::unique_ptr<const BackwardPass> backward_;

@@ -318,8 +318,7 @@ class Backend:
     def device(self, device: torch.device) -> Any:
         """What the core knows of a device."""
         if device not in self._devices:
-            with self.guard(device):
-                self._devices[device] = self.core.cuda_device()
+            self._devices[device] = self.core.cuda_device(device.index)
         return self._devices[device]
 
     def _facts(self, s: Sizes, tf32: bool) -> tuple[Any, Any, int]:

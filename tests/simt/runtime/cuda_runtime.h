@@ -50,6 +50,10 @@ inline cudaError_t cudaGetLastError() { return std::exchange(fake::last, cudaSuc
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = fake::device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  if (device > 1) return fake::fail();
+  return fake::device = device, cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = fake::optin, cudaSuccess;
 }

@@ -51,6 +51,24 @@ int main() {
        "a launch above the device's limit says what it was");
   want(error_of(1024).empty(), "an error stays with the call that made it");
 
+  want(error_of(300 * 1024).find("or a kernel that was launched before it") != std::string::npos,
+       "an error may be an earlier kernel's");
+
+  for (const int chosen : {0, 1}) {
+    {
+      const OnDevice on(chosen);
+      want(fake::device == chosen, "a call has its device");
+    }
+    want(fake::device == 0, "the caller's device is as it was");
+  }
+  try {
+    const OnDevice on(2);
+    want(false, "there is no such device");
+  } catch (const std::runtime_error&) {
+    want(fake::device == 0 && fake::last == cudaSuccess,
+         "a device that is not there changes nothing");
+  }
+
   fake::refuses_attributes = true;
   want(!error_of(100 * 1024, other).empty(), "a refused attribute is an error");
   fake::refuses_attributes = false;
