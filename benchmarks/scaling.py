@@ -16,15 +16,18 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
+import math
 import os
 import statistics
 import time
+import timeit
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-import snnlstm
+from benchmarks.cases import Case, parse_case
+from benchmarks.providers import FORMS, Provider, Runner, Setting
 from snnlstm import _C
 
 LAYERS = {
@@ -81,70 +84,48 @@ def predicted(call: Call, threads: int, costs: Costs) -> float:
     return max(total, call.bytes / costs.bandwidth)
 
 
-class Layer:
-    """A layer with its input, as T N Cin C H W k gives it; a tenth of x is set."""
+def bytes_of(case: Case, mode: str) -> int:
+    """Returns how many bytes a call reads and writes at least."""
+    state, x = math.prod(case.state_shape), case.batch * case.cin * case.height * case.width
+    # spk is written, and x read; training writes the gates and syn, and reads them again.
+    return 4 * case.steps * (state + x + (10 * state if mode == "training" else 0))
 
-    def __init__(self, shape: str, training: bool) -> None:
-        *sizes, kernel = shape.split()
-        steps, batch, cin, channels, height, width = map(int, sizes)
-        torch.manual_seed(0)
-        rows, columns = (int(k) for k in kernel.split("x"))
-        self.cell = snnlstm.SConv2dLSTM(cin, channels, (rows, columns), threshold=0.1)
-        self.x = (torch.rand(steps, batch, cin, height, width) < 0.1).float()
-        self.x.requires_grad_(training and cin > 4)
-        self.training = training
-        # The gradients that come from the next layer, whose time is not the cell's.
-        self.grads = [torch.ones(steps, *self._state(batch)), torch.ones(self._state(batch))]
-        state = batch * channels * height * width * 4
-        # spk is written, and x read; training writes the gates and syn, and reads them again.
-        self.bytes = steps * (state + self.x[0].nbytes) + (10 * steps * state if training else 0)
 
-    def __call__(self) -> None:
-        self.cell.reset_mem()
-        self.cell.zero_grad()
-        with torch.set_grad_enabled(self.training):
-            spk, _, mem = self.cell(self.x)
-            if self.training:
-                torch.autograd.backward([spk, mem], self.grads)
+def seconds(runner: Runner, repeats: int) -> float:
+    """Returns the shortest time of a call."""
+    setup, run = runner
+    return min(timeit.repeat(run, setup, number=1, repeat=repeats))
 
-    def _state(self, batch: int) -> tuple[int, ...]:
-        return batch, self.cell.out_channels, *self.x.shape[-2:]
 
-    def seconds(self, repeats: int) -> float:
-        """Returns the shortest time of a call."""
-        times = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            self()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    def noted(self, threads: int, repeats: int) -> Call:
-        """Returns the tasks of a call whose plan is for that many threads."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            self()
-            runs, totals = [], []
-            for _ in range(repeats):
-                begin = time.thread_time()
-                runs.append(_C.time_tasks(self))
+def noted(case: Case, mode: str, runner: Runner, threads: int, repeats: int) -> Call:
+    """Returns the tasks of a call whose plan is for that many threads."""
+    setup, run = runner
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runs, totals = [], []
+        for repeat in range(repeats + 1):
+            setup()
+            begin = time.thread_time()
+            found = _C.time_tasks(run)
+            if repeat > 0:  # the first call makes the plan
+                runs.append(found)
                 totals.append(time.thread_time() - begin)
-        finally:
-            torch.set_num_threads(before)
-        best = [min(entries, key=lambda e: e[2]) for entries in zip(*runs, strict=True)]
-        phases = [
-            Phase(group[0][1], [nanoseconds / 1e9 for _, _, nanoseconds in group])
-            for _, entries in itertools.groupby(best, key=lambda e: e[0])
-            if (group := list(entries))
-        ]
-        # Each task reads the clock twice, and the list of entries takes time, too.
-        clock = clock_seconds()
-        spent = min(
-            total - sum(e[2] for e in run) / 1e9 - len(run) * clock
-            for run, total in zip(runs, totals, strict=True)
-        )
-        return Call(phases, max(spent, 0.0), self.bytes)
+    finally:
+        torch.set_num_threads(before)
+    best = [min(entries, key=lambda e: e[2]) for entries in zip(*runs, strict=True)]
+    phases = [
+        Phase(group[0][1], [nanoseconds / 1e9 for _, _, nanoseconds in group])
+        for _, entries in itertools.groupby(best, key=lambda e: e[0])
+        if (group := list(entries))
+    ]
+    # Each task reads the clock twice, and the list of entries takes time, too.
+    clock = clock_seconds()
+    spent = min(
+        total - sum(e[2] for e in run) / 1e9 - len(run) * clock
+        for run, total in zip(runs, totals, strict=True)
+    )
+    return Call(phases, max(spent, 0.0), bytes_of(case, mode))
 
 
 def clock_seconds() -> float:
@@ -172,32 +153,33 @@ def main(given: list[str] | None = None) -> None:
     p.add_argument("--check", action="store_true", help="measure as well, as far as cores go")
     args = p.parse_args(given)
     costs = Costs(args.barrier / 1e6, args.team / 1e6, args.bandwidth * 1e9)
+    mode = "training" if args.training else "inference"
     print(
-        f"{'training' if args.training else 'inference'}, {_C.isa_name()}; barrier {args.barrier} "
+        f"{mode}, {_C.isa_name()}; barrier {args.barrier} "
         f"us, team {args.team} us, memory {args.bandwidth} GB/s"
     )
     errors = []
     for name in args.shapes:
-        layer = Layer(LAYERS.get(name, name), args.training)
-        alone = None
+        case, alone = parse_case(LAYERS.get(name, name)), None
+        runner = Provider(case, FORMS["snnlstm"], Setting()).prepare(mode)
         print(f"{name}: {LAYERS.get(name, name)}")
         for threads in args.threads:
-            call = layer.noted(threads, args.repeats)
-            seconds = predicted(call, threads, costs)
-            alone = alone or seconds * threads
+            call = noted(case, mode, runner, threads, args.repeats)
+            found = predicted(call, threads, costs)
+            alone = alone or found * threads
             work = sum(sum(phase.tasks) for phase in call.phases)
             most = max((phase.threads for phase in call.phases), default=1)
             line = (
-                f"  threads: {threads:2} {seconds * 1e3:9.3f} ms, {alone / seconds / threads:5.0%} "
+                f"  threads: {threads:2} {found * 1e3:9.3f} ms, {alone / found / threads:5.0%} "
                 f"(work {work * 1e3:.3f}, serial {call.serial * 1e3:.3f}, {len(call.phases)} "
                 f"phases, threads at most: {most})"
             )
             if args.check and threads <= (os.cpu_count() or 1):
                 before = torch.get_num_threads()
                 torch.set_num_threads(threads)
-                measured = layer.seconds(4 * args.repeats)
+                measured = seconds(runner, 4 * args.repeats)
                 torch.set_num_threads(before)
-                errors.append(abs(seconds / measured - 1))
+                errors.append(abs(found / measured - 1))
                 line += f", measured {measured * 1e3:.3f} ms"
             print(line, flush=True)
     if errors:

@@ -11,14 +11,7 @@ from torch import Tensor
 from tests.shared import flat
 from tests.shared.cases import Case, Inputs, wanting_gradients
 from tests.shared.cpu_kernels import Kernels, one_thread
-from tests.shared.gradients import (
-    NAMES,
-    OUTPUTS,
-    agrees,
-    compare,
-    gradients,
-    of_outputs,
-)
+from tests.shared.gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
 from tests.shared.helpers import same
 from tests.shared.oracle import check_steps
 from tests.shared.poison import HUGE, NAN, poisoned

@@ -12,15 +12,7 @@ from snntorch.functional.quant import state_quant
 from torch import nn
 
 import snnlstm
-from tests.shared.helpers import (
-    close,
-    described,
-    ours,
-    same_gradients,
-    states,
-    steps,
-    theirs,
-)
+from tests.shared.helpers import close, described, ours, same_gradients, states, steps, theirs
 
 X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
 

@@ -10,15 +10,7 @@ from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 
 import snnlstm
 from snnlstm.native import function as native
-from tests.shared.helpers import (
-    close,
-    described,
-    flat,
-    ours,
-    same_gradients,
-    states,
-    steps,
-)
+from tests.shared.helpers import close, described, flat, ours, same_gradients, states, steps
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
