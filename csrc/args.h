@@ -107,7 +107,7 @@ struct PassArgs {
   int64_t threshold_stride = 0;
   const void* graded_factor = nullptr;  // one number in the compute type
   const void* levels = nullptr;         // (num_levels,), ascending, in the compute type
-  bool record = false;                  // syn and mem have every step t, else the last step only
+  bool record = false;                  // syn and mem have every step t, or only the last step
   void* saved_gates = nullptr;          // training: activated gates, layout of the backend's choice
   void* saved_syn = nullptr;  // training: syn after every step, layout of the backend's choice
   int64_t* winner = nullptr;  // (T, N): place in (C, Hp, Wp) of the only neuron that may spike

@@ -26,8 +26,8 @@ inline cpu::Plan make_cpu_plan(const Cell& cell, int algorithm, double density, 
                         most_inputs, threads);
 }
 
-// Returns the share of nonzeros in a sample that is spread over x's images, without those behind
-// the last steps of their samples.
+// Returns the share of nonzeros among some values that are spread over x's images. Images of padded
+// samples do not count.
 template <class T>
 double density(const Cell& c, const View& x, const int64_t* lengths) {
   const int64_t plane = c.H * c.W, size = c.Cin * plane;

@@ -99,8 +99,7 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, boo
   }
   best = direct_cost(c, double(c.Cin), backward);
   if (c.tiled() && c.stride_h == 1 && c.stride_w == 1) {
-    // The recurrent half has its outputs transformed anyway, so that x pays for its inputs and
-    // products alone.
+    // The recurrent half transforms its outputs anyway, so x pays only for its inputs and products.
     const TileForm t = backward ? grad_tiling(c) : tiling(c);
     const double cost = tile_cost(c, t, double(c.Cin), backward) - tile_cost(c, t, 0, backward);
     if (forced || cost < best) best = cost, c.x_algorithm = CpuAlgorithm::winograd;

@@ -123,8 +123,8 @@ class EqualPixels {
     return uint32_t(mixed >> 32);
   }
 
-  // Marks the pixels all of whose values repeat at the distance (dh, dw). Pixels are numbered row
-  // by row, and those behind a row's last do not count. Returns whether there are any.
+  // Marks the pixels of which all values repeat at the distance (dh, dw). Pixels are numbered row
+  // by row, and numbers beyond a row's last pixel do not count. Returns whether there are any.
   bool look(const T* mem, int64_t rows, int dh, int dw, const Scratch& s, uint8_t* marks) const {
     const int64_t down = dh * c_.dilation_h, right = dw * c_.dilation_w;
     const int64_t away = down * columns_ + right, seen = seen_rows(rows) * columns_ - away;

@@ -226,8 +226,8 @@ class Forward {
                     b.lists[(h - b0) / strip_]);
   }
 
-  // Adds the input half of a strip of each block: `rows` state rows, which begin `top` rows behind
-  // the block's first, b0.
+  // Adds the input half of a strip of each block: `rows` state rows, the first of which lies `top`
+  // rows below the block's first, b0.
   void sweep_x(int64_t b0, int64_t top, int64_t rows, int64_t cb, const RowBlock* blocks,
                int64_t count) {
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;

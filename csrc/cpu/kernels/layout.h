@@ -26,7 +26,7 @@
 
 SNNLSTM_BEGIN_ISA
 
-// Vector code may read this many elements behind an image, and throws them away.
+// Vector code may read this many elements beyond an image, and drops them.
 constexpr int64_t kReadAhead = 16;
 
 // Hands out pieces of one allocation, each on a cache line of its own. Without memory it only
@@ -106,7 +106,7 @@ struct Layout {
         x_blocks(whole_vectors((cell.Cin + VL - 1) / VL)) {}
 
   Cell c;
-  TileForm form, grad_form;        // Winograd's, grad_form of the weight gradient; else of 1 x 1
+  TileForm form, grad_form;        // Winograd's, or 1 x 1; grad_form: of the weight gradient
   int64_t Ho, Wo, Hr, Wr, Hp, Wp;  // Hr, Wr: the state's image in whole tiles
   int64_t ph, pw, Cb, Cp, pixels;
   int64_t Hm, Wm, Hx, Wx;  // with border, of mem and d gates, and of x

@@ -1,8 +1,8 @@
 // The input half for an x of mostly zeros, as spikes are. It sums over lists of the nonzero values.
 //
 // An output pixel sums some thirty entries (3 x 3 taps, 32 channels, 10 % dense). Their arithmetic
-// costs less than the mispredicted ends of loops whose length is ever different. So pixels are
-// visited in the order of their number of entries, which changes only a few times per block.
+// costs less than the mispredicted ends of loops of varying length. So the pixels are visited in
+// the order of their number of entries, which changes only a few times per block.
 #pragma once
 
 #include "sparse_list.h"
@@ -125,7 +125,7 @@ class SparseInput {
   double direct_cycles() const { return kVectorCost<T, VL> * (2.15 * l_.Kx + 7); }
 
   // Lists the nonzeros under `rows` output rows. The patch (rows, Wx, Cin) has the input rows from
-  // the first output row's first tap on, and kListSlack readable values behind them.
+  // the first output row's first tap on, and kListSlack readable values after them.
   void build(const T* patch, int64_t rows, const InputLists& s) const {
     const int64_t row = Wx_ * c_.Cin, listed_rows = c_.kernel_h * c_.dilation_h;
     int64_t n = 0;
@@ -193,8 +193,8 @@ class SparseInput {
     return p;
   }
 
-  // Lists the nonzeros of `rows` kernel rows' input rows, column by column, behind the n entries
-  // before.
+  // Appends the nonzeros of `rows` kernel rows' input rows, column by column, to the n entries that
+  // are there.
   int64_t list_row(const T* x, int64_t rows, int64_t n, int32_t* begin, const InputLists& s) const {
     const int64_t Cin = c_.Cin, row_step = c_.dilation_h * Wx_ * Cin, dilation = c_.dilation_w;
     const int64_t kernel_w = c_.kernel_w, columns = Wx_;

@@ -70,7 +70,7 @@ constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
 constexpr bool fits_label(int64_t most) { return most <= INT32_MAX; }
 
-// Vectors may touch this many entries behind the end of every list, and values behind the end of x.
+// Vectors may touch this many entries beyond the end of every list, and values beyond the end of x.
 constexpr int64_t kListSlack = 8;
 
 // Does the same for `rows` times `count` values. Rows lie row_step apart and their labels begin

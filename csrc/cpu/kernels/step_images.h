@@ -9,7 +9,7 @@
 SNNLSTM_BEGIN_ISA
 
 // The images of all samples that the weight gradient of a step reads. d_gates is the first pixel
-// behind the border. If `finite`, so are all d gates.
+// inside the border. `finite` says whether all d gates are finite.
 template <class T>
 struct StepImages {
   const T *d_gates, *mem, *x;
@@ -94,8 +94,8 @@ class StepBuffers {
   }
 
  private:
-  // Clears the border of an image of rows x columns pixels, of which height x width lie behind the
-  // padding.
+  // Clears the border of an image of rows x columns pixels, which has height x width pixels inside
+  // the padding.
   void clear_border(T* image, int64_t rows, int64_t columns, int64_t height, int64_t width,
                     int64_t pixel) const {
     const int64_t row = columns * pixel, left = l_.pw * pixel, right = left + width * pixel;

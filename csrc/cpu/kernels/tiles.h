@@ -24,9 +24,8 @@ inline int64_t point_stride(int64_t count) {
   return ((count + line - 1) / line | 1) * line;
 }
 
-// Whole rows of tiles of one image, or of several images one behind the other. With dilation d a
-// tile takes every d-th pixel, and the d tiles that begin at neighbouring pixels lie between each
-// other.
+// Whole rows of tiles of one image, or of several images one after the other. With dilation d a
+// tile takes every d-th pixel, and the d tiles that begin at neighbouring pixels interleave.
 template <class T>
 struct TileBlock {
   TileForm form;

@@ -1,7 +1,7 @@
 // Copies between the caller's tensors (any strides) and channels-last rows. Rows of contiguous
-// columns (NCHW) are transposed in registers. Several rows that lie one behind the other in the
-// caller's tensor are transposed as one long row, because short rows would fill the registers in
-// part.
+// columns (NCHW) are transposed in registers. Several rows that follow each other without a gap in
+// the caller's tensor are transposed as one long row, because short rows would not fill the
+// registers.
 #pragma once
 
 #include "simd.h"
@@ -62,8 +62,8 @@ SNNLSTM_INLINE void each_square(int64_t W, F&& f) {
   if (w < W) f(W - VL);
 }
 
-// Loads VL columns of at most VL channels into the pixels from the w-th on, and sets the lanes
-// behind `channels` to zero.
+// Loads VL columns of at most VL channels into the pixels from the w-th on, and sets the lanes from
+// `channels` on to zero.
 template <class S, class Places, class T = typename S::Scalar>
 SNNLSTM_INLINE void load_square(const T* src, int64_t stride_c, int64_t channels, T* dst,
                                 const Places& to, int64_t w) {

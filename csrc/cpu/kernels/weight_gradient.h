@@ -66,7 +66,7 @@ class WeightGradient {
   void clear(int64_t task) { sums_.clear(task); }
 
   // Adds a step's part, of its first N images. A task has a split, a piece of K and a channel
-  // block. No other thread uses the tile buffers meanwhile.
+  // block. No other thread may use the tile buffers at the same time.
   int64_t tasks() const { return splits_ * pieces() * l_.Cb; }
   void add(const StepImages<T>& step, int64_t N, int64_t task, int thread,
            const TileBuffers<T>& tiles) {

@@ -258,7 +258,7 @@ class PlaneTransform {
   int from_h_ = 1, to_h_ = 1, from_w_ = 1, to_w_ = 1;
 };
 
-// Winograd is compiled for float32 alone: float64 is there for its accuracy.
+// Winograd is compiled only for float32: float64 serves accuracy.
 template <class T, int VL>
 constexpr bool kHasWinograd = sizeof(T) == 4;
 
