@@ -15,9 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from numbers import Integral
-from types import CodeType
 from typing import Any, Literal, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -392,24 +390,12 @@ def make_spec(
 
 # ---- thresholds that no mem exceeds -------------------------------------------------------------
 
-_warned: WeakKeyDictionary[CodeType, list[Any]] = WeakKeyDictionary()
-"""Functions and modules that made a cell which never spikes, and Python's filters at that time."""
-
 
 def warn_of_threshold(threshold: Any) -> None:
-    """Warn of a cell that cannot spike; of several that one function makes, at the first.
-
-    Where the filters of warnings have changed since, or begin with "always" or "error", the
-    warning comes again.
-    """
+    """Warn of a cell that cannot spike, at the line outside of this package that makes it."""
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
         level, frame = level + 1, frame.f_back
-    filters = list(warnings.filters)
-    each = bool(filters) and filters[0][0] in ("always", "error")
-    if not each and _warned.get(frame.f_code) == filters:
-        return
-    _warned[frame.f_code] = filters
     warnings.warn(
         f"threshold={threshold} is never exceeded: mem = o * tanh(syn) is at most 1, so this cell "
         "never spikes. Use a lower threshold (0.1 and below are usual) or learn_threshold=True. "
