@@ -102,7 +102,7 @@ $(VENV)/.installed: EXTRAS = test,bench
 $(VENV)/.demo $(VENV)/.installed: export SNNLSTM_CORE ?= $(if $(shell command -v c++ g++ clang++),on)
 $(VENV)/.demo $(VENV)/.installed: pyproject.toml snnlstm/version.py $(CSRC) | $(RUN)
 	@echo "Installing torch, snntorch, the packages of the extras [$(EXTRAS)] and snnlstm into $(VENV)."
-	@echo "The first time takes 2 to 10 minutes, one of them for compiling snnlstm's core."
+	@echo "The first time takes 2 to 10 minutes on an idle machine, one of them to compile the core."
 	$(if $(NO_DEPS),,$(PIP) "scikit-build-core>=1.1" "pybind11>=2.13" cmake ninja)
 	$(PIP) --no-build-isolation $(NO_DEPS) -e ".[$(EXTRAS)]"
 	@touch $@

@@ -140,9 +140,9 @@ class StateQuant:
 _MULTIPLIERS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.925, 0.95)
 
 
-def _steps(count: int, base: float, span: float) -> list[float]:
-    """`count` geometric steps, the widest first, that add up to `span`."""
-    # The steps are added one by one from the smallest, and scaled by a quotient, so that the levels
+def _gaps(count: int, base: float, span: float) -> list[float]:
+    """`count` geometric gaps, the widest first, that add up to `span`."""
+    # The gaps are added one by one from the smallest, and scaled by a quotient, so that the levels
     # equal snnTorch's to the last bit. (Python's sum rounds otherwise from 3.12 on.)
     total = functools.reduce(operator.add, (base**j for j in reversed(range(count))), 0.0)
     room = total / span if count else 1.0
@@ -155,12 +155,12 @@ def _geometric_levels(
     """Levels from `lowest` to `highest` that lie densest around `centre`."""
     below = math.floor(count * ((centre - lowest) / (highest - lowest)))
     levels, value = [], lowest
-    for step in _steps(below, base, centre - lowest):
+    for gap in _gaps(below, base, centre - lowest):
         levels.append(value)
-        value += step
+        value += gap
     value = centre
-    for step in reversed(_steps(count - below, base, highest - centre)):
-        value += step
+    for gap in reversed(_gaps(count - below, base, highest - centre)):
+        value += gap
         levels.append(value)
     return levels
 

@@ -249,7 +249,7 @@ def test_tensors_that_the_kernels_cannot_read_are_computed_all_the_same():
 
 
 @pytest.mark.parametrize("shape", [(7,), (6, 1), (3, 1, 7), (2, 1, 1, 1)], ids=str)
-def test_a_threshold_that_varies_along_the_batch_or_the_image_takes_plain_torch(shape):
+def test_a_threshold_that_varies_along_the_batch_or_the_image_takes_the_reference_path(shape):
     cell = ours(threshold=torch.linspace(0, 0.2, torch.Size(shape).numel()).view(shape))
     spk, _, mem = cell(X, *START)
     assert torch.equal(spk.bool(), mem > cell.threshold)

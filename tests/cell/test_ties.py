@@ -49,7 +49,7 @@ def chosen_by(cell, syn: Tensor) -> list[int]:
     return torch.autograd.grad(spk.sum(), syn)[0].flatten().nonzero().flatten().tolist()
 
 
-def skip_plain_torch(backend) -> None:
+def skip_reference(backend) -> None:
     if backend.name == "reference":
         pytest.skip("the reference path chooses as torch does")
 
@@ -68,7 +68,7 @@ WINDOWS = {  # units below the maximum, row by row, and the pixel that is chosen
 def test_the_first_pixel_within_a_unit_of_the_maximum_gets_the_gradient(
     backend, dtype, window, checkpoint
 ):
-    skip_plain_torch(backend)
+    skip_reference(backend)
     below, expected = WINDOWS[window]
     cell = open_cell(max_pool=2, checkpoint=checkpoint).to(dtype)
     assert chosen_by(cell, image(dtype, below, 2)) == [expected]
@@ -86,7 +86,7 @@ def test_half_types_choose_the_first_that_equals_the_maximum(backend, dtype):
 
 def test_the_maximum_decides_the_spike(backend):
     """The first pixel within a unit does not reach the threshold."""
-    skip_plain_torch(backend)
+    skip_reference(backend)
     syn = image(torch.float32, [1, 0, 2, 2], 2)
     mem = run(open_cell(), syn)[1].flatten()
     for threshold, spike in ((mem[0].item(), 1), (mem[1].item(), 0)):
@@ -95,7 +95,7 @@ def test_the_maximum_decides_the_spike(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_first_neuron_within_a_unit_of_the_highest_wins(backend, dtype):
-    skip_plain_torch(backend)
+    skip_reference(backend)
     below = [2] * 3 + [1] + [2] * 300 + [0] + [2] * 7
     cell = open_cell(inhibition=True).to(dtype)
     spk, _ = run(cell, image(dtype, below, 8))

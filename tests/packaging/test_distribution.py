@@ -146,7 +146,7 @@ print(cell.path)
 
 
 @pytest.mark.parametrize("wish", ["SNNLSTM_CORE", "SNNLSTM_CUDA"])
-def test_a_core_that_was_asked_for_is_not_left_out(sdist, wish, tmp_path):
+def test_a_core_that_was_asked_for_is_not_skipped(sdist, wish, tmp_path):
     with pytest.raises(AssertionError, match=r"No CMAKE_CXX_COMPILER could be[\s\S]*SNNLSTM_CORE"):
         built(tmp_path / "wheel", sdist, NO_COMPILER | {wish: "on"})
 

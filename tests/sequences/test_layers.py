@@ -79,7 +79,7 @@ class Keeps(nn.Module):
         return self.cell(x)
 
 
-def test_of_a_finished_sample_a_layer_keeps_what_is_the_samples():
+def test_a_layer_keeps_the_state_of_a_padded_sample():
     net, lengths = snnlstm.Sequential(Keeps()), torch.arange(N) + 1
     net(X[:N], lengths=lengths)
     kept = net[0]

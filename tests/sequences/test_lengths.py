@@ -23,7 +23,7 @@ def test_each_sample_is_as_it_is_alone(backend, options, record):
 
 
 @pytest.mark.parametrize("sizes", [(4, 16, 12), (1, 9, 3), (24, 8, 5)], ids=str)
-def test_every_algorithm_of_the_cpu_leaves_finished_samples_out(kernels, sizes):
+def test_every_algorithm_of_the_cpu_skips_padded_samples(kernels, sizes):
     given = inputs(torch.float32, *sizes)
     with snnlstm.algorithm(kernels.algorithm):
         out = functional.sconv2dlstm(**given, lengths=LENGTHS, record=True, max_pool=2)

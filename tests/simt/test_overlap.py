@@ -27,7 +27,7 @@ def test_steps_that_overlap(core, mode, name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["plain", "odd-pool"])
-def test_blocks_of_finished_samples_wait_too(core, name, dtype):
+def test_blocks_of_padded_samples_wait_too(core, name, dtype):
     core.device(compute_capability=90)
     with core.installed(), float32_precision("ieee"):
         check_lengths(dtype, name == "plain", **CELLS[name])
