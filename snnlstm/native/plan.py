@@ -55,7 +55,11 @@ class SavedLayout:
             return 0, 0, 0, 0
         start = block.data_ptr()
         if step == 0:
-            return tuple(0 if offset is None else start + offset for offset in self._offsets)
+            gates, syn, winner, places = self._offsets
+            return (
+                start + gates, 0 if syn is None else start + syn,
+                0 if winner is None else start + winner, 0 if places is None else start + places,
+            )  # fmt: skip
         return tuple(
             0 if offset is None or step >= shape[0]
             else start + offset + step * math.prod(shape[1:]) * dtype.itemsize

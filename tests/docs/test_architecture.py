@@ -30,9 +30,9 @@ def entered(call) -> list[str]:
 
 def test_a_step_call_enters_the_files_that_the_architecture_lists():
     cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
-    x, state = torch.rand(1, 2, 5, 5), torch.zeros(1, 3, 5, 5)
-    cell(x, state, state)
+    x, syn, mem = torch.rand(1, 2, 5, 5), torch.zeros(1, 3, 5, 5), torch.zeros(1, 3, 5, 5)
+    cell(x, syn, mem)
     page = (ROOT / "docs" / "architecture.md").read_text()
     way = page.partition("<!-- way:begin -->")[2].partition("<!-- way:end -->")[0]
     listed = re.findall(r"^\d+\. `([^`]+)`", way, re.MULTILINE)
-    assert sorted(entered(lambda: cell(x, state, state))) == sorted(listed)
+    assert sorted(entered(lambda: cell(x, syn, mem))) == sorted(listed)
