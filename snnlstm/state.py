@@ -227,6 +227,9 @@ class ResetSource:
 
     __slots__ = ("copy", "mem", "reset", "surrogate", "threshold", "threshold_version", "version")
 
+    threshold: Any
+    threshold_version: int
+
     def __init__(self, reset: Tensor | None = None) -> None:
         """Start with a signal that is known.
 

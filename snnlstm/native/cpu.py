@@ -308,7 +308,7 @@ class Plan(CommonPlan):
         call, saved, views = self.as_saved(call, saved)
         lengths = call.lengths
         order = None if lengths is None else longest_first(lengths)
-        a_pass = self._pass(tuple(decided), True, wanted[0], wanted[3])
+        a_pass = self._pass((decided[0], decided[1]), True, wanted[0], wanted[3])
         if packed is None:  # in torch.compile's graph, which keeps only tensors
             packed = packed_weight(self.saved_weight(call))
         forms = packed.forms(a_pass)

@@ -88,6 +88,7 @@ class Plan(CommonPlan):
         self._chosen = {False: backend.core_plan(self, tf32, algorithm, False)}
         # The fastest plans, by pass and gradients that are wanted: 65 at most.
         self._measured: dict[tuple[bool, ...], Any] = {}
+        self._name: str | None = None
         self.geometry = Geometry(*self._chosen[False].geometry)
         # cuDNN is said to have fast kernels of full float32 only for contiguous images.
         self.contiguous = (
@@ -105,6 +106,11 @@ class Plan(CommonPlan):
         A backward pass that is not measured is named, too, if it leaves other convolutions to
         torch.
         """
+        if self._name is None:
+            self._name = self._named()
+        return self._name
+
+    def _named(self) -> str:
         by_pass = {key[0]: core.name for key, core in self._measured.items()}
         names = [by_pass[backward] for backward in (False, True) if backward in by_pass]
         if names:
@@ -121,6 +127,9 @@ class Plan(CommonPlan):
 
         `run` runs the pass by a plan; `wanted` is what else its time depends on.
         """
+        if not self._measures and backward in self._chosen:
+            return self._chosen[backward]
+        self._name = None  # which may change now
         key = backward, *wanted
         found = self._measured.get(key)
         if found is None and self._measures and self.backend.may_measure():
@@ -176,10 +185,7 @@ class Plan(CommonPlan):
             run(self._fastest(run, False))
             if call.lengths is not None and not call.record:
                 keep_empty(call, result[1:3], (call.syn, call.mem))
-            del (
-                held,
-                bias,
-            )  # the kernels are on the stream: what takes their memory comes after them
+            del held, bias  # the kernels are on the stream: what takes their memory comes later
         return Result(*result[:4], self.name)
 
     def _forward(self, core: Any, call: Call, neurons: Neurons, bias: int, result: Result) -> None:

@@ -43,7 +43,7 @@ class SavedLayout:
     def __init__(self, parts: Shapes) -> None:
         self.parts = parts
         self.bytes = 0
-        self._offsets: list[int | None] = []  # None: the part is empty
+        self._offsets: list[Any] = []  # an int, or None for an empty part
         for shape, dtype in parts:
             size = math.prod(shape) * dtype.itemsize
             self._offsets.append(self.bytes if size else None)
