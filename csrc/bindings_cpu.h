@@ -34,8 +34,8 @@ double density(const Cell& c, const View& x, const int64_t* lengths) {
   const auto steps = [&](int64_t n) { return lengths ? std::min(lengths[n], c.T) : c.T; };
   int64_t images = 0, seen = 0, nonzero = 0;
   for (int64_t n = 0; n < c.N; ++n) images += steps(n);
-  // An odd step does not fall in with the period of channels and columns.
-  const int64_t step = images * size / 16384 | 1;
+  // An odd distance does not fall in with the period of channels and columns.
+  const int64_t distance = images * size / 16384 | 1;
   const auto* s = x.stride;
   const bool dense = (s[4] == 1 && s[3] == c.W && s[2] == plane) ||
                      (s[2] == 1 && s[4] == c.Cin && s[3] == c.W * c.Cin);
@@ -47,7 +47,7 @@ double density(const Cell& c, const View& x, const int64_t* lengths) {
     for (int64_t n = 0; n < c.N; ++n) {
       if (t >= steps(n)) continue;
       const T* image = static_cast<const T*>(x.data) + t * s[0] + n * s[1];
-      for (; k < size; k += step, ++seen) nonzero += image[dense ? k : place(k)] != T(0);
+      for (; k < size; k += distance, ++seen) nonzero += image[dense ? k : place(k)] != T(0);
       k -= size;
     }
   return seen ? double(nonzero) / double(seen) : 1;

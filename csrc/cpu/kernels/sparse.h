@@ -242,7 +242,7 @@ class SparseInput {
   SNNLSTM_INLINE void each_pixel(int64_t g, const Group& p, int64_t rows, const InputLists& s,
                                  F&& f) const {
     const int64_t dilation = c_.dilation_w, columns = Wx_ / dilation, longer = Wx_ % dilation;
-    const int64_t step = c_.stride_w / dilation, residue_step = c_.stride_w % dilation;
+    const int64_t advance = c_.stride_w / dilation, residue_advance = c_.stride_w % dilation;
     const int64_t span = p.columns, pixel = c_.Cin * kGates, Wo = Wo_;
     for (int64_t h = 0; h < rows; ++h) {
       const int64_t list =
@@ -254,9 +254,9 @@ class SparseInput {
       for (int64_t w = 0; w < Wo; ++w, out += kGates) {
         const int32_t first = begin[before + m];
         f(w, begin[before + m + span] - first, Pixel{out, first, int32_t(m * pixel)});
-        m += step;
-        if (residue_step == 0) continue;
-        residue += residue_step;
+        m += advance;
+        if (residue_advance == 0) continue;
+        residue += residue_advance;
         if (residue >= dilation) residue -= dilation, ++m;
         before = residue * columns + (residue < longer ? residue : longer);
       }

@@ -25,9 +25,9 @@ struct Pixels {
   int64_t W, row, pixel;
 
   int64_t at(int64_t p) const { return p / W * row + p % W * pixel; }
-  // Says whether all pixels are equally far apart, and step() how far.
+  // Says whether all pixels are equally far apart, and distance() how far.
   bool regular() const { return W == 1 || row == W * pixel; }
-  int64_t step() const { return W == 1 ? row : pixel; }
+  int64_t distance() const { return W == 1 ? row : pixel; }
 
   // Writes the places of n pixels from the p-th on.
   template <int n>
@@ -133,7 +133,7 @@ void load_rows(const View& v, int64_t t, int64_t n, int64_t first, int64_t rows,
       load_row<S>(src + h * stride_h, stride_c, stride_w, W, C, dst + h * to.row, Row{to.pixel},
                   filled);
   } else if (to.regular()) {
-    load_row<S>(src, stride_c, next, rows * W, C, dst, Row{to.step()}, filled);
+    load_row<S>(src, stride_c, next, rows * W, C, dst, Row{to.distance()}, filled);
   } else {
     load_row<S>(src, stride_c, next, rows * W, C, dst, to, filled);
   }
@@ -214,7 +214,7 @@ void store_rows(const T* src, const Pixels& from, int64_t rows, int64_t C, const
       store_row<S>(src + h * from.row, Row{from.pixel}, W, C, dst + h * stride_h, stride_c,
                    stride_w, f);
   } else if (from.regular()) {
-    store_row<S>(src, Row{from.step()}, rows * W, C, dst, stride_c, next, f);
+    store_row<S>(src, Row{from.distance()}, rows * W, C, dst, stride_c, next, f);
   } else {
     store_row<S>(src, from, rows * W, C, dst, stride_c, next, f);
   }

@@ -128,10 +128,10 @@ struct Transform {
   }
 };
 
-// The strides, in elements, of vectors that are transformed along one axis: `step` between the
+// The strides, in elements, of vectors that are transformed along one axis: `next` between the
 // neighbours in a line, `line` between lines, `batch` between batches of lines.
 struct Lines {
-  int64_t step, line, batch;
+  int64_t next, line, batch;
 };
 
 // Transforms `batches` times `lines` lines from `in` to `out`, and adds `start` unless it is null.
@@ -150,12 +150,12 @@ SNNLSTM_INLINE void transform_each_line(const T* in, Lines from, T* out, Lines t
     for (int l = lines; l > 0; --l, in += from.line, out += to.line, start += at.line) {
       R x[Op::from], y[Op::to];
 #pragma GCC unroll 8
-      for (int k = 0; k < Op::from; ++k) x[k] = S::load(in + k * from.step);
+      for (int k = 0; k < Op::from; ++k) x[k] = S::load(in + k * from.next);
       Op::apply(x, y);
 #pragma GCC unroll 8
       for (int k = 0; k < Op::to; ++k) {
-        if constexpr (adds) y[k] += S::load(start + k * at.step);
-        S::store(out + k * to.step, y[k]);
+        if constexpr (adds) y[k] += S::load(start + k * at.next);
+        S::store(out + k * to.next, y[k]);
       }
     }
 }
