@@ -10,6 +10,8 @@ __all__ = ["ALGORITHMS", "algorithm", "get_algorithm", "set_algorithm"]
 ALGORITHMS = (
     "auto", "direct", "winograd", "fused", "hybrid", "cudnn", "measure",
 )  # fmt: skip
+# What takes the place of names of older versions.
+_GONE = {"resident": "fused", "pointwise": "cudnn"}
 current = "auto"
 """The name last given to :func:`set_algorithm`."""
 
@@ -47,7 +49,8 @@ def set_algorithm(name: str) -> None:
     """
     global current
     if name not in ALGORITHMS:
-        raise ValueError(f"name must be one of {', '.join(ALGORITHMS)}, got {name!r}")
+        instead = f", which is now {_GONE[name]!r}" if name in _GONE else ""
+        raise ValueError(f"name must be one of {', '.join(ALGORITHMS)}, got {name!r}{instead}")
     current = name
 
 

@@ -226,6 +226,13 @@ def reset_of_number(value: Tensor) -> Reset | None:
     return RESETS[int(value)]
 
 
+def checkpoint_flag(value: Any) -> bool:
+    """Check `checkpoint`, a yes-or-no argument."""
+    if isinstance(value, str) and value == "gates":
+        raise TypeError("checkpoint must be a bool, got 'gates': True takes less memory")
+    return flag("checkpoint", value)
+
+
 _DEFAULT = atan()
 _OF_MAKERS = ("snnlstm.surrogate", "snntorch.surrogate")
 
@@ -291,6 +298,7 @@ def device_or_none(name: str, value: Any) -> torch.device | None:
 CHECKS: dict[str, Callable[[Any, int], Any]] = {
     "spike_grad": lambda value, _: surrogate(value),
     "state_quant": lambda value, _: quantiser(value) or False,
+    "checkpoint": lambda value, _: checkpoint_flag(value),
     "max_pool": lambda value, dims: pooling(value, 0, dims) and value,
     "avg_pool": lambda value, dims: pooling(0, value, dims) and value,
     "stride": lambda value, dims: pair("stride", value, dims)[-dims:],
@@ -300,9 +308,7 @@ CHECKS: dict[str, Callable[[Any, int], Any]] = {
 
 It takes the value and the dimensions of an image, 2 or 1.
 """
-for _name in (
-    "surrogate_disable", "inhibition", "init_hidden", "output", "checkpoint", "batch_first",
-):  # fmt: skip
+for _name in ("surrogate_disable", "inhibition", "init_hidden", "output", "batch_first"):
     CHECKS[_name] = lambda value, _, name=_name: flag(name, value)  # type: ignore[misc]
 
 
@@ -332,7 +338,7 @@ def _make_spec(
         surrogate=surrogate,
         quant=quant,
         inhibition=flag("inhibition", inhibition),
-        checkpoint=flag("checkpoint", checkpoint),
+        checkpoint=checkpoint_flag(checkpoint),
         spiking=spiking,
     )
 
