@@ -72,7 +72,7 @@ class _StubbedCuda:
 
     Cell = _C.Cell
 
-    def CudaPlan(self, *arguments: Any) -> _StubbedPlan:
+    def CudaPlan(self, *arguments: Any, lengths: bool) -> _StubbedPlan:
         *_, algorithm, _ = arguments
         return _StubbedPlan(algorithm)
 

@@ -51,6 +51,7 @@ struct Cell {
   bool spiking = true;  // false: a plain ConvLSTM; mem stands in the place of spk, and nothing
                         // resets, pools or quantises it
   bool inhibition = false;
+  bool has_lengths = false;      // CUDA: calls have PassArgs::lengths
   int num_levels = 0;            // of the state quantiser; 0: none
   int outer_h = 0, outer_w = 0;  // taps on either side that meet no pixel, beside kernel_h, _w
   int tile_h = 0, tile_w = 0;    // CPU: outputs of a Winograd tile of the recurrent half, or 0

@@ -23,6 +23,8 @@ template <class Args>
 void check_pass(const Args& a, const cuda::Plan& plan) {
   constexpr bool backward = std::is_same_v<Args, BackwardArgs>;
   if (plan.backward != backward) throw py::value_error("the plan is for the other pass");
+  if (a.lengths && !plan.cell.has_lengths)
+    throw py::value_error("lengths must not be given: the plan was made without them");
   aligned({{"weight", a.weight},
            {"saved_gates", a.saved_gates},
            {"saved_syn", a.saved_syn},
@@ -51,9 +53,10 @@ void check_pass(const Args& a, const cuda::Plan& plan) {
 
 // matrix and algorithm: the numbers of cuda::Matrix and cuda::Algorithm.
 template <class Plan>
-Plan make_cuda_plan(const Cell& cell, const cuda::Device& device, int matrix, int algorithm,
-                    bool backward, int shape, std::pair<int, int> tile) {
+Plan make_cuda_plan(Cell cell, const cuda::Device& device, int matrix, int algorithm, bool backward,
+                    int shape, std::pair<int, int> tile, bool lengths) {
   const auto [h, w] = tile;
+  cell.has_lengths = lengths;
   return Plan(cell, device, numbered<cuda::Matrix>("matrix", matrix, 5),
               numbered<cuda::Algorithm>("algorithm", algorithm, 4), backward, {shape, h, w});
 }
@@ -81,18 +84,20 @@ void bind_cuda(py::module_& m) {
   py::class_<Plan>(m, "CudaPlan", py::module_local())
       .def(py::init(&make_cuda_plan<Plan>), py::arg("cell"), py::arg("device"), py::arg("matrix"),
            py::arg("algorithm"), py::arg("backward"), py::arg("shape") = -1,
-           py::arg("tile") = std::pair(0, 0))
+           py::arg("tile") = std::pair(0, 0), py::arg("lengths") = false)
       // The plans of a pass that are worth timing, the rules' choice first.
       .def_static(
           "candidates",
-          [](const Cell& cell, const cuda::Device& device, int matrix, bool backward) {
+          [](Cell cell, const cuda::Device& device, int matrix, bool backward, bool lengths) {
+            cell.has_lengths = lengths;
             const auto numbers = numbered<cuda::Matrix>("matrix", matrix, 5);
             std::vector<Plan> found;
             for (cuda::Plan& plan : cuda::Plan::candidates(cell, device, numbers, backward))
               found.emplace_back(std::move(plan));
             return found;
           },
-          py::arg("cell"), py::arg("device"), py::arg("matrix"), py::arg("backward"))
+          py::arg("cell"), py::arg("device"), py::arg("matrix"), py::arg("backward"),
+          py::arg("lengths") = false)
       .def_property_readonly("name", [](const Plan& p) { return p.name; })
       .def_property_readonly("algorithm", [](const Plan& p) { return int(p.algorithm); })
       .def_property_readonly("tile", &Plan::tile)

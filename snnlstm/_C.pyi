@@ -43,7 +43,7 @@ class CpuPlan:
 class CudaDevice:
     compute_capability: int
 
-def cuda_device() -> CudaDevice: ...
+def cuda_device(number: int) -> CudaDevice: ...
 def cuda_full_precision(device: CudaDevice, /) -> int: ...
 def cuda_padded_channels(C: int, /) -> int: ...
 
@@ -54,11 +54,18 @@ class CudaPlan:
     packed_bytes: int
     workspace: int
     def __init__(
-        self, cell: Cell, device: CudaDevice, matrix: int, algorithm: int, backward: bool
+        self,
+        cell: Cell,
+        device: CudaDevice,
+        matrix: int,
+        algorithm: int,
+        backward: bool,
+        *,
+        lengths: bool = False,
     ) -> None: ...
     @staticmethod
     def candidates(
-        cell: Cell, device: CudaDevice, matrix: int, backward: bool
+        cell: Cell, device: CudaDevice, matrix: int, backward: bool, lengths: bool = False
     ) -> Sequence[CudaPlan]: ...
     def pack(self, weight: int, packed: int, stream: int) -> None: ...
     def store_levels(self, values: int, levels: int, stream: int) -> None: ...

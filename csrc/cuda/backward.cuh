@@ -56,7 +56,6 @@ struct ParkedSums {
   SNNLSTM_DEVICE const float* patch(int pair, int mi) const {
     return parked + (4 * pair + 2 * mi) * stride;
   }
-  // The patch's first pixel, and the first of its channels in the block.
   SNNLSTM_DEVICE int pixel(int mi) const { return first_pixel + 16 * mi; }
   SNNLSTM_DEVICE int channel(int pair) const { return first_channel + 16 * pair; }
 };

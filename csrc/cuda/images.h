@@ -20,30 +20,37 @@ inline DType real_of(DType states) {
   return states == DType::float64 ? DType::float64 : DType::float32;
 }
 
-// Returns the cell as the kernels run it: without taps that only ever meet the border, and with an
-// image of one column as one row, since tiles have even widths. Pixels keep their order.
+// Returns the cell as the kernels run it: without taps that only ever meet the border, an image of
+// one column as one row, since tiles have even widths, and a batch of such rows as the rows of one
+// image, so that tiles reach over samples: no tap leads to another row. Pixels keep their order.
 inline Cell as_run(const Cell& cell) {
   Cell c = within_image(cell);
-  if (c.W > 1) return c;
-  std::swap(c.H, c.W), std::swap(c.kernel_h, c.kernel_w);
-  std::swap(c.stride_h, c.stride_w), std::swap(c.dilation_h, c.dilation_w);
-  std::swap(c.pool_h, c.pool_w), std::swap(c.outer_h, c.outer_w);
+  if (c.W <= 1) {
+    std::swap(c.H, c.W), std::swap(c.kernel_h, c.kernel_w);
+    std::swap(c.stride_h, c.stride_w), std::swap(c.dilation_h, c.dilation_w);
+    std::swap(c.pool_h, c.pool_w), std::swap(c.outer_h, c.outer_w);
+  }
+  const bool fits = double(c.N) * double(c.W) * double(4 * c.C + c.Cin + 32) < double(1 << 30);
+  const bool free = c.pool_h == 1 && !c.inhibition && !c.has_lengths;  // of what a sample has
+  if (c.H == 1 && c.N > 1 && free && fits) c.H = c.N, c.N = 1;
   return c;
 }
 
-inline void turn(std::initializer_list<View*> views) {
-  for (View* v : views) std::swap(v->stride[3], v->stride[4]);
+inline void lay_out(std::initializer_list<View*> views, Cell& cell, const Cell& as) {
+  for (View* v : views) {
+    if (cell.W <= 1) std::swap(v->stride[3], v->stride[4]);
+    if (cell.N != as.N) v->stride[3] = v->stride[1];
+  }
+  cell = as;
 }
-inline ForwardArgs as_run(ForwardArgs a, const Cell& cell) {
-  if (a.cell.W <= 1) turn({&a.x, &a.syn0, &a.mem0, &a.gate_sums, &a.spk, &a.syn, &a.mem});
-  a.cell = cell;
+inline ForwardArgs as_run(ForwardArgs a, const Cell& as) {
+  lay_out({&a.x, &a.syn0, &a.mem0, &a.gate_sums, &a.spk, &a.syn, &a.mem}, a.cell, as);
   return a;
 }
-inline BackwardArgs as_run(BackwardArgs a, const Cell& cell) {
-  if (a.cell.W <= 1)
-    turn({&a.x, &a.syn0, &a.mem0, &a.noise, &a.grad_spk, &a.grad_syn, &a.grad_mem, &a.grad_x,
-          &a.grad_syn0, &a.grad_mem0});
-  a.cell = cell;
+inline BackwardArgs as_run(BackwardArgs a, const Cell& as) {
+  lay_out({&a.x, &a.syn0, &a.mem0, &a.noise, &a.grad_spk, &a.grad_syn, &a.grad_mem, &a.grad_x,
+           &a.grad_syn0, &a.grad_mem0},
+          a.cell, as);
   return a;
 }
 

@@ -49,20 +49,17 @@ inline void check(cudaError_t status, const char* what, const char* file = __bui
 // of its own; what that has set, the runtime that is linked here need not know.
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
+  explicit OnDevice(int device) : device_(device) {
     check(cudaGetDevice(&before_), "asking for the current CUDA device");
-    if (before_ == device) return;
-    check(cudaSetDevice(device), "choosing a CUDA device");
-    changed_ = true;
+    if (before_ != device) check(cudaSetDevice(device), "choosing a CUDA device");
   }
   OnDevice(const OnDevice&) = delete;
   ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
+    if (before_ != device_) cudaSetDevice(before_);
   }
 
  private:
-  int before_ = 0;
-  bool changed_ = false;
+  int device_, before_ = 0;
 };
 
 inline std::string describe(const Launch& how) {

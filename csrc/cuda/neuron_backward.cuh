@@ -61,7 +61,6 @@ struct RowSums {
   bool set;
 };
 
-// The parameters are those of ForwardTile.
 template <class R, bool plain = false, class OfStates = Unknown, class OfGates = Unknown>
 class BackwardTile {
   using Own = Known<R, true>;  // images in the compute type

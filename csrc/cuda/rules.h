@@ -89,7 +89,7 @@ inline Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, b
   const bool large_chip = capability == 75 || three_products_beat_one(capability);
   if (products < (plain || !large_chip ? 1e6 : 2e6)) return Algorithm::fused;
 
-  // Tiles have 64 pixels or more of one image. cuDNN's rows run over images.
+  // Tiles lie in one image, or in a batch of rows. cuDNN's rows run over images.
   if (share <= 0.5) return Algorithm::cudnn;
 
   // Backward a column of the tiles is a channel: 16 at least.

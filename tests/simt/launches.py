@@ -71,10 +71,12 @@ def facts_of(layer: Layer, dtype: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plan(core: Core, matrix: int = 1, backward: bool = False, **facts: Any) -> Any:
+def plan(
+    core: Core, matrix: int = 1, backward: bool = False, lengths: bool = False, **facts: Any
+) -> Any:
     """The core's plan of a launch for every step."""
     cell, device = core.module.Cell(**FACTS | facts), core.kernels.device(torch.device("cpu"))
-    return core.module.CudaPlan(cell, device, matrix, FUSED, backward)
+    return core.module.CudaPlan(cell, device, matrix, FUSED, backward, lengths=lengths)
 
 
 def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:

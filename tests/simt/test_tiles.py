@@ -8,7 +8,10 @@ from dataclasses import replace
 import pytest
 import test_cell
 import test_cell_gradients
+import torch
 
+import snnlstm
+from tests.simt.launches import plan
 from tests.simt.modes import MODES, PLAIN
 
 SIZES = ((23, 29), (17, 40), (40, 11), (31, 6))
@@ -45,6 +48,27 @@ def test_tiles_of_many_shapes(core, monkeypatch, name, mode, size):
         test_cell.check(core, case, forced)
         assert test_cell_gradients.check(core, case, forced), "choose another seed"
     assert seen == {(backward, tile) for backward in (False, True) for tile in tiles}
+
+
+def test_tiles_reach_over_the_samples_of_a_batch_of_rows(core):
+    """Rows of 129 and 32 pixels fill 50 and 67 % of tiles of their own."""
+    for images in {"H": 129, "W": 1}, {"H": 1, "W": 32}, {"H": 32, "W": 1}:
+        for backward in False, True:
+            assert plan(core, backward=backward, N=128, C=64, **images).tile[0] > 1
+            assert plan(core, backward=backward, N=128, inhibition=True, **images).tile[0] == 1
+            with_lengths = plan(core, backward=backward, lengths=True, N=128, **images)
+            assert with_lengths.tile[0] == 1
+
+
+def test_rows_with_lengths_are_as_on_the_cpu(core):
+    cell, x = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.1), torch.rand(4, 5, 2, 1, 9)
+    lengths = torch.tensor([0, 1, 2, 4, 3])
+    expected = cell(x, *cell.reset_mem(), lengths=lengths)
+    with MODES["tf32x3"].running(core):
+        found = cell(x, *cell.reset_mem(), lengths=lengths)
+    assert cell.path.name == "simt-mma-3xtf32"
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_a_tile_that_no_block_has_is_refused(core):
