@@ -145,6 +145,7 @@ print(cell.path)
     assert problem.startswith(start)
 
 
+@long
 @pytest.mark.parametrize("wish", ["SNNLSTM_CORE", "SNNLSTM_CUDA"])
 def test_a_core_that_was_asked_for_is_not_skipped(sdist, wish, tmp_path):
     with pytest.raises(AssertionError, match=r"No CMAKE_CXX_COMPILER could be[\s\S]*SNNLSTM_CORE"):
