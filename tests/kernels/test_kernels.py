@@ -50,7 +50,7 @@ def test_outputs_are_channels_last_where_x_is(kernels):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("where", ["x", "syn", "mem", "weight", "bias", "threshold"])
+@pytest.mark.parametrize("where", Inputs._fields)
 def test_nan_and_infinity_go_where_the_reference_lets_them(kernels, where, value):
     for options in (
         {"reset": "subtract", "pool": "max", "pool_size": (2, 2)},
