@@ -138,11 +138,11 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
   if constexpr (arch::has_mma<Element>) {
     unsigned index = blockIdx.x;
     const DataGradientMma& p = job_of(jobs.job, unsigned(jobs.job[0].blocks), index);
-    const BlockPlace block = block_of(p.tiling, index);
-    if (is_finished(p.lengths, block)) return;
+    if (is_finished(p.lengths, block_of(p.tiling, index))) return;
     auto* shared = &shared_memory<unsigned char>();
-    const ParkedSums sums = sums_of<Element, true>(p.tiles, p.conv, shared, p.tiling, block);
-    const int c0 = block.column * 8 * p.tiles;
+    const ParkedSums sums =
+        sums_of<Element, true>(p.tiles, p.conv, shared, p.tiling, block_of(p.tiling, index));
+    const BlockPlace block = block_of(p.tiling, index);  // kept from above it would be spilled
 #pragma unroll 1
     for (int pair = 0; pair < sums.pairs; ++pair)
 #pragma unroll 1
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
         float v[2][4];
         load_vector(sums.patch(pair, mi), v[0]);
         load_vector(sums.patch(pair, mi) + sums.stride, v[1]);
-        store_patch(p.out, at, c0 + sums.channel(pair), v);
+        store_patch(p.out, at, block.column * 8 * p.tiles + sums.channel(pair), v);
       }
   } else {
     trap_without_mma();
