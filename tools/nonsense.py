@@ -95,10 +95,10 @@ class Spoiler:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.called.add(name)
             self.number += 1
-            if name == "Cell.__init__":
-                self.last_cell = kwargs
             if self.number == self.target and (kwargs or len(args) > ("." in name)):
                 self.refuse(name, function, args, kwargs)
+            if name == "Cell.__init__":
+                self.last_cell = kwargs
             if not name.endswith(KERNELS):  # whose results nobody reads
                 return function(*args, **kwargs)
             return None
@@ -211,7 +211,9 @@ def main(name: str, count: int, seed: int) -> None:
         def check(case: Case) -> None:
             for _ in range(4):
                 run(spoiler, core, case, random.randrange(1, 16), where)
-            extreme(core, spoiler.last_cell, device)
+            facts = spoiler.last_cell
+            extreme(core, facts, device)
+            spoiler.last_cell = facts  # and not one of any size
 
         check()
     prefix = "cpu" if name == "cpu" else "cuda"

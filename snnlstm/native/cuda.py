@@ -82,7 +82,6 @@ class Plan(CommonPlan):
         self, backend: Backend, call: Call, spec: CellSpec, operands: Any, settings: Any
     ) -> None:
         super().__init__(backend, call, spec, operands)
-        self.has_lengths = call.lengths is not None
         _, algorithm, tf32, benchmark = settings
         self.backend, self._tf32, self._algorithm = backend, tf32, algorithm
         self._measures = algorithm == "measure" or (benchmark and algorithm == "auto")
@@ -341,15 +340,13 @@ class Backend:
         """The core's plan of a pass. `blocks`: the only ones that a step may have."""
         algorithm = "fused" if algorithm == "direct" else algorithm
         number = _ALGORITHMS.index(algorithm) if algorithm in _ALGORITHMS else 0
-        lengths = getattr(s, "has_lengths", False)
         return self.core.CudaPlan(
-            *self._facts(s, tf32), number, backward, lengths=lengths, **blocks
+            *self._facts(s, tf32), number, backward, lengths=s.has_lengths, **blocks
         )
 
     def candidates(self, s: Sizes, tf32: bool, backward: bool) -> list[Any]:
         """The core's plans of a pass that are timed; of equals the first one is taken."""
-        lengths = getattr(s, "has_lengths", False)
-        return self.core.CudaPlan.candidates(*self._facts(s, tf32), backward, lengths=lengths)
+        return self.core.CudaPlan.candidates(*self._facts(s, tf32), backward, lengths=s.has_lengths)
 
     def reason_against(self, s: Sizes) -> str | None:
         """Why these kernels cannot run a call; None if they can."""

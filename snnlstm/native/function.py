@@ -110,9 +110,9 @@ def plan_of(
     """
     x, syn, mem, threshold = call.x, call.syn, call.mem, call.threshold
     key = (
-        spec, operands, settings, call.record, x.shape, x.stride(), x.dtype, x.device,
-        syn.stride(), mem.shape, mem.stride(), None if threshold is None else threshold.numel(),
-        reads_as_is(call),
+        spec, operands, settings, call.record, call.lengths is None, x.shape, x.stride(), x.dtype,
+        x.device, syn.stride(), mem.shape, mem.stride(),
+        None if threshold is None else threshold.numel(), reads_as_is(call),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:

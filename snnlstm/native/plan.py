@@ -118,7 +118,7 @@ class Sizes:
         The convolution's type under autocast, if it is a half type.
     dtype, device
         Those of the states.
-    sequence, record : bool
+    sequence, record, has_lengths : bool
         As of the call.
     time, n, cin, h, w, c, ho, wo : int
         Steps (1 for a step call), and the sizes of x and of the states.
@@ -133,6 +133,7 @@ class Sizes:
         self.spec, self.operands = spec, operands
         self.dtype, self.device = x.dtype, x.device
         self.sequence, self.record = call.sequence, call.record
+        self.has_lengths = call.lengths is not None
         self.time = x.shape[0] if call.sequence else 1
         self.n, self.cin, self.h, self.w = x.shape[-4:]
         self.c, self.ho, self.wo = call.mem.shape[1:]

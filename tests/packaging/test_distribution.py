@@ -141,7 +141,7 @@ print(cell.path)
     assert "reference (the compiled core is missing)\n" in said
     assert said.count("the compiled core is missing") == 2  # once in the log, once in the path
     *_, problem = run(python, "-m", "snnlstm", cwd=tmp_path).splitlines()
-    start = "problem: this installation has no native core, so that every call runs in"
+    start = "problem: this installation has no native core, so that every call takes"
     assert problem.startswith(start)
 
 
