@@ -348,7 +348,7 @@ _CLASSIFIERS: dict[str, tuple[str, list[dict], int, int, int, int, int]] = {
         "1->16->32->64 22x128, max_pool 2",
         _layers(1, 16, 32, 64, threshold=0.05, max_pool=2), 10, 32, 1, 22, 128,
     ),
-    "audio": (
+    "speech": (
         "1->16 5x5 33x49, max_pool 2, 16->32->64, avg_pool 2",
         _layers(1, 16, threshold=0.03, kernel=5, max_pool=2)
         + _layers(16, 32, 64, threshold=0.03, avg_pool=2), 10, 12, 1, 33, 49,
