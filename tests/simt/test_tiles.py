@@ -29,7 +29,7 @@ CASES = {
 @pytest.mark.parametrize(
     "mode", ["float32 on sm_75", "float16 on sm_75", "tf32", "tf32x3", "bfloat16 states"]
 )
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["plain", pytest.param("pool", marks=pytest.mark.simt_long)])
 def test_tiles_of_many_shapes(core, monkeypatch, name, mode, size):
     case, tiles = CASES[name]
     case = case.but(height=size[0], width=size[1])
