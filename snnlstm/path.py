@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -21,6 +22,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
+
+try:  # what torch.compile's guards are made of; a call takes 5 us more without it
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # it is private to torch
+    TensorGuards = None  # type: ignore[assignment, misc]
 
 from . import reference, settings
 from .call import PLAIN, Call, autocast_dtype, key_of
@@ -230,9 +236,6 @@ _get_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.
 
 _PLAIN = {*PLAIN, type(None)}
 
-# What torch.compile's guards are made of; a torch without it takes 5 us more for a call.
-_TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
-
 
 # ---- what is static of a call -----------------------------------------------------------------
 
@@ -265,14 +268,15 @@ class Entry:
 
     def guard(self, call: Call) -> None:
         """Let :meth:`serves` know calls like this one, where torch has a check of tensors."""
-        if _TensorGuards and call.lengths is None and not torch._C._is_any_autocast_enabled():
-            tensors = _present(call)
-            self._guard = _TensorGuards(
-                *tensors,
-                dynamic_dims_sizes=[[*tensor.shape] for tensor in tensors],
-                dynamic_dims_strides=[[*tensor.stride()] for tensor in tensors],
-            )
-            self._others = call.record, torch.is_grad_enabled(), _settings(call.x), len(tensors)
+        if call.lengths is not None or torch._C._is_any_autocast_enabled():
+            return
+        tensors = _present(call)
+        self._others = call.record, torch.is_grad_enabled(), _settings(call.x), len(tensors)
+        sizes = [[*tensor.shape] for tensor in tensors]
+        strides = [[*tensor.stride()] for tensor in tensors]
+        with suppress(TypeError):  # there is none, or it takes other arguments
+            guard: Any = TensorGuards
+            self._guard = guard(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
     def serves(self, call: Call) -> bool:
         """Whether all that is static of a call is as in the one that was guarded.

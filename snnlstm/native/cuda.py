@@ -106,9 +106,8 @@ class Plan(CommonPlan):
         A backward pass that is not measured is named, too, if it leaves other convolutions to
         torch.
         """
-        if self._name is None:
-            self._name = self._named()
-        return self._name
+        name = self._name = self._name or self._named()  # another thread may forget it now
+        return name
 
     def _named(self) -> str:
         by_pass = {key[0]: core.name for key, core in self._measured.items()}
