@@ -382,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
             out = args.plot if args.plot.is_dir() else args.plot.parent
             report.write(report.read(args.plot), out, plots=True)
             return 0
-        if path._native is None and not args.without_core:
+        if path.kernels is None and not args.without_core:
             p.error("the core is not built: `pip install -e .` builds it, --without-core goes on")
         suites = suites_from(args)
     except ValueError as error:

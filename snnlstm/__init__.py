@@ -9,9 +9,9 @@ try:
     from .convlstm import ConvLSTM, ConvLSTMCell
     from .layers import spike_rates
     from .native.pool import empty_cache
+    from .path import algorithm, set_algorithm
     from .sconv2dlstm import SConv1dLSTM, SConv2dLSTM
     from .sequential import Sequential, unroll
-    from .settings import algorithm, set_algorithm
     from .swap import accelerate, patch, restore, unpatch
 except Exception:
     # `python -m snnlstm` must tell what is missing or broken, be it torch itself. While the package

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import spec
 from .call import as_image
-from .path import Entries, LastPath
+from .entry import Entries
+from .path import LastPath
 from .snntorch import Base, alive, clear_registries, register
 from .spec import RESETS, CellSpec, Reset
 from .state import ResetSource, State

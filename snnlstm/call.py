@@ -18,7 +18,7 @@ from .surrogate import is_number
 
 __all__ = ["Call", "autocast_dtype", "checked_call", "key_of", "stateless_call"]
 
-PLAIN = (Tensor, nn.Parameter)
+PLAIN = {Tensor, nn.Parameter, type(None)}
 
 # The sizes after the channels in a shape, by the dimensions of an image.
 SIZES = {1: "L", 2: "H, W"}

@@ -15,19 +15,15 @@ from torch import Tensor, nn
 
 from . import spec
 from .call import active, checked_call, checked_lengths, state_tensor
+from .entry import Entries, run_checked
 from .path import (
-    Entries,
     LastPath,
     carries_hooks,
-    entry_of,
-    entry_of_foreign,
     exporting,
     global_hooks,
     like_of,
     log_fallback,
     overrides_of,
-    run,
-    run_traced,
 )
 
 __all__ = ["ConvLSTM", "ConvLSTMCell"]
@@ -152,13 +148,7 @@ class ConvLSTMCell(nn.Module):
             lambda name, shape, x: state_tensor(*passed[name], shape, x, weight),
             record=record, lengths=lengths, traced=traced, name="input_tensor",
         )  # fmt: skip
-        if traced:
-            every, c, h, path = run_traced(call, self._spec, overrides)
-        elif overrides is None:
-            every, c, h, path = run(call, entry_of(self._entries, call, self._spec))
-        else:
-            entry = entry_of_foreign(call, self._spec, overrides)
-            every, c, h, path = run(call, entry, overrides)
+        every, c, h, path = run_checked(self._entries, call, self._spec, overrides)
         if not exporting():
             object.__setattr__(self, "_path", path)  # nn.Module's would search for parameters
             if path.slow and not traced:

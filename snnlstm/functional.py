@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .call import batch_before_time, stateless_call
-from .path import Entries, entry_of, run, run_traced
+from .entry import Entries, run_checked
 
 __all__ = ["sconv2dlstm"]
 
@@ -90,8 +89,5 @@ def sconv2dlstm(
         inhibition=inhibition, stride=stride, dilation=dilation, record=record, lengths=lengths,
         checkpoint=checkpoint, batch_first=batch_first,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        results = run_traced(call, spec)
-    else:
-        results = run(call, entry_of(_entries, call, spec, spec))
+    results = run_checked(_entries, call, spec, of_many=spec)
     return batch_before_time(call, batch_first, *results[:3])

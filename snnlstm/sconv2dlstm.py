@@ -20,19 +20,8 @@ from .call import (
     real_tensor,
     values,
 )
-from .path import (
-    Entries,
-    Path,
-    entry_of,
-    entry_of_foreign,
-    exporting,
-    known_entry,
-    like_of,
-    log_fallback,
-    overrides_of,
-    run,
-    run_traced,
-)
+from .entry import Entries, entry_of, known_entry, run, run_traced
+from .path import Path, exporting, like_of, log_fallback, overrides_of
 from .reference import Overrides
 from .snntorch import Base1d, register
 from .spec import CellSpec, never_spikes, warn_of_threshold
@@ -293,10 +282,7 @@ class SConv2dLSTM(CellAttributes):
         if call is None or entry is None:
             call = self._checked(x, syn, mem, record, lengths, False)
             overrides = self._overrides(described, (self.in_channels, self.out_channels))
-            if overrides is None:
-                entry = entry_of(self._entries, call, described)
-            else:
-                entry = entry_of_foreign(call, described, overrides)
+            entry = entry_of(self._entries, call, described, overrides)
         spk, syn, mem, path = run(call, entry, overrides)
         if self._dims == 1:
             spk, syn, mem = (_of_length(result, path.native) for result in (spk, syn, mem))

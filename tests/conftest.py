@@ -61,7 +61,7 @@ class Backend:
         """Within the block, cells on the device run this implementation."""
         if self.name == "reference":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(snnlstm.path, "_native", None)
+                patch.setattr(snnlstm.path, "kernels", None)
                 yield
         elif self.name == "simt":
             from tests.simt.backend import (

@@ -267,7 +267,7 @@ UNREADABLE = {
 
 
 @pytest.mark.skipif(
-    snnlstm.path._native is None, reason="the reference path reads what has no memory"
+    snnlstm.path.kernels is None, reason="the reference path reads what has no memory"
 )
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "known call"])
 @pytest.mark.parametrize("case", UNREADABLE)
@@ -394,12 +394,12 @@ def test_errors_name_what_came_and_what_is_accepted(message):
 
 
 def test_an_algorithm_is_set_for_a_block():
-    before = snnlstm.settings.get_algorithm()
+    before = snnlstm.path.get_algorithm()
     with snnlstm.algorithm("direct"):
-        assert snnlstm.settings.get_algorithm() == "direct"
+        assert snnlstm.path.get_algorithm() == "direct"
         with pytest.raises(ValueError, match="name"), snnlstm.algorithm("none"):
             pass
         with pytest.raises(KeyError), snnlstm.algorithm("winograd"):
             raise KeyError
-        assert snnlstm.settings.get_algorithm() == "direct"
-    assert snnlstm.settings.get_algorithm() == before
+        assert snnlstm.path.get_algorithm() == "direct"
+    assert snnlstm.path.get_algorithm() == before

@@ -310,7 +310,7 @@ def test_reasons_that_come_and_go(reason):
 
 
 def without_the_core(monkeypatch):
-    monkeypatch.setattr(snnlstm.path, "_native", None)
+    monkeypatch.setattr(snnlstm.path, "kernels", None)
 
 
 def on_an_old_gpu(monkeypatch):

@@ -13,7 +13,7 @@ import snnlstm
 import snnlstm.path
 from tests.shared import flat
 
-native = snnlstm.path._native
+native = snnlstm.path.kernels
 ISAS: list[str] = snnlstm._C.isa_names() if native else []
 
 

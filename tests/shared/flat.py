@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 import snnlstm
+import snnlstm.entry
 import snnlstm.path
 from snnlstm.call import Call, autocast_dtype
 
-_native = snnlstm.path._native
+_native = snnlstm.path.kernels
 _last = ""
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -44,11 +45,11 @@ def run(*arguments) -> Three:
     call, spec = call_of(arguments[:8]), arguments[7].spec
     with snnlstm.algorithm(algorithm):
         if torch.compiler.is_compiling():
-            *out, path = snnlstm.path.run_traced(call, spec)
+            *out, path = snnlstm.entry.run_traced(call, spec)
         else:
-            entry = snnlstm.path.entry_of(snnlstm.path.Entries(), call, spec)
+            entry = snnlstm.entry.entry_of(snnlstm.entry.Entries(), call, spec)
             assert entry.fallback is None, entry.fallback
-            *out, path = snnlstm.path.run(call, entry)
+            *out, path = snnlstm.entry.run(call, entry)
             _last = path.name
     return tuple(out)
 
