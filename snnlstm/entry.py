@@ -7,7 +7,6 @@ the native kernels, or the reason for :mod:`snnlstm.reference`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-try:  # what torch.compile's guards are made of; a call takes 5 us more without it
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # it is private to torch
-    TensorGuards = None  # type: ignore[assignment, misc]
-
 from . import reference
-from .call import PLAIN, Call, autocast_dtype, key_of
+from .call import PLAIN, Call, autocast_dtype, guard_of, key_of
 from .path import (
     NATIVE_PATHS,
     Path,
@@ -73,23 +67,14 @@ class Entry:
                 self.fallback = reason and Path("reference", reason, slow=True)
 
     def guard(self, call: Call) -> None:
-        """Let :meth:`serves` know calls like this one, where torch has a check of tensors."""
-        if call.lengths is not None or torch._C._is_any_autocast_enabled():
-            return
-        tensors = _present(call)
-        self._others = call.record, torch.is_grad_enabled(), _settings(call.x), len(tensors)
-        sizes = [[*tensor.shape] for tensor in tensors]
-        strides = [[*tensor.stride()] for tensor in tensors]
-        with suppress(TypeError):  # there is none, or it takes other arguments
-            guard: Any = TensorGuards
-            self._guard = guard(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        """Let :meth:`serves` know calls like this one."""
+        if call.lengths is None and not torch._C._is_any_autocast_enabled():
+            tensors = _present(call)
+            self._others = call.record, torch.is_grad_enabled(), _settings(call.x), len(tensors)
+            self._guard = guard_of(tensors)
 
     def serves(self, call: Call) -> bool:
-        """Whether all that is static of a call is as in the one that was guarded.
-
-        torch compares type, dtype, device, sizes, strides and requires_grad of the tensors, and
-        what its dispatcher goes by: layout, lazy negation, autocast, torch.func, tracing.
-        """
+        """Whether all that is static of a call is as in the one that was guarded."""
         if self._guard is None or call.lengths is not None:
             return False
         tensors = _present(call)

@@ -219,6 +219,7 @@ class Plan(CommonPlan):
         # An x of few channels gains nothing from lists of nonzeros, so its zeros are not counted.
         self.counts_zeros = self.cin > 2
         self._last_packed: Callable[[], PackedWeight | None] = lambda: None
+        self._threshold: Tensor | None = None
         self._cores: dict[Decided, Any] = {}
         self._passes: dict[Any, Pass] = {}
         self._forward_passes: dict[tuple[int, int], Pass] = {}
@@ -245,10 +246,28 @@ class Plan(CommonPlan):
         kinds = self.spk_memory, self.state_memory, self.state_memory
         return tuple(self._empty_result(call.x, *kind) for kind in kinds)  # type: ignore[return-value]
 
+    def _empty_saved(self, x: Tensor) -> Tensor:
+        size = self.saved.bytes
+        if size >= pool.SMALLEST:
+            return pool.empty((size,), torch.uint8)
+        return x.new_empty(size, dtype=torch.uint8)
+
     def _empty_result(self, x: Tensor, shape: Any, strides: Any) -> Tensor:
         if math.prod(shape) * x.itemsize >= pool.MAPPED:
             return pool.empty_strided(shape, strides, x.dtype)
         return x.new_empty_strided(shape, strides)
+
+    def copy_of(self, threshold: Tensor) -> Tensor:
+        """A copy of the threshold, for the backward pass; the last one serves for equal values."""
+        copy = self._threshold
+        if (
+            copy is None
+            or copy.shape != threshold.shape
+            or not self.reads_as_is
+            or not _C.same(threshold.data_ptr(), copy.data_ptr(), copy.nbytes)
+        ):
+            copy = self._threshold = threshold.clone()
+        return copy
 
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
@@ -266,7 +285,7 @@ class Plan(CommonPlan):
             a_pass = self._pass((percent, packed.most_inputs), False, False, False)
         forms = packed.forms(a_pass)
         spk, new_syn, new_mem = self.empty_results(call)
-        saved = pool.empty((self.saved.bytes,), torch.uint8) if training else None
+        saved = self._empty_saved(x) if training else None
         if not self.reads_as_is:
             bias, threshold, graded = (
                 None if t is None else numbers(t, self.dtype) for t in call[4:7]

@@ -38,7 +38,6 @@ from .plan import (
     numbers,
     shaped_as,
     stochastic_noise,
-    view,
 )
 from .torch_conv import BackwardPass, Geometry, Neurons
 
@@ -146,6 +145,10 @@ class Plan(CommonPlan):
         """The current stream of the call's device."""
         return self.backend.stream(self.device)
 
+    def copy_of(self, threshold: Tensor) -> Tensor:
+        """A copy of the threshold, for the backward pass."""
+        return threshold.clone()
+
     def _neurons(self, call: Call) -> tuple[Neurons, list[Tensor | None]]:
         """Addresses of what the neurons read, and the tensors that hold it."""
         threshold_at, threshold = address_of_numbers(call.threshold, self.dtype)
@@ -213,12 +216,12 @@ class Plan(CommonPlan):
         packed: None,
     ) -> Gradients:
         """Run the backward kernels on what :meth:`forward` was given and saved."""
-        call, saved, _ = self.as_saved(call, saved)
+        call, saved, views = self.as_saved(call, saved)
         call = call._replace(weight=self.saved_weight(call))
         with self.backend.guard(call.x.device):
             neurons, held = self._neurons(call)
             noise = stochastic_noise(self, grads[0])
-            given = BackwardPass(call, neurons, saved, grads, noise)
+            given = BackwardPass(call, views, neurons, saved, grads, noise)
 
             def run(core: Any) -> Gradients:
                 return self._backward(core, given, wanted)
@@ -260,11 +263,11 @@ class Plan(CommonPlan):
         """
         if d_gates is not None:
             out = out._replace(x=None)
-        call, neurons, saved, grads, noise = given
+        call, views, neurons, saved, grads, noise = given
         stream = self.stream
         packed, workspace, _held = self._memory(core, call.weight, stream)
         core.backward(stream, (
-            *map(view, call[:3]), packed, 0, 0, *neurons, call.record,
+            *views, packed, 0, 0, *neurons, call.record,
             *self.saved.addresses(saved), address(call.lengths), 0, workspace,
             *gradient_addresses(grads, noise, out), address(d_gates),
             0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),

@@ -136,7 +136,7 @@ def run(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor,
     else:
         if call.x.is_inference():  # autograd refuses to save it
             call = call._replace(x=call.x.clone())
-        spk, syn, mem, name = _apply(plan, *call)
+        spk, syn, mem, name = _apply(plan, call, *call[:6])
     if call.lengths is not None and call.record:
         syn, mem = _repeated(call, syn, mem)
     return spk, syn, mem, name
@@ -185,14 +185,18 @@ def in_float32(call: Call, run_step: Step) -> tuple[Tensor, Tensor, Tensor, Any]
 
 class _SConv2dLSTM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Any, *tensors: Any) -> tuple[Tensor, Tensor, Tensor, str]:
-        """Run the kernels on the fields of a :class:`Call`; returns also the name of what ran."""
-        call = Call(*tensors)
+    def forward(
+        ctx: Any, plan: Any, call: Call, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, str]:
+        """Run the kernels; `tensors` are those of the call that may require a gradient.
+
+        Returns also the name of what ran.
+        """
         result = plan.forward(call, True)
         # A threshold may be written to before the backward pass: snnTorch's graph keeps none.
         ctx.threshold = threshold = call.threshold
         if threshold is not None:
-            ctx.version, ctx.copy = version(threshold), threshold.clone()
+            ctx.version, ctx.copy = version(threshold), plan.copy_of(threshold)
         ctx.save_for_backward(*call[:5], call.graded, call.lengths, result.saved)
         ctx.plan, ctx.record = plan, call.record
         ctx.decided, ctx.packed = result.decided, result.packed
@@ -203,7 +207,7 @@ class _SConv2dLSTM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return None, *_gradients(ctx, grads[:3]), None, None, None
+        return None, None, *_gradients(ctx, grads[:3])
 
 
 _FORGOTTEN = (
@@ -225,7 +229,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         raise
     *tensors, graded, lengths, saved = everything
     threshold = None if ctx.threshold is None else ctx.copy
-    wanted = _reached(ctx.needs_input_grad[1:7], ctx.plan.spec, grads)
+    wanted = _reached(ctx.needs_input_grad[2:], ctx.plan.spec, grads)
     again = torch.is_grad_enabled()
     if again and wanted[5]:
         if version(ctx.threshold) != ctx.version:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, guard_of
 from ..spec import DTYPES, POOLS, RESETS, CellSpec
 from . import pool
 
@@ -344,6 +344,9 @@ class Plan(Protocol):
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
 
+    def copy_of(self, threshold: Tensor) -> Tensor:
+        """A copy of a call's threshold, which nobody writes to, for the backward pass."""
+
     def backward(
         self,
         call: Call,
@@ -395,10 +398,8 @@ class CommonPlan(Sizes):
                 self.spk_memory[1], self.state_memory[1],
             )
         )  # fmt: skip
-        self._saved_as = [
-            *((t.shape, t.stride(), self.dtype, False) for t in call[:3]),
-            ((self.saved.bytes,), (1,), torch.uint8, False),
-        ]
+        self._saved_as = [(t.shape, self.dtype) for t in call[:3]]
+        self._guard: Any = None  # of x, syn, mem and what was saved, as they were
         self.gradient_memory = gradient_memory(call.x, self)
         self.threshold_stride = 0 if self.thresholds == 1 else 1
         # Whether bias, threshold and graded factor are as the kernels read them.
@@ -425,14 +426,17 @@ class CommonPlan(Sizes):
         any of them back in other memory.
         """
         x, syn, mem = tensors = call[:3]
-        kinds = [(t.shape, t.stride(), t.dtype, t.is_neg()) for t in (*tensors, saved)]
-        if kinds == self._saved_as and all(at := [t.data_ptr() for t in tensors]):
-            return call, saved, [*zip(at, (self.x5, self.syn5, self.mem5), strict=True)]
-        x, syn, mem, saved = (
-            as_saved(t, shape, dtype)
-            for t, (shape, _, dtype, _) in zip((*tensors, saved), self._saved_as, strict=True)
-        )
-        return call._replace(x=x, syn=syn, mem=mem), saved.contiguous(), [*map(view, (x, syn, mem))]
+        if self._guard is not None and self._guard.check(x, syn, mem, saved):
+            at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
+            if all(at):
+                return call, saved, [*zip(at, (self.x5, self.syn5, self.mem5), strict=True)]
+        block = as_saved(saved, (self.saved.bytes,), torch.uint8).contiguous()
+        x, syn, mem = (as_saved(t, *of) for t, of in zip(tensors, self._saved_as, strict=True))
+        views = [*map(view, (x, syn, mem))]
+        strides = [None if of is None else of[1] for of in views]
+        if self._guard is None and strides == [self.x5, self.syn5, self.mem5] and block is saved:
+            self._guard = guard_of((x, syn, mem, saved))
+        return call._replace(x=x, syn=syn, mem=mem), block, views
 
     def saved_weight(self, call: Call) -> Tensor:
         """The weight that a backward pass was given, as :func:`as_saved` returns it."""

@@ -39,6 +39,7 @@ class BackwardPass(NamedTuple):
     """What a backward pass is given. `grads` are the gradients of spk, syn and mem."""
 
     call: Call
+    views: Sequence[Any]  # of x, syn and mem
     neurons: Neurons
     saved: Tensor
     grads: Sequence[Tensor | None]
@@ -172,7 +173,7 @@ def steps_backward(
     `out` gets the gradients of syn, mem and threshold that it has memory for, `d_gates` and
     `mems`, if given, what the module's docstring says.
     """
-    call, neurons, saved, grads, noise = given
+    call, _, neurons, saved, grads, noise = given
     syn, mem, record = call.syn, call.mem, call.record
     saved_syn = plan.saved.part(saved, 1)
     grad_spk, into_syn, into_mem = grads
