@@ -23,7 +23,6 @@ from .plan import (
     address,
     address_of_numbers,
     empty_gradients,
-    gradient_addresses,
     keep_empty,
     make_cell,
     no_memory,
@@ -340,7 +339,7 @@ class Plan(CommonPlan):
             *views, *forms.addresses,
             threshold_at, self.threshold_stride, graded_at, self.levels_address, call.record,
             *self.saved.addresses(saved), address(lengths), address(order),
-            workspace.data_ptr(), *gradient_addresses(grads, noise, out), 0, 0,
+            workspace.data_ptr(), *self.gradient_addresses(grads, noise, out), 0, 0,
         )  # fmt: skip
         a_pass.run(addresses)
         pool.let_go(workspace)

@@ -32,7 +32,6 @@ from .plan import (
     address_of_numbers,
     empty_bytes,
     empty_gradients,
-    gradient_addresses,
     keep_empty,
     make_cell,
     numbers,
@@ -188,7 +187,7 @@ class Plan(CommonPlan):
             if call.lengths is not None and not call.record:
                 keep_empty(call, result[1:3], (call.syn, call.mem))
             del held, bias  # the kernels are on the stream: what takes their memory comes later
-        return Result(*result[:4], self.name)
+        return result._replace(name=self.name)
 
     def _forward(self, core: Any, call: Call, neurons: Neurons, bias: int, result: Result) -> None:
         stream = self.stream
@@ -217,7 +216,9 @@ class Plan(CommonPlan):
     ) -> Gradients:
         """Run the backward kernels on what :meth:`forward` was given and saved."""
         call, saved, views = self.as_saved(call, saved)
-        call = call._replace(weight=self.saved_weight(call))
+        weight = self.saved_weight(call)
+        if weight is not call.weight:
+            call = call._replace(weight=weight)
         with self.backend.guard(call.x.device):
             neurons, held = self._neurons(call)
             noise = stochastic_noise(self, grads[0])
@@ -269,7 +270,7 @@ class Plan(CommonPlan):
         core.backward(stream, (
             *views, packed, 0, 0, *neurons, call.record,
             *self.saved.addresses(saved), address(call.lengths), 0, workspace,
-            *gradient_addresses(grads, noise, out), address(d_gates),
+            *self.gradient_addresses(grads, noise, out), address(d_gates),
             0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),
         ))  # fmt: skip
 

@@ -247,16 +247,6 @@ def address_of_numbers(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, 
     return held.data_ptr(), held
 
 
-def gradient_addresses(
-    grads: Sequence[Tensor | None], noise: Tensor | None, out: Gradients
-) -> tuple[Any, ...]:
-    """The last part of a backward pass's addresses, but d_gates and mem_after."""
-    x, syn, mem, *others = out
-    return (
-        view(noise), *map(view, grads), view(x), view(syn), view(mem), *map(address, others)
-    )  # fmt: skip
-
-
 def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
     """Give samples without a step those of `values`, or 0: the kernels skip such samples."""
     assert call.lengths is not None
@@ -401,6 +391,7 @@ class CommonPlan(Sizes):
         self._saved_as = [(t.shape, self.dtype) for t in call[:3]]
         self._guard: Any = None  # of x, syn, mem and what was saved, as they were
         self.gradient_memory = gradient_memory(call.x, self)
+        self._gradients5 = [five(strides) for _, strides in self.gradient_memory[:3]]
         self.threshold_stride = 0 if self.thresholds == 1 else 1
         # Whether bias, threshold and graded factor are as the kernels read them.
         self.reads_as_is = reads_as_is(call)
@@ -440,8 +431,19 @@ class CommonPlan(Sizes):
 
     def saved_weight(self, call: Call) -> Tensor:
         """The weight that a backward pass was given, as :func:`as_saved` returns it."""
-        shape = 4 * self.c, self.cin + self.c, *self.spec.kernel_size
-        return as_saved(call.weight, shape, self.dtype)
+        return as_saved(call.weight, self.gradient_memory[3][0], self.dtype)
+
+    def gradient_addresses(
+        self, grads: Sequence[Tensor | None], noise: Tensor | None, out: Gradients
+    ) -> tuple[Any, ...]:
+        """The last part of a backward pass's addresses, but d_gates and mem_after."""
+        (x, syn, mem, *others), (x5, syn5, mem5) = out, self._gradients5
+        return (
+            view(noise), *map(view, grads),
+            None if x is None else (x.data_ptr(), x5),
+            None if syn is None else (syn.data_ptr(), syn5),
+            None if mem is None else (mem.data_ptr(), mem5), *map(address, others),
+        )  # fmt: skip
 
     def empty_d_gates(self, x: Tensor) -> Tensor:
         """Memory for the gradient of the gate sums of every step."""
