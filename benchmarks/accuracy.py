@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import snnlstm
-from snnlstm import path as running
+from snnlstm import entry as running
 from snnlstm import reference
 from snnlstm.call import stateless_call
 
