@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sysconfig
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from importlib.machinery import ExtensionFileLoader
@@ -21,16 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pybind11
 import torch
 
 from snnlstm.native import cuda
 from snnlstm.native import function as native
-from tests.simt.builder import HERE, ROOT, build
+from tests.simt.builder import build
 from tests.simt.emulator import EmulationError, Emulator, symbolise
 
-SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
-BRIDGE = HERE / "bridge" / "bridge.cpp"
 MODULE = "snnlstm_simt"
 
 
@@ -138,10 +134,9 @@ def _load(library: Path) -> ModuleType:
 
 
 @functools.cache
-def simt_core(variant: str = "checked") -> Core:
-    """Builds and loads the emulated core; see builder.VARIANTS."""
-    includes = (Path(sysconfig.get_path("include")), Path(pybind11.get_include()))
-    return Core(build("core", list(SOURCES), variant, includes, (BRIDGE,)))
+def simt_core() -> Core:
+    """Builds and loads the emulated core."""
+    return Core(build("core"))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """A library of emulated kernels, for Python.
 
-emulator = Emulator(build("kernels", [...], "checked"))
+emulator = Emulator(build("own"))
 emulator.schedule("ahead", seed=3)
 with emulator.arrays(a=a, out=(out, "w")):
     emulator.call("run", a, out, 64)
@@ -74,7 +74,7 @@ class Launch(NamedTuple):
 class Settings(ctypes.Structure):
     """The struct of this name in emulator/machine.h, which documents the fields."""
 
-    NUMBERS = "policy races counters compute_capability truncates dry instrumented"
+    NUMBERS = "policy races counters compute_capability truncates dry"
     _fields_ = [("seed", ctypes.c_uint64), *((n, ctypes.c_int) for n in NUMBERS.split())]
 
 
@@ -104,7 +104,7 @@ class Emulator:
         self.settings.races, self.settings.counters = races, counters
 
     def fault(self, name: str) -> None:
-        """Switches one seeded fault of fault.cuh on, in the variant "checked"."""
+        """Switches one seeded fault of fault.cuh on."""
         self.lib.simt_fault(fault_numbers()[name])
 
     def _rows(self, what: str) -> list[list]:

@@ -156,26 +156,6 @@ def resources_of_log(log: str) -> list[Resources]:
     ]
 
 
-def resources_of_binary(binary: Path) -> list[Resources]:
-    """Reads a fatbin, an object or a shared library. Spills count as frame."""
-    arch, rows = 0, []
-    kernel = ""
-    for line in _run([find("cuobjdump"), "-res-usage", str(binary)], tools=True).splitlines():
-        if found := re.match(r"arch = sm_(\d+)", line):
-            arch = int(found[1])
-        elif found := re.match(r"\s*Function (\w+):", line):
-            kernel = found[1]
-        elif found := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
-            rows.append((kernel, arch, int(found[1]), int(found[2]) + int(found[3])))
-    names = demangle([row[0] for row in rows])
-    return [Resources(n, *row[1:]) for n, row in zip(names, rows, strict=True)]
-
-
-def architectures_of_binary(binary: Path) -> set[int]:
-    listed = _run([find("cuobjdump"), "--list-elf", str(binary)], tools=True)
-    return {int(a) for a in re.findall(r"sm_(\d+)a?\.cubin", listed)}
-
-
 def disassemble(binary: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
     """The instructions of each kernel: address, predicate or "", name with its modifiers
     ("LDG.E.128"), operands."""

@@ -6,15 +6,13 @@ import functools
 
 import numpy as np
 
-from tests.simt.builder import KERNELS, build
+from tests.simt.builder import build
 from tests.simt.emulator import Emulator
-
-SOURCES = sorted(KERNELS.glob("*.cu"))
 
 
 @functools.cache
-def own_kernels(variant: str) -> Emulator:
-    return Emulator(build("own", SOURCES, variant))
+def own_kernels() -> Emulator:
+    return Emulator(build("own"))
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:

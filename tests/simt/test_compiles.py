@@ -42,14 +42,6 @@ def compiled() -> dict[Path, tuple[Path, str]]:
         )
 
 
-def installed_module() -> Path:
-    """The built extension module, or a skip."""
-    path = Path(pytest.importorskip("snnlstm._C").__file__)
-    if b"nv_fatbin" not in path.read_bytes():
-        pytest.skip("the installed module has no CUDA backend")
-    return path
-
-
 @needs_nvcc
 def test_local_memory_is_seen(tmp_path):
     source = tmp_path / "local.cu"
@@ -66,12 +58,10 @@ def test_local_memory_is_seen(tmp_path):
         "  for (int i = 0; i < 64; ++i) p[i] = a[63 - i] + a[i ^ 5];\n"
         "}\n"
     )
-    binary, log = gpu_tools.compile_fatbin(source, (80,))
+    _, log = gpu_tools.compile_fatbin(source, (80,))
     bad = overflowing(gpu_tools.resources_of_log(log))
     assert {r.kernel.split("(")[0] for r in bad} == {"indexed", "crowded"}
     assert all(r.spilled for r in bad if "crowded" in r.kernel)
-    if gpu_tools.find("cuobjdump") and gpu_tools.find("nvdisasm"):
-        assert len(overflowing(gpu_tools.resources_of_binary(binary))) == 2
 
 
 @needs_nvcc
@@ -84,14 +74,6 @@ def test_every_source_compiles_for_every_architecture(source):
     resources = gpu_tools.resources_of_log(log)
     if resources:
         assert {r.arch for r in resources} == set(archs)
-    assert overflowing(r for r in resources if r.arch in TUNED) == []
-
-
-@needs_cuobjdump
-def test_the_installed_kernels_need_no_local_memory():
-    module = installed_module()  # perhaps built for this machine's GPU alone
-    resources = gpu_tools.resources_of_binary(module)
-    assert {r.arch for r in resources} == gpu_tools.architectures_of_binary(module)
     assert overflowing(r for r in resources if r.arch in TUNED) == []
 
 

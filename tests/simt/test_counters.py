@@ -13,7 +13,7 @@ pytestmark = pytest.mark.simt_long
 
 @pytest.fixture
 def emulator():
-    found = own_kernels("checked")
+    found = own_kernels()
     found.checks(counters=True)
     yield found
     found.reset()

@@ -4,7 +4,7 @@ asynchronous copies (LDGSTS), fragment loads (LDSM) and 128-bit accesses to glob
 import re
 
 import pytest
-from test_compiles import compiled, installed_module, needs_cuobjdump, needs_nvcc
+from test_compiles import compiled, needs_cuobjdump, needs_nvcc
 
 from tests.simt import gpu_tools
 from tests.simt.builder import ROOT
@@ -49,14 +49,6 @@ def missing(code: list[tuple], expected: tuple[str, ...]) -> list[str]:
     return [e for e in expected if not any(f"{i[2]} ".startswith(e) for i in code)]
 
 
-def check(binary, arch: int, file: str, pattern: str) -> None:
-    code = gpu_tools.disassemble(binary, arch)
-    found = {name: c for name, c in code.items() if re.search(pattern, name)}
-    assert found, f"no kernel matches {pattern}"
-    for name, instructions in found.items():
-        assert missing(instructions, EXPECTED[file][pattern]) == [], name
-
-
 @needs_nvcc
 def test_sm_75_multiplies_fp16_alone_and_copies_through_registers():
     for binary, _ in compiled().values():
@@ -68,21 +60,16 @@ def test_sm_75_multiplies_fp16_alone_and_copies_through_registers():
             assert traps or any(i[2].startswith(("LDG", "STG")) for i in instructions), name
 
 
-@pytest.mark.parametrize("arch", ASYNCHRONOUS)
-@pytest.mark.parametrize(("file", "pattern"), KERNEL_PATTERNS)
-def test_installed_kernels(file, pattern, arch):
-    module = installed_module()
-    if arch not in gpu_tools.architectures_of_binary(module):
-        pytest.skip(f"the installed module has no code for sm_{arch}")
-    check(module, arch, file, pattern)
-
-
 @needs_nvcc
 @pytest.mark.parametrize("arch", ASYNCHRONOUS)
 @pytest.mark.parametrize(("file", "pattern"), KERNEL_PATTERNS)
-def test_kernels_compiled_anew(file, pattern, arch):
+def test_kernels_have_the_instructions_that_were_meant(file, pattern, arch):
     binary, _ = compiled()[CUDA / f"{file}.cu"]
-    check(binary, arch, file, pattern)
+    code = gpu_tools.disassemble(binary, arch)
+    found = {name: c for name, c in code.items() if re.search(pattern, name)}
+    assert found, f"no kernel matches {pattern}"
+    for name, instructions in found.items():
+        assert missing(instructions, EXPECTED[file][pattern]) == [], name
 
 
 # The most instructions per HMMA in inner loops. In parts (3xTF32) three HMMA count as one.

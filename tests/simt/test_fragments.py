@@ -75,7 +75,7 @@ def run_mma(kind, at_a, at_b, at_c):
     rb = scatter(b_bits, at_b, 2 * packed, packed)
     rc = scatter(c.view(np.uint32), at_c, 4, 1).view(np.float32)
     rd = np.zeros((32, 4), np.float32)
-    emulator = own_kernels("checked")
+    emulator = own_kernels()
     emulator.reset()
     if kind == "fp16_sm75":
         emulator.settings.compute_capability = 75
@@ -92,7 +92,7 @@ def run_mma(kind, at_a, at_b, at_c):
 def run_ldmatrix(transposed):
     tiles = np.arange(256, dtype=np.uint16).reshape(4, 8, 8) + 1
     r = np.zeros((32, 4), np.uint32)
-    emulator = own_kernels("checked")
+    emulator = own_kernels()
     with emulator.arrays(tiles=tiles, r=(r, "w")):
         emulator.call("probe_ldmatrix", int(transposed), tiles, r)
     return tiles, r
@@ -123,7 +123,7 @@ def test_tf32_ignores_the_lower_bits():
     a[:] = np.float32(1).view(np.uint32) | 0x1FFF
     b = np.full((32, 2), np.float32(1).view(np.uint32), np.uint32)
     c, d = np.zeros((32, 4), np.float32), np.zeros((32, 4), np.float32)
-    own_kernels("plain").call("probe_mma", 2, a, b, c, d)
+    own_kernels().call("probe_mma", 2, a, b, c, d)
     assert (d == 8).all()
 
 
@@ -143,7 +143,7 @@ def test_ldmatrix_follows_the_ptx_isa(transposed):
 def convert(kind, back, bits):
     bits = np.ascontiguousarray(bits, np.uint32)
     out = np.zeros_like(bits)
-    own_kernels("plain").call("convert", TYPES[kind][0], back, bits, out, bits.size)
+    own_kernels().call("convert", TYPES[kind][0], back, bits, out, bits.size)
     return out
 
 

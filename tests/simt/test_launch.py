@@ -1,15 +1,16 @@
 """Tests launch() on a CUDA runtime that runs nothing: limits of shared memory, errors, threads."""
 
+import os
 import subprocess
 
-from tests.simt.builder import HERE, ROOT, compiler
+from tests.simt.builder import HERE, ROOT
 
 
 def test_launches(tmp_path):
     program = tmp_path / "launches"
     folders = [HERE / "runtime", ROOT / "csrc" / "cuda"]
     subprocess.run(
-        [compiler(), "-std=c++17", "-O1", "-g", "-D__CUDACC__", "-pthread"]
+        [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g", "-D__CUDACC__", "-pthread"]
         + [f"-I{folder}" for folder in folders]
         + [str(HERE / "runtime" / "launches.cpp"), "-o", str(program)],
         check=True,

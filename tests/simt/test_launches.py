@@ -12,35 +12,11 @@ from test_cell_gradients import check
 from test_compiles import ARCHITECTURES, SOURCES, needs_nvcc
 from test_disassembly import kind_of
 
-from benchmarks import devices
-from tests.simt.launches import (
-    H100,
-    LAYERS,
-    balance,
-    calls,
-    card_of,
-    compiled,
-    of_layer,
-    plan,
-    warps,
-)
+from benchmarks.devices import EMULATED
+from tests.simt.launches import LAYERS, balance, calls, compiled, of_layer, plan
 from tests.simt.modes import MODES, PLAIN
 
 WIDE = ("mid", "big", "wide64")
-
-
-@pytest.mark.parametrize("mode", ["tf32", "3xtf32", "bf16"])
-@pytest.mark.parametrize("layer", WIDE)
-def test_wide_layers_fill_the_multiprocessors(core, layer, mode):
-    core.device(**H100)
-    found = {launch.kernel.split(" (")[0]: launch for launch in of_layer(core, LAYERS[layer], mode)}
-    weights = found["weight gradient"]
-    # A multiprocessor holds one block.
-    assert weights.threads >= 32 * 8
-    waves = weights.blocks / H100["multiprocessors"]
-    assert waves / -(-waves // 1) > 0.85
-    assert warps(found["backward step"], registers=168) >= 4
-    assert warps(found["forward step"], registers=128) >= 4
 
 
 # By the name of the launch: the least part of all multiprocessors that has work, on average over
@@ -49,15 +25,15 @@ def test_wide_layers_fill_the_multiprocessors(core, layer, mode):
 EVEN = {"forward step": 0.7, "backward step": 0.5, "weight gradient (mma)": 0.75}
 
 
-@pytest.mark.parametrize("name", devices.EMULATED)
-def test_blocks_fill_the_rounds_of_every_card(core, name):
-    device = card_of(name)
-    core.device(**device)
-    modes = ("tf32", "bf16") if device["compute_capability"] >= 80 else ("float32", "fp16")
+@pytest.mark.parametrize("card", EMULATED.values(), ids=EMULATED)
+def test_blocks_fill_the_rounds_of_every_card(core, card):
+    core.device(*card)
+    capability, multiprocessors, _ = card
+    modes = ("tf32", "bf16") if capability >= 80 else ("float32", "fp16")
     for layer, mode in itertools.product(WIDE, modes):
         for launch in set(of_layer(core, LAYERS[layer], mode)):
             least = EVEN.get(launch.kernel, EVEN.get(launch.kernel.split(" (")[0], 0))
-            assert balance(launch, device) >= least, (layer, mode, launch)
+            assert balance(launch, multiprocessors) >= least, (layer, mode, launch)
 
 
 # Of nvcc's output: instructions of PTX per mma in inner loops, where parts have three mma for one
@@ -81,7 +57,7 @@ def test_kernels_in_numbers(source, arch):
 
 @pytest.mark.parametrize("layer", [name for name in LAYERS if name != "quant"])
 def test_how_many_launches_a_sequence_takes(core, layer):
-    core.device(**H100)
+    core.device(*EMULATED["h100"])
     found = [launch.kernel for launch in of_layer(core, LAYERS[layer], "tf32")]
     time = LAYERS[layer].steps
     forward = sum(name.startswith(("forward", "fire")) for name in found)
@@ -107,39 +83,6 @@ def test_a_steps_backward_pass_takes_five_launches(core, matrix, kind):
         f"backward step ({kind})", f"data gradient ({kind})", f"weight gradient ({kind})",
         "add gradients",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("inputs", "channels", "blocks", "of_gates", "rows"),
-    [(1, 8, 16, 32, 32), (2, 16, 16, 64, 64), (2, 32, 32, 64, 64), (32, 64, 64, 64, 64)],
-)
-def test_narrow_layers_without_tensor_cores_fill_their_blocks(
-    core, inputs, channels, blocks, of_gates, rows
-):
-    """A block has 4096 sums: of so many columns, and the more pixels the fewer these are."""
-    core.device(75, 40, 64 * 1024)
-    sizes = {"N": 64, "Cin": inputs, "C": channels, "H": 32, "W": 32}
-    found = {launch.kernel: launch.blocks for launch in calls(core, 0, T=2, **sizes)}
-    pixels = 64 * 32 * 32
-    assert found["forward step (fma)"] * 4096 == pixels * round_up(4 * channels, of_gates)
-    assert found["backward step (fma)"] * 4096 == pixels * round_up(channels, blocks)
-    of_weight = round_up(4 * channels, rows) * round_up(9 * (inputs + channels), 4096 // rows)
-    tiles = of_weight // 4096
-    of_bias = 2 * pixels // 1024 * (channels // 8)
-    of_weight = found["weight gradient (fma)"] - of_bias
-    assert of_weight % tiles == 0
-    assert of_weight / round_up(of_weight, 40) > 0.9
-
-
-def test_few_blocks_are_not_made_fewer(core):
-    """Wide tiles take less time, and here each multiprocessor has one at most."""
-    core.device(75, 40, 64 * 1024)
-    found = {launch.kernel: launch.blocks for launch in calls(core, 0, N=1, H=32, W=32)}
-    assert found["backward step (fma)"] == 16
-
-
-def round_up(number, of):
-    return -(-number // of) * of
 
 
 def reason(core, **facts):

@@ -23,7 +23,7 @@ void check_matrix_row(Thread& owner, const void* row, const void* pc);
 std::string describe_pc(const void* pc);
 
 // ---- race.cpp: accesses of different threads that neither a barrier nor a __syncwarp orders.
-// These functions do nothing without instrumentation, or where races are not asked for.
+// These functions do nothing where races are not asked for.
 
 // overlaps: nothing orders a thread behind the launch before, until it waits for that.
 void begin_race_launch(bool overlaps);

@@ -12,8 +12,6 @@ using simt::Access;
 
 namespace {
 
-const int announced = simt::simt_settings.instrumented = 1;
-
 // Most accesses go to the thread's own stack, whose contents are in registers on a GPU.
 __attribute__((always_inline)) inline void note(void* p, size_t bytes, Access kind,
                                                 const void* pc) {

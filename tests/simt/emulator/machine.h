@@ -20,12 +20,11 @@ enum class Policy : int { in_order, shuffled, ahead };
 struct Settings {
   uint64_t seed = 0;
   Policy policy = Policy::in_order;
-  int races = 1;  // look for races, in the instrumented build
+  int races = 1;  // look for races
   int counters = 0;
   int compute_capability = 80;
-  int truncates = 0;     // mma rounds its sums towards zero: 1 once, 2 each term (fragment.cpp)
-  int dry = 0;           // launches are checked and listed, but nothing runs
-  int instrumented = 0;  // the build has hooks, which report plain accesses
+  int truncates = 0;  // mma rounds its sums towards zero: 1 once, 2 each term (fragment.cpp)
+  int dry = 0;        // launches are checked and listed, but nothing runs
 };
 extern "C" __attribute__((visibility("default"))) Settings simt_settings;
 

@@ -85,8 +85,6 @@ class Shadow {
 Shadow shared_shadow(most_shared_bytes);
 std::unordered_map<size_t, Shadow> global_shadows;  // by the number of the allocation
 
-bool wanted() { return simt_settings.races != 0 && simt_settings.instrumented != 0; }
-
 // Whether the access is another block's that nothing orders before what `thread` does now.
 bool from_other_block(const Record& r, const Thread& thread) {
   const Machine& m = machine();
@@ -207,7 +205,7 @@ void on_write(Cell& cell, const Context& c, const char* what, size_t offset) {
 }  // namespace
 
 void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc) {
-  if (!wanted()) return;
+  if (simt_settings.races == 0) return;
   const bool global = place.space == Space::global;
   Shadow& shadow =
       global
@@ -245,7 +243,7 @@ void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, c
 }
 
 void check_matrix_part(Thread& thread, const void* p, size_t bytes, const void* pc) {
-  if (!wanted()) return;
+  if (simt_settings.races == 0) return;
   const Context c{thread, shared_base(), false, pc};
   shared_shadow.each(locate(p).offset, bytes,
                      [&](Cell& cell, size_t at) { on_read(cell, c, false, at); });

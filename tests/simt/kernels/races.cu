@@ -9,7 +9,7 @@ constexpr int kThreads = 64;
 
 struct Shared {
   float a[64];
-  alignas(16) float copied[64][4], copied_later[64][4];  // of each thread
+  alignas(16) float copied[64][4];  // of each thread
   alignas(16) float tiles[2][8][4];
 };
 
@@ -25,44 +25,11 @@ CASE(read_before_wait) {
   cp_async_wait<0>();
 }
 
-CASE(wait_for_too_little) {
-  auto& s = shared_memory<Shared>();
-  const int i = int(threadIdx.x);
-  cp_async(s.copied[i], d.in + i / 4 * 4);
-  cp_async_commit();
-  cp_async(s.copied_later[i], d.in + i / 4 * 4);
-  cp_async_commit();
-  cp_async_wait<1>();
-  d.out[i] = d.bad ? s.copied_later[i][0] : s.copied[i][0];
-  cp_async_wait<0>();
-}
-
-CASE(wait_without_commit) {
-  auto& s = shared_memory<Shared>();
-  const int i = int(threadIdx.x);
-  cp_async(s.copied[i], d.in + i / 4 * 4);
-  if (!d.bad) cp_async_commit();
-  cp_async_wait<0>();
-  d.out[i] = s.copied[i][0];
-  cp_async_commit();
-  cp_async_wait<0>();
-}
-
 CASE(return_with_copies) {
   auto& s = shared_memory<Shared>();
   cp_async(s.copied[threadIdx.x], d.in);
   cp_async_commit();
   if (!d.bad) cp_async_wait<0>();
-}
-
-CASE(wait_without_barrier) {
-  auto& s = shared_memory<Shared>();
-  const int i = int(threadIdx.x);
-  cp_async(s.copied[i], d.in + i / 4 * 4);
-  cp_async_commit();
-  cp_async_wait<0>();
-  if (!d.bad) __syncthreads();
-  d.out[i] = s.copied[63 - i][0];
 }
 
 CASE(read_before_write) {
@@ -82,14 +49,6 @@ CASE(overwrite_before_read) {
   if (!d.bad) __syncthreads();
   s.a[i] = x + 1;
   d.out[i] = s.a[i];
-}
-
-CASE(lanes_without_syncwarp) {
-  auto& s = shared_memory<Shared>();
-  const int i = int(threadIdx.x);
-  s.a[i] = float(i);
-  if (!d.bad) __syncwarp();
-  d.out[i] = s.a[i ^ 1];
 }
 
 CASE(shuffle_is_no_fence) {
@@ -120,15 +79,6 @@ CASE(never_written) {
 
 CASE(same_element) {
   if (threadIdx.x % 32 == 0) d.out[d.bad ? 0 : threadIdx.x] = float(threadIdx.x);
-}
-
-// Elements that share a word of four bytes do not conflict.
-CASE(halves_of_a_word) {
-  auto* half = reinterpret_cast<uint16_t*>(shared_memory<Shared>().a);
-  const int i = int(threadIdx.x);
-  const int own = 2 * (i % 32) + i / 32;  // neighbours belong to different warps
-  half[own] = uint16_t(i);
-  d.out[i] = half[d.bad ? own ^ 1 : own];
 }
 
 CASE(bytes_of_a_word) {
@@ -164,13 +114,6 @@ CASES(read_before_launch_wait, 2, 1) {
   d.out[i] = x;
 }
 
-CASES(write_before_launch_wait, 2, 1) {
-  const int i = int(threadIdx.x);
-  if (d.bad) d.out[i] = 1;
-  wait_for_launch_before();
-  d.out[i] = 2;
-}
-
 CASES(overwrite_before_launch_wait, 2, 1) {
   auto& s = shared_memory<Shared>();
   const int i = int(threadIdx.x);
@@ -191,17 +134,6 @@ CASES(another_thread_waits, 2, 2) {
 
 CASES(return_without_launch_wait, 2, 2) {
   if (!d.bad || blockIdx.x == 0) wait_for_launch_before();
-}
-
-// As parts of a word.
-CASES(half_before_launch_wait, 2, 1) {
-  auto* half = reinterpret_cast<uint16_t*>(d.out);
-  const int i = int(threadIdx.x);
-  uint16_t x = 0;
-  if (d.bad) x = half[i];
-  wait_for_launch_before();
-  if (!d.bad) x = half[i];
-  half[i] = uint16_t(x + 1);
 }
 
 }  // namespace

@@ -31,12 +31,6 @@ CASE(return_before_barrier) {
   d.out[threadIdx.x] = 1;
 }
 
-CASE(uneven_loop) {
-  const int trips = d.bad && threadIdx.x >= 32 ? 3 : 2;
-  for (int i = 0; i < trips; ++i) __syncthreads();
-  d.out[threadIdx.x] = 1;
-}
-
 CASE(barrier_in_one_warp) {
   if (!d.bad || threadIdx.x < 32) __syncthreads();
   d.out[threadIdx.x] = float(__shfl_xor_sync(full_warp, int(threadIdx.x), 1));
@@ -88,23 +82,10 @@ CASE(shared_pointer) {
 
 CASE(read_behind) { d.out[threadIdx.x] = d.in[threadIdx.x + (d.bad ? 1 : 0)]; }
 
-CASE(write_before) { d.out[int(threadIdx.x) - (d.bad ? 1 : 0)] = 1; }
-
 CASE(vector_behind) {
   if (threadIdx.x < 16) {
     const int i = 4 * int(threadIdx.x) + (d.bad ? 4 : 0);
     d.out[threadIdx.x] = load<float4>(d.in + i).w;
-  }
-}
-
-CASE(copy_from_behind) {
-  auto& s = shared_memory<Shared>();
-  const int i = int(threadIdx.x);
-  if (i < 16) {
-    cp_async(&s.b[4 * i], d.in + 4 * (i + d.bad));
-    cp_async_commit();
-    cp_async_wait<0>();
-    d.out[i] = s.b[4 * i];
   }
 }
 
@@ -120,15 +101,6 @@ CASE(write_static) {
 
 CASE(misaligned_vector) {
   if (threadIdx.x < 8) d.out[threadIdx.x] = load<float2>(d.in + 2 * threadIdx.x + d.bad).x;
-}
-
-CASE(misaligned_copy) {
-  auto& s = shared_memory<Shared>();
-  if (threadIdx.x < 8) {
-    cp_async(&s.b[4 * threadIdx.x + d.bad], d.in + 4 * threadIdx.x);
-    cp_async_commit();
-    cp_async_wait<0>();
-  }
 }
 
 CASE(misaligned_rows) {
