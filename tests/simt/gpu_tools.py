@@ -107,8 +107,11 @@ def _compile_fatbin(
 
 def code_of_ptx(source: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
     """The PTX of each kernel of `source` by its name, in the form of :func:`disassemble`."""
+    # It lies uncompressed beside the machine code that it became.
+    binary, _ = compile_fatbin(source, (arch,))
+    texts = re.findall(rb"\.version [^\0]+", binary.read_bytes())
+    (text,) = (text.decode() for text in texts if b".target sm_%d\n" % arch in text)
     found = {}
-    text = _ptx_of(source, arch)
     for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{\n(.*?)\n\}", text, re.DOTALL):
         code: list[tuple[int, str, str, str]] = []
         labels: dict[str, int] = {}
@@ -122,22 +125,6 @@ def code_of_ptx(source: Path, arch: int) -> dict[str, list[tuple[int, str, str, 
             for at, predicate, what, rest in code
         ]
     return found
-
-
-def _ptx_of(source: Path, arch: int) -> str:
-    """nvcc's PTX of `source`, which lies uncompressed beside the machine code that it became."""
-    binary, _ = compile_fatbin(source, (arch,))
-    texts = re.findall(rb"\.version [^\0]+", binary.read_bytes())
-    (found,) = (text for text in texts if b".target sm_%d\n" % arch in text)
-    return found.decode()
-
-
-def entries_of_ptx(source: Path, arch: int) -> dict[str, list[str]]:
-    """The instructions of each kernel of `source` in the PTX for an architecture, by its name."""
-    return {
-        name: [f"{what} {rest}" for _, _, what, rest in code if what != "ret"]
-        for name, code in code_of_ptx(source, arch).items()
-    }
 
 
 def resources_of_log(log: str) -> list[Resources]:

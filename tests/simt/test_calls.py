@@ -194,8 +194,7 @@ def test_checkpoint_gives_the_same_gradients(core, algorithm):
     with MODES["float32"].running(core):
         plain = train(case, case.inputs(), algorithm)
         again = train(case.but(checkpoint=True), case.inputs(), algorithm)
-    for one, other in zip(plain, again, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again, plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
@@ -233,8 +232,7 @@ def test_one_algorithm_reads_what_the_other_saved(core):
             result = flat.forward(*call, True, first)
             found.append(flat.backward(call, result, graded, (True,) * 6, second))
     for gradients in found[1:]:
-        for one, other in zip(found[0], gradients, strict=True):
-            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(gradients, found[0], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn", "measure"])
@@ -256,9 +254,8 @@ def test_a_loop_of_steps_has_the_gradients_of_the_sequence(core, algorithm):
                 spk, syn, mem = cell(step, syn, mem)
                 spks.append(spk if steps is x else spk.unsqueeze(0))
             loss = torch.cat(spks).sum() + mem.square().sum()
-            found.append(torch.autograd.grad(loss, list(cell.conv.parameters())))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+            found.append(torch.autograd.grad(loss, cell.conv.parameters()))
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
 
 
 def test_the_built_core_serves_cuda_tensors_where_it_has_the_kernels():

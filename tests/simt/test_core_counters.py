@@ -46,24 +46,3 @@ def test_training_costs_little_more_than_it_must(core, mode):
         assert c.banks <= GOALS["banks"], name
     fewest = 3 * fewest_mma(LAYERS["mid"], MODES[mode])
     assert fewest <= total(seen).mma <= GOALS["mma"] * fewest
-
-
-# A warp's tensor core instructions in a k-step, and the most barriers for each k-step. More than a
-# half are allowed to narrow layers, whose blocks have few k-steps.
-K_STEPS = {
-    ("mnist", "forward step"): (8, 0.65),
-    ("mnist", "data gradient"): (4, 0.6),
-    ("mnist", "weight gradient"): (12, 0.6),
-    ("mid", "forward step"): (16, 0.4),
-    ("mid", "weight gradient"): (12, 0.35),
-}
-
-
-@pytest.mark.parametrize("mode", ["tf32", "bfloat16 states"])
-@pytest.mark.parametrize("layer", ["mnist", pytest.param("mid", marks=pytest.mark.simt_long)])
-def test_warps_seldom_wait_for_each_other(core, layer, mode):
-    seen = measure(core, LAYERS[layer], MODES[mode], training=True)
-    for (of, kernel), (mma_of_step, most) in K_STEPS.items():
-        if of == layer:
-            (c,) = (counts for name, counts in seen.items() if name.startswith(kernel))
-            assert 0 < c["barriers"] * mma_of_step / c.mma <= most, kernel

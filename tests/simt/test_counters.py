@@ -5,7 +5,6 @@ import pytest
 
 from tests.simt import own
 from tests.simt.own import own_kernels
-from tests.simt.traffic import table
 
 # The emulator changes seldom.
 pytestmark = pytest.mark.simt_long
@@ -50,13 +49,6 @@ def test_global_reads(emulator, schedule, name, requests, sectors, fewest, bytes
     assert c["bytes_read"] == bytes_read
 
 
-def test_global_writes(emulator):
-    c = count(emulator, "vectors")
-    assert c["global_write_requests"] == 1
-    assert (c["global_write_sectors"], c["global_write_fewest"]) == (16, 16)
-    assert c["bytes_written"] == 512
-
-
 @pytest.mark.parametrize(
     ("name", "wavefronts", "fewest"),
     [
@@ -77,23 +69,13 @@ def test_shared_memory(emulator, name, wavefronts, fewest):
     assert c["shared_fewest"] - filling["shared_fewest"] == fewest
 
 
-def test_mma(emulator):
-    c = count(emulator, "three_mma")
-    assert (c["mma_fp16"], c["mma_bf16"], c["mma_tf32"]) == (0, 2, 1)
-
-
-def test_counts_of_launches_add_up(emulator):
-    one = count(emulator, "three_mma")
+def test_mma_and_writes(emulator):
+    count(emulator, "three_mma")
     own.run_case(emulator, "three_mma", given=np.zeros(512, np.float32))
-    both = emulator.counters()["three_mma"]
-    assert "three_mma" in table(emulator.counters())
-    assert (both["launches"], both.mma) == (2, 2 * one.mma)
-
-
-def test_without_counters_nothing_is_counted(emulator):
-    emulator.checks(counters=False)
-    own.run_case(emulator, "three_mma", given=np.zeros(512, np.float32))
-    assert emulator.counters() == {}
+    c = emulator.counters()["three_mma"]
+    assert [c[f"mma_{of}"] for of in ("fp16", "bf16", "tf32")] == [0, 4, 2]
+    assert [c[f"global_write_{of}"] for of in ("requests", "sectors", "fewest")] == [2, 8, 8]
+    assert c["bytes_written"] == 256
 
 
 def test_the_most_wasteful_line_comes_first(emulator):

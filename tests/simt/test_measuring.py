@@ -64,13 +64,6 @@ def test_forward_and_backward_are_measured_once_and_apart(core):
         assert len(clock.timed) == len(FORWARD)
 
 
-def test_of_equals_the_rules_choice_is_kept(core):
-    with MODES["tf32"].running(core), snnlstm.algorithm("measure"):
-        clock = timed_by(core, Clock())
-        flat.run(*NARROW.inputs(), NARROW.options, "measure")
-        assert flat.last_name() == f"simt-measured-{clock.timed[0]}"
-
-
 SHORT = {"mma-tf32-2x1", "hybrid-mma-tf32-2x1x2", "cudnn"}
 
 
@@ -95,27 +88,21 @@ def test_every_algorithm_that_may_be_chosen_is_right(core, best):
     compare(actual, exact, 1e-2, grads)
 
 
-def test_where_nothing_may_be_timed_the_rules_decide_for_now(core):
-    inputs = NARROW.inputs()
-    with MODES["tf32"].running(core):
-        clock = timed_by(core, Clock("cudnn"))
-        core.kernels.may_measure = lambda: False
-        flat.run(*inputs, NARROW.options, "measure")
-        assert clock.timed == []
-        assert flat.last_name() == "simt-mma-tf32"
-        core.kernels.may_measure = lambda: True
-        flat.run(*inputs, NARROW.options, "measure")
-        assert flat.last_name() == "simt-measured-cudnn"
-
-
-def test_torchs_own_switch_measures_too(core, monkeypatch):
+def test_where_nothing_may_be_timed_the_rules_decide_for_now(core, monkeypatch):
+    """Torch's own switch measures, too. The rules' choice is kept if nothing is faster."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with MODES["tf32"].running(core):
         clock = timed_by(core, Clock())
-        flat.run(*NARROW.inputs(), NARROW.options, "direct")
-        assert clock.timed == []
-        flat.run(*NARROW.inputs(), NARROW.options, "auto")
+        for algorithm, may, name in (
+            ("measure", False, "mma-tf32"), ("direct", True, "mma-tf32"),
+            ("auto", True, "measured-mma-tf32-2x1"),
+        ):  # fmt: skip
+            assert clock.timed == []
+            core.kernels.may_measure = lambda may=may: may
+            flat.run(*NARROW.inputs(), NARROW.options, algorithm)
+            assert flat.last_name() == f"simt-{name}"
         assert set(clock.timed) == FORWARD
+        assert clock.timed[0] == "mma-tf32-2x1"
 
 
 def test_a_call_that_recomputes_keeps_to_its_choice(core):
@@ -158,23 +145,21 @@ def test_the_shortest_run_after_the_first_counts(monkeypatch):
     assert list(times) == []
 
 
-def test_an_algorithm_that_does_not_fit_into_memory_is_not_taken(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.cuda.OutOfMemoryError(), []),
+        (RuntimeError("no kernel image"), ["a candidate is not timed: no kernel image"]),
+    ],
+)
+def test_a_candidate_that_fails_is_dropped(monkeypatch, caplog, error, said):
     monkeypatch.setattr(torch.cuda, "Event", Event)
 
     def run() -> None:
-        raise torch.cuda.OutOfMemoryError
+        raise error
 
     assert cuda.Backend(None).seconds(run) == float("inf")
-
-
-def test_a_candidate_that_fails_is_dropped_and_logged(monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "Event", lambda **_: None)
-
-    def run() -> None:
-        raise RuntimeError("no kernel image")
-
-    assert cuda.Backend(None).seconds(run) == float("inf")
-    assert caplog.messages == ["a candidate is not timed: no kernel image"]
+    assert caplog.messages == said
 
 
 def test_nothing_is_timed_in_a_capture_nor_where_runs_must_be_the_same(monkeypatch):

@@ -9,9 +9,8 @@ import torch
 from tests.sequences.by_length import CELLS
 from tests.sequences.by_length import check as check_lengths
 from tests.simt.backend import float32_precision
-from tests.simt.emulator import EmulationError
 from tests.simt.launches import calls
-from tests.simt.modes import CASES, OVERLAPPING, PLAIN, SMOOTH
+from tests.simt.modes import CASES, OVERLAPPING, SMOOTH
 
 CALLS = ("plain", "wide", "channels last", "max pool", "uneven average pool", "inhibition")
 
@@ -38,18 +37,3 @@ def test_each_step_but_the_first_overlaps(core, matrix):
     found = [launch for launch in calls(core, matrix, T=3, Cin=8) if "step" in launch.kernel]
     assert [launch.overlaps for launch in found] == [0, 1, 1, 0, 1, 1]
     assert not any(launch.overlaps for launch in calls(core, matrix, T=1, Cin=8))
-
-
-@pytest.mark.parametrize(
-    ("name", "mode", "check"),
-    [
-        ("no_launch_wait_mma", "tf32 on sm_90", test_cell.check),
-        ("no_launch_wait_forward_fma", "float64 on sm_90", test_cell.check),
-        ("no_launch_wait_backward_fma", "float64 on sm_90", test_cell_gradients.check),
-    ],
-)
-def test_a_read_of_the_step_before_without_a_wait_is_found(core, name, mode, check):
-    core.fault(name)
-    race = r"race: .* reads .*of the launch before writes it at .*wait_for_launch_before\(\)"
-    with pytest.raises(EmulationError, match=race):
-        check(core, PLAIN, OVERLAPPING[mode])

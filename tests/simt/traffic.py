@@ -87,7 +87,7 @@ def table(seen: dict[str, Counts]) -> str:
     """A text with one line for each kernel."""
     head = (
         f"{'kernel':<28}{'launches':>9}{'blocks':>8}{'KiB read':>10}{'KiB written':>12}"
-        f"{'L2 KiB':>9}{'sectors':>9}{'banks':>7}{'mma':>9}{'per barrier':>12}"
+        f"{'L2 KiB':>9}{'sectors':>9}{'banks':>7}{'mma':>9}"
     )
     lines = [head, "-" * len(head)]
     for name, c in seen.items():
@@ -95,7 +95,7 @@ def table(seen: dict[str, Counts]) -> str:
         lines.append(
             f"{name:<28}{c['launches']:>9}{c['blocks']:>8}{c['bytes_read'] / 1024:>10.1f}"
             f"{c['bytes_written'] / 1024:>12.1f}{fetched / 1024:>9.1f}{c.sectors:>9.2f}"
-            f"{c.banks:>7.2f}{c.mma:>9}{c.mma / max(c['barriers'], 1):>12.1f}"
+            f"{c.banks:>7.2f}{c.mma:>9}"
         )
     return "\n".join(lines)
 

@@ -41,8 +41,6 @@ void begin_count_launch(const Geometry& geometry);
 void end_count_launch();
 void count_access(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc);
 void count_mma(int type);
-// Called when all warps of the block have met at __syncthreads.
-void count_barrier(size_t warps);
 // Called when all lanes of the warp are at the same place: matches their accesses so far.
 void count_warp(Warp& warp);
 // Matches the accesses of all warps.

@@ -58,7 +58,6 @@ void Machine::barrier(Site site) {
 }
 
 void Machine::release_barrier() {
-  count_barrier(warps.size());
   count_interval();
   arrived = 0;
   ++epoch;

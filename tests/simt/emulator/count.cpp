@@ -20,7 +20,7 @@ constexpr unsigned banks = 32, bank_bytes = 4;
 //   bytes_requested                                    all that lanes ask for
 //   bytes_read, bytes_written                          distinct bytes of each launch
 //   shared_{wavefronts, fewest}                        a wavefront serves each bank once
-//   barriers, mma_{fp16, bf16, tf32}                   a warp's each
+//   mma_{fp16, bf16, tf32}                             a warp's each
 //   launches, blocks, threads
 using Totals = std::map<std::string, uint64_t>;
 
@@ -173,10 +173,6 @@ void count_access(Thread& thread, const Place& place, size_t bytes, Access kind,
 void count_mma(int type) {
   constexpr const char* names[] = {"mma_fp16", "mma_bf16", "mma_tf32", "mma_fp16_k8"};
   if (now != nullptr) ++(*now)[names[type]];
-}
-
-void count_barrier(size_t warps) {
-  if (now != nullptr) (*now)["barriers"] += warps;
 }
 
 void count_warp(Warp& warp) {
