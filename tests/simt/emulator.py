@@ -28,20 +28,6 @@ class EmulationError(RuntimeError):
     """A kernel did what it must not do. The text names the thread and the line of the source."""
 
 
-class Spot(NamedTuple):
-    """One line of a kernel: its requests to a memory, their cost, and the least possible cost.
-
-    Costs are wavefronts of shared memory, or sectors of 32 bytes of global memory.
-    """
-
-    kernel: str
-    place: str
-    space: str
-    requests: int
-    cost: int
-    fewest: int
-
-
 class Counts(Counter[str]):
     """The counters of emulator/count.cpp, and ratios to the least possible cost."""
 
@@ -59,8 +45,7 @@ class Counts(Counter[str]):
     @property
     def mma(self) -> int:
         """Tensor core instructions of warps."""
-        kinds = ("fp16", "bf16", "tf32", "fp16_k8")
-        return sum(self[f"mma_{kind}"] for kind in kinds)
+        return sum(count for name, count in self.items() if name.startswith("mma_"))
 
 
 class Launch(NamedTuple):
@@ -84,7 +69,7 @@ class Emulator:
     def __init__(self, library: Path):
         self.path = library
         self.lib = ctypes.CDLL(str(library))
-        for name in ("register", "counters", "spots", "launches"):
+        for name in ("register", "counters", "launches"):
             getattr(self.lib, f"simt_{name}").restype = ctypes.c_char_p
         self.lib.simt_copy_of.restype = ctypes.c_void_p
         self.settings = Settings.in_dll(self.lib, "simt_settings")
@@ -130,15 +115,6 @@ class Emulator:
         for kernel, name, value in self._rows("counters"):
             found.setdefault(kernel, Counts())[name] = value
         return found
-
-    def spots(self) -> list[Spot]:
-        """The costs of each line of the source, the most wasteful line first."""
-        joint: dict[tuple[str, str, str], list[int]] = {}
-        for kernel, place, space, *numbers in self._rows("spots"):
-            sums = joint.setdefault((kernel, symbolise(place), space), [0, 0, 0])
-            sums[:] = [a + b for a, b in zip(sums, numbers, strict=True)]
-        found = [Spot(*key, *sums) for key, sums in joint.items()]
-        return sorted(found, key=lambda s: s.fewest - s.cost)
 
     def reset_counters(self) -> None:
         self.lib.simt_reset_counters()

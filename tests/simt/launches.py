@@ -27,16 +27,6 @@ FUSED = 1  # of csrc/cuda/plan.h
 ADDRESS = 1 << 20  # of memory that nobody touches
 
 
-def facts_of(layer: Layer, dtype: int = 0) -> dict[str, Any]:
-    """The fields of the core's Cell for a layer of the suite."""
-    pool, size = (1, layer.max_pool) if layer.max_pool else (2, layer.avg_pool)
-    pooling = {"pool": pool, "pool_size": (size, size)} if size else {}
-    return FACTS | pooling | {
-        "dtype": dtype, "T": layer.steps, "N": layer.batch, "Cin": layer.cin, "C": layer.cout,
-        "H": layer.height, "W": layer.width, "kernel": layer.kernel,
-    }  # fmt: skip
-
-
 def plan(
     core: Core, matrix: int = 1, backward: bool = False, lengths: bool = False, **facts: Any
 ) -> Any:
@@ -71,8 +61,14 @@ def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
 
 
 def of_layer(core: Core, layer: Layer, mode: str) -> list[Launch]:
+    """Launches of a layer of the suite."""
     dtype, matrix = MODES[mode]
-    return calls(core, matrix, **facts_of(layer, dtype))
+    pool, size = (1, layer.max_pool) if layer.max_pool else (2, layer.avg_pool)
+    pooling = {"pool": pool, "pool_size": (size, size)} if size else {}
+    return calls(
+        core, matrix, **pooling, dtype=dtype, T=layer.steps, N=layer.batch, Cin=layer.cin,
+        C=layer.cout, H=layer.height, W=layer.width, kernel=layer.kernel,
+    )  # fmt: skip
 
 
 def balance(launch: Launch, multiprocessors: int) -> float:

@@ -76,10 +76,3 @@ def test_mma_and_writes(emulator):
     assert [c[f"mma_{of}"] for of in ("fp16", "bf16", "tf32")] == [0, 4, 2]
     assert [c[f"global_write_{of}"] for of in ("requests", "sectors", "fewest")] == [2, 8, 8]
     assert c["bytes_written"] == 256
-
-
-def test_the_most_wasteful_line_comes_first(emulator):
-    count(emulator, "columns")
-    worst = emulator.spots()[0]
-    assert (worst.kernel, worst.space, worst.cost, worst.fewest) == ("columns", "shared", 32, 1)
-    assert "counts.cu" in worst.place

@@ -106,7 +106,6 @@ def main() -> None:
     parser.add_argument(
         "--modes", nargs="*", choices=MODES, default=["float32", "tf32", "bfloat16 states"]
     )
-    parser.add_argument("--lines", type=int, default=0, help="the most wasteful lines, this many")
     parser.add_argument("--training", action="store_true", help="with the backward pass")
     args = parser.parse_args()
     core = simt_core()
@@ -120,8 +119,6 @@ def main() -> None:
             if not args.training:
                 found = cost(seen, case, MODES[mode]).items()
                 print("over the fewest:", *(f"  {what} {ratio:5.2f}" for what, ratio in found))
-            for s in core.spots()[: args.lines]:
-                print(f"  {s.cost:>8} for {s.fewest:<8} {s.space}  {s.kernel}: {s.place}")
 
 
 if __name__ == "__main__":

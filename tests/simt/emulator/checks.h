@@ -50,8 +50,5 @@ void forget_count_map(size_t allocation_id);
 void reset_counters();
 // Returns lines of fields with tabs between: kernel, name of the counter, number.
 std::string counters_as_text();
-// Returns such a line for each instruction: kernel, place, "shared" or "global", requests, cost and
-// the fewest possible, both in wavefronts or sectors.
-std::string spots_as_text();
 
 }  // namespace simt

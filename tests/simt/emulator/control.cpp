@@ -46,5 +46,3 @@ SIMT_EXPORT int simt_unregister(const void* start) { return simt::unregister_all
 SIMT_EXPORT void simt_reset_counters() { simt::reset_counters(); }
 
 SIMT_EXPORT const char* simt_counters() { return (answer = simt::counters_as_text()).c_str(); }
-
-SIMT_EXPORT const char* simt_spots() { return (answer = simt::spots_as_text()).c_str(); }

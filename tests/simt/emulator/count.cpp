@@ -24,16 +24,8 @@ constexpr unsigned banks = 32, bank_bytes = 4;
 //   launches, blocks, threads
 using Totals = std::map<std::string, uint64_t>;
 
-// The same for one instruction.
-struct Spot {
-  bool shared = false;
-  uint64_t requests = 0, cost = 0, fewest = 0;
-};
-
 std::map<std::string, Totals> totals;
-std::map<std::string, std::map<const void*, Spot>> spots;
 Totals* now = nullptr;
-std::map<const void*, Spot>* spots_now = nullptr;
 
 struct Request {
   Space space;
@@ -55,7 +47,7 @@ std::vector<WarpLog> logs;
 // The bytes that a launch has read and those that it has written, by the number of the allocation.
 std::unordered_map<size_t, std::array<std::vector<bool>, 2>> touched;
 
-void count_global(const Request& r, Spot& spot) {
+void count_global(const Request& r) {
   std::array<uintptr_t, warp_size> starts;
   size_t n = 0;
   for (unsigned lane = 0; lane < warp_size; ++lane)
@@ -78,13 +70,10 @@ void count_global(const Request& r, Spot& spot) {
   (*now)[kind + "sectors"] += sectors;
   (*now)[kind + "fewest"] += fewest;
   (*now)["bytes_requested"] += n * r.bytes;
-  spot.cost += sectors;
-  spot.fewest += fewest;
 }
 
 // Half a warp accesses 8 bytes at once, a quarter of a warp 16 bytes.
-void count_shared(const Request& r, Spot& spot) {
-  spot.shared = true;
+void count_shared(const Request& r) {
   const unsigned lanes_at_once = r.bytes <= 4 ? 32 : r.bytes == 8 ? 16 : 8;
   for (unsigned first = 0; first < warp_size; first += lanes_at_once) {
     std::array<uintptr_t, 4 * banks> words;
@@ -103,21 +92,16 @@ void count_shared(const Request& r, Spot& spot) {
     for (size_t i = 0; i < n; ++i) most = std::max(most, ++load[words[i] % banks]);
     (*now)["shared_wavefronts"] += most;
     (*now)["shared_fewest"] += 1;
-    spot.cost += most;
-    spot.fewest += 1;
   }
 }
 
 void count_log(WarpLog& log) {
   for (auto& item : log) {
-    if (item.second.requests.empty()) continue;
-    Spot& spot = (*spots_now)[item.first];
-    spot.requests += item.second.requests.size();
     for (const Request& r : item.second.requests)
       if (r.space == Space::shared)
-        count_shared(r, spot);
+        count_shared(r);
       else
-        count_global(r, spot);
+        count_global(r);
     item.second.requests.clear();
     item.second.times.fill(0);
   }
@@ -138,7 +122,6 @@ void touch(const Place& place, size_t bytes, bool write) {
 void begin_count_launch(const Geometry& g) {
   if (!simt_settings.counters) return;
   now = &totals[g.name];
-  spots_now = &spots[g.name];
   ++(*now)["launches"];
   (*now)["blocks"] += g.grid.count();
   (*now)["threads"] = g.block.count();
@@ -186,24 +169,12 @@ void count_interval() {
 
 void forget_count_map(size_t id) { touched.erase(id); }
 
-void reset_counters() {
-  totals.clear();
-  spots.clear();
-}
+void reset_counters() { totals.clear(); }
 
 std::string counters_as_text() {
   std::string found;
   for (const auto& [kernel, counters] : totals)
     for (const auto& [name, value] : counters) found += text(kernel, "\t", name, "\t", value, "\n");
-  return found;
-}
-
-std::string spots_as_text() {
-  std::string found;
-  for (const auto& [kernel, by_place] : spots)
-    for (const auto& [pc, spot] : by_place)
-      found += text(kernel, "\t", describe_pc(pc), spot.shared ? "\tshared\t" : "\tglobal\t",
-                    spot.requests, "\t", spot.cost, "\t", spot.fewest, "\n");
   return found;
 }
 

@@ -9,7 +9,7 @@ constexpr int kThreads = 64;
 
 struct Shared {
   float a[64];
-  alignas(16) float copied[64][4];  // of each thread
+  alignas(16) float copied[64][4], copied_later[64][4];  // of each thread
   alignas(16) float tiles[2][8][4];
 };
 
@@ -21,6 +21,19 @@ CASE(read_before_wait) {
   cp_async(s.copied[i], d.in + i / 4 * 4);
   cp_async_commit();
   if (!d.bad) cp_async_wait<0>();
+  d.out[i] = s.copied[i][0];
+  cp_async_wait<0>();
+}
+
+// Without a commit of its own the first copy belongs to the second group.
+CASE(wait_for_too_little) {
+  auto& s = shared_memory<Shared>();
+  const int i = int(threadIdx.x);
+  cp_async(s.copied[i], d.in + i / 4 * 4);
+  if (!d.bad) cp_async_commit();
+  cp_async(s.copied_later[i], d.in + i / 4 * 4);
+  cp_async_commit();
+  cp_async_wait<1>();
   d.out[i] = s.copied[i][0];
   cp_async_wait<0>();
 }

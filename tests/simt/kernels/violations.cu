@@ -89,6 +89,17 @@ CASE(vector_behind) {
   }
 }
 
+CASE(copy_from_behind) {
+  auto& s = shared_memory<Shared>();
+  const int i = int(threadIdx.x);
+  if (i < 16) {
+    cp_async(&s.b[4 * i], d.in + 4 * (i + d.bad));
+    cp_async_commit();
+    cp_async_wait<0>();
+    d.out[i] = s.b[4 * i];
+  }
+}
+
 CASE(write_input) {
   float* to = d.bad ? const_cast<float*>(d.in) : d.out;
   to[threadIdx.x] = 1;
@@ -101,6 +112,15 @@ CASE(write_static) {
 
 CASE(misaligned_vector) {
   if (threadIdx.x < 8) d.out[threadIdx.x] = load<float2>(d.in + 2 * threadIdx.x + d.bad).x;
+}
+
+CASE(misaligned_copy) {
+  auto& s = shared_memory<Shared>();
+  if (threadIdx.x < 8) {
+    cp_async(&s.b[4 * threadIdx.x + d.bad], d.in + 4 * threadIdx.x);
+    cp_async_commit();
+    cp_async_wait<0>();
+  }
 }
 
 CASE(misaligned_rows) {
