@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 LARGE = PLAIN.but(time=2, batch=4, in_channels=8, channels=16, height=16, width=18)
 CASES = {
     "large": LARGE,
-    "one sample": LARGE.but(batch=1, height=40, width=41),
+    "one sample": LARGE.but(batch=1, height=130, width=41),
     "pooled": LARGE.but(pool="max", pool_size=(3, 2)),
     "inhibition": LARGE.but(inhibition=True),
     "strided": LARGE.but(stride=(2, 1), height=33),

@@ -37,8 +37,9 @@ class WeightGradient {
         mem_runs_(c_, c_.C, l.Wm * l.Cp, l.Cp, l.Kx, kPiece),
         x_groups_(groups(x_runs_)),
         mem_groups_(groups(mem_runs_)),
-        splits_(count_splits()),
-        sums_(l, x_in_tiles(), splits_, (c_.N + splits_ - 1) / splits_ * pixel_blocks()) {
+        image_splits_(std::min(count_splits(), std::max<int64_t>(c_.N, 1))),
+        bands_(std::min(count_splits() / image_splits_, pixel_blocks())),
+        sums_(l, x_in_tiles(), splits(), blocks_of_a_split()) {
     if constexpr (kHasWinograd<T, VL>) {
       inputs_ = InputTransform<S>(l.grad_form);
       taps_ = PlaneTransform<GateVector>::taps(l.grad_form, l.grad_form.h.tile, l.grad_form.w.tile);
@@ -67,12 +68,15 @@ class WeightGradient {
 
   // Adds a step's part, of its first N images. A task has a split, a piece of K and a channel
   // block. No other thread may use the tile buffers at the same time.
-  int64_t tasks() const { return splits_ * pieces() * l_.Cb; }
+  int64_t tasks() const { return splits() * pieces() * l_.Cb; }
   void add(const StepImages<T>& step, int64_t N, int64_t task, int thread,
            const TileBuffers<T>& tiles) {
     const int64_t cb = task % l_.Cb, index = task / l_.Cb % pieces(),
                   split = task / l_.Cb / pieces();
-    const Images images{split, N * split / splits_, N * (split + 1) / splits_};
+    const int64_t of_images = split / bands_, band = split % bands_, blocks = pixel_blocks();
+    const Images images{split, N * of_images / image_splits_, N * (of_images + 1) / image_splits_,
+                        blocks * band / bands_ * block_rows(),
+                        std::min(blocks * (band + 1) / bands_ * block_rows(), l_.Ho)};
     const bool of_x = index < x_pieces();
     const int64_t piece = of_x ? index : index - x_pieces();
     if (of_x ? !x_in_tiles() : !c_.tiled())
@@ -92,25 +96,27 @@ class WeightGradient {
   }
 
  private:
-  // The images whose part is added to the sums of a split.
+  // The images whose rows [top, bottom) are added to the sums of a split.
   struct Images {
-    int64_t split, first, last;
+    int64_t split, first, last, top, bottom;
   };
 
-  // Returns how many splits give all threads tasks, but no more than pay for their sums.
+  // Returns how many splits give all threads tasks, but no more than pay for their sums. If there
+  // are more than images, each image has several bands of rows.
   int64_t count_splits() const {
     const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
     const int64_t worth = (c_.T * c_.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
-    int64_t splits = 4 * threads_ / tasks;
-    if (splits > worth) splits = worth;
-    if (splits > c_.N) splits = c_.N;
-    return splits < 1 ? 1 : splits;
+    return std::max<int64_t>(std::min(4 * threads_ / tasks, worth), 1);
   }
+  int64_t splits() const { return image_splits_ * bands_; }
 
-  // Returns the blocks in which the weight gradient of mem takes an image.
-  int64_t pixel_blocks() const {
-    const int64_t rows = c_.tiled() ? l_.rows_of_tiles(l_.grad_form) : pixel_block_rows();
-    return (l_.Ho + rows - 1) / rows;
+  // Returns the blocks in which the weight gradient of mem takes an image, and their rows.
+  int64_t pixel_blocks() const { return (l_.Ho + block_rows() - 1) / block_rows(); }
+  int64_t block_rows() const {
+    return c_.tiled() ? l_.rows_of_tiles(l_.grad_form) : pixel_block_rows();
+  }
+  int64_t blocks_of_a_split() const {
+    return (c_.N + image_splits_ - 1) / image_splits_ * ((pixel_blocks() + bands_ - 1) / bands_);
   }
 
   // Returns how many small images are summed together, so that the sums are read and written once
@@ -155,9 +161,8 @@ class WeightGradient {
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
     const int64_t block = l_.rows_of_tiles(l_.grad_form), stride = channels * kGates;
     each_images(all, true, [&](int64_t n, int64_t images) {
-      for (int64_t h = 0; h < l_.Ho; h += block) {
-        PixelRows<T> p =
-            pixel_rows(step, n, images, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
+      for (int64_t h = all.top; h < all.bottom; h += block) {
+        PixelRows<T> p = pixel_rows(step, n, images, h, std::min(block, all.bottom - h), cb, of_x);
         const TileBlock<T> b = tile_block(l_, l_.grad_form, p.rows, (len + VL - 1) / VL * VL,
                                           images, images_together(true));
         for (int64_t k = 0; k < images; ++k)
@@ -260,8 +265,8 @@ class WeightGradient {
                         F&& f) {
     const int64_t block = pixel_block_rows();
     each_images(all, false, [&](int64_t n, int64_t images) {
-      for (int64_t h = 0; h < l_.Ho; h += block)
-        f(h, pixel_rows(step, n, images, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x));
+      for (int64_t h = all.top; h < all.bottom; h += block)
+        f(h, pixel_rows(step, n, images, h, std::min(block, all.bottom - h), cb, of_x));
     });
   }
 
@@ -331,7 +336,7 @@ class WeightGradient {
   PlaneTransform<GateVector> taps_;
   RunList x_runs_, mem_runs_;
   int64_t x_groups_, mem_groups_;  // pieces of the runs
-  int64_t splits_;
+  int64_t image_splits_, bands_;   // splits of the images, and of each image's rows
   WeightSums<T, VL> sums_;
   WeightScratch* scratch_ = nullptr;
 };
