@@ -37,8 +37,7 @@ R = TypeVar("R")
 
 SMALLEST = 256 << 10  # bytes; less comes from torch, that is, from malloc
 MAPPED = 4 << 20  # bytes; malloc gives a block of this size back to the system when it is freed
-LIMIT = 256 << 20  # bytes of free blocks and workspaces in the process, for up to four threads
-LARGEST_LIMIT = 1 << 30  # bytes, for any number of threads
+LIMIT = 1 << 30  # bytes of free blocks and workspaces in the process
 LARGEST_WORKSPACE = 64 << 20  # bytes; a larger one is a block
 SMALL_WORKSPACE = 1 << 20  # bytes; its call may take 30 us, of which free_bytes() would take 2
 
@@ -160,11 +159,7 @@ def _give_back(block: mmap.mmap) -> None:
 
 
 def _drop_oldest() -> None:
-    """Drop the blocks that came back first, while there are more than the limit.
-
-    It grows with the threads: all of them wait while one of them touches a page for the first time.
-    """
-    limit = min(max(LIMIT, LIMIT // 4 * torch.get_num_threads()), LARGEST_LIMIT)
-    while free_bytes() > limit:
+    """Drop the blocks that came back first, while there are more than the limit."""
+    while free_bytes() > LIMIT:
         with suppress(IndexError, ValueError):  # another thread took it
             min(filter(None, (*_free.values(), _workspaces)), key=lambda b: b[0][0]).popleft()
