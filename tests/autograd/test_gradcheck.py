@@ -95,6 +95,6 @@ def test_output_gradients_of_a_subclass_give_gradients_of_the_subclass():
     out = sconv2dlstm(*first, threshold=threshold)
     grads = [torch.randn_like(o) for o in out]
     expected = torch.autograd.grad(out, first, grads, retain_graph=True)
-    found = torch.autograd.grad(out, first, [Wrapper(g) for g in grads])
-    for actual, exact in zip(found, expected, strict=True):
+    wrapped = torch.autograd.grad(out, first, [Wrapper(g) for g in grads])
+    for actual, exact in zip(wrapped, expected, strict=True):
         torch.testing.assert_close(actual.inner, exact, atol=1e-12, rtol=1e-12)

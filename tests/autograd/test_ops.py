@@ -89,5 +89,5 @@ def test_compiled_calls_bear_hooks_that_bring_saved_tensors_back_otherwise(check
     expected = step(case, flat.run)
     for back in KEPT.values():
         with saved_tensors_hooks(lambda t: t, back or (lambda t: t)):
-            found = step(case, compiled)
-        close(found, expected, atol=1e-5, rtol=1e-5)
+            actual = step(case, compiled)
+        close(actual, expected, atol=1e-5, rtol=1e-5)

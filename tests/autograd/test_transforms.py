@@ -71,7 +71,7 @@ def test_the_state_that_a_derivative_leaves_goes_on():
 @pytest.mark.parametrize("pool", [0, 2])
 def test_spikes_formed_from_mem_send_their_gradients_through_it(pool):
     """Hooks on mem see the whole gradient if spk is formed as docs/migrating.md says."""
-    found = []
+    gradients = []
     for cell in cells(max_pool=pool):
         _, syn, mem = cell(events(1)[0], *zeros())
         mem.retain_grad()
@@ -81,6 +81,6 @@ def test_spikes_formed_from_mem_send_their_gradients_through_it(pool):
             spk = cell.spk
         (of_mem,) = torch.autograd.grad(spk.sum(), mem, retain_graph=True)
         (spk.sum() + mem.square().sum() + syn.sum()).backward()
-        found.append((of_mem, mem.grad, cell.conv.weight.grad))
-    torch.testing.assert_close(*found, atol=1e-10, rtol=1e-9)
-    assert found[0][0].any()
+        gradients.append((of_mem, mem.grad, cell.conv.weight.grad))
+    torch.testing.assert_close(*gradients, atol=1e-10, rtol=1e-9)
+    assert gradients[0][0].any()

@@ -212,9 +212,9 @@ def test_the_functional_form_refuses(function, name, value, error):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float16, torch.int64], ids=str)
 def test_an_input_that_converts_without_loss_is_converted(backend, dtype):
     x = steps(1, 1, 2, 5, 5)[0]
-    one, other = ours(), ours()
-    close(one(x.to(dtype)), other(x), atol=0, rtol=0)
-    backend.check(one.path)
+    cell, reference = ours(), ours()
+    close(cell(x.to(dtype)), reference(x), atol=0, rtol=0)
+    backend.check(cell.path)
 
 
 def test_the_functional_form_is_the_cell_without_its_state(backend):
@@ -242,12 +242,12 @@ def test_a_number_is_read_in_the_dtype_of_x():
 def test_an_input_without_channels():
     x, weight = torch.zeros(2, 0, 6, 7), torch.randn(12, 3, 3, 3)
     state = states(2, 3, 6, 7)
-    found, expected = (
+    actual, expected = (
         function(x, *state, weight, threshold=0.1)
         for function in (sconv2dlstm, snnlstm.reference.sconv2dlstm)
     )
-    close(found, expected)
-    assert found[1].any()
+    close(actual, expected)
+    assert actual[1].any()
 
 
 def freed(tensor):

@@ -42,13 +42,13 @@ def test_what_we_add_is_keyword_only():
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, (3, 5), [5, 1], (1, 7)], ids=str)
 def test_kernel_size_is_an_int_a_tuple_or_a_list_and_padding_is_its_half(backend, kernel):
-    one, other = twins(2, 3, kernel)
-    assert one.padding == other.padding
-    assert tuple(one.conv.kernel_size) == tuple(other.conv.kernel_size)
+    actual, expected = twins(2, 3, kernel)
+    assert actual.padding == expected.padding
+    assert tuple(actual.conv.kernel_size) == tuple(expected.conv.kernel_size)
     x = steps(2, 2, 2, 7, 6)
     for t in range(2):
-        close(one(x[t]), other(x[t]))
-    backend.check(one.path)
+        close(actual(x[t]), expected(x[t]))
+    backend.check(actual.path)
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_kernel_size_is_an_int_a_tuple_or_a_list_and_padding_is_its_half(backend
 def test_a_threshold_of_any_shape_that_broadcasts_gets_a_gradient_of_that_shape(backend, shape):
     pool = {"max_pool": 2} if shape != (6, 8) else {}
     threshold = torch.rand(shape) / 5
-    one, other = twins(
+    cell, reference = twins(
         threshold=threshold, learn_threshold=True, reset_mechanism="subtract", **pool
     )
-    train_alike(one, other, steps(3, 2, 2, 6, 8))
-    assert one.threshold.grad.shape == shape
+    train_alike(cell, reference, steps(3, 2, 2, 6, 8))
+    assert cell.threshold.grad.shape == shape
     # The kernels know one threshold, or one a channel.
-    backend.check(one.path, native=threshold.numel() in (1, 3))
+    backend.check(cell.path, native=threshold.numel() in (1, 3))
 
 
 def test_the_threshold_attribute_takes_a_number(backend):
@@ -177,20 +177,20 @@ def test_no_warning_where_the_cell_may_spike(options):
 
 def test_conv_is_a_plain_conv2d_with_its_initial_values_bit_for_bit():
     for kwargs in ({}, {"bias": False}, {"learn_threshold": True}):
-        one, other = twins(4, 5, (3, 5), **kwargs)
-        assert type(one.conv) is nn.Conv2d
-        assert one.conv.weight.shape == (20, 9, 3, 5)
-        same(one.parameters(), other.parameters())
+        cell, reference = twins(4, 5, (3, 5), **kwargs)
+        assert type(cell.conv) is nn.Conv2d
+        assert cell.conv.weight.shape == (20, 9, 3, 5)
+        same(cell.parameters(), reference.parameters())
 
 
 def test_a_graded_factor_scales_the_spikes(backend):
-    one, other = twins()
+    cell, reference = twins()
     for factor in (2.5, torch.tensor(0.5)):
-        one.graded_spikes_factor = factor
-        other.graded_spikes_factor = torch.as_tensor(factor)
+        cell.graded_spikes_factor = factor
+        reference.graded_spikes_factor = torch.as_tensor(factor)
         x = steps(1, 2, 2, 6, 7)[0]
-        close(one(x), other(x))
-        backend.check(one.path)
+        close(cell(x), reference(x))
+        backend.check(cell.path)
     learned = ours()
     learned.graded_spikes_factor = nn.Parameter(torch.tensor(2.0))
     learned(x)[0].sum().backward()

@@ -106,12 +106,12 @@ def test_a_stack_computes_what_plain_torch_does(backend, name, dtype):
 @pytest.mark.parametrize("name", ["two layers, batch first", "no bias"])
 def test_one_seed_gives_the_same_bits_and_keys(name):
     args, options = STACKS[name]
-    made = []
+    state_dicts = []
     for kind in (snnlstm.ConvLSTM, Stack):
         torch.manual_seed(3)
-        made.append(kind(*args, **options).state_dict())
-    assert list(made[0]) == list(made[1])
-    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
+        state_dicts.append(kind(*args, **options).state_dict())
+    assert list(state_dicts[0]) == list(state_dicts[1])
+    assert all(torch.equal(state_dicts[0][key], state_dicts[1][key]) for key in state_dicts[0])
     torch.manual_seed(3)
     ours = snnlstm.ConvLSTMCell(2, 5, (3, 3), True)
     torch.manual_seed(3)

@@ -47,8 +47,8 @@ def test_methods_that_a_subclass_overrides(override, reset, pool):
 
 @pytest.mark.parametrize("of_class", [False, True])
 def test_methods_that_are_replaced_after_the_first_call(of_class, monkeypatch):
-    one, other = twins(reset_mechanism="subtract")
-    for cell in (one, other):
+    actual, expected = twins(reset_mechanism="subtract")
+    for cell in (actual, expected):
         cell(X[0])
         for name, change in (("fire", lambda spk: 2 * spk), ("mem_reset", lambda reset: reset / 2)):
             before = getattr(type(cell), name)
@@ -60,15 +60,15 @@ def test_methods_that_are_replaced_after_the_first_call(of_class, monkeypatch):
                 monkeypatch.setattr(type(cell), name, method)
             else:
                 setattr(cell, name, MethodType(method, cell))
-    compare(one, other)
+    compare(actual, expected)
 
 
 def test_overrides_take_effect_in_every_step_of_a_sequence():
     kind = resets_half(louder(snnlstm.SConv2dLSTM))
-    one, other = (made(kind, reset_mechanism="subtract") for _ in range(2))
-    spk, syn, mem = one(X, record=True)
+    by_sequence, by_steps = (made(kind, reset_mechanism="subtract") for _ in range(2))
+    spk, syn, mem = by_sequence(X, record=True)
     for t, x in enumerate(X):
-        close((spk[t], syn[t], mem[t]), other(x))
+        close((spk[t], syn[t], mem[t]), by_steps(x))
 
 
 class Doubled(Surrogate):

@@ -180,8 +180,8 @@ def test_what_is_patched_for_all_convolutions_takes_effect(holder, name, monkeyp
         return out * 0.5 if isinstance(out, torch.Tensor) else out
 
     monkeypatch.setattr(holder, name, louder)
-    found, expected = (cell(X, *START) for cell in cells)
-    close(found, expected)
+    actual, expected = (cell(X, *START) for cell in cells)
+    close(actual, expected)
     assert cells[0].path == Path("reference", "conv.forward was replaced", slow=True)
 
 

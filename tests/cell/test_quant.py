@@ -149,9 +149,9 @@ def test_any_other_callable_works(backend):
         def backward(ctx, grad):
             return grad
 
-    one, other = twins(state_quant=Rounded.apply, avg_pool=2)
-    train_alike(one, other, steps(2, 2, 2, 6, 7))
-    assert str(one.path) == "reference (state_quant is unknown to the kernels)"
+    actual, expected = twins(state_quant=Rounded.apply, avg_pool=2)
+    train_alike(actual, expected, steps(2, 2, 2, 6, 7))
+    assert str(actual.path) == "reference (state_quant is unknown to the kernels)"
 
 
 def test_levels_that_the_kernels_cannot_take_use_the_reference_path(backend):

@@ -38,15 +38,15 @@ class Programs(RuleBasedStateMachine):
     @rule(shape=SHAPES, seed=SEEDS, time=st.sampled_from([0, 0, 0, 1, 3]), names=NAMES)
     def call(self, shape, seed, time, names):
         """A step that gets some states, or `time` steps, which our cell runs in one call."""
-        (one, other), (n, h, w) = self.cells, shape
+        (cell, oracle), (n, h, w) = self.cells, shape
         x = steps(time or 1, n, 2, h, w, seed=seed).double()
         given = dict(zip(("syn", "mem"), (s.double() for s in states(n, 3, h, w)), strict=True))
-        given = {} if one.init_hidden else {name: given[name] for name in names}
-        outs = [other(x[0], **given), *(other(x_t) for x_t in x[1:])]
+        given = {} if cell.init_hidden else {name: given[name] for name in names}
+        outs = [oracle(x[0], **given), *(oracle(x_t) for x_t in x[1:])]
         expected = (torch.stack([out[0] for out in outs]), *outs[-1][1:]) if time else outs[0]
-        self.compare(one(x if time else x[0], **given), expected)
+        self.compare(cell(x if time else x[0], **given), expected)
         if not time:
-            self.compare([one.reset], [other.reset])
+            self.compare([cell.reset], [oracle.reset])
 
     @rule(how=st.sampled_from(["reset_mem", "reset_hidden", "init_sconv2dlstm", "detach_hidden"]))
     def restart(self, how):
@@ -113,16 +113,16 @@ HANDLED = {
 @pytest.mark.parametrize("how", HANDLED)
 def test_however_a_reset_state_was_handled_it_is_zeros_for_any_size(how):
     """snnTorch's cell takes zeros in the place of any state that does not fit."""
-    one, other = twins()
-    for cell in (one, other):
+    handled, oracle = twins()
+    for cell in (handled, oracle):
         cell(steps(1, 2, 2, 6, 7)[0])
-    mine, reference = HANDLED[how](one), HANDLED[how](other)
+    mine, reference = HANDLED[how](handled), HANDLED[how](oracle)
     for shape in ((3, 2, 6, 7), (1, 2, 6, 7), (2, 2, 5, 5)):  # one result for several batches
         x = steps(1, *shape)[0]
-        out, expected = one(x, *mine), other(x, *reference)
+        out, expected = handled(x, *mine), oracle(x, *reference)
         close(out, expected)
     with pytest.raises(ValueError, match="mem must have shape"):  # out[2] is not a reset state
-        one(steps(1, 1, 2, 5, 5)[0], mem=out[2])
+        handled(steps(1, 1, 2, 5, 5)[0], mem=out[2])
 
 
 def test_zeros_of_a_wrong_size_that_have_a_history_or_other_channels_are_refused():

@@ -218,9 +218,9 @@ def test_custom_surrogate_runs_the_users_function(backend):
         gradient(surrogate.custom_surrogate(double), x, weights),
         gradient(theirs.custom_surrogate(double), x, weights),
     )
-    one, other = twins(spike_grad=theirs.custom_surrogate(double), reset_mechanism="subtract")
-    train_alike(one, other, steps(2, 2, 2, 6, 7))
-    assert str(one.path) == "reference (spike_grad is unknown to the kernels)"
+    actual, expected = twins(spike_grad=theirs.custom_surrogate(double), reset_mechanism="subtract")
+    train_alike(actual, expected, steps(2, 2, 2, 6, 7))
+    assert str(actual.path) == "reference (spike_grad is unknown to the kernels)"
 
 
 def test_a_foreign_spike_grad_also_makes_the_reset(backend):

@@ -159,13 +159,13 @@ def test_the_winner_is_that_of_the_quantised_state(backend):
 
 def test_no_gradient_flows_through_the_suppressed(backend):
     """The gradient is that of a cell without inhibition, if the loss reads the winners alone."""
-    one, other = ours(inhibition=True, max_pool=2), ours(max_pool=2)
+    inhibited, free = ours(inhibition=True, max_pool=2), ours(max_pool=2)
     given = steps(1, 2, 2, 6, 8)[0], *states(2, 3, 6, 8)
     weights = torch.rand(2, 3, 3, 4)
-    spk, _, new_mem = one(*given)
+    spk, _, new_mem = inhibited(*given)
     winner = F.max_pool2d(new_mem, 2).flatten(1).argmax(1)
     (spk * weights).sum().backward()
     mask = F.one_hot(winner, 36).view(2, 3, 3, 4)
-    (other(*given)[0] * weights * mask).sum().backward()
-    close(one.conv.weight.grad, other.conv.weight.grad)
-    assert one.conv.weight.grad.any()
+    (free(*given)[0] * weights * mask).sum().backward()
+    close(inhibited.conv.weight.grad, free.conv.weight.grad)
+    assert inhibited.conv.weight.grad.any()

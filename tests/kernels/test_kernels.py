@@ -72,15 +72,15 @@ def test_nan_and_infinity_go_where_the_reference_lets_them(kernels, where, value
         exactly = flat.last_name().endswith("-direct")
         with one_thread():
             exact = flat.reference(*inputs.double(), case.options)
-        for name, one, other in zip(("spk", "syn", "mem"), out, exact, strict=True):
+        for name, actual, expected in zip(("spk", "syn", "mem"), out, exact, strict=True):
             if exactly:
-                assert torch.equal(one.isnan(), other.isnan()), name
+                assert torch.equal(actual.isnan(), expected.isnan()), name
             else:  # Winograd's tiles mix and subtract their pixels
-                assert not (other.isnan() & ~one.isnan()).any(), name
-            settled = ~one.isnan() & ~other.isnan()
+                assert not (expected.isnan() & ~actual.isnan()).any(), name
+            settled = ~actual.isnan() & ~expected.isnan()
             if exactly or name != "spk":  # a potential that became NaN does not spike
-                one, other = one[settled], other[settled].to(one.dtype)
-                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+                actual, expected = actual[settled], expected[settled].to(actual.dtype)
+                torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_nan_spoils_no_other_sample(kernels):
@@ -88,10 +88,10 @@ def test_nan_spoils_no_other_sample(kernels):
         inputs = case.inputs()
         clean = infer(kernels, case, inputs)
         inputs.x[1, 1] = torch.nan
-        for one, other in zip(infer(kernels, case, inputs), clean, strict=True):
-            assert torch.equal(one[0], other[0])  # an earlier step stays as it is, too
-            assert torch.equal(one[:, 0], other[:, 0])
-            assert torch.equal(one[:, 2:], other[:, 2:])
+        for actual, expected in zip(infer(kernels, case, inputs), clean, strict=True):
+            assert torch.equal(actual[0], expected[0])  # an earlier step stays as it is, too
+            assert torch.equal(actual[:, 0], expected[:, 0])
+            assert torch.equal(actual[:, 2:], expected[:, 2:])
 
 
 def _nan_gradients(cell, x, states, whole):
@@ -115,30 +115,30 @@ def test_gradients_are_nan_where_those_of_snntorch_are(isa, channels, value):
     """Neither the lanes that fill up a vector nor the border make NaN of zero times infinity."""
     calls = (1, 3), (3, 1), (3, 3)  # kernel and steps
     for dtype, (kernel, time) in itertools.product((torch.float32, torch.float64), calls):
-        cell, other = (c.to(dtype) for c in twins(3, channels, kernel, threshold=0.05))
+        cell, reference = (c.to(dtype) for c in twins(3, channels, kernel, threshold=0.05))
         for spoiled, at in itertools.product(range(3), ((4, 4), (0, 7))):
             x = torch.randn(time, 2, 3, 8, 8, dtype=dtype)
             states = torch.zeros(2, 2, channels, 8, 8, dtype=dtype)
             (x[-1], *states)[spoiled][0, 0][at] = value
             with one_thread():
-                exact, exact_weight = _nan_gradients(other, x, states, whole=False)
+                expected, expected_weight = _nan_gradients(reference, x, states, whole=False)
             for whole in (True, False):
                 with snnlstm.algorithm("direct"):
-                    found, weight = _nan_gradients(cell, x, states, whole)
-                assert torch.equal(found, exact)
-                assert not (weight & ~exact_weight).any()  # torch multiplies borders in float64
+                    actual, weight = _nan_gradients(cell, x, states, whole)
+                assert torch.equal(actual, expected)
+                assert not (weight & ~expected_weight).any()  # torch multiplies borders in float64
 
 
 def test_skipped_and_tiled_inputs_make_no_nan_of_infinity(isa):
-    cell, other = twins(8, 13, 3, threshold=0.05)
+    cell, reference = twins(8, 13, 3, threshold=0.05)
     x, states = steps(3, 2, 8, 16, 16, density=0.05), torch.zeros(2, 2, 13, 16, 16)
     x[-1, 0, 0, 4, 4] = torch.inf
-    for found, exact in zip(
+    for actual, expected in zip(
         _nan_gradients(cell, x, states, whole=True),
-        _nan_gradients(other, x, states, whole=False),
+        _nan_gradients(reference, x, states, whole=False),
         strict=True,
     ):
-        assert torch.equal(found, exact)
+        assert torch.equal(actual, expected)
     assert cell.path.name == f"cpu-{isa}-winograd4-sparse"
 
 
@@ -181,13 +181,13 @@ def test_each_surrogate(isa, kind):
 def test_the_stochastic_surrogate_draws_the_noise_of_the_reference_in_float32(kernels, layout):
     case = PLAIN.but(surrogate=surrogate.SSO(0.1, 0.5), layouts=(layout,) * 4)
     inputs, grads = case.inputs(), case.output_gradients()
-    own, other = (
+    actual, expected = (
         gradients(run, inputs, case.options, grads, noise=5)
         for run in (kernels.run, flat.reference)
     )
-    compare(own, other, 10 * kernels.gradient_error(case.dtype), grads)
+    compare(actual, expected, 10 * kernels.gradient_error(case.dtype), grads)
     again = gradients(kernels.run, inputs, case.options, grads, noise=6)
-    assert not torch.equal(own["weight"], again["weight"])
+    assert not torch.equal(actual["weight"], again["weight"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -200,10 +200,10 @@ def test_memory_layouts(kernels, layout):
         inputs, grads = case.inputs(), case.output_gradients()
         contiguous = Inputs(*(None if t is None else t.contiguous() for t in inputs))
         same(infer(kernels, case, inputs), infer(kernels, case, contiguous))
-        one = gradients(kernels.run, inputs, case.options, grads)
-        other = gradients(kernels.run, contiguous, case.options, [g.contiguous() for g in grads])
+        actual = gradients(kernels.run, inputs, case.options, grads)
+        expected = gradients(kernels.run, contiguous, case.options, [g.contiguous() for g in grads])
         for name in NAMES:
-            assert torch.equal(one[name], other[name]), name
+            assert torch.equal(actual[name], expected[name]), name
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 3), (9, 5)], ids=str)

@@ -156,8 +156,8 @@ def test_a_core_that_was_asked_for_is_not_skipped(sdist, wish, tmp_path):
 @pytest.mark.parametrize("environment", [COMPILED, NO_COMPILER], ids=["compiler", "none"])
 def test_two_builds_have_the_same_bytes(environment, sdist, tmp_path):
     """Each build has a temporary folder of its own, of which the wheel may hold no trace."""
-    one, other = (built(tmp_path / name, sdist, environment)[0] for name in ("one", "other"))
-    assert one.read_bytes() == other.read_bytes()
+    first, second = (built(tmp_path / name, sdist, environment)[0] for name in ("one", "other"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 @long

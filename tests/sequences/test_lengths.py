@@ -117,9 +117,9 @@ def test_half_types_and_signals(backend):
     for n, length in enumerate(LENGTHS):
         cell.reset_mem()
         expected = cell(x[:length, n : n + 1], record=True)
-        for found, one in zip(out, expected, strict=True):
-            close(found[:length, n : n + 1], one, atol=0.02)
-            assert length == 0 or found is out[0] or torch.equal(found[-1, n], found[length - 1, n])
+        for whole, by_itself in zip(out, expected, strict=True):
+            close(whole[:length, n : n + 1], by_itself, atol=0.02)
+            assert length == 0 or whole is out[0] or torch.equal(whole[-1, n], whole[length - 1, n])
         assert not out[0][length:, n].any()
 
 

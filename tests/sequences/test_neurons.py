@@ -42,18 +42,18 @@ def by_hand(net):
 @pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
 def test_neurons_that_take_sequences_are_called_once(make):
     net = snnlstm.Sequential(*stack(make))
-    other = copy.deepcopy(net)
+    stepped = copy.deepcopy(net)
     for _ in range(2):  # the cell goes on from its state, and the neuron starts anew
-        results = net(X), by_hand(other)
+        results = net(X), by_hand(stepped)
         close(*results)
     for out in results:
         sum(part.sum() for part in parts_of(out)).backward()
-    for one, expected in zip(net.parameters(), other.parameters(), strict=True):
-        close(one.grad, expected.grad, atol=1e-4)
+    for actual, expected in zip(net.parameters(), stepped.parameters(), strict=True):
+        close(actual.grad, expected.grad, atol=1e-4)
     assert net.report[3].kind == "sequence"
     assert net.report[3].reason == "it takes sequences"
     out = snnlstm.unroll(X.transpose(0, 1), *net, batch_first=True)
-    close([part.transpose(0, 1) for part in parts_of(out)], parts_of(by_hand(other)))
+    close([part.transpose(0, 1) for part in parts_of(out)], parts_of(by_hand(stepped)))
 
 
 @pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)

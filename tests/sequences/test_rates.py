@@ -46,18 +46,18 @@ def test_it_counts_the_spikes_of_every_neuron_layer(cell):
 
 
 def test_it_changes_neither_results_nor_paths(backend, caplog):
-    one, other = snnlstm.Sequential(*network()), snnlstm.Sequential(*network())
-    other.load_state_dict(one.state_dict())
-    expected = other(X)
-    with snnlstm.spike_rates(one, show=False) as rates:
-        close(one(X), expected, atol=0)
-    assert one.report == other.report
-    backend.check(one[0].path)
+    counted, plain = snnlstm.Sequential(*network()), snnlstm.Sequential(*network())
+    plain.load_state_dict(counted.state_dict())
+    expected = plain(X)
+    with snnlstm.spike_rates(counted, show=False) as rates:
+        close(counted(X), expected, atol=0)
+    assert counted.report == plain.report
+    backend.check(counted[0].path)
     assert rates["0"].chances == 4 * 2 * 3 * 3 * 3
     assert not any("Sequential runs" in record.getMessage() for record in caplog.records)
     expected.sum().backward()
-    assert not one[0]._forward_hooks
-    copy.deepcopy(one[0])
+    assert not counted[0]._forward_hooks
+    copy.deepcopy(counted[0])
 
 
 def test_the_table_is_printed_as_documented_and_names_what_never_spiked(capsys):

@@ -10,11 +10,11 @@ from tests.shared.helpers import close, ours, same, steps, twins
 
 
 def test_states_are_carried_from_sequences_to_steps_and_back(backend):
-    one, other = twins(reset_mechanism="zero")
+    cell, reference = twins(reset_mechanism="zero")
     x = steps(7, 2, 2, 6, 7)
-    parts = [one(x[:3])[0], one(x[3])[0][None], one(x[4:6], record=True)[0], one(x[6])[0][None]]
-    close(torch.cat(parts), torch.stack([other(x[t])[0] for t in range(7)]))
-    assert not one.mem._is_view()
+    parts = [cell(x[:3])[0], cell(x[3])[0][None], cell(x[4:6], record=True)[0], cell(x[6])[0][None]]
+    close(torch.cat(parts), torch.stack([reference(x[t])[0] for t in range(7)]))
+    assert not cell.mem._is_view()
 
 
 @pytest.mark.parametrize("record", [False, True])
@@ -71,28 +71,29 @@ def turned(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize(("contiguous", "later"), [(False, True), (True, False)])
 def test_it_is_the_same_with_the_axes_exchanged(backend, record, contiguous, later):
-    one, other = both_orders(batch_first=not later)
-    other.batch_first = True
+    plain, first = both_orders(batch_first=not later)
+    first.batch_first = True
     mine, theirs = events().requires_grad_(), events().requires_grad_()
     x = turned(theirs)
-    spk, syn, mem = one(x.contiguous() if contiguous else x, record=record)
-    found = other(mine, record=record)
-    backend.check(other.path)
-    close(found, (turned(spk), turned(syn), turned(mem)) if record else (turned(spk), syn, mem))
-    assert found[0].shape == (N, T, 4, 3, 3)
-    close((other.spk, other.mem), (found[0], one.mem))
-    for out in (found, (spk, syn, mem)):
+    spk, syn, mem = plain(x.contiguous() if contiguous else x, record=record)
+    actual = first(mine, record=record)
+    backend.check(first.path)
+    close(actual, (turned(spk), turned(syn), turned(mem)) if record else (turned(spk), syn, mem))
+    assert actual[0].shape == (N, T, 4, 3, 3)
+    close((first.spk, first.mem), (actual[0], plain.mem))
+    for out in (actual, (spk, syn, mem)):
         (out[0].sum() + out[1].square().sum() + out[2].sum()).backward()
-    grads = [[x.grad, *(p.grad for p in c.parameters())] for x, c in ((mine, other), (theirs, one))]
+    pairs = (mine, first), (theirs, plain)
+    grads = [[x.grad, *(p.grad for p in c.parameters())] for x, c in pairs]
     close(*grads, atol=1e-4, rtol=1e-4)
 
 
 def test_steps_and_stored_states_stay_as_they_are(backend):
-    one, other = both_orders(init_hidden=True)
+    plain, first = both_orders(init_hidden=True)
     x = events()
-    close(other(x), torch.stack([one(x[:, t]) for t in range(T)], 1))
-    close(other(x[:, 0]), one(x[:, 0]))
-    assert other.spk.shape == (N, 4, 3, 3)
+    close(first(x), torch.stack([plain(x[:, t]) for t in range(T)], 1))
+    close(first(x[:, 0]), plain(x[:, 0]))
+    assert first.spk.shape == (N, 4, 3, 3)
 
 
 def test_the_functional_forms(backend):

@@ -64,16 +64,16 @@ def compare(
     """Asserts that each gradient is exact within `error` of its largest element."""
     assert actual.keys() == exact.keys()
     terms = sum(float(g.double().abs().sum()) for g in output_gradients if g is not None)
-    for name, one in actual.items():
-        other = exact[name].double()
-        assert one.shape == other.shape
-        assert one.isfinite().all(), name
-        scale = float(other.abs().max())
+    for name, gradient in actual.items():
+        expected = exact[name].double()
+        assert gradient.shape == expected.shape
+        assert gradient.isfinite().all(), name
+        scale = float(expected.abs().max())
         if name == "threshold":
             # Each of its few numbers is a sum of many terms of either sign.
             scale = max(scale, terms)
-        worst = float((one.double() - other).abs().max())
-        kind = torch.finfo(one.dtype)
+        worst = float((gradient.double() - expected).abs().max())
+        kind = torch.finfo(gradient.dtype)
         small = 10 * kind.tiny * kind.eps + 1e-30  # for the rounding of subnormal numbers
         assert worst <= error * scale + small, f"{name}: {worst:.3g} where {scale:.3g} is largest"
 
@@ -82,10 +82,9 @@ def agrees(run: Run, case: Case, inputs: Inputs) -> bool:
     """Returns whether `run` makes all decisions as the float64 reference does."""
     options = case.recorded().options
     with torch.no_grad():
-        own = run(*inputs, options)
-        exact = flat.reference(*inputs.double(), options)
-    pairs = zip(decisions(case, inputs, *own[1:]), decisions(case, inputs, *exact[1:]), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
+        actual = decisions(case, inputs, *run(*inputs, options)[1:])
+        expected = decisions(case, inputs, *flat.reference(*inputs.double(), options)[1:])
+    return all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 def of_outputs(case: Case, outputs: Sequence[str] = OUTPUTS) -> list[Tensor | None]:

@@ -35,9 +35,8 @@ def test_a_step_costs_little_more_than_it_must(core, layer, mode):
     assert not over, f"above {goals}: {over}"
 
 
-@pytest.mark.parametrize(
-    "mode", ["bfloat16 states", pytest.param("tf32", marks=pytest.mark.simt_long)]
-)
+@pytest.mark.simt_long
+@pytest.mark.parametrize("mode", ["bfloat16 states", "tf32"])
 def test_training_costs_little_more_than_it_must(core, mode):
     """The gradients together multiply twice as much as the step."""
     seen = measure(core, LAYERS["mid"], MODES[mode], training=True)

@@ -1,6 +1,8 @@
 """On sm_90 the launches of a sequence's steps overlap. The emulator runs them in order, and reports
 what a step does to the results of the one before while it has not waited for that."""
 
+import itertools
+
 import pytest
 import test_cell
 import test_cell_gradients
@@ -12,11 +14,17 @@ from tests.simt.backend import float32_precision
 from tests.simt.launches import calls
 from tests.simt.modes import CASES, OVERLAPPING, SMOOTH
 
+LONG = pytest.mark.simt_long
 CALLS = ("plain", "wide", "channels last", "max pool", "uneven average pool", "inhibition")
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("mode", OVERLAPPING)
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        pytest.param(*pair, marks=[] if {"tf32 on sm_90", "plain"} & {*pair} else LONG)
+        for pair in itertools.product(OVERLAPPING, CALLS)
+    ],
+)
 def test_steps_that_overlap(core, mode, name):
     core.schedule("ahead", 3)
     test_cell.check(core, CASES[name], OVERLAPPING[mode])

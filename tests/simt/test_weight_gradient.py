@@ -110,21 +110,21 @@ def test_long_sums_bear_tensor_cores_that_truncate(core, monkeypatch, mode, trun
     bound = SHRINKS[truncates].get(mode, 6e-6)
     nearest, _ = long_sums(core, monkeypatch, mode, time=128)
     core.settings.truncates = truncates
-    found, exact = long_sums(core, monkeypatch, mode, time=128)
-    assert abs(float((found / nearest).mean()) - 1) < bound
-    assert float((found / exact - 1).abs().max()) < (bound if mode == "tf32x3" else 1e-3)
+    actual, expected = long_sums(core, monkeypatch, mode, time=128)
+    assert abs(float((actual / nearest).mean()) - 1) < bound
+    assert float((actual / expected - 1).abs().max()) < (bound if mode == "tf32x3" else 1e-3)
 
 
 def test_long_sums_without_tensor_cores(core, monkeypatch):
-    found, exact = long_sums(core, monkeypatch, "float32", time=64)
-    assert float((found / exact - 1).abs().max()) < 2e-6
+    actual, expected = long_sums(core, monkeypatch, "float32", time=64)
+    assert float((actual / expected - 1).abs().max()) < 2e-6
 
 
 @pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan, 1e30])
 @pytest.mark.parametrize("mode", ["tf32", "tf32x3"])
 def test_infinity_and_nan_come_out_as_they_are(core, monkeypatch, mode, special):
-    found, exact = long_sums(core, monkeypatch, mode, 1, special)
+    actual, expected = long_sums(core, monkeypatch, mode, 1, special)
     if mode == "tf32x3":  # low parts of either sign meet an infinity: it, or NaN
-        assert torch.equal(found.isfinite(), exact.isfinite())
-        found, exact = (torch.where(exact.isfinite(), t, 0) for t in (found, exact))
-    torch.testing.assert_close(found, exact, atol=0, rtol=1e-3, equal_nan=True)
+        assert torch.equal(actual.isfinite(), expected.isfinite())
+        actual, expected = (torch.where(expected.isfinite(), t, 0) for t in (actual, expected))
+    torch.testing.assert_close(actual, expected, atol=0, rtol=1e-3, equal_nan=True)

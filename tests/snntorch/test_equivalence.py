@@ -227,7 +227,7 @@ def test_any_combination_of_options_equals_snntorch(backend):
 @pytest.mark.parametrize("mechanism", ["none", "subtract", "zero"])
 def test_nan_gradients_go_where_snntorch_lets_them(backend, mechanism):
     """They pass a neuron that was reset, at which "zero" ends others."""
-    found = []
+    nans = []
     for cell in cells(reset_mechanism=mechanism):
         x, state = steps(1, 1, 2, 5, 5)[0], states(1, 3, 5, 5)
         state[1][0, 0, 2, 2] = 1  # which is above the threshold
@@ -237,21 +237,21 @@ def test_nan_gradients_go_where_snntorch_lets_them(backend, mechanism):
         grad = torch.ones_like(mem)
         grad[0, 0, 2, 2] = torch.nan
         mem.backward(grad)
-        found.append([t.grad.isnan() for t in (*leaves, *cell.conv.parameters())])
-    assert found[1][0].sum() == 18
-    close(*found)
+        nans.append([t.grad.isnan() for t in (*leaves, *cell.conv.parameters())])
+    assert nans[1][0].sum() == 18
+    close(*nans)
 
 
 def test_a_nan_counts_as_no_reset(backend):
     """It does not in the gradient of the threshold, which is the number of resets."""
-    found = []
+    gradients = []
     for cell in cells(reset_mechanism="subtract", learn_threshold=True):
         x, state = steps(1, 1, 2, 5, 5)[0], states(1, 3, 5, 5)
         x[0, 0, 2, 2] = torch.nan
         with snnlstm.algorithm("direct"):
             cell(x, *state)[2].sum().backward()
-        found.append(cell.threshold.grad)
-    close(*found)
+        gradients.append(cell.threshold.grad)
+    close(*gradients)
 
 
 def test_the_oracle_is_snntorch_1_0_0():
@@ -260,13 +260,13 @@ def test_the_oracle_is_snntorch_1_0_0():
 
 @pytest.mark.parametrize("learn", [False, True])
 def test_state_dicts_are_interchangeable_both_ways(learn):
-    one, other = ours(learn_threshold=learn), theirs(learn_threshold=learn, seed=5)
+    mine, snntorchs = ours(learn_threshold=learn), theirs(learn_threshold=learn, seed=5)
     keys = ["threshold", "graded_spikes_factor", "reset_mechanism_val", "conv.weight", "conv.bias"]
-    assert list(one.state_dict()) == list(other.state_dict()) == keys
-    assert [n for n, _ in one.named_parameters()] == [n for n, _ in other.named_parameters()]
-    assert next(iter(dict(one.named_parameters()))) == ("threshold" if learn else "conv.weight")
-    assert one.state_dict()["reset_mechanism_val"].dtype == torch.int64
-    for old, new in ((other, ours(seed=7, learn_threshold=learn)), (one, theirs(seed=8))):
+    assert list(mine.state_dict()) == list(snntorchs.state_dict()) == keys
+    assert [n for n, _ in mine.named_parameters()] == [n for n, _ in snntorchs.named_parameters()]
+    assert next(iter(dict(mine.named_parameters()))) == ("threshold" if learn else "conv.weight")
+    assert mine.state_dict()["reset_mechanism_val"].dtype == torch.int64
+    for old, new in ((snntorchs, ours(seed=7, learn_threshold=learn)), (mine, theirs(seed=8))):
         state = old.state_dict()
         new.load_state_dict(state, strict=True)
         for key, value in new.state_dict().items():
@@ -274,22 +274,22 @@ def test_state_dicts_are_interchangeable_both_ways(learn):
 
 
 def test_attributes_that_users_touch(backend):
-    one, other = cells(reset_mechanism="subtract", max_pool=2)
+    actual, expected = cells(reset_mechanism="subtract", max_pool=2)
     x = steps(1, 2, 2, 6, 6)[0]
     for _ in range(3):
-        one(x)
-        other(x)
+        actual(x)
+        expected(x)
     for name in ("spk", "syn", "mem", "reset"):
-        close(getattr(one, name), getattr(other, name))
+        close(getattr(actual, name), getattr(expected, name))
     for name in (
         "in_channels", "out_channels", "kernel_size", "padding", "max_pool", "avg_pool", "bias",
         "init_hidden", "inhibition", "output", "surrogate_disable", "state_quant",
         "reset_mechanism", "reset_mechanism_val", "graded_spikes_factor", "threshold",
     ):  # fmt: skip
-        assert getattr(one, name) == getattr(other, name), name
-    assert callable(one.spike_grad)
-    close(one.fire(one.mem), other.fire(other.mem))
-    close(one.mem_reset(one.mem), other.mem_reset(other.mem))
+        assert getattr(actual, name) == getattr(expected, name), name
+    assert callable(actual.spike_grad)
+    close(actual.fire(actual.mem), expected.fire(expected.mem))
+    close(actual.mem_reset(actual.mem), expected.mem_reset(expected.mem))
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -297,17 +297,17 @@ def test_attributes_that_users_touch(backend):
 def test_a_threshold_that_no_loss_reaches_has_no_gradient(backend, reset, checkpoint):
     """An optimizer leaves a parameter alone whose gradient is None, and decays it at zeros."""
     options = {"learn_threshold": True, "reset_mechanism": reset}
-    other, x = theirs(3, 5, 3, **options), steps(3, 2, 3, 8, 8)
+    expected, x = theirs(3, 5, 3, **options), steps(3, 2, 3, 8, 8)
     for of_x in (lambda cell: [cell(x[0])], lambda cell: [*map(cell, x)], lambda cell: [cell(x)]):
-        one = ours(3, 5, 3, checkpoint=checkpoint, **options)
-        of_x(one)[-1][2].sum().backward()
-        assert (one.threshold.grad is None) == (reset != "subtract")
-        assert one.conv.weight.grad.any()
-        one.reset_mem()
-        of_x(one)[-1][0].sum().backward()
-        assert one.threshold.grad is not None
-    other(x[0])[2].sum().backward()
-    assert (other.threshold.grad is None) == (reset != "subtract")
+        actual = ours(3, 5, 3, checkpoint=checkpoint, **options)
+        of_x(actual)[-1][2].sum().backward()
+        assert (actual.threshold.grad is None) == (reset != "subtract")
+        assert actual.conv.weight.grad.any()
+        actual.reset_mem()
+        of_x(actual)[-1][0].sum().backward()
+        assert actual.threshold.grad is not None
+    expected(x[0])[2].sum().backward()
+    assert (expected.threshold.grad is None) == (reset != "subtract")
 
 
 @pytest.mark.parametrize("reset", ["none", "zero", "subtract"])

@@ -65,9 +65,9 @@ def test_numbers_of_threads(name, algorithm):
         if first is None:
             first = out, grads
         same(out, first[0])
-        for one, other in zip(grads, first[1], strict=True):
-            scale = float(other.abs().max())
-            torch.testing.assert_close(one, other, atol=1e-5 * scale, rtol=0)
+        for actual, expected in zip(grads, first[1], strict=True):
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(actual, expected, atol=1e-5 * scale, rtol=0)
 
 
 def test_many_runs_are_equal(kernels):

@@ -121,19 +121,19 @@ def test_what_is_compiled_has_no_graph_break_and_equals_eager(name):
 
 
 def test_under_autocast(backend):
-    one, other = ours(reset_mechanism="zero"), ours(reset_mechanism="zero")
-    compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+    cell, eager = ours(reset_mechanism="zero"), ours(reset_mechanism="zero")
+    compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
     x = steps(2, 2, 2, 6, 6)
     with torch.autocast(backend.device.type, dtype=torch.bfloat16):
-        results = [call(x) for call in (compiled, other)]
+        results = [call(x) for call in (compiled, eager)]
     close(*results, atol=1e-2)
     for spk, _, mem in results:
         (spk.sum() + mem.sum()).backward()
-    for parameter, reference in zip(one.parameters(), other.parameters(), strict=True):
-        wanted = reference.grad
-        assert (parameter.grad - wanted).norm() <= 1e-2 * wanted.norm()
-    assert one.path.native == backend.native
-    assert one.path.name.startswith(backend.device.type if backend.native else "reference")
+    for parameter, reference in zip(cell.parameters(), eager.parameters(), strict=True):
+        expected = reference.grad
+        assert (parameter.grad - expected).norm() <= 1e-2 * expected.norm()
+    assert cell.path.native == backend.native
+    assert cell.path.name.startswith(backend.device.type if backend.native else "reference")
 
 
 LATER = {
@@ -153,16 +153,16 @@ LATER = {
 @pytest.mark.parametrize("name", LATER)
 def test_what_changes_after_compiling_is_followed(name):
     """The table has no hooks on conv, because dynamo looks for hooks only when it compiles."""
-    one, other = ours(threshold=0.02), ours(threshold=0.02)
-    compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+    changed, eager = ours(threshold=0.02), ours(threshold=0.02)
+    compiled = torch.compile(changed, fullgraph=True, backend="aot_eager")
     x = steps(4, 2, 2, 6, 6)
     before = compiled(x)[2]
-    for cell in (one, other):
+    for cell in (changed, eager):
         cell.reset_mem()
         LATER[name](cell)
-    x = x.to(one.graded_spikes_factor.dtype)
+    x = x.to(changed.graded_spikes_factor.dtype)
     with snnlstm.algorithm("direct" if name == "algorithm" else "auto"):
-        actual, expected = compiled(x), other(x)
+        actual, expected = compiled(x), eager(x)
     close(actual, expected)
     changes_mem = name in ("reset", "state_dict")
     assert torch.allclose(actual[2].float(), before, atol=1e-5) != changes_mem
@@ -270,12 +270,12 @@ def test_a_graph_cached_on_disk_by_another_instruction_set_is_not_used(monkeypat
                 native.cpu.set_isa(isa)
                 monkeypatch.setattr(native, "LAYOUT", native.layout())
                 torch._dynamo.reset()
-                one, other = ours(), ours()
-                compiled = torch.compile(one, fullgraph=True)
-                close(compiled(x), other(x))
-                one.mem.sum().backward()
-                other.mem.sum().backward()
-                same_gradients(one, other)
+                cell, eager = ours(), ours()
+                compiled = torch.compile(cell, fullgraph=True)
+                close(compiled(x), eager(x))
+                cell.mem.sum().backward()
+                eager.mem.sum().backward()
+                same_gradients(cell, eager)
         finally:
             native.cpu.set_isa(before)
 
@@ -328,14 +328,14 @@ def test_how_many_graphs_are_compiled(name):
 @counted
 @pytest.mark.parametrize("marked", [False, True], ids=["dynamic=True", "mark_dynamic"])
 def test_one_graph_serves_all_batch_sizes(marked):
-    one, other = ours(reset_mechanism="subtract"), ours(reset_mechanism="subtract")
-    compiled, counter = count_graphs(one, **({} if marked else {"dynamic": True}))
+    cell, eager = ours(reset_mechanism="subtract"), ours(reset_mechanism="subtract")
+    compiled, counter = count_graphs(cell, **({} if marked else {"dynamic": True}))
     for batch in (4, 3, 5, 2, 7):  # the first differs from Cin: dynamo takes equal sizes for one
         inputs = [steps(1, batch, 2, 6, 6)[0], *states(batch, 3, 6, 6)]
         if marked:
             for tensor in inputs:
                 torch._dynamo.mark_dynamic(tensor, 0)
-        close(compiled(*inputs), other(*inputs), atol=0, rtol=0)
+        close(compiled(*inputs), eager(*inputs), atol=0, rtol=0)
     assert counter.frame_count == 1
 
 

@@ -148,8 +148,8 @@ def test_a_trace_can_be_saved_and_loaded_and_takes_other_numbers(name, sequence)
     x, syn, mem = inputs(name, 2, sequence)
     for arguments in ((x, syn, mem), (1 - x, syn / 2, -mem)):
         close(loaded(*arguments), cell(*arguments))
-    one, other = make(name), make(name)
-    for call in (torch.jit.trace(one, (x, syn, mem)), other):
+    traced_cell, eager = make(name), make(name)
+    for call in (torch.jit.trace(traced_cell, (x, syn, mem)), eager):
         spk, _, mem_after = call(x, syn, mem)
         (spk.sum() + mem_after.square().sum()).backward()
-    same_gradients(one, other)
+    same_gradients(traced_cell, eager)
