@@ -36,6 +36,7 @@ CASES = {
     "read_before_wait": "while a cp_async of its own to it is under way",
     "wait_for_too_little": "while a cp_async of its own to it is under way",
     "return_with_copies": "returns with copies under way",
+    "wait_without_barrier": "race|uninitialised",
     "read_before_write": "race|uninitialised",
     "overwrite_before_read": "race: .*, no barrier between them",
     "shuffle_is_no_fence": "race: .*neither a barrier nor a __syncwarp between them",

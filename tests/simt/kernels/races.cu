@@ -45,6 +45,16 @@ CASE(return_with_copies) {
   if (!d.bad) cp_async_wait<0>();
 }
 
+CASE(wait_without_barrier) {
+  auto& s = shared_memory<Shared>();
+  const int i = int(threadIdx.x);
+  cp_async(s.copied[i], d.in + i / 4 * 4);
+  cp_async_commit();
+  cp_async_wait<0>();
+  if (!d.bad) __syncthreads();
+  d.out[i] = s.copied[63 - i][0];
+}
+
 CASE(read_before_write) {
   auto& s = shared_memory<Shared>();
   const int i = int(threadIdx.x);
