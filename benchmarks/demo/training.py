@@ -47,6 +47,8 @@ EPSILON = 1e-3
 of a rounding error makes as large a step as any other. Two runs of one cell, from weights that are
 1e-7 apart, then have different losses within an epoch."""
 MIB = 2**20
+EVERY = 5.0  # seconds between two lines without a terminal
+
 
 CHUNK = 64
 """So many digits are rendered at a time, which bounds the memory and changes nothing else."""
@@ -216,8 +218,8 @@ def accuracy(model: nn.Module, data: Data, device: str) -> float:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains and tests a network, shows the progress, and returns the results.
 
-    `args` are the arguments of :func:`main`. Without a terminal there is no bar, but a line for
-    each epoch.
+    `args` are the arguments of :func:`main`. Without a terminal there is no bar, but a line every
+    few seconds.
     """
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # both networks in full float32
@@ -232,7 +234,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         optimizer, RATE, total_steps=epochs * batches, pct_start=0.1, div_factor=5
     )
     peaks = watch_memory(args.device)
-    seconds, losses = [], []
+    seconds, losses, said = [], [], time.monotonic()
     with tqdm(desc=args.network, total=epochs * batches, unit="batch", disable=None) as bar:
         for epoch in range(epochs):
             model.train()
@@ -244,6 +246,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 schedule.step()
                 seconds.append(time.perf_counter() - begin)
                 bar.update()
+                if bar.disable and time.monotonic() - said > EVERY:  # no terminal, and so no bar
+                    said = time.monotonic()
+                    print(
+                        f"{args.network:<8}  batch {len(losses)} of {epochs * batches}", flush=True
+                    )
             mean = statistics.fmean(losses[-batches:])
             text = f"epoch {epoch + 1}/{epochs}  loss {mean:.3f}  {sum(seconds):.1f} s"
             tqdm.write(f"{args.network:<8}  {text}")
