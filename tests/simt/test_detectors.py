@@ -47,6 +47,7 @@ CASES = {
     "blocks_write": "race: .*nothing orders blocks",
     "blocks_read": "race: .*nothing orders blocks",
     "read_before_launch_wait": f"race: .* reads .*launch before writes{WAIT}",
+    "write_before_launch_wait": f"race: .* writes .*launch before writes{WAIT}",
     "overwrite_before_launch_wait": f"race: .* writes .*launch before reads{WAIT}",
     "another_thread_waits": f"race: .* reads .*launch before writes{WAIT}",
     "return_without_launch_wait": "of block .* returns without wait_for_launch_before",

@@ -137,6 +137,13 @@ CASES(read_before_launch_wait, 2, 1) {
   d.out[i] = x;
 }
 
+CASES(write_before_launch_wait, 2, 1) {
+  auto* half = reinterpret_cast<uint16_t*>(d.out);
+  if (d.bad) half[threadIdx.x] = 1;
+  wait_for_launch_before();
+  half[threadIdx.x] = 2;
+}
+
 CASES(overwrite_before_launch_wait, 2, 1) {
   auto& s = shared_memory<Shared>();
   const int i = int(threadIdx.x);
