@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize(("core", "count"), [("cpu", 100), ("cuda", 100), ("simt", 30)])
 def test_random_calls_with_nonsense_among_the_arguments(core, count):
-    """nonsense.py runs as a process, whose last line of output names the call that went wrong."""
+    """fuzz.py runs as a process, whose last line of output names the call that went wrong."""
     if core == "cuda" and not (hasattr(_C, "CudaPlan") and torch.cuda.is_available()):
         pytest.skip("no GPU")
     if core == "simt" and not ((ROOT / "csrc").exists() and shutil.which("g++")):
         pytest.skip("no sources or no compiler for the emulator")
-    command = [sys.executable, "-m", "tools.nonsense", core, str(count), "0"]
+    command = [sys.executable, "-m", "tools.fuzz", "--nonsense", core, "--minutes", "0"]
+    command += ["--round", str(count), "--seed", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     last = done.stdout.strip().rpartition("\n")[2]
     assert done.returncode == 0, f"{done.returncode} at call {last}\n{done.stderr}"
