@@ -48,7 +48,7 @@ class Case:
     max_pool: int = 0
     avg_pool: int = 0
     reset: str = "none"
-    quant_bits: int = 0
+    quant: int = 0  # bits
     threshold: float = 0.1
     density: float | None = 0.1
     lengths: bool = False
@@ -81,7 +81,7 @@ class Case:
         made = cell(
             self.cin, self.cout, self.kernel, max_pool=self.max_pool, avg_pool=self.avg_pool,
             threshold=self.threshold, reset_mechanism=self.reset,
-            state_quant=quantise(self.quant_bits) if self.quant_bits else False,
+            state_quant=quantise(self.quant) if self.quant else False,
         )  # fmt: skip
         # The list would keep every cell and its last state for ever.
         snntorch._neurons.neurons.SpikingNeuron.instances.clear()
@@ -159,9 +159,9 @@ class Case:
         kernel = "x".join(map(str, dict.fromkeys(self.kernel)))
         sizes = (self.steps, self.batch, self.cin, self.cout, self.height, self.width, kernel)
         words = [*map(str, sizes)]
-        for option, (field, *_) in OPTIONS.items():
-            value = getattr(self, field)
-            if field != "name" and value != getattr(Case, field):
+        for option in OPTIONS:
+            value = getattr(self, option)
+            if value != getattr(Case, option, value):  # the name has no default
                 words.append(f"{option}={'dense' if value is None else value}")
         return " ".join(words)
 
@@ -202,7 +202,7 @@ CPU_CASES = _named(
     _BIG,
     Case("k5", 8, 8, 16, 32, 32, 32, kernel=(5, 5)),
     dataclasses.replace(_MID, name="zero", reset="zero"),
-    dataclasses.replace(_MID, name="quant", quant_bits=8),
+    dataclasses.replace(_MID, name="quant", quant=8),
     dataclasses.replace(_MID, name="mid-dense", density=None),
     dataclasses.replace(_BIG, name="big-dense", density=None),
 )
@@ -236,11 +236,10 @@ _FULL = (
     Case("full2", 16, 16, 2, 16, 16, 16),
     Case("full3", 16, 16, 16, 32, 32, 32),
 )
-_PADDED = (
-    dataclasses.replace(c, name=c.name.replace("full", "padded"), lengths=True) for c in _FULL
-)
 # Sample n has n steps, 53 % of all: that share of the full batch's time is the least that it costs.
-LENGTHS_CASES = _named(*_FULL, *_PADDED)
+LENGTHS_CASES = _named(
+    *_FULL, *(dataclasses.replace(c, name=f"padded{c.name[-1]}", lengths=True) for c in _FULL)
+)
 
 # One layer at several lengths, for memory: `--shapes long --memory`.
 LONG_CASES = _named(*(Case(f"long{steps}", steps, 8, 16, 32, 32, 32) for steps in (5, 10, 20, 40)))
@@ -290,17 +289,12 @@ def random_cases(count: int, seed: int) -> list[Case]:
     return cases
 
 
-OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "max_pool": ("max_pool", int),
-    "avg_pool": ("avg_pool", int),
-    "reset": ("reset", str),
-    "quant": ("quant_bits", int),
-    "threshold": ("threshold", float),
-    "density": ("density", lambda text: None if text == "dense" else float(text)),
-    "lengths": ("lengths", lambda text: text == "True"),
-    "name": ("name", str),
-}
-"""An option of a shape has a field of Case, and reads its value."""
+# An option of a shape is a field of Case, and reads its value.
+OPTIONS: dict[str, Callable[[str], Any]] = {
+    "max_pool": int, "avg_pool": int, "reset": str, "quant": int, "threshold": float,
+    "density": lambda text: None if text == "dense" else float(text),
+    "lengths": lambda text: text == "True", "name": str,
+}  # fmt: skip
 
 
 def parse_case(text: str) -> Case:
@@ -314,17 +308,14 @@ def parse_case(text: str) -> Case:
     try:
         *sizes, kernel = numbers
         sides = [int(side) for side in kernel.split("x")]
-        fields = {"name": "own-" + "-".join(numbers), "kernel": (sides[0], sides[-1])}
-        for option, value in options.items():
-            field, read = OPTIONS[option]
-            fields[field] = read(value)
-        names = ("steps", "batch", "cin", "cout", "height", "width")
-        case = Case(**dict(zip(names, map(int, sizes), strict=True)), **fields)
+        fields = {option: OPTIONS[option](value) for option, value in options.items()}
+        name = fields.pop("name", "own-" + "-".join(numbers))
+        case = Case(name, *map(int, sizes), kernel=(sides[0], sides[-1]), **fields)
         right = (
             min(*case.state_shape, *case.spike_shape, case.cin, *sides) > 0
             and all(side % 2 for side in sides)
             and case.reset in ("none", "subtract", "zero")
-            and 0 <= case.quant_bits <= 16
+            and 0 <= case.quant <= 16
             and (case.density is None or 0 <= case.density <= 1)
             and not (case.max_pool and case.avg_pool)
         )

@@ -69,7 +69,7 @@ SANITIZE += "kernel_substring=snnlstm --tool="
 UNCACHED = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1",)
 SMOKE = "{python} -m benchmarks.gpu_smoke --device {device} --algorithms "
 TIMED = "{python} -m benchmarks.gpu_algorithms --device {device} --limit {left} --out {work}/"
-BENCH = "{python} -m benchmarks --device {device} --no-plots --threads all --dtype {dtypes} "
+BENCH = "{python} -m benchmarks --device {device} --threads all --dtype {dtypes} "
 BENCH += "--out {work}/"
 SHORT = "--providers snntorch snntorch-cudagraph snnlstm-step snnlstm snnlstm-cudagraph "
 LAYERS = "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 --limit {left}"

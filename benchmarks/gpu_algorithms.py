@@ -25,17 +25,11 @@ from benchmarks.providers import FORMS, Provider, Setting
 from snnlstm.call import autocast_dtype, stateless_call
 from snnlstm.native import function
 
-
-def _of_users(name: str, batch: int) -> Case:
-    return dataclasses.replace(USERS_CASES[name], name=f"{name}-n{batch}", batch=batch)
-
-
 # The suite's own layers, users' layers at their batches, and all kinds of users' layers.
 LAYERS = {name: CASES[name] for name in ("tiny", "mnist", "dvs", "mid", "big")}
-LAYERS |= {
-    case.name: case
-    for case in (_of_users("column1", 128), _of_users("column3", 128), _of_users("eeg1", 32))
-}
+for _name, _batch in (("column1", 128), ("column3", 128), ("eeg1", 32)):
+    _of = dataclasses.replace(USERS_CASES[_name], name=f"{_name}-n{_batch}", batch=_batch)
+    LAYERS[_of.name] = _of
 LAYERS |= USERS_CASES
 DTYPES = {75: ("float32", "float16"), 80: ("tf32", "bfloat16")}
 FIELDS = ("layer", "dtype", "pass", "name", "tile", "chosen", "us_a_step", "error")

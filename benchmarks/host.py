@@ -26,29 +26,15 @@ from torch import Tensor
 import snnlstm
 from benchmarks.cases import loop
 from snnlstm import _C
-from snnlstm.native import cpu, cuda, function, torch_conv
+from snnlstm.native import cuda, function, torch_conv
 
 X = torch.rand(16, 1, 2, 15, 17)
 STATE = torch.zeros(1, 12, 15, 17)
 SUMS = torch.zeros(1, 48, 15, 17)
 
 
-class _StubbedCpu:
-    """Stands for the core, or for its plan of a CPU call; its kernels do nothing."""
-
-    def __init__(self, of: Any) -> None:
-        self._of = of
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._of, name)
-
-    def CpuPlan(self, *arguments: Any) -> _StubbedCpu:
-        return _StubbedCpu(self._of.CpuPlan(*arguments))
-
-    def forward(self, _: tuple[Any, ...]) -> None:
-        pass
-
-    backward = forward
+def _nothing(*_: Any) -> None:
+    pass
 
 
 class _StubbedPlan:
@@ -57,33 +43,20 @@ class _StubbedPlan:
     name, reason_against = "stub", ""
     packed_bytes = workspace = 1
     geometry = (3, 3), (1, 1), (1, 1), (1, 1), (0, 0)
+    forward = backward = pack = store_levels = _nothing
 
-    def __init__(self, algorithm: int) -> None:
-        self.algorithm = algorithm
-
-    def forward(self, *_: Any) -> None:
-        pass
-
-    backward = pack = store_levels = forward
+    def __init__(self, *arguments: Any, lengths: bool) -> None:
+        *_, self.algorithm, _ = arguments
 
 
-class _StubbedCuda:
-    """Stands for the core with its CUDA backend."""
-
-    Cell = _C.Cell
-
-    def CudaPlan(self, *arguments: Any, lengths: bool) -> _StubbedPlan:
-        *_, algorithm, _ = arguments
-        return _StubbedPlan(algorithm)
-
-    def cuda_device(self, _: int) -> SimpleNamespace:
-        return SimpleNamespace(compute_capability=80)
-
-    def cuda_full_precision(self, _: Any) -> int:
-        return 0
-
-    def cuda_padded_channels(self, channels: int) -> int:
-        return -(-channels // 8) * 8
+# This stands for the core with its CUDA backend.
+_STUBBED_CUDA = SimpleNamespace(
+    Cell=_C.Cell,
+    CudaPlan=_StubbedPlan,
+    cuda_device=lambda _: SimpleNamespace(compute_capability=80),
+    cuda_full_precision=lambda _: 0,
+    cuda_padded_channels=lambda channels: -(-channels // 8) * 8,
+)
 
 
 class _OnTheHost(cuda.Backend):
@@ -108,8 +81,8 @@ CONVOLUTIONS = {
 def stubbed(backend: str, algorithm: str = "auto") -> Iterator[None]:
     """Within the block, cells on the CPU run a backend whose kernels do nothing."""
     function._plans.clear()
-    on_cpu = mock.patch.object(cpu, "_C", _StubbedCpu(_C))
-    on_cuda = mock.patch.dict(function.BACKENDS, {"cpu": _OnTheHost(_StubbedCuda())})
+    on_cpu = mock.patch.multiple(_C.CpuPlan, forward=_nothing, backward=_nothing)
+    on_cuda = mock.patch.dict(function.BACKENDS, {"cpu": _OnTheHost(_STUBBED_CUDA)})
     with (
         on_cpu if backend == "cpu" else on_cuda,
         mock.patch.multiple(torch_conv, **CONVOLUTIONS),

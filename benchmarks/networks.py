@@ -48,9 +48,9 @@ class Network:
 
     make: makes the network of a cell's class. shapes: of batches, which training takes in turn.
     train, infer: a step of (run, net, optimizer, x, y) and inference by (run, net, x), where `run`
-    is `loop` or `sequences`. batch_dim: the dimension of x that is the batch. autocast: whether the
-    network runs under autocast, where our cell and snnTorch's round differently. forms: providers
-    of its own, the first of which is what the others are compared with.
+    is `loop` or `sequences`. autocast: whether the network runs under autocast, where our cell and
+    snnTorch's round differently. forms: providers of its own, the first of which is what the others
+    are compared with. own_input: returns x, which events take the place of by default.
     """
 
     title: str
@@ -59,21 +59,22 @@ class Network:
     train: Callable[..., Tensor] = averaged
     infer: Callable[..., Any] = lambda run, net, x: run(net, x)
     optimizer: Callable[..., torch.optim.Optimizer] = ADAM
-    batch_dim: int = 0
     loop: Callable[..., Any] = lambda net, *args: net(*args)
     sequences: Callable[..., Any] = lambda net, *args: net.sequence(*args)
     autocast: bool = False
     forms: dict[str, Form] = field(default_factory=dict)
+    own_input: Callable[[], tuple[Any, ...]] | None = None
     dtypes = ()  # besides float32
 
     def batches(self, *_: Any) -> list[tuple[Any, Any]]:
         """Returns equal batches at every call: events of density 0.3, and labels."""
+        if self.own_input:
+            return [(self.own_input(), None)]
         generator = torch.Generator("cpu").manual_seed(7)
         batches, like = [], torch.zeros(())
         for shape in self.shapes:
             x = torch.rand(shape, generator=generator, device="cpu").lt(0.3)
-            size = (shape[self.batch_dim],)
-            y = torch.randint(3, size, generator=generator, device="cpu")
+            y = torch.randint(3, shape[:1], generator=generator, device="cpu")
             batches.append((x.to(like), y.to(like.device)))
         return batches
 
@@ -238,14 +239,14 @@ def hidden(cell: Any) -> nn.Module:
 
 
 def _outside(net: nn.Module, x: Tensor) -> Tensor:
-    """Loops over time outside of the network, (T, N, C, H, W)."""
+    """Loops over time outside of the network, (N, T, C, H, W)."""
     utils.reset(net)
-    return torch.stack([net(x_t)[1] for x_t in x])
+    return torch.stack([net(x_t)[1] for x_t in x.unbind(1)])
 
 
 def _unrolled(net: nn.Sequential, x: Tensor) -> Tensor:
     utils.reset(net)
-    return unroll(x, *net)[1]
+    return unroll(x.transpose(0, 1), *net)[1]
 
 
 # ---- the ConvLSTM without spikes, and one's own network ------------------------------------------
@@ -281,17 +282,6 @@ def _convlstm(hidden: list[int], kernel: int, *shape: int) -> Network:
     return Network(title, make, (shape,), squared, loop=first, forms=forms)
 
 
-@dataclass(frozen=True)
-class OwnNetwork(Network):
-    """Is the network that a user's function returns with its input."""
-
-    function: Callable[[], tuple[nn.Module, Any]] = NotImplemented
-
-    def batches(self, *_: Any) -> list[tuple[Any, Any]]:
-        _, x = self.function()
-        return [(x if isinstance(x, tuple) else (x,), None)]
-
-
 def _fresh(net: nn.Module, x: tuple[Any, ...]) -> Any:
     utils.reset(net)
     return net(*x)
@@ -320,9 +310,13 @@ def from_file(place: str) -> Network:
             raise ValueError(f"--network: {name}() returns no network with an SConv2dLSTM")
         return report.model
 
-    return OwnNetwork(
-        "your own network", make, (), squared, loop=_fresh,
-        optimizer=functools.partial(torch.optim.SGD, lr=0.0), function=function,
+    def own_input() -> tuple[Any, ...]:
+        _, x = function()
+        return x if isinstance(x, tuple) else (x,)
+
+    return Network(
+        "your own network", make, (), squared, loop=_fresh, own_input=own_input,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.0),
         forms={name: form for name, form in FORMS.items() if not form.sequences},
     )  # fmt: skip
 
@@ -361,14 +355,14 @@ _CLASSIFIERS: dict[str, tuple[str, list[dict], int, int, int, int, int]] = {
 }  # fmt: skip
 _CAMERA = Network(
     "convolution, Leaky, 32->1 128x128, learned threshold, autocast; T=18 N=2", Camera,
-    ((18, 2, 2, 128, 128),), truncated, seen, SGD, batch_dim=1, autocast=True,
+    ((18, 2, 2, 128, 128),), truncated, seen, SGD, autocast=True,
 )  # fmt: skip
 USERS = {name: _classifier(*of) for name, of in _CLASSIFIERS.items()} | {"camera": _CAMERA}
 SMALL = {
     "spectrogram": Network("1->4->4 9x9, batch norm between", Spectrogram, ((4, 1, 20, 32),)),
     "hidden": Network(
-        "2->4->4 8x8 in nn.Sequential", hidden, ((5, 4, 2, 8, 8), (5, 2, 2, 8, 8)),
-        batch_dim=1, loop=_outside, sequences=_unrolled,
+        "2->4->4 8x8 in nn.Sequential", hidden, ((4, 5, 2, 8, 8), (2, 5, 2, 8, 8)),
+        loop=_outside, sequences=_unrolled,
     ),
 }  # fmt: skip
 NETWORKS = {
@@ -386,12 +380,3 @@ CONVLSTMS = {
     "convlstm5x5": _convlstm([16], 5, 8, 10, 8, 40, 40),
 }
 TABLES = {"networks": USERS, "small-networks": SMALL, "convlstm": CONVLSTMS}
-
-
-def twins(make: Callable[[Any], nn.Module]) -> list[Any]:
-    """Makes the same network with snnTorch's cell and with ours."""
-    nets = []
-    for cell in (snn.SConv2dLSTM, snnlstm.SConv2dLSTM):
-        torch.manual_seed(0)
-        nets.append(make(cell))
-    return nets

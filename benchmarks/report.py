@@ -7,6 +7,7 @@ this median; it is missing where the machine was too busy for ratios.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,8 @@ def _verdict(row: dict[str, Any]) -> str:
     return "noise"
 
 
-def write(rows: pd.DataFrame, out: Path, plots: bool) -> None:
-    """Writes rows.csv, table.md and pictures, and prints the table."""
+def write(rows: pd.DataFrame, out: Path) -> None:
+    """Writes rows.csv, table.md and, where there is Matplotlib, pictures; prints the table."""
     out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out / "rows.csv", index=False)
     print(f"wrote {out / 'rows.csv'}")
@@ -154,7 +155,7 @@ def write(rows: pd.DataFrame, out: Path, plots: bool) -> None:
         return
     (out / "table.md").write_text(markdown(rows))
     print("", markdown(rows), ranking(rows), sep="\n")
-    for path in draw(rows, out) if plots else ():
+    for path in draw(rows, out) if importlib.util.find_spec("matplotlib") else ():
         print(f"wrote {path}")
 
 

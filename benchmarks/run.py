@@ -36,7 +36,7 @@ from benchmarks.networks import Network
 from benchmarks.providers import FORMS, TOLERANCE, Form, Provider, Runner, Setting, find_form
 from snnlstm import path
 
-MOST_LOAD, MOST_DRIFT = 0.3, 0.1
+MOST_LOAD, MOST_DRIFT, MOST_ROUNDS = 0.3, 0.1, 400
 CLOCKS = {"processor": time.process_time, "wall": benchmark.timer}
 TABLES: dict[str, Any] = {**networks.TABLES, **cases.TABLES}
 
@@ -55,7 +55,7 @@ def compare(case: Any, dtype: str, expected: dict[str, Tensor], actual: dict[str
     """
     tolerance, of_gradients = TOLERANCE[dtype]
     layer, exact = isinstance(case, Case), tolerance < 1e-4
-    feeds_back = layer and (case.reset != "none" or case.quant_bits > 0)
+    feeds_back = layer and (case.reset != "none" or case.quant > 0)
     # max_pool may send the gradient to another of several nearly equal values.
     of_gradients = max(of_gradients, 5e-2 * feeds_back, 1e-2 * (layer and case.max_pool > 0))
     # A spike that rounding decides sets off others: one early spike moved a loss by 4e-4.
@@ -79,9 +79,7 @@ def time_interleaved(
     runners: Mapping[str, Runner],
     clock: Callable[[], float],
     seconds: float,
-    tick: Callable[[float], None] = lambda share: None,
-    fewest: int = 5,
-    most: int = 400,
+    tick: Callable[[float], None],
 ) -> dict[str, list[float]]:
     """Times runners against each other; returns the seconds of each round.
 
@@ -99,13 +97,13 @@ def time_interleaved(
             spent += timer.timeit(1) if spent < seconds / 2 else 0.0
     samples: dict[str, list[float]] = {name: [] for name in timers}
     order, names, begin = random.Random(0), list(timers), time.perf_counter()
-    for done in range(1, most + 1):
+    for done in range(1, MOST_ROUNDS + 1):
         order.shuffle(names)
         for name in names:
             samples[name].append(timers[name].timeit(1))
         spent = time.perf_counter() - begin
-        tick(min(1.0, spent / max(seconds, 1e-9), done / fewest))
-        if done >= fewest and spent >= seconds:
+        tick(min(1.0, spent / max(seconds, 1e-9), done / report.FEWEST_ROUNDS))
+        if done >= report.FEWEST_ROUNDS and spent >= seconds:
             break
     return samples
 
@@ -327,12 +325,10 @@ def parser() -> argparse.ArgumentParser:
         help="for one case in one mode, all providers together (default: 12; --quick: 1.5)")
     p.add_argument("--limit", type=float, default=math.inf, metavar="S",
         help="begin no case after S seconds")
-    p.add_argument("--without-core", action="store_true", help="time the reference path")
     p.add_argument("--busy-anyway", action="store_true",
         help="print ratios of several threads in any case")
     p.add_argument("--out", type=Path, metavar="DIR",
         help="for rows.csv, table.md and pictures (default: out/bench-DATE-TIME)")
-    p.add_argument("--no-plots", action="store_true")
     p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"),
         help="measure nothing: what changed from run A to run B (directories or rows.csv)")
     p.add_argument("--plot", type=Path, metavar="DIR",
@@ -380,10 +376,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if args.plot:
             out = args.plot if args.plot.is_dir() else args.plot.parent
-            report.write(report.read(args.plot), out, plots=True)
+            report.write(report.read(args.plot), out)
             return 0
-        if path.kernels is None and not args.without_core:
-            p.error("the core is not built: `pip install -e .` builds it, --without-core goes on")
+        if path.kernels is None:
+            p.error("the core is not built: `pip install -e .` builds it")
         suites = suites_from(args)
     except ValueError as error:
         p.error(str(error))
@@ -396,7 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         status = 130  # the shell's status of a program that SIGINT ended
     rows = pd.DataFrame([row for suite in suites for row in suite.rows])
-    report.write(rows, out, not args.no_plots)
+    report.write(rows, out)
     if busy := [case for suite in suites for case in suite.busy]:
         print(f"NO RATIOS, the machine was busy: {'; '.join(busy)}", file=sys.stderr)
         status = status or 3

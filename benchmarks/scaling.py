@@ -14,6 +14,7 @@ prints the measured time beside the predicted one. It needs a build for tests (a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import itertools
 import math
@@ -21,7 +22,7 @@ import os
 import statistics
 import time
 import timeit
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,19 +92,21 @@ def bytes_of(case: Case, mode: str) -> int:
     return 4 * case.steps * (state + x + (10 * state if mode == "training" else 0))
 
 
-def seconds(runner: Runner, repeats: int) -> float:
-    """Returns the shortest time of a call."""
-    setup, run = runner
-    return min(timeit.repeat(run, setup, number=1, repeat=repeats))
+@contextlib.contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Within the block torch and our plans have so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def noted(case: Case, mode: str, runner: Runner, threads: int, repeats: int) -> Call:
     """Returns the tasks of a call whose plan is for that many threads."""
-    setup, run = runner
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        runs, totals = [], []
+    (setup, run), runs, totals = runner, [], []
+    with on_threads(threads):
         for repeat in range(repeats + 1):
             setup()
             begin = time.thread_time()
@@ -111,8 +114,6 @@ def noted(case: Case, mode: str, runner: Runner, threads: int, repeats: int) -> 
             if repeat > 0:  # the first call makes the plan
                 runs.append(found)
                 totals.append(time.thread_time() - begin)
-    finally:
-        torch.set_num_threads(before)
     best = [min(entries, key=lambda e: e[2]) for entries in zip(*runs, strict=True)]
     phases = [
         Phase(group[0][1], [nanoseconds / 1e9 for _, _, nanoseconds in group])
@@ -120,20 +121,12 @@ def noted(case: Case, mode: str, runner: Runner, threads: int, repeats: int) -> 
         if (group := list(entries))
     ]
     # Each task reads the clock twice, and the list of entries takes time, too.
-    clock = clock_seconds()
+    clock = 2 * timeit.timeit(time.thread_time_ns, timer=time.thread_time, number=2000) / 2000
     spent = min(
         total - sum(e[2] for e in run) / 1e9 - len(run) * clock
         for run, total in zip(runs, totals, strict=True)
     )
     return Call(phases, max(spent, 0.0), bytes_of(case, mode))
-
-
-def clock_seconds() -> float:
-    """Returns what noting a task costs, but for what it notes."""
-    count, begin = 2000, time.thread_time()
-    for _ in range(count):
-        time.thread_time_ns()
-    return (time.thread_time() - begin) / count * 2
 
 
 def main(given: list[str] | None = None) -> None:
@@ -175,10 +168,9 @@ def main(given: list[str] | None = None) -> None:
                 f"phases, threads at most: {most})"
             )
             if args.check and threads <= (os.cpu_count() or 1):
-                before = torch.get_num_threads()
-                torch.set_num_threads(threads)
-                measured = seconds(runner, 4 * args.repeats)
-                torch.set_num_threads(before)
+                setup, run = runner
+                with on_threads(threads):
+                    measured = min(timeit.repeat(run, setup, number=1, repeat=4 * args.repeats))
                 errors.append(abs(found / measured - 1))
                 line += f", measured {measured * 1e3:.3f} ms"
             print(line, flush=True)

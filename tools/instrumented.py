@@ -58,6 +58,12 @@ TESTS = {
                  *(f"--ignore=tests/simt/test_{of}.py" for of in (
                      "compiles", "core_counters", "core_mutations"))],
 }  # fmt: skip
+REPORTS = (
+    "coverage combine -q --append",
+    "coverage report --show-missing --skip-covered",
+    # --merge-lines counts a line once for all instantiations. Inner loops run 2^32 times.
+    "gcovr --filter=csrc/ --merge-lines --gcov-suspicious-hits-threshold=0 build",
+)
 
 
 # ---- random calls --------------------------------------------------------------------------------
@@ -86,7 +92,7 @@ def build_driver(sanitizer: str, isa: str) -> Path:
     return program
 
 
-def random_calls(sanitizer: str, isa: str, cases: int, seed: int, under: str) -> int:
+def random_calls(sanitizer: str, isa: str, under: str) -> int:
     """Runs random calls; a finding gives a non-zero exit status and a report on stderr.
 
     `isa` may be "all" that this processor runs, as the installed core lists them. `under` is a
@@ -105,7 +111,7 @@ def random_calls(sanitizer: str, isa: str, cases: int, seed: int, under: str) ->
     for name in isas:
         print(f"{sanitizer}, {name}:", flush=True)
         program = build_driver(sanitizer, name)
-        command = [*shlex.split(under), str(program), str(cases), str(seed)]
+        command = [*shlex.split(under), str(program), "300"]
         if status := subprocess.run(command, env=os.environ | options).returncode:
             return status
     return 0
@@ -129,11 +135,8 @@ def tree(name: str) -> Path:
     return to
 
 
-def run_tests(name: str, tests: list[str], more: bool) -> int:
-    """Builds the core with an instrument, and runs tests; coverage is reported.
-
-    With `more` it is the coverage of earlier runs and this one together.
-    """
+def run_tests(name: str, tests: list[str]) -> int:
+    """Builds the core with an instrument, and runs tests; coverage is reported."""
     to = tree(name)
     arguments = f"-DCMAKE_CXX_FLAGS='{FLAGS[name]}' -DCMAKE_CXX_FLAGS_RELEASE="
     built = os.environ | {"CMAKE_ARGS": arguments, "SNNLSTM_CUDA": "off"}
@@ -144,7 +147,7 @@ def run_tests(name: str, tests: list[str], more: bool) -> int:
     environment |= {"PYTHONPATH": str(to), "COVERAGE_FILE": str(to / ".coverage")}
     python = [sys.executable, "-m"]
     if name == "coverage":
-        for old in () if more else [*to.glob("build/**/*.gcda"), *to.glob(".coverage*")]:
+        for old in [*to.glob("build/**/*.gcda"), *to.glob(".coverage*")]:
             old.unlink()
         python += ["coverage", "run", "-m"]
     else:
@@ -155,16 +158,7 @@ def run_tests(name: str, tests: list[str], more: bool) -> int:
     paths = [f"tests/{of}" if (ROOT / "tests" / of).exists() else of for of in tests]
     command = [*python, "pytest", "-q", "-p", "no:cacheprovider", *paths]
     failed = subprocess.run(command, cwd=to, env=environment, check=False).returncode
-    for report in (
-        (
-            "coverage combine -q --append",
-            "coverage report --show-missing --skip-covered",
-            # --merge-lines counts a line once for all instantiations. Inner loops run 2^32 times.
-            "gcovr --filter=csrc/ --merge-lines --gcov-suspicious-hits-threshold=0 build",
-        )
-        if name == "coverage"
-        else ()
-    ):
+    for report in REPORTS if name == "coverage" else ():
         command = [sys.executable, "-m", *report.split()]
         subprocess.run(command, cwd=to, env=environment, check=True)
     return failed
@@ -180,16 +174,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("instrument", choices=[*SANITIZERS, *TESTS])
     parser.add_argument("--isa", choices=[*ISAS, "all"], default="all")
-    parser.add_argument("--cases", type=int, default=300, help="random calls")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--under", default="", help="command that runs the program")
-    parser.add_argument("--more", action="store_true", help="coverage: add to earlier runs")
     parser.add_argument("rest", nargs="*", metavar="-- ...", help="for pytest")
     chosen = parser.parse_args()
     name = chosen.instrument
     if name in TESTS:
-        return run_tests(name, chosen.rest or TESTS[name], chosen.more)
-    return random_calls(name, chosen.isa, chosen.cases, chosen.seed, chosen.under)
+        return run_tests(name, chosen.rest or TESTS[name])
+    return random_calls(name, chosen.isa, chosen.under)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,9 @@ LINES = {
 Result = dict[str, Any]  # of training.run
 
 EPOCHS = 12
-REACHED = {
-    "snntorch": (0.944, 0.953, 0.964, 0.972),
-    "snnlstm": (0.936, 0.939, 0.942, 0.958, 0.964, 0.972, 0.975, 0.981),
-}
-"""Test accuracies of either cell after so many epochs, with other seeds and on other processors."""
+REACHED = 0.936, 0.981
+"""The lowest and the highest test accuracy after so many epochs, of twelve trainings with other
+seeds and on other processors. snnTorch's cell reached 94.4 % to 97.2 %."""
 
 
 def train(network: str, args: argparse.Namespace) -> Result:
@@ -90,10 +88,10 @@ def table(reference: Result, ours: Result) -> str:
 
 def spread(*accuracies: float) -> str:
     """Returns by how much seeds alone move the accuracy, beside what two trainings reached."""
-    known = [accuracy for of_cell in REACHED.values() for accuracy in of_cell]
-    inside = all(min(known) <= accuracy <= max(known) for accuracy in accuracies)
+    low, high = REACHED
+    inside = all(low <= accuracy <= high for accuracy in accuracies)
     return (
-        f"With other seeds and processors both cells reached {min(known):.1%} to {max(known):.1%}: "
+        f"With other seeds and processors both cells reached {low:.1%} to {high:.1%}: "
         f"both accuracies lie {'within' if inside else 'NOT within'} that range."
     )
 
