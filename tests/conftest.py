@@ -15,6 +15,7 @@ import pytest
 import snntorch
 import torch
 
+import snnlstm.entry
 import snnlstm.path
 from tests.shared.cpu_kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
 
@@ -61,7 +62,8 @@ class Backend:
         """Within the block, cells on the device run this implementation."""
         if self.name == "reference":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(snnlstm.path, "kernels", None)
+                for module in (snnlstm.path, snnlstm.entry):
+                    patch.setattr(module, "kernels", None)
                 yield
         elif self.name == "simt":
             from tests.simt.backend import (

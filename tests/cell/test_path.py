@@ -310,7 +310,8 @@ def test_reasons_that_come_and_go(reason):
 
 
 def without_the_core(monkeypatch):
-    monkeypatch.setattr(snnlstm.path, "kernels", None)
+    for module in (snnlstm.path, snnlstm.entry):
+        monkeypatch.setattr(module, "kernels", None)
 
 
 def on_an_old_gpu(monkeypatch):
