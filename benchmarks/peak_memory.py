@@ -59,6 +59,21 @@ def _status(field: str) -> int:
     raise Unsupported(f"/proc/self/status has no {field}")
 
 
+def watching(device: str) -> Callable[[], tuple[int, int]]:
+    """Returns a function that tells the peak of memory since this call, in bytes.
+
+    The function returns the whole peak, and the peak less the memory in use at this call. On the
+    CPU the memory is the process's, on CUDA that of torch's allocator.
+    """
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before, read = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+    else:
+        before, read = watch(), high_water
+    return lambda: (read(), max(0, read() - before))
+
+
 def measure(prepare: Callable[..., Any], *arguments: Any, device: str = "cpu") -> float | str:
     """Returns the peak of a run beyond what was there before, in MiB, or why it is missing.
 
@@ -68,23 +83,22 @@ def measure(prepare: Callable[..., Any], *arguments: Any, device: str = "cpu") -
     """
     threads = torch.get_num_threads()
     if device == "cuda":
-        return _peak(prepare, arguments, threads, _on_cuda)
+        return _peak(prepare, arguments, threads, device)
     with (
         mock.patch.dict(os.environ, GIVE_BACK),
         ProcessPoolExecutor(1, get_context("spawn")) as process,
     ):
         try:
-            return process.submit(_peak, prepare, arguments, threads, _of_process).result()
+            return process.submit(_peak, prepare, arguments, threads, device).result()
         except BrokenProcessPool:
             return "the process was killed, most likely because memory ran out"
 
 
 def _peak(
-    prepare: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    threads: int,
-    peak: Callable[..., float],
+    prepare: Callable[..., Any], arguments: tuple[Any, ...], threads: int, device: str
 ) -> float | str:
+    import snnlstm
+
     torch.set_num_threads(threads)
     try:
         # The small run is another cell's, and makes nothing that belongs to the measured cell,
@@ -93,31 +107,13 @@ def _peak(
             function()
         setup, run = prepare(*arguments, False)
         setup()
-        return peak(run)
+        snnlstm.empty_cache()  # blocks of the small run would be used again, and not be counted
+        peaks = watching(device)
+        kept = run()
+        _, beyond = peaks()
+        del kept
+        return beyond / MIB
     except Unsupported as error:
         return str(error)
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises RuntimeError
         return f"failed: {str(error).splitlines()[0]}"
-
-
-def _of_process(run: Callable[[], Any]) -> float:
-    import snnlstm
-
-    snnlstm.empty_cache()  # blocks of the small run would be used again, and not be counted
-    before = watch()
-    kept = run()
-    peak = high_water()
-    del kept
-    return max(0, peak - before) / MIB
-
-
-def _on_cuda(run: Callable[[], Any]) -> float:
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    kept = run()
-    torch.cuda.synchronize()
-    del kept
-    return (torch.cuda.max_memory_allocated() - before) / MIB

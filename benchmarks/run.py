@@ -39,6 +39,7 @@ from snnlstm import path
 MOST_LOAD, MOST_DRIFT, MOST_ROUNDS = 0.3, 0.1, 400
 CLOCKS = {"processor": time.process_time, "wall": benchmark.timer}
 TABLES: dict[str, Any] = {**networks.TABLES, **cases.TABLES}
+CASES = {name: case for table in TABLES.values() for name, case in table.items()}
 
 
 class Disagreement(AssertionError):
@@ -76,15 +77,12 @@ def compare(case: Any, dtype: str, expected: dict[str, Tensor], actual: dict[str
 
 
 def time_interleaved(
-    runners: Mapping[str, Runner],
-    clock: Callable[[], float],
-    seconds: float,
-    tick: Callable[[float], None],
+    runners: Mapping[str, Runner], clock: Callable[[], float], seconds: float
 ) -> dict[str, list[float]]:
     """Times runners against each other; returns the seconds of each round.
 
     Every provider runs up to four times before: torch.compile needs three to settle, caches and
-    pages one. tick is called after every round with the share of the work (0..1) that is done.
+    pages one.
     """
     timers = {
         # Freeing is not timed: in a network the next layer still holds the result.
@@ -101,9 +99,7 @@ def time_interleaved(
         order.shuffle(names)
         for name in names:
             samples[name].append(timers[name].timeit(1))
-        spent = time.perf_counter() - begin
-        tick(min(1.0, spent / max(seconds, 1e-9), done / report.FEWEST_ROUNDS))
-        if done >= report.FEWEST_ROUNDS and spent >= seconds:
+        if done >= report.FEWEST_ROUNDS and time.perf_counter() - begin >= seconds:
             break
     return samples
 
@@ -115,11 +111,11 @@ def find_case(name: str) -> Case | Network:
     """Returns a built-in layer or network, or the network of "file.py:function"."""
     if ":" in name or name.endswith(".py"):
         return networks.from_file(name)
-    for table in TABLES.values():
-        if name in table:
-            return table[name]
-    known = ", ".join([*TABLES, *(case for table in TABLES.values() for case in table)])
-    raise ValueError(f"--shapes: no shape is called {name!r}; known: {known}")
+    if name in CASES:
+        return CASES[name]
+    raise ValueError(
+        f"--shapes: no shape is called {name!r}; known: {', '.join([*TABLES, *CASES])}"
+    )
 
 
 def prepared(case: Case | str, name: str, setting: Setting, mode: str, small: bool) -> Runner:
@@ -168,16 +164,17 @@ class Suite:
         self.peak = machine.peak(self.setting)
         total = len(self.cases) * len(self.modes)
         # With disable=None there is no bar without a terminal.
-        with tqdm(total=total, disable=None, leave=False, dynamic_ncols=True) as self.bar:
+        with tqdm(total=total, disable=None, leave=False, dynamic_ncols=True) as bar:
             for name, case in self.cases.items():
                 if time.monotonic() > self.deadline:
                     tqdm.write(f"No time left for {name} and later ({self.setting.dtype}).\n")
                     break
-                self.bar.set_description_str(f"{name}: checking")
+                bar.set_description_str(f"{name}: checking")
                 built = self.checked(name, case)
                 for mode in self.modes:
-                    self.bar.set_description_str(f"{name}, {mode}")
+                    bar.set_description_str(f"{name}, {mode}")
                     self.measure(name, case, mode, built)
+                    bar.update()
 
     def forms(self, case: Any) -> dict[str, Form]:
         """Returns the providers of a case, with the baseline first."""
@@ -214,8 +211,7 @@ class Suite:
 
     def measure(self, name: str, case: Any, mode: str, built: dict[str, Any]) -> None:
         """Times one case in one mode."""
-        load, begin = machine.Load(), self.bar.n
-        runners = {}
+        load, runners = machine.Load(), {}
         for provider, one in built.items():
             try:
                 setup, run = one.prepare(mode)
@@ -225,11 +221,7 @@ class Suite:
             except (MemoryError, RuntimeError) as error:
                 self.skip(provider, name, error)
 
-        def tick(share: float) -> None:
-            self.bar.n = begin + share
-            self.bar.refresh()
-
-        samples = time_interleaved(runners, CLOCKS[self.clock], self.seconds, tick)
+        samples = time_interleaved(runners, CLOCKS[self.clock], self.seconds)
         before, self.peak = self.peak, machine.peak(self.setting)
         beside, drift = load.beside(), abs(self.peak / before - 1)
         quiet = self.clock == "processor" or (beside <= MOST_LOAD and drift <= MOST_DRIFT)
@@ -255,7 +247,6 @@ class Suite:
                 peak = peak_memory.measure(*job, device=self.setting.device)
                 row["note" if isinstance(peak, str) else "mib"] = peak
             rows.append(row)
-        tick(1.0)
         self.rows += rows
         if rows:
             tqdm.write(report.block(pd.DataFrame(rows)))
@@ -273,7 +264,7 @@ EPILOG = f"""\
 tables: {", ".join(TABLES)}
 
 networks, and layers as T N Cin Cout H W k:
-{chr(10).join(f"  {n:<13} {c.title}" for table in TABLES.values() for n, c in table.items())}
+{chr(10).join(f"  {name:<13} {case.title}" for name, case in CASES.items())}
 
 providers:
 {chr(10).join(f"  {name:<22} {form.title}" for name, form in FORMS.items())}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import networkx as nx  # torch wants it, too
@@ -70,36 +70,27 @@ def parse(code: list[tuple[int, str, str, str]]) -> list[Instruction]:
     return found
 
 
-@dataclass
-class Block:
-    """Instructions that run one after the other."""
-
-    code: list[Instruction]
-    following: list[int] = field(default_factory=list)  # numbers of blocks
-
-
-def blocks_of(code: list[Instruction]) -> list[Block]:
+def blocks_of(code: list[Instruction]) -> tuple[list[list[Instruction]], nx.DiGraph]:
+    """The blocks, whose instructions run one after the other, and which block follows which."""
     starts = {code[0].address} | {i.target for i in code if i.target is not None}
-    blocks: list[Block] = []
+    blocks: list[list[Instruction]] = []
     for i, before in zip(code, [None, *code], strict=False):
         if i.address in starts or (before and (before.target is not None or before.ends)):
-            blocks.append(Block([]))
-        blocks[-1].code.append(i)
-    number = {b.code[0].address: k for k, b in enumerate(blocks)}
-    for k, b in enumerate(blocks):
-        last = b.code[-1]
+            blocks.append([])
+        blocks[-1].append(i)
+    number, graph = {b[0].address: k for k, b in enumerate(blocks)}, nx.DiGraph()
+    graph.add_nodes_from(range(len(blocks)))
+    for k, (*_, last) in enumerate(blocks):
         if last.target in number:
-            b.following.append(number[last.target])
+            graph.add_edge(k, number[last.target])
         if not last.ends and k + 1 < len(blocks):
-            b.following.append(k + 1)
-    return blocks
+            graph.add_edge(k, k + 1)
+    return blocks, graph
 
 
 def loops(code: list[Instruction]) -> list[Loop]:
     """The innermost loops with HMMA."""
-    blocks = blocks_of(code)
-    graph = nx.DiGraph((k, f) for k, b in enumerate(blocks) for f in b.following)
-    graph.add_node(0)
+    blocks, graph = blocks_of(code)
     graph = graph.subgraph({0} | nx.descendants(graph, 0))
     above = nx.immediate_dominators(graph, 0)
 
@@ -114,7 +105,7 @@ def loops(code: list[Instruction]) -> list[Loop]:
         within = graph.subgraph(set(graph) - {header})
         body = {n} | nx.ancestors(within, n) if n != header else set()
         bodies.setdefault(header, {header}).update(body)
-    hmma = {n for n in graph if any(i.is_hmma for i in blocks[n].code)}
+    hmma = {n for n in graph if any(i.is_hmma for i in blocks[n])}
     hot = {header: body for header, body in bodies.items() if body & hmma}
     found = []
     for header, body in sorted(hot.items()):
@@ -125,11 +116,11 @@ def loops(code: list[Instruction]) -> list[Loop]:
         once = nx.DiGraph(e for e in graph.subgraph(body).edges if e not in back)
         once.add_edges_from((n, "end") for n, h in back if h == header)
         for n, _, edge in once.edges(data=True):
-            edge["cost"] = sum(1 - 10**6 * i.is_hmma for i in blocks[n].code)
+            edge["cost"] = sum(1 - 10**6 * i.is_hmma for i in blocks[n])
         *way, _ = nx.bellman_ford_path(once, header, "end", weight="cost")
-        issued = [i for n in way for i in blocks[n].code]
+        issued = [i for n in way for i in blocks[n]]
         names = Counter(i.name for i in issued)
-        everything = [i for n in sorted(body) for i in blocks[n].code]
+        everything = [i for n in sorted(body) for i in blocks[n]]
         found.append(Loop(everything, names, sum(i.is_hmma for i in issued)))
     return found
 

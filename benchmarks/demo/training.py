@@ -233,7 +233,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, RATE, total_steps=epochs * batches, pct_start=0.1, div_factor=5
     )
-    peaks = watch_memory(args.device)
+    peaks = peak_memory.watching(args.device) if peak_memory else lambda: (0, 0)
     seconds, losses, said = [], [], time.monotonic()
     with tqdm(desc=args.network, total=epochs * batches, unit="batch", disable=None) as bar:
         for epoch in range(epochs):
@@ -289,22 +289,6 @@ def digest(model: nn.Module) -> str:
         found.update(name.encode())
         found.update(parameter.detach().cpu().numpy().tobytes())
     return found.hexdigest()
-
-
-def watch_memory(device: str) -> Callable[[], tuple[int, int]]:
-    """Returns a function that tells the peak of memory since this call, in bytes.
-
-    The function returns the whole peak, and the peak less the memory in use at this call. On the
-    CPU the memory is the process's, on CUDA that of torch's allocator.
-    """
-    if peak_memory is None:
-        return lambda: (0, 0)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before, read = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
-    else:
-        before, read = peak_memory.watch(), peak_memory.high_water
-    return lambda: (read(), max(0, read() - before))
 
 
 def whole(least: int) -> Callable[[str], int]:

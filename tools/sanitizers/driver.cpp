@@ -255,23 +255,26 @@ void run(Cell c, const cpu::Kernels& kernels) {
   const int64_t padded = kernels.padded_channels(c), rows = c.T * c.N * Ho * Wo * padded;
   Bytes gates(4 * rows * item), saved_syn(rows * item), winner(c.T * c.N * 8),
       places(c.T * c.N * c.Hp() * c.Wp() * padded * c.place_bytes());
-  {
-    const Bytes direct = pack(Form::forward, false);
-    const Bytes of_mem = pack(Form::forward_mem_tiles, false);
-    const Bytes of_x = pack(Form::forward_x_tiles, false);
-    const Bytes workspace(kernels.forward_workspace(c, threads));
-    ForwardArgs a;
+  // Sets what both passes take. The packed weights are those of direct, mem's tiles and x's tiles.
+  const auto give = [&](auto& a, const Bytes(&packed)[3], const Bytes& workspace) {
     a.cell = c, a.threads = threads, a.record = record;
     a.x = x.view(), a.syn0 = syn0.view(), a.mem0 = mem0.view();
-    a.weight = direct.get(), a.weight_mem = of_mem.get(), a.weight_x = of_x.get();
-    a.bias = has_bias ? bias.get() : nullptr;
+    a.weight = packed[0].get(), a.weight_mem = packed[1].get(), a.weight_x = packed[2].get();
     a.threshold = threshold.get(), a.threshold_stride = per_channel;
     a.graded_factor = &graded, a.levels = levels.get();
-    a.spk = spk.view(), a.syn = syn.view(), a.mem = mem.view();
-    if (training) a.saved_gates = gates.get(), a.saved_syn = saved_syn.get();
-    if (training && c.inhibition) a.winner = winner.as<int64_t>();
-    if (training) a.places = places.get();
     a.workspace = workspace.get();
+    if (!training) return;
+    a.saved_gates = gates.get(), a.saved_syn = saved_syn.get(), a.places = places.get();
+    if (c.inhibition) a.winner = winner.as<int64_t>();
+  };
+  {
+    const Bytes packed[] = {pack(Form::forward, false), pack(Form::forward_mem_tiles, false),
+                            pack(Form::forward_x_tiles, false)};
+    const Bytes workspace(kernels.forward_workspace(c, threads));
+    ForwardArgs a;
+    give(a, packed, workspace);
+    a.bias = has_bias ? bias.get() : nullptr;
+    a.spk = spk.view(), a.syn = syn.view(), a.mem = mem.view();
     kernels.forward(a);
   }
   spk.check("spk"), syn.check("syn"), mem.check("mem");
@@ -288,19 +291,11 @@ void run(Cell c, const cpu::Kernels& kernels) {
       grad_threshold(c.C * item);
   const auto wanted = [&] { return between(0, 4) > 0; };
   const bool want_x = wanted(), want_syn = wanted(), want_mem = wanted(), want_weight = wanted();
-  const Bytes direct = pack(Form::backward, want_x);
-  const Bytes of_mem = pack(Form::backward_mem_tiles, want_x);
-  const Bytes of_x = pack(Form::backward_x_tiles, want_x);
+  const Bytes packed[] = {pack(Form::backward, want_x), pack(Form::backward_mem_tiles, want_x),
+                          pack(Form::backward_x_tiles, want_x)};
   const Bytes workspace(kernels.backward_workspace(c, threads, true));
   BackwardArgs a;
-  a.cell = c, a.threads = threads, a.record = record;
-  a.x = x.view(), a.syn0 = syn0.view(), a.mem0 = mem0.view();
-  a.weight = direct.get(), a.weight_mem = of_mem.get(), a.weight_x = of_x.get();
-  a.threshold = threshold.get(), a.threshold_stride = per_channel;
-  a.graded_factor = &graded, a.levels = levels.get();
-  a.saved_gates = gates.get(), a.saved_syn = saved_syn.get();
-  if (c.inhibition) a.winner = winner.as<int64_t>();
-  a.places = places.get();
+  give(a, packed, workspace);
   if (c.surrogate == Surrogate::stochastic) a.noise = noise.view();
   if (wanted()) a.grad_spk = grad_spk.view();
   if (wanted()) a.grad_syn = grad_syn.view();
@@ -310,7 +305,6 @@ void run(Cell c, const cpu::Kernels& kernels) {
   if (want_mem) a.grad_mem0 = grad_mem0.view();
   if (want_weight) a.grad_weight = grad_weight.get();
   a.grad_bias = grad_bias.get(), a.grad_threshold = grad_threshold.get();
-  a.workspace = workspace.get();
   kernels.backward(a);
   if (want_x) grad_x.check("grad_x");
   if (want_syn) grad_syn0.check("grad_syn0");
