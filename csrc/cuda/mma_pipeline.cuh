@@ -172,21 +172,20 @@ class MmaPipeline {
   // Begins to copy the next stage. A thread that carries lays down the stage that it has, and takes
   // the next.
   SNNLSTM_DEVICE void copy_stage() {
-    if constexpr (kCarries<Element>) {
-      if (copied_ > 0) lay_down();
-    }
     const int from = copied_ * p_.stage_units;
     const int bytes = min(p_.stage_units, p_.units - from) * p_.unit_bytes;
     unsigned char* to = stages_ + copied_ % mma_gemm::kStages * p_.stage_bytes();
     const unsigned char* source = weight_ + int64_t(from) * p_.unit_bytes;
     if constexpr (kCarries<Element>) {
+      if (copied_ > 0) lay_down();
       carried_to_ = to, carried_bytes_ = bytes;
       unrolled<mma_gemm::kCarried>([&](int k) {
         if (piece(k) < bytes) carried_[k] = load<uint4>(source + piece(k));
       });
     } else {
-      for (int i = int(threadIdx.x) * 16; i < bytes; i += int(blockDim.x) * 16)
-        cp_async(to + i, source + i);
+      const int step = 16 * int(blockDim.x);
+      to += piece(0), source += piece(0);
+      for (int i = piece(0); i < bytes; i += step, to += step, source += step) cp_async(to, source);
     }
     ++copied_;
   }

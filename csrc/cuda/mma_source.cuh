@@ -105,6 +105,7 @@ class MmaSource {
     chunk_ = chunk, last_ = chunk + Chunks - 1, buffer_ = buffer, pitch_ = pitch;
     in_flight_.target = -1;
     next_item_ = int(threadIdx.x), items_ = 0;
+    top_ = origin_h(seg.s), left_ = origin_w(seg.s);
     if (kCarries<Element> || (AnyFeed && seg.feed != Feed::async)) {
       if (AnyFeed && seg.feed == Feed::patches) return;
       items_ = items(seg, chunk);
@@ -194,7 +195,7 @@ class MmaSource {
       const int part = number & (lanes - 1);
       unsigned row = unsigned(number) >> (seg.steps(chunk) + kPerGroup / 8);
       const int col = int(seg.by_halo_w.split(row));
-      const int y = origin_h(s) + int(row), x = origin_w(s) + col;
+      const int y = top_ + int(row), x = left_ + col;
       const int c = chunk * kPerChunk + part * 4;
       if (int(row) >= seg.halo_h || !inside(y, s.height) || !inside(x, s.width)) return;
       item.target = mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) +
@@ -203,15 +204,14 @@ class MmaSource {
       if (c < s.channels) read_vector<float>(image, s.src.type, offset(s.src, c, y, x), v);
       unrolled<4>([&](int e) { item.value[e] = v[e]; });
     } else {
-      const int top = origin_h(s), left = origin_w(s);
       const int run = int(seg.by_run.split(rest)), group = int(rest);
       const int mask = seg.align - 1;
-      const int skew = seg.whole_rows ? (top * s.width) & mask : 0;
-      const int begin = seg.whole_rows ? 0 : left & ~mask;
+      const int skew = seg.whole_rows ? (top_ * s.width) & mask : 0;
+      const int begin = seg.whole_rows ? 0 : left_ & ~mask;
       if (run < skew || group >= groups(seg, chunk)) return;
       unsigned row = unsigned(run - skew);
-      const int x = begin + int(seg.by_col.split(row)), y = top + int(row);
-      const int col = x - left;
+      const int x = begin + int(seg.by_col.split(row)), y = top_ + int(row);
+      const int col = x - left_;
       if (int(row) >= seg.halo_h || !inside(col, seg.halo_w) || !inside(y, s.height) ||
           !inside(x, s.width))
         return;
@@ -299,7 +299,7 @@ class MmaSource {
     const int group = number & (groups(seg, chunk) - 1);
     unsigned row = unsigned(number) >> seg.steps(chunk);
     const int col = int(seg.by_halo_w.split(row));
-    const int y = origin_h(s) + int(row), x = origin_w(s) + col;
+    const int y = top_ + int(row), x = left_ + col;
     const int c = chunk * kPerChunk + group * kPerGroup;
     const bool real = inside(y, s.height) && inside(x, s.width) && c < s.channels;
     const int shift = fault(Fault::wrong_source_halo) && x + 1 < s.width ? 1 : 0;
@@ -311,11 +311,10 @@ class MmaSource {
   SNNLSTM_DEVICE void fill_border(const MmaSegment& seg, unsigned char* buffer) const {
     if (fault(Fault::no_border_zeros)) return;
     const Segment& s = seg.s;
-    const int top = origin_h(s), left = origin_w(s);
     for (int i = int(threadIdx.x); i < seg.halo_h * seg.halo_w; i += int(blockDim.x)) {
       unsigned row = unsigned(i);
       const int col = int(seg.by_halo_w.split(row));
-      const int y = top + int(row), x = left + col;
+      const int y = top_ + int(row), x = left_ + col;
       if (inside(y, s.height) && inside(x, s.width)) continue;
       unsigned char* to = buffer + mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col);
       unrolled<mma_tile::kGroups>([&](int g) { store(to + 16 * g, make_uint4(0, 0, 0, 0)); });
@@ -326,6 +325,7 @@ class MmaSource {
   const Tiling& tiling_;
   BlockPlace at_;
   int chunk_ = 0, last_ = 0, next_item_ = 0, items_ = 0, pitch_ = 0;  // of what is under way
+  int top_ = 0, left_ = 0;  // the first pixel of its neighbourhood, in the source
   unsigned char* buffer_ = nullptr;
   Item in_flight_;
 };
