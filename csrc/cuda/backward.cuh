@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     const BackwardTile<float, plain, KnownStates<Element, plain>, KnownGates<Element>> tile(
         p.neuron, p.tiling, block, block.column * channels, channels,
         reinterpret_cast<float*>(shared + p.vectors));
-    if (tile.is_finished()) return wait_for_launch_before();
+    if (tile.is_padded()) return wait_for_launch_before();
     tile.load_vectors();
     const ParkedSums sums = sums_of<Element, false>(p.tiles, p.conv, shared, p.tiling, block);
     const MemTile<float> mem_tile{reinterpret_cast<float*>(shared + p.mem_tile), p.mem_pitch};
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
   if constexpr (arch::has_mma<Element>) {
     unsigned index = blockIdx.x;
     const DataGradientMma& p = job_of(jobs.job, unsigned(jobs.job[0].blocks), index);
-    if (is_finished(p.lengths, block_of(p.tiling, index))) return;
+    if (is_padded(p.lengths, block_of(p.tiling, index))) return;
     auto* shared = &shared_memory<unsigned char>();
     const ParkedSums sums =
         sums_of<Element, true>(p.tiles, p.conv, shared, p.tiling, block_of(p.tiling, index));
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
   const int c0 = block.column * T::kColumns;
   const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, T::kColumns, shared.gemm.vectors);
-  if (tile.is_finished()) return wait_for_launch_before();
+  if (tile.is_padded()) return wait_for_launch_before();
   tile.load_vectors();
   fma::Gemm<R, T> gemm(shared.gemm, p.tiling, block);
   R acc[4][2][4] = {};
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
 template <class R, class T>
 SNNLSTM_DEVICE void data_gradient_fma_of(const DataGradientFma& job, unsigned index) {
   const BlockPlace block = block_of(job.tiling, index);
-  if (is_finished(job.lengths, block)) return;
+  if (is_padded(job.lengths, block)) return;
   fma::Gemm<R, T> gemm(shared_memory<fma::GemmShared<R, T>>(), job.tiling, block);
   R acc[4][2][4] = {};
   gemm.add(job.d_gates, acc);

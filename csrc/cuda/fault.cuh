@@ -42,7 +42,7 @@ enum class Fault : int {
   wrong_tail_mask,
   wrong_row_stride,
   wrong_tap_stride,
-  // Something is left out, or changes places.
+  // Something is skipped, or changes places.
   no_border_zeros,
   no_reset,
   swapped_gates,

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kFireThreads) fire_windows(const __grid_consta
   const int blocks = blocks_of_sample(f, kFireThreads);
   const int n = int(blockIdx.x) / blocks;
   const int i = int(blockIdx.x) % blocks * kFireThreads + int(threadIdx.x);
-  if (i >= neurons_of_sample(f) || f.is_finished(n)) return;
+  if (i >= neurons_of_sample(f) || f.is_padded(n)) return;
   const PooledIndex at(f, i);
   write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, at.c, at.y, at.x),
         spike_of(f, thresholded_mem<R>(p, n, at), threshold_of<R>(f, at.c)));
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_cons
   auto& shared = shared_memory<WinnerShared<R>>();
   const Fire& f = p.fire;
   const int n = int(blockIdx.x), warp = int(threadIdx.x) / 32, warps = kFireThreads / 32;
-  if (f.is_finished(n)) return;
+  if (f.is_padded(n)) return;
   void* spk = image_of(f.spk, 0, n);
   const auto higher = [](R a, R b) { return b > a || b != b ? b : a; };
   R highest = -R(INFINITY);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kSpreadThreads)
   const int i = int(blockIdx.x) % blocks * kSpreadThreads + int(threadIdx.x);
   if (i >= neurons_of_sample(f)) return;
   const BlockPlace block{0, int(blockIdx.x) / blocks, 0, 0, 0, 0};
-  if (f.is_finished(block.n)) return;
+  if (f.is_padded(block.n)) return;
   const int c = i % f.C, x = i / f.C % f.Wp, y = i / f.C / f.Wp;
   const Tiling tiling;
   const BackwardTile<R> tile(p, tiling, block, 0, 1, nullptr);

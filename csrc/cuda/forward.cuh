@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
     constexpr int kTiles = 4 * Tiles, kHeld = 2 * Tiles, kChannels = 8 * Tiles;
     auto* shared = &shared_memory<unsigned char>();
     // The place is computed twice: one that is kept from here on makes ptxas spill on sm_90.
-    if (!plain && p.neuron.fire.is_finished(block_of(p.tiling, blockIdx.x).n))
+    if (!plain && p.neuron.fire.is_padded(block_of(p.tiling, blockIdx.x).n))
       return wait_for_launch_before();
     const BlockPlace block = block_of(p.tiling, blockIdx.x);
     const int channels = p.conv.warp_columns * kChannels;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
                 "the mem tile takes the place of A");
   auto& shared = shared_memory<fma::GemmShared<R, T>>();
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
-  if (p.neuron.fire.is_finished(block.n)) return wait_for_launch_before();
+  if (p.neuron.fire.is_padded(block.n)) return wait_for_launch_before();
   const ForwardTile<R> tile(p.neuron, p.tiling, block, block.column * kChannels, kChannels,
                             shared.vectors);
   tile.load_vectors();

@@ -251,7 +251,7 @@ class MmaGemm {
     });
   }
 
-  // a b = a_high b_high + a_high b_low + a_low b_high; a_low b_low, 2^-22 of it, is left out. b:
+  // a b = a_high b_high + a_high b_low + a_low b_high; a_low b_low, 2^-22 of it, is skipped. b:
   // for each pair the high parts, then the low ones.
   SNNLSTM_DEVICE static void multiply_in_parts(uint32_t (&a)[2][4], SharedPlace b,
                                                Accumulators& acc) {

@@ -78,12 +78,12 @@ class BackwardTile {
       vectors_[i] = threshold_of<R>(p_.fire, c0_ + i);
   }
 
-  // Says whether the block's step lies behind its sample's last one. Then the gradients are left
-  // out, but a launch that sets the threshold's sums sets them to 0.
-  SNNLSTM_DEVICE bool is_finished() const {
-    const bool finished = !plain && p_.fire.is_finished(block_.n);
-    if (finished && p_.first_sums) write_sums(nullptr, 0);
-    return finished;
+  // Says whether the block's step lies behind its sample's last one. Then the gradients are
+  // skipped, but a launch that sets the threshold's sums sets them to 0.
+  SNNLSTM_DEVICE bool is_padded() const {
+    const bool padded = !plain && p_.fire.is_padded(block_.n);
+    if (padded && p_.first_sums) write_sums(nullptr, 0);
+    return padded;
   }
 
   SNNLSTM_DEVICE bool spikes() const {

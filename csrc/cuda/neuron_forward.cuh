@@ -28,7 +28,7 @@ struct Fire {
   int step = 0;                      // number of the step
 
   // Says whether the step lies behind sample n's last one, and whether it is the last one itself.
-  SNNLSTM_DEVICE bool is_finished(int n) const {
+  SNNLSTM_DEVICE bool is_padded(int n) const {
     return lengths != nullptr && int(lengths[n]) <= step;
   }
   SNNLSTM_DEVICE bool is_last(int n) const {

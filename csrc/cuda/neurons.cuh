@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(neurons::kThreads, neurons::kBlocks<R>)
   auto& shared = shared_memory<neurons::PatchShared<R>>();
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
   const int c0 = block.column * neurons::kChannels;
-  if (p.neuron.fire.is_finished(block.n)) return;
+  if (p.neuron.fire.is_padded(block.n)) return;
   const ForwardTile<R> tile(p.neuron, p.tiling, block, c0, neurons::kChannels, shared.vectors);
   const MemTile<R> mem_tile{shared.mem, neurons::kMemPitch};
   tile.load_vectors();
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(neurons::kThreads, neurons::kBlocks<R>)
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
   const int c0 = block.column * neurons::kChannels;
   const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, neurons::kChannels, shared.vectors);
-  if (tile.is_finished()) return;
+  if (tile.is_padded()) return;
   const MemTile<R> mem_tile{shared.mem, neurons::kMemPitch};
   tile.load_vectors();
   __syncthreads();

@@ -88,7 +88,7 @@ SNNLSTM_DEVICE BlockPlace block_of(const Tiling& tiling, unsigned index) {
 }
 
 // Says whether the block's step lies behind its sample's last one. lengths: (N,), or null.
-SNNLSTM_DEVICE bool is_finished(const int64_t* lengths, const BlockPlace& b) {
+SNNLSTM_DEVICE bool is_padded(const int64_t* lengths, const BlockPlace& b) {
   return lengths != nullptr && lengths[b.n] <= b.t;
 }
 

@@ -148,10 +148,10 @@ class WeightGemm {
   // 64 * tap_groups threads.
   static constexpr int kPieces = kCarries<Element> ? 4 : 1;
 
-  // Returns the first of the split's tiles from i on whose sample is not finished; or end or more.
+  // Returns the first of the split's tiles from i on whose sample is not padded; or end or more.
   SNNLSTM_DEVICE int running_tile(int i, int end) const {
     if (p_.grad.lengths != nullptr)
-      while (i < end && is_finished(p_.grad.lengths, block_of(p_.grad.tiling, unsigned(i))))
+      while (i < end && is_padded(p_.grad.lengths, block_of(p_.grad.tiling, unsigned(i))))
         i += p_.splits;
     return i;
   }
