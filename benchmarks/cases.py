@@ -209,8 +209,8 @@ CPU_CASES = _named(
 
 # Users have such layers for spectrograms, EEG (channels by time, or one column), events, images.
 USERS_CASES = _named(
-    Case("spectrum", 4, 8, 1, 16, 129, 33, kernel=(9, 9)),
-    Case("electrodes", 4, 8, 1, 16, 19, 125, kernel=(19, 3)),
+    Case("spectrum1", 4, 8, 1, 16, 129, 33, kernel=(9, 9)),
+    Case("electrodes1", 4, 8, 1, 16, 19, 125, kernel=(19, 3)),
     Case("column-3x1", 8, 16, 1, 4, 129, 33, kernel=(3, 1)),
     Case("k5-first", 8, 16, 1, 16, 28, 28, kernel=(5, 5)),
     Case("column1", 10, 16, 22, 16, 129, 1),

@@ -76,6 +76,10 @@ def test_ones_own_network_is_timed_with_either_cell(tmp_path):
         networks.from_file(f"{file}:other")
 
 
+def test_a_name_means_one_layer_or_network():
+    assert len(run.CASES) == sum(map(len, run.TABLES.values()))
+
+
 @pytest.mark.parametrize("table", ["convlstm", "lengths", "networks", "small-networks"])
 def test_all_forms_of_every_case_compute_the_same(table, monkeypatch):
     small = {
