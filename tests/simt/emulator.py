@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.simt.faults import fault_numbers
+from tests.simt.builder import ROOT
 
+CUDA = ROOT / "csrc" / "cuda"
 SCHEDULES = ("in_order", "shuffled", "ahead")
 
 
@@ -172,3 +173,23 @@ def symbolise(text: str) -> str:
         return match[0]
 
     return re.sub(r"<([^<>]+)\+(0x[0-9a-f]+)>", place, text)
+
+
+# ---- seeded faults, of fault.cuh ----------------------------------------------------------------
+
+
+def fault_numbers() -> dict[str, int]:
+    """The faults by name; "none" is 0."""
+    text = re.sub(r"//[^\n]*", "", (CUDA / "fault.cuh").read_text())
+    body = re.search(r"enum class Fault : int \{(.*?)\};", text, re.DOTALL)
+    assert body is not None
+    return {name: number for number, name in enumerate(re.findall(r"\w+", body[1]))}
+
+
+def placed_faults() -> list[tuple[str, str]]:
+    """Name and file of every ``fault(Fault::name)`` in the kernels."""
+    found = []
+    for path in sorted(CUDA.glob("*.cu*")):
+        code = re.sub(r"//[^\n]*", "", path.read_text())
+        found += [(name, path.name) for name in re.findall(r"\bfault\(Fault::(\w+)\)", code)]
+    return found

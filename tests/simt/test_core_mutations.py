@@ -12,8 +12,7 @@ import test_cell_gradients
 import torch
 
 from tests.simt.backend import simt_core
-from tests.simt.emulator import EmulationError
-from tests.simt.faults import fault_numbers, placed_faults
+from tests.simt.emulator import EmulationError, fault_numbers, placed_faults
 from tests.simt.modes import ALL, CASES
 
 RUNS = {
