@@ -77,12 +77,15 @@ def compare(case: Any, dtype: str, expected: dict[str, Tensor], actual: dict[str
 
 
 def time_interleaved(
-    runners: Mapping[str, Runner], clock: Callable[[], float], seconds: float
+    runners: Mapping[str, Runner],
+    clock: Callable[[], float],
+    seconds: float,
+    tick: Callable[[float], None] = lambda share: None,
 ) -> dict[str, list[float]]:
     """Times runners against each other; returns the seconds of each round.
 
     Every provider runs up to four times before: torch.compile needs three to settle, caches and
-    pages one.
+    pages one. tick is called after every round with the share of the work (0..1) that is done.
     """
     timers = {
         # Freeing is not timed: in a network the next layer still holds the result.
@@ -99,7 +102,9 @@ def time_interleaved(
         order.shuffle(names)
         for name in names:
             samples[name].append(timers[name].timeit(1))
-        if done >= report.FEWEST_ROUNDS and time.perf_counter() - begin >= seconds:
+        spent = time.perf_counter() - begin
+        tick(min(1.0, spent / max(seconds, 1e-9), done / report.FEWEST_ROUNDS))
+        if done >= report.FEWEST_ROUNDS and spent >= seconds:
             break
     return samples
 
@@ -164,17 +169,16 @@ class Suite:
         self.peak = machine.peak(self.setting)
         total = len(self.cases) * len(self.modes)
         # With disable=None there is no bar without a terminal.
-        with tqdm(total=total, disable=None, leave=False, dynamic_ncols=True) as bar:
+        with tqdm(total=total, disable=None, leave=False, dynamic_ncols=True) as self.bar:
             for name, case in self.cases.items():
                 if time.monotonic() > self.deadline:
                     tqdm.write(f"No time left for {name} and later ({self.setting.dtype}).\n")
                     break
-                bar.set_description_str(f"{name}: checking")
+                self.bar.set_description_str(f"{name}: checking")
                 built = self.checked(name, case)
                 for mode in self.modes:
-                    bar.set_description_str(f"{name}, {mode}")
+                    self.bar.set_description_str(f"{name}, {mode}")
                     self.measure(name, case, mode, built)
-                    bar.update()
 
     def forms(self, case: Any) -> dict[str, Form]:
         """Returns the providers of a case, with the baseline first."""
@@ -211,7 +215,7 @@ class Suite:
 
     def measure(self, name: str, case: Any, mode: str, built: dict[str, Any]) -> None:
         """Times one case in one mode."""
-        load, runners = machine.Load(), {}
+        load, begin, runners = machine.Load(), self.bar.n, {}
         for provider, one in built.items():
             try:
                 setup, run = one.prepare(mode)
@@ -221,7 +225,12 @@ class Suite:
             except (MemoryError, RuntimeError) as error:
                 self.skip(provider, name, error)
 
-        samples = time_interleaved(runners, CLOCKS[self.clock], self.seconds)
+        def tick(share: float) -> None:
+            self.bar.n = begin + share
+            self.bar.refresh()
+
+        samples = time_interleaved(runners, CLOCKS[self.clock], self.seconds, tick)
+        tick(1.0)
         before, self.peak = self.peak, machine.peak(self.setting)
         beside, drift = load.beside(), abs(self.peak / before - 1)
         quiet = self.clock == "processor" or (beside <= MOST_LOAD and drift <= MOST_DRIFT)

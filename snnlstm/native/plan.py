@@ -424,8 +424,12 @@ class CommonPlan(Sizes):
         block = as_saved(saved, (self.saved.bytes,), torch.uint8).contiguous()
         x, syn, mem = (as_saved(t, *of) for t, of in zip(tensors, self._saved_as, strict=True))
         views = [*map(view, (x, syn, mem))]
-        strides = [None if of is None else of[1] for of in views]
-        if self._guard is None and strides == [self.x5, self.syn5, self.mem5] and block is saved:
+        strides = self.x5, self.syn5, self.mem5
+        if (
+            self._guard is None
+            and block is saved
+            and strides == tuple(of and of[1] for of in views)
+        ):
             self._guard = guard_of((x, syn, mem, saved))
         return call._replace(x=x, syn=syn, mem=mem), block, views
 
