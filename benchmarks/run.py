@@ -169,7 +169,10 @@ class Suite:
         self.peak = machine.peak(self.setting)
         total = len(self.cases) * len(self.modes)
         # With disable=None there is no bar without a terminal.
-        with tqdm(total=total, disable=None, leave=False, dynamic_ncols=True) as self.bar:
+        shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        with tqdm(
+            total=total, disable=None, leave=False, dynamic_ncols=True, bar_format=shown
+        ) as self.bar:
             for name, case in self.cases.items():
                 if time.monotonic() > self.deadline:
                     tqdm.write(f"No time left for {name} and later ({self.setting.dtype}).\n")
