@@ -36,12 +36,14 @@ def suite(out: Path, *arguments: str) -> tuple[int, pd.DataFrame]:
     return run.main([*arguments, "--out", str(out)]), report.read(out)
 
 
-def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys):
+def test_the_suite_writes_rows_a_table_and_pictures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peak_memory, "measure", lambda *of, device: 3.0)
     providers = ("snntorch", "snnlstm-checkpoint", "snnlstm:direct")
-    asked = ["--shapes", "hidden", "--random", "2", "--providers", *providers]
-    status, rows = suite(tmp_path, *TINY, *asked)
+    asked = ["--shapes", "hidden", "--random", "2", "--providers", *providers, "--memory"]
+    status, rows = suite(tmp_path, *TINY, "--shape", "3 1 2 4 6 6 3 name=long3", *asked)
     assert status == 0
-    cases = ("small", "hidden", "random0", "random1")
+    assert (rows.mib == 3).all()
+    cases = ("small", "long3", "hidden", "random0", "random1")
     expected = {(case, mode, name) for case in cases for mode in MODES for name in providers}
     assert {*zip(rows.case, rows["mode"], rows.provider, strict=True)} == expected
     assert ((rows.p20 <= rows.ms) & (rows.ms <= rows.p80) & (rows["clock"] == "processor")).all()
@@ -53,7 +55,8 @@ def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys):
     shape, *_ = re.findall(r'--shape "(.*)"', said)
     assert parse_case(shape).shape == shape
     assert re.search(r"\*\*small\*\*: .* \| [\d.]+ / [\d.]+ \| [\d.]+x / [\d.]+x \| ", table)
-    assert (tmp_path / "speedup-1-float32.png").stat().st_size > 10_000
+    for picture in ("speedup-1-float32.png", "memory-1-float32.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
     assert run.main(["--compare", str(tmp_path), str(tmp_path)]) == 0
     assert f"{len(rows)} noise; 0 rows are in one run only." in capsys.readouterr().out
     assert run.main(["--plot", str(tmp_path)]) == 0
@@ -145,13 +148,12 @@ def test_agreement_notices_a_difference_in_each_result(result):
 
 
 @measures_memory
-def test_peak_memory_is_the_memory_that_is_used(tmp_path):
+def test_peak_memory_is_the_memory_that_is_used():
     """Training keeps at least gates, states and spikes of every step."""
+    case = Case("large", 10, 8, 2, 8, 64, 64, kernel=(1, 1))
     state = 8 * 8 * 64 * 64 * 4 / peak_memory.MIB
-    shape = ["--shape", "10 8 2 8 64 64 1 name=long10", "--seconds", "0", "--mode", "training"]
-    _, rows = suite(tmp_path, *shape, "--memory", "--providers", "snntorch")
-    assert 7 * 10 * state < rows.mib[0] < 16 * 10 * state
-    assert (tmp_path / "memory-1-float32.png").exists()
+    mib = peak_memory.measure(run.prepared, case, "snntorch", Setting(), "training")
+    assert 7 * 10 * state < mib < 16 * 10 * state
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-import snnlstm
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -88,15 +85,9 @@ def test_errors_name_the_argument(capsys):
         assert said in capsys.readouterr().err
 
 
-def test_a_copy_of_the_training_runs_alone(tmp_path):
+def test_a_copy_of_the_training_runs_alone(tmp_path, monkeypatch, capsys):
     copy = str(shutil.copy2(training.__file__, tmp_path))
-    root = str(Path(snnlstm.__file__).parents[1])  # where the tests have the package from
-    code = (
-        f"import runpy, sys; sys.path.append({root!r}); sys.modules['benchmarks'] = None\n"
-        f"sys.argv = [{copy!r}, '--quick', '--threads', '1']\n"
-        f"runpy.run_path({copy!r}, run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "test accuracy" in done.stdout
+    monkeypatch.setitem(sys.modules, "benchmarks", None)  # which a user's folder does not have
+    monkeypatch.setattr(sys, "argv", [copy, "--quick", "--threads", "1"])
+    runpy.run_path(copy, run_name="__main__")
+    assert "test accuracy" in capsys.readouterr().out

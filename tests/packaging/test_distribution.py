@@ -124,6 +124,7 @@ print(snnlstm.__file__, snnlstm.__version__, cell.path.name)
     assert "Nothing is wrong." in report
 
 
+@long
 def test_without_a_compiler_everything_runs_in_torch(sdist, tmp_path):
     """pip says so, the first call, once, and the report; the wheel is for every Python."""
     wheel, said = built(tmp_path / "wheel", sdist, NO_COMPILER)

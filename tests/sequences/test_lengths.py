@@ -187,6 +187,7 @@ def convlstm_and_input(hooked: bool) -> tuple[snnlstm.ConvLSTM, Tensor]:
     return net, steps(TIME, len(LENGTHS), 2, 6, 7).double()
 
 
+@pytest.mark.simt_long
 @pytest.mark.parametrize("hooked", [False, True], ids=["sequence", "steps"])
 def test_a_convlstm_is_for_each_sample_as_it_is_alone(backend, hooked):
     net, x = convlstm_and_input(hooked)

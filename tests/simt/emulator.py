@@ -186,10 +186,10 @@ def fault_numbers() -> dict[str, int]:
     return {name: number for number, name in enumerate(re.findall(r"\w+", body[1]))}
 
 
-def placed_faults() -> list[tuple[str, str]]:
-    """Name and file of every ``fault(Fault::name)`` in the kernels."""
+def placed_faults() -> list[str]:
+    """Name of every ``fault(Fault::name)`` in the kernels."""
     found = []
     for path in sorted(CUDA.glob("*.cu*")):
         code = re.sub(r"//[^\n]*", "", path.read_text())
-        found += [(name, path.name) for name in re.findall(r"\bfault\(Fault::(\w+)\)", code)]
+        found += re.findall(r"\bfault\(Fault::(\w+)\)", code)
     return found

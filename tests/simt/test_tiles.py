@@ -29,9 +29,9 @@ CASES = {
 @pytest.mark.parametrize(
     "mode",
     [
-        "float32 on sm_75", "tf32",
+        "tf32",
         *(pytest.param(mode, marks=pytest.mark.simt_long)
-          for mode in ("float16 on sm_75", "tf32x3", "bfloat16 states")),
+          for mode in ("float32 on sm_75", "float16 on sm_75", "tf32x3", "bfloat16 states")),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["plain", pytest.param("pool", marks=pytest.mark.simt_long)])

@@ -7,7 +7,6 @@ torch, which tells the tests what the kernels have summed.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -95,16 +94,9 @@ def long_sums(core, monkeypatch, mode: str, time: int, special: float | None = N
 SHRINKS = {1: {"tf32x3": 6e-6}, 2: {"tf32x3": 1e-5, "tf32": 4e-5, "bfloat16 autocast": 4e-5}}
 
 
-SHORTEST = ("bfloat16 autocast", 1)
-
-
-@pytest.mark.parametrize(
-    ("mode", "truncates"),
-    [
-        pytest.param(*pair, marks=[] if pair == SHORTEST else pytest.mark.simt_long)
-        for pair in itertools.product(("tf32", "tf32x3", "bfloat16 autocast"), SHRINKS)
-    ],
-)
+@pytest.mark.simt_long
+@pytest.mark.parametrize("truncates", SHRINKS)
+@pytest.mark.parametrize("mode", ["tf32", "tf32x3", "bfloat16 autocast"])
 def test_long_sums_bear_tensor_cores_that_truncate(core, monkeypatch, mode, truncates):
     """One accumulator over all of a block's tiles would shrink them by 5e-5 and more."""
     bound = SHRINKS[truncates].get(mode, 6e-6)
@@ -115,6 +107,7 @@ def test_long_sums_bear_tensor_cores_that_truncate(core, monkeypatch, mode, trun
     assert float((actual / expected - 1).abs().max()) < (bound if mode == "tf32x3" else 1e-3)
 
 
+@pytest.mark.simt_long
 def test_long_sums_without_tensor_cores(core, monkeypatch):
     actual, expected = long_sums(core, monkeypatch, "float32", time=64)
     assert float((actual / expected - 1).abs().max()) < 2e-6

@@ -41,14 +41,14 @@ CALLS = {
 @measures_memory
 @torch.no_grad()
 @pytest.mark.parametrize("name", CALLS)
-def test_ten_thousand_shapes_take_bounded_memory(name):
+def test_thousands_of_shapes_take_bounded_memory(name):
     cell, held = ours(1, 1, 1), []
-    for batch in range(1, 101):
+    for batch in range(1, 41):
         for width in range(1, 101):
             CALLS[name](cell, torch.ones(batch, 1, 1, width))
-        if batch in (20, 100):
+        if batch in (8, 40):
             held.append(resident_bytes())
-    assert held[1] - held[0] < 8 * MIB  # 8,000 plans take 60 MiB
+    assert held[1] - held[0] < 8 * MIB  # 3,200 plans take 24 MiB
 
 
 def test_eight_threads_that_share_a_cell():
