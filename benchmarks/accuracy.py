@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 import snnlstm
-from snnlstm import entry as running
 from snnlstm import reference
-from snnlstm.call import stateless_call
 
 LAYERS = {
     "2->16 k3": (2, 16, (3, 3)),
@@ -37,29 +35,29 @@ def layer(
     return [x, conv.weight.detach() * scale, conv.bias.detach() * scale, grad]
 
 
-def run(plain: bool, tensors: list[Tensor]) -> tuple[list[Tensor], str]:
-    """Returns mem of every step with the gradients of x and weight, and the path's name."""
-    x, weight, bias, grad = tensors
-    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    x, weight, bias = leaves
-    call, spec = stateless_call(x, weight=weight, bias=bias, threshold=0.1, record=True)
-    if plain:
-        mem, name = reference.run(call, spec)[2], "reference"
-    else:
-        _, _, mem, path = running.run(call, running.entry_of(running.Entries(), call, spec))
-        name = path.name
-    mem.backward(grad)
-    return [mem.detach(), leaves[0].grad, leaves[1].grad], name
+def run(algorithm: str, tensors: list[Tensor]) -> tuple[list[Tensor], str]:
+    """Returns mem of every step with the gradients of x and weight, and the path's name.
 
-
-def errors(tensors: list[Tensor], exact: list[Tensor], algorithm: str) -> tuple[list[float], str]:
-    """Returns the relative errors in norm of what :func:`run` returns, and the path's name.
-
-    algorithm: "torch" runs the reference path in float32.
+    algorithm: "torch" runs the reference path, in the tensors' type.
     """
-    with snnlstm.algorithm("auto" if algorithm == "torch" else algorithm):
-        found, path = run(algorithm == "torch", tensors)
-    return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)], path
+    x, weight, bias, grad = tensors
+    cout, kernel = weight.shape[0] // 4, weight.shape[2:]
+    cell = snnlstm.SConv2dLSTM(weight.shape[1] - cout, cout, tuple(kernel), threshold=0.1)
+    cell.conv.weight, cell.conv.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    x = x.clone().requires_grad_()
+    if algorithm == "torch":
+        parameters = {"weight": cell.conv.weight, "bias": cell.conv.bias}
+        mem = reference.sconv2dlstm(x, **parameters, threshold=0.1, record=True)[2]
+    else:
+        with snnlstm.algorithm(algorithm):
+            mem = cell(x, record=True)[2]
+    mem.backward(grad)
+    return [mem.detach(), x.grad, cell.conv.weight.grad], cell.path.name if cell.path else ""
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Returns the relative errors in norm of what :func:`run` returns."""
+    return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
 
 
 def main() -> None:
@@ -72,14 +70,14 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, scale in itertools.product(LAYERS, SCALES):
         tensors = layer(*LAYERS[name], scale, args.steps, args.size)
-        exact, _ = run(True, [t.double() for t in tensors])
-        found, paths = zip(*(errors(tensors, exact, a) for a in ALGORITHMS), strict=True)
+        exact, _ = run("torch", [t.double() for t in tensors])
+        found, paths = zip(*(run(algorithm, tensors) for algorithm in ALGORITHMS), strict=True)
         ways = " / ".join(path.split("-", 2)[-1] for path in paths[2:])
         cells = [
             " / ".join(
                 f"{error:.1e}".replace("e-0", "e-").replace("e+00", "e0") for error in column
             )
-            for column in zip(*found, strict=True)
+            for column in zip(*(errors(of, exact) for of in found), strict=True)
         ]
         print(f"| {name} | {scale} x | {ways} | {' | '.join(cells)} |", flush=True)
 

@@ -40,10 +40,13 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "out" / "gpu-build"
 SHOWN = 600  # lines of a step's output, in the report
 LAST = 30.0  # seconds that a shape of the benchmark may take after it was begun
+# Each GPU is timed in the types that it has instructions for.
+DTYPES = {75: "float32 autocast16 float16", 80: "tf32 bfloat16 float16"}
+TINY = '"2 1 2 8 6 6 3 name=tiny"'  # the layer of a rehearsal
 
 
 class Step(NamedTuple):
-    """A step is one command with placeholders, which `words` fills in.
+    """A step is one command, in which LEFT stands for the seconds that it may take.
 
     until: the share of the time behind the build after which the step is stopped; 0 means no limit,
     and that a failure ends the run.
@@ -55,78 +58,6 @@ class Step(NamedTuple):
     environment: Sequence[str] = ()
 
 
-# For one GPU, and of the CPU kernels the baseline alone: a tenth of what a release takes. A build
-# goes on where the last one stopped.
-CONFIGURE = "cmake -S {tree}/csrc -B {objects} -G Ninja -DPython_EXECUTABLE={python} "
-CONFIGURE += "-Dpybind11_DIR={pybind11} -DSNNLSTM_INPLACE=ON -DSNNLSTM_BASELINE_ALONE=ON "
-CONFIGURE += "-DSNNLSTM_TESTING=ON {cuda}"
-# Whether GPU and driver run what was built, and what takes their place in a rehearsal.
-TROUBLE = "{python} -c 'import sys, snnlstm.native.cuda_check as of; sys.exit(of.trouble(0))'"
-EMULATOR = "{python} -c 'from benchmarks.devices import emulator; emulator()'"
-# The sanitizer checks our own kernels alone, because torch's would take minutes.
-SANITIZE = "{sanitizer} --error-exitcode=9 --launch-timeout=60 --kernel-name "
-SANITIZE += "kernel_substring=snnlstm --tool="
-UNCACHED = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1",)
-SMOKE = "{python} -m benchmarks.gpu_smoke --device {device} --algorithms "
-TIMED = "{python} -m benchmarks.gpu_algorithms --device {device} --limit {left} --out {work}/"
-BENCH = "{python} -m benchmarks --device {device} --threads all --dtype {dtypes} "
-BENCH += "--out {work}/"
-SHORT = "--providers snntorch snntorch-cudagraph snnlstm-step snnlstm snnlstm-cudagraph "
-LAYERS = "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 --limit {left}"
-LARGE = "--shapes audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 --limit {left}"
-TINY = '"2 1 2 8 6 6 3 name=tiny"'
-# The tests on one backend; pytest fails if it finds none.
-TESTS = "{python} -m pytest -q --backend {backend} --maxfail=50 {workers} -p no:cacheprovider "
-CHECKED = "tests/cell tests/sequences tests/autograd tests/networks tests/torch tests/system"
-
-
-def steps(quick: bool, rehearsal: bool, core: bool = False) -> tuple[Step, ...]:
-    """Returns the steps, with tiny layers and few tests in a rehearsal."""
-    small = " --few --sizes 2 1 3 5 6 7" if rehearsal else ""
-    layers = f" --layers {TINY}" if rehearsal else ""
-    first, large = (f"--shape {TINY} --seconds 0.2",) * 2 if rehearsal else (LAYERS, LARGE)
-    at = (0.1, 0.2, 0.3, 0.6, 0.65, 0.97) if quick else (0.05, 0.08, 0.1, 0.2, 0.22, 0.4)
-    fused, hybrid, cudnn, algorithms, apart, beside = at
-    found = [
-        *(
-            [Step("core", 0, "cp {core} {tree}/snnlstm")] if core
-            else [Step("configure", 0, CONFIGURE), Step("build", 0, "cmake --build {objects}")]
-        ),
-        Step("kernels", 0, EMULATOR if rehearsal else TROUBLE),
-        Step("smoke fused", fused, f"{SMOKE}fused{small}"),
-        Step("smoke hybrid", hybrid, f"{SMOKE}hybrid{small}"),
-        Step("smoke cudnn", cudnn, f"{SMOKE}cudnn{small}"),
-        Step("algorithms", algorithms, f"{TIMED}algorithms.csv{layers}"),
-        # Launches that do not overlap (programmatic dependent launch, from 9.0 on).
-        Step("algorithms apart", apart, f"{TIMED}apart.csv{layers or ' --layers mnist dvs'}",
-             ("SNNLSTM_PDL=0",)),
-        Step("layers", beside, f"{BENCH}layers {SHORT}{first}"),
-    ]  # fmt: skip
-    if not quick:
-        tests = "tests/cell/test_quant.py" if rehearsal else CHECKED
-        few = small or " --few"
-        found += [
-            Step("tests", 0.6, f"{TESTS}{tests}"),
-            Step("memcheck", 0.7, f"{SANITIZE}memcheck {SMOKE}fused{few}", UNCACHED),
-            Step("racecheck", 0.8, f"{SANITIZE}racecheck {SMOKE}fused{few}"),
-            Step("large layers", 0.98, f"{BENCH}large --providers {{providers}} {large}"),
-        ]
-        if gpu_needs.find("compute-sanitizer") is None:
-            found = [step for step in found if not step.command.startswith(SANITIZE)]
-    return tuple(found)
-
-
-# Each GPU is timed in the types that it has instructions for.
-DTYPES = {75: "float32 autocast16 float16", 80: "tf32 bfloat16 float16"}
-PROVIDERS = (
-    "snntorch", "snntorch-cudagraph", "snnlstm-step", "snnlstm", "snnlstm:cudnn",
-    "snnlstm:hybrid", "snnlstm:measure", "snnlstm-cudagraph",
-)  # fmt: skip
-# torch.compile takes a minute of one core for a layer.
-COMPILED = ("snntorch-compile", "snntorch-compile-graph")
-CORES_TO_COMPILE = 8
-
-
 class Outcome(NamedTuple):
     """Holds a step's verdict, such as "passed", its seconds, and the end of what it printed."""
 
@@ -134,7 +65,6 @@ class Outcome(NamedTuple):
     verdict: str
     seconds: float = 0.0
     output: str = ""
-    command: str = ""
 
 
 class Place(NamedTuple):
@@ -159,63 +89,116 @@ class Place(NamedTuple):
     def tree(self) -> Path:
         return self.build / "tree"
 
-    def words(self, step: Step, left: float) -> list[str]:
-        """Returns the words of the step's command."""
-        import pybind11
 
-        cores, of = os.cpu_count() or 1, self.capability
-        workers = min(8, max(1, cores // 2))
-        compiled = COMPILED if cores >= CORES_TO_COMPILE else ()
-        values = {
-            "python": sys.executable,
-            "device": self.device,
-            "backend": self.device.split("-")[0],
-            "core": shlex.quote(str(self.core)),
-            "tree": shlex.quote(str(self.tree)),
-            "objects": shlex.quote(str(self.build / f"{sys.implementation.cache_tag}-{of}")),
-            "pybind11": shlex.quote(pybind11.get_cmake_dir()),
-            "cuda": f"-DSNNLSTM_CUDA=ON -DSNNLSTM_CUDA_ARCHS={of}" if self.cuda
-            else "-DSNNLSTM_CUDA=OFF",
-            "dtypes": DTYPES[max(known for known in DTYPES if known <= of)],
-            "providers": " ".join((*PROVIDERS, *compiled)),
-            "work": shlex.quote(str(self.work)),
-            "sanitizer": gpu_needs.find("compute-sanitizer") or "compute-sanitizer",
-            "workers": f"-n{workers}" if importlib.util.find_spec("xdist") else "",
-            "left": f"{max(1.0, left - LAST):.0f}",
-        }  # fmt: skip
-        return shlex.split(step.command.format(**values))
+def steps(place: Place, quick: bool) -> list[Step]:
+    """Returns the steps, with tiny layers and few tests in a rehearsal."""
+    rehearsal, of, cores = place.device != "cuda", place.capability, os.cpu_count() or 1
+    work, python = shlex.quote(str(place.work)), shlex.quote(sys.executable)
+    device = f"--device {place.device}"
+    small = " --few --sizes 2 1 3 5 6 7" if rehearsal else ""
+    smoke = f"{python} -m benchmarks.gpu_smoke {device}{small} --algorithms"
+    timed = f"{python} -m benchmarks.gpu_algorithms {device} --limit LEFT"
+    timed += f" --layers {TINY}" if rehearsal else ""
+    dtypes = DTYPES[max(known for known in DTYPES if known <= of)]
+    bench = f"{python} -m benchmarks {device} --threads all --dtype {dtypes} --limit LEFT "
+    bench += f"--shape {TINY} --seconds 0.2 " if rehearsal else ""
+    shapes = "" if rehearsal else "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 "
+    beside = "snntorch snntorch-cudagraph snnlstm-step snnlstm snnlstm-cudagraph"
+    at = (0.1, 0.2, 0.3, 0.6, 0.65, 0.97) if quick else (0.05, 0.08, 0.1, 0.2, 0.22, 0.4)
+    # Whether GPU and driver run what was built, and what takes its place in a rehearsal.
+    check = "import sys, snnlstm.native.cuda_check as of; sys.exit(of.trouble(0))"
+    check = "from benchmarks.devices import emulator; emulator()" if rehearsal else check
+    found = [
+        *build(place),
+        Step("kernels", 0, f"{python} -c '{check}'"),
+        *(
+            Step(f"smoke {name}", until, f"{smoke} {name}")
+            for name, until in zip(("fused", "hybrid", "cudnn"), at, strict=False)
+        ),
+        Step("algorithms", at[3], f"{timed} --out {work}/algorithms.csv"),
+        # Launches that do not overlap (programmatic dependent launch, from 9.0 on).
+        Step("algorithms apart", at[4], f"{timed} --out {work}/apart.csv"
+             + ("" if rehearsal else " --layers mnist dvs"), ("SNNLSTM_PDL=0",)),
+        Step("layers", at[5], f"{bench}{shapes}--providers {beside} --out {work}/layers"),
+    ]  # fmt: skip
+    if quick:
+        return found
+    # pytest fails if it finds no test of the backend.
+    workers = f"-n{min(8, max(1, cores // 2))}" if importlib.util.find_spec("xdist") else ""
+    tests = "tests/cell tests/sequences tests/autograd tests/networks tests/torch tests/system"
+    tests = "tests/cell/test_quant.py" if rehearsal else tests
+    pytest = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests}"
+    shapes = "" if rehearsal else "--shapes audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 "
+    beside += " snnlstm:cudnn snnlstm:hybrid snnlstm:measure"
+    # torch.compile takes a minute of one core for a layer.
+    beside += " snntorch-compile snntorch-compile-graph" if cores >= 8 else ""
+    found.append(Step("tests", 0.6, f"{pytest} --backend {place.device.split('-')[0]}"))
+    if sanitizer := gpu_needs.find("compute-sanitizer"):
+        # It checks our own kernels alone, because torch's would take minutes.
+        checked = f"{sanitizer} --error-exitcode=9 --launch-timeout=60 --kernel-name "
+        checked += "kernel_substring=snnlstm --tool="
+        uncached = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1",)
+        few = f"{smoke} fused --few"
+        found.append(Step("memcheck", 0.7, f"{checked}memcheck {few}", uncached))
+        found.append(Step("racecheck", 0.8, f"{checked}racecheck {few}"))
+    large = f"{bench}{shapes}--providers {beside} --out {work}/large"
+    return [*found, Step("large layers", 0.98, large)]
 
-    def run(self, step: Step, left: float) -> Outcome:
-        """Runs a step for at most `left` seconds; a log gets what the step prints.
 
-        A step whose time is over is interrupted as by Ctrl-C, so that it may still print results.
-        Ten seconds later it is killed with its children.
-        """
-        start, command = time.monotonic(), self.words(step, left)
-        said = shlex.join(command)
-        if left <= 0:
-            return Outcome(step, "not begun: no time was left", command=said)
-        limit = ("timeout", "--signal=INT", "--kill-after=10", f"{left:.1f}")
-        stopping = limit if step.until else ()
-        beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        before = f"{self.tree}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        environment = {"PYTHONPATH": before, "PATH": beside_python}
-        environment |= {"SNNLSTM_SIMT_CACHE": str(self.build / "simt")}
-        environment |= dict(word.split("=", 1) for word in step.environment)
-        # Children of a background job inherit it.
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        log = self.work / f"{step.name.replace(' ', '-')}.log"
-        with log.open("w") as file:
-            status = subprocess.run(
-                (*stopping, *command), cwd=self.tree, env=os.environ | environment,
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
-            ).returncode  # fmt: skip
-        verdict = "passed" if status == 0 else f"failed (exit status {status})"
-        if status in (124, 137, -signal.SIGKILL):
-            verdict = f"stopped: its time was over after {left:.0f} s"
-        lines = log.read_text(errors="replace").splitlines()[-SHOWN:]
-        return Outcome(step, verdict, time.monotonic() - start, "\n".join(lines), said)
+def build(place: Place) -> list[Step]:
+    """Returns the steps that build the core; a build goes on where the last one stopped.
+
+    It is built for one GPU, and of the CPU kernels it has the baseline alone: that takes a tenth of
+    the time of a release. A core that was built elsewhere is copied.
+    """
+    if place.core:
+        return [Step("core", 0, shlex.join(["cp", str(place.core), f"{place.tree}/snnlstm"]))]
+    import pybind11
+
+    objects = place.build / f"{sys.implementation.cache_tag}-{place.capability}"
+    settings = {
+        "Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir(),
+        "SNNLSTM_INPLACE": "ON", "SNNLSTM_BASELINE_ALONE": "ON", "SNNLSTM_TESTING": "ON",
+        "SNNLSTM_CUDA": "ON" if place.cuda else "OFF",
+        "SNNLSTM_CUDA_ARCHS": place.capability if place.cuda else "",
+    }  # fmt: skip
+    words = ["cmake", "-S", f"{place.tree}/csrc", "-B", str(objects), "-G", "Ninja"]
+    words += [f"-D{name}={value}" for name, value in settings.items()]
+    make = shlex.join(["cmake", "--build", str(objects)])
+    return [Step("configure", 0, shlex.join(words)), Step("build", 0, make)]
+
+
+def run(place: Place, step: Step, left: float) -> Outcome:
+    """Runs a step for at most `left` seconds; a log gets what the step prints.
+
+    A step whose time is over is interrupted as by Ctrl-C, so that it may still print results. Ten
+    seconds later it is killed with its children.
+    """
+    start = time.monotonic()
+    if left <= 0:
+        return Outcome(step, "not begun: no time was left")
+    limit = ("timeout", "--signal=INT", "--kill-after=10", f"{left:.1f}") if step.until else ()
+    command = step.command.replace("LEFT", f"{max(1.0, left - LAST):.0f}")
+    environment = {
+        "PYTHONPATH": f"{place.tree}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "SNNLSTM_SIMT_CACHE": str(place.build / "simt"),
+        **dict(word.split("=", 1) for word in step.environment),
+    }
+    # Children of a background job inherit it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    log = place.work / f"{step.name.replace(' ', '-')}.log"
+    with log.open("w") as file:
+        status = subprocess.run(
+            (*limit, *shlex.split(command)), cwd=place.tree, env=os.environ | environment,
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
+        ).returncode  # fmt: skip
+    verdict = "passed" if status == 0 else f"failed (exit status {status})"
+    if status in (124, 137, -signal.SIGKILL):
+        verdict = f"stopped: its time was over after {left:.0f} s"
+    lines = log.read_text(errors="replace").splitlines()[-SHOWN:]
+    return Outcome(step, verdict, time.monotonic() - start, "\n".join(lines))
 
 
 def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outcome]:
@@ -228,7 +211,7 @@ def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outco
             outcome = Outcome(step, "not begun: the kernels cannot run")
         else:
             left = begin + step.until * seconds - time.monotonic() if step.until else float("inf")
-            outcome = place.run(step, left)
+            outcome = run(place, step, left)
         if not step.until:
             begin = time.monotonic()
         outcomes.append(outcome)
@@ -267,7 +250,7 @@ def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -
     lines += [f"| {o.step.name} | {o.verdict} | {o.seconds:.0f} |" for o in outcomes]
     lines += [f"| all | {summary(outcomes)} | {seconds:.0f} |"]
     for outcome in outcomes:
-        command = [*outcome.step.environment, outcome.command or outcome.step.command]
+        command = [*outcome.step.environment, outcome.step.command]
         lines += ["", f"## {outcome.step.name}: {outcome.verdict}", "", f"`{' '.join(command)}`"]
         lines += ["", "````text", outcome.output or "(no output)", "````"]
     return "\n".join(lines) + "\n"
@@ -313,12 +296,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on an emulated one")
     parser.add_argument("--device", default="simt-t4", help="of a rehearsal (default: simt-t4)")
     options = parser.parse_args(arguments)
-    planned = steps(options.quick, options.rehearse, bool(options.core))
-    names = [step.name for step in planned]
-    wanted = options.steps or names
-    if unknown := set(wanted) - set(names):
-        parser.error(f"--steps: {unknown} are none of {names}")
-    planned = [step for step in planned if step.name in wanted]
     if trouble := gpu_needs.lacking(options.rehearse):
         print(trouble, file=sys.stderr)
         return 1
@@ -335,6 +312,10 @@ def main(arguments: list[str] | None = None) -> int:
     off = os.environ.get("SNNLSTM_CUDA", "").strip().lower() == "off" or not gpu_needs.find("nvcc")
     cuda, core = not (options.rehearse and off), options.core and options.core.resolve()
     place = Place(device, capability, core, cuda, out, options.build.resolve())
+    planned = steps(place, options.quick)
+    if unknown := set(options.steps or ()) - {step.name for step in planned}:
+        parser.error(f"--steps: {unknown} are none of {[step.name for step in planned]}")
+    planned = [step for step in planned if step.name in (options.steps or step.name)]
     copy_sources(place)
     shutil.rmtree(place.work, ignore_errors=True)
     place.work.mkdir(parents=True)

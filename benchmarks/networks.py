@@ -197,35 +197,6 @@ def seen(run: Callable[..., Any], net: Any, x: Tensor) -> Tensor:
         return run(net, x, net.start())[0]
 
 
-# ---- what small networks do in their code --------------------------------------------------------
-
-
-class Spectrogram(nn.Module):
-    """Cuts a mel spectrogram into frames; cells of 9x9 have batch norm between them."""
-
-    def __init__(self, cell: Any) -> None:
-        super().__init__()
-        self.lstm1 = cell(1, 4, 9, threshold=0.05, avg_pool=(2, 2), init_hidden=True)
-        self.norm = nn.BatchNorm2d(4)
-        self.lstm2 = cell(4, 4, 9, threshold=0.05, init_hidden=True, output=True)
-        self.head = nn.Linear(4 * 10 * 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _reset(self.lstm1, self.lstm2)
-        out = []
-        for frame in x.split(8, dim=-1):  # (N, 1, mels, frames * 8)
-            spk = self.norm(self.lstm1(frame))
-            spk, syn, mem = self.lstm2(spk)
-            out.append(self.head(mem.flatten(1)))  # the head reads the membrane potential
-        return torch.stack(out)
-
-    def sequence(self, x: Tensor) -> Tensor:
-        _reset(self.lstm1, self.lstm2)
-        frames = torch.stack(x.split(8, dim=-1))
-        _, _, mem = unroll(frames, self.lstm1, self.norm, self.lstm2)
-        return self.head(mem.flatten(2))
-
-
 def hidden(cell: Any) -> nn.Module:
     """Makes an nn.Sequential of layers that keep their states."""
     grad = surrogate.atan(alpha=2.0)
@@ -359,7 +330,6 @@ _CAMERA = Network(
 )  # fmt: skip
 USERS = {name: _classifier(*of) for name, of in _CLASSIFIERS.items()} | {"camera": _CAMERA}
 SMALL = {
-    "spectrogram": Network("1->4->4 9x9, batch norm between", Spectrogram, ((4, 1, 20, 32),)),
     "hidden": Network(
         "2->4->4 8x8 in nn.Sequential", hidden, ((4, 5, 2, 8, 8), (2, 5, 2, 8, 8)),
         loop=_outside, sequences=_unrolled,

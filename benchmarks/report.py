@@ -20,14 +20,7 @@ KEY = [*CASE, "title", "provider"]  # what is the same measurement in two runs
 SMALLEST_CHANGE = 0.03
 """Clocks and the placement of pages make medians of equal programs differ by up to this share."""
 FEWEST_ROUNDS = 5
-# The colours are Okabe and Ito's, which differ for any kind of colour vision
-# (https://jfly.uni-koeln.de/color/).
-COLOURS = {
-    "snntorch": "#000000", "plain loop": "#000000", "snntorch-compile": "#E69F00",
-    "snntorch-cudagraph": "#CC79A7", "snntorch-compile-graph": "#009E73",
-    "snnlstm-step": "#56B4E9", "snnlstm": "#0072B2", "snnlstm-cudagraph": "#D55E00",
-    "snnlstm-checkpoint": "#F0E442",
-}  # fmt: skip
+STYLE = "tableau-colorblind10"  # of Matplotlib; its colours differ for any kind of colour vision
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -160,67 +153,41 @@ def write(rows: pd.DataFrame, out: Path) -> None:
 
 
 def draw(rows: pd.DataFrame, directory: Path) -> list[Path]:
-    """Draws bars of speed-up and, of a layer at several lengths, memory; returns the files."""
-    drawn = []
-    for (threads, dtype), part in rows.groupby(RUN):
-        plots = {
-            "speedup": (_speedup, part[part.speedup.notna() & (part.speedup != 1)]),
-            "memory": (_memory, part[part.case.str.startswith("long") & part.mib.notna()]),
-        }
-        for name, (plot, shown) in plots.items():
-            if len(shown):
-                figure = plot(shown)
-                row = part.iloc[0]
-                origin = f"{row.device}, torch {row.torch}, snnlstm {row.version} ({row.commit})"
-                figure.suptitle(f"{origin}, {heading(part)}", fontsize=8)
-                drawn.append(directory / f"{name}-{threads}-{dtype}.png")
-                figure.savefig(drawn[-1], dpi=150)
-    return drawn
-
-
-def _panels(rows: pd.DataFrame, values: str, height: float) -> tuple[Any, list[Any]]:
-    """Returns a figure, and a panel with a table of `values` for each mode."""
+    """Draws bars of speed-up, a panel for each mode; returns the files."""
+    from matplotlib import style
     from matplotlib.figure import Figure  # which draws to files alone
 
-    index = "case" if values == "speedup" else "steps"
-    modes = rows["mode"].unique()
-    figure = Figure(figsize=(1.2 + 4.2 * len(modes), height), layout="constrained")
-    panels = figure.subplots(1, len(modes), sharey=index == "case", squeeze=False)[0]
-    pairs = []
-    for mode, panel in zip(modes, panels, strict=True):
-        table = rows[rows["mode"] == mode].pivot(index=index, columns="provider", values=values)
-        panel.set_title(mode, fontsize=10)
-        panel.spines[["top", "right"]].set_visible(False)
-        names = [name for name in rows.provider.unique() if name in table]
-        pairs.append((panel, table.reindex(rows[index].unique())[names]))
-    return figure, pairs
-
-
-def _colours(table: pd.DataFrame) -> list[str]:
-    return [COLOURS.get(name, "#555555") for name in table]
-
-
-def _speedup(rows: pd.DataFrame) -> Any:
-    lines = rows.case.nunique() * (rows.provider.nunique() + 1)
-    figure, pairs = _panels(rows, "speedup", 1.6 + 0.14 * lines)
-    low, high = min(1, rows.speedup.min()), rows.speedup.max()
-    ticks = [tick for tick in (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
-    for panel, table in pairs:
-        table.plot.barh(ax=panel, logx=True, color=_colours(table), width=0.8, legend=False)
-        for bars in panel.containers:
-            panel.bar_label(bars, fmt="%.3gx", fontsize=7, padding=2)
-        panel.axvline(1, color="black", linewidth=1)
-        panel.set(xlabel="speed-up over snnTorch eager", ylabel="", xlim=(0.8 * low, 1.6 * high))
-        panel.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
-        panel.minorticks_off()
-    pairs[0][0].invert_yaxis()
-    figure.legend(*pairs[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    return figure
-
-
-def _memory(rows: pd.DataFrame) -> Any:
-    figure, pairs = _panels(rows, "mib", 4.0)
-    for panel, table in pairs:
-        table.plot(ax=panel, marker="o", color=_colours(table))
-        panel.set(xlabel="time steps T", ylabel="peak memory beyond weights and x (MiB)", ylim=0)
-    return figure
+    drawn = []
+    for (threads, dtype), part in rows[rows.speedup.notna() & (rows.speedup != 1)].groupby(RUN):
+        low, high = min(1, part.speedup.min()), part.speedup.max()
+        ticks = [tick for tick in (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+        modes = part["mode"].unique()
+        lines = part.case.nunique() * (part.provider.nunique() + 1)
+        with style.context(STYLE):
+            size = (1.2 + 4.2 * len(modes), 1.6 + 0.14 * lines)
+            figure = Figure(figsize=size, layout="constrained")
+            panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
+        for mode, panel in zip(modes, panels, strict=True):
+            of = part[part["mode"] == mode]
+            table = of.pivot(index="case", columns="provider", values="speedup")
+            names = [name for name in part.provider.unique() if name in table]
+            table = table.reindex(part.case.unique())[names]
+            table.plot.barh(ax=panel, logx=True, width=0.8, legend=False)
+            for bars in panel.containers:
+                panel.bar_label(bars, fmt="%.3gx", fontsize=7, padding=2)
+            panel.axvline(1, color="black", linewidth=1)
+            panel.set_title(mode, fontsize=10)
+            limits = 0.8 * low, 1.6 * high
+            panel.set(xlabel="speed-up over snnTorch eager", ylabel="", xlim=limits)
+            panel.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+            panel.minorticks_off()
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[0].invert_yaxis()
+        legend = panels[0].get_legend_handles_labels()
+        figure.legend(*legend, loc="outside lower center", ncols=5)
+        row = part.iloc[0]
+        origin = f"{row.device}, torch {row.torch}, snnlstm {row.version} ({row.commit})"
+        figure.suptitle(f"{origin}, {heading(part)}", fontsize=8)
+        drawn.append(directory / f"speedup-{threads}-{dtype}.png")
+        figure.savefig(drawn[-1], dpi=150)
+    return drawn

@@ -31,16 +31,10 @@ from benchmarks.cases import Case, parse_case
 from benchmarks.providers import FORMS, Provider, Runner, Setting
 from snnlstm import _C
 
-LAYERS = {
-    "documentation": "10 32 1 8 28 28 3x3",
-    "columns": "65 128 22 16 129 1 3x3",
-    "spectrogram": "10 128 1 16 129 33 9x9",
-    "audio": "10 32 16 32 11 64 3x3",
-    "wide": "8 8 32 64 32 32 3x3",
-    "deep": "8 32 128 256 8 8 3x3",
-    "camera": "9 2 32 1 128 128 3x3",
-    "one sample": "20 1 2 16 64 64 3x3",
-}
+LAYERS = (
+    "10 32 1 8 28 28 3", "65 128 22 16 129 1 3", "10 128 1 16 129 33 9", "10 32 16 32 11 64 3",
+    "8 8 32 64 32 32 3", "8 32 128 256 8 8 3", "9 2 32 1 128 128 3", "20 1 2 16 64 64 3",
+)  # fmt: skip
 """T N Cin C H W k of layers of users' networks, and of the two extremes."""
 
 
@@ -136,7 +130,7 @@ def main(given: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--shapes", nargs="+", default=list(LAYERS), help="names, or 'T N Cin C H W k'")
+    p.add_argument("--shapes", nargs="+", default=LAYERS, help="as 'T N Cin C H W k'")
     p.add_argument("--threads", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
     p.add_argument("--training", action="store_true", help="forward and backward")
     p.add_argument("--barrier", type=float, default=1.0, help="us a phase (default: %(default)s)")
@@ -152,10 +146,10 @@ def main(given: list[str] | None = None) -> None:
         f"us, team {args.team} us, memory {args.bandwidth} GB/s"
     )
     errors = []
-    for name in args.shapes:
-        case, alone = parse_case(LAYERS.get(name, name)), None
+    for shape in args.shapes:
+        case, alone = parse_case(shape), None
         runner = Provider(case, FORMS["snnlstm"], Setting()).prepare(mode)
-        print(f"{name}: {LAYERS.get(name, name)}")
+        print(case.title)
         for threads in args.threads:
             call = noted(case, mode, runner, threads, args.repeats)
             found = predicted(call, threads, costs)

@@ -16,7 +16,6 @@ this reason: Orchard et al., Front. Neurosci. 9:437, 2015.) One seed decides all
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import statistics
 import time
@@ -195,7 +194,7 @@ class Data:
         self.test = moving_digits(test_images, Motion(), 1_000_000 + seed)
         # This tensor is filled anew in each epoch, so that training does not allocate it.
         self.moving = moving_digits(self.images, Motion(), seed)
-        self.seed, self.seen = seed, hashlib.sha256()
+        self.seed = seed
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields batches of events (T, n, 2, S, S) and labels (n,)."""
@@ -203,7 +202,6 @@ class Data:
         moving_digits(self.images, Motion(), seed, out=self.moving)
         generator = torch.Generator().manual_seed(seed)
         for part in torch.randperm(len(self.images), generator=generator).split(BATCH):
-            self.seen.update(self.labels[part].numpy().tobytes())
             yield self.moving[:, part], self.labels[part]
 
 
@@ -227,7 +225,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     epochs = 1 if args.quick else args.epochs
     torch.manual_seed(args.seed)
     model = Network(args.network).to(args.device)
-    start = digest(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, eps=EPSILON)
     batches = -(-len(data.images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -258,8 +255,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "network": args.network,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "start": start,
-        "order": data.seen.hexdigest(),
         "epochs": epochs,
         "losses": losses,
         "accuracy": accuracy(model, data, args.device),
@@ -280,15 +275,6 @@ def learn(
     loss.backward()
     optimizer.step()
     return loss.item()
-
-
-def digest(model: nn.Module) -> str:
-    """Returns a hash of the names and the bits of all parameters."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        found.update(name.encode())
-        found.update(parameter.detach().cpu().numpy().tobytes())
-    return found.hexdigest()
 
 
 def whole(least: int) -> Callable[[str], int]:

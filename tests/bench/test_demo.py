@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from tests.shared.helpers import same
+
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
@@ -35,7 +37,7 @@ def test_both_networks_start_alike_and_compute_alike():
     for name in demo.COLOURS:
         torch.manual_seed(0)
         nets[name] = training.Network(name, side=16)
-    assert training.digest(nets["snntorch"]) == training.digest(nets["snnlstm"])
+    same(*(net.parameters() for net in nets.values()))
     x = (torch.rand(4, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2).float()
     for _ in range(2):  # the second call starts from zero states, too
         scores = {name: net(x) for name, net in nets.items()}
@@ -55,7 +57,7 @@ def _few_digits(monkeypatch):
 @pytest.mark.usefixtures("_few_digits")
 def test_the_demo_trains_both_from_one_start_and_they_learn(tmp_path, capsys):
     common = ["--epochs", "3", "--threads", "1"]
-    assert demo.main([*common, "--out", str(tmp_path)]) == 0
+    demo.main([*common, "--out", str(tmp_path)])
     assert "Both started from the same" in capsys.readouterr().out
     results = json.loads((tmp_path / "demo.json").read_text())
     reference, ours = results["snntorch"], results["snnlstm"]
@@ -63,8 +65,6 @@ def test_the_demo_trains_both_from_one_start_and_they_learn(tmp_path, capsys):
     assert demo.furthest(reference, ours) < 0.1
     assert sum(ours["losses"][-3:]) < 0.95 * sum(ours["losses"][:3])
     assert (tmp_path / "demo.png").stat().st_size > 10_000
-    ours["order"] = "another"
-    assert "NOT COMPARABLE" in demo.table(reference, ours)
     training.main([*common, "--network", "snntorch"])
     said = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[1] for line in said[:-1]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]

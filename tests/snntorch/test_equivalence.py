@@ -211,7 +211,8 @@ PINNED = {
 
 # The emulator takes ten seconds for the large tiles, which only the CPU's kernels have.
 @pytest.mark.parametrize(
-    "name", [*PINNED][:-1] + [pytest.param("large tiles", marks=pytest.mark.simt_long)]
+    "name",
+    [pytest.param(n, marks=pytest.mark.simt_long) if n == "large tiles" else n for n in PINNED],
 )
 def test_a_combination_of_options_equals_snntorch(backend, name):
     assert judge(PINNED[name], backend) is not None
