@@ -9,14 +9,15 @@ rules of csrc/cuda/rules.h choose. Each row is printed, and written to FILE.csv,
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pandas as pd
 import torch
 
 from benchmarks import devices
@@ -32,7 +33,6 @@ for _name, _batch in (("column1", 128), ("column3", 128), ("eeg1", 32)):
     LAYERS[_of.name] = _of
 LAYERS |= USERS_CASES
 DTYPES = {75: ("float32", "float16"), 80: ("tf32", "bfloat16")}
-FIELDS = ("layer", "dtype", "pass", "name", "tile", "chosen", "us_a_step", "error")
 
 
 def seconds(run: Callable[[], object], on_gpu: bool) -> float:
@@ -89,6 +89,7 @@ def passes(case: Case, setting: Setting) -> list[dict[str, Any]]:
                 "layer": case.name, "dtype": setting.dtype,
                 "pass": ("forward", "backward")[backward], "name": core.name,
                 "tile": "x".join(map(str, core.tile)), "chosen": "*" if number == 0 else "",
+                "us_a_step": "", "error": "",
             }  # fmt: skip
             try:
                 taken = seconds(run, setting.device == "cuda")
@@ -110,23 +111,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default="algorithms.csv", metavar="FILE.csv")
     parser.add_argument("--limit", type=float, default=1e9, help="begin no layer after so many s")
     options = parser.parse_args(arguments)
-    begin, failed = time.monotonic(), False
+    begin, rows = time.monotonic(), list[dict[str, Any]]()
     capability = devices.capability(options.device)
     dtypes = DTYPES[max(of for of in DTYPES if of <= capability)]
-    with devices.running(options.device), open(options.out, "w", newline="") as file:
-        table = csv.DictWriter(file, FIELDS, restval="")
-        table.writeheader()
-        for name in options.layers:
+    with devices.running(options.device):
+        for name, dtype in itertools.product(options.layers, dtypes):
             case = LAYERS[name] if name in LAYERS else parse_case(name)
-            for dtype in dtypes:
-                if time.monotonic() - begin > options.limit:
-                    print(f"no time left for {case.name}, {dtype}", flush=True)
-                    continue
-                rows = passes(case, Setting(options.device, dtype))
-                failed |= any("error" in row for row in rows)
-                table.writerows(rows)
-                file.flush()
-    return int(failed)
+            if time.monotonic() - begin > options.limit:
+                print(f"no time left for {case.name}, {dtype}", flush=True)
+                continue
+            rows += passes(case, Setting(options.device, dtype))
+            pd.DataFrame(rows).to_csv(options.out, index=False)
+    return int(any(row["error"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -83,17 +83,11 @@ def _pair(rows: pd.DataFrame, provider: str, column: str, unit: str = "") -> str
     return " / ".join(number(of.get(mode), unit) for mode in rows["mode"].unique())
 
 
-def ranking(rows: pd.DataFrame, worst: int = 10) -> str:
-    """Lists our speed-ups over random shapes in order, and the shapes of the lowest."""
-    text = []
+def ranking(rows: pd.DataFrame) -> str:
+    """Lists our speed-ups over random shapes, the lowest first."""
     drawn = rows[rows.case.str.startswith("random") & rows.provider.str.startswith("snnlstm")]
-    for group, of in drawn.dropna(subset="speedup").groupby([*RUN, "provider", "mode"]):
-        of = of.sort_values("speedup")
-        ratios = " ".join(f"{ratio:.2f}" for ratio in of.speedup)
-        text.append(f"{group}, {len(of)} random shapes: {ratios}")
-        lowest = of.head(worst).itertuples()
-        text += [f'  {row.speedup:.2f}x  --shape "{row.shape}"  {row.path}' for row in lowest]
-    return "\n".join(text)
+    shown = drawn.sort_values("speedup")[[*RUN, "mode", "provider", "speedup", "path", "shape"]]
+    return "" if drawn.empty else f"Random shapes:\n{shown.to_string(index=False)}"
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame) -> str:
@@ -108,10 +102,9 @@ def compare(before: pd.DataFrame, after: pd.DataFrame) -> str:
         return "The two runs have no row in common."
     both["change"] = both["ms B"] / both["ms A"] - 1
     both["verdict"] = [_verdict(row) for row in both.to_dict("records")]
-    text = []
-    for name in ("version", "commit", "date", "device", "torch", "snntorch", "python"):
-        one, other = before.iloc[0][name], after.iloc[0][name]
-        text.append(f"{name}: {one}" if one == other else f"{name}: A {one}, B {other}")
+    names = ["version", "commit", "date", "device", "torch", "snntorch", "python"]
+    origins = pd.DataFrame({"A": before.iloc[0][names], "B": after.iloc[0][names]})
+    text = [origins.to_string()]
     shown = both[[*CASE, "provider"]].copy()
     for name, unit in (("ms", ""), ("speedup", "x"), ("mib", "")):
         for run in ("A", "B"):

@@ -334,8 +334,6 @@ def parser() -> argparse.ArgumentParser:
         help="for rows.csv, table.md and pictures (default: out/bench-DATE-TIME)")
     p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"),
         help="measure nothing: what changed from run A to run B (directories or rows.csv)")
-    p.add_argument("--plot", type=Path, metavar="DIR",
-        help="measure nothing: table and pictures of a run")
     return p
 # fmt: on
 
@@ -376,10 +374,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.compare:
             print(report.compare(*map(report.read, args.compare)))
-            return 0
-        if args.plot:
-            out = args.plot if args.plot.is_dir() else args.plot.parent
-            report.write(report.read(args.plot), out)
             return 0
         if path.kernels is None:
             p.error("the core is not built: `pip install -e .` builds it")

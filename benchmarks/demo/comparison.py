@@ -1,4 +1,4 @@
-"""Trains with either library's cell, and shows both in a table and in a plot."""
+"""Trains with either library's cell, and shows both in a table and in a plot of the losses."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def spread(*accuracies: float) -> str:
 
 
 def plot(reference: Result, ours: Result, path: Path, caption: str) -> None:
-    """Draws both loss curves in one panel, and accuracy, time and memory as bars beside it."""
+    """Draws both loss curves."""
     from matplotlib.figure import Figure  # which draws to files alone
 
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    curves, *panels = figure.subplots(1, 4, width_ratios=(5, 1.2, 1.2, 1.2))
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    curves = figure.subplots()
     for result, width in ((reference, 5), (ours, 1.4)):
         colour, losses = COLOURS[result["network"]], result["losses"]
         batches = range(1, len(losses) + 1)
@@ -104,15 +104,6 @@ def plot(reference: Result, ours: Result, path: Path, caption: str) -> None:
     curves.set_title(f"Training loss; the curves are at most {apart:.3f} apart", fontsize=10)
     curves.set(xlabel="batch", ylabel="cross-entropy", ylim=0)
     curves.legend(fontsize=9)
-    for panel, key in zip(panels, ("accuracy", "seconds", "training_mib"), strict=True):
-        title, form = LINES[key]
-        values = [result[key] for result in (reference, ours)]
-        bars = panel.bar(list(COLOURS), values, color=list(COLOURS.values()))
-        panel.bar_label(bars, [form.format(value) for value in values], fontsize=8, padding=2)
-        panel.set_title({"training_mib": "MiB for training"}.get(key, title), fontsize=10)
-        panel.set_yticks([])
-        panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.tick_params(axis="x", labelsize=9, length=0)
     figure.suptitle(caption, fontsize=8)
     figure.savefig(path, dpi=150)
 

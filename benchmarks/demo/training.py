@@ -19,7 +19,7 @@ import argparse
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -277,24 +277,20 @@ def learn(
     return loss.item()
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Returns an argparse type that accepts whole numbers from `least` on."""
-
-    def convert(text: str) -> int:
-        if text.isdecimal() and int(text) >= least:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, got {text!r}")
-
-    return convert
+def positive(text: str) -> int:
+    """Reads a whole number of the command line that is at least 1."""
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
 
 
 def add_common(p: argparse.ArgumentParser) -> None:
     """Adds the arguments that the demo and one training share."""
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    p.add_argument("--epochs", type=whole(1), default=12, help="default: %(default)s")
-    p.add_argument("--seed", type=whole(0), default=0, help="of weights, motions and order")
+    p.add_argument("--epochs", type=positive, default=12, help="default: %(default)s")
+    p.add_argument("--seed", type=int, default=0, help="of weights, motions and order")
     threads = torch.get_num_threads()
-    p.add_argument("--threads", type=whole(1), default=threads, help="default: %(default)s here")
+    p.add_argument("--threads", type=positive, default=threads, help="default: %(default)s here")
     p.add_argument("--quick", action="store_true", help="1 epoch of 128 digits, learns little")
 
 
