@@ -50,7 +50,9 @@ def set_isa(name: str) -> None:
 
 # ---- packed weights ------------------------------------------------------------------------------
 
-_MOST = 16  # weights of one storage that overlap, and sets of forms of one weight, that are kept
+# Weights of one storage, and sets of forms of one weight, that are kept; one more, and all are
+# forgotten.
+_MOST = 64
 
 
 class Forms(NamedTuple):
@@ -147,28 +149,9 @@ def packed_weight(weight: Tensor, last: PackedWeight | None = None) -> PackedWei
     if packed is not None and packed.holds(contiguous):
         return packed
     if packed is None and len(entries) >= _MOST:
-        _drop_overlapping(entries, place)
+        entries.clear()
     packed = entries[place] = PackedWeight(contiguous)
     return packed
-
-
-def _drop_overlapping(entries: dict[tuple[Any, ...], PackedWeight], place: Any) -> None:
-    """Forget weights that share memory with the one at `place`.
-
-    Those that are left share nothing, so that there are no more of them than a storage holds: all
-    layers of one that keeps a network's parameters in one piece.
-    """
-
-    def ends(place: Any) -> tuple[int, int]:
-        offset, shape, strides, dtype = place
-        last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        return offset * dtype.itemsize, (offset + last + 1) * dtype.itemsize
-
-    begin, end = ends(place)
-    for other in list(entries):  # a copy, because other threads drop entries, too
-        first, last = ends(other)
-        if first < end and begin < last:
-            entries.pop(other, None)
 
 
 # ---- plans ---------------------------------------------------------------------------------------
