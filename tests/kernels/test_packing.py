@@ -179,6 +179,8 @@ def test_each_instruction_set_and_algorithm_has_forms_of_its_own():
 def test_threads_that_share_a_weight_or_a_storage_of_more_weights_than_are_kept(cells):
     """The cells have views of one buffer as weights."""
     made = [make(4) for _ in range(cells)]
+    for k, cell in enumerate(made):  # equal weights have one packed form
+        cell.conv.weight.data.mul_(1 + k / 100)
     buffer = torch.stack([cell.conv.weight.detach() for cell in made])
     expected = [call(cell, image()) for cell in made]
     for cell, view in zip(made, buffer, strict=True):
@@ -191,7 +193,7 @@ def test_threads_that_share_a_weight_or_a_storage_of_more_weights_than_are_kept(
 
     in_threads(work, 20)
     assert cells > cpu._MOST or cells == 1
-    assert all(len(places) < cpu._MOST + 20 for places in cpu._packed.values())
+    assert max(map(len, cpu._packed.values()), default=0) < cpu._MOST + 20
 
 
 def test_what_is_packed_dies_with_its_weight():
