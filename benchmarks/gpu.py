@@ -12,8 +12,8 @@ time by which it must end, and later ones get the time that earlier ones leave. 
 or is stopped ends no other.
 
 --rehearse goes through the same steps without a GPU, on one that tests/simt emulates, with tiny
-layers; its times mean nothing. DIR gets four files, written anew after each step: report.md,
-rows.csv, algorithms.csv, and logs.zip. The build goes to out/gpu-build and is kept.
+layers; its times mean nothing. DIR gets two files, written anew after each step: report.md, and
+results.zip with all logs and rows. The build goes to out/gpu-build and is kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -218,7 +217,7 @@ def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outco
         print(f"{outcome.verdict} ({outcome.seconds:.0f} s)", flush=True)
         taken = time.monotonic() - start
         (place.out / "report.md").write_text(report(about, outcomes, taken))
-        gather(place)
+        shutil.make_archive(str(place.out / "results"), "zip", place.work)
     return outcomes
 
 
@@ -254,17 +253,6 @@ def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -
         lines += ["", f"## {outcome.step.name}: {outcome.verdict}", "", f"`{' '.join(command)}`"]
         lines += ["", "````text", outcome.output or "(no output)", "````"]
     return "\n".join(lines) + "\n"
-
-
-def gather(place: Place) -> None:
-    """Writes the rows of all steps into one rows.csv, and packs the logs."""
-    for name, files in (("rows.csv", "*/rows.csv"), ("algorithms.csv", "a*.csv")):
-        tables = [file.read_text().splitlines() for file in sorted(place.work.glob(files))]
-        lines = [line for table in tables for line in table[1:]]
-        (place.out / name).write_text("\n".join([*(t[0] for t in tables[:1] if t), *lines, ""]))
-    with zipfile.ZipFile(place.out / "logs.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted(place.work.rglob("*.*")):
-            archive.write(file, file.relative_to(place.work))
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -317,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     shutil.rmtree(place.work, ignore_errors=True)
     place.work.mkdir(parents=True)
     outcomes = run_all(place, planned, 60 * (options.minutes or (2 if options.quick else 9)))
-    print(f"{summary(outcomes)}; to send: the four files in {out}")
+    print(f"{summary(outcomes)}; to send: both files in {out}")
     return int(any(outcome.verdict != "passed" for outcome in outcomes))
 
 

@@ -30,14 +30,9 @@ def lacking(rehearsal: bool = False) -> str | None:
     ]
     if missing:
         return f"missing: {sys.executable} -m pip install " + " ".join(f'"{of}"' for of in missing)
-    return None if rehearsal else no_gpu()
-
-
-def no_gpu() -> str | None:
-    """Returns why torch sees no GPU, or None."""
     import torch
 
-    if torch.cuda.is_available():
+    if rehearsal or torch.cuda.is_available():
         return None
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return (

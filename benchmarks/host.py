@@ -3,9 +3,8 @@
     python -m benchmarks.host
 
 Prints microseconds a step of a loop of step calls, without gradients and with a backward pass. The
-rows are the CPU backend, the CUDA backend (on CPU tensors, so that no GPU is needed), the same
-where cuDNN convolves (and takes no time), and a Function of torch's that does nothing. The numbers
-are medians over alternating rounds.
+rows are the CPU backend, the CUDA backend (on CPU tensors, so that no GPU is needed), and the same
+where cuDNN convolves (and takes no time). The numbers are medians over alternating rounds.
 """
 
 from __future__ import annotations
@@ -92,22 +91,6 @@ def stubbed(backend: str, algorithm: str = "auto") -> Iterator[None]:
     function._plans.clear()
 
 
-class _Nothing(torch.autograd.Function):
-    """Takes the cell's arguments, returns results of their shapes, and computes nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        mem = tensors[2]
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        return torch.empty_like(mem), torch.empty_like(mem), torch.empty_like(mem)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _, syn, mem, _ = ctx.saved_tensors
-        return None, torch.empty_like(syn), torch.empty_like(mem), None
-
-
 def _measure(step: Callable) -> tuple[float, float]:
     """Returns microseconds a step, without gradients and with a backward pass."""
     begin = time.perf_counter()
@@ -124,7 +107,6 @@ def main(given: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
     p.add_argument("--rounds", type=int, default=200, help="per row (default: %(default)s)")
     rounds = p.parse_args(given).rounds
-    weight = torch.zeros(1, requires_grad=True)
     ways = {"cpu": ("cpu",), "cuda": ("cuda",), "cuda, cudnn,": ("cuda", "cudnn")}
     cells = {name: snnlstm.SConv2dLSTM(2, 12, 3, threshold=0.1) for name in ways}
     times: dict[str, list[tuple[float, float]]] = {}
@@ -134,8 +116,6 @@ def main(given: list[str] | None = None) -> None:
                 _measure(cell)
                 found = [_measure(cell) for _ in range(20)]
             times.setdefault(f"snnlstm, {name} stubbed", []).extend(found)
-        found = [_measure(lambda *a: _Nothing.apply(*a, weight)) for _ in range(20)]
-        times.setdefault("torch.autograd.Function alone", []).extend(found)
     print("Microseconds a step call on the host (without gradients; forward and backward)")
     for name, found in times.items():
         one, both = map(statistics.median, zip(*found, strict=True))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 from collections.abc import Callable
@@ -47,11 +48,6 @@ def watch() -> int:
     return _status("VmRSS")
 
 
-def high_water() -> int:
-    """Returns the largest number of bytes that were resident since `watch`."""
-    return _status("VmHWM")
-
-
 def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -70,7 +66,7 @@ def watching(device: str) -> Callable[[], tuple[int, int]]:
         torch.cuda.reset_peak_memory_stats()
         before, read = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
-        before, read = watch(), high_water
+        before, read = watch(), functools.partial(_status, "VmHWM")
     return lambda: (read(), max(0, read() - before))
 
 

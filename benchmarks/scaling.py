@@ -6,9 +6,9 @@
 For each number of threads N a plan for N threads is made, whose tasks depend on N. One thread runs
 its tasks and notes the processor time of each. Then the tasks are handed out as the kernels do it:
 the next task to the next free thread, and a barrier behind each phase. What is no task (Python,
-packing, searches) stays serial. The cost of a barrier, of a team's start and the memory's
-bandwidth are parameters. `--check` runs N threads as well, N at most the machine's cores, and
-prints the measured time beside the predicted one. It needs a build for tests (an editable one).
+packing, searches) stays serial. The cost of a barrier and the memory's bandwidth are parameters.
+`--check` runs N threads as well, N at most the machine's cores, and prints the measured time beside
+the predicted one. It needs a build for tests (an editable one).
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ class Costs(NamedTuple):
     """What one thread cannot show, in seconds and bytes a second."""
 
     barrier: float
-    team: float
     bandwidth: float
 
 
@@ -75,7 +74,6 @@ def predicted(call: Call, threads: int, costs: Costs) -> float:
     for phase in call.phases:
         n = min(threads, phase.threads)
         total += makespan(phase.tasks, n) + (costs.barrier if n > 1 else 0)
-    total += costs.team if any(phase.threads > 1 for phase in call.phases) and threads > 1 else 0
     return max(total, call.bytes / costs.bandwidth)
 
 
@@ -134,17 +132,13 @@ def main(given: list[str] | None = None) -> None:
     p.add_argument("--threads", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
     p.add_argument("--training", action="store_true", help="forward and backward")
     p.add_argument("--barrier", type=float, default=1.0, help="us a phase (default: %(default)s)")
-    p.add_argument("--team", type=float, default=5.0, help="us a call (default: %(default)s)")
     p.add_argument("--bandwidth", type=float, default=100.0, help="GB/s (default: %(default)s)")
     p.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     p.add_argument("--check", action="store_true", help="measure as well, as far as cores go")
     args = p.parse_args(given)
-    costs = Costs(args.barrier / 1e6, args.team / 1e6, args.bandwidth * 1e9)
+    costs = Costs(args.barrier / 1e6, args.bandwidth * 1e9)
     mode = "training" if args.training else "inference"
-    print(
-        f"{mode}, {_C.isa_name()}; barrier {args.barrier} "
-        f"us, team {args.team} us, memory {args.bandwidth} GB/s"
-    )
+    print(f"{mode}, {_C.isa_name()}; barrier {args.barrier} us, memory {args.bandwidth} GB/s")
     errors = []
     for shape in args.shapes:
         case, alone = parse_case(shape), None

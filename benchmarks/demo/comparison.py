@@ -48,15 +48,14 @@ def train_alone(network: str, args: argparse.Namespace) -> Result:
         return process.submit(train, network, args).result()
 
 
-def smooth(losses: list[float], window: int = WINDOW) -> list[float]:
-    """Returns the running mean over up to `window` values; it is as long as `losses`."""
-    return pd.Series(losses).rolling(window, min_periods=1).mean().tolist()
+def smooth(result: Result) -> pd.Series:
+    """Returns the running mean of the losses over up to WINDOW batches."""
+    return pd.Series(result["losses"]).rolling(WINDOW, min_periods=1).mean()
 
 
 def furthest(reference: Result, ours: Result) -> float:
     """Returns the largest distance between the two smooth loss curves."""
-    curves = (smooth(result["losses"]) for result in (reference, ours))
-    return max(abs(a - b) for a, b in zip(*curves, strict=True))
+    return float((smooth(reference) - smooth(ours)).abs().max())
 
 
 def table(reference: Result, ours: Result) -> str:
@@ -99,7 +98,7 @@ def plot(reference: Result, ours: Result, path: Path, caption: str) -> None:
         batches = range(1, len(losses) + 1)
         curves.plot(batches, losses, color=colour, alpha=0.18, linewidth=0.8)
         label = f"{result['network']} (mean of {WINDOW} batches)"
-        curves.plot(batches, smooth(losses), color=colour, label=label, linewidth=width)
+        curves.plot(batches, smooth(result), color=colour, label=label, linewidth=width)
     apart = furthest(reference, ours)
     curves.set_title(f"Training loss; the curves are at most {apart:.3f} apart", fontsize=10)
     curves.set(xlabel="batch", ylabel="cross-entropy", ylim=0)
