@@ -20,7 +20,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import snnlstm
 from benchmarks.cases import loop
