@@ -58,7 +58,7 @@ const std::vector<Isa>& usable() {
 #if SNNLSTM_X86
     const Processor processor;
     if (!processor.avx2) return s;
-#if SNNLSTM_TESTING
+#if SNNLSTM_HAS_WIDE
     s.insert(s.begin(), {"wide", &wide::kernels});
 #endif
     s.push_back({"avx2", &avx2::kernels});

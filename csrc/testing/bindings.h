@@ -1,6 +1,6 @@
-// What a build for tests has besides: cpu_evaluate(), time_tasks(), and the instruction set `wide`,
-// which is AVX-512's tiles in AVX2's instructions: slow, but it lets the tiles be tested without
-// AVX-512.
+// What a build for tests has besides: cpu_evaluate(), time_tasks(), and on machines without AVX-512
+// the instruction set `wide`, which is AVX-512's tiles in AVX2's instructions: slow, but it lets
+// the tiles be tested.
 #pragma once
 
 #include <memory>
@@ -31,8 +31,11 @@ inline void evaluate(const std::string& function, int dtype, Address in, Address
   auto* of_isa = &baseline::evaluate;
 #if SNNLSTM_X86
   const std::string isa = cpu::isa_name();
-  if (isa != "baseline")
-    of_isa = isa == "avx2" ? &avx2::evaluate : isa == "wide" ? &wide::evaluate : &avx512::evaluate;
+  if (isa == "avx2") of_isa = &avx2::evaluate;
+  if (isa == "avx512") of_isa = &avx512::evaluate;
+#if SNNLSTM_HAS_WIDE
+  if (isa == "wide") of_isa = &wide::evaluate;
+#endif
 #endif
   counted("count", count);
   if (count > 0) needs(at(in), "in"), needs(at(out), "out");
