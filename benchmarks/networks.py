@@ -337,7 +337,7 @@ SMALL = {
 }  # fmt: skip
 NETWORKS = {
     **{
-        name: _classifier(title, layers, 3, 2, channels, min(height, 16), min(width, 16))
+        name: _classifier(title, layers, 3, 2, channels, min(height, 14), min(width, 14))
         for name, (title, layers, _, _, channels, height, width) in _CLASSIFIERS.items()
     },
     "camera": dataclasses.replace(_CAMERA, shapes=((10, 2, 2, 12, 12),)),

@@ -81,22 +81,16 @@ def balance(launch: Launch, multiprocessors: int) -> float:
 class Compiled(NamedTuple):
     """What nvcc makes of one kernel; per_mma: of its inner loops, the most instructions."""
 
-    registers: int
-    spilled: int
     barriers: int
     per_mma: float
 
 
 def compiled(source: Path, arch: int) -> dict[str, Compiled]:
-    """The kernels of a source by name, as they are compiled for an architecture."""
-    _, log = gpu_tools.compile_fatbin(source, (arch,))
-    resources = {r.kernel: r for r in gpu_tools.resources_of_log(log) if r.arch == arch}
+    """The kernels of a source by name, as PTX for an architecture."""
     code = gpu_tools.code_of_ptx(source, gpu_tools.ptx_of(arch))
     found = {}
     for name, instructions in zip(gpu_tools.demangle(list(code)), code.values(), strict=True):
         loops = machine_code.loops(machine_code.parse(instructions)) if instructions else []
-        of = resources[name]
         barriers = sum(i[2].startswith(("bar.", "barrier.")) for i in instructions)
-        per_mma = max((loop.per_hmma for loop in loops), default=0.0)
-        found[name] = Compiled(of.registers, of.spilled, barriers, per_mma)
+        found[name] = Compiled(barriers, max((loop.per_hmma for loop in loops), default=0.0))
     return found

@@ -188,7 +188,10 @@ def test_every_new_value_of_a_weight_is_seen(core):
     assert not torch.equal(before[1], after[1])
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
+@pytest.mark.parametrize(
+    "algorithm",
+    ["direct", *(pytest.param(of, marks=pytest.mark.simt_long) for of in ("hybrid", "cudnn"))],
+)
 def test_checkpoint_gives_the_same_gradients(core, algorithm):
     case = TRAINED.but(time=5, record=False)
     with MODES["float32"].running(core):
@@ -198,7 +201,9 @@ def test_checkpoint_gives_the_same_gradients(core, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
-@pytest.mark.parametrize("mode", ["float32", "bfloat16 autocast"])
+@pytest.mark.parametrize(
+    "mode", ["float32", pytest.param("bfloat16 autocast", marks=pytest.mark.simt_long)]
+)
 def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
     """The fake kernels of function.py know the sizes of what the CUDA kernels save."""
     torch._dynamo.reset()

@@ -296,6 +296,7 @@ def test_attributes_that_users_touch(backend):
     close(actual.mem_reset(actual.mem), expected.mem_reset(expected.mem))
 
 
+@pytest.mark.simt_long
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("reset", ["none", "zero", "subtract"])
 def test_a_threshold_that_no_loss_reaches_has_no_gradient(backend, reset, checkpoint):
