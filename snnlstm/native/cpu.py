@@ -50,9 +50,9 @@ def set_isa(name: str) -> None:
 
 # ---- packed weights ------------------------------------------------------------------------------
 
-# Weights of one storage, and sets of forms of one weight, that are kept; one more, and all are
-# forgotten.
-_MOST = 64
+# Weights of one storage, which may be all parameters of a network, and sets of forms of one weight,
+# that are kept; one more, and all are forgotten.
+_MOST = 1024
 
 
 class Forms(NamedTuple):
