@@ -55,11 +55,6 @@ def run(algorithm: str, tensors: list[Tensor]) -> tuple[list[Tensor], str]:
     return [mem.detach(), x.grad, cell.conv.weight.grad], cell.path.name if cell.path else ""
 
 
-def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    """Returns the relative errors in norm of what :func:`run` returns."""
-    return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
-
-
 def main() -> None:
     """Prints the table."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
@@ -73,12 +68,10 @@ def main() -> None:
         exact, _ = run("torch", [t.double() for t in tensors])
         found, paths = zip(*(run(algorithm, tensors) for algorithm in ALGORITHMS), strict=True)
         ways = " / ".join(path.split("-", 2)[-1] for path in paths[2:])
-        cells = [
-            " / ".join(
-                f"{error:.1e}".replace("e-0", "e-").replace("e+00", "e0") for error in column
-            )
-            for column in zip(*(errors(of, exact) for of in found), strict=True)
-        ]
+        cells = []
+        for b, column in zip(exact, zip(*found, strict=True), strict=True):
+            errors = [f"{float((a - b).norm() / b.norm()):.1e}" for a in column]
+            cells.append(" / ".join(errors).replace("e-0", "e-").replace("e+00", "e0"))
         print(f"| {name} | {scale} x | {ways} | {' | '.join(cells)} |", flush=True)
 
 

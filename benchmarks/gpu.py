@@ -33,8 +33,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import gpu_needs
-
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "out" / "gpu-build"
 SHOWN = 600  # lines of a step's output, in the report
@@ -42,6 +40,13 @@ LAST = 30.0  # seconds that a shape of the benchmark may take after it was begun
 # Each GPU is timed in the types that it has instructions for.
 DTYPES = {75: "float32 autocast16 float16", 80: "tf32 bfloat16 float16"}
 TINY = '"2 1 2 8 6 6 3 name=tiny"'  # the layer of a rehearsal
+# The modules and programs that the steps need, as pip installs them. The core is built with CMake
+# alone, which says by itself if it is too old, or if it finds no compiler.
+NEEDED = {
+    "pybind11": "pybind11>=2.13", "pytest": "pytest>=8", "hypothesis": "hypothesis>=6.100",
+    "numpy": "numpy", "pandas": "pandas>=2", "snntorch": "snntorch==1.0.0", "tqdm": "tqdm",
+    "cmake": "cmake>=3.24", "ninja": "ninja",
+}  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -132,7 +137,7 @@ def steps(place: Place, quick: bool) -> list[Step]:
     # torch.compile takes a minute of one core for a layer.
     beside += " snntorch-compile snntorch-compile-graph" if cores >= 8 else ""
     found.append(Step("tests", 0.6, f"{pytest} --backend {place.device.split('-')[0]}"))
-    if sanitizer := gpu_needs.find("compute-sanitizer"):
+    if sanitizer := find("compute-sanitizer"):
         # It checks our own kernels alone, because torch's would take minutes.
         checked = f"{sanitizer} --error-exitcode=9 --launch-timeout=60 --kernel-name "
         checked += "kernel_substring=snnlstm --tool="
@@ -233,7 +238,7 @@ def facts(place: Place) -> dict[str, str]:
     return {
         **({} if cuda else {"REHEARSAL": "no GPU: no time below is a GPU's"}),
         "GPU": devices.name(place.device),
-        "driver, highest clock, power": gpu_needs.said("nvidia-smi", *query) if cuda else "none",
+        "driver, highest clock, power": said("nvidia-smi", *query) if cuda else "none",
         "CUDA of torch": str(torch.version.cuda),
         "machine": f"{platform.platform()}, {machine.device_name('cpu')}",
         **machine.describe(Setting("cuda" if cuda else "cpu")),
@@ -261,11 +266,41 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     return f"{passed} of {len(outcomes)} passed"
 
 
-def copy_sources(place: Place) -> None:
-    """Copies the checkout's sources, with their times, but for what was built there."""
-    built = ".*", "__pycache__", "*.so", "build", "out", place.build.name
-    shutil.rmtree(place.tree, ignore_errors=True)
-    shutil.copytree(ROOT, place.tree, ignore=shutil.ignore_patterns(*built))
+def lacking(rehearsal: bool = False) -> str | None:
+    """Returns why the steps cannot run here, or None. A rehearsal needs neither GPU nor nvcc."""
+    if not importlib.util.find_spec("torch"):
+        return f"no torch: {sys.executable} has none; make gpu PYTHON=... takes another Python"
+    missing = [
+        of for name, of in NEEDED.items() if not (importlib.util.find_spec(name) or find(name))
+    ]
+    if missing:
+        return f"missing: {sys.executable} -m pip install " + " ".join(f'"{of}"' for of in missing)
+    import torch
+
+    if rehearsal or torch.cuda.is_available():
+        return None
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return (
+        f"no GPU: torch {torch.__version__} ({built}) of {sys.executable} sees none; "
+        'ARGS="--rehearse" goes through the steps without one'
+    )
+
+
+def find(program: str) -> str | None:
+    """Finds a program on PATH, beside this Python, or beside nvcc."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    folders = [f"{home}/bin" for home in [*homes, "/usr/local/cuda"] if home]
+    path = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), *folders]
+    return shutil.which(program, path=os.pathsep.join(path))
+
+
+def said(*command: str) -> str:
+    """Returns the last line of what a program prints, or "unknown"."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return (done.stdout.strip().splitlines() or ["unknown"])[-1]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -283,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", nargs="+", metavar="NAME", help="of the report; default: all")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on an emulated one")
     options = parser.parse_args(arguments)
-    if trouble := gpu_needs.lacking(options.rehearse):
+    if trouble := lacking(options.rehearse):
         print(trouble, file=sys.stderr)
         return 1
     from benchmarks import devices
@@ -294,15 +329,18 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     capability = devices.capability(device)
     # A rehearsal compiles what it finds a compiler for.
-    off = os.environ.get("SNNLSTM_CUDA", "").strip().lower() == "off" or not gpu_needs.find("nvcc")
+    off = os.environ.get("SNNLSTM_CUDA", "").strip().lower() == "off" or not find("nvcc")
     cuda, core = not (options.rehearse and off), options.core and options.core.resolve()
     place = Place(device, capability, core, cuda, out, options.build.resolve())
     planned = steps(place, options.quick)
     if unknown := set(options.steps or ()) - {step.name for step in planned}:
         parser.error(f"--steps: {unknown} are none of {[step.name for step in planned]}")
     planned = [step for step in planned if step.name in (options.steps or step.name)]
-    copy_sources(place)
-    shutil.rmtree(place.work, ignore_errors=True)
+    for old in (place.tree, place.work):
+        shutil.rmtree(old, ignore_errors=True)
+    # The sources are copied with their times, but for what was built there.
+    built = ".*", "__pycache__", "*.so", "build", "out", place.build.name
+    shutil.copytree(ROOT, place.tree, ignore=shutil.ignore_patterns(*built))
     place.work.mkdir(parents=True)
     outcomes = run_all(place, planned, 60 * (options.minutes or (2 if options.quick else 9)))
     print(f"{summary(outcomes)}; to send: both files in {out}")

@@ -29,14 +29,10 @@ GIVE_BACK = {
 MIB = 2**20
 
 
-class Unsupported(Exception):
-    """This error says what the system lacks."""
-
-
 def watch() -> int:
     """Gives freed memory back and resets the high-water mark; returns the bytes now resident.
 
-    Raises Unsupported if there is no Linux /proc, or if it is read-only.
+    Raises RuntimeError if there is no Linux /proc, or if it is read-only.
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # a C library that is not glibc
@@ -44,7 +40,7 @@ def watch() -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
     except OSError as error:
-        raise Unsupported(f"peak memory needs Linux's /proc/self/clear_refs ({error})") from None
+        raise RuntimeError(f"peak memory needs Linux's /proc/self/clear_refs ({error})") from None
     return _status("VmRSS")
 
 
@@ -52,7 +48,7 @@ def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise Unsupported(f"/proc/self/status has no {field}")
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def watching(device: str) -> Callable[[], tuple[int, int]]:
@@ -109,7 +105,5 @@ def _peak(
         _, beyond = peaks()
         del kept
         return beyond / MIB
-    except Unsupported as error:
-        return str(error)
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises RuntimeError
         return f"failed: {str(error).splitlines()[0]}"

@@ -53,13 +53,6 @@ class Call(NamedTuple):
     bytes: int  # that the call reads and writes at least
 
 
-class Costs(NamedTuple):
-    """What one thread cannot show, in seconds and bytes a second."""
-
-    barrier: float
-    bandwidth: float
-
-
 def makespan(tasks: Sequence[float], threads: int) -> float:
     """Returns when the last task ends, if each goes to the thread that is free first."""
     free = [0.0] * min(threads, len(tasks))
@@ -68,13 +61,13 @@ def makespan(tasks: Sequence[float], threads: int) -> float:
     return max(free, default=0.0)
 
 
-def predicted(call: Call, threads: int, costs: Costs) -> float:
-    """Returns the seconds of the call on that many threads."""
+def predicted(call: Call, threads: int, barrier: float, bandwidth: float) -> float:
+    """Returns the seconds of the call on that many threads, by seconds, and bytes a second."""
     total = call.serial
     for phase in call.phases:
         n = min(threads, phase.threads)
-        total += makespan(phase.tasks, n) + (costs.barrier if n > 1 else 0)
-    return max(total, call.bytes / costs.bandwidth)
+        total += makespan(phase.tasks, n) + (barrier if n > 1 else 0)
+    return max(total, call.bytes / bandwidth)
 
 
 def bytes_of(case: Case, mode: str) -> int:
@@ -136,7 +129,7 @@ def main(given: list[str] | None = None) -> None:
     p.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     p.add_argument("--check", action="store_true", help="measure as well, as far as cores go")
     args = p.parse_args(given)
-    costs = Costs(args.barrier / 1e6, args.bandwidth * 1e9)
+    costs = args.barrier / 1e6, args.bandwidth * 1e9
     mode = "training" if args.training else "inference"
     print(f"{mode}, {_C.isa_name()}; barrier {args.barrier} us, memory {args.bandwidth} GB/s")
     errors = []
@@ -146,7 +139,7 @@ def main(given: list[str] | None = None) -> None:
         print(case.title)
         for threads in args.threads:
             call = noted(case, mode, runner, threads, args.repeats)
-            found = predicted(call, threads, costs)
+            found = predicted(call, threads, *costs)
             alone = alone or found * threads
             work = sum(sum(phase.tasks) for phase in call.phases)
             most = max((phase.threads for phase in call.phases), default=1)

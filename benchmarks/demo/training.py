@@ -47,8 +47,6 @@ of a rounding error makes as large a step as any other. Two runs of one cell, fr
 1e-7 apart, then have different losses within an epoch."""
 MIB = 2**20
 EVERY = 5.0  # seconds between two lines without a terminal
-
-
 CHUNK = 64
 """So many digits are rendered at a time, which bounds the memory and changes nothing else."""
 

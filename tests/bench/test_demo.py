@@ -59,15 +59,6 @@ def test_the_demo_trains_both_from_one_start_and_they_learn(tmp_path, capsys):
     assert said[-1] == f"test accuracy {reference['accuracy']:.1%}; {reference['path']}"
 
 
-def test_errors_name_the_argument(capsys):
-    for main in (demo.main, training.main):
-        with pytest.raises(SystemExit) as left:
-            main(["--epochs", "0"])
-        assert left.value.code == 2
-        said = "argument --epochs: must be a whole number, at least 1, got '0'"
-        assert said in capsys.readouterr().err
-
-
 def test_a_copy_of_the_training_runs_alone(tmp_path, monkeypatch, capsys):
     copy = str(shutil.copy2(training.__file__, tmp_path))
     monkeypatch.setitem(sys.modules, "benchmarks", None)  # which a user's folder does not have
