@@ -104,8 +104,7 @@ def passes(case: Case, setting: Setting) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns 1 if a candidate failed."""
-    name = "python -m benchmarks.gpu_algorithms"
-    parser = argparse.ArgumentParser(prog=name, description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu_algorithms", description=__doc__)
     parser.add_argument("--device", choices=devices.DEVICES, default="cuda")
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), help="names, or shapes")
     parser.add_argument("--out", default="algorithms.csv", metavar="FILE.csv")

@@ -66,9 +66,7 @@ class Backend:
                     patch.setattr(module, "kernels", None)
                 yield
         elif self.name == "simt":
-            from tests.simt.backend import (
-                emulated,  # the first import builds the emulator in half a minute
-            )
+            from tests.simt.backend import emulated  # the first import builds the emulator
 
             with emulated():
                 yield

@@ -50,9 +50,7 @@ def set_isa(name: str) -> None:
 
 # ---- packed weights ------------------------------------------------------------------------------
 
-# Weights of one storage, which may be all parameters of a network, and sets of forms of one weight,
-# that are kept; one more, and all are forgotten.
-_MOST = 1024
+_MOST = 1024  # weights of one storage, and sets of forms of a weight; one more, and all are dropped
 
 
 class Forms(NamedTuple):

@@ -14,26 +14,23 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from hashlib import sha1
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.simt.builder import CACHE, ROOT
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one kernel needs on one architecture. frame, spilled: bytes of local memory."""
+class Resources(NamedTuple):
+    """What one kernel needs on one architecture. local: bytes of local memory."""
 
     kernel: str
     arch: int
-    registers: int
-    frame: int
-    spilled: int = 0
+    local: int
 
 
 @cache
@@ -126,15 +123,14 @@ def resources_of_log(log: str) -> list[Resources]:
     """Reads the output of ``ptxas -v``."""
     pattern = re.compile(
         r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'.*?"
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-        r"Used (\d+) registers",
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
         re.DOTALL,
     )
     rows = pattern.findall(log)
-    names = demangle([row[0] for row in rows])
+    names = demangle([name for name, *_ in rows])
     return [
-        Resources(name, int(arch), int(registers), int(frame), int(stores) + int(loads))
-        for name, (_, arch, frame, stores, loads, registers) in zip(names, rows, strict=True)
+        Resources(name, int(arch), sum(map(int, local)))
+        for name, (_, arch, *local) in zip(names, rows, strict=True)
     ]
 
 

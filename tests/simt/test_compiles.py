@@ -24,7 +24,7 @@ TUNED = (75, 80, 90)  # the architectures whose registers and shared memory were
 
 def overflowing(resources):
     """Kernels that need local memory. Those of float64 are not tuned, and do not count."""
-    return [r for r in resources if (r.frame or r.spilled) and "double" not in r.kernel]
+    return [r for r in resources if r.local and "double" not in r.kernel]
 
 
 @cache
