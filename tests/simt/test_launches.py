@@ -17,8 +17,6 @@ from tests.simt.launches import LAYERS, balance, calls, compiled, of_layer, plan
 from tests.simt.modes import MODES, PLAIN
 
 WIDE = ("mid", "big", "wide64")
-
-
 # By the name of the launch: the least part of all multiprocessors that has work, on average over
 # the rounds, for wide layers on any card.
 # Without tensor cores the weight's gradient is not cut by rounds.
