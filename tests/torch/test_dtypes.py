@@ -151,7 +151,8 @@ def test_a_cell_without_memory_gets_it_by_to_empty():
     with torch.device("meta"):
         cell = ours(learn_threshold=True, threshold=torch.full((3, 1, 1), 0.3, device="cpu"))
         cell(torch.empty(1, 2, 5, 5))
-    cell = copy.deepcopy(cell).to_empty(device="cpu")
+    # This is to_empty(device="cpu") where the memory holds sevens.
+    cell = copy.deepcopy(cell)._apply(lambda t: torch.full_like(t, 7, device="cpu"))
     assert cell.syn.shape == cell.mem.shape == (1, 3, 5, 5)
     assert not cell.syn.any()
     torch.manual_seed(0)
