@@ -20,7 +20,7 @@ X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
 def test_accelerate_keeps_all_that_the_cell_has():
     options = {
         "max_pool": 2, "learn_threshold": True, "reset_mechanism": "zero", "init_hidden": True,
-        "output": True, "spike_grad": snntorch.surrogate.sigmoid(5), "state_quant": None,
+        "output": True, "spike_grad": snntorch.surrogate.sigmoid(5), "threshold": 0.2,
     }  # fmt: skip
     cell, expected = theirs(**options), theirs(**options)
     seen = []
@@ -49,6 +49,8 @@ def test_accelerate_keeps_all_that_the_cell_has():
     handle.remove()
     cell(X)
     assert seen == [cell, cell, cell]
+    cell.reset_parameters()
+    assert cell.threshold == expected.threshold
 
 
 class KeepsAList(nn.Module):
