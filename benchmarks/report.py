@@ -160,21 +160,21 @@ def draw(rows: pd.DataFrame, directory: Path) -> list[Path]:
             size = (1.2 + 4.2 * len(modes), 1.6 + 0.14 * lines)
             figure = Figure(figsize=size, layout="constrained")
             panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
-        for mode, panel in zip(modes, panels, strict=True):
-            of = part[part["mode"] == mode]
-            table = of.pivot(index="case", columns="provider", values="speedup")
-            names = [name for name in part.provider.unique() if name in table]
-            table = table.reindex(part.case.unique())[names]
-            table.plot.barh(ax=panel, logx=True, width=0.8, legend=False)
-            for bars in panel.containers:
-                panel.bar_label(bars, fmt="%.3gx", fontsize=7, padding=2)
-            panel.axvline(1, color="black", linewidth=1)
-            panel.set_title(mode, fontsize=10)
-            limits = 0.8 * low, 1.6 * high
-            panel.set(xlabel="speed-up over snnTorch eager", ylabel="", xlim=limits)
-            panel.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
-            panel.minorticks_off()
-            panel.spines[["top", "right"]].set_visible(False)
+            for mode, panel in zip(modes, panels, strict=True):
+                of = part[part["mode"] == mode]
+                table = of.pivot(index="case", columns="provider", values="speedup")
+                names = [name for name in part.provider.unique() if name in table]
+                table = table.reindex(part.case.unique())[names]
+                table.plot.barh(ax=panel, logx=True, width=0.8, legend=False)
+                for bars in panel.containers:
+                    panel.bar_label(bars, fmt="%.3gx", fontsize=7, padding=2)
+                panel.axvline(1, color="black", linewidth=1)
+                panel.set_title(mode, fontsize=10)
+                limits = 0.8 * low, 1.6 * high
+                panel.set(xlabel="speed-up over snnTorch eager", ylabel="", xlim=limits)
+                panel.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+                panel.minorticks_off()
+                panel.spines[["top", "right"]].set_visible(False)
         panels[0].invert_yaxis()
         legend = panels[0].get_legend_handles_labels()
         figure.legend(*legend, loc="outside lower center", ncols=5)
