@@ -324,8 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks import devices
 
     device = "simt-t4" if options.rehearse else "cuda"
-    out = options.out or Path("out") / f"gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    out = out.resolve()
+    out = (options.out or Path("out") / f"gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     capability = devices.capability(device)
     # A rehearsal compiles what it finds a compiler for.

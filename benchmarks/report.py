@@ -176,8 +176,7 @@ def draw(rows: pd.DataFrame, directory: Path) -> list[Path]:
                 panel.minorticks_off()
                 panel.spines[["top", "right"]].set_visible(False)
         panels[0].invert_yaxis()
-        legend = panels[0].get_legend_handles_labels()
-        figure.legend(*legend, loc="outside lower center", ncols=5)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
         row = part.iloc[0]
         origin = f"{row.device}, torch {row.torch}, snnlstm {row.version} ({row.commit})"
         figure.suptitle(f"{origin}, {heading(part)}", fontsize=8)

@@ -129,7 +129,6 @@ def main(given: list[str] | None = None) -> None:
     p.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     p.add_argument("--check", action="store_true", help="measure as well, as far as cores go")
     args = p.parse_args(given)
-    costs = args.barrier / 1e6, args.bandwidth * 1e9
     mode = "training" if args.training else "inference"
     print(f"{mode}, {_C.isa_name()}; barrier {args.barrier} us, memory {args.bandwidth} GB/s")
     errors = []
@@ -139,7 +138,7 @@ def main(given: list[str] | None = None) -> None:
         print(case.title)
         for threads in args.threads:
             call = noted(case, mode, runner, threads, args.repeats)
-            found = predicted(call, threads, *costs)
+            found = predicted(call, threads, args.barrier / 1e6, args.bandwidth * 1e9)
             alone = alone or found * threads
             work = sum(sum(phase.tasks) for phase in call.phases)
             most = max((phase.threads for phase in call.phases), default=1)

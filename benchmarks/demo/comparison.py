@@ -70,11 +70,8 @@ def table(reference: Result, ours: Result) -> str:
         text += ["", spread(reference["accuracy"], ours["accuracy"])]
     apart = furthest(reference, ours)
     text += ["", f"Loss curves (means of {WINDOW} batches) are at most {apart:.3f} apart."]
-    text.append(
-        f"Both started from the same {ours['parameters']} weights, and saw the same digits in the "
-        "same order: one seed decides them."
-    )
-    return "\n".join([*text, ours["path"]])
+    start = f"Both started from the same {ours['parameters']} weights and saw the same digits."
+    return "\n".join([*text, start, ours["path"]])
 
 
 def spread(*accuracies: float) -> str:

@@ -297,6 +297,8 @@ def parse(p: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.N
     args = p.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("argument --device: cuda was asked for, but torch sees no CUDA device")
+    if not 0 <= args.seed < 2**32:  # scikit-learn's bounds
+        p.error(f"argument --seed: must be a whole number from 0 to 2**32 - 1, got {args.seed}")
     return args
 
 

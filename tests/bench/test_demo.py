@@ -44,6 +44,10 @@ def _few_digits(monkeypatch):
 
 @pytest.mark.usefixtures("_few_digits")
 def test_the_demo_trains_both_from_one_start_and_they_learn(tmp_path, capsys):
+    for wrong in (["--epochs", "0"], ["--seed", "-1"]):
+        with pytest.raises(SystemExit):
+            demo.main(wrong)
+        assert f"argument {wrong[0]}: must be a whole number" in capsys.readouterr().err
     common = ["--epochs", "3", "--threads", "1"]
     demo.main([*common, "--out", str(tmp_path)])
     assert "Both started from the same" in capsys.readouterr().out
