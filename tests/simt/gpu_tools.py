@@ -67,12 +67,12 @@ def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
         f"-gencode=arch=compute_{ptx},code=[compute_{ptx},{','.join(f'sm_{a}' for a in members)}]"
         for ptx, members in groupby(archs, ptx_of)
     ]
-    return _compile(source, ["-Xptxas=-v", "--no-compress", *for_each, "-fatbin"])
+    return _compile(source, ["-Xptxas=-v", *for_each, "-fatbin"])
 
 
 @cache
 def compile_ptx(source: Path, arch: int) -> str:
-    """The PTX of `source` for an architecture, without what takes ptxas a third of the time."""
+    """The PTX of `source` for an architecture; without ptxas a quarter of the time is saved."""
     return _compile(source, [f"-arch=compute_{arch}", "-ptx"])[0].read_text()
 
 
