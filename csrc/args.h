@@ -148,4 +148,49 @@ struct BackwardArgs : PassArgs {
   void* mem_after = nullptr;
 };
 
+// ---- snntorch.Leaky ----
+
+// A number, or as many numbers as one dimension of x is long: neuron i of a step, in the order of
+// memory, has values[i / stride % count].
+struct LeakyParameter {
+  const void* values = nullptr;  // in the compute type
+  int64_t count = 1, stride = 1;
+};
+
+// T steps of n neurons. Each tensor is (T, n) or (n,), in any order of memory that has no gaps, and
+// all have the same order. Python gives the fields, and those of the pass, in this order.
+struct LeakyArgs {
+  DType dtype = DType::float32;  // of x and its gradient; all others are in the compute type
+  Reset reset = Reset::subtract;
+  Surrogate surrogate = Surrogate::atan;
+  double surrogate_p0 = 2, surrogate_p1 = 0;
+  int64_t T = 1, n = 0;
+  LeakyParameter beta, threshold;
+  const void* graded_factor = nullptr;  // one number
+  const void* mem0 = nullptr;           // (n,) before the first step; backward: null if not needed
+  int threads = 1;                      // CPU
+};
+
+struct LeakyForwardArgs : LeakyArgs {
+  const void* x = nullptr;  // (T, n)
+  void* spk = nullptr;      // (T, n)
+  void* mem = nullptr;      // (T, n) if `record`, else (n,) after the last step
+  bool record = false;
+};
+
+struct LeakyBackwardArgs : LeakyArgs {
+  const void* mem = nullptr;       // (T, n) after each step
+  const void* noise = nullptr;     // (T, n) uniform in [0, 1): the stochastic surrogate only
+  const void* grad_spk = nullptr;  // (T, n)
+  const void* grad_mem = nullptr;  // (T, n)
+  void* grad_x = nullptr;          // (T, n)
+  void* grad_mem0 = nullptr;       // (n,); given where T > 1, since it carries the steps' sums
+  // (n,) summed over the steps. The caller adds the neurons that share a parameter.
+  void* grad_beta = nullptr;
+  void* grad_threshold = nullptr;
+
+  // Says whether the backward pass reads the mem before a step.
+  bool needs_before() const { return reset == Reset::zero || grad_beta || grad_threshold; }
+};
+
 }  // namespace snnlstm

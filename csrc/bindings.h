@@ -85,6 +85,14 @@ class Fields {
     number = PyLong_AsLongLong(next().ptr());
     if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
   }
+  void one(double& number) {
+    number = PyFloat_AsDouble(next().ptr());
+    if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  void one(LeakyParameter& p) {
+    read(p.values, p.count, p.stride);
+    counted("count", p.count, 1), counted("stride", p.stride, 1);
+  }
   void one(bool& flag) {
     int64_t number;
     one(number), flag = number != 0;
@@ -154,8 +162,10 @@ inline void refuse_d_gates(const BackwardArgs& a) {
 
 // ---- the cell ----
 
+constexpr int kDTypes = 4, kResets = 3, kSurrogates = int(Surrogate::leaky) + 1;
+
 template <class Enum>
-Enum numbered(const char* name, int number, int count) {
+Enum numbered(const char* name, int64_t number, int count) {
   if (number < 0 || number >= count)
     throw py::value_error(std::string(name) + " must be less than " + std::to_string(count) +
                           ", got " + std::to_string(number));
@@ -190,15 +200,15 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
                       int reset, int surrogate, double p0, double p1, bool inhibition,
                       int num_levels, bool spiking) {
   Cell c;
-  c.dtype = numbered<DType>("dtype", dtype, 4);
+  c.dtype = numbered<DType>("dtype", dtype, kDTypes);
   c.T = T, c.N = N, c.Cin = Cin, c.C = C, c.H = H, c.W = W;
   std::tie(c.kernel_h, c.kernel_w) = kernel;
   std::tie(c.stride_h, c.stride_w) = stride;
   std::tie(c.dilation_h, c.dilation_w) = dilation;
   c.pool = numbered<Pool>("pool", pool, 3);
   std::tie(c.pool_h, c.pool_w) = pool_size;
-  c.reset = numbered<Reset>("reset", reset, 3);
-  c.surrogate = numbered<Surrogate>("surrogate", surrogate, int(Surrogate::leaky) + 1);
+  c.reset = numbered<Reset>("reset", reset, kResets);
+  c.surrogate = numbered<Surrogate>("surrogate", surrogate, kSurrogates);
   c.surrogate_p0 = p0, c.surrogate_p1 = p1;
   c.inhibition = inhibition;
   c.num_levels = num_levels;
@@ -221,6 +231,47 @@ inline void bind_cell(py::module_& m) {
            py::arg("stride"), py::arg("dilation"), py::arg("pool"), py::arg("pool_size"),
            py::arg("reset"), py::arg("surrogate"), py::arg("p0"), py::arg("p1"),
            py::arg("inhibition"), py::arg("num_levels"), py::arg("spiking") = true);
+}
+
+// ---- snntorch.Leaky, for both backends ----
+
+constexpr Py_ssize_t kLeakyFields = 15;
+
+inline void read_leaky(Fields& f, LeakyArgs& a) {
+  int64_t dtype, reset, surrogate;
+  f.read(dtype, reset, surrogate, a.surrogate_p0, a.surrogate_p1, a.T, a.n, a.beta, a.threshold,
+         a.graded_factor, a.mem0);
+  a.dtype = numbered<DType>("dtype", dtype, kDTypes);
+  a.reset = numbered<Reset>("reset", reset, kResets);
+  a.surrogate = numbered<Surrogate>("surrogate", surrogate, kSurrogates);
+  counted("T", a.T, 1), counted("n", a.n);
+  if (double(a.T) * double(a.n) > double(kMostElements))
+    throw py::value_error("T * n must lie below 2^48");
+  needs(a.beta.values, "beta"), needs(a.threshold.values, "threshold");
+  needs(a.graded_factor, "graded");
+}
+
+inline LeakyForwardArgs leaky_forward_args(const py::tuple& given) {
+  LeakyForwardArgs a;
+  Fields f(given, kLeakyFields + 4);
+  read_leaky(f, a);
+  f.read(a.x, a.spk, a.mem, a.record);
+  if (a.n > 0) needs(a.mem0, "mem0"), needs(a.x, "x"), needs(a.spk, "spk"), needs(a.mem, "mem");
+  return a;
+}
+
+inline LeakyBackwardArgs leaky_backward_args(const py::tuple& given) {
+  LeakyBackwardArgs a;
+  Fields f(given, kLeakyFields + 8);
+  read_leaky(f, a);
+  f.read(a.mem, a.noise, a.grad_spk, a.grad_mem, a.grad_x, a.grad_mem0, a.grad_beta,
+         a.grad_threshold);
+  if (a.n == 0) return a;
+  needs(a.mem, "mem");
+  if (a.needs_before()) needs(a.mem0, "mem0");
+  if (a.T > 1) needs(a.grad_mem0, "grad_mem0");
+  if (a.grad_spk && a.surrogate == Surrogate::stochastic) needs(a.noise, "noise");
+  return a;
 }
 
 }  // namespace snnlstm::bindings

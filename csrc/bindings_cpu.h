@@ -201,6 +201,19 @@ inline void bind_cpu(py::module_& m) {
     return cpu::kernels().padded_channels(cell);
   });
 
+  m.def("leaky_forward", [](const py::tuple& given) {
+    LeakyForwardArgs a = leaky_forward_args(given);
+    a.threads = most_threads();
+    py::gil_scoped_release release;
+    cpu::kernels().leaky_forward(a);
+  });
+  m.def("leaky_backward", [](const py::tuple& given) {
+    LeakyBackwardArgs a = leaky_backward_args(given);
+    a.threads = most_threads();
+    py::gil_scoped_release release;
+    cpu::kernels().leaky_backward(a);
+  });
+
   using cpu::Plan;
   py::class_<Plan>(m, "CpuPlan", py::module_local())
       .def(py::init(&make_cpu_plan), py::arg("cell"), py::arg("algorithm"), py::arg("density"),

@@ -120,6 +120,53 @@ struct Neuron {
   }
 };
 
+// Gradients of one step of one neuron of snntorch.Leaky.
+template <class R>
+struct LeakyGrad {
+  R x, mem_prev, beta, threshold;
+};
+
+// snntorch.Leaky 1.0.0. beta: of the layer, which clamps it to [0, 1]. Products and sums round one
+// by one, as torch's operators do, if the compiler contracts no expressions.
+template <class M>
+struct LeakyNeuron {
+  using R = typename M::R;
+  using N = Neuron<M>;
+
+  static SNNLSTM_HD R decay(R beta) {
+    const R zero = M::splat(0), one = M::splat(1);
+    return M::where(beta < zero, zero, M::where(beta > one, one, beta));
+  }
+
+  static SNNLSTM_HD R next_mem(Reset mechanism, R x, R mem, R beta, R threshold) {
+    const auto reset = N::fires(mem, threshold);
+    if (mechanism == Reset::zero) mem = N::after_reset(mechanism, mem, reset, threshold);
+    const R next = decay(beta) * mem + x;
+    return mechanism == Reset::subtract ? N::after_reset(mechanism, next, reset, threshold) : next;
+  }
+
+  // spk_grad: with respect to u = mem - threshold, through the spike. mem_grad: with respect to mem
+  // after the step, with the part of later steps and without that of the spike.
+  static SNNLSTM_HD LeakyGrad<R> backward(Reset mechanism, R mem_prev, R beta, R threshold,
+                                          R spk_grad, R mem_grad) {
+    const R zero = M::splat(0), grad = spk_grad + mem_grad;
+    const auto reset = N::fires(mem_prev, threshold);
+    R decayed = grad, before = mem_prev;
+    if (mechanism == Reset::zero) {
+      decayed = M::where(reset, grad - grad, grad);
+      before = N::after_reset(mechanism, mem_prev, reset, threshold);
+    }
+    const auto inside = (beta >= zero) & (beta <= M::splat(1));
+    LeakyGrad<R> d;
+    d.x = grad;
+    d.mem_prev = decay(beta) * decayed;
+    d.beta = M::where(inside, grad * before, zero);
+    d.threshold = -spk_grad;
+    if (mechanism == Reset::subtract) d.threshold = d.threshold - M::where(reset, grad, zero);
+    return d;
+  }
+};
+
 // Says whether a mem counts as the largest of a pooling window or, under inhibition, of a sample.
 // The first that counts gets the gradient. Mems that would be equal, if no convolution rounded, may
 // differ by a unit in the last place; so `unit` is that of the largest, or 0 in half types, where

@@ -64,6 +64,8 @@ struct Kernels {
 
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
+  void (*leaky_forward)(const LeakyForwardArgs&);
+  void (*leaky_backward)(const LeakyBackwardArgs&);
 };
 
 // Returns the kernels of the instruction set in use.

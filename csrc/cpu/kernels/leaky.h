@@ -1,0 +1,151 @@
+// snntorch.Leaky, in one pass over memory each way. A task is a range of neurons, which it takes
+// through all steps: mem, and what a step's gradient hands to the step before, stay in the L1
+// cache.
+#pragma once
+
+#include "halves.h"
+#include "threads.h"
+
+SNNLSTM_BEGIN_ISA
+
+// Computes in T, and reads x and writes its gradient as X.
+template <class T, class X>
+struct Leaky {
+  static constexpr int VL = kWideBytes / sizeof(T);
+  static constexpr int64_t kTask = 2048;     // neurons
+  static constexpr int64_t kOperations = 8;  // of a neuron's step, for the number of threads
+  using M = Math<T, VL>;
+  using R = typename M::R;
+  using L = LeakyNeuron<M>;
+
+  static SNNLSTM_INLINE R load_vector(const T* p) { return M::load(p); }
+  static SNNLSTM_INLINE void store_vector(T* p, R v) { M::store(p, v); }
+  template <class H>
+  static SNNLSTM_INLINE R load_vector(const H* p) {
+    return Halves<M>::load(p);
+  }
+  template <class H>
+  static SNNLSTM_INLINE void store_vector(H* p, R v) {
+    Halves<M>::store(p, v);
+  }
+
+  // The first `count` lanes of a vector in memory; the others are 0.
+  template <class N>
+  static SNNLSTM_INLINE R load(const N* p, int count) {
+    if (count == VL) return load_vector(p);
+    N lanes[VL] = {};
+    std::memcpy(lanes, p, size_t(count) * sizeof(N));
+    return load_vector(lanes);
+  }
+  template <class N>
+  static SNNLSTM_INLINE void store(N* p, R v, int count) {
+    if (count == VL) return store_vector(p, v);
+    N lanes[VL];
+    store_vector(lanes, v);
+    std::memcpy(p, lanes, size_t(count) * sizeof(N));
+  }
+
+  // A parameter in a run of neurons that have one value, or as many values one after the other.
+  struct Parameter {
+    const T* values;
+    int64_t count, stride;
+
+    explicit Parameter(const LeakyParameter& p)
+        : values(static_cast<const T*>(p.values)), count(p.count), stride(p.stride) {}
+
+    int64_t end_of_run(int64_t i, int64_t end) const {
+      const int64_t length = stride == 1 ? count : stride;
+      return count == 1 ? end : std::min(end, i + length - i % length);
+    }
+    SNNLSTM_INLINE R at(int64_t i, int64_t first, const T* run, int lanes) const {
+      return stride == 1 && count > 1 ? load(run + (i - first), lanes) : M::splat(*run);
+    }
+    const T* run(int64_t i) const { return values + (count == 1 ? 0 : i / stride % count); }
+  };
+
+  // Calls f(i, lanes, beta, threshold) for vectors that cover the neurons from i to end.
+  template <class F>
+  static SNNLSTM_INLINE void each_vector(const LeakyArgs& a, int64_t i, int64_t end, F&& f) {
+    const Parameter beta(a.beta), threshold(a.threshold);
+    while (i < end) {
+      const int64_t first = i, stop = threshold.end_of_run(i, beta.end_of_run(i, end));
+      const T *betas = beta.run(i), *thresholds = threshold.run(i);
+      for (; i < stop; i += VL) {
+        const int lanes = int(std::min<int64_t>(VL, stop - i));
+        f(i, lanes, beta.at(i, first, betas, lanes), threshold.at(i, first, thresholds, lanes));
+      }
+      i = stop;
+    }
+  }
+
+  static SNNLSTM_INLINE void forward_step(const LeakyForwardArgs& a, int64_t t, int64_t begin,
+                                          int64_t end) {
+    const X* x = static_cast<const X*>(a.x) + t * a.n;
+    T* spk = static_cast<T*>(a.spk) + t * a.n;
+    T* mem = static_cast<T*>(a.mem) + (a.record ? t * a.n : 0);
+    const T* before = t == 0 ? static_cast<const T*>(a.mem0) : a.record ? mem - a.n : mem;
+    const R graded = M::splat(*static_cast<const T*>(a.graded_factor));
+    each_vector(a, begin, end,
+                [&](int64_t i, int lanes, R beta, R threshold) __attribute__((always_inline)) {
+                  const R next = L::next_mem(a.reset, load(x + i, lanes), load(before + i, lanes),
+                                             beta, threshold);
+                  store(mem + i, next, lanes);
+                  store(spk + i, M::where(Neuron<M>::fires(next, threshold), graded, R{}), lanes);
+                });
+  }
+
+  static void forward(const LeakyForwardArgs& a) {
+    parallel_for(a.threads, (a.n + kTask - 1) / kTask, kTask * a.T * kOperations,
+                 [&](int64_t task, int) {
+                   const int64_t begin = task * kTask, end = std::min(a.n, begin + kTask);
+                   for (int64_t t = 0; t < a.T; ++t) forward_step(a, t, begin, end);
+                 });
+  }
+
+  // Adds to the steps' sum where there is one.
+  static SNNLSTM_INLINE void add(void* sums, int64_t i, R v, int lanes, bool first) {
+    T* p = static_cast<T*>(sums) + i;
+    if (sums) store(p, first ? v : v + load(p, lanes), lanes);
+  }
+
+  static SNNLSTM_INLINE void backward_step(const LeakyBackwardArgs& a, int64_t t, int64_t begin,
+                                           int64_t end) {
+    const auto at = [&](const void* p) { return p ? static_cast<const T*>(p) + t * a.n : nullptr; };
+    const T *mem = at(a.mem), *grad_spk = at(a.grad_spk), *grad_mem = at(a.grad_mem),
+            *noise = at(a.noise);
+    const T* before = !a.needs_before() ? mem : t == 0 ? static_cast<const T*>(a.mem0) : mem - a.n;
+    X* grad_x = a.grad_x ? static_cast<X*>(a.grad_x) + t * a.n : nullptr;
+    T* carried = static_cast<T*>(a.grad_mem0);
+    const bool last = t == a.T - 1;
+    const R graded = M::splat(*static_cast<const T*>(a.graded_factor));
+    const R p0 = M::splat(T(a.surrogate_p0)), p1 = M::splat(T(a.surrogate_p1));
+    each_vector(a, begin, end,
+                [&](int64_t i, int lanes, R beta, R threshold) __attribute__((always_inline)) {
+                  R from_spk{}, from_mem{};
+                  if (grad_spk) {
+                    const R u = load(mem + i, lanes) - threshold;
+                    const R drawn = noise ? load(noise + i, lanes) : R{};
+                    from_spk = load(grad_spk + i, lanes) * graded *
+                               Neuron<M>::surrogate_gradient(a.surrogate, u, p0, p1, drawn);
+                  }
+                  if (grad_mem) from_mem = load(grad_mem + i, lanes);
+                  if (!last) from_mem += load(carried + i, lanes);
+                  const auto d = L::backward(a.reset, load(before + i, lanes), beta, threshold,
+                                             from_spk, from_mem);
+                  if (grad_x) store(grad_x + i, d.x, lanes);
+                  if (carried) store(carried + i, d.mem_prev, lanes);
+                  add(a.grad_beta, i, d.beta, lanes, last);
+                  add(a.grad_threshold, i, d.threshold, lanes, last);
+                });
+  }
+
+  static void backward(const LeakyBackwardArgs& a) {
+    parallel_for(a.threads, (a.n + kTask - 1) / kTask, kTask * a.T * 2 * kOperations,
+                 [&](int64_t task, int) {
+                   const int64_t begin = task * kTask, end = std::min(a.n, begin + kTask);
+                   for (int64_t t = a.T; t-- > 0;) backward_step(a, t, begin, end);
+                 });
+  }
+};
+
+SNNLSTM_END_ISA
