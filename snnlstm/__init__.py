@@ -1,6 +1,7 @@
 """A faster drop-in replacement for snnTorch's SConv2dLSTM."""
 
 import sys
+from typing import NoReturn
 
 from .version import __version__
 
@@ -8,10 +9,12 @@ try:
     from . import functional, quant, reference, surrogate
     from .convlstm import ConvLSTM, ConvLSTMCell
     from .layers import spike_rates
+    from .leaky import Leaky
     from .native.pool import empty_cache
     from .path import algorithm, set_algorithm
     from .sconv2dlstm import SConv1dLSTM, SConv2dLSTM
     from .sequential import Sequential, unroll
+    from .snntorch import TheirLeaky
     from .swap import accelerate, patch, restore, unpatch
 except Exception:
     # `python -m snnlstm` must tell what is missing or broken, be it torch itself. While the package
@@ -22,6 +25,7 @@ except Exception:
 __all__ = [
     "ConvLSTM",
     "ConvLSTMCell",
+    "Leaky",
     "SConv1dLSTM",
     "SConv2dLSTM",
     "Sequential",
@@ -40,6 +44,22 @@ __all__ = [
     "unpatch",
     "unroll",
 ]
+
+
+if "TheirLeaky" in globals():
+    if not TheirLeaky.__module__.startswith("snntorch."):
+        __all__.remove("Leaky")
+        del Leaky
+    del TheirLeaky
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name == "Leaky":
+        raise ImportError(
+            "snnlstm.Leaky is a subclass of snntorch.Leaky, and snntorch is not installed or has no "
+            "Leaky: pip install snntorch"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 
+from .leaky import Leaky
 from .path import global_hooks
 from .sconv2dlstm import SConv2dLSTM
-from .snntorch import SEQUENCE_NEURONS, Base, Neuron
+from .snntorch import SEQUENCE_NEURONS, Base, Neuron, TheirLeaky
 from .spec import a_module
 
 __all__ = [
@@ -73,8 +74,8 @@ _LEAST_DIM: dict[type[nn.Module], int] = {
 }  # fmt: skip
 
 
-def report_of(name: str, layer: nn.Module, dim: int, size: int) -> LayerReport:
-    """How a layer goes through a sequence.
+def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, size: int) -> LayerReport:
+    """How a layer goes through a sequence, of which x is a part.
 
     A step of it has `dim` dimensions and `size` bytes, or 0 where the size does not count.
     """
@@ -90,6 +91,15 @@ def report_of(name: str, layer: nn.Module, dim: int, size: int) -> LayerReport:
         reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
     elif type(layer) in SEQUENCE_NEURONS:
         kind, reason = "sequence", TAKES
+    elif type(layer) in (Leaky, TheirLeaky):
+        if type(layer) is not Leaky:
+            reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+        elif reason is None and (torch.compiler.is_compiling() or not layer.takes(x)):
+            reason = "snntorch's own forward runs, and its path says why"
+        elif reason is None and size > LARGEST:
+            reason = LARGE
+        if reason is None:
+            kind, reason = "sequence", "one call for all steps"
     elif Neuron is not None and isinstance(layer, Neuron):
         reason = "it keeps a state from step to step"
     else:

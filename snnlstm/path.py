@@ -268,8 +268,8 @@ def against_device(device: torch.device, traced: bool = False) -> Path | None:
 # ---- what may change between like calls ---------------------------------------------------------
 
 
-def dynamic_reason(call: Call, overrides: Overrides | None, traced: bool) -> Path | None:
-    """Why the reference path must run now; None where nothing speaks against the kernels."""
+def interpreted(traced: bool = False) -> Path | None:
+    """Why nothing but plain operators can run now; None where nothing interprets a call."""
     if exporting():
         return Path("reference", "an export records plain operators")
     if torch._C._are_functorch_transforms_active():
@@ -279,6 +279,15 @@ def dynamic_reason(call: Call, overrides: Overrides | None, traced: bool) -> Pat
             return Path("reference", "tracing records plain operators")
         if forward_ad._current_level >= 0:
             return Path("reference", "forward-mode differentiation is active")
+    return None
+
+
+def dynamic_reason(call: Call, overrides: Overrides | None, traced: bool) -> Path | None:
+    """Why the reference path must run now; None where nothing speaks against the kernels."""
+    path = interpreted(traced)
+    if path is not None:
+        return path
+    if not traced:
         x, syn, mem, weight = call[:4]
         if x.is_neg() or syn.is_neg() or mem.is_neg() or weight.is_neg():
             return Path("reference", "a tensor is a lazily negated view")

@@ -23,6 +23,7 @@ from .layers import (
     report_of,
     unshared,
 )
+from .leaky import Leaky
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import SEQUENCE_NEURONS
 from .spec import flag
@@ -43,8 +44,9 @@ class Sequential(nn.Sequential):
     the layers one after the other, but each cell gets all steps in one call. After a call
     :attr:`report` shows which of three kinds of calls each layer got:
 
-    - *sequence*: :class:`SConv2dLSTM`, and snnTorch's StateLeaky, LinearLeaky, AssociativeLeaky and
-      LeakyParallel, one call for all steps. These neurons keep no state: each call starts anew;
+    - *sequence*: :class:`SConv2dLSTM`, :class:`Leaky` (on the CPU where a step is at most 128 KiB),
+      and snnTorch's StateLeaky, LinearLeaky, AssociativeLeaky and LeakyParallel, one call for all
+      steps. These four of snnTorch's keep no state: each call starts anew;
     - *fold*: layers of torch that treat every sample by itself, one call with all steps as a batch:
       Conv1d, Conv2d, Linear, Flatten, Identity, ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool1d,
       MaxPool2d, AvgPool1d, AvgPool2d, AdaptiveAvgPool2d, GroupNorm, and in evaluation BatchNorm1d,
@@ -317,7 +319,7 @@ def _report_of(
         return LayerReport(name, type(layer).__name__, "sequence", TAKES)
     if by_step is None:
         counts = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        return report_of(name, layer, dim, x.nbytes // steps if counts else 0)
+        return report_of(name, layer, x, dim, x.nbytes // steps if counts else 0)
     if type(layer) in SEQUENCE_NEURONS:
         kind = type(layer).__name__
         raise ValueError(f"layer {name} ({kind}) needs whole sequences, but {by_step}")
@@ -359,6 +361,8 @@ def _step_by_step(
 
 def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
     """Call a layer that takes sequences: a cell, a neuron, or a Sequential that carries hooks."""
+    if isinstance(layer, Leaky):
+        return layer.sequence(x, last and (layer.output or not layer.init_hidden), lengths)
     cell, neuron = isinstance(layer, SConv2dLSTM), type(layer) in SEQUENCE_NEURONS
     step = f"{layer.in_channels}, {SIZES[layer._dims]}" if cell else "C"  # without its N
     if (cell or neuron) and x.dim() != step.count(",") + 3:

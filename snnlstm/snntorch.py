@@ -230,6 +230,9 @@ Base: Any = _their_class("SConv2dLSTM") or nn.Module
 Base1d: Any = _their_class("SConv1dLSTM")
 """snnTorch's cell on signals, which is proposed there; None as long as there is none."""
 
+TheirLeaky: Any = _their_class("Leaky") or nn.Module
+"""snnTorch's leaky integrate-and-fire neuron, or nn.Module."""
+
 METHODS: dict[str, Any] = {
     name: method if str(method.__module__).partition(".")[0] == "snntorch" else None
     for name in (

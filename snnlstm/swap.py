@@ -1,4 +1,4 @@
-"""Swaps snnTorch's cells for ours, and back: in a model, or wherever one is made."""
+"""Swaps snnTorch's cells and Leaky for ours, and back: in a model, or wherever one is made."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .leaky import PRIVATE, Leaky, replaced
 from .path import against_device
 from .sconv2dlstm import SConv1dLSTM, SConv2dLSTM
 from .snntorch import (
@@ -21,6 +22,7 @@ from .snntorch import (
     Base,
     Base1d,
     Neuron,
+    TheirLeaky,
     library,
     recognise_quant,
     recognise_surrogate,
@@ -49,6 +51,7 @@ _SAME = (  # arguments and attributes of both cells
 _RECOGNISE = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
 OURS = {kind: ours for kind, ours in ((Base, SConv2dLSTM), (Base1d, SConv1dLSTM)) if kind}
 """Our class for each class of snnTorch's cells."""
+_SWAPPED = (*OURS, *OURS.values(), TheirLeaky) if OURS else ()
 
 _ALREADY = ("is snnlstm's already", "is snntorch's already")
 _CONVLSTM = (
@@ -68,8 +71,8 @@ class SwapReport:
     model : nn.Module
         The model, changed in place.
     swapped : tuple of str
-        Names of the swapped cells, as ``model.named_modules()`` gives them. A cell that occurs in
-        several places has all of its names here. The name of the model itself is "".
+        Names of the swapped cells and Leaky layers, as ``model.named_modules()`` gives them. One that
+        occurs in several places has all of its names here. The name of the model itself is "".
     left : dict of str to str
         Names of the cells and neurons that stay as they were, each with the reason.
     surrogates : tuple of str
@@ -112,13 +115,13 @@ class SwapReport:
 
 
 def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
-    """Make every ``snntorch.SConv2dLSTM`` in a model one of ours, in place.
+    """Make every ``snntorch.SConv2dLSTM`` and ``snntorch.Leaky`` in a model ours, in place.
 
-    Each cell stays the same object, with its parameters, buffers, submodules, state and hooks, and
+    Each layer stays the same object, with its parameters, buffers, submodules, state and hooks, and
     changes its class, so optimizers, plain lists and ``torch.compile`` keep working with it. Some
-    cells stay as they are, and the report gives the reason: instances of subclasses and cells whose
-    forward was replaced (they may compute something else), cells that snnTorch could not run
-    either, such as one with an even kernel, and other neurons. Cells are found among the model's
+    layers stay as they are, and the report gives the reason: instances of subclasses and layers
+    whose methods were replaced (they may compute something else), cells that snnTorch could not run
+    either, such as one with an even kernel, and other neurons. Layers are found among the model's
     modules, but not in plain lists or other objects. The report also names modules of other classes
     that look like a ConvLSTM without spikes.
 
@@ -149,7 +152,7 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     report = _swap("accelerate", model, _as_ours)
     named = list(model.named_modules(remove_duplicate=False))
     for name, module in reversed(named):  # the first of several names stays
-        if type(module) in OURS.values():
+        if type(module) in (*OURS.values(), Leaky):
             module._layer_name = name
     changed = {id(m) for _, m in named if surrogates and _take_our_surrogate(m)}
     cells = [module for name, module in named if name in report.swapped]
@@ -182,10 +185,10 @@ def _is_silent(module: Any) -> bool:
 
 
 def restore(model: nn.Module) -> SwapReport:
-    """Make every :class:`SConv2dLSTM` of this package in a model one of snnTorch's, in place.
+    """Make every :class:`SConv2dLSTM` and :class:`Leaky` in a model one of snnTorch's, in place.
 
-    This undoes :func:`snnlstm.accelerate`, and also takes models that were built with our cell. A
-    cell keeps its parameters, buffers, submodules, state and hooks. snnTorch's own ``spike_grad``
+    This undoes :func:`snnlstm.accelerate`, and also takes models that were built with ours. A layer
+    keeps its parameters, buffers, submodules, state and hooks. snnTorch's own ``spike_grad``
     and ``state_quant`` come back if they were not changed since; otherwise ours stay, which work in
     snnTorch's cell as well. A cell with an option that snnTorch's cell does not have stays as it
     is, and the report gives the reason: ``stride``, ``dilation`` and ``checkpoint``, and, unless
@@ -224,7 +227,7 @@ def _swap(
             except (TypeError, ValueError) as error:
                 result = str(error)
             pairs[module] = result
-            theirs = isinstance(module, tuple(OURS))
+            theirs = isinstance(module, _SWAPPED)
             if isinstance(result, str) and theirs and result not in _ALREADY:
                 logger.warning("%s leaves %s: %s", action, name or "the model itself", result)
         results[name] = pairs[module]
@@ -235,13 +238,15 @@ def _swap(
         {name: result for name, result in results.items() if isinstance(result, str)},
     )
     swapped = [pair for pair in pairs.items() if isinstance(pair[1], nn.Module)]
-    take_out([cell for pair in swapped for cell in pair])
-    for cell, made in swapped:
-        object.__setattr__(cell, "__class__", type(made))
-        object.__setattr__(cell, "__dict__", made.__dict__)
+    cells = [pair for pair in swapped if not isinstance(pair[0], TheirLeaky)]
+    take_out([cell for pair in cells for cell in pair])
+    for layer, made in swapped:
+        object.__setattr__(layer, "__class__", type(made))
+        object.__setattr__(layer, "__dict__", made.__dict__)
+    for cell, _ in cells:
         register(cell)
-    if not swapped and not any(isinstance(module, tuple(OURS)) for module in pairs):
-        logger.warning("%s found no SConv2dLSTM in the model", action)
+    if not swapped and not any(isinstance(module, _SWAPPED) for module in pairs):
+        logger.warning("%s found neither SConv2dLSTM nor Leaky in the model", action)
     logger.info("%s", report.headline)
     return report
 
@@ -256,8 +261,10 @@ def _as_ours(module: nn.Module) -> nn.Module | str | None:
         return _adopt(module) if reason is None else reason
     if isinstance(module, Base):
         return f"{name} is a subclass of snntorch.SConv2dLSTM and may compute something else"
+    if isinstance(module, TheirLeaky):
+        return _other_leaky(module, Leaky)
     if Neuron is not None and isinstance(module, Neuron):
-        return f"{name} is another neuron; only SConv2dLSTM has a faster one"
+        return f"{name} is another neuron; only SConv2dLSTM and Leaky have faster ones"
     return _CONVLSTM if _looks_like_a_convlstm(module) else None
 
 
@@ -318,6 +325,8 @@ def _why_not_as_released(cell: Any) -> str | None:
 def _as_theirs(module: Any) -> nn.Module | str | None:
     """snnTorch's cell for one of ours; why other cells are left, or None."""
     name = type(module).__name__
+    if isinstance(module, TheirLeaky):
+        return _other_leaky(module, TheirLeaky)
     if not isinstance(module, SConv2dLSTM):
         return _ALREADY[1] if type(module) in OURS else None
     if type(module) is SConv1dLSTM and SConv1dLSTM not in OURS.values():
@@ -337,6 +346,24 @@ def _as_theirs(module: Any) -> nn.Module | str | None:
         if dtype in (torch.float16, torch.bfloat16):
             return f"snntorch's cell cannot start from zeros in {dtype}"
     return _give_back(module)
+
+
+def _other_leaky(old: Any, kind: type[nn.Module]) -> nn.Module | str:
+    """A Leaky of a class, ours or snnTorch's, that holds what `old` holds; or why `old` stays."""
+    if type(old) is kind:
+        return _ALREADY[kind is TheirLeaky]
+    if type(old) not in (Leaky, TheirLeaky):
+        library = "snnlstm" if isinstance(old, Leaky) else "snntorch"
+        return (
+            f"{type(old).__name__} is a subclass of {library}.Leaky and may compute something else"
+        )
+    if (reason := replaced(old)) is not None:
+        return reason
+    new: nn.Module = kind.__new__(kind)
+    new.__dict__ = {k: v for k, v in old.__dict__.items() if k not in (*PRIVATE, "reset")}
+    if getattr(old, "reset", None) is not None:
+        new.__dict__["_reset" if kind is Leaky else "reset"] = old.reset
+    return new
 
 
 def _adopt(old: Any) -> nn.Module:
@@ -411,14 +438,14 @@ _patch: ExitStack | None = None  # what undoes the patch that is in force
 
 
 def patch() -> AbstractContextManager[object]:
-    """Let ``snntorch.SConv2dLSTM(...)`` make our cells from now on.
+    """Let ``snntorch.SConv2dLSTM(...)`` and ``snntorch.Leaky(...)`` make ours from now on.
 
     This holds for all code, whenever it imported the name: the class stays the same object, and a
     call of it makes an instance of our class, a subclass of it. So ``isinstance`` and
-    ``snntorch.utils.reset`` know the cells made before and those made after. Our keyword
-    arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's cell do not change, and
-    neither do cells that exist already: see :func:`snnlstm.accelerate`. A second call changes
-    nothing. The class's old name, ``snntorch.SConvLSTM``, exists as long as the patch.
+    ``snntorch.utils.reset`` know the layers made before and those made after. The cell's own keyword
+    arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's classes do not change, and
+    neither do layers that exist already: see :func:`snnlstm.accelerate`. A second call changes
+    nothing. The cell's old name, ``snntorch.SConvLSTM``, exists as long as the patch.
 
     Returns
     -------
@@ -433,20 +460,13 @@ def patch() -> AbstractContextManager[object]:
     """
     global _patch
     _require_snntorch("patch")
-    undo, original = ExitStack(), Base.__init__
+    undo = ExitStack()
     if _patch is not None:
         return undo
-
-    @wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if type(self) is Base:
-            self.__class__ = SConv2dLSTM
-            SConv2dLSTM.__init__(self, *args, **kwargs)
-        else:
-            original(self, *args, **kwargs)
-
-    Base.__init__, _patch = init, ExitStack()
-    _patch.callback(setattr, Base, "__init__", original)
+    _patch = ExitStack()
+    _make_ours(Base, SConv2dLSTM)
+    if TheirLeaky is not nn.Module:
+        _make_ours(TheirLeaky, Leaky)
     if not hasattr(library, _OLD_NAME):
         setattr(library, _OLD_NAME, Base)
         _patch.callback(delattr, library, _OLD_NAME)
@@ -454,10 +474,26 @@ def patch() -> AbstractContextManager[object]:
     return undo
 
 
+def _make_ours(theirs: Any, ours: Any) -> None:
+    """Let a call of snnTorch's class make an instance of ours, until the patch is undone."""
+    original = theirs.__init__
+
+    @wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is theirs:
+            self.__class__ = ours
+            ours.__init__(self, *args, **kwargs)
+        else:
+            original(self, *args, **kwargs)
+
+    theirs.__init__ = init
+    _patch.callback(setattr, theirs, "__init__", original)  # type: ignore[union-attr]
+
+
 def unpatch() -> None:
     """Undo :func:`snnlstm.patch`.
 
-    Cells made under the patch stay ours: see :func:`snnlstm.restore`.
+    Layers made under the patch stay ours: see :func:`snnlstm.restore`.
     """
     global _patch
     if _patch is not None:

@@ -368,3 +368,7 @@ class Backend:
             ((*images, padded), s.dtype),
             *s.decisions(padded),
         )
+
+    def leaky(self, fields: tuple[Any, ...], backward: bool, device: torch.device) -> None:
+        """Run a pass of a Leaky, whose arguments are `fields` (csrc/args.h)."""
+        (_C.leaky_backward if backward else _C.leaky_forward)(fields)

@@ -373,3 +373,10 @@ class Backend:
             ((s.time - 1, s.n, pixels, padded), s.dtype),
             *s.decisions(s.c),
         )
+
+    def leaky(self, fields: tuple[Any, ...], backward: bool, device: torch.device) -> None:
+        """Run a pass of a Leaky, whose arguments are `fields` (csrc/args.h)."""
+        core = self.core
+        with self.guard(device):
+            run = core.cuda_leaky_backward if backward else core.cuda_leaky_forward
+            run(self.stream(device), fields)

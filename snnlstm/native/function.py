@@ -38,7 +38,7 @@ from .plan import (
     reads_as_is,
 )
 
-__all__ = ["BACKENDS", "DEVICES", "plan_of", "run", "run_operator"]
+__all__ = ["BACKENDS", "DEVICES", "beyond_kernels", "plan_of", "run", "run_operator"]
 
 # Whether a gradient is one of many at once, as with is_grads_batched=True.
 _is_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
@@ -73,6 +73,9 @@ class Backend(Protocol):
 
     def saved_shapes(self, s: Sizes) -> Shapes:
         """Shapes and dtypes of what a forward pass saves."""
+
+    def leaky(self, fields: tuple[Any, ...], backward: bool, device: torch.device) -> None:
+        """Run a pass of a Leaky, whose arguments are `fields` (csrc/args.h)."""
 
 
 BACKENDS: dict[str, Backend] = {"cpu": cpu.Backend()}  # by device type
@@ -239,7 +242,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
             )
         threshold = ctx.threshold
     call = Call._make((*tensors, threshold, graded, lengths, ctx.record))
-    if again or _beyond_kernels(grads):
+    if again or beyond_kernels(grads):
         return _by_reference(ctx.plan, call, grads, wanted, again)
     packed = ctx.packed
     if not _keeps_graph():  # no other backward pass comes, so the packed weight can go
@@ -261,7 +264,7 @@ def _reached(
 _apply = super(torch.autograd.Function, _SConv2dLSTM).apply
 
 
-def _beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
+def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
     """Whether more than numbers comes with the gradients: tangents, a batch of them, a subclass."""
     for grad in grads:
         if grad is not None and (type(grad) is not Tensor or _is_batch(grad)):

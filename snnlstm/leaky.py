@@ -1,0 +1,243 @@
+"""snnTorch's leaky integrate-and-fire neuron, fused: ``snntorch.Leaky`` with another forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .call import PLAIN, last, repeated, silenced
+from .path import LastPath, Path, against_device, interpreted, log_fallback, native_path
+from .snntorch import Neuron, TheirLeaky, recognise_surrogate
+from .spec import DTYPES
+from .state import ResetSource
+from .surrogate import NONE, Surrogate
+
+try:
+    from .native import leaky as kernels
+except ImportError:  # path.against_device says why
+    kernels = None  # type: ignore[assignment]
+
+__all__ = ["PRIVATE", "Leaky", "replaced"]
+
+PRIVATE = ("_path", "_logged", "_layer_name", "_recognised", "_reset_source", "_reset")
+"""The attributes of an instance that only our class has."""
+
+_RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
+_CALLED = ("fire", "mem_reset", "_base_state_function", *_RESETS)  # by snnTorch's forward, not ours
+_RELEASED = {name: getattr(TheirLeaky, name, None) for name in (*_CALLED, "forward")}
+_MECHANISMS = {_RELEASED[name]: reset for name, reset in _RESETS.items()}
+_BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # spike_grad with surrogate_disable
+
+
+def replaced(layer: Any) -> str | None:
+    """What makes a layer compute something else than snnTorch's class; None if nothing does."""
+    attributes, kind = layer.__dict__, type(layer)
+    if TheirLeaky.forward is not _RELEASED["forward"] or "forward" in attributes:
+        return "its forward was replaced"
+    for name in _CALLED:
+        if name in attributes or getattr(kind, name) is not _RELEASED[name]:
+            return f"its {name} was replaced"
+    if getattr(layer.state_function, "__func__", None) not in _MECHANISMS:
+        return "its state_function was replaced"
+    return None
+
+
+class Leaky(TheirLeaky):  # type: ignore[misc]
+    """Leaky integrate-and-fire neuron: snnTorch's, in one pass over memory.
+
+    A subclass of ``snntorch.Leaky`` 1.0.0, with the same constructor, attributes, state_dict and
+    results. One step computes, with ``spike(u) = 1 where u > 0``::
+
+        reset = spike(mem - threshold)
+        mem = clamp(beta, 0, 1) * mem + x - reset * threshold    # "subtract", the default
+        mem = clamp(beta, 0, 1) * (1 - reset) * mem + x          # "zero"
+        mem = clamp(beta, 0, 1) * mem + x                        # "none"
+        spk = spike(mem - threshold) * graded_spikes_factor
+
+    **The layer is stateful**: a mem that is not passed is the one that the last call left. A new
+    layer starts from zeros; so do :meth:`reset_mem`, and an x of another shape than mem's.
+
+    The kernels cover x of float32, float64, float16 and bfloat16 on the CPU and on CUDA, with a
+    beta and a threshold that are numbers or vary along one dimension of x. snnTorch's own forward
+    runs all other calls, such as those with ``reset_delay=False``, ``inhibition``, ``state_quant``
+    or a surrogate of your own, and :attr:`path` says why. Three things differ from snnTorch: spk is
+    float64 where x is (snnTorch's is float32), mem is float32 where x is of a half type, also with
+    ``reset_mechanism="none"``, and an infinite threshold makes no NaN where nothing is reset.
+
+    Attributes
+    ----------
+    path : snnlstm.path.Path or None
+        The implementation that ran the last call, and the reason.
+    mem : Tensor
+        The stored state, of x's shape, or (0,) before the first call.
+    reset : Tensor or None
+        The reset signal of the last step call, computed when it is read; None after a sequence.
+
+    References
+    ----------
+    Eshraghian et al., "Training spiking neural networks using lessons from deep learning",
+    Proc. IEEE 111, 2023.
+    """
+
+    path = LastPath()
+
+    @property
+    def reset(self) -> Tensor | None:
+        """1 where the mem before the last step exceeded the threshold, else 0; detached."""
+        source = self.__dict__.get("_reset_source")
+        return self._reset if source is None else source.signal()
+
+    @reset.setter
+    def reset(self, value: Tensor | None) -> None:
+        self._reset_source, self._reset = None, value
+
+    # ---- the call -------------------------------------------------------------------------
+
+    def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
+        """Run one step.
+
+        Parameters
+        ----------
+        input_ : Tensor
+            x, of any shape.
+        mem : Tensor, optional
+            Of x's shape; another shape means zeros. None goes on from the stored state.
+
+        Returns
+        -------
+        spk, mem : Tensor
+            Of x's shape; spk alone with ``init_hidden=True`` and ``output=False``.
+
+        Raises
+        ------
+        TypeError
+            If mem is passed although ``init_hidden=True``. The stored state is as before.
+        """
+        if mem is not None and self.init_hidden:
+            raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
+        if torch.compiler.is_compiling():
+            return super().forward(input_, mem)
+        before: Any = self._buffers.get("mem") if mem is None else mem
+        path = self._reason(input_, before)
+        if path is not None:
+            return self._as_theirs(path, input_, mem)
+        if before.shape != input_.shape:
+            before = torch.zeros_like(input_, dtype=kernels.real(input_))
+        neurons = self._neurons(False)
+        spk, after = kernels.run(neurons, input_, before)
+        source = self.__dict__.get("_reset_source") or ResetSource()
+        source.follow(before, neurons.threshold, neurons.surrogate)
+        self._keep(input_, after, source)
+        return spk if self.init_hidden and not self.output else (spk, after)
+
+    def sequence(self, x: Tensor, record: bool, lengths: Tensor | None = None) -> Any:
+        """Run all steps of x (T, ...) in one call, where :meth:`takes` says that this can be.
+
+        The result is spk of every step, (T, ...), and with `record` also mem. `lengths` (N,) are
+        the steps of each sample of x (T, N, ...): after its last one a sample does not spike, and
+        its mem stays. The layer's forward hooks get spk and mem of all steps.
+        """
+        hooks = tuple(self._forward_hooks.values())
+        every, before = record or bool(hooks) or lengths is not None, self._buffers["mem"]
+        if lengths is not None:  # whatever the padding holds, no gradient may become NaN
+            x = silenced(x, lengths)
+        if before.shape != x.shape[1:]:
+            before = torch.zeros_like(x[0], dtype=kernels.real(x))
+        spk, mem = kernels.run(self._neurons(True), x, before, every)
+        after = mem[-1].clone() if mem.shape == x.shape else mem
+        if lengths is not None:
+            spk, mem, flat = silenced(spk, lengths), _as_images(mem), _as_images(before[None])[0]
+            after = last(mem, flat, lengths).reshape(before.shape)
+            mem = repeated(mem, torch.zeros_like(flat), lengths).reshape(x.shape)
+        self._keep(x, after, None)
+        for hook in hooks:
+            hook(self, (x,), (spk, mem))
+        return (spk, mem) if record else spk
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernels cover x, a step or a sequence, so that :meth:`sequence` serves."""
+        return self._reason(x, self._buffers.get("mem")) is None
+
+    def _as_theirs(self, path: Path, x: Tensor, mem: Tensor | None) -> Any:
+        """Run snnTorch's own forward."""
+        out = super().forward(x, mem)
+        self.__dict__["_path"] = path
+        if path.slow:
+            log_fallback(path, self.__dict__.setdefault("_logged", set()), self)
+        return out
+
+    def _keep(self, x: Tensor, mem: Tensor, source: ResetSource | None) -> None:
+        """Keep the results of a call that succeeded."""
+        self._buffers["mem"] = mem
+        path = native_path(kernels.BACKENDS[x.device.type].name())
+        self.__dict__.update(_path=path, _reset_source=source, _reset=None)
+
+    # ---- what the kernels can take ----------------------------------------------------------
+
+    def _parameter(self, name: str) -> Any:
+        """Return a parameter or buffer; nn.Module's search takes a microsecond."""
+        found = self._buffers.get(name)
+        if found is None:
+            found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found
+
+    def _surrogate(self) -> Surrogate | None:
+        """Return our surrogate for ``spike_grad``, None if there is none; found once a function."""
+        theirs, known = self.spike_grad, self.__dict__.get("_recognised")
+        if known is None or known[0] is not theirs:
+            ours = NONE if theirs is _BYPASS else recognise_surrogate(theirs)
+            known = theirs, ours if type(ours) is Surrogate else None
+            self.__dict__["_recognised"] = known
+        return known[1]
+
+    def _neurons(self, sequence: bool) -> Any:
+        """Describe the layer to the kernels."""
+        return kernels.Neurons(
+            _MECHANISMS[self.state_function.__func__], self._surrogate(), self._parameter("beta"),
+            self._parameter("threshold"), self._parameter("graded_spikes_factor"), sequence,
+        )  # fmt: skip
+
+    def _reason(self, x: Any, mem: Any) -> Path | None:
+        """Why snnTorch's own forward must run; None where the kernels can."""
+        if type(x) not in PLAIN or type(mem) not in PLAIN or mem is None or x is None:
+            return Path("reference", "x or mem is of a subclass, or no tensor")
+        path = interpreted() or against_device(x.device)
+        if path is not None:
+            return path
+        reason = replaced(self) or self._option_against() or self._tensor_against(x, mem)
+        return None if reason is None else Path("reference", reason, slow=True)
+
+    def _option_against(self) -> str | None:
+        if not self.reset_delay:
+            return "reset_delay is False"
+        if self.inhibition:
+            return "inhibition"
+        if self.state_quant:
+            return "state_quant"
+        return "the surrogate is not a known one" if self._surrogate() is None else None
+
+    def _tensor_against(self, x: Tensor, mem: Tensor) -> str | None:
+        if x.dtype not in DTYPES or mem.dtype not in DTYPES:
+            return f"x is of {x.dtype} and mem of {mem.dtype}"
+        if mem.device != x.device and mem.shape == x.shape:
+            return "mem is on another device"
+        graded = self._parameter("graded_spikes_factor")
+        if graded.requires_grad or graded.numel() != 1:
+            return "graded_spikes_factor is learned, or is not a single number"
+        shape, real = x.shape, kernels.real(x)
+        for name in ("beta", "threshold", "graded_spikes_factor"):
+            tensor = self._parameter(name)
+            if type(tensor) not in PLAIN or tensor.device != x.device:
+                return f"{name} is on another device, or of a subclass"
+            if tensor.dim() and kernels.place(tensor, shape, shape) is None:
+                return f"{name} varies along more than one dimension, or does not broadcast to x"
+            if tensor.dim() and torch.promote_types(tensor.dtype, real) is not real:
+                return f"{name} is of {tensor.dtype}, which is wider than {real}"
+        return None
+
+
+def _as_images(mem: Tensor) -> Tensor:
+    """(T, N, ...) as (T, N, F, 1, 1), for what knows images alone."""
+    return mem.flatten(2)[..., None, None] if mem.dim() > 2 else mem[..., None, None, None]
