@@ -56,8 +56,8 @@ if "TheirLeaky" in globals():
 def __getattr__(name: str) -> NoReturn:
     if name == "Leaky":
         raise ImportError(
-            "snnlstm.Leaky is a subclass of snntorch.Leaky, and snntorch is not installed or has no "
-            "Leaky: pip install snntorch"
+            "snnlstm.Leaky is a subclass of snntorch.Leaky, and snntorch is not installed, or has "
+            "no Leaky: pip install snntorch"
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import PLAIN, last, repeated, silenced
+from .call import last, repeated, silenced
 from .path import LastPath, Path, against_device, interpreted, log_fallback, native_path
 from .snntorch import Neuron, TheirLeaky, recognise_surrogate
 from .spec import DTYPES
@@ -28,6 +28,8 @@ _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
 _CALLED = ("fire", "mem_reset", "_base_state_function", *_RESETS)  # by snnTorch's forward, not ours
 _RELEASED = {name: getattr(TheirLeaky, name, None) for name in (*_CALLED, "forward")}
 _MECHANISMS = {_RELEASED[name]: reset for name, reset in _RESETS.items()}
+_PARAMETERS = ("beta", "threshold", "graded_spikes_factor")
+_TENSORS = {Tensor, nn.Parameter}
 _BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # spike_grad with surrogate_disable
 
 
@@ -82,6 +84,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """
 
     path = LastPath()
+    _reset: Tensor | None = None
 
     @property
     def reset(self) -> Tensor | None:
@@ -113,19 +116,19 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         Raises
         ------
         TypeError
-            If mem is passed although ``init_hidden=True``. The stored state is as before.
+            If an argument is no tensor, or mem is passed although ``init_hidden=True``. After an
+            error the stored state is as before.
         """
         if mem is not None and self.init_hidden:
             raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
         if torch.compiler.is_compiling():
             return super().forward(input_, mem)
         before: Any = self._buffers.get("mem") if mem is None else mem
-        path = self._reason(input_, before)
-        if path is not None:
-            return self._as_theirs(path, input_, mem)
+        neurons = self._described(input_, before, False)
+        if type(neurons) is Path:
+            return self._as_theirs(neurons, input_, mem)
         if before.shape != input_.shape:
-            before = torch.zeros_like(input_, dtype=kernels.real(input_))
-        neurons = self._neurons(False)
+            before = torch.zeros_like(input_, dtype=kernels.real(input_.dtype))
         spk, after = kernels.run(neurons, input_, before)
         source = self.__dict__.get("_reset_source") or ResetSource()
         source.follow(before, neurons.threshold, neurons.surrogate)
@@ -144,8 +147,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if lengths is not None:  # whatever the padding holds, no gradient may become NaN
             x = silenced(x, lengths)
         if before.shape != x.shape[1:]:
-            before = torch.zeros_like(x[0], dtype=kernels.real(x))
-        spk, mem = kernels.run(self._neurons(True), x, before, every)
+            before = torch.zeros_like(x[0], dtype=kernels.real(x.dtype))
+        spk, mem = kernels.run(self._described(x, before, True), x, before, every)
         after = mem[-1].clone() if mem.shape == x.shape else mem
         if lengths is not None:
             spk, mem, flat = silenced(spk, lengths), _as_images(mem), _as_images(before[None])[0]
@@ -157,12 +160,17 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return (spk, mem) if record else spk
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the kernels cover x, a step or a sequence, so that :meth:`sequence` serves."""
-        return self._reason(x, self._buffers.get("mem")) is None
+        """Whether the kernels cover a sequence x (T, ...), so that :meth:`sequence` serves."""
+        return type(self._described(x, self._buffers.get("mem"), True)) is not Path
 
     def _as_theirs(self, path: Path, x: Tensor, mem: Tensor | None) -> Any:
-        """Run snnTorch's own forward."""
-        out = super().forward(x, mem)
+        """Run snnTorch's own forward, which stores mem and reset before it is done."""
+        before = self._buffers.get("mem"), self.__dict__.get("_reset_source"), self._reset
+        try:
+            out = super().forward(x, mem)
+        except BaseException:
+            self._buffers["mem"], self._reset_source, self._reset = before
+            raise
         self.__dict__["_path"] = path
         if path.slow:
             log_fallback(path, self.__dict__.setdefault("_logged", set()), self)
@@ -176,13 +184,6 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     # ---- what the kernels can take ----------------------------------------------------------
 
-    def _parameter(self, name: str) -> Any:
-        """Return a parameter or buffer; nn.Module's search takes a microsecond."""
-        found = self._buffers.get(name)
-        if found is None:
-            found = self._parameters.get(name)
-        return getattr(self, name) if found is None else found
-
     def _surrogate(self) -> Surrogate | None:
         """Return our surrogate for ``spike_grad``, None if there is none; found once a function."""
         theirs, known = self.spike_grad, self.__dict__.get("_recognised")
@@ -192,50 +193,63 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             self.__dict__["_recognised"] = known
         return known[1]
 
-    def _neurons(self, sequence: bool) -> Any:
-        """Describe the layer to the kernels."""
-        return kernels.Neurons(
-            _MECHANISMS[self.state_function.__func__], self._surrogate(), self._parameter("beta"),
-            self._parameter("threshold"), self._parameter("graded_spikes_factor"), sequence,
-        )  # fmt: skip
+    def _parameter(self, name: str) -> Any:
+        """Return a parameter or buffer; nn.Module's search takes a microsecond."""
+        found = self._buffers.get(name)
+        if found is None:
+            found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found
 
-    def _reason(self, x: Any, mem: Any) -> Path | None:
-        """Why snnTorch's own forward must run; None where the kernels can."""
-        if type(x) not in PLAIN or type(mem) not in PLAIN or mem is None or x is None:
-            return Path("reference", "x or mem is of a subclass, or no tensor")
+    def _described(self, x: Any, mem: Any, sequence: bool) -> Any:
+        """Describe the layer to the kernels; a Path, which says why, where they cannot run.
+
+        `sequence` says that x is one, (T, ...).
+        """
+        if type(x) not in _TENSORS or type(mem) not in _TENSORS:
+            for name, value in (("input_", x), ("mem", mem)):
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            return Path("reference", "x or mem is of a subclass of Tensor")
         path = interpreted() or against_device(x.device)
         if path is not None:
             return path
-        reason = replaced(self) or self._option_against() or self._tensor_against(x, mem)
-        return None if reason is None else Path("reference", reason, slow=True)
+        surrogate: Any = self._surrogate()
+        reason = replaced(self) or self._option_against(surrogate)
+        if reason is None and (x.dtype not in DTYPES or mem.dtype not in DTYPES):
+            reason = f"x is of {x.dtype} and mem of {mem.dtype}"
+        if reason is None and mem.device != x.device and mem.shape == x.shape[sequence:]:
+            reason = "mem is on another device"
+        beta, threshold, graded = map(self._parameter, _PARAMETERS)
+        if reason is None and (graded.requires_grad or graded.numel() != 1):
+            reason = "graded_spikes_factor is learned, or is not a single number"
+        if reason is None:
+            for name, tensor in zip(_PARAMETERS, (beta, threshold, graded), strict=True):
+                reason = reason or _parameter_against(name, tensor, x, x.shape[sequence:])
+        if reason is not None:
+            return Path("reference", reason, slow=True)
+        reset = _MECHANISMS[self.state_function.__func__]
+        return kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
 
-    def _option_against(self) -> str | None:
+    def _option_against(self, surrogate: Surrogate | None) -> str | None:
         if not self.reset_delay:
             return "reset_delay is False"
         if self.inhibition:
             return "inhibition"
         if self.state_quant:
             return "state_quant"
-        return "the surrogate is not a known one" if self._surrogate() is None else None
+        return "the surrogate is not a known one" if surrogate is None else None
 
-    def _tensor_against(self, x: Tensor, mem: Tensor) -> str | None:
-        if x.dtype not in DTYPES or mem.dtype not in DTYPES:
-            return f"x is of {x.dtype} and mem of {mem.dtype}"
-        if mem.device != x.device and mem.shape == x.shape:
-            return "mem is on another device"
-        graded = self._parameter("graded_spikes_factor")
-        if graded.requires_grad or graded.numel() != 1:
-            return "graded_spikes_factor is learned, or is not a single number"
-        shape, real = x.shape, kernels.real(x)
-        for name in ("beta", "threshold", "graded_spikes_factor"):
-            tensor = self._parameter(name)
-            if type(tensor) not in PLAIN or tensor.device != x.device:
-                return f"{name} is on another device, or of a subclass"
-            if tensor.dim() and kernels.place(tensor, shape, shape) is None:
-                return f"{name} varies along more than one dimension, or does not broadcast to x"
-            if tensor.dim() and torch.promote_types(tensor.dtype, real) is not real:
-                return f"{name} is of {tensor.dtype}, which is wider than {real}"
-        return None
+
+def _parameter_against(name: str, tensor: Any, x: Tensor, step: torch.Size) -> str | None:
+    """Why the kernels cannot read a parameter in a call with x; `step` is the shape of a step."""
+    if type(tensor) not in _TENSORS or tensor.device != x.device:
+        return f"{name} is on another device, or of a subclass of Tensor"
+    if tensor.dim():
+        if kernels.place(tensor, step, step) is None:
+            return f"{name} varies along more than one dimension, or does not broadcast to x"
+        if torch.promote_types(tensor.dtype, kernels.real(x.dtype)) is not kernels.real(x.dtype):
+            return f"{name} is of {tensor.dtype}, which makes results of it"
+    return None
 
 
 def _as_images(mem: Tensor) -> Tensor:

@@ -71,8 +71,8 @@ class SwapReport:
     model : nn.Module
         The model, changed in place.
     swapped : tuple of str
-        Names of the swapped cells and Leaky layers, as ``model.named_modules()`` gives them. One that
-        occurs in several places has all of its names here. The name of the model itself is "".
+        Names of the swapped layers, as ``model.named_modules()`` gives them. A layer that occurs in
+        several places has all of its names here. The name of the model itself is "".
     left : dict of str to str
         Names of the cells and neurons that stay as they were, each with the reason.
     surrogates : tuple of str
@@ -359,7 +359,7 @@ def _other_leaky(old: Any, kind: type[nn.Module]) -> nn.Module | str:
         )
     if (reason := replaced(old)) is not None:
         return reason
-    new: nn.Module = kind.__new__(kind)
+    new = nn.Module.__new__(kind)
     new.__dict__ = {k: v for k, v in old.__dict__.items() if k not in (*PRIVATE, "reset")}
     if getattr(old, "reset", None) is not None:
         new.__dict__["_reset" if kind is Leaky else "reset"] = old.reset
@@ -442,9 +442,9 @@ def patch() -> AbstractContextManager[object]:
 
     This holds for all code, whenever it imported the name: the class stays the same object, and a
     call of it makes an instance of our class, a subclass of it. So ``isinstance`` and
-    ``snntorch.utils.reset`` know the layers made before and those made after. The cell's own keyword
-    arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's classes do not change, and
-    neither do layers that exist already: see :func:`snnlstm.accelerate`. A second call changes
+    ``snntorch.utils.reset`` know the layers made before and those made after. Our cell's keyword
+    arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's classes do not change,
+    and neither do layers that exist already: see :func:`snnlstm.accelerate`. A second call changes
     nothing. The cell's old name, ``snntorch.SConvLSTM``, exists as long as the patch.
 
     Returns

@@ -41,9 +41,9 @@ class Neurons(NamedTuple):
         return self.reset == "zero" or self.beta.requires_grad or self.threshold.requires_grad
 
 
-def real(x: Tensor) -> torch.dtype:
-    """The dtype of the computation, of spk and of mem: float64 or float32."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
+def real(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the computation, of spk and of mem, for an x of `dtype`."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Any:
@@ -52,7 +52,10 @@ def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> An
     The neurons that share one follow each other in memory. None: it varies along more than one
     dimension, or does not broadcast.
     """
-    missing = len(shape) - parameter.dim()
+    dims = parameter.dim()
+    if dims == 0:
+        return 1, 1
+    missing = len(shape) - dims
     if missing < 0:
         return None
     if parameter.numel() == 1:
@@ -89,13 +92,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`run`; the third result is the mem that the kernels read."""
     x = plain(x) if x.is_contiguous() or _has_no_gaps(x, neurons.sequence) else x.contiguous()
-    shape, strides = x.shape, x.stride()
+    shape, strides, dtype = x.shape, x.stride(), real(x.dtype)
     if neurons.sequence:
         shape, strides = shape[1:], strides[1:]
-    before = _laid_out(mem, shape, strides, real(x))
-    spk = _empty(x.shape, x.stride(), x, real(x))
-    out = x if record or not neurons.sequence else before
-    after = _empty(out.shape, out.stride(), x, real(x))
+    before = _laid_out(mem, shape, strides, dtype)
+    spk = _empty_like(x, dtype)
+    after = _empty_like(x if record or not neurons.sequence else before, dtype)
     fields, _held = _fields(neurons, x.dtype, x.shape, strides, before)
     into = x.data_ptr(), spk.data_ptr(), after.data_ptr(), record
     BACKENDS[x.device.type].leaky((*fields, *into), False, x.device)
@@ -114,14 +116,13 @@ def _fields(
     `shape` is x's, `strides` are those of a step.
     """
     reset, surrogate, beta, threshold, graded, sequence = neurons
-    dtype = torch.float64 if x_type is torch.float64 else torch.float32
-    held = numbers(beta, dtype), numbers(threshold, dtype), numbers(graded, dtype)
+    dtype = real(x_type)
+    held = [t if t.dtype is dtype and t.dim() == 0 else numbers(t, dtype) for t in neurons[2:5]]
     time, shape = (shape[0], shape[1:]) if sequence else (1, shape)
     return (
         DTYPES.index(x_type), RESETS.index(reset), surrogate.kind, surrogate.p0, surrogate.p1,
         time, math.prod(shape), held[0].data_ptr(), *place(beta, shape, strides),
-        held[1].data_ptr(), *place(threshold, shape, strides),
-        held[2].data_ptr(), address(before),
+        held[1].data_ptr(), *place(threshold, shape, strides), held[2].data_ptr(), address(before),
     ), held  # fmt: skip
 
 
@@ -144,20 +145,19 @@ def _laid_out(
     tensor: Tensor, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """The tensor, or a copy of it, in a memory layout and a dtype."""
+    if tensor.dtype is dtype and tensor.stride() == strides and tensor.shape == shape:
+        return plain(tensor)
     tensor = as_saved(tensor, shape, dtype)
-    if tensor.stride() == strides:
-        return tensor
-    return torch.empty_strided(shape, strides, dtype=dtype, device=tensor.device).copy_(
-        tensor.detach()
-    )
+    out = torch.empty_strided(shape, strides, dtype=dtype, device=tensor.device)
+    return out.copy_(tensor.detach())
 
 
 @pool.where_it_fits
-def _empty(shape: Sequence[int], strides: Sequence[int], like: Tensor, dtype: Any) -> Tensor:
-    """Memory for a result; a large one lies in a block that is used again."""
-    if like.numel() * dtype.itemsize >= pool.MAPPED and like.device.type == "cpu":
-        return pool.empty_strided(shape, strides, dtype)
-    return torch.empty_strided(shape, strides, dtype=dtype, device=like.device)
+def _empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a result in the order of another one; it is used again where it is large."""
+    if like.numel() * dtype.itemsize < pool.MAPPED or like.device.type != "cpu":
+        return torch.empty_like(like, dtype=dtype)
+    return pool.empty_strided(like.shape, like.stride(), dtype)
 
 
 # ---- the Function --------------------------------------------------------------------------------
@@ -186,19 +186,24 @@ class _Leaky(torch.autograd.Function):
         if grads[0] is grads[1] is None:
             return (None,) * 5
         before, after, *parameters = ctx.saved_tensors
-        neurons = Neurons(*ctx.neurons, *parameters, ctx.sequence)
-        *given, of_threshold = ctx.needs_input_grad[1:]
+        beta, threshold, graded = parameters
+        reset, surrogate = ctx.neurons
+        neurons = Neurons(reset, surrogate, beta, threshold, graded, ctx.sequence)
+        *given, last = ctx.needs_input_grad[1:]
         # A threshold gets a gradient only from spk and from "subtract".
-        given.append(of_threshold and (grads[0] is not None or neurons.reset == "subtract"))
+        given.append(last and (grads[0] is not None or neurons.reset == "subtract"))
+        found: Any
         if torch.is_grad_enabled() or beyond_kernels(grads):
             found = _by_formula(neurons, before, after, grads, given)
+            found = found[0].to(ctx.dtypes[0]), *found[1:]
         else:
             found = _by_kernels(ctx, neurons, before, after, grads, given)
-        wanted = (*ctx.dtypes, parameters[0].dtype, parameters[1].dtype)
-        return None, *(
-            None if grad is None or not want else grad.to(dtype)
-            for grad, dtype, want in zip(found, wanted, given, strict=True)
-        )
+        x, mem, of_beta, of_threshold = found
+        return (
+            None, x if given[0] else None, mem.to(ctx.dtypes[1]) if given[1] else None,
+            None if of_beta is None else of_beta.to(beta.dtype),
+            None if of_threshold is None else of_threshold.to(threshold.dtype),
+        )  # fmt: skip
 
 
 # This is _Leaky.apply without its search for torch.func's wrappers; see function.py.
@@ -214,23 +219,25 @@ def _by_kernels(
     wanted: Sequence[bool],
 ) -> Sequence[Tensor | None]:
     """The gradients of x, mem, beta and threshold."""
-    (x_type, _), strides, dtype = ctx.dtypes, ctx.strides, real(after)
-    of_step, step = (strides[1:], ctx.shape[1:]) if neurons.sequence else (strides, ctx.shape)
-    after = _laid_out(after, ctx.shape, strides, dtype)
+    x_type, shape, strides = ctx.dtypes[0], ctx.shape, ctx.strides
+    step, of_step, dtype = shape, strides, real(x_type)
+    after = _laid_out(after, shape, strides, dtype)
+    like = after
+    if neurons.sequence:
+        step, of_step, like = shape[1:], strides[1:], after[0]
     if before is not None:
         before = _laid_out(before, step, of_step, dtype)
-    laid = [None if g is None else _laid_out(plain(g), ctx.shape, strides, dtype) for g in grads]
+    laid = [None if g is None else _laid_out(g, shape, strides, dtype) for g in grads]
     noise = None
     if grads[0] is not None and neurons.surrogate.name == "SSO":
-        noise = _laid_out(_noise(after, neurons.sequence), ctx.shape, strides, dtype)
+        noise = _laid_out(_noise(after, neurons.sequence), shape, strides, dtype)
 
-    x = _empty(ctx.shape, strides, after, x_type) if wanted[0] else None
-    kinds = (wanted[1] or neurons.sequence, *wanted[2:])
-    sums = [_empty(step, of_step, after, dtype) if want else None for want in kinds]
-    fields, _held = _fields(neurons, x_type, ctx.shape, of_step, before)
-    others = after, noise, *laid, x, *sums
+    x = _empty_like(after, x_type) if wanted[0] else None
+    mem = _empty_like(like, dtype) if wanted[1] or neurons.sequence else None
+    beta, threshold = (_empty_like(like, dtype) if want else None for want in wanted[2:])
+    fields, _held = _fields(neurons, x_type, shape, of_step, before)
+    others = after, noise, *laid, x, mem, beta, threshold
     BACKENDS[after.device.type].leaky((*fields, *map(address, others)), True, after.device)
-    mem, beta, threshold = sums
     return (
         x, mem,
         None if beta is None else beta.sum_to_size(neurons.beta.shape),

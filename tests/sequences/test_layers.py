@@ -46,7 +46,8 @@ def test_global_hooks_are_called_at_every_step():
 
 
 REASONS = {
-    "it keeps a state from step to step": [leaky()],
+    "it keeps a state from step to step": [snntorch.Synaptic(0.9, 0.8, init_hidden=True)],
+    "it is snntorch's, and snnlstm.accelerate(net) makes it ours": [leaky()],
     "it draws a new mask for every step": [nn.Dropout(0.5), nn.Dropout2d(1.0)],
     "InstanceNorm2d is not known to treat every sample by itself": [nn.InstanceNorm2d(2)],
     "it treats every sample by itself": [

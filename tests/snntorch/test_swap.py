@@ -110,7 +110,7 @@ def test_accelerate_reports_every_cell_and_neuron_by_name(caplog):
     model = nn.ModuleDict({
         "a": nn.Sequential(theirs(surrogate_disable=True), nn.ModuleList([shared])), "b": shared,
         "mine": Mine(2, 3, 3), "even": theirs(2, 3, 2), "hand": replaced, "ours": ours(),
-        "leaky": snntorch.Leaky(0.9), "flat": nn.Flatten(),
+        "lif": snntorch.Synaptic(0.9, 0.8), "flat": nn.Flatten(),
     })  # fmt: skip
     before = dict(model.named_children())
     report = snnlstm.accelerate(model)
@@ -124,7 +124,7 @@ def test_accelerate_reports_every_cell_and_neuron_by_name(caplog):
         "even": "kernel_size must be odd, got 2",
         "hand": "its forward was replaced",
         "ours": "is snnlstm's already",
-        "leaky": "Leaky is another neuron; only SConv2dLSTM has a faster one",
+        "lif": "Synaptic is another neuron; only SConv2dLSTM and Leaky have faster ones",
     }
     assert list(report.left) == list(reasons)
     assert all(report.left[name].startswith(reason) for name, reason in reasons.items())
