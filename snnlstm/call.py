@@ -150,7 +150,7 @@ def checked_call(
         threshold = scalar_like("threshold", threshold, x, shape, spec)
         graded = scalar_like("graded_spikes_factor", graded, x, shape, spec)
     if bias is not None:
-        check_dense("bias", bias)
+        check_bias(bias, weight, 4 * channels[1])
     if dims == 1:
         x, syn, mem, threshold, graded = map(as_image, (x, syn, mem, threshold, graded))
     return Call(x, syn, mem, weight, bias, threshold, graded, lengths, record)
@@ -175,7 +175,7 @@ def stateless_call(
     `described` are arguments of :func:`snnlstm.spec.make_spec`.
     """
     traced = torch.compiler.is_compiling()
-    channels, states = weight_tensors(weight, bias), {"syn": syn, "mem": mem}
+    channels, states = weight_tensor(weight), {"syn": syn, "mem": mem}
     spec = make_spec(tuple(weight.shape[2:]), traced=traced, **described)
     call = checked_call(
         x, weight, bias, threshold, graded_spikes_factor, channels, spec,
@@ -383,8 +383,8 @@ def scalar_like(name: str, value: Any, x: Tensor, state: Sequence[int], spec: Ce
     return tensor.to(x.device, x.dtype)
 
 
-def weight_tensors(weight: Any, bias: Any) -> tuple[int, int]:
-    """Check weight and bias; returns (Cin, C)."""
+def weight_tensor(weight: Any) -> tuple[int, int]:
+    """Check a weight; returns (Cin, C)."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {weight!r}")
     if weight.dtype not in DTYPES:
@@ -392,18 +392,23 @@ def weight_tensors(weight: Any, bias: Any) -> tuple[int, int]:
     channels = weight.shape[0] // 4 if weight.dim() == 4 else 0
     if channels == 0 or weight.shape[0] % 4 or weight.shape[1] < channels:
         raise ValueError(f"weight must have shape (4C, Cin + C, kh, kw), got {tuple(weight.shape)}")
-    if bias is not None:
-        if not isinstance(bias, Tensor):
-            raise TypeError(f"bias must be a tensor or None, got {bias!r}")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must have shape ({4 * channels},), got {tuple(bias.shape)}")
-        if bias.dtype != weight.dtype:
-            raise TypeError(f"bias must be of {weight.dtype}, as weight is, got {bias.dtype}")
-        if bias.device != weight.device:
-            raise ValueError(
-                f"bias must be on weight's device {weight.device}, got one on {bias.device}"
-            )
     return weight.shape[1] - channels, channels
+
+
+def check_bias(bias: Any, weight: Tensor, gates: int) -> None:
+    """Check a bias, (4C,), of which `gates` is the size; autocast takes any floating dtype."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor or None, got {bias!r}")
+    check_dense("bias", bias)
+    if tuple(bias.shape) != (gates,):
+        raise ValueError(f"bias must have shape ({gates},), got {tuple(bias.shape)}")
+    casts = bias.is_floating_point() and autocast_dtype(weight.device.type) is not None
+    if bias.dtype != weight.dtype and not casts:
+        raise TypeError(f"bias must be of {weight.dtype}, as weight is, got {bias.dtype}")
+    if bias.device != weight.device:
+        raise ValueError(
+            f"bias must be on weight's device {weight.device}, got one on {bias.device}"
+        )
 
 
 # ---- lengths: the steps of each sample of a batch ------------------------------------------------

@@ -139,7 +139,7 @@ class ConvLSTMCell(nn.Module):
             raise TypeError(f"{name} must be h and c, (Tensor, Tensor), or None, got {got}")
         conv, traced = self.conv, torch.compiler.is_compiling()
         channels = self.input_dim, self.hidden_dim
-        overrides = overrides_of(conv, nn.Conv2d, self._spec, None if traced else channels)
+        overrides = overrides_of(conv, nn.Conv2d, self._spec, channels)
         plain = type(conv) is nn.Conv2d
         weight, bias = (conv.weight, conv.bias) if plain else (like_of(conv, x, x), None)
         passed = {"mem": (f"h of {name}", state[0]), "syn": (f"c of {name}", state[1])}

@@ -353,7 +353,7 @@ class SConv2dLSTM(CellAttributes):
     def _traced(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any) -> Any:
         """Run a call while torch.compile traces."""
         described = self._describe()
-        overrides = self._overrides(described)
+        overrides = self._overrides(described, (self.in_channels, self.out_channels))
         call = self._checked(x, syn, mem, record, lengths, True)
         spk, syn, mem, path = run_traced(call, described, overrides)
         if self._dims == 1:

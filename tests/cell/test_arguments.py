@@ -15,7 +15,7 @@ from torch import nn
 import snnlstm
 from snnlstm.functional import sconv2dlstm
 from snnlstm.quant import StateQuant, state_quant
-from tests.shared.helpers import close, ours, states, steps
+from tests.shared.helpers import close, ours, quietly, states, steps
 
 X, STATE = torch.zeros(1, 2, 5, 5), torch.zeros(1, 3, 5, 5)
 WEIGHT, BIAS = torch.zeros(12, 5, 3, 3), torch.zeros(12)
@@ -286,6 +286,33 @@ def test_tensors_that_no_kernel_can_read_are_named(case, warm):
 
 def signals(*args, **kwargs):
     return snnlstm.SConv1dLSTM(*(args or (2, 3, 5)), **{"threshold": 0.1} | kwargs)
+
+
+OF_OTHER_SIZE = {
+    "(1,)": lambda bias: bias[:1],
+    "(12, 1)": lambda bias: bias[:, None],
+    "torch.float64": lambda bias: bias.double(),
+    "one on meta": lambda bias: bias.to("meta"),
+}
+
+
+@pytest.mark.parametrize("got", OF_OTHER_SIZE)
+@pytest.mark.parametrize("kind", ["SConv2dLSTM", "SConv1dLSTM", "ConvLSTMCell"])
+def test_no_call_reads_beyond_a_bias_that_does_not_fit(kind, got):
+    cell = quietly(getattr(snnlstm, kind), 2, 3, 3)
+    x = X[..., 0] if kind == "SConv1dLSTM" else X
+    for _ in range(2):
+        cell(x)
+    cell.conv.bias = nn.Parameter(OF_OTHER_SIZE[got](cell.conv.bias.detach()))
+    with pytest.raises((TypeError, ValueError), match=f"bias must .* got .*{re.escape(got)}"):
+        cell(x)
+
+
+def test_autocast_takes_a_bias_of_another_dtype_as_torch_does():
+    cell, expected = ours(dtype=torch.bfloat16), ours(dtype=torch.bfloat16)
+    cell.conv.bias = nn.Parameter(cell.conv.bias.detach().float())
+    with torch.autocast("cpu", torch.bfloat16):
+        close(cell(X), expected(X), atol=0, rtol=0)
 
 
 def without_snntorch(function, *args):
