@@ -241,10 +241,14 @@ class ResetSource:
     def follow(self, mem: Tensor, threshold: Any, surrogate: Any) -> None:
         """Take what the signal of a call follows from.
 
-        While the threshold does not change, the copy of the last step serves.
+        While the threshold does not change, the copy of the last step serves. Neither tensor is
+        kept with its graph, which would keep alive what every earlier step has saved; a detached
+        tensor shares the version counter.
         """
+        mem = mem.detach() if mem.requires_grad else mem
         self.reset, self.mem, self.version, self.surrogate = None, mem, version(mem), surrogate
         # Optimizers, and users, write to a threshold in place.
+        threshold = threshold if threshold.is_leaf else threshold.detach()
         of_threshold = version(threshold)
         if self.threshold is not threshold or self.threshold_version != of_threshold:
             self.threshold, self.threshold_version = threshold, of_threshold

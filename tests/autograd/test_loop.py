@@ -8,7 +8,10 @@ import weakref
 
 import pytest
 import torch
+from snntorch import AssociativeLeaky
+from torch import nn
 
+import snnlstm
 from benchmarks import peak_memory
 from tests.autograd.loops import (
     STEPS,
@@ -161,9 +164,61 @@ def test_failed_passes_leave_nothing_behind():
         del out, first
     ours.reset_mem()
     ours.spk = None
-    ours._reset_source = None  # the reset signal of the last step is computed from its mem
     gc.collect()
     assert not [reference for reference in gone if reference() is not None]
+
+
+def _loop(cell, x):
+    for x_t in x:
+        cell(x_t)
+
+
+def _convlstm_loop(cell, x):
+    state = None
+    for x_t in x:
+        state = cell(x_t, state)
+
+
+ENDS = {
+    "reset_mem": lambda cell: cell.reset_mem(),
+    "detach_hidden": lambda cell: cell.detach_hidden(),
+    "reset_hidden": lambda cell: cell.reset_hidden(),
+}
+# What is called, how, and what ends it.
+KEPT = {
+    **{f"a cell, {name}": (ours, _loop, end) for name, end in ENDS.items()},
+    "learnt": (lambda: ours(learn_threshold=True), _loop, ENDS["detach_hidden"]),
+    "signals": (lambda: snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1), _loop, ENDS["reset_mem"]),
+    "a ConvLSTMCell": (lambda: snnlstm.ConvLSTMCell(2, 3, 3), _convlstm_loop, id),
+    "a ConvLSTM": (lambda: snnlstm.ConvLSTM(2, 3, 3, 2), lambda net, x: net(x), id),
+    "a stack": (
+        lambda: snnlstm.Sequential(ours(init_hidden=True), nn.Flatten(), AssociativeLeaky(126, 5, 3, 15)),
+        lambda net, x: net(x), lambda net: net[0].reset_mem(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_nothing_that_was_saved_outlives_the_results_and_the_state(name):
+    """Only the mem before a cell's last step stays, of which its reset signal is computed."""
+    make, run, end = KEPT[name]
+    net, x, saved = make(), steps(4, 2, 2, 6, 7), []
+    x = x[..., 0] if name == "signals" else x
+
+    def pack(tensor):
+        saved.append(weakref.ref(tensor.untyped_storage()))
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(net, x)
+    assert len(saved) > 8
+    end(net)
+    for module in net.modules():
+        module.spk = None
+    gc.collect()
+    own = {tensor.untyped_storage()._cdata for tensor in [x, *net.state_dict().values()]}
+    left = [held()._cdata for held in saved if held() is not None]
+    assert len(set(left) - own) <= 1
 
 
 def test_hooks_that_bring_back_another_shape_are_refused():
