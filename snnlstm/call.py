@@ -411,6 +411,29 @@ def check_bias(bias: Any, weight: Tensor, gates: int) -> None:
         )
 
 
+# ---- tensors that autograd has saved -------------------------------------------------------------
+
+
+def as_saved(
+    tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What came back for a tensor that was saved, in its dtype and on its device again.
+
+    Hooks on saved tensors, and assignments to ``.data``, may have changed shape or memory, too.
+    """
+    if tensor.shape != shape:
+        raise RuntimeError(
+            f"a saved tensor has come back as {tuple(tensor.shape)}, not {tuple(shape)}: what was "
+            "saved for the backward pass must keep its shape"
+        )
+    return tensor.resolve_neg().to(device, dtype)
+
+
+def saved_lengths(lengths: Tensor, batch: int, device: torch.device) -> Tensor:
+    """Lengths that came back, whose memory the kernels can read."""
+    return as_saved(lengths, (batch,), torch.int64, device).contiguous()
+
+
 # ---- lengths: the steps of each sample of a batch ------------------------------------------------
 
 

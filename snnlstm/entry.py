@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .call import PLAIN, Call, autocast_dtype, guard_of, key_of
+from .call import PLAIN, Call, as_saved, autocast_dtype, guard_of, key_of, saved_lengths
 from .path import (
     NATIVE_PATHS,
     Path,
@@ -259,18 +259,12 @@ def _in_segments(
     """
     inner = replace(spec, checkpoint=False)
     paths = [fallback or NATIVE_PATHS[call.x.device.type]]
-    dtypes = [None if t is None else t.dtype for t in call[:8]]
 
-    def segment(*tensors: Any) -> Any:
+    def segment(time: int, *tensors: Any) -> Any:
+        part = Call._make((*tensors, call.record))
         if traced:
-            part = Call._make((*tensors, call.record))
             return _run_traced_by(fallback, part, inner, overrides)
-        # Hooks on saved tensors may bring them back as lazily negated views, or in another dtype.
-        plain = [
-            t if t is None else t.resolve_neg().to(dtype)
-            for t, dtype in zip(tensors, dtypes, strict=True)
-        ]
-        part = Call._make((*plain, call.record))
+        part = _as_it_was(part, call, time)
         entry = entry_of(_inside, part, inner, of_many=inner)
         *results, paths[0] = _run_by(fallback, part, entry, overrides)
         return tuple(results)
@@ -286,7 +280,7 @@ def _in_segments(
         left = None if lengths is None else (lengths - k * steps).clamp(0, x.shape[0])
         # All tensors are arguments, so that torch notices if one is written to meanwhile.
         out = checkpoint(
-            segment, x, syn, mem, weight, bias, threshold, graded, left,
+            segment, x.shape[0], x, syn, mem, weight, bias, threshold, graded, left,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         results.append(out)
@@ -297,3 +291,19 @@ def _in_segments(
     if call.record:
         syn, mem = torch.cat(syns), torch.cat(mems)
     return torch.cat(spks), syn, mem, paths[0]
+
+
+def _as_it_was(part: Call, call: Call, time: int) -> Call:
+    """The tensors of a segment of a call, whatever hooks on saved tensors have brought back."""
+    shapes: list[Any] = [None if t is None else t.shape for t in call[:7]]
+    if call.sequence:
+        shapes[0] = torch.Size((time, *call.x.shape[1:]))
+    device = call.x.device
+    tensors: list[Any] = [
+        t if t is None else as_saved(t, shape, of.dtype, device)
+        for t, shape, of in zip(part[:7], shapes, call[:7], strict=True)
+    ]
+    lengths = part.lengths
+    if lengths is not None:
+        lengths = saved_lengths(lengths, call.x.shape[1], device)
+    return Call._make((*tensors, lengths, call.record))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _C, reference
-from ..call import Call, autocast_dtype, repeated, version
+from ..call import Call, autocast_dtype, repeated, saved_lengths, version
 from ..spec import HALF_TYPES, CellSpec
 from . import cpu, cuda, cuda_check
 from .plan import (
@@ -364,6 +364,9 @@ def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[Plan, Ca
     """
     dtype = getattr(torch, text.split("|")[1].removeprefix("torch."))
     call = Call._make((*(plain(t).to(dtype) for t in fields[:4]), *fields[4:]))
+    if call.lengths is not None:
+        batch = call.x.shape[1]
+        call = call._replace(lengths=saved_lengths(call.lengths, batch, call.x.device))
     return plan_of(call, *_spec(text), BACKENDS[call.x.device.type].settings(algorithm)), call
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..call import Call, guard_of
+from ..call import Call, as_saved, guard_of, saved_lengths
 from ..spec import DTYPES, POOLS, RESETS, CellSpec
 from . import pool
 
@@ -22,6 +22,9 @@ __all__ = ["CommonPlan", "Gradients", "Plan", "Result", "SavedLayout", "Sizes"]
 
 Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each part of what is saved."""
+
+
+_ALIGNMENT = 64  # bytes, of a block as torch allocates it: whole vectors of every kind
 
 
 class SavedLayout:
@@ -82,19 +85,6 @@ class Result(NamedTuple):
     name: str = ""  # of what ran, such as "cpu-avx2-winograd4-sparse"
     decided: Sequence[int] = ()  # what values decided, which the backward pass is told
     packed: Any = None  # the weight as the kernels read it, if that is kept
-
-
-def as_saved(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """What came back for a tensor that was saved, in its dtype again.
-
-    Hooks on saved tensors, and assignments to ``.data``, may have changed dtype, shape or memory.
-    """
-    if tensor.shape != shape:
-        raise RuntimeError(
-            f"a saved tensor has come back as {tuple(tensor.shape)}, not {tuple(shape)}: what was "
-            "saved for the backward pass must keep its shape"
-        )
-    return tensor if tensor.dtype is dtype and not tensor.is_neg() else plain(tensor).to(dtype)
 
 
 class Gradients(NamedTuple):
@@ -388,7 +378,7 @@ class CommonPlan(Sizes):
                 self.spk_memory[1], self.state_memory[1],
             )
         )  # fmt: skip
-        self._saved_as = [(t.shape, self.dtype) for t in call[:3]]
+        self._saved_as = [(t.shape, self.dtype, self.device) for t in call[:3]]
         self._guard: Any = None  # of x, syn, mem and what was saved, as they were
         self.gradient_memory = gradient_memory(call.x, self)
         self._gradients5 = [five(strides) for _, strides in self.gradient_memory[:3]]
@@ -416,12 +406,16 @@ class CommonPlan(Sizes):
         The third result are the views of x, syn and mem. Hooks on saved tensors may have brought
         any of them back in other memory.
         """
+        if call.lengths is not None:
+            call = call._replace(lengths=saved_lengths(call.lengths, self.n, self.device))
         x, syn, mem = tensors = call[:3]
         if self._guard is not None and self._guard.check(x, syn, mem, saved):
             at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
-            if all(at):
+            if all(at) and saved.data_ptr() % _ALIGNMENT == 0:
                 return call, saved, [*zip(at, (self.x5, self.syn5, self.mem5), strict=True)]
-        block = as_saved(saved, (self.saved.bytes,), torch.uint8).contiguous()
+        block = as_saved(saved, (self.saved.bytes,), torch.uint8, self.device).contiguous()
+        if block.data_ptr() % _ALIGNMENT:
+            block = block.clone()
         x, syn, mem = (as_saved(t, *of) for t, of in zip(tensors, self._saved_as, strict=True))
         views = [*map(view, (x, syn, mem))]
         strides = self.x5, self.syn5, self.mem5
@@ -435,7 +429,7 @@ class CommonPlan(Sizes):
 
     def saved_weight(self, call: Call) -> Tensor:
         """The weight that a backward pass was given, as :func:`as_saved` returns it."""
-        return as_saved(call.weight, self.gradient_memory[3][0], self.dtype)
+        return as_saved(call.weight, self.gradient_memory[3][0], self.dtype, self.device)
 
     def gradient_addresses(
         self, grads: Sequence[Tensor | None], noise: Tensor | None, out: Gradients

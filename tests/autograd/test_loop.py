@@ -13,6 +13,7 @@ from torch import nn
 
 import snnlstm
 from benchmarks import peak_memory
+from snnlstm.native.plan import SavedLayout
 from tests.autograd.loops import (
     STEPS,
     assert_same,
@@ -185,23 +186,25 @@ ENDS = {
     "reset_hidden": lambda cell: cell.reset_hidden(),
 }
 # What is called, how, and what ends it.
-KEPT = {
+HELD = {
     **{f"a cell, {name}": (ours, _loop, end) for name, end in ENDS.items()},
     "learnt": (lambda: ours(learn_threshold=True), _loop, ENDS["detach_hidden"]),
     "signals": (lambda: snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1), _loop, ENDS["reset_mem"]),
     "a ConvLSTMCell": (lambda: snnlstm.ConvLSTMCell(2, 3, 3), _convlstm_loop, id),
     "a ConvLSTM": (lambda: snnlstm.ConvLSTM(2, 3, 3, 2), lambda net, x: net(x), id),
     "a stack": (
-        lambda: snnlstm.Sequential(ours(init_hidden=True), nn.Flatten(), AssociativeLeaky(126, 5, 3, 15)),
+        lambda: snnlstm.Sequential(
+            ours(init_hidden=True), nn.Flatten(), AssociativeLeaky(126, 5, 3, 15)
+        ),
         lambda net, x: net(x), lambda net: net[0].reset_mem(),
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", HELD)
 def test_nothing_that_was_saved_outlives_the_results_and_the_state(name):
     """Only the mem before a cell's last step stays, of which its reset signal is computed."""
-    make, run, end = KEPT[name]
+    make, run, end = HELD[name]
     net, x, saved = make(), steps(4, 2, 2, 6, 7), []
     x = x[..., 0] if name == "signals" else x
 
@@ -221,12 +224,31 @@ def test_nothing_that_was_saved_outlives_the_results_and_the_state(name):
     assert len(set(left) - own) <= 1
 
 
-def test_hooks_that_bring_back_another_shape_are_refused():
-    _, ours = cells()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.flatten()):
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_hooks_that_bring_back_another_shape_are_refused(checkpoint):
+    _, ours = cells(checkpoint=checkpoint)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t[:1] if t.dim() else t):
         _, _, mem = ours(events(1)[0])
     with pytest.raises(RuntimeError, match="must keep its shape"):
         mem.sum().backward()
+
+
+def test_a_saved_block_that_comes_back_misaligned_is_copied(monkeypatch):
+    def moved(tensor):
+        block = tensor.dtype is torch.uint8
+        return torch.cat([tensor[:1], tensor])[1:] if block else tensor
+
+    def work(cell):
+        with torch.autograd.graph.saved_tensors_hooks(moved, lambda tensor: tensor):
+            loss_of(unroll(cell, events())).backward()
+
+    seen, addresses = [], SavedLayout.addresses
+    monkeypatch.setattr(
+        SavedLayout, "addresses", lambda *of: seen.append(addresses(*of)[0]) or addresses(*of)
+    )
+    both(work)
+    assert len(seen) == 2 * STEPS
+    assert not any(address % 64 for address in seen)
 
 
 # ---- second derivatives, where something has changed since the forward pass --------------------

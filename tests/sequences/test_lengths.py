@@ -110,6 +110,36 @@ def test_lengths_follow_x_whatever_the_default_device():
     assert (spk.shape, spk.is_meta) == (expected[0].shape, True)
 
 
+# Saved lengths come back with other strides, and packed.
+BACK = {
+    "strides": lambda lengths: torch.stack([lengths, -lengths - 1], 1)[:, 0],
+    "int16": lambda lengths: lengths.to(torch.int16),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=["whole", "segments"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("back", BACK)
+def test_hooks_may_bring_lengths_back_in_other_memory(backend, back, compiled, options):
+    if compiled and backend.name != "cpu":
+        pytest.skip("one backend's operators are enough")
+    torch.compiler.reset()
+    run: Any = functional.sconv2dlstm
+    run = torch.compile(run, backend="aot_eager") if compiled else run
+
+    def packed(tensor: Tensor) -> Tensor:
+        return BACK[back](tensor) if tensor.dtype is torch.int64 and tensor.dim() == 1 else tensor
+
+    found = []
+    for pack in (lambda tensor: tensor, packed):
+        torch.manual_seed(0)
+        given = inputs(torch.float64)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = run(**given, **options, lengths=torch.tensor(LENGTHS))
+            found.append(gradients(out, given))
+    close(*found, atol=1e-12)
+
+
 def test_half_types_and_signals(backend):
     cell = snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1, dtype=torch.bfloat16)
     x = steps(TIME, len(LENGTHS), 2, 9).bool()
