@@ -259,15 +259,17 @@ def empty_bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
 def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of an output of `shape` ending in (C, H, W), in the order of x's.
 
-    Images are channels-last where x's are, and time lies within the batch where it does in x.
+    Images are channels-last where x's are, and time lies within the batch where it does in x. A
+    stride of 0, as expanded tensors have, is no order.
     """
     if len(shape) == 1:
         return (1,)
     *lead, c, h, w = shape
     channels_last = x.stride(-3) == 1 and x.shape[-3] != 1 and not x.is_contiguous()
+    channels_last = channels_last and 0 not in (x.stride(-2), x.stride(-1))
     strides = [1, w * c, c] if channels_last else [h * w, w, 1]
     size = c * h * w
-    if len(lead) == 2 and x.dim() == 5 and x.stride(0) < x.stride(1):
+    if len(lead) == 2 and x.dim() == 5 and 0 < x.stride(0) < x.stride(1):
         return size, size * lead[0], *strides
     for count in reversed(lead):
         strides.insert(0, size)

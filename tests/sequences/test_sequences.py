@@ -47,6 +47,22 @@ def test_record_with_init_hidden_and_output(backend):
     assert [tuple(o.shape) for o in out] == [(3, 1, 3, 5, 5)] * 3
 
 
+EXPANDED = {
+    "a static image": lambda: steps(1, 2, 2, 6, 7)[0].expand(4, 2, 2, 6, 7),
+    "one sample": lambda: steps(4, 1, 2, 6, 7).expand(4, 2, 2, 6, 7),
+    "a colour": lambda: steps(4, 2, 2)[..., None, None].expand(4, 2, 2, 6, 7),
+}
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+def test_results_of_an_expanded_x_are_contiguous(backend, name):
+    x, cell = EXPANDED[name](), ours(max_pool=2)
+    out = cell(x, record=True)
+    backend.check(cell.path)
+    assert all(o.is_contiguous() for o in out)
+    close(out, ours(max_pool=2)(x.contiguous(), record=True))
+
+
 # ---- batch_first ----------------------------------------------------------------------------
 
 T, N = 5, 3
