@@ -27,7 +27,7 @@ from .path import (
     stronger,
 )
 from .reference import Overrides
-from .spec import HALF_TYPES, CellSpec
+from .spec import HALF_TYPES, CellSpec, are_ours
 
 __all__ = ["Entries", "Entry", "entry_of", "known_entry", "run", "run_checked", "run_traced"]
 
@@ -269,6 +269,8 @@ def _in_segments(
         *results, paths[0] = _run_by(fallback, part, entry, overrides)
         return tuple(results)
 
+    # Foreign code may draw random numbers: in both passes the same ones.
+    foreign = overrides is not None or not are_ours(spec.surrogate, spec.quant)
     weight, bias, threshold, graded, lengths = call[3:8]
     if threshold is not None:  # it may be written to before the backward pass
         threshold = threshold.clone()
@@ -281,7 +283,7 @@ def _in_segments(
         # All tensors are arguments, so that torch notices if one is written to meanwhile.
         out = checkpoint(
             segment, x.shape[0], x, syn, mem, weight, bias, threshold, graded, left,
-            use_reentrant=False, preserve_rng_state=False,
+            use_reentrant=False, preserve_rng_state=foreign,
         )  # fmt: skip
         results.append(out)
         syn, mem = (s[-1] for s in out[1:]) if call.record and x.shape[0] else out[1:]

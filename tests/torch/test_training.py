@@ -5,6 +5,7 @@ import copy
 import pytest
 import snntorch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -135,6 +136,34 @@ def test_checkpointing_steps_of_stored_states_is_an_error(reentrant, between):
         loss.backward()
     cell.reset_mem()
     close(cell(x), ours(init_hidden=True)(x))  # the cell still works after the error
+
+
+def _with_dropout(cell):
+    cell.conv = nn.Sequential(cell.conv, nn.Dropout(0.5))
+
+
+RANDOM = {
+    "conv": _with_dropout,
+    "hook": lambda cell: cell.conv.register_forward_hook(lambda m, x, out: F.dropout(out)),
+    "spike_grad": lambda cell: setattr(
+        cell, "spike_grad", lambda u: torch.sigmoid(F.dropout(8 * u))
+    ),
+    "state_quant": lambda cell: setattr(cell, "state_quant", F.dropout),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_checkpoint_draws_the_random_numbers_of_foreign_code_again(name):
+    found = []
+    for again in (False, True):
+        cell, x = ours(checkpoint=again, threshold=0.02), steps(6, 2, 2, 6, 7)
+        RANDOM[name](cell)
+        torch.manual_seed(3)
+        spk, _, mem = cell(x)
+        (spk.sum() + mem.square().sum()).backward()
+        found.append([parameter.grad for parameter in cell.parameters()])
+        found[-1].append(torch.rand(3))  # behind the pass the generator is where it was
+    close(*found)
 
 
 def test_functional_call_uses_the_weights_that_it_is_given(backend):
