@@ -210,7 +210,9 @@ class _SConv2dLSTM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return None, None, *_gradients(ctx, grads[:3])
+        # Compiled autograd traces this, and must not trace into the kernels.
+        run = _opaque_gradients if torch.compiler.is_compiling() else _gradients
+        return None, None, *run(ctx, grads[:3])
 
 
 _FORGOTTEN = (
@@ -249,6 +251,9 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         ctx.packed = None
     grads = [None if grad is None else plain(grad) for grad in grads]
     return ctx.plan.backward(call, saved, grads, wanted, ctx.decided, packed)
+
+
+_opaque_gradients = torch.compiler.disable(_gradients)
 
 
 def _reached(

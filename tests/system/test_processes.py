@@ -206,3 +206,26 @@ cell(torch.rand(5, 2, 2, 64, 64))[0].sum().backward()
 print(raised, same, bool(cell.conv.weight.grad.isfinite().all()))
 """
     assert in_a_process(program).split() == ["raised", "True", "True"]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_pass_under_compiled_autograd(dynamic, in_a_process):
+    """In a fresh process nothing is known of the kernels yet, and sizes change."""
+    program = f"""
+from torch._dynamo import compiled_autograd
+compiled = torch.compile(backend="eager", dynamic={dynamic})
+for side in (20, 9, 13):
+    grads = []
+    for enabled in (True, False):
+        cell.zero_grad()
+        loss = 0
+        for step in x[..., :side, :]:
+            loss = loss + sum(out.sum() for out in cell(step))
+        with compiled_autograd._enable(compiled) if enabled else torch.enable_grad():
+            loss.backward()
+        grads.append(cell.conv.weight.grad.clone())
+        cell.reset_mem()
+    torch.testing.assert_close(*grads)
+print("right")
+"""
+    assert in_a_process(program).split() == ["right"]
