@@ -165,9 +165,10 @@ class Surrogate:
         The result has the shape and dtype of x. It is 1 where ``x > 0``, and 0 elsewhere, also for
         NaN.
         """
-        if self.kind == 0:
+        traced = torch.compiler.is_compiling()
+        if self.kind == 0 or (traced and not x.requires_grad):  # dynamo fails at such an apply()
             return (x > 0).to(x.dtype)
-        spike = _Spike if torch.compiler.is_compiling() else _SpikeForwardMode
+        spike = _Spike if traced else _SpikeForwardMode
         return spike.apply(x, self.kind, self.p0, self.p1)
 
     def factor(self, x: Tensor) -> Tensor:

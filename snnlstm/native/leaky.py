@@ -95,7 +95,7 @@ def _forward(
     shape, strides, dtype = x.shape, x.stride(), real(x.dtype)
     if neurons.sequence:
         shape, strides = shape[1:], strides[1:]
-    before = _laid_out(mem, shape, strides, dtype)
+    before = _laid_out(mem, shape, strides, dtype, x.device)
     spk = _empty_like(x, dtype)
     after = _empty_like(x if record or not neurons.sequence else before, dtype)
     fields, _held = _fields(neurons, x.dtype, x.shape, strides, before)
@@ -142,13 +142,18 @@ def _has_no_gaps(x: Tensor, sequence: bool) -> bool:
 
 
 def _laid_out(
-    tensor: Tensor, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+    tensor: Tensor,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    """The tensor, or a copy of it, in a memory layout and a dtype."""
-    if tensor.dtype is dtype and tensor.stride() == strides and tensor.shape == shape:
+    """The tensor, or a copy of it, in a memory layout, a dtype and on a device."""
+    fits = tensor.stride() == strides and tensor.shape == shape
+    if fits and tensor.dtype is dtype and tensor.device == device:
         return plain(tensor)
-    tensor = as_saved(tensor, shape, dtype)
-    out = torch.empty_strided(shape, strides, dtype=dtype, device=tensor.device)
+    tensor = as_saved(tensor, shape, dtype, device)
+    out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
     return out.copy_(tensor.detach())
 
 
@@ -174,7 +179,7 @@ class _Leaky(torch.autograd.Function):
             before if neurons.wants_before() else None, after, beta, threshold, neurons.graded
         )
         ctx.neurons, ctx.dtypes, ctx.strides = neurons[:2], (x.dtype, mem.dtype), after.stride()
-        ctx.sequence, ctx.shape = neurons.sequence, after.shape
+        ctx.sequence, ctx.shape, ctx.device = neurons.sequence, after.shape, after.device
         ctx.set_materialize_grads(False)
         if neurons.surrogate.kind == 0:
             ctx.mark_non_differentiable(spk)
@@ -182,32 +187,41 @@ class _Leaky(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        """The gradients of x, mem, beta and threshold, behind a None for the neurons."""
-        if grads[0] is grads[1] is None:
-            return (None,) * 5
-        before, after, *parameters = ctx.saved_tensors
-        beta, threshold, graded = parameters
-        reset, surrogate = ctx.neurons
-        neurons = Neurons(reset, surrogate, beta, threshold, graded, ctx.sequence)
-        *given, last = ctx.needs_input_grad[1:]
-        # A threshold gets a gradient only from spk and from "subtract".
-        given.append(last and (grads[0] is not None or neurons.reset == "subtract"))
-        found: Any
-        if torch.is_grad_enabled() or beyond_kernels(grads):
-            found = _by_formula(neurons, before, after, grads, given)
-            found = found[0].to(ctx.dtypes[0]), *found[1:]
-        else:
-            found = _by_kernels(ctx, neurons, before, after, grads, given)
-        x, mem, of_beta, of_threshold = found
-        return (
-            None, x if given[0] else None, mem.to(ctx.dtypes[1]) if given[1] else None,
-            None if of_beta is None else of_beta.to(beta.dtype),
-            None if of_threshold is None else of_threshold.to(threshold.dtype),
-        )  # fmt: skip
+        # Compiled autograd traces this, and must not trace into the kernels.
+        run = _opaque_gradients if torch.compiler.is_compiling() else _gradients
+        return None, *run(ctx, grads)
 
 
 # This is _Leaky.apply without its search for torch.func's wrappers; see function.py.
 _apply: Any = super(torch.autograd.Function, _Leaky).apply
+
+
+def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The gradients of x, mem, beta and threshold."""
+    if grads[0] is grads[1] is None:
+        return (None,) * 4
+    before, after, *parameters = ctx.saved_tensors
+    beta, threshold, graded = parameters
+    reset, surrogate = ctx.neurons
+    neurons = Neurons(reset, surrogate, beta, threshold, graded, ctx.sequence)
+    *given, last = ctx.needs_input_grad[1:]
+    # A threshold gets a gradient only from spk and from "subtract".
+    given.append(last and (grads[0] is not None or neurons.reset == "subtract"))
+    found: Any
+    if torch.is_grad_enabled() or beyond_kernels(grads):
+        found = _by_formula(neurons, before, after, grads, given)
+        found = found[0].to(ctx.dtypes[0]), *found[1:]
+    else:
+        found = _by_kernels(ctx, neurons, before, after, grads, given)
+    x, mem, of_beta, of_threshold = found
+    return (
+        x if given[0] else None, mem.to(ctx.dtypes[1]) if given[1] else None,
+        None if of_beta is None else of_beta.to(beta.dtype),
+        None if of_threshold is None else of_threshold.to(threshold.dtype),
+    )  # fmt: skip
+
+
+_opaque_gradients = torch.compiler.disable(_gradients)
 
 
 def _by_kernels(
@@ -219,25 +233,25 @@ def _by_kernels(
     wanted: Sequence[bool],
 ) -> Sequence[Tensor | None]:
     """The gradients of x, mem, beta and threshold."""
-    x_type, shape, strides = ctx.dtypes[0], ctx.shape, ctx.strides
+    x_type, shape, strides, device = ctx.dtypes[0], ctx.shape, ctx.strides, ctx.device
     step, of_step, dtype = shape, strides, real(x_type)
-    after = _laid_out(after, shape, strides, dtype)
+    after = _laid_out(after, shape, strides, dtype, device)
     like = after
     if neurons.sequence:
         step, of_step, like = shape[1:], strides[1:], after[0]
     if before is not None:
-        before = _laid_out(before, step, of_step, dtype)
-    laid = [None if g is None else _laid_out(g, shape, strides, dtype) for g in grads]
+        before = _laid_out(before, step, of_step, dtype, device)
+    laid = [None if g is None else _laid_out(g, shape, strides, dtype, device) for g in grads]
     noise = None
     if grads[0] is not None and neurons.surrogate.name == "SSO":
-        noise = _laid_out(_noise(after, neurons.sequence), shape, strides, dtype)
+        noise = _laid_out(_noise(after, neurons.sequence), shape, strides, dtype, device)
 
     x = _empty_like(after, x_type) if wanted[0] else None
     mem = _empty_like(like, dtype) if wanted[1] or neurons.sequence else None
     beta, threshold = (_empty_like(like, dtype) if want else None for want in wanted[2:])
     fields, _held = _fields(neurons, x_type, shape, of_step, before)
     others = after, noise, *laid, x, mem, beta, threshold
-    BACKENDS[after.device.type].leaky((*fields, *map(address, others)), True, after.device)
+    BACKENDS[device.type].leaky((*fields, *map(address, others)), True, device)
     return (
         x, mem,
         None if beta is None else beta.sum_to_size(neurons.beta.shape),

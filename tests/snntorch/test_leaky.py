@@ -350,12 +350,12 @@ def test_graphs_run_again_and_layers_travel() -> None:
     total = sum(layer(x_t).sum() for x_t in x)
     first = torch.autograd.grad(total, x, retain_graph=True)
     assert torch.equal(*first, *torch.autograd.grad(total, x))
-    layer.mem = layer.mem.detach()
-    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    for duplicate in (copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))):
+        layer.mem = layer.mem.detach()
+        copied = duplicate(layer)
+        assert copied.state_function.__self__ is copied
         assert torch.equal(copied(x[0]), layer(x[0]))
         assert torch.equal(copied.reset, layer.reset)
-        layer.mem = layer.mem.detach()
-        assert copied.state_function.__self__ is copied
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 4), (0,)], ids=described)
