@@ -31,8 +31,17 @@ Larger steps run one by one, as in the loop: each of them goes through several l
 the cache, and all steps at once would be slower than the loop (benchmarks/NOTES.md).
 """
 
+LARGEST_STACKED = 1 << 20
+"""The most bytes of a step that the CPU stacks for the cell or Leaky behind it.
+
+A stack of larger steps, whose memory is fresh, takes longer than one call for all steps saves.
+"""
+
 ALONE = "it treats every sample by itself"
 LARGE = "one step of its input or output is larger than 128 KiB"
+LARGE_STATE = "it keeps a state, and one step of it is larger than 128 KiB"
+TO_STACK = "the layers before it run step by step, and one of their steps is larger than 1 MiB"
+ONE_CALL = "one call for all steps"
 TAKES = "it takes sequences"
 PER_SAMPLE = ALONE, LARGE  # the reasons of layers that neither mix samples nor keep a state
 
@@ -84,7 +93,7 @@ def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, size: int) -> La
         if type(layer).forward is not SConv2dLSTM.forward:
             reason = "its class has a forward of its own"
         elif reason is None:
-            kind, reason = "sequence", "one call for all steps"
+            kind, reason = "sequence", ONE_CALL
     elif isinstance(layer, CELL):
         if type(layer) is not CELL:
             reason = "its class is a subclass of snntorch.SConv2dLSTM"
@@ -97,9 +106,9 @@ def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, size: int) -> La
         elif reason is None and (torch.compiler.is_compiling() or not layer.takes(x)):
             reason = "snntorch's own forward runs, and its path says why"
         elif reason is None and size > LARGEST:
-            reason = LARGE
+            reason = LARGE_STATE
         if reason is None:
-            kind, reason = "sequence", "one call for all steps"
+            kind, reason = "sequence", ONE_CALL
     elif Neuron is not None and isinstance(layer, Neuron):
         reason = "it keeps a state from step to step"
     else:

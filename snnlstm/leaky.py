@@ -28,6 +28,7 @@ _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
 _CALLED = ("fire", "mem_reset", "_base_state_function", *_RESETS)  # by snnTorch's forward, not ours
 _RELEASED = {name: getattr(TheirLeaky, name, None) for name in (*_CALLED, "forward")}
 _MECHANISMS = {_RELEASED[name]: reset for name, reset in _RESETS.items()}
+_TRACED = Path("reference", "torch.compile traces plain operators")
 _PARAMETERS = ("beta", "threshold", "graded_spikes_factor")
 _TENSORS = {Tensor, nn.Parameter}
 _BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # spike_grad with surrogate_disable
@@ -122,6 +123,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if mem is not None and self.init_hidden:
             raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
         if torch.compiler.is_compiling():
+            self._path = _TRACED
             return super().forward(input_, mem)
         before: Any = self._buffers.get("mem") if mem is None else mem
         neurons = self._described(input_, before, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 from .call import SIZES, checked_lengths, repeated, silenced
 from .layers import (
     CELL,
+    LARGEST_STACKED,
+    ONE_CALL,
     PER_SAMPLE,
     TAKES,
+    TO_STACK,
     LayerReport,
     changed,
     not_per_sample,
@@ -300,7 +304,7 @@ _logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 def _log_slow(layers: list[Named], reports: list[LayerReport]) -> None:
     """Log, once for each cell and reason, that a cell goes step by step."""
     for (name, layer), report in zip(layers, reports, strict=True):
-        if report.kind == "step" and isinstance(layer, CELL):
+        if report.kind == "step" and isinstance(layer, CELL) and report.reason != TO_STACK:
             seen = _logged.setdefault(layer, set())
             if report.reason not in seen:
                 seen.add(report.reason)
@@ -343,6 +347,8 @@ def _step_by_step(
     for name, layer in layers:
         first = _first_item(before, outs[0])
         report = _report_of(name, layer, first, first.dim(), 1, by_step)
+        if calls and report.reason == ONE_CALL and _is_large(first):
+            report = replace(report, kind="step", reason=TO_STACK)
         if report.kind != "step":
             break
         reports.append(report)
@@ -357,6 +363,12 @@ def _step_by_step(
         for previous, layer, call in calls:
             outs[t] = call(unshared(_first_item(previous, outs[t]), layer))
     return _joined(before, outs)
+
+
+def _is_large(x: Tensor) -> bool:
+    """Whether steps like x are not worth a stack."""
+    counts = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return counts and x.nbytes > LARGEST_STACKED
 
 
 def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
