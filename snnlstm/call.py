@@ -13,13 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-try:  # what torch.compile's guards are made of; a call takes 5 us more without it
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # it is private to torch
-    TensorGuards = None  # type: ignore[assignment, misc]
-
 from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, flag, make_spec
 from .surrogate import is_number
+from .torch_private import any_autocast, transforms_are_active
 
 __all__ = ["Call", "autocast_dtype", "checked_call", "key_of", "stateless_call"]
 
@@ -83,30 +79,8 @@ def key_of(call: Call) -> tuple[Any, ...]:
             bias is not None and bias.requires_grad,
             threshold is not None and threshold.requires_grad,
         ),
-        autocast_dtype(device.type) if torch._C._is_any_autocast_enabled() else None,
+        autocast_dtype(device.type) if any_autocast() else None,
     )  # fmt: skip
-
-
-class _NoGuard:
-    """Knows no tensors again."""
-
-    def check(self, *_: Tensor) -> bool:
-        return False
-
-
-def guard_of(tensors: Sequence[Tensor]) -> Any:
-    """torch's own check of tensors: ``check(*others)`` says whether others are like these.
-
-    They are if type, dtype, device, sizes, strides and requires_grad are equal, and what torch's
-    dispatcher goes by: layout, lazy negation, autocast, torch.func, tracing. A tensor that occurs
-    twice is never like others. A torch without such a check gets one that always says no.
-    """
-    sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
-    try:
-        guard: Any = TensorGuards
-        return guard(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    except TypeError:  # there is none, or it takes other arguments
-        return _NoGuard()
 
 
 def checked_call(
@@ -462,7 +436,7 @@ def checked_lengths(
         )
     if given.device.type != "cpu" and given.device != device:
         raise ValueError(f"lengths must be on the CPU or on x's {device}, got {given.device}")
-    hidden = traced or torch._C._are_functorch_transforms_active() or type(given) is not Tensor
+    hidden = traced or transforms_are_active() or type(given) is not Tensor
     if given.device.type == "cpu" and given.numel() and not hidden:
         numbers = given.tolist()  # torch.min does not take wide unsigned ints
         least, most = min(numbers), max(numbers)

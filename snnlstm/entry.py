@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .call import PLAIN, Call, as_saved, autocast_dtype, guard_of, key_of, saved_lengths
+from .call import PLAIN, Call, as_saved, autocast_dtype, key_of, saved_lengths
 from .path import (
     NATIVE_PATHS,
     Path,
@@ -28,6 +28,7 @@ from .path import (
 )
 from .reference import Overrides
 from .spec import HALF_TYPES, CellSpec, are_ours
+from .torch_private import any_autocast, guard_of, transforms_are_active
 
 __all__ = ["Entries", "Entry", "entry_of", "known_entry", "run", "run_checked", "run_traced"]
 
@@ -68,7 +69,7 @@ class Entry:
 
     def guard(self, call: Call) -> None:
         """Let :meth:`serves` know calls like this one."""
-        if call.lengths is None and not torch._C._is_any_autocast_enabled():
+        if call.lengths is None and not any_autocast():
             tensors = _present(call)
             self._others = call.record, torch.is_grad_enabled(), _settings(call.x), len(tensors)
             self._guard = guard_of(tensors)
@@ -240,7 +241,7 @@ def _run_traced_by(
 
 def _may_checkpoint() -> bool:
     # torch's checkpoint refuses to run under the transforms of torch.func.
-    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() and not transforms_are_active()
 
 
 def _in_segments(

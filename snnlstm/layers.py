@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch as functorch
 
 from .leaky import Leaky
-from .path import global_hooks
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import SEQUENCE_NEURONS, Base, Neuron, TheirLeaky
 from .spec import a_module
+from .torch_private import NO_LEVEL, global_hooks, level_of, unwrapped
 
 __all__ = [
     "CELL", "PER_SAMPLE", "TAKES", "LayerReport", "SpikeCount", "SpikeRates", "changed",
@@ -222,8 +221,8 @@ class SpikeCount:
 
 def _bare(tensor: Tensor) -> Tensor:
     """The tensor within torch.func's wrappers; under vmap it holds all samples."""
-    while not torch.compiler.is_compiling() and functorch.maybe_get_level(tensor) >= 0:
-        tensor = functorch.get_unwrapped(tensor)
+    while not torch.compiler.is_compiling() and level_of(tensor) != NO_LEVEL:
+        tensor = unwrapped(tensor)
     return tensor
 
 

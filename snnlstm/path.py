@@ -8,7 +8,7 @@ once a call. Nothing falls back silently.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,12 +18,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
 
 from .call import PLAIN, Call
 from .reference import Overrides
 from .spec import DTYPES, CellSpec
+from .torch_private import (
+    exporting,
+    forward_mode,
+    global_hooks,
+    is_tracing,
+    records_operators,
+    transforms_are_active,
+)
 
 __all__ = ["ALGORITHMS", "LastPath", "Path", "algorithm", "get_algorithm", "set_algorithm"]
 
@@ -109,19 +115,11 @@ NATIVE_PATHS = {
 
 # What a call of a convolution goes through: its class's methods, and torch's function.
 _TORCHS = {
-    kind: (kind.__call__, kind.forward, kind._conv_forward) for kind in (nn.Conv1d, nn.Conv2d)
+    kind: (kind.__call__, kind.forward, getattr(kind, "_conv_forward", None))
+    for kind in (nn.Conv1d, nn.Conv2d)
 }
 _FUNCTIONS = F.conv1d, F.conv2d
 ONES = {1: (1,), 2: (1, 1)}  # by the dimensions of an image
-
-
-def _global_hooks() -> bool:
-    kinds = ("forward", "forward_pre", "backward", "backward_pre")
-    return any(getattr(nn_module, f"_global_{kind}_hooks") for kind in kinds)
-
-
-global_hooks: Callable[[], Any] = getattr(nn_module, "_has_any_global_hook", _global_hooks)
-"""Whether hooks on all modules are registered. (torch 2.4 has no function for it.)"""
 
 
 HOOKS, GLOBAL_HOOKS = "conv carries hooks", "global module hooks are registered"
@@ -162,7 +160,7 @@ def reason_against_conv(
         or "_conv_forward" in attributes
         or kind.__call__ is not plain[0]
         or kind.forward is not plain[1]
-        or kind._conv_forward is not plain[2]
+        or getattr(kind, "_conv_forward", None) is not plain[2]
         or (F.conv1d, F.conv2d) != _FUNCTIONS
     ):
         return "conv.forward was replaced"
@@ -219,14 +217,6 @@ def overrides_of(
     return Overrides(None if reason is None else conv, reason, fire, mem_reset)
 
 
-# torch.compiler.is_exporting is younger than the oldest torch that is supported.
-exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
-"""Whether torch.export, and with it the ONNX exporter that is built on it, is tracing."""
-
-# What torch.fx.experimental.proxy_tensor.make_fx records by.
-_get_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
-
-
 def static_reason(call: Call, spec: CellSpec, traced: bool) -> Path | None:
     """Why the reference path must run, for all like calls; None where the kernels can."""
     device = call.x.device
@@ -272,12 +262,12 @@ def interpreted(traced: bool = False) -> Path | None:
     """Why nothing but plain operators can run now; None where nothing interprets a call."""
     if exporting():
         return Path("reference", "an export records plain operators")
-    if torch._C._are_functorch_transforms_active():
+    if transforms_are_active():
         return Path("reference", "a torch.func transform is active")
     if not traced:
-        if torch._C._get_tracing_state() is not None or _get_mode(_PROXY) is not None:
+        if is_tracing() or records_operators():
             return Path("reference", "tracing records plain operators")
-        if forward_ad._current_level >= 0:
+        if forward_mode():
             return Path("reference", "forward-mode differentiation is active")
     return None
 

@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
 
 from .call import state_tensor, version
 from .reference import reset_signal
+from .torch_private import (
+    NO_LEVEL,
+    backward_pass,
+    is_vmapped,
+    level_of,
+    transforms_are_active,
+    unwrapped,
+)
 
-__all__ = ["LastReset", "ResetSource", "State", "backward_pass"]
-
-_NO_LEVEL = -1  # the level of a tensor that no transform has wrapped
-
-backward_pass: Callable[[], int] = torch._C._current_graph_task_id
-"""Number of the backward pass that is running in this thread; -1 outside of one."""
+__all__ = ["LastReset", "ResetSource", "State"]
 
 
 class State:
@@ -127,8 +129,8 @@ class State:
 
     def as_it_is(self) -> bool:
         """Whether the stored states may be read without a closer look."""
-        level = functorch.maybe_get_level
-        return self.readable() and level(self.syn) == _NO_LEVEL and level(self.mem) == _NO_LEVEL
+        plain = level_of(self.syn) == level_of(self.mem) == NO_LEVEL
+        return plain and self.readable()
 
     def before(
         self,
@@ -200,13 +202,13 @@ def _without_transforms(state: Tensor) -> Tensor:
     After derivatives the state keeps its values. After vmap, where it belonged to one of many
     samples, an empty state remains.
     """
-    if functorch.maybe_get_level(state) == _NO_LEVEL or torch._C._are_functorch_transforms_active():
+    if level_of(state) == NO_LEVEL or transforms_are_active():
         return state
     # The wrappers come off one by one: an operator would ask for the transforms that are gone.
-    while functorch.maybe_get_level(state) != _NO_LEVEL:
-        if functorch.is_batchedtensor(state):
+    while level_of(state) != NO_LEVEL:
+        if is_vmapped(state):
             return torch.zeros(0, dtype=state.dtype, device=state.device)
-        state = functorch.get_unwrapped(state)
+        state = unwrapped(state)
     return state.detach()
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..spec import CellSpec
+from ..torch_private import current_stream, fp32_precision
 from . import torch_conv
 from .plan import (
     CommonPlan,
@@ -52,15 +53,12 @@ _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
 
 _ROUNDS = 3  # timed runs of an algorithm, after one that is not timed; the shortest counts
 
-# What torch.backends.cudnn.conv.fp32_precision asks for, ten times as fast; torch 2.9 and newer.
-_fp32_precision: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
-
 
 def _tf32_is_allowed() -> bool:
     """What torch's setting for its own convolutions says; it is on by default."""
-    if _fp32_precision is None:
+    if fp32_precision is None:
         return torch.backends.cudnn.allow_tf32
-    return _fp32_precision("cuda", "conv") == "tf32"
+    return fp32_precision("cuda", "conv") == "tf32"
 
 
 class Plan(CommonPlan):
@@ -297,7 +295,7 @@ class Backend:
 
     def stream(self, device: torch.device) -> int:
         """The current stream of `device`."""
-        return torch._C._cuda_getCurrentRawStream(device.index)
+        return current_stream(device.index)
 
     def may_measure(self) -> bool:
         """Whether kernels may be timed now, which waits for the GPU and depends on chance."""

@@ -115,10 +115,9 @@ def trouble(index: int) -> str | None:
 
 def driver_version() -> int | None:
     """Newest CUDA version that the driver runs, 1000 * major + 10 * minor; None if not known."""
-    import torch
+    from ..torch_private import driver_version
 
-    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return ask() or None if ask else None
+    return driver_version() or None
 
 
 def show(version: int) -> str:

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _C, reference
 from ..call import Call, autocast_dtype, repeated, saved_lengths, version
 from ..spec import HALF_TYPES, CellSpec
+from ..torch_private import forward_mode, is_batch, keeps_graph, opaque, transforms_are_active
 from . import cpu, cuda, cuda_check
 from .plan import (
     Gradients,
@@ -39,16 +39,6 @@ from .plan import (
 )
 
 __all__ = ["BACKENDS", "DEVICES", "beyond_kernels", "plan_of", "run", "run_operator"]
-
-# Whether a gradient is one of many at once, as with is_grads_batched=True.
-_is_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
-
-# Whether the graph of the backward pass that is running is kept for another one. torch 2.4 does not
-# say; a packed weight then lives as long as the graph's nodes.
-_keeps_graph: Callable[[], bool] = getattr(
-    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
-)
-
 
 # ---- backends and plans --------------------------------------------------------------------------
 
@@ -247,13 +237,13 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     if again or beyond_kernels(grads):
         return _by_reference(ctx.plan, call, grads, wanted, again)
     packed = ctx.packed
-    if not _keeps_graph():  # no other backward pass comes, so the packed weight can go
+    if not keeps_graph():  # no other backward pass comes, so the packed weight can go
         ctx.packed = None
     grads = [None if grad is None else plain(grad) for grad in grads]
     return ctx.plan.backward(call, saved, grads, wanted, ctx.decided, packed)
 
 
-_opaque_gradients = torch.compiler.disable(_gradients)
+_opaque_gradients = opaque(_gradients)
 
 
 def _reached(
@@ -266,15 +256,15 @@ def _reached(
 
 # This is _SConv2dLSTM.apply without its search for torch.func's wrappers among all arguments: a
 # call under a transform of torch.func does not come here.
-_apply = super(torch.autograd.Function, _SConv2dLSTM).apply
+_apply = getattr(super(torch.autograd.Function, _SConv2dLSTM), "apply", _SConv2dLSTM.apply)
 
 
 def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
     """Whether more than numbers comes with the gradients: tangents, a batch of them, a subclass."""
     for grad in grads:
-        if grad is not None and (type(grad) is not Tensor or _is_batch(grad)):
+        if grad is not None and (type(grad) is not Tensor or is_batch(grad)):
             return True
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_mode() or transforms_are_active()
 
 
 @torch.enable_grad()

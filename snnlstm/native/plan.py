@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..call import Call, as_saved, guard_of, saved_lengths
+from ..call import Call, as_saved, saved_lengths
 from ..spec import DTYPES, POOLS, RESETS, CellSpec
+from ..torch_private import guard_of
 from . import pool
 
 __all__ = ["CommonPlan", "Gradients", "Plan", "Result", "SavedLayout", "Sizes"]

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from snnlstm import _C
+from snnlstm import _C, torch_private
 from snnlstm.native import cuda_check
 
 BUILD = {
@@ -35,7 +35,7 @@ def machine(monkeypatch):
             get_device_name=name, get_device_capability=lambda index: capabilities[index]
         )
         monkeypatch.setattr(torch, "cuda", cuda)
-        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+        monkeypatch.setattr(torch_private, "driver_version", lambda: driver)
         monkeypatch.setattr(_C, "build_info", lambda: build)
         return asked
 

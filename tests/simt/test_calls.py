@@ -86,7 +86,7 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         guarded.pop()
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 77, raising=False)
+    monkeypatch.setattr(cuda, "current_stream", lambda _: 77)
     calls = []
 
     class Noted(cuda.Backend):

@@ -1,0 +1,184 @@
+"""The functions of torch that are private to it, each with what takes its place where it is gone.
+
+Every other file takes them from here. What is gone costs time, or a feature, and never a right
+result without a word: the log then says once what is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+__all__ = [
+    "NO_LEVEL", "any_autocast", "backward_pass", "current_stream", "driver_version", "exporting",
+    "forward_mode", "fp32_precision", "global_hooks", "guard_of", "is_batch", "is_tracing",
+    "is_vmapped", "keeps_graph", "level_of", "opaque", "records_operators", "transforms_are_active", "unwrapped",
+]  # fmt: skip
+
+logger = logging.getLogger("snnlstm")
+
+
+def _find(path: str, instead: Any, lost: str = "") -> Any:
+    """What `path` names in torch, or `instead` of it; `lost` is what no longer works then."""
+    try:
+        return reduce(getattr, path.split("."), torch)
+    except AttributeError:
+        if lost:
+            logger.warning("torch %s has no torch.%s: %s", torch.__version__, path, lost)
+        return instead
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def _always(*_: Any) -> bool:
+    return True
+
+
+# ---- what is active ------------------------------------------------------------------------------
+
+any_autocast: Callable[[], bool] = _find("_C._is_any_autocast_enabled", _always)
+"""Whether autocast may be on for some device type."""
+
+_UNSEEN = "transforms of torch.func raise errors in a cell"
+transforms_are_active: Callable[[], bool] = _find(
+    "_C._are_functorch_transforms_active", _never, _UNSEEN
+)
+"""Whether a call is within a transform of torch.func."""
+
+is_tracing: Callable[[], bool] = _find("_C._is_tracing", torch.jit.is_tracing)
+"""Whether torch.jit.trace, or the ONNX exporter that is built on it, is tracing."""
+
+_get_mode = _find(
+    "_C._get_dispatch_mode", lambda _: None, "make_fx records a cell's results as constants"
+)
+_PROXY = _find("_C._TorchDispatchModeKey.PROXY", None)
+
+
+def records_operators() -> bool:
+    """Whether torch.fx.experimental.proxy_tensor.make_fx is recording."""
+    return _get_mode(_PROXY) is not None
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is active; without torch's word it raises errors."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+backward_pass: Callable[[], int] = _find(
+    "_C._current_graph_task_id",
+    lambda: -1,
+    "a cell does not notice that torch.utils.checkpoint calls it in a backward pass",
+)
+"""Number of the backward pass that is running in this thread; -1 outside of one."""
+
+keeps_graph: Callable[[], bool] = _find(
+    "_C._autograd._get_current_graph_task_keep_graph", _always
+)
+"""Whether the graph of the backward pass that is running is kept for another one.
+
+torch 2.4 does not say; a packed weight then lives as long as the graph's nodes.
+"""
+
+# torch 2.4 has no function for exporting, and none for hooks on all modules.
+exporting: Callable[[], bool] = _find("compiler.is_exporting", torch.onnx.is_in_onnx_export)
+"""Whether torch.export, and with it the ONNX exporter that is built on it, is tracing."""
+
+
+def _global_hooks() -> bool:
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return any(getattr(nn_module, f"_global_{kind}_hooks", ()) for kind in kinds)
+
+
+global_hooks: Callable[[], Any] = getattr(nn_module, "_has_any_global_hook", _global_hooks)
+"""Whether hooks on all modules are registered."""
+
+opaque: Callable[[Any], Any] = _find(
+    "_disable_dynamo", lambda function: function, "compiled autograd fails in a cell's pass"
+)
+"""The function as one that torch.compile does not trace; torch.compiler.disable imports dynamo."""
+
+# ---- tensors within transforms -------------------------------------------------------------------
+
+NO_LEVEL = -1  # the level of a tensor that no transform has wrapped
+
+level_of: Callable[[Tensor], int] = _find("_C._functorch.maybe_get_level", lambda _: NO_LEVEL)
+"""Level of the transform of torch.func that has wrapped a tensor; -2 if the transform has ended."""
+
+is_vmapped: Callable[[Tensor], bool] = _find("_C._functorch.is_batchedtensor", _never)
+"""Whether a tensor's outermost wrapper is vmap's."""
+
+unwrapped: Callable[[Tensor], Tensor] = _find("_C._functorch.get_unwrapped", torch.clone)
+"""The tensor within the outermost wrapper."""
+
+is_batch: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", _never)
+"""Whether a gradient is one of many at once, as with is_grads_batched=True."""
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+current_stream: Callable[[int], int] = _find(
+    "_C._cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)
+"""The current stream of the GPU of a number, as an address."""
+
+driver_version: Callable[[], int | None] = _find("_C._cuda_getDriverVersion", lambda: None)
+"""Newest CUDA version that the driver runs, 1000 * major + 10 * minor; 0 or None if not known."""
+
+fp32_precision: Callable[[str, str], str] | None = _find("_C._get_fp32_precision_getter", None)
+"""What torch.backends.cudnn.conv.fp32_precision asks, ten times as fast; torch 2.9 and newer."""
+
+# ---- guards --------------------------------------------------------------------------------------
+
+
+class NoGuard:
+    """Knows no tensors again."""
+
+    def check(self, *_: Tensor) -> bool:
+        return False
+
+
+def _guard(guards: Any, tensors: Sequence[Tensor]) -> Any:
+    sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
+    return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+
+def tells_apart(guards: Any) -> bool:
+    """Whether a class like TensorGuards knows like tensors, and refuses those that differ.
+
+    What it knows is not checked again, and its memory is read as that of the first tensor.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        like = torch.zeros(2, 3, dtype=torch.float32)
+        others = (
+            like.new_zeros(4, 3), like.new_zeros(3, 2).t(), like.double(), like.to("meta"),
+            like.new_zeros(2, 3, requires_grad=True), nn.Parameter(like, requires_grad=False),
+        )  # fmt: skip
+        try:
+            check = _guard(guards, [like]).check
+            return check(like.clone()) is True and not any(map(check, others))
+        except Exception:  # it is gone, or takes other arguments
+            return False
+
+
+# What torch.compile's guards are made of; a call takes 5 us more without it.
+_guards = _find("_C._dynamo.guards.TensorGuards", None)
+if not tells_apart(_guards):
+    _guards = None
+
+
+def guard_of(tensors: Sequence[Tensor]) -> Any:
+    """torch's own check of tensors: ``check(*others)`` says whether others are like these.
+
+    They are if type, dtype, device, sizes, strides and requires_grad are equal, and what torch's
+    dispatcher goes by: layout, lazy negation, autocast, torch.func, tracing. A tensor that occurs
+    twice is never like others. A torch without such a check gets one that always says no.
+    """
+    return NoGuard() if _guards is None else _guard(_guards, tensors)
