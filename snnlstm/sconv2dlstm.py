@@ -294,7 +294,14 @@ class SConv2dLSTM(CellAttributes):
         """Return the call as it came, if nothing in it needs a conversion."""
         if record is not False and record is not True:  # 1.0 and NumPy's True equal True in a key
             return None
-        conv: Any = self._modules.get("conv")
+        own, conv = self.__dict__, self._modules.get("conv")
+        inside: Any = getattr(conv, "__dict__", own)
+        # What was set past nn.Module hides the parameter or buffer of its name.
+        if (
+            "conv" in own or "threshold" in own or "graded_spikes_factor" in own
+            or "weight" in inside or "bias" in inside
+        ):  # fmt: skip
+            return None
         threshold: Any = self._buffers.get("threshold")
         if threshold is None:
             threshold = self._parameters.get("threshold")
@@ -310,7 +317,8 @@ class SConv2dLSTM(CellAttributes):
                 x = x.transpose(0, 1)
             if lengths is not None and sequence:
                 lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, False)
-            weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+            parameters: Any = conv._parameters
+            weight, bias = parameters["weight"], parameters["bias"]
             graded = self._buffers["graded_spikes_factor"]
             if self._dims == 1:
                 x, syn, mem, weight = map(as_image, (x, syn, mem, weight))
@@ -344,7 +352,8 @@ class SConv2dLSTM(CellAttributes):
             fire = self._on_images(self.fire)
         if kind.mem_reset is not _MEM_RESET or "mem_reset" in attributes:
             mem_reset = LastReset(self._on_images(self.mem_reset))
-        conv: Any = attributes["_modules"].get("conv") or self.conv  # it may be a plain function
+        # It may be a plain function, or set past nn.Module.
+        conv: Any = attributes.get("conv") or attributes["_modules"].get("conv") or self.conv
         overrides = overrides_of(conv, self._conv_kind, described, channels, fire, mem_reset)
         if overrides is not None and overrides.conv is not None:
             overrides = overrides._replace(conv=self._on_images(conv))

@@ -144,6 +144,25 @@ def test_a_flag_that_equals_a_bool_is_checked_after_like_ones():
         cell(X[None], *START, record=1.0)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "threshold", "graded_spikes_factor", "conv"])
+def test_what_is_set_past_nn_module_is_used_also_after_a_like_call(name):
+    """Python finds such an attribute before nn.Module finds the parameter of its name."""
+    cell, other = ours(), ours(seed=3, threshold=0.05)
+    other.graded_spikes_factor.fill_(2)
+    cell(X, *START)
+    for one, source in ((cell, other), (cell, cell)):
+        holder, of = (one.conv, source.conv) if name in ("weight", "bias") else (one, source)
+        value = getattr(of, name)
+        object.__setattr__(holder, name, value if name == "conv" else value.detach().clone())
+        fresh = ours()
+        if name in ("weight", "bias"):
+            setattr(fresh.conv, name, torch.nn.Parameter(getattr(holder, name)))
+        else:
+            setattr(fresh, name, getattr(holder, name))
+        for _ in range(2):
+            same(cell(X, *START), fresh(X, *START))
+
+
 def test_a_weight_that_gets_another_shape_is_seen():
     cell = ours()
     before = cell(X, *START)
