@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, flag, make_spec
 from .surrogate import is_number
-from .torch_private import any_autocast, transforms_are_active
+from .torch_private import ENDED, any_autocast, level_of, transforms_are_active, unwrapped
 
 __all__ = ["Call", "autocast_dtype", "checked_call", "key_of", "stateless_call"]
 
@@ -127,7 +127,10 @@ def checked_call(
         check_bias(bias, weight, 4 * channels[1])
     if dims == 1:
         x, syn, mem, threshold, graded = map(as_image, (x, syn, mem, threshold, graded))
-    return Call(x, syn, mem, weight, bias, threshold, graded, lengths, record)
+    tensors: Any = x, syn, mem, weight, bias, threshold, graded
+    if not traced:
+        tensors = map(without_ended_transforms, tensors)
+    return Call(*tensors, lengths, record)
 
 
 def stateless_call(
@@ -163,6 +166,13 @@ def stateless_call(
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to in place; inference tensors do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def without_ended_transforms(tensor: Tensor | None) -> Tensor | None:
+    """What torch computes with where a tensor outlived the torch.func.grad that made it."""
+    while tensor is not None and level_of(tensor) == ENDED:
+        tensor = unwrapped(tensor)
+    return tensor
 
 
 def as_image(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from .path import (
 )
 from .reference import Overrides
 from .spec import HALF_TYPES, CellSpec, are_ours
-from .torch_private import any_autocast, guard_of, transforms_are_active
+from .torch_private import ENDED, any_autocast, guard_of, level_of, transforms_are_active
 
 __all__ = ["Entries", "Entry", "entry_of", "known_entry", "run", "run_checked", "run_traced"]
 
@@ -103,12 +103,15 @@ _MOST = 64  # entries are kept; one more, and all are forgotten
 def _key(call: Call, spec: CellSpec | None) -> Any:
     """The key of a call, with the settings last; None if it has none.
 
-    Tensors of subclasses have none, because their sizes may be symbols, and sparse ones, which have
-    no strides. A cell's entries are those of one spec, which their keys need not name: None.
+    Tensors of subclasses have none, because their sizes may be symbols, sparse ones, which have no
+    strides, and those of transforms that have ended, which have no memory. A cell's entries are
+    those of one spec, which their keys need not name: None.
     """
     if not PLAIN.issuperset(map(type, call[:7])):
         return None
     try:
+        if any(t is not None and level_of(t) == ENDED for t in call[:7]):
+            return None
         return spec, key_of(call), _settings(call.x)
     except (AttributeError, RuntimeError):  # one is no tensor, or sparse
         return None

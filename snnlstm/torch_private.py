@@ -17,9 +17,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 __all__ = [
-    "NO_LEVEL", "any_autocast", "backward_pass", "current_stream", "driver_version", "exporting",
-    "forward_mode", "fp32_precision", "global_hooks", "guard_of", "is_batch", "is_tracing",
-    "is_vmapped", "keeps_graph", "level_of", "opaque", "records_operators",
+    "ENDED", "NO_LEVEL", "any_autocast", "backward_pass", "current_stream", "driver_version",
+    "exporting", "forward_mode", "fp32_precision", "global_hooks", "guard_of", "is_batch",
+    "is_tracing", "is_vmapped", "keeps_graph", "level_of", "opaque", "records_operators",
     "transforms_are_active", "unwrapped",
 ]  # fmt: skip
 
@@ -81,9 +81,7 @@ backward_pass: Callable[[], int] = _find(
 )
 """Number of the backward pass that is running in this thread; -1 outside of one."""
 
-keeps_graph: Callable[[], bool] = _find(
-    "_C._autograd._get_current_graph_task_keep_graph", _always
-)
+keeps_graph: Callable[[], bool] = _find("_C._autograd._get_current_graph_task_keep_graph", _always)
 """Whether the graph of the backward pass that is running is kept for another one.
 
 torch 2.4 does not say; a packed weight then lives as long as the graph's nodes.
@@ -109,10 +107,11 @@ opaque: Callable[[Any], Any] = _find(
 
 # ---- tensors within transforms -------------------------------------------------------------------
 
-NO_LEVEL = -1  # the level of a tensor that no transform has wrapped
+# The levels of tensors that no transform has wrapped, and one that has ended.
+NO_LEVEL, ENDED = -1, -2
 
 level_of: Callable[[Tensor], int] = _find("_C._functorch.maybe_get_level", lambda _: NO_LEVEL)
-"""Level of the transform of torch.func that has wrapped a tensor; -2 if the transform has ended."""
+"""Level of the transform of torch.func that has wrapped a tensor."""
 
 is_vmapped: Callable[[Tensor], bool] = _find("_C._functorch.is_batchedtensor", _never)
 """Whether a tensor's outermost wrapper is vmap's."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import snnlstm
 from tests.autograd.loops import cells, events, zeros
+from tests.shared.helpers import close
 
 
 def vmap(cell, x):
@@ -66,6 +67,24 @@ def test_the_state_that_a_derivative_leaves_goes_on():
     _, plain = cells()
     plain(x[0], *zeros())
     torch.testing.assert_close(cell(x[1]), plain(x[1]))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_tensor_that_outlived_a_derivative_is_computed_with_as_torch_does(place):
+    found = []
+    for cell in cells():
+        tensors = [events(1)[0], *(z + 0.1 for z in zeros()), cell.conv.weight.detach()]
+
+        def keep(t, tensors=tensors):
+            tensors[place] = 2 * t
+            return t.sum()
+
+        cell(*tensors[:3])
+        torch.func.grad(keep)(tensors[place])
+        del cell.conv.weight
+        cell.conv.weight = tensors.pop()
+        found.append([out.double() for out in cell(*tensors)])
+    close(*found, atol=1e-12)
 
 
 @pytest.mark.parametrize("pool", [0, 2])
