@@ -120,15 +120,15 @@ inline double copy_weight(Address weight, Address copy, int dtype, int64_t count
                                                           static_cast<float*>(at(copy)), count);
 }
 
-// Says whether the bytes at `weight` are those at `copy`.
-inline bool same_bytes(Address weight, Address copy, int64_t bytes) {
+// Says whether the bytes at `tensor` are those at `copy`.
+inline bool same_bytes(Address tensor, Address copy, int64_t bytes) {
   counted("bytes", bytes);
   if (bytes == 0) return true;
-  needs(at(weight), "weight");
+  needs(at(tensor), "tensor");
   needs(at(copy), "copy");
-  if (bytes < (1 << 16)) return std::memcmp(at(weight), at(copy), size_t(bytes)) == 0;
+  if (bytes < (1 << 16)) return std::memcmp(at(tensor), at(copy), size_t(bytes)) == 0;
   py::gil_scoped_release release;
-  return same(at(weight), at(copy), bytes);
+  return same(at(tensor), at(copy), bytes);
 }
 
 // Returns x's density in hundredths.

@@ -22,10 +22,10 @@ from .plan import (
     Sizes,
     address,
     address_of_numbers,
+    check_memory,
     empty_gradients,
     keep_empty,
     make_cell,
-    no_memory,
     numbers,
     shaped_as,
     stochastic_noise,
@@ -252,6 +252,9 @@ class Plan(CommonPlan):
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
         x, syn, mem, weight, bias, threshold, graded, lengths, record = call
+        x_at, syn_at, mem_at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
+        if not (x_at and syn_at and mem_at and weight.data_ptr()):
+            check_memory(call)
         packed = packed_weight(weight, self._last_packed())
         if packed is not self._last_packed():
             self._last_packed = ref(packed)
@@ -259,7 +262,7 @@ class Plan(CommonPlan):
         if lengths is not None:
             lengths_at, order = lengths.data_ptr(), longest_first(lengths)
         if self.counts_zeros:
-            percent = _C.density(self.cell, (x.data_ptr(), self.x5), lengths_at)
+            percent = _C.density(self.cell, (x_at, self.x5), lengths_at)
         a_pass = self._forward_passes.get((percent, packed.most_inputs))
         if a_pass is None:
             a_pass = self._pass((percent, packed.most_inputs), False, False, False)
@@ -272,18 +275,18 @@ class Plan(CommonPlan):
             )
         bias_at = 0 if bias is None else bias.data_ptr()
         threshold_at = 0 if threshold is None else threshold.data_ptr()
-        x_at, syn_at, mem_at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
+        graded_at = 0 if graded is None else graded.data_ptr()
         if (
-            not (x_at and syn_at and mem_at)
-            or (bias is not None and not bias_at)
+            (bias is not None and not bias_at)
             or (threshold is not None and not threshold_at)
+            or (graded is not None and not graded_at)
         ):
-            raise ValueError(no_memory(x=x, syn=syn, mem=mem, bias=bias, threshold=threshold))
+            check_memory(call)
         workspace = pool.workspace(a_pass.workspace)
         addresses = (
             (x_at, self.x5), (syn_at, self.syn5), (mem_at, self.mem5), *forms.addresses,
-            threshold_at, self.threshold_stride, 0 if graded is None else graded.data_ptr(),
-            self.levels_address, record, *self.saved.addresses(saved),
+            threshold_at, self.threshold_stride, graded_at, self.levels_address, record,
+            *self.saved.addresses(saved),
             lengths_at, address(order), workspace.data_ptr(), bias_at, None,
             (spk.data_ptr(), self.spk5) if self.has_spk else None,
             (new_syn.data_ptr(), self.state5), (new_mem.data_ptr(), self.state5),

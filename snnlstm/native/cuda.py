@@ -31,6 +31,7 @@ from .plan import (
     Sizes,
     address,
     address_of_numbers,
+    check_memory,
     empty_bytes,
     empty_gradients,
     keep_empty,
@@ -106,7 +107,8 @@ class Plan(CommonPlan):
         return name
 
     def _named(self) -> str:
-        by_pass = {key[0]: core.name for key, core in self._measured.items()}
+        # Autograd's thread may measure meanwhile.
+        by_pass = {key[0]: core.name for key, core in self._measured.copy().items()}
         names = [by_pass[backward] for backward in (False, True) if backward in by_pass]
         if names:
             return f"{self.backend.name()}-measured-{'+'.join(names)}"
@@ -169,6 +171,7 @@ class Plan(CommonPlan):
 
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
+        check_memory(call)
         x = call.x
         with self.backend.guard(x.device):
             saved = empty_bytes(self.saved.bytes, x.device) if training else None

@@ -212,10 +212,16 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def no_memory(**tensors: Tensor | None) -> str:
-    """Which of some tensors have numbers but no memory: their storage was freed, or never made."""
-    names = [n for n, t in tensors.items() if t is not None and t.numel() and not t.data_ptr()]
-    return f"{' and '.join(names)} must have memory, got a tensor whose storage is empty"
+def check_memory(call: Call) -> None:
+    """Refuse tensors with numbers but no memory: their storage was freed, or never made."""
+    names = (*Call._fields[:6], "graded_spikes_factor")
+    found = [
+        name for name, tensor in zip(names, call, strict=False)
+        if tensor is not None and tensor.numel() and not tensor.data_ptr()
+    ]  # fmt: skip
+    if found:
+        both = " and ".join(found)
+        raise ValueError(f"{both} must have memory, got a tensor whose storage is empty")
 
 
 def numbers(tensor: Tensor, dtype: torch.dtype) -> Tensor:

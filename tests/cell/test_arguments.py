@@ -256,13 +256,15 @@ def freed(tensor):
     return tensor
 
 
+FREED = ("weight", "bias", "threshold", "graded_spikes_factor")
 UNREADABLE = {
     "syn, sparse": (lambda s: s.to_sparse(), "must be dense"),
     "mem, sparse": (lambda s: s.to_sparse(), "must be dense"),
     "mem, mkldnn": (lambda s: s.to_mkldnn(), "must be dense"),
     "syn, zeros": (lambda s: torch._efficientzerotensor(1, 3, 5, 5), "must have memory"),
     "mem, zeros": (lambda s: torch._efficientzerotensor(1, 3, 5, 5), "must have memory"),
-    "bias, freed": (freed, "must have memory"),
+    "x, freed": (freed, "must have memory"),
+    **{f"{name}, freed": (freed, "must have memory") for name in FREED},
 }
 
 
@@ -273,15 +275,16 @@ UNREADABLE = {
 @pytest.mark.parametrize("case", UNREADABLE)
 def test_tensors_that_no_kernel_can_read_are_named(case, warm):
     name, (change, message) = case.partition(",")[0], UNREADABLE[case]
-    cell, given = ours(), {"syn": STATE, "mem": STATE}
+    # An x of more than two channels is searched for zeros.
+    cell, given = ours(5, 3, 3), {"x": torch.ones(1, 5, 5, 5), "syn": STATE, "mem": STATE}
     if warm:
-        cell(X, **given)
-    if name == "bias":
-        change(cell.conv.bias)
+        cell(**given)
+    if name in FREED:
+        change(getattr(cell.conv if name in ("weight", "bias") else cell, name))
     else:
-        given[name] = change(STATE.clone())
+        given[name] = change(given[name].clone())
     with pytest.raises((TypeError, ValueError), match=f"{name} {message}"):
-        cell(X, **given)
+        cell(**given)
 
 
 def signals(*args, **kwargs):

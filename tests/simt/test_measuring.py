@@ -175,3 +175,16 @@ def test_nothing_is_timed_in_a_capture_nor_where_runs_must_be_the_same(monkeypat
         assert not kernels.may_measure()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_plan_is_named_while_another_thread_measures():
+    class Growing(dict):
+        def items(self):
+            for key, core in super().items():
+                self[True, len(self)] = core  # as the other thread does
+                yield key, core
+
+    plan = cuda.Plan.__new__(cuda.Plan)
+    plan.backend, plan._name = SimpleNamespace(name=lambda: "cuda"), None
+    plan._measured = Growing({(False,): SimpleNamespace(name="fused")})
+    assert plan.name == "cuda-measured-fused"
