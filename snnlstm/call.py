@@ -130,7 +130,7 @@ def checked_call(
     tensors: Any = x, syn, mem, weight, bias, threshold, graded
     if not traced:
         tensors = map(without_ended_transforms, tensors)
-    return Call(*tensors, lengths, record)
+    return Call._make((*tensors, lengths, record))
 
 
 def stateless_call(

@@ -256,7 +256,7 @@ def _reached(
 
 # This is _SConv2dLSTM.apply without its search for torch.func's wrappers among all arguments: a
 # call under a transform of torch.func does not come here.
-_apply = getattr(super(torch.autograd.Function, _SConv2dLSTM), "apply", _SConv2dLSTM.apply)
+_apply: Any = getattr(super(torch.autograd.Function, _SConv2dLSTM), "apply", _SConv2dLSTM.apply)
 
 
 def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
