@@ -265,7 +265,7 @@ def _over_time(
     if lengths is not None and reports and reports[-1].reason in PER_SAMPLE:
         out = silenced(out, lengths)
     if not traced:
-        _log_slow(layers, reports)
+        _log_oddities(layers, reports, batch_first)
     return (_exchanged(out) if batch_first else out), tuple(reports)
 
 
@@ -301,15 +301,22 @@ def _shared_state(modules: Iterable[Named]) -> str | None:
 _logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
-def _log_slow(layers: list[Named], reports: list[LayerReport]) -> None:
-    """Log, once for each cell and reason, that a cell goes step by step."""
+def _log_oddities(layers: list[Named], reports: list[LayerReport], batch_first: bool) -> None:
+    """Log, once for each cell, why it goes step by step, and that the stack exchanges its axes."""
     for (name, layer), report in zip(layers, reports, strict=True):
+        said = []
         if report.kind == "step" and isinstance(layer, CELL) and report.reason != TO_STACK:
+            said.append(f"runs step by step: {report.reason}")
+        if not batch_first and isinstance(layer, SConv2dLSTM) and layer.batch_first:
+            said.append(
+                "has batch_first=True, and the stack, whose setting counts, has batch_first=False: "
+                "x is read as (T, N, ...)"
+            )
+        for text in said:
             seen = _logged.setdefault(layer, set())
-            if report.reason not in seen:
-                seen.add(report.reason)
-                message = "layer %s (%s) of a stack runs step by step: %s"
-                logger.warning(message, name, report.layer, report.reason)
+            if text not in seen:
+                seen.add(text)
+                logger.warning("layer %s (%s) of a stack %s", name, report.layer, text)
 
 
 def _report_of(

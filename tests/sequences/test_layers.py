@@ -210,6 +210,17 @@ class WithItsRate(nn.Module):
         return x, x.mean(), (x.mean((0, 2, 3)),)
 
 
+def test_a_cell_with_batch_first_in_a_stack_without_it_is_logged_once(caplog):
+    cell = hidden(batch_first=True)
+    for _ in range(2):
+        snnlstm.unroll(X, cell)
+        snnlstm.Sequential(cell)(X)
+    said = "layer 0 (SConv2dLSTM) of a stack has batch_first=True, and the stack, whose setting "
+    assert caplog.messages == [said + "counts, has batch_first=False: x is read as (T, N, ...)"]
+    snnlstm.unroll(X.transpose(0, 1), hidden(batch_first=True), batch_first=True)
+    assert len(caplog.messages) == 1
+
+
 def test_batch_first_leaves_a_number_a_step_as_it_is():
     spk, rate, (of_channels,) = snnlstm.unroll(X, WithItsRate())
     found = snnlstm.unroll(X.transpose(0, 1), WithItsRate(), batch_first=True)
