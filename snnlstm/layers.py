@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .leaky import Leaky
+from .quant import StateQuant
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import SEQUENCE_NEURONS, Base, Neuron, TheirLeaky
-from .spec import a_module
+from .spec import a_module, pooling
 from .torch_private import NO_LEVEL, global_hooks, level_of, unwrapped
 
 __all__ = [
@@ -192,7 +194,8 @@ class SpikeCount:
     chances : int
         Number of neurons, times samples, times steps.
     highest : Tensor or None
-        The highest mem at the end of a call, a scalar; None without one.
+        The highest mem at the end of a call, pooled as the cell compares it with its threshold, a
+        scalar; None without one.
     """
 
     layer: str
@@ -209,7 +212,7 @@ class SpikeCount:
             self.spikes = _bare(self.spikes + output.count_nonzero())
             self.chances += output.numel()
             if isinstance(mem, Tensor) and mem.numel():
-                highest = _bare(mem).detach().max()
+                highest = _compared(layer, _bare(mem).detach()).max()
                 before = highest if self.highest is None else self.highest
                 self.highest = _bare(torch.maximum(highest, before))
 
@@ -217,6 +220,21 @@ class SpikeCount:
     def rate(self) -> float:
         """Spikes per neuron and step; NaN if the layer was not called."""
         return float(self.spikes) / self.chances if self.chances else float("nan")
+
+
+def _compared(layer: Any, mem: Tensor) -> Tensor:
+    """What a cell compares with its threshold: mem, pooled, and then quantised again."""
+    if not isinstance(layer, CELL):
+        return mem
+    dims = getattr(layer, "_dims", 2)
+    kind, size = pooling(layer.max_pool, layer.avg_pool, dims)
+    if kind == "none":
+        return mem
+    images = (mem if dims == 2 else mem.unsqueeze(-2)).flatten(0, -3)
+    if kind == "max":
+        return F.max_pool2d(images, size)
+    mem = F.avg_pool2d(images, size)
+    return layer.state_quant(mem) if type(layer.state_quant) is StateQuant else mem
 
 
 def _bare(tensor: Tensor) -> Tensor:

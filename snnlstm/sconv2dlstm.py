@@ -24,7 +24,7 @@ from .entry import Entries, entry_of, known_entry, run, run_traced
 from .path import Path, exporting, like_of, log_fallback, overrides_of
 from .reference import Overrides
 from .snntorch import Base1d, register
-from .spec import CellSpec, never_spikes, warn_of_threshold
+from .spec import CellSpec, warn_of_threshold
 from .state import LastReset, ResetSource, State
 
 __all__ = ["SConv1dLSTM", "SConv2dLSTM"]
@@ -183,7 +183,7 @@ class SConv2dLSTM(CellAttributes):
             self.threshold = nn.Parameter(initial)
         else:
             self.register_buffer("threshold", initial)
-            if not state_quant and never_spikes(threshold):
+            if not state_quant:
                 warn_of_threshold(threshold)
         self.register_buffer("graded_spikes_factor", conv.weight.new_ones(()))
         self.register_buffer("reset_mechanism_val", self._reset_index(conv.weight.device))

@@ -394,19 +394,32 @@ def make_spec(
     return _make_spec(kernel_size, spike, quant, **others)
 
 
-# ---- thresholds that no mem exceeds -------------------------------------------------------------
+# ---- thresholds that no mem exceeds, and that silence exceeds ------------------------------------
 
 
 def warn_of_threshold(threshold: Any) -> None:
-    """Warn of a cell that cannot spike, at the line outside of this package that makes it."""
+    """Warn of a cell that cannot spike, or spikes in silence.
+
+    The warning names the line outside of this package that makes the cell.
+    """
+    if never_spikes(threshold):
+        what = (
+            "is never exceeded: mem = o * tanh(syn) is at most 1, so this cell never spikes. Use "
+            "threshold=0.05, or learn_threshold=True"
+        )
+    elif spikes_in_silence(threshold):
+        what = (
+            "is exceeded by mem = 0, from which every neuron starts: neurons spike without input. Use "
+            "threshold=0.05"
+        )
+    else:
+        return
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
         level, frame = level + 1, frame.f_back
     warnings.warn(
-        f"threshold={threshold} is never exceeded: mem = o * tanh(syn) is at most 1, so this cell "
-        "never spikes. Use a lower threshold (0.1 and below are usual) or learn_threshold=True. "
-        "snnlstm.spike_rates(net) shows what spikes; see "
-        "the documentation's Quick start, 'Does it spike at all?'",
+        f"threshold={threshold} {what}, and look at snnlstm.spike_rates(net); see the "
+        "documentation's Quick start, 'Does it spike at all?'",
         UserWarning,
         stacklevel=level,
     )
@@ -417,3 +430,10 @@ def never_spikes(threshold: Any) -> bool:
     if isinstance(threshold, Tensor):
         return not threshold.is_meta and bool((threshold.detach() >= 1).all())
     return is_number(threshold) and bool(threshold >= 1)
+
+
+def spikes_in_silence(threshold: Any) -> bool:
+    """Whether a mem of 0 exceeds a threshold, or some of a tensor of them."""
+    if isinstance(threshold, Tensor):
+        return not threshold.is_meta and bool((threshold.detach() < 0).any())
+    return is_number(threshold) and bool(threshold < 0)

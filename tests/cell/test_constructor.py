@@ -152,7 +152,7 @@ def test_an_infinite_threshold_with_subtract_makes_no_nan(backend):
 
 
 def test_the_default_threshold_never_spikes_and_warns_once():
-    with pytest.warns(UserWarning, match=r"threshold=1\.0 .* never spikes\. .*0\.1") as caught:
+    with pytest.warns(UserWarning, match=r"threshold=1\.0 .* never spikes\. .*0\.05") as caught:
         cell = snnlstm.SConv2dLSTM(2, 3, 3)
     assert len(caught) == 1
     assert not cell(torch.full((1, 2, 5, 5), 100.0))[0].any()
@@ -160,11 +160,18 @@ def test_the_default_threshold_never_spikes_and_warns_once():
         snnlstm.SConv2dLSTM(2, 3, 3, threshold=torch.full((3, 1, 1), 2.0))
 
 
+def test_a_threshold_that_silence_exceeds_warns():
+    for threshold in (-0.05, torch.tensor([0.1, -0.05, 0.1]).view(3, 1, 1)):
+        with pytest.warns(UserWarning, match=r"exceeded by mem = 0, .* threshold=0\.05, .*rates"):
+            snnlstm.SConv2dLSTM(2, 3, 3, threshold=threshold)
+    assert ours(threshold=-0.05)(torch.zeros(8, 4, 2, 5, 5))[0].any()
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "options",
     [
-        {"learn_threshold": True}, {"threshold": 0.9},
+        {"learn_threshold": True}, {"threshold": 0.9}, {"threshold": 0},
         {"threshold": torch.tensor([0.5, 1, 2]).view(3, 1, 1)},
         # The levels reach 1.2, so the quantiser can round a mem near 1 up to more than 1.
         {"state_quant": snnlstm.quant.state_quant(4)},

@@ -45,6 +45,30 @@ def test_it_counts_the_spikes_of_every_neuron_layer(cell):
     assert rates["4"].chances == 4 * 2 * 4
 
 
+POOLED = {
+    "averaged": (lambda make: make(2, 3, 3, avg_pool=2), 4),
+    "a signal": (lambda make: snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1, avg_pool=3), 3),
+    "quantised": (lambda make: make(2, 3, 3, avg_pool=2, state_quant=QUANT), 4),
+}
+QUANT = snnlstm.quant.StateQuant(torch.linspace(-0.15, 0.15, 13))
+
+
+@pytest.mark.parametrize("name", POOLED)
+@pytest.mark.parametrize("cell", [ours, theirs])
+def test_it_shows_the_mem_that_is_compared_with_the_threshold(cell, name):
+    """With a threshold just below it the layer spikes, and with that threshold it does not."""
+    make, dims = POOLED[name]
+    x = X[0] if dims == 4 else X[0][..., 0]
+    for factor, spikes in ((1.0, False), (0.999, True)):
+        layer = make(cell)
+        layer.threshold.fill_(10.0)
+        with snnlstm.spike_rates(layer, show=False) as rates:
+            layer(x)
+        layer.threshold.copy_(rates[""].highest * factor)
+        layer.reset_mem()
+        assert bool(layer(x)[0].any()) is spikes
+
+
 def test_it_changes_neither_results_nor_paths(backend, caplog):
     counted, plain = snnlstm.Sequential(*network()), snnlstm.Sequential(*network())
     plain.load_state_dict(counted.state_dict())
