@@ -409,8 +409,8 @@ def warn_of_threshold(threshold: Any) -> None:
         )
     elif spikes_in_silence(threshold):
         what = (
-            "is exceeded by mem = 0, from which every neuron starts: neurons spike without input. Use "
-            "threshold=0.05"
+            "is exceeded by mem = 0, from which every neuron starts: neurons spike without input. "
+            "Use threshold=0.05"
         )
     else:
         return
