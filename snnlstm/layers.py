@@ -194,8 +194,8 @@ class SpikeCount:
     chances : int
         Number of neurons, times samples, times steps.
     highest : Tensor or None
-        The highest mem at the end of a call, pooled as the cell compares it with its threshold, a
-        scalar; None without one.
+        The highest mem that calls have left or returned, pooled as the cell compares it with its
+        threshold, a scalar; None without one.
     """
 
     layer: str
@@ -206,9 +206,10 @@ class SpikeCount:
 
     def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         with torch.no_grad():
-            while isinstance(output, tuple | list):
-                output = output[0]
-            output, mem = _bare(output), getattr(layer, "mem", None)
+            mem = getattr(layer, "mem", None)
+            while isinstance(output, tuple | list):  # mem comes last, perhaps of every step
+                output, mem = output[0], output[-1]
+            output = _bare(output)
             self.spikes = _bare(self.spikes + output.count_nonzero())
             self.chances += output.numel()
             if isinstance(mem, Tensor) and mem.numel():
