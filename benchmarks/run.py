@@ -375,9 +375,9 @@ def main(arguments: list[str] | None = None) -> int:
         if args.compare:
             print(report.compare(*map(report.read, args.compare)))
             return 0
-        if path.kernels is None:
-            p.error("the core is not built: `pip install -e .` builds it")
         suites = suites_from(args)
+        if slow := path.against_device(torch.device(devices.torch_device(args.device))):
+            p.error(f"--device: {args.device} would time the reference path: {slow.reason}")
     except ValueError as error:
         p.error(str(error))
     out, status = args.out or Path("out") / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}", 0

@@ -16,7 +16,7 @@ from functools import cache, partial
 from operator import attrgetter
 from typing import Any
 
-from .native import cuda_check
+from .native import WAYS_OUT, checkout, cuda_check
 
 MISSING = "missing: "  # a fact that could not be found out is a text that starts with this
 IN_TORCH = "so that every call takes the reference path, which is slower: "
@@ -103,9 +103,11 @@ def problems(facts: dict[str, Any]) -> list[str]:
     texts, core = [], facts["native core"]
     if core == MISSING + "ModuleNotFoundError: No module named 'snnlstm._C'":
         texts.append(
-            f"this installation has no native core, {IN_TORCH}pip builds the core where it finds a "
-            "C++17 compiler, such as GCC 9 or Clang 14 (`pip install -v` says which, or why none "
-            "served); in a checkout, `pip install -e .` does"
+            f"the checkout {folder} has no native core, {IN_TORCH}{WAYS_OUT}"
+            if (folder := checkout())
+            else f"this installation has no native core, {IN_TORCH}pip builds the core where it "
+            "finds a C++17 compiler, such as GCC 9 or Clang 14 (`pip install -v` says which, or "
+            "why none served)"
         )
     elif is_missing(core):
         texts.append(f"the native core does not load, {IN_TORCH}{core}")

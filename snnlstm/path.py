@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .call import PLAIN, Call
+from .native import WAYS_OUT, checkout
 from .reference import Overrides
 from .spec import DTYPES, CellSpec
 from .torch_private import (
@@ -87,6 +88,8 @@ class LastPath:
 
 
 _MISSING = "the compiled core is missing"
+if _folder := checkout():
+    _MISSING += f" in the checkout {_folder}: {WAYS_OUT}"
 _NATIVE_REASON = "the native kernels cover this call"
 
 try:

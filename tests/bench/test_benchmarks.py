@@ -36,6 +36,13 @@ def suite(out: Path, *arguments: str) -> tuple[int, pd.DataFrame]:
     return run.main([*arguments, "--out", str(out)]), report.read(out)
 
 
+def test_the_reference_path_is_not_timed_as_ours(monkeypatch, capsys):
+    monkeypatch.setattr(snnlstm.path, "kernels", None)
+    with pytest.raises(SystemExit):
+        run.main(TINY)
+    assert "--device: cpu would time the reference path: the compiled" in capsys.readouterr().err
+
+
 def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(peak_memory, "measure", lambda *of, device: 3.0)
     providers = ("snntorch", "snnlstm-checkpoint", "snnlstm:direct")

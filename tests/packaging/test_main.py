@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import warnings
@@ -58,6 +59,28 @@ def test_a_broken_torch_is_an_error_for_every_other_program(tmp_path, arguments,
     )  # fmt: skip
     assert done.returncode == status
     assert says in done.stdout + done.stderr
+
+
+def test_a_checkout_without_a_core_names_both_ways_out(tmp_path):
+    """Python takes the sources of the folder before the package that is installed."""
+    package, core = Path(snnlstm.__file__).parent, shutil.ignore_patterns("_C*.so", "_C*.pyd")
+    shutil.copytree(package, tmp_path / "snnlstm", ignore=core)
+    (tmp_path / "csrc").mkdir()
+    code = """
+import snntorch, torch, snnlstm
+net = torch.nn.Sequential(snntorch.SConv2dLSTM(2, 3, 3, init_hidden=True))
+print(snnlstm.accelerate(net))
+net(torch.ones(1, 2, 5, 5))
+"""
+    for program, mentions in (["-c", code], 2), (["-m", "snnlstm"], 1):
+        done = subprocess.run(
+            [sys.executable, *program], cwd=tmp_path, capture_output=True, text=True, timeout=HANG,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        )  # fmt: skip
+        said = done.stdout + done.stderr
+        assert f"the checkout {tmp_path.resolve()}" in said
+        assert said.count("run Python in another folder") == mentions
+        assert said.count("`pip install -e .`") == mentions
 
 
 @pytest.mark.parametrize(
