@@ -1,5 +1,6 @@
 """The torch.library operators of the kernels pass torch's checks, and compile."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch.library import opcheck
 from snnlstm import surrogate
 from snnlstm.native import function
 from snnlstm.quant import state_quant
+from snnlstm.spec import CellSpec
 from tests.shared import cases, flat
 from tests.shared.cases import Case, wanting_gradients
 from tests.shared.cpu_kernels import native
@@ -37,6 +39,24 @@ CASES = {
     "channels_last": PLAIN.but(layouts=("channels_last",) * 4),
     "no surrogate": PLAIN.but(surrogate=surrogate.NONE),
 }
+
+
+# Another value of each field of a spec.
+FIELDS = {
+    "kernel_size": (1, 5), "stride": (2, 1), "dilation": (1, 3), "reset": "zero", "pool": "max",
+    "pool_size": (3, 2), "surrogate": surrogate.spike_rate_escape(0.3, 7), "quant": state_quant(3),
+    "inhibition": True, "checkpoint": True, "spiking": False,
+}  # fmt: skip
+
+
+def test_the_text_of_a_spec_has_every_field():
+    """The operators get nothing else of it: what the text forgets, torch.compile would drop."""
+    assert set(FIELDS) == {field.name for field in dataclasses.fields(CellSpec) if field.init}
+    spec = CellSpec((3, 3))
+    for name, value in FIELDS.items():
+        other = dataclasses.replace(spec, **{name: value})
+        assert other.text != spec.text
+        assert CellSpec.from_text(other.text) == other != spec
 
 
 @pytest.fixture
