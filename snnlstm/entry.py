@@ -19,6 +19,7 @@ from .call import PLAIN, Call, as_saved, autocast_dtype, key_of, saved_lengths
 from .path import (
     NATIVE_PATHS,
     Path,
+    chosen_reference,
     dynamic_reason,
     get_algorithm,
     kernels,
@@ -63,7 +64,8 @@ class Entry:
             assert kernels is not None
             backend = _settings(call.x)[0]
             self.in_float32 = call.x.dtype in HALF_TYPES and not backend.half_types
-            if not self.in_float32:
+            # The reference path must run where planning fails.
+            if not self.in_float32 and chosen_reference() is None:
                 reason = backend.reason_against(kernels.Sizes(call, spec, _operands(call)))
                 self.fallback = reason and Path("reference", reason, slow=True)
 

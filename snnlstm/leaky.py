@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .call import last, repeated, silenced
-from .path import LastPath, Path, against_device, interpreted, log_fallback, native_path
+from .path import LastPath, Path, against_device, log_fallback, native_path, reason_now
 from .snntorch import Neuron, TheirLeaky, recognise_surrogate
 from .spec import DTYPES
 from .state import ResetSource
@@ -212,7 +212,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
                 if not isinstance(value, Tensor):
                     raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
             return Path("reference", "x or mem is of a subclass of Tensor")
-        path = interpreted() or against_device(x.device)
+        path = reason_now() or against_device(x.device)
         if path is not None:
             return path
         surrogate: Any = self._surrogate()

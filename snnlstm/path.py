@@ -8,6 +8,7 @@ once a call. Nothing falls back silently.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -261,8 +262,10 @@ def against_device(device: torch.device, traced: bool = False) -> Path | None:
 # ---- what may change between like calls ---------------------------------------------------------
 
 
-def interpreted(traced: bool = False) -> Path | None:
-    """Why nothing but plain operators can run now; None where nothing interprets a call."""
+def reason_now(traced: bool = False) -> Path | None:
+    """Why plain torch must run any call now: by the user's word, or because something records."""
+    if (chosen := chosen_reference()) is not None:
+        return chosen
     if exporting():
         return Path("reference", "an export records plain operators")
     if transforms_are_active():
@@ -277,7 +280,7 @@ def interpreted(traced: bool = False) -> Path | None:
 
 def dynamic_reason(call: Call, overrides: Overrides | None, traced: bool) -> Path | None:
     """Why the reference path must run now; None where nothing speaks against the kernels."""
-    path = interpreted(traced)
+    path = reason_now(traced)
     if path is not None:
         return path
     if not traced:
@@ -324,18 +327,40 @@ def log_fallback(path: Path, seen: set[str], cell: nn.Module) -> None:
 
 
 ALGORITHMS = (
-    "auto", "direct", "winograd", "fused", "hybrid", "cudnn", "measure",
+    "auto", "direct", "winograd", "fused", "hybrid", "cudnn", "measure", "reference",
 )  # fmt: skip
 # What takes the place of names of older versions.
 _GONE = {"resident": "fused", "pointwise": "cudnn"}
-_algorithm = "auto"
+
+
+def _known(what: str, name: str) -> str:
+    """Return the name of an algorithm; an error calls it `what`."""
+    if name not in ALGORITHMS:
+        instead = f", which is now {_GONE[name]!r}" if name in _GONE else ""
+        raise ValueError(f"{what} must be one of {', '.join(ALGORITHMS)}, got {name!r}{instead}")
+    return name
+
+
+_algorithm = _known("SNNLSTM_ALGORITHM", os.environ.get("SNNLSTM_ALGORITHM") or "auto")
+
+
+def chosen_reference() -> Path | None:
+    """The path of a call, if the user chose the reference path for the process; None if not.
+
+    The choice holds for every device and every module of this package, and for the next call of a
+    module that has a plan. It is no fallback, so the log does not name it.
+    """
+    if _algorithm != "reference":
+        return None
+    return Path("reference", "set_algorithm or SNNLSTM_ALGORITHM chose it")
 
 
 def set_algorithm(name: str) -> None:
     """Choose the convolution algorithm of the native kernels, for the whole process.
 
-    The setting holds for all threads, because backward passes run in threads of their own.
-    A call reads it once, in its forward pass, and its backward pass uses the same.
+    A process starts with the name in the environment variable ``SNNLSTM_ALGORITHM``, if it is set.
+    The setting holds for all threads, because backward passes run in threads of their own. A call
+    reads it once, in its forward pass, and its backward pass uses the same.
 
     Parameters
     ----------
@@ -356,6 +381,8 @@ def set_algorithm(name: str) -> None:
           too, while ``torch.backends.cudnn.benchmark`` is set. While a CUDA graph is being
           captured, and under ``torch.use_deterministic_algorithms``, nothing is timed, and
           ``"measure"`` means ``"auto"``.
+        - ``"reference"`` runs no kernel of this package: the reference path, in plain torch, runs
+          all calls on all devices, also of cells that have run kernels before.
 
     Raises
     ------
@@ -363,14 +390,14 @@ def set_algorithm(name: str) -> None:
         If `name` is none of these.
     """
     global _algorithm
-    if name not in ALGORITHMS:
-        instead = f", which is now {_GONE[name]!r}" if name in _GONE else ""
-        raise ValueError(f"name must be one of {', '.join(ALGORITHMS)}, got {name!r}{instead}")
-    _algorithm = name
+    _algorithm = _known("name", name)
 
 
 def get_algorithm() -> str:
-    """Return the name last given to :func:`snnlstm.set_algorithm`, ``"auto"`` by default."""
+    """Return the name that :func:`snnlstm.set_algorithm` was last given.
+
+    By default it is that of ``SNNLSTM_ALGORITHM`` in the environment, or ``"auto"``.
+    """
     return _algorithm
 
 

@@ -1,6 +1,9 @@
 """The cell runs the kernels or the reference as it should; cell.path and the log name which."""
 
 import re
+import sys
+from functools import partial
+from importlib import util
 
 import pytest
 import torch
@@ -217,6 +220,48 @@ def test_algorithms_of_cuda_alone_are_auto_on_the_cpu(algorithm):
     with snnlstm.algorithm(algorithm):
         cell(X)
     assert cell.path == auto.path
+
+
+FUNCTIONAL = torch.randn(12, 5, 3, 3, generator=torch.Generator().manual_seed(0)) / 9
+# What runs a sequence, and returns a tensor that has to be the same on either path.
+RUNS = {
+    "cell": lambda: ours(checkpoint=True),
+    "signals": lambda: snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1),
+    "ConvLSTM": lambda: snnlstm.ConvLSTM(2, 3, 3, 1),
+    "functional": lambda: partial(snnlstm.functional.sconv2dlstm, weight=FUNCTIONAL),
+}
+
+
+@pytest.mark.skipif(native is None, reason="the core is not built")
+@pytest.mark.parametrize("name", RUNS)
+def test_the_user_may_choose_the_reference_path_where_plans_exist(name, monkeypatch, caplog):
+    run, x = RUNS[name](), steps(3, 2, 2, 6, 7)
+    x = x[..., 0] if name == "signals" else x
+    expected = run(x)[-1]
+    monkeypatch.setattr(native, "run", None)
+    monkeypatch.setattr(native.BACKENDS["cpu"], "reason_against", None)
+    for _ in range(2):
+        with snnlstm.algorithm("reference"):
+            getattr(run, "reset_mem", lambda: None)()
+            close(run(x)[-1], expected)
+    with pytest.raises(TypeError, match="not callable"):
+        run(x)  # the kernels again
+    if isinstance(run, snnlstm.SConv2dLSTM):
+        assert run.path == Path("reference", "set_algorithm or SNNLSTM_ALGORITHM chose it")
+    assert caplog.messages == []
+
+
+def test_a_process_starts_with_the_algorithm_of_its_environment(monkeypatch):
+    module = util.spec_from_file_location("snnlstm.path_of_another_process", snnlstm.path.__file__)
+    another = util.module_from_spec(module)
+    monkeypatch.setitem(sys.modules, module.name, another)  # where dataclasses look
+    for name, starts in (("reference", "reference"), ("", "auto")):
+        monkeypatch.setenv("SNNLSTM_ALGORITHM", name)
+        module.loader.exec_module(another)
+        assert another.get_algorithm() == starts
+    monkeypatch.setenv("SNNLSTM_ALGORITHM", "torch")
+    with pytest.raises(ValueError, match="SNNLSTM_ALGORITHM must be one of .*, got 'torch'"):
+        module.loader.exec_module(another)
 
 
 def test_a_path_that_the_user_sets_stays():

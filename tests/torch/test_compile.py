@@ -146,7 +146,8 @@ LATER = {
     ),
     "weight_norm": lambda cell: nn.utils.parametrizations.weight_norm(cell.conv),
     "dtype": lambda cell: cell.double(),
-    "algorithm": lambda cell: None,
+    "direct": lambda cell: None,
+    "reference": lambda cell: None,
 }
 
 
@@ -161,8 +162,9 @@ def test_what_changes_after_compiling_is_followed(name):
         cell.reset_mem()
         LATER[name](cell)
     x = x.to(changed.graded_spikes_factor.dtype)
-    with snnlstm.algorithm("direct" if name == "algorithm" else "auto"):
+    with snnlstm.algorithm(name if name in snnlstm.path.ALGORITHMS else "auto"):
         actual, expected = compiled(x), eager(x)
+    assert name != "reference" or changed.path == eager.path
     close(actual, expected)
     changes_mem = name in ("reset", "state_dict")
     assert torch.allclose(actual[2].float(), before, atol=1e-5) != changes_mem
