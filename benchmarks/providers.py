@@ -198,9 +198,21 @@ class Provider:
         # Each replay overwrites the gradients in the graph's memory, so that none is cleared.
         return (lambda: None), graph.replay
 
-    def results(self) -> dict[str, Tensor]:
-        """Returns the case's results that all providers have in common, in float64 on the CPU."""
+    def spiking_threshold(self) -> Tensor:
+        """Returns a layer's threshold for the comparison of spikes; see :meth:`Case`."""
+        with self.setting.context():
+            return self.case.spiking_threshold(self.net, *self.x)
+
+    def results(self, threshold: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns the case's results that all providers have in common, in float64 on the CPU.
+
+        threshold: takes the place of a layer's own within this call.
+        """
         torch.manual_seed(1)  # dropout
+        if threshold is not None:
+            own, self.net.threshold = self.net.threshold, threshold
         results = self.within(self.case.results, self.optimizer, self.x, self.y)
+        if threshold is not None:
+            self.net.threshold = own
         self.net.load_state_dict(self.initial)
         return {name: tensor.detach().double().cpu() for name, tensor in results.items()}
