@@ -116,11 +116,11 @@ class Case:
 
     @torch.no_grad()
     def spiking_threshold(self, cell: Any, x: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
-        """Returns the threshold (C, 1, 1) that some 15 % of each channel's mem exceed in three steps.
+        """Returns the threshold (C, 1, 1) that some 15 % of each channel's mem exceed.
 
         At their own thresholds many layers hardly spike, and a comparison of spikes says nothing.
-        Pixels without a one near them have equal mems, of which rounding would decide all at once:
-        so the threshold is the value nearest to the 85 % quantile that few mems are near.
+        Pixels without a one near them have equal mems, and rounding would decide all of them: so
+        the threshold is the value nearest to the 85 % quantile that few mems are near.
         """
         mems = []
         for x_t in x[:3]:

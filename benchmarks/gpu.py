@@ -1,19 +1,18 @@
 """`make gpu` says what is right and what is slow on a GPU, and writes one report.
 
     python -m benchmarks.gpu [--quick] [--minutes M] [--steps NAME ...] [--core PATH] [--out DIR]
-    python -m benchmarks.gpu --rehearse [--quick]
+    python -m benchmarks.gpu --rehearse [DEVICE] [--quick]
 
-The command first lists everything that is missing, with the line that installs it; until then it
-imports only Python's own modules. It needs no network. The build has no time limit, and --core
-takes a core that was built elsewhere. The clock starts after it: --quick takes two minutes for the
-comparison with float64, every algorithm and block of both passes, and layers beside snnTorch's;
-without it nine minutes also have the tests, the sanitizers and large layers. Each command has a
-time by which it must end, and later ones get the time that earlier ones leave. A command that fails
-or is stopped ends no other.
+What is missing is listed first, with the lines that install it; until then the command imports only
+Python's own modules. It needs no network. The clock starts behind the build, for which --core takes
+a core that was built elsewhere. In four minutes --quick checks spikes, states and gradients, and
+launches that overlap, and times every algorithm and block of both passes, and layers beside
+snnTorch's. Without it tests, sanitizers and large layers follow, within half an hour. Each command
+has a time by which it must end, and later ones get the time that earlier ones leave.
 
---rehearse goes through the same steps without a GPU, on one that tests/simt emulates, with tiny
-layers; its times mean nothing. DIR gets two files, written anew after each step: report.md, and
-results.zip with all logs and rows. The build goes to out/gpu-build and is kept.
+--rehearse goes through the same steps on a GPU that tests/simt emulates (simt-t4), with tiny
+layers; its times mean nothing. DIR gets report.md, and results.zip with all logs and rows, anew
+after each step. The build goes to out/gpu-build and is kept.
 """
 
 from __future__ import annotations
@@ -36,17 +35,20 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "out" / "gpu-build"
 SHOWN = 600  # lines of a step's output, in the report
-LAST = 30.0  # seconds that a shape of the benchmark may take after it was begun
+LAST = 10.0  # seconds that a shape of the benchmark may take after it was begun
+NOT_RUN = 4  # the exit status of a benchmark whose time ended before all rows
+MARKS = "WRONG", "NOT RUN", "FAILED", "ERROR"  # lines that begin so are shown at once
 # Each GPU is timed in the types that it has instructions for.
 DTYPES = {75: "float32 autocast16 float16", 80: "tf32 bfloat16 float16"}
 TINY = '"2 1 2 8 6 6 3 name=tiny"'  # the layer of a rehearsal
-# The modules and programs that the steps need, as pip installs them. The core is built with CMake
-# alone, which says by itself if it is too old, or if it finds no compiler.
+# The modules and programs that the steps need, as pip installs them.
 NEEDED = {
     "pybind11": "pybind11>=2.13", "pytest": "pytest>=8", "hypothesis": "hypothesis>=6.100",
     "numpy": "numpy", "pandas": "pandas>=2", "snntorch": "snntorch==1.0.0", "tqdm": "tqdm",
     "cmake": "cmake>=3.24", "ninja": "ninja",
 }  # fmt: skip
+NVCC = "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"  # of PyPI, for drivers of CUDA 13
+OLDER = "sudo apt install nvidia-cuda-toolkit, or another one from 11.8 to the driver's CUDA"
 
 
 class Step(NamedTuple):
@@ -72,7 +74,7 @@ class Outcome(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Says where a run goes: the device, its compute capability, and the folder of results.
+    """Says where a run goes.
 
     core: one that is built, or None. cuda: whether the core gets CUDA kernels. work: the folder of
     logs and rows, which `out` gets packed. tree: a copy of the sources, in which the steps run.
@@ -96,57 +98,60 @@ class Place(NamedTuple):
 
 def steps(place: Place, quick: bool) -> list[Step]:
     """Returns the steps, with tiny layers and few tests in a rehearsal."""
-    rehearsal, of, cores = place.device != "cuda", place.capability, os.cpu_count() or 1
+    rehearsal, cores = place.device != "cuda", os.cpu_count() or 1
+    overlaps = not rehearsal and place.capability >= 90  # by programmatic dependent launch
     work, python = shlex.quote(str(place.work)), shlex.quote(sys.executable)
-    device = f"--device {place.device}"
-    small = " --few --sizes 2 1 3 5 6 7" if rehearsal else ""
+    device, small = f"--device {place.device}", " --sizes 2 1 3 5 6 7" if rehearsal else ""
     smoke = f"{python} -m benchmarks.gpu_smoke {device}{small} --algorithms"
     timed = f"{python} -m benchmarks.gpu_algorithms {device} --limit LEFT"
     timed += f" --layers {TINY}" if rehearsal else ""
-    dtypes = DTYPES[max(known for known in DTYPES if known <= of)]
+    dtypes = DTYPES[max(known for known in DTYPES if known <= place.capability)]
     bench = f"{python} -m benchmarks {device} --threads all --dtype {dtypes} --limit LEFT "
     bench += f"--shape {TINY} --seconds 0.2 " if rehearsal else ""
     shapes = "" if rehearsal else "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 "
     beside = "snntorch snntorch-cudagraph snnlstm-step snnlstm snnlstm-cudagraph"
-    at = (0.1, 0.2, 0.3, 0.6, 0.65, 0.97) if quick else (0.05, 0.08, 0.1, 0.2, 0.22, 0.4)
     # Whether GPU and driver run what was built, and what takes its place in a rehearsal.
-    check = "import sys, snnlstm.native.cuda_check as of; sys.exit(of.trouble(0))"
+    check = "import os, sys, snnlstm.native.cuda_check as of; "
+    check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(of.trouble(0))'
     check = "from benchmarks.devices import emulator; emulator()" if rehearsal else check
+
+    def step(name: str, of_quick: float, of_whole: float, command: str, *setting: str) -> Step:
+        return Step(name, of_quick / 240 if quick else of_whole / 1800, command, setting)
+
     found = [
         *build(place),
         Step("kernels", 0, f"{python} -c '{check}'"),
-        *(
-            Step(f"smoke {name}", until, f"{smoke} {name}")
-            for name, until in zip(("fused", "hybrid", "cudnn"), at, strict=False)
-        ),
-        Step("algorithms", at[3], f"{timed} --out {work}/algorithms.csv"),
-        # Launches that do not overlap (programmatic dependent launch, from 9.0 on).
-        Step("algorithms apart", at[4], f"{timed} --out {work}/apart.csv"
-             + ("" if rehearsal else " --layers mnist dvs"), ("SNNLSTM_PDL=0",)),
-        Step("layers", at[5], f"{bench}{shapes}--providers {beside} --out {work}/layers"),
+        # The first has the imports, the context of the GPU and cuDNN's start.
+        step("smoke fused", 60, 60, f"{smoke} fused"),
+        step("smoke hybrid", 80, 80, f"{smoke} hybrid"),
+        step("smoke cudnn", 100, 100, f"{smoke} cudnn"),
+        step("overlap", 125, 160, f"{python} -m benchmarks.gpu_overlap"),
+        step("algorithms", 170, 360, f"{timed} --out {work}/algorithms.csv"),
+        step("algorithms apart", 180, 380, f"{timed} --layers mnist dvs --out {work}/apart.csv",
+             "SNNLSTM_PDL=0"),
+        step("layers", 234, 700, f"{bench}{shapes}--providers {beside} --out {work}/layers"),
     ]  # fmt: skip
+    found = [of for of in found if overlaps or of.name not in ("overlap", "algorithms apart")]
     if quick:
         return found
     # pytest fails if it finds no test of the backend.
     workers = f"-n{min(8, max(1, cores // 2))}" if importlib.util.find_spec("xdist") else ""
     tests = "tests/cell tests/sequences tests/autograd tests/networks tests/torch tests/system"
     tests = "tests/cell/test_quant.py" if rehearsal else tests
-    pytest = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests}"
+    tests = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests} --backend"
     shapes = "" if rehearsal else "--shapes audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 "
     beside += " snnlstm:cudnn snnlstm:hybrid snnlstm:measure"
     # torch.compile takes a minute of one core for a layer.
     beside += " snntorch-compile snntorch-compile-graph" if cores >= 8 else ""
-    found.append(Step("tests", 0.6, f"{pytest} --backend {place.device.split('-')[0]}"))
-    if sanitizer := find("compute-sanitizer"):
-        # It checks our own kernels alone, because torch's would take minutes.
-        checked = f"{sanitizer} --error-exitcode=9 --launch-timeout=60 --kernel-name "
-        checked += "kernel_substring=snnlstm --tool="
-        uncached = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1",)
-        few = f"{smoke} fused --few"
-        found.append(Step("memcheck", 0.7, f"{checked}memcheck {few}", uncached))
-        found.append(Step("racecheck", 0.8, f"{checked}racecheck {few}"))
+    found.append(step("tests", 0, 1200, f"{tests} {place.device.split('-')[0]}"))
+    sanitizer = find("compute-sanitizer")
+    for until, tool in enumerate(("memcheck", "racecheck", "synccheck") if sanitizer else ()):
+        # Our own kernels alone are checked, because torch's would take minutes.
+        command = f"{sanitizer} --error-exitcode=9 --launch-timeout=60 --kernel-name "
+        command += f"kernel_substring=snnlstm --tool={tool} {smoke} fused --few"
+        found.append(step(tool, 0, 1280 + 80 * until, command, "PYTORCH_NO_CUDA_MEMORY_CACHING=1"))
     large = f"{bench}{shapes}--providers {beside} --out {work}/large"
-    return [*found, Step("large layers", 0.98, large)]
+    return [*found, step("large layers", 0, 1770, large)]
 
 
 def build(place: Place) -> list[Step]:
@@ -165,6 +170,7 @@ def build(place: Place) -> list[Step]:
         "SNNLSTM_INPLACE": "ON", "SNNLSTM_BASELINE_ALONE": "ON", "SNNLSTM_TESTING": "ON",
         "SNNLSTM_CUDA": "ON" if place.cuda else "OFF",
         "SNNLSTM_CUDA_ARCHS": place.capability if place.cuda else "",
+        "CMAKE_CUDA_FLAGS": "-lineinfo",  # so that the sanitizers and profilers name lines
     }  # fmt: skip
     words = ["cmake", "-S", f"{place.tree}/csrc", "-B", str(objects), "-G", "Ninja"]
     words += [f"-D{name}={value}" for name, value in settings.items()]
@@ -198,16 +204,17 @@ def run(place: Place, step: Step, left: float) -> Outcome:
             (*limit, *shlex.split(command)), cwd=place.tree, env=os.environ | environment,
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
         ).returncode  # fmt: skip
-    verdict = "passed" if status == 0 else f"failed (exit status {status})"
-    if status in (124, 137, -signal.SIGKILL):
-        verdict = f"stopped: its time was over after {left:.0f} s"
+    over = f"stopped: its time was over after {left:.0f} s"
+    known = {0: "passed", NOT_RUN: "incomplete: rows were not run, as no time was left", 124: over}
+    known |= {137: over, -signal.SIGKILL: over}
+    verdict = known.get(status, f"failed (exit status {status})")
     lines = log.read_text(errors="replace").splitlines()[-SHOWN:]
     return Outcome(step, verdict, time.monotonic() - start, "\n".join(lines))
 
 
 def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outcome]:
     """Runs the steps and writes the report after each."""
-    start = begin = time.monotonic()
+    begin = time.monotonic()
     about, outcomes = facts(place), list[Outcome]()
     for step in planned:
         print(f"{step.name} ...", end=" ", flush=True)
@@ -219,9 +226,9 @@ def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outco
         if not step.until:
             begin = time.monotonic()
         outcomes.append(outcome)
-        print(f"{outcome.verdict} ({outcome.seconds:.0f} s)", flush=True)
-        taken = time.monotonic() - start
-        (place.out / "report.md").write_text(report(about, outcomes, taken))
+        wrong = [line for line in outcome.output.splitlines() if line.startswith(MARKS)]
+        print("\n  ".join([f"{outcome.verdict} ({outcome.seconds:.0f} s)", *wrong]), flush=True)
+        (place.out / "report.md").write_text(report(about, outcomes))
         shutil.make_archive(str(place.out / "results"), "zip", place.work)
     return outcomes
 
@@ -234,25 +241,21 @@ def facts(place: Place) -> dict[str, str]:
     from benchmarks.providers import Setting
 
     cuda = place.device == "cuda"
-    query = "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"
     return {
         **({} if cuda else {"REHEARSAL": "no GPU: no time below is a GPU's"}),
         "GPU": devices.name(place.device),
-        "driver, highest clock, power": said("nvidia-smi", *query) if cuda else "none",
         "CUDA of torch": str(torch.version.cuda),
         "machine": f"{platform.platform()}, {machine.device_name('cpu')}",
         **machine.describe(Setting("cuda" if cuda else "cpu")),
     }
 
 
-def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -> str:
+def report(about: dict[str, str], outcomes: Sequence[Outcome]) -> str:
     """Returns the report, in Markdown."""
     kind = "Rehearsal of snnlstm" if "REHEARSAL" in about else "snnlstm"
     lines = [f"# {kind} on {about.get('GPU', 'a GPU')}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in about.items()]
-    lines += ["", "| step | outcome | seconds |", "|---|---|---|"]
-    lines += [f"| {o.step.name} | {o.verdict} | {o.seconds:.0f} |" for o in outcomes]
-    lines += [f"| all | {summary(outcomes)} | {seconds:.0f} |"]
+    lines += ["", "| step | outcome | seconds |", "|---|---|---|", *table(outcomes)]
     for outcome in outcomes:
         command = [*outcome.step.environment, outcome.step.command]
         lines += ["", f"## {outcome.step.name}: {outcome.verdict}", "", f"`{' '.join(command)}`"]
@@ -260,30 +263,42 @@ def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -
     return "\n".join(lines) + "\n"
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """Returns a text that says how many steps passed."""
-    passed = sum(outcome.verdict == "passed" for outcome in outcomes)
-    return f"{passed} of {len(outcomes)} passed"
+def table(outcomes: Sequence[Outcome]) -> list[str]:
+    """Returns a row for each step, and one for all."""
+    passed = sum(of.verdict == "passed" for of in outcomes)
+    seconds = sum(of.seconds for of in outcomes)
+    rows = [f"| {of.step.name} | {of.verdict} | {of.seconds:.0f} |" for of in outcomes]
+    return [*rows, f"| all | {passed} of {len(outcomes)} passed | {seconds:.0f} |"]
 
 
-def lacking(rehearsal: bool = False) -> str | None:
-    """Returns why the steps cannot run here, or None. A rehearsal needs neither GPU nor nvcc."""
-    if not importlib.util.find_spec("torch"):
-        return f"no torch: {sys.executable} has none; make gpu PYTHON=... takes another Python"
-    missing = [
-        of for name, of in NEEDED.items() if not (importlib.util.find_spec(name) or find(name))
-    ]
-    if missing:
-        return f"missing: {sys.executable} -m pip install " + " ".join(f'"{of}"' for of in missing)
+def lacking(rehearsal: bool = False, core: Path | None = None) -> list[str]:
+    """Returns a line for all that the steps lack here, with what installs it.
+
+    A rehearsal needs neither GPU nor nvcc, and a core that is built no compiler.
+    """
+    pip, has, found = f"{sys.executable} -m pip install", importlib.util.find_spec, list[str]()
+    if packages := [f'"{of}"' for name, of in NEEDED.items() if not (has(name) or find(name))]:
+        found.append(f"missing: {pip} {' '.join(packages)}")
+    if not (core or any(map(find, (os.environ.get("CXX", "c++"), "g++", "clang++")))):
+        found.append("no C++ compiler: sudo apt install g++, or the like of another system")
+    if not has("torch"):
+        return [*found, f"no torch: {pip} torch; make gpu PYTHON=... takes another Python"]
+    if rehearsal:
+        return found
     import torch
 
-    if rehearsal or torch.cuda.is_available():
-        return None
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-    return (
-        f"no GPU: torch {torch.__version__} ({built}) of {sys.executable} sees none; "
-        'ARGS="--rehearse" goes through the steps without one'
-    )
+    places = getattr(has("nvidia"), "submodule_search_locations", None) or ()
+    of_pip = any([*Path(place).glob("cu*/bin/nvcc")] for place in places)
+    if not (core or of_pip or find(os.environ.get("CUDACXX", "nvcc"))):
+        driver = getattr(torch._C, "_cuda_getDriverVersion", int)()  # 0 if there is none
+        found.append(f"no nvcc: {f'{pip} {NVCC}' if driver >= 13000 else OLDER}")
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        found.append(
+            f"no GPU: torch {torch.__version__} ({built}) of {sys.executable} sees none; "
+            'ARGS="--rehearse" goes through the steps without one'
+        )
+    return found
 
 
 def find(program: str) -> str | None:
@@ -294,36 +309,27 @@ def find(program: str) -> str | None:
     return shutil.which(program, path=os.pathsep.join(path))
 
 
-def said(*command: str) -> str:
-    """Returns the last line of what a program prints, or "unknown"."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return (done.stdout.strip().splitlines() or ["unknown"])[-1]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status, 1 if a step did not pass."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="right or wrong, and where time goes")
-    parser.add_argument("--minutes", type=float, help="after the build (default: 9, --quick: 2)")
+    parser.add_argument("--minutes", type=float, help="after the build (default: 30, --quick: 4)")
     parser.add_argument("--core", type=Path, metavar="PATH", help="take this core, and build none")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/gpu-DATE-TIME")
     parser.add_argument("--build", type=Path, metavar="DIR", default=BUILD, help="of the core")
     parser.add_argument("--steps", nargs="+", metavar="NAME", help="of the report; default: all")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU, on an emulated one")
+    parser.add_argument("--rehearse", nargs="?", const="simt-t4", metavar="DEVICE",
+        help="without a GPU, on an emulated one")  # fmt: skip
     options = parser.parse_args(arguments)
-    if trouble := lacking(options.rehearse):
-        print(trouble, file=sys.stderr)
+    if trouble := lacking(bool(options.rehearse), options.core):
+        print(*trouble, sep="\n", file=sys.stderr)
         return 1
     from benchmarks import devices
 
-    device = "simt-t4" if options.rehearse else "cuda"
+    device = options.rehearse or "cuda"
+    if device not in devices.DEVICES or (options.rehearse and "simt" not in device):
+        parser.error(f"--rehearse: {device} is none of {', '.join(devices.DEVICES[2:])}")
     out = (options.out or Path("out") / f"gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     capability = devices.capability(device)
@@ -341,8 +347,8 @@ def main(arguments: list[str] | None = None) -> int:
     built = ".*", "__pycache__", "*.so", "build", "out", place.build.name
     shutil.copytree(ROOT, place.tree, ignore=shutil.ignore_patterns(*built))
     place.work.mkdir(parents=True)
-    outcomes = run_all(place, planned, 60 * (options.minutes or (2 if options.quick else 9)))
-    print(f"{summary(outcomes)}; to send: both files in {out}")
+    outcomes = run_all(place, planned, 60 * (options.minutes or (4 if options.quick else 30)))
+    print("", *table(outcomes), f"to send: both files in {out}", sep="\n")
     return int(any(outcome.verdict != "passed" for outcome in outcomes))
 
 

@@ -2,15 +2,11 @@
 
     python -m benchmarks.gpu_smoke [--device cuda] [--algorithms NAME ...] [--few]
 
-The reference path in float64 says what the states and all gradients should be, within a tolerance.
-Spikes are checked against the states of the same run: they must be exactly those of its mem, but
-where the mean of a pooling window rounds. The threshold lets 15 % of each channel spike, and the
-loss weighs each spike differently.
-
-Each line is printed as it comes, and a deviation ends nothing: it sets the exit status. `make gpu`
-runs each algorithm in a process of its own, because an error of a kernel ends all work of its
-process on the GPU, and a few cells again under compute-sanitizer. The types are those that a GPU
-has tensor cores for, besides float32 and float64.
+States and gradients must be near those of the reference path in float64. Spikes must be exactly
+those that mem of the same run gives, but where the mean of a window rounds. The threshold lets 15 %
+of each channel spike, and the loss weighs each spike differently. A deviation ends nothing: it sets
+the exit status. `make gpu` runs each algorithm in a process of its own, because an error of a
+kernel ends all work of its process on the GPU, and a few cells again under compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -19,7 +15,6 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,8 +26,6 @@ from benchmarks import devices
 from benchmarks.providers import TOLERANCE, Setting
 from snnlstm.reference import fire, sconv2dlstm
 
-# The options of cells. Three are of the call: the layout of x, the steps of each sample, and a loop
-# of step calls, which runs in a CUDA graph where there is one.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "max_pool, subtract": {"max_pool": 2, "reset_mechanism": "subtract"},
@@ -42,11 +35,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "quantised": {"state_quant": snnlstm.quant.state_quant(6)},
     # A kernel of its own forms the spikes if a window is larger than a tile.
     "one window": {"avg_pool": "image"},
+    # These are of the call: see Cell.
     "channels last": {"channels_last": True},
     "lengths": {"lengths": True},
     "step loop": {"loop": True},
 }
-OF_CALL = ("channels_last", "lengths", "loop")
 SIZES = (2, 3, 6, 21, 13, 18)
 """The sizes T, N, Cin, C, H, W are no multiples of a tile's. An even width has plain steps."""
 EXACT = ("float64", "float32")
@@ -55,21 +48,17 @@ FEW = ("plain", "max_pool, subtract")
 ALGORITHMS = ("fused", "hybrid", "cudnn")
 SMOOTH = ("plain", "stride, dilation", "one window", "channels last", "lengths", "step loop")
 """No decision of these options depends on rounding; coarse precisions run these options alone."""
-SPIKING, ROUNDED = 0.15, 0.05
-"""The share of neurons that spike, and the largest share that may spike by rounding."""
-DECIDING = 0.02
-"""This share of neurons may differ by more than the tolerance if a rounding error can change a
-decision (a reset, a level)."""
+SPIKING, ROUNDED, DECIDING = 0.15, 0.05, 0.02
+"""The share of neurons that spike; the largest shares that may spike by rounding, and whose states
+may be out of tolerance if rounding can change a decision (a reset, a level)."""
 
 
 def precisions(device: str) -> tuple[str, ...]:
-    """Returns the types that a device computes in by itself, for tensors or under autocast."""
+    """Returns the types that a device computes in by itself, of tensors or under autocast."""
     if device == "cpu":
         return EXACT
-    halves = ("float16", "autocast16")
-    if devices.capability(device) >= 80:
-        halves = ("tf32", *halves, "bfloat16", "autocast")
-    return (*EXACT, *halves)
+    newer = ("tf32", "bfloat16", "autocast") if devices.capability(device) >= 80 else ()
+    return (*EXACT, "float16", "autocast16", *newer)
 
 
 def run(
@@ -82,21 +71,16 @@ def run(
 
     It is not if the reference path ran, if an error was raised, or if the results are wrong.
     """
-    for precision, algorithm in itertools.product(precisions(device), algorithms):
-        for name in names:
-            if precision not in EXACT and name not in SMOOTH:
-                continue
-            what = f"{algorithm}, {precision}, {name}"
-            try:
-                cell = Cell(Setting(device, precision), sizes, OPTIONS[name])
-                with snnlstm.algorithm(algorithm), cell.setting.context():
-                    line, right = cell.judged()
-            except RuntimeError as error:
-                yield f"{what}: {str(error).splitlines()[0]}", False
-                continue
-            path = cell.cell.path
-            right = right and path is not None and path.name.startswith(devices.backend(device))
-            yield f"{what}: {path and path.name}, {line}", right
+    for precision, algorithm, name in itertools.product(precisions(device), algorithms, names):
+        if precision not in EXACT and name not in SMOOTH:
+            continue
+        setting = Setting(device, precision)
+        try:
+            with snnlstm.algorithm(algorithm), setting.context():
+                line, right = Cell(setting, sizes, **OPTIONS[name]).judged()
+        except RuntimeError as error:
+            line, right = str(error).splitlines()[0], False
+        yield f"{algorithm}, {precision}, {name}: {line}", right
 
 
 # What `main` runs. Another layer gets its check here: a function like `run`.
@@ -104,7 +88,7 @@ CHECKS = (run,)
 
 
 class Loop(nn.Module):
-    """Calls a cell once a step. The states pass in and out, as a CUDA graph needs them to."""
+    """Calls a cell once a step. A CUDA graph can hold it, since states pass in and out."""
 
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()
@@ -120,130 +104,116 @@ class Loop(nn.Module):
 
 
 class Cell:
-    """A cell is given random spikes and states, and judged by what it returns."""
+    """A cell with random spikes and states, which is judged by what it returns.
 
-    def __init__(self, setting: Setting, sizes: tuple[int, ...], options: dict[str, Any]) -> None:
-        t, n, cin, c, h, w = sizes
-        self.setting, dtype = setting, setting.torch_dtype
-        self.of_call = [name for name in OF_CALL if name in options]
-        self.options = {
-            name: (h, w) if value == "image" else value
-            for name, value in options.items()
-            if name not in OF_CALL
-        }
+    channels_last: the layout of x. lengths: some samples end earlier. loop: steps are called one by
+    one, in a CUDA graph where there is one.
+    """
+
+    def __init__(
+        self, setting: Setting, sizes: tuple[int, ...], channels_last: bool = False,
+        lengths: bool = False, loop: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         setting.apply_precision()
         torch.manual_seed(0)
-        # A number in plain cells, and otherwise a threshold for each channel.
-        start = torch.zeros(c, 1, 1) if options else 0.0
+        t, n, cin, c, h, w = sizes
+        self.setting, self.loop, stride = setting, loop, options.get("stride", 1)
+        self.options = {k: (h, w) if value == "image" else value for k, value in options.items()}
+        # A number in plain cells, and otherwise one for each channel.
+        threshold = torch.zeros(c, 1, 1) if options else 0.0
         cell = snnlstm.SConv2dLSTM(
-            cin, c, (3, 5), threshold=start, learn_threshold=True, **self.options
+            cin, c, (3, 5), threshold=threshold, learn_threshold=True, **self.options
         )
         x = torch.rand(t, n, cin, h, w).gt(0.7)
-        if "channels_last" in self.of_call:
-            x = x.movedim(2, -1).contiguous().movedim(-1, 2)
-        size = (2, n, c, *cell._describe().state_size(h, w))
-        syn, mem = torch.rand(size).sub(0.5).mul(0.4)
-        self.cell = cell.to(setting.torch_device, dtype)
-        self.inputs = [
-            tensor.to(setting.torch_device, dtype).requires_grad_() for tensor in (x, syn, mem)
-        ]
+        x = x.movedim(2, -1).contiguous().movedim(-1, 2) if channels_last else x
+        states = torch.rand(2, n, c, -(-h // stride), -(-w // stride)).sub(0.5).mul(0.4)
+        on: Any = {"device": setting.torch_device, "dtype": setting.torch_dtype}
+        self.cell, self.inputs = cell.to(**on), [of.to(**on) for of in (x, *states)]
         some = 1 + torch.arange(n, device=setting.torch_device) % t
-        self.lengths = some if "lengths" in self.of_call else None
-        self.threshold_at(SPIKING)
-
-    @torch.no_grad()
-    def threshold_at(self, share: float) -> None:
-        """Sets the threshold that `share` of the neurons of each channel exceed."""
-        mem = self.pooled(self.exact([t.double() for t in self.tensors])[2])
-        groups = mem.movedim(2, 0).flatten(1) if self.cell.threshold.dim() else mem.view(1, -1)
-        found = groups.quantile(1 - share, 1)
-        self.cell.threshold.copy_(found.view(self.cell.threshold.shape))
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Returns what gets a gradient: x, syn, mem, weight, bias and threshold."""
-        conv: Any = self.cell.conv
-        return [*self.inputs, conv.weight, conv.bias, self.cell.threshold]
+        self.lengths = some if lengths else None
+        # What gets a gradient: x, syn, mem, weight, bias and threshold.
+        self.tensors = [*(of.requires_grad_() for of in self.inputs), *cell.conv.parameters()]
+        self.tensors.append(cell.threshold)
+        with torch.no_grad():
+            mem = self.pooled(self.exact([of.double() for of in self.tensors])[2])
+            groups = mem.movedim(2, 0).flatten(1) if options else mem.view(1, -1)
+            spiking = groups.quantile(1 - SPIKING, 1)
+            cell.threshold.copy_(spiking.view(cell.threshold.shape))
 
     def exact(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns spk, syn and mem of every step on the reference path."""
+        *call, threshold = tensors
+        of_call = {"threshold": threshold, "record": True, "lengths": self.lengths}
         with torch.autocast(self.setting.torch_device.type, enabled=False):
-            return sconv2dlstm(
-                *tensors[:5], threshold=tensors[5], record=True, lengths=self.lengths,
-                **self.options,
-            )  # fmt: skip
+            return sconv2dlstm(*call, **of_call, **self.options)
 
     def pooled(self, mem: Tensor) -> Tensor:
-        """Returns mem (..., H, W) as the threshold sees it, in float64."""
-        pools = {"max_pool": F.max_pool2d, "avg_pool": F.avg_pool2d}
-        for name, pool in pools.items():
+        """Returns mem (T, N, C, H, W) as the threshold sees it, in float64."""
+        for name, pool in (("max_pool", F.max_pool2d), ("avg_pool", F.avg_pool2d)):
             if name in self.options:
-                size, images = self.options[name], mem.double().flatten(0, 1)
-                return pool(images, size).unflatten(0, mem.shape[:2])
+                images = pool(mem.double().flatten(0, 1), self.options[name])
+                return images.unflatten(0, mem.shape[:2])
         return mem.double()
 
     def called(self) -> tuple[Tensor, ...]:
         """Returns spk, syn and mem of every step."""
-        if "loop" not in self.of_call:
+        if not self.loop:
             return self.cell(*self.inputs, record=True, lengths=self.lengths)
         loop: Any = Loop(self.cell)
-        if self.setting.device == "cuda" and not torch.is_autocast_enabled("cuda"):
-            samples = tuple(torch.zeros_like(t).requires_grad_() for t in self.inputs)
+        # A graph under autocast needs a setting of its own.
+        if self.setting.device == "cuda" and "autocast" not in self.setting.dtype:
+            samples = tuple(torch.zeros_like(of).requires_grad_() for of in self.inputs)
             loop = torch.cuda.make_graphed_callables(loop, samples)
         return loop(*self.inputs)
 
     def judged(self) -> tuple[str, bool]:
         """Runs the cell; returns what is to be said, and whether all is right."""
         spk, syn, mem = self.called()
-        of_training, rounded = self.wrong_spikes(spk, mem)
-        weights = torch.rand(spk.shape, generator=torch.Generator().manual_seed(1)).double()
-        weights = weights.to(spk.device)
-        found = torch.autograd.grad(_loss(spk, syn, mem, weights), self.tensors)
-        exact = [t.detach().double().requires_grad_() for t in self.tensors]
+        weights = torch.rand(spk.shape, generator=torch.Generator().manual_seed(1)).to(spk.device)
+        found = torch.autograd.grad(_loss(weights, spk, syn, mem), self.tensors)
+        exact = [of.detach().double().requires_grad_() for of in self.tensors]
         true = self.exact(exact)
-        expected = torch.autograd.grad(_loss(*true, weights), exact)
-        # Inference without recorded states is another way through the kernels.
-        with torch.no_grad():
+        expected = torch.autograd.grad(_loss(weights, *true), exact)
+        with torch.no_grad():  # inference, without recorded states
             last = self.cell(*self.inputs, lengths=self.lengths)
-        of_inference = self.wrong_spikes(last[0][-1:], last[2][None])[0]
-        other = float((last[0] != spk).double().mean())
-
-        pairs = [(syn, true[1]), (mem, true[2]), (last[1], true[1][-1]), (last[2], true[2][-1])]
-        of_states = max(self.distance(one, other) for one, other in pairs)
-        pairs = list(zip(found, expected, strict=True))
+        wrong, rounded = self.wrong_spikes(spk, mem)
+        wrong += self.wrong_spikes(last[0][-1:], last[2][None])[0]
+        rounded = max(rounded, float((last[0] != spk).double().mean()))
+        states = (syn, true[1]), (mem, true[2]), (last[1], true[1][-1]), (last[2], true[2][-1])
+        of_states = max(self.distance(*pair) for pair in states)
+        pairs = zip(found, expected, strict=True)
         of_gradients = max(float((one - other).norm() / other.norm()) for one, other in pairs)
         # The tolerances of coarse types are made for longer sequences and larger layers.
         of_type = 1.0 if self.setting.dtype in EXACT else 0.2
-        allowed = [of_type * most for most in TOLERANCE[self.setting.dtype]]
-        spiking = float(spk.ne(0).double().mean())
-        enough = SPIKING / 3 if "inhibition" not in self.options else 0.0
+        most, most_of_gradients = (of_type * of for of in TOLERANCE[self.setting.dtype])
+        spiking, path = float(spk.ne(0).double().mean()), self.cell.path
         right = (
-            of_training + of_inference == 0 and max(rounded, other) <= ROUNDED
-            and of_states <= allowed[0] and of_gradients <= allowed[1] and spiking > enough
+            wrong == 0 and rounded <= ROUNDED and of_states <= most
+            and of_gradients <= most_of_gradients
+            and spiking > (0 if "inhibition" in self.options else SPIKING / 3)
+            and path is not None and path.name.startswith(devices.backend(self.setting.device))
         )  # fmt: skip
-        return (
-            f"{of_training} + {of_inference} wrong of {spiking:.1%} spikes, "
-            f"states {of_states:.1e}, gradients {of_gradients:.1e}"
-        ), right
+        name = path and path.name
+        text = f"{name}, {wrong} wrong and {spiking:.1%} of all spike, states {of_states:.1e}, "
+        return f"{text}gradients {of_gradients:.1e}", right
 
     def wrong_spikes(self, spk: Tensor, mem: Tensor) -> tuple[int, float]:
         """Counts the spikes (T, N, C, H, W) that mem of the same run does not give.
 
         Those that rounding decides are not among them: they are the second result, as a share.
         """
-        pooled, threshold = self.pooled(mem.detach()), self.cell.threshold.detach().double()
-        inhibition, one = "inhibition" in self.options, torch.ones((), device=spk.device).double()
-        true = torch.stack(
-            [fire(of, threshold, one, lambda u: u > 0, None, inhibition) for of in pooled]
-        )
+        mem, threshold = mem.detach(), self.cell.threshold.detach().double()
+        pooled, one = self.pooled(mem), threshold.new_ones(())
+        of_cell = lambda u: u > 0, None, "inhibition" in self.options
+        true = torch.stack([fire(of, threshold, one, *of_cell) for of in pooled])
         if self.lengths is not None:
-            t = torch.arange(self.inputs[0].shape[0], device=spk.device)[-len(spk):, None]
-            true = true * (t < self.lengths).view(*true.shape[:2], 1, 1, 1)
-        wrong, rounds = spk.double() != true, torch.zeros_like(true).bool()
+            steps = torch.arange(len(self.inputs[0]), device=spk.device)[-len(spk) :, None]
+            true *= (steps < self.lengths)[..., None, None, None]
+        wrong, rounds = spk.double() != true, torch.zeros_like(true, dtype=torch.bool)
         if "avg_pool" in self.options:
             pixels = mem[0, 0, 0].numel() // pooled[0, 0, 0].numel()
             of_sum = torch.finfo(torch.promote_types(mem.dtype, torch.float32)).eps * pixels
-            error = torch.finfo(mem.dtype).eps * pooled.abs() + of_sum * mem.detach().abs().max()
+            error = torch.finfo(mem.dtype).eps * pooled.abs() + of_sum * mem.abs().max()
             rounds = (pooled - threshold).abs() <= error
         return int((wrong & ~rounds).sum()), float((wrong & rounds).double().mean())
 
@@ -251,13 +221,12 @@ class Cell:
         """Returns the largest difference of two states, but for those that decisions explain."""
         far = (one.double() - other).detach().abs().flatten()
         deciding = {"reset_mechanism", "state_quant"} & set(self.options)
-        share = 1 - DECIDING if deciding else 1.0
-        return float(far.kthvalue(max(1, int(share * far.numel()))).values)
+        return float(far.quantile(1 - DECIDING * bool(deciding)))
 
 
-def _loss(spk: Tensor, syn: Tensor, mem: Tensor, weights: Tensor) -> Tensor:
+def _loss(weights: Tensor, spk: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
     """Returns a loss in which each spike has a weight of its own."""
-    return (weights * spk).sum() + mem.double().square().sum() + syn.double().square().sum()
+    return (weights.double() * spk).sum() + sum(of.double().square().sum() for of in (syn, mem))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -36,6 +36,10 @@ TOLERANCE = {
 relative difference of a gradient in norm."""
 
 
+class Unavailable(RuntimeError):
+    """This error says that a form cannot run a case, by design."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """All providers of a run share one setting.
@@ -121,9 +125,9 @@ class Provider:
     def __init__(self, case: Any, form: Form, setting: Setting) -> None:
         self.case, self.form, self.setting = case, form, setting
         if setting.torch_dtype not in (torch.float32, *case.dtypes):
-            raise RuntimeError(f"networks run in float32, not in {setting.dtype}")
+            raise Unavailable(f"networks run in float32, not in {setting.dtype}")
         if form.captured and setting.device != "cuda":
-            raise RuntimeError("CUDA graphs need --device cuda")
+            raise Unavailable("CUDA graphs need --device cuda")
         self.over_time = case.sequences if form.sequences else case.loop
         setting.apply_precision()
         torch._dynamo.reset()  # graphs of the case before would count towards the recompile limit

@@ -33,7 +33,16 @@ from tqdm import tqdm
 from benchmarks import cases, devices, machine, networks, peak_memory, providers, report
 from benchmarks.cases import Case
 from benchmarks.networks import Network
-from benchmarks.providers import FORMS, TOLERANCE, Form, Provider, Runner, Setting, find_form
+from benchmarks.providers import (
+    FORMS,
+    TOLERANCE,
+    Form,
+    Provider,
+    Runner,
+    Setting,
+    Unavailable,
+    find_form,
+)
 from snnlstm import path
 
 NOT_RUN = 4  # the exit status if the time ended before all rows
@@ -227,12 +236,17 @@ class Suite:
         return built
 
     def skip(self, provider: str, case: str, error: Exception) -> None:
-        """Says why a provider is skipped."""
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        """Says why a provider is skipped. An error of ours is wrong, too, if it has memory."""
+        reason, word = (str(error).strip() or type(error).__name__).splitlines()[0], "NOT TIMED"
+        excused = Unavailable, MemoryError, torch.cuda.OutOfMemoryError
         if isinstance(error, Disagreement):
             reason = f"computes something else: {reason}"
+        if isinstance(error, Disagreement) or not (
+            provider.startswith("snntorch") or isinstance(error, excused)
+        ):
             self.wrong.append(f"{case}: {provider}: {reason}")
-        tqdm.write(f"NOT TIMED: {case}: {provider}: {reason}\n")
+            word = "WRONG"
+        tqdm.write(f"{word}: {case}, {self.setting.dtype}: {provider}: {reason}\n")
 
     def measure(self, name: str, case: Any, mode: str, built: dict[str, Any]) -> None:
         """Times one case in one mode."""

@@ -260,7 +260,7 @@ def test_a_process_starts_with_the_algorithm_of_its_environment(monkeypatch):
         module.loader.exec_module(another)
         assert another.get_algorithm() == starts
     monkeypatch.setenv("SNNLSTM_ALGORITHM", "torch")
-    with pytest.raises(ValueError, match="SNNLSTM_ALGORITHM must be one of .*, got 'torch'"):
+    with pytest.raises(ValueError, match=r"SNNLSTM_ALGORITHM must be one of .*, got 'torch'"):
         module.loader.exec_module(another)
 
 

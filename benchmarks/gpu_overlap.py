@@ -1,0 +1,72 @@
+"""Compares launches that overlap with launches that do not, bit for bit, on GPUs from 9.0 on.
+
+The kernels add in a fixed order, so equal calls have equal results. A step's kernel may start while
+the step before still runs (programmatic dependent launch): without a wait it would read old states.
+So `python -m benchmarks.gpu_overlap` starts one process with SNNLSTM_PDL=0 and one with 1. Both run
+layers whose steps have several waves of blocks, fifty times forward and backward, and all results
+must have the same hash.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import snnlstm
+from benchmarks.cases import Case
+from benchmarks.providers import FORMS, Provider, Setting
+
+# The wide one has a reset, which reads mem, and a pool.
+LAYERS = (
+    Case("narrow", 64, 128, 2, 16, 32, 32, threshold=0.02),
+    Case("wide", 64, 48, 32, 64, 32, 32, threshold=0.02, max_pool=2, reset="zero"),
+)
+DTYPES = "float32", "tf32", "bfloat16"
+
+
+def hashed(tensor: Tensor) -> int:
+    """Returns a number that depends on each bit of a tensor, and on its place."""
+    bits = tensor.detach().flatten().view(torch.int16).split(1 << 24)
+    places = torch.arange(1, len(bits[0]) + 1, device=tensor.device)
+    return hash(tuple(int((piece * places[: len(piece)]).sum()) for piece in bits))
+
+
+def hashes(device: str, layers: Sequence[Case] = LAYERS, repeats: int = 50) -> Iterator[str]:
+    """Yields a line for each layer and type: the hashes of its results, of which one is right."""
+    for case, dtype in itertools.product(layers, DTYPES):
+        provider, found = Provider(case, FORMS["snnlstm"], Setting(device, dtype)), set()
+        cell, x, y = provider.net, provider.x, provider.y
+        inputs = [x[0].requires_grad_(), *cell.parameters()]
+        for _ in range(repeats):
+            with snnlstm.algorithm("fused"):
+                spk, syn, mem = cell(*x)
+                gradients = torch.autograd.grad((spk * y).sum() + mem.square().sum(), inputs)
+            found.add(hash(tuple(map(hashed, (spk, syn, mem, *gradients)))))
+        yield f"{case.name}, {dtype}: {' or '.join(f'{number:x}' for number in sorted(found))}"
+
+
+def main() -> int:
+    """Runs the command; returns the exit status."""
+    if "SNNLSTM_PDL" in os.environ:
+        print(*hashes("cuda"), sep="\n")
+        return 0
+    command, wrong = [sys.executable, "-m", "benchmarks.gpu_overlap"], 0
+    apart, overlapping = (
+        subprocess.check_output(command, env=os.environ | {"SNNLSTM_PDL": of}, text=True)
+        for of in ("0", "1")
+    )
+    for one, other in zip(apart.splitlines(), overlapping.splitlines(), strict=True):
+        right = one == other and " or " not in one
+        print(one if right else f"WRONG  {one}; overlapping {other}")
+        wrong += not right
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
