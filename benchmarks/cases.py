@@ -247,12 +247,17 @@ USERS_CASES = _named(
     Case("small", 10, 16, 16, 12, 8, 8),
 )
 
-# Networks on DVS128 Gesture have such layers: 2 polarities in, 64 or 128 pixels a side.
+# Networks on DVS128 Gesture have such layers: 2 polarities in, 64 or 128 pixels a side. The last
+# ones are users' layers at their batches.
 GPU_CASES = _named(
     Case("dvs64", 16, 16, 2, 32, 64, 64),
     Case("dvs128", 16, 16, 2, 32, 128, 128),
     Case("wide64", 16, 16, 64, 128, 64, 64),
     Case("wide128", 16, 16, 64, 128, 128, 128),
+    *(
+        dataclasses.replace(USERS_CASES[name], name=f"{name}-n{batch}", batch=batch)
+        for name, batch in (("column1", 128), ("column3", 128), ("eeg1", 32))
+    ),
 )
 
 _FULL = (

@@ -47,7 +47,7 @@ NEEDED = {
     "numpy": "numpy", "pandas": "pandas>=2", "snntorch": "snntorch==1.0.0", "tqdm": "tqdm",
     "cmake": "cmake>=3.24", "ninja": "ninja",
 }  # fmt: skip
-NVCC = "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"  # of PyPI, for drivers of CUDA 13
+NVCC = '"nvidia-cuda-nvcc==13.*" "nvidia-cuda-runtime==13.*" "nvidia-cuda-cccl==13.*"'
 OLDER = "sudo apt install nvidia-cuda-toolkit, or another one from 11.8 to the driver's CUDA"
 
 
@@ -61,7 +61,6 @@ class Step(NamedTuple):
     name: str
     until: float
     command: str
-    environment: Sequence[str] = ()
 
 
 class Outcome(NamedTuple):
@@ -74,10 +73,9 @@ class Outcome(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Says where a run goes.
+    """Has the core that is built, or None; whether it gets CUDA kernels; and folders.
 
-    core: one that is built, or None. cuda: whether the core gets CUDA kernels. work: the folder of
-    logs and rows, which `out` gets packed. tree: a copy of the sources, in which the steps run.
+    work: logs and rows, which `out` gets packed. tree: a copy of the sources, which the steps run.
     """
 
     device: str
@@ -86,14 +84,8 @@ class Place(NamedTuple):
     cuda: bool
     out: Path
     build: Path
-
-    @property
-    def work(self) -> Path:
-        return self.build / "work"
-
-    @property
-    def tree(self) -> Path:
-        return self.build / "tree"
+    work: Path
+    tree: Path
 
 
 def steps(place: Place, quick: bool) -> list[Step]:
@@ -115,11 +107,11 @@ def steps(place: Place, quick: bool) -> list[Step]:
     check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(of.trouble(0))'
     check = "from benchmarks.devices import emulator; emulator()" if rehearsal else check
 
-    def step(name: str, of_quick: float, of_whole: float, command: str, *setting: str) -> Step:
-        return Step(name, of_quick / 240 if quick else of_whole / 1800, command, setting)
+    def step(name: str, of_quick: float, of_whole: float, command: str) -> Step:
+        return Step(name, of_quick / 240 if quick else of_whole / 1800, command)
 
     found = [
-        *build(place),
+        *building(place),
         Step("kernels", 0, f"{python} -c '{check}'"),
         # The first has the imports, the context of the GPU and cuDNN's start.
         step("smoke fused", 60, 60, f"{smoke} fused"),
@@ -127,11 +119,12 @@ def steps(place: Place, quick: bool) -> list[Step]:
         step("smoke cudnn", 100, 100, f"{smoke} cudnn"),
         step("overlap", 125, 160, f"{python} -m benchmarks.gpu_overlap"),
         step("algorithms", 170, 360, f"{timed} --out {work}/algorithms.csv"),
-        step("algorithms apart", 180, 380, f"{timed} --layers mnist dvs --out {work}/apart.csv",
-             "SNNLSTM_PDL=0"),
+        step("algorithms apart", 180, 380,
+             f"env SNNLSTM_PDL=0 {timed} --layers mnist dvs --out {work}/apart.csv"),
         step("layers", 234, 700, f"{bench}{shapes}--providers {beside} --out {work}/layers"),
     ]  # fmt: skip
-    found = [of for of in found if overlaps or of.name not in ("overlap", "algorithms apart")]
+    if not overlaps:
+        found = [of for of in found if of.name not in ("overlap", "algorithms apart")]
     if quick:
         return found
     # pytest fails if it finds no test of the backend.
@@ -147,14 +140,15 @@ def steps(place: Place, quick: bool) -> list[Step]:
     sanitizer = find("compute-sanitizer")
     for until, tool in enumerate(("memcheck", "racecheck", "synccheck") if sanitizer else ()):
         # Our own kernels alone are checked, because torch's would take minutes.
-        command = f"{sanitizer} --error-exitcode=9 --launch-timeout=60 --kernel-name "
-        command += f"kernel_substring=snnlstm --tool={tool} {smoke} fused --few"
-        found.append(step(tool, 0, 1280 + 80 * until, command, "PYTORCH_NO_CUDA_MEMORY_CACHING=1"))
+        command = f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer} --tool={tool} "
+        command += "--error-exitcode=9 --launch-timeout=60 --kernel-name kernel_substring=snnlstm "
+        command += f'{smoke} fused --options plain "max_pool, subtract"'
+        found.append(step(tool, 0, 1280 + 80 * until, command))
     large = f"{bench}{shapes}--providers {beside} --out {work}/large"
     return [*found, step("large layers", 0, 1770, large)]
 
 
-def build(place: Place) -> list[Step]:
+def building(place: Place) -> list[Step]:
     """Returns the steps that build the core; a build goes on where the last one stopped.
 
     It is built for one GPU, and of the CPU kernels it has the baseline alone: that takes a tenth of
@@ -181,8 +175,7 @@ def build(place: Place) -> list[Step]:
 def run(place: Place, step: Step, left: float) -> Outcome:
     """Runs a step for at most `left` seconds; a log gets what the step prints.
 
-    A step whose time is over is interrupted as by Ctrl-C, so that it may still print results. Ten
-    seconds later it is killed with its children.
+    It is then interrupted as by Ctrl-C, so that it prints results, and killed ten seconds later.
     """
     start = time.monotonic()
     if left <= 0:
@@ -193,7 +186,6 @@ def run(place: Place, step: Step, left: float) -> Outcome:
         "PYTHONPATH": f"{place.tree}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "SNNLSTM_SIMT_CACHE": str(place.build / "simt"),
-        **dict(word.split("=", 1) for word in step.environment),
     }
     # Children of a background job inherit it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -204,9 +196,9 @@ def run(place: Place, step: Step, left: float) -> Outcome:
             (*limit, *shlex.split(command)), cwd=place.tree, env=os.environ | environment,
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
         ).returncode  # fmt: skip
+    known = {0: "passed", NOT_RUN: "incomplete: rows were not run, as no time was left"}
     over = f"stopped: its time was over after {left:.0f} s"
-    known = {0: "passed", NOT_RUN: "incomplete: rows were not run, as no time was left", 124: over}
-    known |= {137: over, -signal.SIGKILL: over}
+    known |= dict.fromkeys((124, 137, -signal.SIGKILL), over)
     verdict = known.get(status, f"failed (exit status {status})")
     lines = log.read_text(errors="replace").splitlines()[-SHOWN:]
     return Outcome(step, verdict, time.monotonic() - start, "\n".join(lines))
@@ -214,8 +206,7 @@ def run(place: Place, step: Step, left: float) -> Outcome:
 
 def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outcome]:
     """Runs the steps and writes the report after each."""
-    begin = time.monotonic()
-    about, outcomes = facts(place), list[Outcome]()
+    begin, outcomes = time.monotonic(), list[Outcome]()
     for step in planned:
         print(f"{step.name} ...", end=" ", flush=True)
         if any(not of.step.until and of.verdict != "passed" for of in outcomes):
@@ -228,37 +219,29 @@ def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outco
         outcomes.append(outcome)
         wrong = [line for line in outcome.output.splitlines() if line.startswith(MARKS)]
         print("\n  ".join([f"{outcome.verdict} ({outcome.seconds:.0f} s)", *wrong]), flush=True)
-        (place.out / "report.md").write_text(report(about, outcomes))
+        (place.out / "report.md").write_text(report(place, outcomes))
         shutil.make_archive(str(place.out / "results"), "zip", place.work)
     return outcomes
 
 
-def facts(place: Place) -> dict[str, str]:
-    """Returns what the report says of the machine and of versions."""
+def report(place: Place, outcomes: Sequence[Outcome]) -> str:
+    """Returns the report, in Markdown: machine and versions, a table of the steps, their output."""
     import torch
 
     from benchmarks import devices, machine
     from benchmarks.providers import Setting
 
-    cuda = place.device == "cuda"
-    return {
-        **({} if cuda else {"REHEARSAL": "no GPU: no time below is a GPU's"}),
-        "GPU": devices.name(place.device),
-        "CUDA of torch": str(torch.version.cuda),
-        "machine": f"{platform.platform()}, {machine.device_name('cpu')}",
-        **machine.describe(Setting("cuda" if cuda else "cpu")),
-    }
-
-
-def report(about: dict[str, str], outcomes: Sequence[Outcome]) -> str:
-    """Returns the report, in Markdown."""
-    kind = "Rehearsal of snnlstm" if "REHEARSAL" in about else "snnlstm"
-    lines = [f"# {kind} on {about.get('GPU', 'a GPU')}", "", "| | |", "|---|---|"]
+    cuda, gpu = place.device == "cuda", devices.name(place.device)
+    about = machine.describe(Setting("cuda" if cuda else "cpu"))
+    about["machine"] = f"{platform.platform()}, {machine.device_name('cpu')}"
+    about["CUDA of torch"] = str(torch.version.cuda)
+    kind = "snnlstm" if cuda else "Rehearsal of snnlstm, without times of a GPU,"
+    lines = [f"# {kind} on {gpu}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in about.items()]
     lines += ["", "| step | outcome | seconds |", "|---|---|---|", *table(outcomes)]
     for outcome in outcomes:
-        command = [*outcome.step.environment, outcome.step.command]
-        lines += ["", f"## {outcome.step.name}: {outcome.verdict}", "", f"`{' '.join(command)}`"]
+        name, command = outcome.step.name, outcome.step.command
+        lines += ["", f"## {name}: {outcome.verdict}", "", f"`{command}`"]
         lines += ["", "````text", outcome.output or "(no output)", "````"]
     return "\n".join(lines) + "\n"
 
@@ -272,10 +255,7 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def lacking(rehearsal: bool = False, core: Path | None = None) -> list[str]:
-    """Returns a line for all that the steps lack here, with what installs it.
-
-    A rehearsal needs neither GPU nor nvcc, and a core that is built no compiler.
-    """
+    """Returns a line for each thing that is missing here, with what installs it."""
     pip, has, found = f"{sys.executable} -m pip install", importlib.util.find_spec, list[str]()
     if packages := [f'"{of}"' for name, of in NEEDED.items() if not (has(name) or find(name))]:
         found.append(f"missing: {pip} {' '.join(packages)}")
@@ -294,10 +274,8 @@ def lacking(rehearsal: bool = False, core: Path | None = None) -> list[str]:
         found.append(f"no nvcc: {f'{pip} {NVCC}' if driver >= 13000 else OLDER}")
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        found.append(
-            f"no GPU: torch {torch.__version__} ({built}) of {sys.executable} sees none; "
-            'ARGS="--rehearse" goes through the steps without one'
-        )
+        found.append(f"no GPU: torch {torch.__version__} ({built}) of {sys.executable} sees none")
+        found[-1] += '; ARGS="--rehearse" goes through the steps without one'
     return found
 
 
@@ -336,7 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
     # A rehearsal compiles what it finds a compiler for.
     off = os.environ.get("SNNLSTM_CUDA", "").strip().lower() == "off" or not find("nvcc")
     cuda, core = not (options.rehearse and off), options.core and options.core.resolve()
-    place = Place(device, capability, core, cuda, out, options.build.resolve())
+    build = options.build.resolve()
+    place = Place(device, capability, core, cuda, out, build, build / "work", build / "tree")
     planned = steps(place, options.quick)
     if unknown := set(options.steps or ()) - {step.name for step in planned}:
         parser.error(f"--steps: {unknown} are none of {[step.name for step in planned]}")

@@ -12,7 +12,11 @@ import pytest
 
 pytest.importorskip("pandas")
 
-from benchmarks import gpu, report
+import torch
+
+from benchmarks import devices, gpu, gpu_overlap, gpu_smoke, machine, report, run
+from benchmarks.cases import Case
+from snnlstm.native import cuda
 
 
 @pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
@@ -29,7 +33,7 @@ def test_a_rehearsal_passes_every_step(tmp_path):
     logs = "\n".join(log.read_text()[-2000:] for log in tmp_path.glob("build/work/*.log"))
     assert done.returncode == 0, f"{done.stdout}{done.stderr}{logs}"
     text = (out / "report.md").read_text()
-    assert text.startswith("# Rehearsal of snnlstm on an emulated t4 (sm_75)")
+    assert text.startswith("# Rehearsal of snnlstm, without times of a GPU, on an emulated t4")
     for name in ("build", "smoke fused", "algorithms", "layers", "tests", "large layers"):
         assert f"| {name} | passed" in text
     assert re.search(r"\| all \| (\d+) of \1 passed", text)
@@ -41,3 +45,95 @@ def test_a_rehearsal_passes_every_step(tmp_path):
     assert set(rows.case) == {"tiny"}
     assert set(rows.dtype) == {"float32", "autocast16", "float16"}
     assert rows.path[rows.provider == "snnlstm"].str.startswith("simt-").all()
+
+
+needs_emulator = pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+
+# What a broken kernel may do to its spikes (T, N, C, H, W), or (N, C, H, W) of one step.
+MUTANTS = {
+    "none": lambda spk: None,
+    "no spikes": lambda spk: spk.zero_(),
+    "spikes of the step before": lambda spk: spk.copy_(torch.cat([spk[:1] * 0, spk[:-1]])),
+    "a missing channel": lambda spk: spk.select(-3, 0).zero_(),
+}
+
+
+@needs_emulator
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_each_step_that_checks_spikes_fails_where_they_are_wrong(mutant, monkeypatch, tmp_path):
+    """Coarse types are the harder ones: there rounding excuses some spikes."""
+    forward = cuda.Plan.forward
+
+    def mutated(self, call, training):
+        result = forward(self, call, training)
+        MUTANTS[mutant](result.spk)
+        return result
+
+    monkeypatch.setattr(cuda.Plan, "forward", mutated)
+    monkeypatch.setattr(gpu_smoke, "EXACT", ())
+    device = ["--device", "simt-a100"]
+    sizes = ["--sizes", *["2", "1", "3", "5", "6", "7"]]
+    for algorithm in gpu_smoke.ALGORITHMS:
+        smoke = [*device, *sizes, "--options", "plain", "--algorithms", algorithm]
+        assert gpu_smoke.main(smoke) == (mutant != "none"), algorithm
+    layer = ["--shape", gpu.TINY.strip('"'), "--seconds", "0.01", "--mode", "inference"]
+    wrong = run.main([*device, *layer, "--dtype", "bfloat16", "--out", str(tmp_path)])
+    assert wrong == (mutant != "none")
+
+
+def test_the_smoke_test_sees_a_gradient_that_is_no_number(monkeypatch):
+    largest = gpu_smoke._largest
+    monkeypatch.setattr(
+        gpu_smoke, "_largest", lambda numbers: largest([*numbers, numbers[0] * float("nan")])
+    )
+    assert not any(right for _, right in gpu_smoke.run("cpu", algorithms=("direct",)))
+
+
+def test_rows_without_time_are_not_run_and_their_step_has_not_passed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "peak", lambda setting: 100.0)
+    two = [word for name in "ab" for word in ("--shape", f"2 1 2 4 6 6 3 name={name}")]
+    limit = ["--seconds", "0.01", "--out", str(tmp_path / "rows"), "--limit"]
+    assert run.main([*two, *limit, "0"]) == gpu.NOT_RUN
+    assert run.main([*two, *limit, "100", "--dtype", "float32", "float64"]) == 0
+    order = re.findall(r"(?m)^([ab]), inference .*, (float..), ms", capsys.readouterr().out)
+    assert order == [(case, dtype) for case in "ab" for dtype in ("float32", "float64")]
+
+    place = gpu.Place("cuda", 75, None, True, *[tmp_path] * 4)
+    verdicts = {
+        0: "passed", gpu.NOT_RUN: "incomplete", 1: "failed (exit status 1)", 124: "stopped: its",
+    }  # fmt: skip
+    for status, verdict in verdicts.items():
+        text = "WRONG  a line" if status == 1 else "a line"
+        step = gpu.Step("step", 1.0, f"sh -c 'echo {text}; exit {status}'")
+        (outcome,) = gpu.run_all(place, [step], 60)
+        assert outcome.verdict.startswith(verdict)
+        assert ("WRONG  a line" in capsys.readouterr().out) == (status == 1)
+        assert ("1 of 1 passed" in (tmp_path / "report.md").read_text()) == (status == 0)
+
+
+@pytest.mark.parametrize(("driver", "line"), [(13000, "nvidia-cuda-nvcc==13.*"), (12080, "apt")])
+def test_everything_that_is_missing_is_listed_with_what_installs_it(driver, line, monkeypatch):
+    monkeypatch.setattr(gpu, "find", lambda program: None)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setitem(gpu.NEEDED, "a_module", "a-package>=3")
+    found = dict(text.split(": ", 1) for text in gpu.lacking())
+    assert '"a-package>=3"' in found["missing"]
+    assert "g++" in found["no C++ compiler"]
+    assert line in found["no nvcc"]
+    assert "no nvcc" not in str(gpu.lacking(core=gpu.ROOT))
+
+
+@needs_emulator
+def test_equal_calls_have_equal_hashes_and_every_bit_counts():
+    layer = Case("layer", 3, 1, 2, 8, 6, 6, threshold=0.02, max_pool=2, reset="zero")
+    with devices.running("simt-h100"):
+        lines = list(gpu_overlap.hashes("simt-h100", [layer], repeats=2))
+    assert len({line.split(": ")[1] for line in lines}) == len(lines) == 3
+    assert " or " not in "".join(lines)
+    one = torch.zeros(4, 5)
+    hashes = {gpu_overlap.hashed(one)}
+    for place in range(20):
+        other = one.clone()
+        other.view(torch.int32).view(-1)[place] = 1
+        hashes.add(gpu_overlap.hashed(other))
+    assert len(hashes) == 21
