@@ -47,7 +47,7 @@ versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Py
 bench: $(VENV)/.installed  ## measure networks of users with either library's cell
 	$(RUN) -m benchmarks $(ARGS)
 
-gpu:  ## on a machine with a GPU: build, test, check and measure within 9 minutes, and write a report
+gpu:  ## on a machine with a GPU: build, check, test and measure in half an hour (ARGS=--quick: 4 minutes)
 	$(HERE) -m benchmarks.gpu $(ARGS)
 
 FOR  = $(shell command -v $(HERE))

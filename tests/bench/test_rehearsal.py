@@ -98,16 +98,16 @@ def test_rows_without_time_are_not_run_and_their_step_has_not_passed(tmp_path, c
     order = re.findall(r"(?m)^([ab]), inference .*, (float..), ms", capsys.readouterr().out)
     assert order == [(case, dtype) for case in "ab" for dtype in ("float32", "float64")]
 
-    place = gpu.Place("cuda", 75, None, True, *[tmp_path] * 4)
+    place = gpu.Place("simt-t4", 75, None, True, *[tmp_path] * 4)
     verdicts = {
         0: "passed", gpu.NOT_RUN: "incomplete", 1: "failed (exit status 1)", 124: "stopped: its",
     }  # fmt: skip
     for status, verdict in verdicts.items():
-        text = "WRONG  a line" if status == 1 else "a line"
+        text = "WRONG a line" if status == 1 else "a line"
         step = gpu.Step("step", 1.0, f"sh -c 'echo {text}; exit {status}'")
         (outcome,) = gpu.run_all(place, [step], 60)
         assert outcome.verdict.startswith(verdict)
-        assert ("WRONG  a line" in capsys.readouterr().out) == (status == 1)
+        assert ("WRONG a line" in capsys.readouterr().out) == (status == 1)
         assert ("1 of 1 passed" in (tmp_path / "report.md").read_text()) == (status == 0)
 
 
