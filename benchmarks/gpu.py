@@ -73,15 +73,12 @@ class Outcome(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Has the core that is built, or None; whether it gets CUDA kernels; and folders.
-
-    work: logs and rows, which `out` gets packed. tree: a copy of the sources, which the steps run.
-    """
+    """`out` gets the logs and rows of `work`; `tree` is a copy of the sources; steps run in it."""
 
     device: str
     capability: int
-    core: Path | None
-    cuda: bool
+    core: Path | None  # one that is built
+    cuda: bool  # whether the core gets CUDA kernels
     out: Path
     build: Path
     work: Path
@@ -117,14 +114,13 @@ def steps(place: Place, quick: bool) -> list[Step]:
         step("smoke fused", 60, 60, f"{smoke} fused"),
         step("smoke hybrid", 80, 80, f"{smoke} hybrid"),
         step("smoke cudnn", 100, 100, f"{smoke} cudnn"),
-        step("overlap", 125, 160, f"{python} -m benchmarks.gpu_overlap"),
+        step("overlap", 130, 160, f"{python} -m benchmarks.gpu_overlap"),
         step("algorithms", 170, 360, f"{timed} --out {work}/algorithms.csv"),
         step("algorithms apart", 180, 380,
              f"env SNNLSTM_PDL=0 {timed} --layers mnist dvs --out {work}/apart.csv"),
         step("layers", 234, 700, f"{bench}{shapes}--providers {beside} --out {work}/layers"),
     ]  # fmt: skip
-    if not overlaps:
-        found = [of for of in found if of.name not in ("overlap", "algorithms apart")]
+    found = [of for of in found if overlaps or of.name not in ("overlap", "algorithms apart")]
     if quick:
         return found
     # pytest fails if it finds no test of the backend.
