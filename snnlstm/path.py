@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .call import PLAIN, Call
+from . import torch_private
+from .call import PLAIN, Call, autocast_dtype
 from .native import WAYS_OUT, checkout
 from .reference import Overrides
 from .spec import DTYPES, CellSpec
@@ -245,7 +246,37 @@ def static_reason(call: Call, spec: CellSpec, traced: bool) -> Path | None:
             reason = "graded_spikes_factor requires a gradient"
     if reason is not None:
         return Path("reference", reason, slow=True)
-    return against
+    return against or _faster_in_torch(call)
+
+
+_AMX_CHANNELS = 32
+"""The fewest channels of x with which torch's training under autocast is faster on AMX.
+
+Timed on a Xeon, snnTorch's time over the kernels': 2->32 1.5, 32->64 0.9, 64->128 0.56, and a
+network around 32->1 0.7 (benchmarks/NOTES.md). AMX multiplies 32 numbers of bfloat16 at a time.
+"""
+
+
+def _faster_in_torch(call: Call) -> Path | None:
+    """Why torch's convolutions should run, where they multiply at twice the kernels' rate or more.
+
+    Any algorithm but "auto" forces the kernels.
+    """
+    if (
+        not torch_private.multiplies_bfloat16
+        or call.x.device.type != "cpu"
+        or call.x.shape[-3] < _AMX_CHANNELS
+        or autocast_dtype("cpu") is not torch.bfloat16
+        or get_algorithm() != "auto"
+        or not torch.is_grad_enabled()
+        or not any(tensor is not None and tensor.requires_grad for tensor in call[:6])
+    ):
+        return None
+    return Path(
+        "reference",
+        "torch trains this layer faster under autocast, as the processor multiplies bfloat16 (AMX); "
+        'set_algorithm("direct") and "winograd" force the kernels',
+    )
 
 
 def against_device(device: torch.device, traced: bool = False) -> Path | None:

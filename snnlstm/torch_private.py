@@ -19,7 +19,7 @@ from torch.nn.modules import module as nn_module
 __all__ = [
     "ENDED", "NO_LEVEL", "any_autocast", "backward_pass", "current_stream", "driver_version",
     "exporting", "forward_mode", "fp32_precision", "global_hooks", "guard_of", "is_batch",
-    "is_tracing", "is_vmapped", "keeps_graph", "level_of", "opaque", "records_operators",
+    "is_tracing", "is_vmapped", "keeps_graph", "level_of", "multiplies_bfloat16", "opaque", "records_operators",
     "transforms_are_active", "unwrapped",
 ]  # fmt: skip
 
@@ -54,6 +54,9 @@ transforms_are_active: Callable[[], bool] = _find(
     "_C._are_functorch_transforms_active", _never, _UNSEEN
 )
 """Whether a call is within a transform of torch.func."""
+
+multiplies_bfloat16: bool = _find("cpu._is_amx_tile_supported", _never)()
+"""Whether the processor multiplies tiles of bfloat16 (AMX), which torch's convolutions use."""
 
 is_tracing: Callable[[], bool] = _find("_C._is_tracing", torch.jit.is_tracing)
 """Whether torch.jit.trace, or the ONNX exporter that is built on it, is tracing."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import snnlstm
+from snnlstm import torch_private
 from snnlstm.path import Path, against_device
 from tests.shared.cpu_kernels import native
 from tests.shared.helpers import close, described, ours, states, steps, theirs, twins
@@ -262,6 +263,22 @@ def test_a_process_starts_with_the_algorithm_of_its_environment(monkeypatch):
     monkeypatch.setenv("SNNLSTM_ALGORITHM", "torch")
     with pytest.raises(ValueError, match=r"SNNLSTM_ALGORITHM must be one of .*, got 'torch'"):
         module.loader.exec_module(another)
+
+
+def test_wide_layers_train_in_torch_where_it_multiplies_bfloat16_fast(monkeypatch):
+    monkeypatch.setattr(torch_private, "multiplies_bfloat16", True)
+    names = {}
+    for channels, training, dtype, algorithm in [
+        (32, True, torch.bfloat16, "auto"), (31, True, torch.bfloat16, "auto"),
+        (32, False, torch.bfloat16, "auto"), (32, True, torch.float32, "auto"),
+        (32, True, torch.bfloat16, "direct"),
+    ]:  # fmt: skip
+        cell, x = ours(channels, 3, 3), steps(1, 2, channels, 6, 7)[0]
+        with snnlstm.algorithm(algorithm), torch.set_grad_enabled(training):
+            with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+                cell(x), cell(x)
+        names[channels, training, dtype, algorithm] = cell.path.native
+    assert list(names.values()) == [False, True, True, True, True]
 
 
 def test_a_path_that_the_user_sets_stays():
