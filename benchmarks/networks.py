@@ -1,9 +1,10 @@
 """Defines the networks that the suite times and that tests train.
 
-They are written for snnTorch's cell, as users write them: a network class takes the cell's class as
-its first argument, its `forward` is a loop over time, and its `sequence` does the same as
-docs/sequences.md teaches it. ``USERS`` has the example of snnTorch's documentation, and networks
-with the structures, sizes and batches of public ones; ``SMALL`` has some for what their code does.
+They are written for snnTorch's cell and Leaky, as users write them: a network class takes the
+cell's class as its first argument, and Leaky from the cell's library. Its `forward` is a loop over
+time, and its `sequence` does the same as docs/sequences.md teaches it. ``USERS`` has the example of
+snnTorch's documentation, and networks with the structures, sizes and batches of public ones;
+``SMALL`` has some for what their code does.
 """
 
 from __future__ import annotations
@@ -87,6 +88,12 @@ class Network:
         return {"loss": self.train(*step)}
 
 
+def _leaky(cell: Any, **options: Any) -> nn.Module:
+    """Makes a Leaky of the cell's library."""
+    library = snnlstm if issubclass(cell, snnlstm.SConv2dLSTM) else snn
+    return library.Leaky(**options)
+
+
 def _reset(*layers: Any) -> None:
     for layer in layers:
         layer.reset_mem()
@@ -107,7 +114,7 @@ class Classifier(nn.Module):
         grad = surrogate.straight_through_estimator()
         self.cells = nn.ModuleList(cell(spike_grad=grad, **layer) for layer in layers)
         self.fc = nn.Linear(layers[-1]["out_channels"] * pixels, classes)
-        self.lif = snn.Leaky(beta=0.5, spike_grad=surrogate.fast_sigmoid(slope=5))
+        self.lif = _leaky(cell, beta=0.5, spike_grad=surrogate.fast_sigmoid(slope=5))
 
     def forward(self, x: Tensor) -> Tensor:
         states = [cell.reset_mem() for cell in self.cells]
@@ -152,7 +159,7 @@ class Camera(nn.Module):
         super().__init__()
         grad = surrogate.fast_sigmoid(slope=5)
         self.conv = nn.Conv2d(2, 32, 3, padding=1)
-        self.lif = snn.Leaky(beta=0.9, threshold=0.2, spike_grad=grad)
+        self.lif = _leaky(cell, beta=0.9, threshold=0.2, spike_grad=grad)
         self.lstm = cell(32, 1, 3, threshold=0.02, learn_threshold=True, spike_grad=grad)
 
     def start(self) -> tuple[Tensor, ...]:
@@ -168,13 +175,9 @@ class Camera(nn.Module):
         return torch.stack(out), state
 
     def sequence(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        mem, *cell_state = state
-        spikes = []
-        for x_t in x:
-            spk, mem = self.lif(self.conv(x_t), mem)
-            spikes.append(spk)
-        spk, *cell_state = self.lstm(torch.stack(spikes), *cell_state)
-        return spk, (mem, *cell_state)
+        self.lif.mem, self.lstm.syn, self.lstm.mem = state
+        spk, _, _ = unroll(x, self.conv, self.lif, self.lstm)
+        return spk, (self.lif.mem, self.lstm.syn, self.lstm.mem)
 
 
 def truncated(run: Callable[..., Any], net: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -205,8 +208,39 @@ def hidden(cell: Any) -> nn.Module:
         cell(4, 4, kernel_size=3, threshold=0.1, init_hidden=True, spike_grad=grad),
         nn.Flatten(),
         nn.Linear(4 * 4 * 4, 3),
-        snn.Leaky(beta=0.8, init_hidden=True, output=True, spike_grad=grad),
+        _leaky(cell, beta=0.8, init_hidden=True, output=True, spike_grad=grad),
     )
+
+
+def pyramid(
+    cell: Any, channels: list[int], size: int, pool: bool = True, norm: bool = False
+) -> nn.Module:
+    """Makes convolutions with Leaky, one for each pair of channels, then a cell, Linear and Leaky.
+
+    With `pool` each Leaky has a MaxPool2d behind it, with `norm` a BatchNorm2d before it. `size` is
+    that of the cell's images. All layers keep their states.
+    """
+    grad, layers = surrogate.fast_sigmoid(slope=25), list[nn.Module]()
+    for one, other in itertools.pairwise(channels[:-1]):
+        layers += [nn.Conv2d(one, other, 3, padding=1)]
+        layers += [nn.BatchNorm2d(other)] if norm else []
+        layers += [_leaky(cell, beta=0.9, threshold=0.3, init_hidden=True, spike_grad=grad)]
+        layers += [nn.MaxPool2d(2)] if pool else []
+    last = channels[-1]
+    return nn.Sequential(
+        *layers,
+        cell(channels[-2], last, 3, threshold=0.05, init_hidden=True, max_pool=2, spike_grad=grad),
+        nn.Flatten(),
+        nn.Linear(last * (size // 2) ** 2, 10),
+        _leaky(cell, beta=0.9, init_hidden=True, output=True, spike_grad=grad),
+    )
+
+
+def _pyramid(title: str, shape: tuple[int, ...], size: int, *of: Any, **options: Any) -> Network:
+    """Returns a pyramid on (N, T, C, H, W)."""
+    make = functools.partial(pyramid, channels=list(of), size=size, **options)
+    title = f"{title} {shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}"
+    return Network(title, make, (shape,), loop=_outside, sequences=_unrolled)
 
 
 def _outside(net: nn.Module, x: Tensor) -> Tensor:
@@ -328,7 +362,26 @@ _CAMERA = Network(
     "convolution, Leaky, 32->1 128x128, learned threshold, autocast; T=18 N=2", Camera,
     ((18, 2, 2, 128, 128),), truncated, seen, SGD, autocast=True,
 )  # fmt: skip
-USERS = {name: _classifier(*of) for name, of in _CLASSIFIERS.items()} | {"camera": _CAMERA}
+_PYRAMIDS: dict[str, Callable[[int, int, int], Network]] = {
+    "events": lambda n, t, size: _pyramid(
+        "Conv 2->16, Leaky, pool, cell 16->32", (n, t, 2, size, size), size // 2, 2, 16, 32
+    ),
+    "events64": lambda n, t, size: _pyramid(
+        "2 x (Conv ->32, Leaky, pool), cell 32->32",
+        (n, t, 2, size, size), size // 4, 2, 32, 32, 32,
+    ),
+    "tactile": lambda n, t, size: _pyramid(
+        "3 x (Conv ->16, BatchNorm, Leaky), cell 16->16",
+        (n, t, 2, size, size), size, 2, 16, 16, 16, 16, pool=False, norm=True,
+    ),
+}  # fmt: skip
+USERS = {
+    **{name: _classifier(*of) for name, of in _CLASSIFIERS.items()},
+    "events": _PYRAMIDS["events"](16, 20, 32),
+    "events64": _PYRAMIDS["events64"](8, 10, 64),
+    "tactile": _PYRAMIDS["tactile"](8, 60, 32),
+    "camera": _CAMERA,
+}
 SMALL = {
     "hidden": Network(
         "2->4->4 8x8 in nn.Sequential", hidden, ((4, 5, 2, 8, 8), (2, 5, 2, 8, 8)),
@@ -340,6 +393,7 @@ NETWORKS = {
         name: _classifier(title, layers, 3, 2, channels, min(height, 14), min(width, 14))
         for name, (title, layers, _, _, channels, height, width) in _CLASSIFIERS.items()
     },
+    **{name: make(2, 3, 8) for name, make in _PYRAMIDS.items()},
     "camera": dataclasses.replace(_CAMERA, shapes=((10, 2, 2, 12, 12),)),
     **SMALL,
 }

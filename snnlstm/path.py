@@ -274,7 +274,7 @@ def _faster_in_torch(call: Call) -> Path | None:
         return None
     return Path(
         "reference",
-        "torch trains this layer faster under autocast, as the processor multiplies bfloat16 (AMX); "
+        "torch trains this layer faster under autocast: the processor multiplies bfloat16 (AMX); "
         'set_algorithm("direct") and "winograd" force the kernels',
     )
 

@@ -19,8 +19,8 @@ from torch.nn.modules import module as nn_module
 __all__ = [
     "ENDED", "NO_LEVEL", "any_autocast", "backward_pass", "current_stream", "driver_version",
     "exporting", "forward_mode", "fp32_precision", "global_hooks", "guard_of", "is_batch",
-    "is_tracing", "is_vmapped", "keeps_graph", "level_of", "multiplies_bfloat16", "opaque", "records_operators",
-    "transforms_are_active", "unwrapped",
+    "is_tracing", "is_vmapped", "keeps_graph", "level_of", "multiplies_bfloat16", "opaque",
+    "records_operators", "transforms_are_active", "unwrapped",
 ]  # fmt: skip
 
 logger = logging.getLogger("snnlstm")

@@ -274,9 +274,9 @@ def test_wide_layers_train_in_torch_where_it_multiplies_bfloat16_fast(monkeypatc
         (32, True, torch.bfloat16, "direct"),
     ]:  # fmt: skip
         cell, x = ours(channels, 3, 3), steps(1, 2, channels, 6, 7)[0]
-        with snnlstm.algorithm(algorithm), torch.set_grad_enabled(training):
-            with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
-                cell(x), cell(x)
+        autocast = torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16)
+        with snnlstm.algorithm(algorithm), torch.set_grad_enabled(training), autocast:
+            cell(x), cell(x)
         names[channels, training, dtype, algorithm] = cell.path.native
     assert list(names.values()) == [False, True, True, True, True]
 

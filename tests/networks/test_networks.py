@@ -1,7 +1,7 @@
 """Networks that were written for snnTorch train alike with snnTorch's cell and with ours.
 
-Our cell is imported in the place of snnTorch's, comes by ``patch()``, or by ``accelerate()``. The
-kernels must run every cell.
+Our cell and Leaky are imported in the place of snnTorch's, or come by ``patch()`` or by
+``accelerate()``. The kernels must run each of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,8 +59,9 @@ def patched(network: Network) -> nn.Module:
 
 def accelerated(network: Network) -> nn.Module:
     net = theirs(network)
-    cells = [name for name, cell in net.named_modules() if type(cell) is snntorch.SConv2dLSTM]
-    assert snnlstm.accelerate(net).swapped == tuple(cells)
+    kinds = snntorch.SConv2dLSTM, snntorch.Leaky
+    layers = [name for name, layer in net.named_modules() if type(layer) in kinds]
+    assert snnlstm.accelerate(net).swapped == tuple(layers)
     return net
 
 
@@ -85,6 +86,6 @@ def test_ten_training_steps_stay_together(name, float64):
         net = make(network)
         close(train(net, network), expected, atol=1e-8, rtol=1e-8)
         close(net.state_dict(), weights, atol=1e-7, rtol=1e-7)
-        cells = [cell for cell in net.modules() if isinstance(cell, snntorch.SConv2dLSTM)]
-        assert cells
-        assert all(type(cell) is snnlstm.SConv2dLSTM and cell.path.native for cell in cells)
+        layers = [m for m in net.modules() if isinstance(m, snntorch.SpikingNeuron)]
+        assert {type(layer) for layer in layers} == {snnlstm.SConv2dLSTM, snnlstm.Leaky}
+        assert all(layer.path.native for layer in layers)
