@@ -96,9 +96,9 @@ def test_python_blocks_run_in_order(page, recwarn, capsys, monkeypatch):
     assert [str(w.message) for w in own] == []
     if page == README:
         printed = capsys.readouterr().out.split("\n")
-        assert printed[:2] == ["accelerate: 1 swapped, 0 left", "  0  swapped"]
-        assert re.match(r"cpu-\w+-\w+ \(.+\)", printed[2])
-        assert printed[3] == "reference (conv is a ParametrizedConv2d, not a plain nn.Conv2d)"
+        assert printed[:3] == ["accelerate: 2 swapped, 0 left", "  0  swapped", "  3  swapped"]
+        assert re.match(r"cpu-\w+-\w+ \(.+\)", printed[3])
+        assert printed[4] == "reference (conv is a ParametrizedConv2d, not a plain nn.Conv2d)"
 
 
 def test_examples_of_docstrings():
