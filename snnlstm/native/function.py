@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from .. import _C, reference
-from ..call import Call, autocast_dtype, repeated, saved_lengths, version
+from ..call import (
+    Call,
+    autocast_dtype,
+    repeated,
+    saved_lengths,
+    state_shape,
+    version,
+    weight_tensor,
+)
 from ..spec import HALF_TYPES, CellSpec
 from ..torch_private import forward_mode, is_batch, keeps_graph, opaque, transforms_are_active
 from . import cpu, cuda, cuda_check
@@ -362,7 +370,31 @@ def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[Plan, Ca
     if call.lengths is not None:
         batch = call.x.shape[1]
         call = call._replace(lengths=saved_lengths(call.lengths, batch, call.x.device))
-    return plan_of(call, *_spec(text), BACKENDS[call.x.device.type].settings(algorithm)), call
+    spec, operands = _spec(text)
+    _check_fit(call, spec)
+    settings = BACKENDS[call.x.device.type].settings(algorithm)
+    return plan_of(call, spec, operands, settings), call
+
+
+def _check_fit(call: Call, spec: CellSpec) -> None:
+    """Refuse tensors of an operator that do not fit each other: the kernels would read beyond them.
+
+    A module checks its arguments before, but anybody may call the operator.
+    """
+    x, weight, bias, threshold, graded = call.x, *call[3:7]
+    cin, channels = weight_tensor(weight)
+    fits = x.dim() in (4, 5) and x.shape[-3] == cin
+    state = state_shape(x, channels, spec, 2) if fits else ()
+    fits = (
+        fits and call.syn.shape == call.mem.shape == state
+        and weight.shape[2:] == spec.kernel_size
+        and (bias is None or bias.shape == (4 * channels,))
+        and (threshold is None or threshold.numel() in (1, channels))
+        and (graded is None or graded.numel() == 1)
+    )  # fmt: skip
+    if not fits:
+        shapes = {k: tuple(t.shape) for k, t in call._asdict().items() if isinstance(t, Tensor)}
+        raise ValueError(f"the tensors of an operator must fit each other, got shapes {shapes}")
 
 
 def _numbers(x: Tensor, decided: Sequence[int]) -> Tensor:
@@ -406,7 +438,11 @@ def _(*arguments):
 def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     text, algorithm, saved, decided, *grads, wanted = arguments[_FIELDS:]
     plan, call = _planned(arguments[:_FIELDS], text, algorithm)
-    grads = [None if grad is None else plain(grad) for grad in grads]
+    spk, state = plan.outputs()
+    for grad, shape in zip(grads, (spk, state, state), strict=True):
+        if grad is not None and grad.shape != shape:
+            raise ValueError(f"a gradient must have shape {shape}, got {tuple(grad.shape)}")
+    grads = [None if grad is None else plain(grad).to(call.x.dtype) for grad in grads]
     out = plan.backward(call, saved, grads, wanted, decided.tolist(), None)
     return _six(call.x, out)
 

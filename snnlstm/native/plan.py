@@ -333,6 +333,9 @@ class Plan(Protocol):
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
 
+    def outputs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of spk, and of syn and mem."""
+
     def copy_of(self, threshold: Tensor) -> Tensor:
         """A copy of a call's threshold, which nobody writes to, for the backward pass."""
 

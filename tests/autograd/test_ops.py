@@ -94,6 +94,23 @@ def test_opcheck(name, calls):
     opcheck(torch.ops.snnlstm.backward.default, arguments, test_utils=checks)
 
 
+def test_no_operator_reads_beyond_tensors_that_do_not_fit_each_other(calls):
+    def run(*of):
+        return function.run_operator(flat.call_of(of), of[-1].spec, "auto")[:3]
+
+    step(CASES["one step"], run)
+    (forward,), (backward,) = map(list, calls.values())
+    for operator, arguments, places in (
+        (torch.ops.snnlstm.forward, forward, range(7)),
+        (torch.ops.snnlstm.backward, backward, (*range(7), -4, -3, -2)),
+    ):
+        for place in places:
+            given, tensor = [*arguments], arguments[place]
+            given[place] = torch.stack([tensor, tensor]).flatten(0, min(tensor.dim(), 1))
+            with pytest.raises(ValueError, match=r"must fit each|must have shape"):
+                operator(*given)
+
+
 def step(case: Case, run: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Returns the outputs of `run` and all gradients."""
     leaves = wanting_gradients(case.inputs())
