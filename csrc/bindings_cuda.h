@@ -61,8 +61,8 @@ Plan make_cuda_plan(Cell cell, const cuda::Device& device, int matrix, int algor
               numbered<cuda::Algorithm>("algorithm", algorithm, 4), backward, {shape, h, w});
 }
 
-// Plan: cuda::Plan, or what the tests derive from it to check the memory of each call.
-template <class Plan = cuda::Plan>
+// Plan, Leaky: the backend's, or the tests', which check the memory of each call.
+template <class Plan = cuda::Plan, class Leaky = cuda::Leaky>
 void bind_cuda(py::module_& m) {
   py::class_<cuda::Device>(m, "CudaDevice", py::module_local())
       .def(py::init([](int compute_capability, int multiprocessors, int64_t shared_bytes) {
@@ -80,6 +80,19 @@ void bind_cuda(py::module_& m) {
     counted("C", C, 1);
     return cuda::padded_channels(C);
   });
+
+  m.def("cuda_leaky_forward",
+        [](const cuda::Device& device, Address stream, const py::tuple& given) {
+          const LeakyForwardArgs a = leaky_forward_args(given);
+          py::gil_scoped_release release;
+          Leaky::run(device, a, at(stream));
+        });
+  m.def("cuda_leaky_backward",
+        [](const cuda::Device& device, Address stream, const py::tuple& given) {
+          const LeakyBackwardArgs a = leaky_backward_args(given);
+          py::gil_scoped_release release;
+          Leaky::run(device, a, at(stream));
+        });
 
   py::class_<Plan>(m, "CudaPlan", py::module_local())
       .def(py::init(&make_cuda_plan<Plan>), py::arg("cell"), py::arg("device"), py::arg("matrix"),

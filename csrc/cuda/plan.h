@@ -109,6 +109,12 @@ class Plan {
   std::unique_ptr<const CudnnPass> cudnn_;
 };
 
+// Launches all steps of snntorch.Leaky, on the device's `stream`: one kernel a pass, and no plan.
+struct Leaky {
+  static void run(const Device& device, const LeakyForwardArgs& args, void* stream);
+  static void run(const Device& device, const LeakyBackwardArgs& args, void* stream);
+};
+
 // Returns the type of saved gates, and of gate sums that torch's convolution writes: the states'
 // type, or under autocast the matrix type.
 DType gate_type(DType states, Matrix matrix);

@@ -82,6 +82,8 @@ def _compile(source: Path, what: list[str]) -> tuple[Path, str]:
     nvcc = find("nvcc")
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads=1"]
     flags += [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
+    build = (ROOT / "csrc" / "CMakeLists.txt").read_text()
+    flags += re.findall(rf"\(cuda/{source.name} PROPERTIES COMPILE_OPTIONS (\S+)\)", build)
     listed = _run([nvcc, *flags, "-M", str(source)]).replace("\\\n", " ").split(":", 1)[1].split()
     key = sha1(" ".join([nvcc, *flags, *what, str(source)]).encode())
     for name in sorted(set(listed)):

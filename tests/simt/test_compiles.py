@@ -69,6 +69,19 @@ def test_a_kernel_multiplies_on_tensor_cores_or_traps(source, arch):
 
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_leaky_rounds_each_product_and_stores_whole_vectors(arch):
+    for name, code in gpu_tools.code_of_ptx(ROOT / "csrc" / "cuda" / "leaky.cu", arch).items():
+        instructions = [what for _, _, what, _ in code]
+        if "forward" in name:  # exp, in the backward pass, has an fma of its own
+            assert not any(what.startswith("fma") for what in instructions), name
+        if "Li1E" not in name:
+            stores = [what for what in instructions if what.startswith("st.global")]
+            assert all(re.search(r"\.v[24]\.", what) for what in stores), name
+
+
+@needs_nvcc
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES[1:])
 @pytest.mark.parametrize("source", ["forward.cu", "backward.cu"])
 def test_steps_wait_for_the_launch_before_on_sm_90(source, arch):

@@ -197,9 +197,47 @@ struct CheckedPlan : cuda::Plan {
   }
 };
 
+// What the kernels of snntorch.Leaky read and write in a call.
+struct CheckedLeaky : cuda::Leaky {
+  // Returns bytes of T steps in the compute type.
+  static int64_t add_inputs(Arrays& arrays, LeakyArgs& a) {
+    const int64_t real = cuda::bytes_of(cuda::real_of(a.dtype));
+    arrays.add("beta", a.beta.values, a.beta.count * real, reads);
+    arrays.add("threshold", a.threshold.values, a.threshold.count * real, reads);
+    arrays.add("graded factor", a.graded_factor, real, reads);
+    arrays.add("mem0", a.mem0, a.n * real, reads);
+    return a.T * a.n * real;
+  }
+
+  static void run(const cuda::Device& device, LeakyForwardArgs a, void* stream) {
+    Arrays arrays;
+    const int64_t steps = add_inputs(arrays, a);
+    arrays.add("x", a.x, a.T * a.n * cuda::bytes_of(a.dtype), reads);
+    arrays.add("spk", a.spk, steps, writes);
+    arrays.add("mem", a.mem, a.record ? steps : steps / a.T, writes);
+    arrays.commit();
+    cuda::Leaky::run(device, a, stream);
+  }
+
+  static void run(const cuda::Device& device, LeakyBackwardArgs a, void* stream) {
+    Arrays arrays;
+    const int64_t steps = add_inputs(arrays, a);
+    arrays.add("mem", a.mem, steps, reads);
+    arrays.add("noise", a.noise, steps, reads);
+    arrays.add("grad_spk", a.grad_spk, steps, reads);
+    arrays.add("grad_mem", a.grad_mem, steps, reads);
+    arrays.add("grad_x", a.grad_x, a.T * a.n * cuda::bytes_of(a.dtype), writes);
+    arrays.add("grad_mem0", a.grad_mem0, steps / a.T, writes);
+    arrays.add("grad_beta", a.grad_beta, steps / a.T, writes);
+    arrays.add("grad_threshold", a.grad_threshold, steps / a.T, writes);
+    arrays.commit();
+    cuda::Leaky::run(device, a, stream);
+  }
+};
+
 }  // namespace
 
 PYBIND11_MODULE(snnlstm_simt, m) {
   bindings::bind_cell(m);
-  bindings::bind_cuda<CheckedPlan>(m);
+  bindings::bind_cuda<CheckedPlan, CheckedLeaky>(m);
 }
