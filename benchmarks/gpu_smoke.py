@@ -81,8 +81,59 @@ def run(
         yield f"{algorithm}, {precision}, {name}: {line}", right
 
 
-# What `main` runs. Another layer gets its check here: a function like `run`.
-CHECKS = (run,)
+LEAKY: dict[str, dict[str, Any]] = {
+    "Leaky, steps": {},
+    "Leaky, zero, sequence": {"reset_mechanism": "zero", "learn_beta": True},
+    "Leaky, channels": {"beta": torch.linspace(0.2, 0.9, 6)[:, None, None], "learn_beta": True},
+}
+
+
+def run_leaky(device: str, *_: Any) -> Iterator[tuple[str, bool]]:
+    """As :func:`run`, for Leaky, which has no algorithms and no other sizes."""
+    if device != "cpu":
+        for dtype, name in itertools.product((*EXACT, "float16", "bfloat16"), LEAKY):
+            try:
+                line, right = _leaky(Setting(device, dtype), "sequence" in name, **LEAKY[name])
+            except RuntimeError as error:
+                line, right = str(error).splitlines()[0], False
+            yield f"{dtype}, {name}: {line}", right
+
+
+def _leaky(setting: Setting, whole: bool, **options: Any) -> tuple[str, bool]:
+    """Runs a Leaky over x (T, 2, 6, 5, 7); returns what is to be said, and whether all is right."""
+    torch.manual_seed(0)
+    x = torch.randn(7, 2, 6, 5, 7).to(setting.torch_device, setting.torch_dtype)
+    weights = torch.rand(2, *x.shape, device=x.device)
+    found = []
+    for dtype in (setting.torch_dtype, torch.float64):
+        layer = snnlstm.Leaky(**{"beta": 0.9, "threshold": 0.4, "learn_threshold": True} | options)
+        layer.to(x.device, torch.float64 if dtype is torch.float64 else torch.float32)
+        leaf = x.to(dtype).requires_grad_()
+        with snnlstm.algorithm("auto" if not found else "reference"):
+            if whole and not found:
+                spk, mem = layer.sequence(leaf, True)
+            else:
+                spk, mem = map(torch.stack, zip(*map(layer, leaf), strict=True))
+        found.append((spk, mem, *torch.autograd.grad(
+            (weights[0] * spk + weights[1] * mem).sum(), (leaf, *layer.parameters())
+        ), layer))  # fmt: skip
+    (spk, mem, *grads, ours), (_, true, *exact, _) = found
+    wrong = int(((mem > ours.threshold) != spk.bool()).sum())
+    states = float((mem - true).detach().abs().max())
+    pairs = zip(grads, exact, strict=True)
+    gradients = _largest([(one.double() - other).norm() / other.norm() for one, other in pairs])
+    path, most = ours.path, 1e-12 if setting.dtype == "float64" else 1e-5
+    # snnTorch's own spikes are float32, and gradients of half types are rounded to them.
+    of_type = 1e-2 if setting.torch_dtype in (torch.float16, torch.bfloat16) else 1e-4
+    right = path.name.startswith(devices.backend(setting.device)) and wrong == 0
+    right &= states <= most and gradients <= of_type and bool(spk.any())
+    return (
+        f"{path.name}, {wrong} wrong spikes, states {states:.1e}, gradients {gradients:.1e}",
+        right,
+    )
+
+
+CHECKS = (run, run_leaky)
 
 
 class Loop(nn.Module):

@@ -380,4 +380,4 @@ class Backend:
         core = self.core
         with self.guard(device):
             run = core.cuda_leaky_backward if backward else core.cuda_leaky_forward
-            run(self.stream(device), fields)
+            run(self.device(device), self.stream(device), fields)

@@ -83,6 +83,8 @@ def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[
     """
     tensors = x, mem, neurons.beta, neurons.threshold
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if mem.is_inference():  # autograd refuses to save it
+            tensors = x, mem.clone(), *tensors[2:]
         return _apply(neurons, *tensors)
     return _forward(neurons, x, mem, record)[:2]
 

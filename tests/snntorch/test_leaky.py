@@ -368,6 +368,14 @@ def test_no_samples(shape: tuple[int, ...]) -> None:
     assert layer.beta.grad == 0
 
 
+def test_a_state_of_inference_mode_serves_in_training() -> None:
+    layer = twins(learn_beta=True, init_hidden=True, reset_mechanism="zero")[0]
+    with torch.inference_mode():
+        layer(inputs(3, 5)[0])
+    layer(inputs(3, 5)[1]).sum().backward()
+    assert layer.beta.grad is not None
+
+
 def test_nan_and_infinity() -> None:
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.5, -0.5]).repeat(T, 1)
     for reset in ("subtract", "zero", "none"):
