@@ -352,7 +352,7 @@ class Spoiler:
 
     def refuse(self, name: str, function: Callable[..., Any], given: Any, wrong: list[Any]) -> None:
         """Calls a function with wrong arguments, or with one too many."""
-        needed = _NEEDED if self.device is None else ()
+        needed = _NEEDED if self.device is None and "Plan" in name else ()
         spoiled = given | {
             place: "x" if (name, place) in _ANY_NUMBER else nonsense(given[place], needed)
             for place in wrong
@@ -380,6 +380,12 @@ class Spoiler:
             device = core.CudaDevice(80, 108, 1 << 17)
             core.cuda_full_precision(device)
             core.CudaPlan.candidates(core.Cell(**self.last_cell), device, 1, False)
+        leaky = (0, 0, 1, 2.0, 0.0, *[1] * 10)  # in the order of csrc/args.h
+        for name, more in (("leaky_forward", (1, 1, 1, True)), ("leaky_backward", (1,) * 8)):
+            if hasattr(core, name):
+                getattr(core, name)((*leaky, *more))
+            if hasattr(core, f"cuda_{name}"):
+                getattr(core, f"cuda_{name}")(core.CudaDevice(80, 108, 1 << 17), 0, (*leaky, *more))
 
     def extreme(self) -> None:
         """Makes a cell of any size: the core must refuse it, or count the bytes it needs."""
