@@ -26,12 +26,12 @@ inline bool three_products_beat_one(int compute_capability) {
 
 // Returns the outputs (pixels x channels) that the busiest multiprocessor computes, in the place of
 // a time. Blocks come in rounds: the multiprocessor with the most blocks decides. A warp computes
-// as many outputs in every kind of block, and six warps keep the units of a multiprocessor busy;
-// with fewer the products take longer, while the neurons behind them take what they take, about as
-// long. So outputs count once for the neurons, and once or more for the products.
+// as many outputs in every kind of block, and six warps keep the units of a multiprocessor busy:
+// registers have room for eight or more of each kernel, but shared memory may not. With fewer the
+// products take longer, while the neurons behind them take what they take, about as long. So
+// outputs count once for the neurons, and once or more for the products.
 template <class Step>
 double busiest(const Device& device, const Step& plan) {
-  constexpr int64_t kWarpsAtOnce = 16;  // each thread has 128 registers
   constexpr double kBusy = 6;
   const int64_t blocks = ceil_div(plan.tiling.blocks(), device.multiprocessors);
   // From 8.0 on the system keeps a KiB of shared memory for each block, and one of all.
@@ -39,7 +39,7 @@ double busiest(const Device& device, const Step& plan) {
   const int64_t warps = plan.threads() / 32;
   const int64_t by_shared =
       (device.shared_bytes + kept) / std::max<int64_t>(plan.shared_bytes + kept, 1);
-  const int64_t at_once = std::min({blocks, by_shared, kWarpsAtOnce / warps});
+  const int64_t at_once = std::min(blocks, by_shared);
   const double waiting = std::max(1.0, kBusy / double(std::max<int64_t>(at_once, 1) * warps));
   return double(blocks * plan.pixels() * plan.channels()) * (1 + waiting);
 }
@@ -84,8 +84,9 @@ inline Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, b
   const bool bfloat16 = c.dtype == DType::bfloat16 || matrix == Matrix::bfloat16;
   if (c.dtype == DType::float64 || (plain && bfloat16)) return Algorithm::fused;
 
-  // Behind cuDNN Python and torch take some 40 us a step, 60 backward, unless a graph replays them.
-  // Our steps take fewer than these up to about so many products.
+  // Behind cuDNN Python and torch take some 40 us a step, 60 backward. Our steps take fewer than
+  // these up to about so many products. A graph that replays a call takes nothing of the host, and
+  // there cuDNN is the faster one earlier; the rules do not know what will be captured.
   const bool large_chip = capability == 75 || three_products_beat_one(capability);
   if (products < (plain || !large_chip ? 1e6 : 2e6)) return Algorithm::fused;
 
@@ -99,15 +100,21 @@ inline Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, b
   // shares a long K among blocks.
   if (neurons < 2048 && depth >= 800) return Algorithm::cudnn;
 
-  // Without tensor cores cuDNN's Winograd form has 2.25 times fewer products forward; it gains
-  // nothing by it where x has one channel or two, whose products it pads. Backward it has no such
-  // form for our gradients of gates; from 8.6 on, though, a multiprocessor has 128 plain lanes, and
-  // our kernels no loads for more than 40 % of them.
-  if (plain && c.Cin > 2 && !(backward && capability < 80)) return Algorithm::cudnn;
+  // Without tensor cores cuDNN's Winograd form of 3x3 kernels has 2.25 times fewer products, forward
+  // alone; it gains nothing by it where x has one channel or two, whose products it pads. From 8.6
+  // on, though, a multiprocessor has 128 plain lanes, and our kernels no loads for more than 40 % of
+  // them.
+  const bool winograd = !backward && c.kernel_h == 3 && c.kernel_w == 3 && c.stride_h == 1 &&
+                        c.stride_w == 1 && c.dilation_h == 1 && c.dilation_w == 1;
+  if (plain && c.Cin > 2 && (winograd || capability >= 80)) return Algorithm::cudnn;
 
   // On 9.0 and 10.x mma.sync reaches half to two thirds of the rate that cuDNN has by wgmma and
-  // tcgen05. That counts where channels are many; 3xTF32 beats the plain float32 that it has.
-  if (capability >= 90 && capability < 120 && channels >= 96 && !plain && !in_parts)
+  // tcgen05. That counts where channels are many, and our products take longer than the launches
+  // around cuDNN: a multiprocessor forms 0.85 million a us in tf32, and 1.4 in half types, and 40 us
+  // are as many as these. 3xTF32 beats the plain float32 that cuDNN has.
+  const bool half = gate_type(c.dtype, matrix) != DType::float32;
+  if (capability >= 90 && capability < 120 && channels >= 96 && !plain && !in_parts &&
+      products > (half ? 56e6 : 34e6))
     return Algorithm::cudnn;
 
   return Algorithm::fused;

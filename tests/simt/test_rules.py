@@ -16,13 +16,14 @@ TYPES = {"tf32": (0, 1), "float32": (0, None), "fp16": (0, 3), "bf16": (3, 0), "
 
 # us of a forward step on paper, by a model without the host's part: cuDNN with our neurons, and our
 # step kernels. A layer is N, Cin, C, H, W. Images of one column have three taps of nine; with all
-# nine they were 13 / 27, 40 / 70, 130 / 373, 15 / 39 and 253 / 687.
+# nine they were 13 / 27, 40 / 70, 130 / 373, 15 / 39 and 253 / 687. A T4's figures are of tiles that
+# hold rows of several samples.
 PAPER = [
     ((128, 22, 16, 129, 1), "h100", "tf32", 17, 15),
     ((128, 22, 16, 129, 1), "4090", "tf32", 32, 19),
-    ((128, 22, 16, 129, 1), "t4", "float32", 93, 107),
+    ((128, 22, 16, 129, 1), "t4", "float32", 93, 88),
     ((128, 32, 64, 32, 1), "h100", "tf32", 16, 23),
-    ((128, 32, 64, 32, 1), "t4", "float32", 159, 258),
+    ((128, 32, 64, 32, 1), "t4", "float32", 159, 151),
     ((32, 1, 16, 22, 128), "h100", "tf32", 37, 42),
     ((32, 1, 16, 22, 128), "a100", "tf32", 78, 66),
     ((32, 1, 16, 22, 128), "4090", "tf32", 128, 77),
@@ -30,6 +31,7 @@ PAPER = [
     ((32, 1, 16, 22, 128), "t4", "fp16", 327, 175),
     ((12, 16, 32, 16, 24), "t4", "fp16", 42, 40),
     ((16, 2, 32, 32, 32), "h100", "tf32", 20, 18),
+    ((16, 32, 64, 32, 32), "h100", "tf32", 50, 31),
     ((16, 2, 32, 32, 32), "a100", "tf32", 44, 36),
     ((16, 2, 32, 32, 32), "4090", "tf32", 73, 31),
     ((16, 2, 32, 32, 32), "t4", "fp16", 132, 84),
@@ -46,37 +48,45 @@ CHOSEN = [
     ((16, 128, 128, 8, 8), "4090", "tf32", False, "cudnn"),  # few pixels, a long K
     ((1, 32, 1, 720, 1580), "t4", "float32", True, "cudnn"),  # one channel of 16 columns
     ((8, 64, 128, 32, 32), "h100", "tf32", True, "cudnn"),  # wgmma
-    ((8, 64, 128, 32, 32), "b200", "bf16", False, "cudnn"),
+    ((16, 64, 128, 32, 32), "b200", "bf16", False, "cudnn"),
+    ((8, 64, 128, 32, 32), "b200", "bf16", False, "fused"),  # launches take longer than products
+    ((16, 32, 64, 32, 32), "h100", "tf32", True, "fused"),
     ((8, 64, 128, 32, 32), "h100", "float32", False, "fused"),  # 3xTF32
     ((8, 64, 128, 32, 32), "5090", "tf32", False, "fused"),
 ]
 
 
-def facts_of(core, layer, card: str, dtype: str):
+def facts_of(core, layer, card: str, dtype: str, **more):
     n, cin, c, h, w = layer
     device = core.module.CudaDevice(*devices.EMULATED[card])
     states, matrix = TYPES[dtype]
     if matrix is None:
         matrix = core.module.cuda_full_precision(device)
     facts = {"dtype": states, "T": 10, "N": n, "Cin": cin, "C": c, "H": h, "W": w}
-    return core.module.Cell(**FACTS | facts), device, matrix
+    return core.module.Cell(**FACTS | facts | more), device, matrix
 
 
-def chosen(core, layer, card: str, dtype: str, backward: bool) -> str:
-    return NAMES[core.module.CudaPlan(*facts_of(core, layer, card, dtype), 0, backward).algorithm]
+def chosen(core, layer, card: str, dtype: str, backward: bool, **more) -> str:
+    facts = facts_of(core, layer, card, dtype, **more)
+    return NAMES[core.module.CudaPlan(*facts, 0, backward).algorithm]
 
 
 @pytest.mark.parametrize(("layer", "card", "dtype", "cudnn", "ours"), PAPER)
 def test_the_rules_choose_what_is_shorter_on_paper(core, layer, card, dtype, cudnn, ours):
-    """Within 15 %, the error of the paper, either is right."""
-    names = {"cudnn": cudnn, "fused": ours}
-    right = {name for name, time in names.items() if time <= 1.15 * min(cudnn, ours)}
+    """Within 15 %, the error of the paper, either is right. Behind cuDNN the host takes 40 us."""
+    names = {"cudnn": max(cudnn, 40), "fused": ours}
+    right = {name for name, time in names.items() if time <= 1.15 * min(names.values())}
     assert chosen(core, layer, card, dtype, False) in right
 
 
 @pytest.mark.parametrize(("layer", "card", "dtype", "backward", "name"), CHOSEN)
 def test_each_rule_decides_somewhere(core, layer, card, dtype, backward, name):
     assert chosen(core, layer, card, dtype, backward) == name
+
+
+@pytest.mark.parametrize("facts", [{"kernel": (5, 5)}, {"stride": (2, 1)}, {"dilation": (1, 2)}])
+def test_kernels_that_winograd_has_no_form_of_run_on_ours(core, facts):
+    assert chosen(core, (8, 32, 64, 32, 32), "t4", "float32", False, **facts) == "fused"
 
 
 @pytest.mark.parametrize("card", devices.EMULATED)
