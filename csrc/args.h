@@ -123,9 +123,9 @@ struct PassArgs {
 
 struct ForwardArgs : PassArgs {
   const void* bias = nullptr;  // (4C,), contiguous
-  // CUDA, cudnn: torch's convolution of cat[x, mem], (1, N, 4C, Ho, Wo) of the gate type,
-  // for which x and weight are unused. bias is null if the sums hold it already.
-  View gate_sums;
+  // CUDA, cudnn: torch's convolution of mem, (1, N, 4C, Ho, Wo) of the gate type, and that of x, in
+  // the compute type; or gate_sums is of cat[x, mem]. x and weight are unused.
+  View gate_sums, x_sums;
   View spk;       // (T, N, C, Hp, Wp); absent in a single step of a cell that does not spike
   View syn, mem;  // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
 

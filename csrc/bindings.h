@@ -124,9 +124,9 @@ inline void check_common(const PassArgs& a) {
 inline ForwardArgs forward_args(const Cell& cell, const py::tuple& given) {
   ForwardArgs a;
   a.cell = cell;
-  Fields f(given, kPassFields + 5);
+  Fields f(given, kPassFields + 6);
   read_pass(f, a);
-  f.read(a.bias, a.gate_sums, a.spk, a.syn, a.mem);
+  f.read(a.bias, a.gate_sums, a.x_sums, a.spk, a.syn, a.mem);
   check_common(a);
   needs(a.mem0.data, "mem0"), needs(a.syn.data, "syn"), needs(a.mem.data, "mem");
   if (cell.spiking || cell.T > 1) needs(a.spk.data, "spk");

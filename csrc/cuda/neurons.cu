@@ -7,8 +7,9 @@ namespace snnlstm::cuda {
 
 namespace {
 
-// Returns gate k of a tensor (1, N, 4C, Ho, Wo).
+// Returns gate k of a tensor (1, N, 4C, Ho, Wo), if there is one.
 Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
+  if (all.data == nullptr) return {};
   View v = all;
   v.data = static_cast<char*>(all.data) + k * c.C * all.stride[2] * bytes_of(type);
   return tensor(v, type, 0, {1, c.N, c.C, c.Ho(), c.Wo()}, 4);
@@ -46,7 +47,10 @@ void CudnnPass::run(const ForwardArgs& args, void* stream) const {
   const Cell& c = s.c;
   ForwardNeurons p;
   p.tiling = tiling;
-  for (int k = 0; k < 4; ++k) p.sums[k] = gate_of(args.gate_sums, gates, c, k);
+  for (int k = 0; k < 4; ++k) {
+    p.sums[k] = gate_of(args.gate_sums, gates, c, k);
+    p.x_sums[k] = gate_of(args.x_sums, real, c, k);
+  }
   p.neuron = neuron_forward(args, 0, 4);
   p.neuron.fires = whole_windows && !c.inhibition;
   if (args.saved_syn) p.neuron.own_syn = image(args.saved_syn, s, type);

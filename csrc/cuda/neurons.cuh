@@ -27,7 +27,8 @@ SNNLSTM_DEVICE int channel() { return 4 * (int(threadIdx.x) % 4); }
 
 struct ForwardNeurons {
   Tiling tiling;
-  Tensor sums[4];  // of each gate, (1, N, C, Ho, Wo) in any layout
+  // Of each gate, (1, N, C, Ho, Wo) in any layout: of mem and of x, or of both without x_sums.
+  Tensor sums[4], x_sums[4];
   NeuronForward neuron;
 };
 
@@ -43,7 +44,13 @@ __global__ void __launch_bounds__(neurons::kThreads, neurons::kBlocks<R>)
   tile.load_vectors();
   const PixelPair at = pixel_pair(p.tiling, block, neurons::pixel(), p.neuron.Ho, p.neuron.Wo);
   R sum[4][2][4];
-  unrolled<4>([&](int gate) { load_patch(p.sums[gate], at, c0 + neurons::channel(), sum[gate]); });
+  unrolled<4>([&](int gate) {
+    load_patch(p.sums[gate], at, c0 + neurons::channel(), sum[gate]);
+    if (!p.x_sums[gate].present()) return;
+    R of_x[2][4];
+    load_patch(p.x_sums[gate], at, c0 + neurons::channel(), of_x);
+    unrolled<2, 4>([&](int px, int ch) { sum[gate][px][ch] += of_x[px][ch]; });
+  });
   if (!fault(Fault::no_vectors_barrier)) __syncthreads();
   tile.patch(neurons::pixel(), neurons::channel(), sum, mem_tile);
   __syncthreads();

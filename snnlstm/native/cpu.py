@@ -287,7 +287,7 @@ class Plan(CommonPlan):
             (x_at, self.x5), (syn_at, self.syn5), (mem_at, self.mem5), *forms.addresses,
             threshold_at, self.threshold_stride, graded_at, self.levels_address, record,
             *self.saved.addresses(saved),
-            lengths_at, address(order), workspace.data_ptr(), bias_at, None,
+            lengths_at, address(order), workspace.data_ptr(), bias_at, None, None,
             (spk.data_ptr(), self.spk5) if self.has_spk else None,
             (new_syn.data_ptr(), self.state5), (new_mem.data_ptr(), self.state5),
         )  # fmt: skip

@@ -27,9 +27,12 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from ..call import Call, active
 from .plan import Gradients, Result, address, empty_gradients, view
 
-__all__ = ["BackwardPass", "backward", "forward", "steps_backward"]
+__all__ = ["MOST_SUMS", "BackwardPass", "backward", "forward", "steps_backward"]
 
-# A plan.CommonPlan with the attributes `contiguous` and `geometry`.
+MOST_SUMS = 64 << 20
+"""Bytes of x's gate sums that are formed at once, where these are of several steps."""
+
+# A plan.CommonPlan with the attributes `contiguous`, `geometry`, `real` and `steps_at_once`.
 Plan = Any
 Neurons = tuple[int, int, int, int]
 """Addresses of threshold, its stride, graded factor and levels."""
@@ -109,14 +112,32 @@ def forward(
     bias: int,
     result: Result,
 ) -> None:
-    """cuDNN convolves, the kernels do the rest of each step by `run`, of one step."""
-    syn, mem = call.syn, call.mem
-    weight = plan.geometry.inner(call.weight.detach().to(plan.work))
+    """cuDNN convolves, the kernels do the rest of each step by `run`, of one step.
+
+    x of several steps is convolved at once, in `plan.real`: of half types the kernels add x's sums
+    before they are rounded. x of one step is convolved with mem, if it has no stride.
+    """
+    syn, mem, of = call.syn, call.mem, plan.geometry
+    xs, at_once = _steps(call.x, call.sequence), plan.steps_at_once
+    together = at_once == 1 and of.stride == (1, 1)
+    weight = of.inner(call.weight.detach().to(plan.work))
+    if not together:  # contiguous: otherwise each convolution would copy its half
+        of_x, weight = (w.contiguous() for w in weight.split([plan.cin, plan.c], 1))
+        of_x = of_x.to(plan.real)
     spks, last = _steps(result.spk, call.sequence), plan.time - 1
-    for t, x in enumerate(_steps(call.x, call.sequence)):
+    for t, x in enumerate(xs):
         spk: Tensor | None = spks[t]
+        images, x_sums = mem.to(plan.work), None
         with torch.autocast(x.device.type, enabled=False):  # the call's counts: plan.work
-            sums = _convolve(plan, x.to(plan.work), mem.to(plan.work), weight).to(plan.of_sums)
+            if together:
+                images = torch.cat([x.to(plan.work), images], 1)
+            elif t % at_once == 0:
+                some = xs[t : t + at_once].to(plan.work).to(plan.real)
+                sums_of_x = _convolve(plan, some.flatten(0, 1), of_x, of.stride)
+                sums_of_x = sums_of_x.unflatten(0, some.shape[:2])
+            sums = _convolve(plan, images, weight, (1, 1)).to(plan.of_sums)
+        if not together:
+            x_sums = sums_of_x[t % at_once]
         # Without record the states are updated in place, each neuron by one thread.
         out_syn = result.syn[t] if call.record else result.syn
         out_mem = result.mem[t] if call.record else result.mem
@@ -128,7 +149,7 @@ def forward(
         run((
             None, view(syn), view(mem), 0, 0, 0, *neurons, call.record or left is not None,
             *plan.saved.addresses(result.saved, t), address(left), 0, 0,
-            bias, view(sums), view(spk), view(out_syn), view(out_mem),
+            bias, view(sums), view(x_sums), view(spk), view(out_syn), view(out_mem),
         ))  # fmt: skip
         syn, mem = out_syn, out_mem
 
@@ -267,16 +288,9 @@ def _sum(carried: Tensor | None, recorded: Tensor | None, step: int) -> Tensor |
     return recorded[step] if carried is None else carried + recorded[step]
 
 
-def _convolve(plan: Plan, x: Tensor, mem: Tensor, weight: Tensor) -> Tensor:
-    """The gate sums, without the bias, which the kernels add."""
+def _convolve(plan: Plan, images: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
+    """Gate sums without the bias, which the kernels add."""
     of = plan.geometry
-
-    def convolve(images: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
-        if images.device.type == "cpu":  # emulated: equal numbers in any layout have equal sums
-            images, weight = images.contiguous(), weight.contiguous()
-        return F.conv2d(images, weight, None, stride, of.padding, of.dilation)
-
-    if of.stride == (1, 1):
-        return convolve(torch.cat([x, mem], 1), weight, (1, 1))
-    of_x, of_mem = weight.split([x.shape[1], mem.shape[1]], 1)
-    return convolve(x, of_x, of.stride).add_(convolve(mem, of_mem, (1, 1)))
+    if images.device.type == "cpu":  # emulated: equal numbers in any layout have equal sums
+        images, weight = images.contiguous(), weight.contiguous()
+    return F.conv2d(images, weight, None, stride, of.padding, of.dilation)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from dataclasses import replace
 from itertools import permutations
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
@@ -174,6 +178,36 @@ def test_float32_without_tensor_cores_is_convolved_in_contiguous_images(
     of_mem = [t for t in seen if t.shape[1] == 8]
     assert len(of_gates) > len(of_mem) > 0
     assert {t.is_contiguous() for t in of_gates + of_mem} == {contiguous}
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps", "expected"),
+    [
+        ("bfloat16 states", 3, [(6, 5), *[(2, 9)] * 3]),
+        ("float32", 2, [(4, 5), (2, 9), (2, 9), (2, 5), (2, 9)]),
+        ("float32", 0, [(2, 14)] * 3),
+        ("float16 on sm_75", 3, [(2, 14)] * 3),  # where float32 has no tensor cores
+    ],
+)
+def test_cudnn_convolves_x_of_several_steps_at_once(core, monkeypatch, mode, steps, expected):
+    """In float32: the kernels add half types' sums of mem before they round."""
+    seen = []
+
+    def conv2d(images, *args):
+        seen.append(images)
+        return F.conv2d(images, *args)
+
+    monkeypatch.setattr(cuda.torch_conv, "F", SimpleNamespace(conv2d=conv2d, pad=F.pad))
+    monkeypatch.setattr(cuda.torch_conv, "MOST_SUMS", steps * 4 * math.prod(PLAIN.state_shape) * 4)
+    mode = replace(MODES[mode], algorithm="cudnn")
+    case = mode.of(PLAIN)
+    with mode.running(core), torch.no_grad():
+        actual = mode.run(*case.inputs(), case.options)
+        monkeypatch.undo()
+        assert [tuple(t.shape[:2]) for t in seen] == expected
+        assert {t.dtype for t in seen if t.shape[1] == 5} <= {torch.float32}
+        expected = replace(mode, algorithm="fused").run(*case.inputs(), case.options)
+    torch.testing.assert_close(actual[1:], expected[1:], atol=3 * mode.error, rtol=0)
 
 
 def test_every_new_value_of_a_weight_is_seen(core):
