@@ -207,8 +207,8 @@ class Plan(CommonPlan):
         run((
             (call.x.data_ptr(), self.x5), (call.syn.data_ptr(), self.syn5),
             (call.mem.data_ptr(), self.mem5), packed, 0, 0, *neurons, call.record,
-            *self.saved.addresses(result.saved), address(call.lengths), 0, workspace, bias, None, None,
-            (spk.data_ptr(), self.spk5) if self.has_spk else None,
+            *self.saved.addresses(result.saved), address(call.lengths), 0, workspace, bias,
+            None, None, (spk.data_ptr(), self.spk5) if self.has_spk else None,
             (syn.data_ptr(), self.state5), (mem.data_ptr(), self.state5),
         ))  # fmt: skip
 

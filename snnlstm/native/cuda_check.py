@@ -11,7 +11,9 @@ from functools import cache
 
 OLDEST = (7, 5)
 TEGRA = {72, 87, 101, 110}  # Jetson and DRIVE: 10 * major + minor
-FIRST_DRIVERS = {12: 525, 13: 580}  # the first driver branch that runs code of a CUDA major version
+# The first driver branch that runs code of a CUDA major version; of CUDA 11 the first that knows
+# cudaLaunchKernelExC, by which kernels are launched.
+FIRST_DRIVERS = {11: 520, 12: 525, 13: 580}
 
 
 def without_kernels(build: Mapping[str, str]) -> str | None:
@@ -31,13 +33,14 @@ def driver_trouble(build: Mapping[str, str], driver: int | None) -> str | None:
     `driver` is the newest CUDA version that it runs, as :func:`driver_version` returns it.
     """
     built = int(build.get("cuda_version", "").split(".")[0] or 0)
-    if driver is None or driver // 1000 >= built:
+    needed = 11080 if built == 11 else 1000 * built
+    if driver is None or driver >= needed:
         return None
     newer = f" to {FIRST_DRIVERS[built]} or newer" if built in FIRST_DRIVERS else ""
+    other = f", or install the build for CUDA {driver // 1000}" if driver // 1000 < built else ""
     return (
-        f"the NVIDIA driver is too old: it runs CUDA {show(driver)}, and this build of snnlstm is "
-        f"for CUDA {built}; update the driver{newer}, or install the build for CUDA "
-        f"{driver // 1000}"
+        f"the NVIDIA driver is too old: it runs CUDA {show(driver)}, and this build of snnlstm "
+        f"needs CUDA {show(needed)}; update the driver{newer}{other}"
     )
 
 

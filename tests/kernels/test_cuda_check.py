@@ -44,7 +44,8 @@ def machine(monkeypatch):
     cuda_check.trouble.cache_clear()
 
 
-OLD = ("driver is too old", "CUDA 12.4", "for CUDA 13", "580", "build for CUDA 12")
+OLD = ("driver is too old", "CUDA 12.4", "needs CUDA 13.0", "580", "build for CUDA 12")
+OLD_11 = ("driver is too old", "CUDA 11.7", "needs CUDA 11.8", "update the driver to 520 or newer")
 NO_KERNELS = ("no CUDA kernels", "SNNLSTM_CUDA=off", "+cu13", "SNNLSTM_CUDA=on")
 
 
@@ -55,6 +56,8 @@ NO_KERNELS = ("no CUDA kernels", "SNNLSTM_CUDA=off", "+cu13", "SNNLSTM_CUDA=on")
         (BUILD, 14000, (9, 0), ()),
         (BUILD, 0, (9, 0), ()),  # the driver does not tell its version
         (BUILD, 12040, (9, 0), OLD),
+        (BUILD | {"cuda_version": "11.8.89"}, 11070, (8, 0), OLD_11),
+        (BUILD | {"cuda_version": "11.8.89"}, 11080, (8, 0), ()),
         (BUILD, 13000, (7, 0), ("GPU 0 (compute capability 7.0) is too old", "need 7.5 or newer")),
         (WITHOUT, 13000, (9, 0), NO_KERNELS),
     ],
@@ -64,7 +67,7 @@ def test_what_is_said_of_a_machine(machine, build, driver, capability, words):
     said = cuda_check.trouble(0)
     assert (said is None) == (not words)
     assert all(word in said for word in words)
-    assert bool(asked) == (words not in (OLD, NO_KERNELS))
+    assert bool(asked) == (words not in (OLD, OLD_11, NO_KERNELS))
 
 
 # A GPU's compute capability, what a build has code for, and what the GPU runs: machine code for 8.0
