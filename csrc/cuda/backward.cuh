@@ -40,7 +40,7 @@ struct DataGradientMma : DataGradient {
 constexpr int kBackwardThreads = 128;
 // Blocks that a multiprocessor holds. In parts, each accumulator has a total beside it.
 template <class Element>
-constexpr int kBackwardBlocks = std::is_same_v<Element, mma_gemm::Parts> ? 2 : 3;
+constexpr int kBackwardBlocks = std::is_same_v<Element, tf32x3> ? 2 : 3;
 
 // A block's sums of a convolution in shared memory, in patches of 2 pixels x 4 channels. If there
 // are two groups of warps, each sums over one half of K, and then goes on with one of the m16

@@ -25,7 +25,7 @@ constexpr int kMmaThreads = 256;
 
 // Blocks that a multiprocessor holds. In parts, each accumulator has a total beside it.
 template <class Element>
-constexpr int kMmaBlocks = std::is_same_v<Element, mma_gemm::Parts> ? 1 : 2;
+constexpr int kMmaBlocks = std::is_same_v<Element, tf32x3> ? 1 : 2;
 
 // Orders the sums that a thread holds of an m16 tile as sum[gate][pixel][channel].
 template <int Tiles>

@@ -27,6 +27,9 @@ struct alignas(2) fp16_sm75 {
 struct alignas(4) tf32 {  // a float: 1 + 8 + 10 bits, and 13 that the tensor core ignores
   uint32_t bits;
 };
+struct tf32x3 {  // a float that is multiplied as the sum of two tf32 numbers, in three products
+  float value;
+};
 
 namespace detail {
 
@@ -111,6 +114,11 @@ SNNLSTM_BOTH fp16 from_float<fp16>(float x) {
 #else
   return fp16{detail::float_to_fp16_software(x)};
 #endif
+}
+
+template <>
+SNNLSTM_BOTH fp16_sm75 from_float<fp16_sm75>(float x) {
+  return {from_float<fp16>(x).bits};
 }
 
 template <>

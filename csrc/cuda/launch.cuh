@@ -1,12 +1,9 @@
-// Launches a kernel, on the device or in the emulation, and checks that. primitives.cuh includes
-// this file.
+// Launches a kernel, on the device or in the emulation, and checks that.
 #pragma once
 
-#include <cstddef>
+#include "primitives.cuh"
 
 #if defined(__CUDACC__)
-#include <cuda_runtime.h>
-
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -14,8 +11,6 @@
 #include <string>
 #include <tuple>
 #include <utility>
-#else
-#include "simt.h"
 #endif
 
 namespace snnlstm::cuda {

@@ -4,6 +4,7 @@
 #include "add_gradients.cuh"
 #include "fire.cuh"
 #include "images.h"
+#include "launch.cuh"
 #include "step_plans.h"
 #include "weight_gradient.cuh"
 
@@ -41,9 +42,10 @@ void launch_add_gradients(AddGradients p, DType type, void* stream);
 // Calls f(E{}), E the type of elements that tensor core kernels are compiled for.
 template <class F>
 void with_element(Multiply multiply, F&& f) {
-  if (multiply == Multiply::tf32x3) return f(mma_gemm::Parts{});
+  if (multiply == Multiply::fp16) return f(fp16{});
+  if (multiply == Multiply::bf16) return f(bf16{});
   if (multiply == Multiply::fp16_sm75) return f(fp16_sm75{});
-  multiply == Multiply::tf32 ? f(float{}) : f(uint16_t{});
+  multiply == Multiply::tf32x3 ? f(tf32x3{}) : f(float{});
 }
 
 // Calls f(R{}), R the type that the kernels compute in.

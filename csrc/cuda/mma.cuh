@@ -23,13 +23,6 @@ constexpr int kWarpPixels = 32;
 constexpr int kPairBytes = 512;              // B fragments of two n-tiles, one k-step
 constexpr uint32_t kTf32Bits = 0xffffe000u;  // the bits of a float that the tensor core uses
 
-// The type of elements whose products are formed in three parts (Multiply::tf32x3).
-struct Parts {
-  float value;
-  Parts() = default;
-  SNNLSTM_BOTH explicit Parts(float number) : value(number) {}
-};
-
 // Rounds a float for the tensor core, which drops all but the first 10 bits of the mantissa: adds
 // about half a unit of the last of these bits. That is one instruction (cvt.rna: two or three).
 // NaN, infinity and numbers that are exact in tf32 keep their values. The error is at most 0.71
@@ -72,7 +65,7 @@ template <class Element, int NT, bool AnyFeed, bool Strided = false>
 class MmaGemm {
  public:
   static constexpr bool kHalf = sizeof(Element) == 2;
-  static constexpr bool kParts = std::is_same_v<Element, mma_gemm::Parts>;
+  static constexpr bool kParts = std::is_same_v<Element, tf32x3>;
   static constexpr int kPairBytes = (kParts ? 2 : 1) * mma_gemm::kPairBytes;  // in a unit
   using Accumulators = float[2][NT][4];
 
@@ -169,6 +162,7 @@ class MmaGemm {
       } else {
         if (stride > 1 || step % 2 == 0) {
           unrolled<2>([&](int mi) { row[mi] = row_of_transposed(seg, mi, tap_h, tap_w); });
+          __syncwarp();  // lanes have gone different ways
           if (++tap_w == seg.taps_w) tap_w = 0, ++tap_h;
         }
         step += stride;
@@ -222,14 +216,8 @@ class MmaGemm {
     const SharedPlace b = fragments_ + pipeline_.weights();
     if constexpr (kParts)
       multiply_in_parts(a, b, acc);
-    else if constexpr (!kHalf)
-      multiply_with<tf32>(a, b, acc);
-    else if constexpr (std::is_same_v<Element, fp16_sm75>)
-      multiply_with<fp16_sm75>(a, b, acc);
-    else if (p_.multiply == Multiply::bf16)
-      multiply_with<bf16>(a, b, acc);
     else
-      multiply_with<fp16>(a, b, acc);
+      multiply_with<std::conditional_t<kHalf, Element, tf32>>(a, b, acc);
   }
 
   template <class T>

@@ -30,7 +30,6 @@ constexpr int kCarried = 2;
 }  // namespace mma_gemm
 
 struct MmaConv {
-  Multiply multiply = Multiply::tf32;
   MmaSegment segment[2];
   int segments = 0;
   int units = 0;                 // of all segments together
@@ -59,7 +58,7 @@ class MmaPipeline {
         shared_(shared),
         stages_(shared + 2 * p.buffer_bytes),
         weight_(static_cast<const unsigned char*>(p.weight) + block.column * p.weight_pitch),
-        source_(p.multiply, tiling) {
+        source_(tiling) {
     source_.move_to(block);
   }
 

@@ -138,7 +138,6 @@ struct MmaBuilder {
 
   // tiles: n-tiles of a warp
   MmaBuilder(Multiply multiply, int warp_columns, int tiles) : type(multiply) {
-    conv.multiply = multiply;
     conv.warp_columns = warp_columns;
     conv.unit_bytes = warp_columns * (tiles / 2) * type.pair_bytes();
   }

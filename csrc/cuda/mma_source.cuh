@@ -65,8 +65,8 @@ struct MmaSegment {
 template <class Element>
 constexpr bool kCarries = std::is_same_v<Element, fp16_sm75>;
 
-// Element: of shared memory, float (which tf32 rounds when it is read), the bits of an fp16 or
-// bf16, or fp16_sm75. AnyFeed: false if all sources are our own images (Feed::async). Chunks: so
+// Element: of shared memory, float (which tf32 rounds when it is read), tf32x3, fp16, bf16 or
+// fp16_sm75. AnyFeed: false if all sources are our own images (Feed::async). Chunks: so
 // many come at once, to buffers side by side.
 //
 // Its users call start(), then turn() now and then between their products, and finish().
@@ -78,8 +78,7 @@ class MmaSource {
   static constexpr int kPerChunk = mma_tile::kGroups * kPerGroup;
   static constexpr bool kTurns = AnyFeed || kCarries<Element>;
 
-  SNNLSTM_DEVICE MmaSource(Multiply multiply, const Tiling& tiling)
-      : multiply_(multiply), tiling_(tiling) {}
+  SNNLSTM_DEVICE explicit MmaSource(const Tiling& tiling) : tiling_(tiling) {}
 
   // Sets the tile that is read for; its t may differ from the block's.
   SNNLSTM_DEVICE void move_to(const BlockPlace& at) { at_ = at; }
@@ -263,20 +262,24 @@ class MmaSource {
     if (kCarries<Element> && (!AnyFeed || seg.feed == Feed::async)) {
       store(to, make_float4(v[0], v[1], v[2], v[3]));
     } else if (kHalf && seg.feed == Feed::vectors) {
-      const DType type = half_type(multiply_);
-      store(to, make_uint2(pack16(type, v[0], v[1]), pack16(type, v[2], v[3])));
+      store(to, make_uint2(packed(v[0], v[1]), packed(v[2], v[3])));
     } else {
       store_group(to, v);
     }
   }
 
   SNNLSTM_DEVICE void store_group(unsigned char* to, const float (&v)[kPerGroup]) const {
-    const DType type = half_type(multiply_);
     if constexpr (kHalf)
-      store(to, make_uint4(pack16(type, v[0], v[1]), pack16(type, v[2], v[3]),
-                           pack16(type, v[4], v[5]), pack16(type, v[6], v[7])));
+      store(to, make_uint4(packed(v[0], v[1]), packed(v[2], v[3]), packed(v[4], v[5]),
+                           packed(v[6], v[7])));
     else
       store(to, make_float4(v[0], v[1], v[2], v[3]));
+  }
+  SNNLSTM_DEVICE static uint32_t packed(float lo, float hi) {
+    if constexpr (kHalf)
+      return pack<Element>(lo, hi);
+    else
+      return 0;  // nobody asks
   }
 
   SNNLSTM_DEVICE void copy_async(const MmaSegment& seg, int chunk, unsigned char* buffer) const {
@@ -321,7 +324,6 @@ class MmaSource {
     }
   }
 
-  Multiply multiply_;
   const Tiling& tiling_;
   BlockPlace at_;
   int chunk_ = 0, last_ = 0, next_item_ = 0, items_ = 0, pitch_ = 0;  // of what is under way

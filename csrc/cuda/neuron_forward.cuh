@@ -68,12 +68,15 @@ inline bool is_plain(const NeuronForward& n) {
          f.num_levels == 0 && f.lengths == nullptr;
 }
 
-// What kernels know that multiply Elements: where these are floats, states and gates are float32;
-// so are the states of plain steps.
+// What kernels know that multiply Elements: gates are of their type, and where these are floats,
+// states are float32; so are the states of plain steps.
 template <class Element, bool plain>
 using KnownStates = Known<std::conditional_t<plain || sizeof(Element) == 4, float, AnyType>, plain>;
 template <class Element>
-using KnownGates = Known<std::conditional_t<sizeof(Element) == 4, float, AnyType>, true>;
+using KnownGates =
+    Known<std::conditional_t<sizeof(Element) == 4, float,
+                             std::conditional_t<std::is_same_v<Element, bf16>, bf16, fp16>>,
+          true>;
 
 // Moves every value one place towards v[0][0], whose value is lost, and puts `last` at the end.
 template <int CH, class R>

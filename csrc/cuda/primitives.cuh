@@ -3,8 +3,9 @@
 // A kernel is ordinary CUDA C++: __global__, threadIdx, __syncthreads(), __syncwarp(),
 // __shfl_xor_sync(), __any_sync(), float4 and their like exist in both builds. This file adds what
 // CUDA C++ has no short name for: the block's dynamic shared memory as one struct, asynchronous
-// copies, fragments and tensor core multiply-adds, accesses to whole vectors, and a checked launch.
-// The types fp16, bf16 and tf32 are in half.cuh, the seeded faults in fault.cuh.
+// copies, fragments and tensor core multiply-adds, and accesses to whole vectors. The types fp16,
+// bf16 and tf32 are in half.cuh, the seeded faults in fault.cuh, and a checked launch in
+// launch.cuh.
 //
 // A kernel that runs in both builds keeps to these rules:
 // - Shared memory is the one struct of shared_memory<T>(), whose size goes into Launch. The struct
@@ -22,7 +23,7 @@
 // - fault() marks the places at which the tests can break a kernel.
 // - `if constexpr (arch::has_mma<T>)` tells architectures apart: on sm_75 tensor cores multiply
 //   fp16_sm75 alone, on others all types but that. A kernel whose type the architecture does not
-//   multiply traps. sm_75 has no cp.async, so that cp_async() is a plain copy there.
+//   multiply traps. sm_75 has no cp.async: threads carry what others copy so, in registers.
 #pragma once
 
 #include <cstddef>
@@ -144,7 +145,7 @@ SNNLSTM_DEVICE void cp_async(void* shared, const void* global, bool real = true)
                "r"(real ? 16 : 0)
                : "memory");
 #else
-  *static_cast<uint4*>(shared) = real ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
+  trap_without_mma();
 #endif
 }
 
@@ -288,5 +289,3 @@ SNNLSTM_DEVICE void store(void* p, V v) {
 }
 
 }  // namespace snnlstm::cuda
-
-#include "launch.cuh"

@@ -100,18 +100,18 @@ inline Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, b
   // shares a long K among blocks.
   if (neurons < 2048 && depth >= 800) return Algorithm::cudnn;
 
-  // Without tensor cores cuDNN's Winograd form of 3x3 kernels has 2.25 times fewer products, forward
-  // alone; it gains nothing by it where x has one channel or two, whose products it pads. From 8.6
-  // on, though, a multiprocessor has 128 plain lanes, and our kernels no loads for more than 40 % of
-  // them.
+  // Without tensor cores cuDNN's Winograd form of 3x3 kernels has 2.25 times fewer products,
+  // forward alone; it gains nothing by it where x has one channel or two, whose products it pads.
+  // From 8.6 on, though, a multiprocessor has 128 plain lanes, and our kernels no loads for more
+  // than 40 % of them.
   const bool winograd = !backward && c.kernel_h == 3 && c.kernel_w == 3 && c.stride_h == 1 &&
                         c.stride_w == 1 && c.dilation_h == 1 && c.dilation_w == 1;
   if (plain && c.Cin > 2 && (winograd || capability >= 80)) return Algorithm::cudnn;
 
   // On 9.0 and 10.x mma.sync reaches half to two thirds of the rate that cuDNN has by wgmma and
   // tcgen05. That counts where channels are many, and our products take longer than the launches
-  // around cuDNN: a multiprocessor forms 0.85 million a us in tf32, and 1.4 in half types, and 40 us
-  // are as many as these. 3xTF32 beats the plain float32 that cuDNN has.
+  // around cuDNN: a multiprocessor forms 0.85 million a us in tf32, and 1.4 in half types, and 40
+  // us are as many as these. 3xTF32 beats the plain float32 that cuDNN has.
   const bool half = gate_type(c.dtype, matrix) != DType::float32;
   if (capability >= 90 && capability < 120 && channels >= 96 && !plain && !in_parts &&
       products > (half ? 56e6 : 34e6))

@@ -21,14 +21,9 @@ void launch_weight_gradient_fma(const WeightPlan& plan, WeightGradientsFma& p, D
 void launch_weight_gradient_mma(const WeightPlans& plan, WeightGradientsMma& p, void* stream) {
   const Launch how{"weight gradient (mma)", p.blocks + p.bias.blocks(), plan.threads(),
                    size_t(plan.shared_bytes()), stream};
-  constexpr void (*kernels[])(WeightGradientsMma) = {nullptr,
-                                                     &weight_gradient_mma<Multiply::fp16>,
-                                                     &weight_gradient_mma<Multiply::bf16>,
-                                                     &weight_gradient_mma<Multiply::tf32>,
-                                                     &weight_gradient_mma<Multiply::tf32x3>,
-                                                     &weight_gradient_mma<Multiply::fp16_sm75>};
   static_assert(sizeof(p) <= 4096, "a kernel's arguments take no more");
-  launch(how, kernels[int(plan.x.multiply)], p);
+  with_element(plan.x.multiply,
+               [&](auto element) { launch(how, &weight_gradient_mma<decltype(element)>, p); });
 }
 
 // threads: of a block of the launch, which may have more warps than the job.

@@ -37,16 +37,12 @@ struct WeightGradientMma {
   int totals = 0;        // bytes of shared memory before the totals
 };
 
-template <Multiply M>
+// Element: see MmaSource.
+template <class Element>
 class WeightGemm {
  public:
-  static constexpr bool kSm75 = M == Multiply::fp16_sm75;
-  static constexpr bool kHalf = M == Multiply::fp16 || M == Multiply::bf16 || kSm75;
-  static constexpr bool kParts = M == Multiply::tf32x3;
-  using Element = std::conditional_t<kSm75, fp16_sm75, std::conditional_t<kHalf, uint16_t, float>>;
-  using Operand = std::conditional_t<
-      kSm75, fp16_sm75,
-      std::conditional_t<M == Multiply::fp16, fp16, std::conditional_t<kHalf, bf16, tf32>>>;
+  static constexpr bool kHalf = sizeof(Element) == 2;
+  static constexpr bool kParts = std::is_same_v<Element, tf32x3>;
   static constexpr int kPerPlane = 64 / sizeof(Element);              // rows, or input channels
   static constexpr int kChunks = weight_tile::kChannels / kPerPlane;  // of the neighbourhood
   static constexpr int kTurns = weight_tile::kPixels / 16;            // of 16 pixels
@@ -55,7 +51,7 @@ class WeightGemm {
 
   // index: the block's number in the job. Columns count fastest, then rows, then splits.
   SNNLSTM_DEVICE WeightGemm(const WeightGradientMma& p, int index, unsigned char* shared)
-      : p_(p), tables_(*reinterpret_cast<weight_tile::Tables*>(shared)), source_(M, p.grad.tiling) {
+      : p_(p), tables_(*reinterpret_cast<weight_tile::Tables*>(shared)), source_(p.grad.tiling) {
     shared_ = shared + weight_tile::kTableBytes;
     const int column = index % p.column_blocks;
     row_ = index / p.column_blocks % p.row_blocks;
@@ -328,8 +324,8 @@ class WeightGemm {
       ldmatrix_transposed(b, b_row + shift_[tap][0]);
       const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
       unrolled<2>([&](int mi) {
-        mma<Operand>(acc_[tap][mi][0], a[mi], b0);
-        mma<Operand>(acc_[tap][mi][1], a[mi], b1);
+        mma<Element>(acc_[tap][mi][0], a[mi], b0);
+        mma<Element>(acc_[tap][mi][1], a[mi], b1);
       });
     }
   }
@@ -423,16 +419,16 @@ struct WeightGradientsMma : Jobs<WeightGradientMma> {
   SumGates bias;
 };
 
-template <Multiply M>
+template <class Element>
 __global__ void __launch_bounds__(weight_tile::kMaxThreads, 1)
     weight_gradient_mma(const __grid_constant__ WeightGradientsMma p) {
-  if constexpr (arch::has_mma<typename WeightGemm<M>::Operand>) {
+  if constexpr (arch::has_mma<Element>) {
     const WeightGradientMma& first = p.job[0];
     const int blocks = first.column_blocks * first.row_blocks * first.splits;
     int index = int(blockIdx.x);
     if (index >= p.blocks) return sum_gates<float>(p.bias, index - p.blocks);
     const WeightGradientMma& job = job_of(p.job, blocks, index);
-    WeightGemm<M> gemm(job, index, &shared_memory<unsigned char>());
+    WeightGemm<Element> gemm(job, index, &shared_memory<unsigned char>());
     gemm.run();
     gemm.write();
   } else {

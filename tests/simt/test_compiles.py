@@ -62,7 +62,7 @@ def test_a_kernel_multiplies_on_tensor_cores_or_traps(source, arch):
         assert instructions != ["ret"], f"{name} is empty"
         if "_mma" not in name or "pack_mma" in name:
             continue
-        of_sm75 = "fp16_sm75" in name or "MultiplyE5" in name
+        of_sm75 = "fp16_sm75" in name
         wanted = "trap" if of_sm75 != (arch == 75) else "mma.sync"
         assert any(wanted in what for what in instructions), name
 

@@ -24,28 +24,30 @@ CUDA = ROOT / "csrc" / "cuda"
 ASYNCHRONOUS = (80, 90)
 
 TF32 = ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "LDSM.16.M88.4")
-BOTH_HALVES = ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", *TF32[1:])
+FP16, BF16 = ("HMMA.16816.F32 ", *TF32[1:]), ("HMMA.16816.F32.BF16", *TF32[1:])
 VECTORS = ("LDG.E.128", "STG.E.128")
 
 # Kernels for tensor cores of sm_75, which have no asynchronous copies.
-SM75 = r"fp16_sm75|Multiply\)5"
+SM75 = "fp16_sm75"
 
 # By file of csrc/cuda: patterns of kernel names, and beginnings of instructions that the kernels
-# must have (a space ends the name). A kernel of 16-bit types has code for both of them.
+# must have (a space ends the name).
 EXPECTED = {
     "forward": {
         r"forward_mma<float, \d": (*TF32, "LDG.E.128"),
-        r"forward_mma<unsigned short, \d": (*BOTH_HALVES, "LDG.E.128"),
+        r"forward_mma<.*fp16, \d": (*FP16, "LDG.E.128"),
+        r"forward_mma<.*bf16, \d": (*BF16, "LDG.E.128"),
         r"forward_mma<(?!.*fp16_sm75).*, 2, ": VECTORS,
     },
     "backward": {
         r"backward_mma<float, ": (*TF32, *VECTORS),
-        r"backward_mma<unsigned short, ": (*BOTH_HALVES, *VECTORS),
+        r"backward_mma<.*fp16, ": (*FP16, *VECTORS),
+        r"backward_mma<.*bf16, ": (*BF16, *VECTORS),
     },
     "weight_gradient": {
-        r"weight_gradient_mma<.*[34]>": ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128"),
-        r"weight_gradient_mma<.*1>": ("HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4"),
-        r"weight_gradient_mma<.*2>": ("HMMA.16816.F32.BF16", "LDSM.16.MT88.4"),
+        r"weight_gradient_mma<(float|.*x3)>": ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128"),
+        r"weight_gradient_mma<.*fp16>": ("HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4"),
+        r"weight_gradient_mma<.*bf16>": ("HMMA.16816.F32.BF16", "LDSM.16.MT88.4"),
     },
     "neurons": {r"neurons_(forward|backward)<": VECTORS},
 }
@@ -75,9 +77,9 @@ MOST_ON_SM75 = 8
 
 
 def kind_of(kernel: str) -> str:
-    if "Parts" in kernel or "Multiply)4" in kernel:
+    if "tf32x3" in kernel:
         return "parts"
-    return "tf32" if "<float" in kernel or "Multiply)3" in kernel else "half"
+    return "tf32" if "<float" in kernel else "half"
 
 
 @pytest.mark.parametrize("arch", [75, 90])

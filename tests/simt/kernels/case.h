@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "primitives.cuh"
+#include "launch.cuh"
 
 #define ENTRY extern "C" __attribute__((visibility("default"))) const char*
 
