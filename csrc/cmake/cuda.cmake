@@ -57,12 +57,11 @@ find_library(CUDART_STATIC cudart_static REQUIRED
                    ${CMAKE_CUDA_COMPILER_TOOLKIT_ROOT}/lib64)
 find_package(Threads REQUIRED)
 add_library(kernels_cuda OBJECT ${CUDA_SOURCES})
-target_include_directories(kernels_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}
-                                                ${CMAKE_CURRENT_BINARY_DIR})
-target_compile_options(kernels_cuda PRIVATE ${GENCODE}
+target_link_libraries(kernels_cuda PRIVATE snnlstm_flags)
+target_compile_options(kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${GENCODE}
   -Xcompiler=-ffile-prefix-map=${CMAKE_CURRENT_SOURCE_DIR}=csrc
   --expt-relaxed-constexpr -Xfatbin=-compress-all --threads=2
-  -Xcompiler=-Wall,-Wextra,-Wno-unused-parameter)
+  -Xcompiler=-Wall,-Wextra,-Wno-unused-parameter>)
 
 set(WITH_CUDA 1)
 set(CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "images.h"
+#include "tile.cuh"
 
 namespace snnlstm::cuda {
 

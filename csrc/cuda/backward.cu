@@ -3,6 +3,7 @@
 // those of the parameters.
 //
 // mem before the first step lies apart from mem before the others, as in forward.cu.
+#include "backward.cuh"
 #include "launchers.h"
 #include "passes.h"
 
@@ -38,7 +39,7 @@ class Backward {
     data_gradients();
     from_.x = tensor(a_.x, plan_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
     from_.mem = state_tensor(c, a_.mem0, 0, 4);
-    if (c.T > 1) from_.mem_later = as_tensor(image(mem_, s_, plan_.gates));
+    if (c.T > 1) from_.mem_later = image(mem_, s_, plan_.gates);
     AddGradients add;
     weight_gradient(plan_, from_, a_.grad_weight, a_.grad_bias, add, stream_);
     add.sums[1] = {sums_,    threshold_blocks(), 1,         int(threshold_pitch()),
@@ -55,13 +56,13 @@ class Backward {
   // The memory for mem after each step, or null if nobody wants that.
   void* own_mem() const { return a_.grad_weight || plan_.hybrid ? mem_ : nullptr; }
 
-  Image d_gates(int64_t t) const { return image(from_.d_gates, s_, plan_.gates, 4, t); }
+  Tensor d_gates(int64_t t) const { return image(from_.d_gates, s_, plan_.gates, 4, t); }
   NeuronBackward neuron(int64_t t) const {
     const Cell& c = s_.c;
     NeuronBackward n = neuron_backward(a_, t);
     n.spreads = plan_.spreads;
     n.gates = image(a_.saved_gates, s_, plan_.gates, 4, t);
-    if (t > 0) n.syn_prev = as_tensor(image(a_.saved_syn, s_, plan_.type, 1, t - 1));
+    if (t > 0) n.syn_prev = image(a_.saved_syn, s_, plan_.type, 1, t - 1);
     if (t < c.T - 1) n.d_syn_in = image(d_syn_, s_, plan_.real);
     if (t > 0)
       n.d_syn_out = image(d_syn_, s_, plan_.real);
@@ -74,9 +75,9 @@ class Backward {
     return n;
   }
 
-  Segment transposed(const Image& gates, bool of_x) const {
+  Segment transposed(const Tensor& gates, bool of_x) const {
     Segment s = gates_segment(s_.c, of_x);
-    s.src = as_tensor(gates);
+    s.src = gates;
     return s;
   }
 

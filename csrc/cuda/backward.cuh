@@ -173,22 +173,6 @@ struct DataGradientFma : DataGradient {
   int columns = 0;  // of the job's tiles
 };
 
-namespace fma {
-template <class R, class T>
-struct StepShared {
-  R row_sums[T::kPixels / 64 * T::kColumns];  // of each row of warps
-  GemmShared<R, T> gemm;
-
-  // The mem tile takes the place of A and of what comes behind. Four channels lie on other banks.
-  static constexpr int kMemPitch = T::kPixels + 4;
-  static constexpr size_t bytes(bool with_mem) {
-    constexpr size_t before = sizeof(row_sums) + sizeof(gemm.vectors);
-    constexpr size_t pooled = before + sizeof(R) * T::kColumns * kMemPitch;
-    return with_mem && pooled > sizeof(StepShared) ? pooled : sizeof(StepShared);
-  }
-};
-}  // namespace fma
-
 template <class R, class T>
 __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
     backward_fma(const __grid_constant__ BackwardFma p) {
@@ -207,14 +191,15 @@ __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
   __syncthreads();
 
   const MemTile<R> mem_tile{&shared.gemm.a[0][0][0], Shared::kMemPitch};
-  R* row_sums = shared.row_sums + T::pixel(0) / 64 * T::kColumns;
+  R* row_sums = shared.row_sums + fma::pixel_of<T>(0) / 64 * T::kColumns;
   tile.in_phases(mem_tile, [&](bool gather) {
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {  // not unrolled: the accumulators move instead
       const auto recurrent = [&](R(&d_mem)[2][4]) {
         unrolled<2, 4>([&](int px, int ch) { d_mem[px][ch] = acc[0][px][ch]; });
       };
-      tile.patch(T::pixel(i), T::column(), gather, recurrent, mem_tile, {row_sums, 1, i == 0});
+      tile.patch(fma::pixel_of<T>(i), fma::column_of<T>(), gather, recurrent, mem_tile,
+                 {row_sums, 1, i == 0});
       if (!gather)
         unrolled<3, 8>([&](int k, int j) { acc[k][j / 4][j % 4] = acc[k + 1][j / 4][j % 4]; });
     }
@@ -231,8 +216,8 @@ SNNLSTM_DEVICE void data_gradient_fma_of(const DataGradientFma& job, unsigned in
   R acc[4][2][4] = {};
   gemm.add(job.d_gates, acc);
   unrolled<4>([&](int i) {
-    const PixelPair at = pixel_pair(job.tiling, block, T::pixel(i), job.height, job.width);
-    store_patch(job.out, at, block.column * T::kColumns + T::column(), acc[i]);
+    const PixelPair at = pixel_pair(job.tiling, block, fma::pixel_of<T>(i), job.height, job.width);
+    store_patch(job.out, at, block.column * T::kColumns + fma::column_of<T>(), acc[i]);
   });
 }
 

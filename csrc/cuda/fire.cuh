@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kSpreadThreads)
       c, y, x, threshold,
       [&](int k, int j) { return tile.mem_at(c, y * f.pool_h + k, x * f.pool_w + j, threshold); },
       [&](int k, int j, R grad) {
-        out[offset(p.spikes_in, 0, c, y * f.pool_h + k, x * f.pool_w + j)] = grad;
+        out[offset(p.spikes_in, c, y * f.pool_h + k, x * f.pool_w + j)] = grad;
       });
 }
 

@@ -13,48 +13,27 @@
 // K = taps x channels, channels fastest, filled up with zeros to a multiple of 16.
 #pragma once
 
+#include "fma_tile.h"
 #include "tile.cuh"
 
 namespace snnlstm::cuda {
 
 namespace fma {
 
-constexpr int kThreads = 128, kDepthUnit = 16;
 // Blocks of float32 that a multiprocessor holds: on sm_75 its shared memory bounds them to 3.
 template <class R>
 constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;
 
-// The tile of a block of so many columns: 16, 32 or 64.
-template <int Columns>
-struct Tile {
-  static constexpr int kColumns = Columns, kPixels = 4096 / Columns;
-  static constexpr int kDepth = Columns == 16 ? 8 : 16;  // of a chunk
-  // The pitch of the mem tile. A half warp stores pixel pairs of two channels, to different banks.
-  static constexpr int kMemPitch = kPixels + 16;
-
-  // The thread's first pixel of a pair, and its first column.
-  SNNLSTM_DEVICE static int pixel(int pair) {
-    return warp() / (Columns / 16) * 64 + 16 * pair + 2 * (int(threadIdx.x) % 8);
-  }
-  SNNLSTM_DEVICE static int column() {
-    return warp() % (Columns / 16) * 16 + 4 * (int(threadIdx.x) % 32 / 8);
-  }
-
- private:
-  SNNLSTM_DEVICE static int warp() { return int(threadIdx.x) / 32; }
-};
-
-template <class R, class T>
-struct GemmShared {
-  R vectors[5 * T::kColumns / 4];  // for the epilogue: 5 for a channel, or 1 for a column
-  R a[2][T::kDepth][T::kPixels];
-  R b[2][T::kDepth][T::kColumns];
-  int4 where[2][T::kDepth];  // see Gemm::locate()
-};
-
-SNNLSTM_BOTH int64_t depth(const Segment& s) {
-  const int64_t k = int64_t(s.taps()) * s.channels;
-  return (k + kDepthUnit - 1) / kDepthUnit * kDepthUnit;
+// The thread's first pixel of a pair, and its first column.
+template <class T>
+SNNLSTM_DEVICE int pixel_of(int pair) {
+  constexpr int warps = T::kColumns / 16;
+  return int(threadIdx.x) / 32 / warps * 64 + 16 * pair + 2 * (int(threadIdx.x) % 8);
+}
+template <class T>
+SNNLSTM_DEVICE int column_of() {
+  constexpr int warps = T::kColumns / 16;
+  return int(threadIdx.x) / 32 % warps * 16 + 4 * (int(threadIdx.x) % 32 / 8);
 }
 
 // acc[pair][pixel][column] += a * b for one chunk of K.
@@ -64,8 +43,8 @@ SNNLSTM_DEVICE void multiply(const R (&a)[T::kDepth][T::kPixels],
 #pragma unroll 4
   for (int k = 0; k < T::kDepth; ++k) {
     R left[4][2], right[4];
-    load_vector(&b[k][T::column()], right);
-    unrolled<4>([&](int i) { load_vector(&a[k][T::pixel(i)], left[i]); });
+    load_vector(&b[k][column_of<T>()], right);
+    unrolled<4>([&](int i) { load_vector(&a[k][pixel_of<T>(i)], left[i]); });
     unrolled<4, 2>([&](int i, int px) {
       unrolled<4>([&](int c) { acc[i][px][c] += left[i][px] * right[c]; });
     });
@@ -131,7 +110,7 @@ class Gemm {
     const int x = tap_ % s.taps_w * s.dilation_w - s.pad_w + shift;
     const int4 nowhere = make_int4(kNowhere, kNowhere, 0, 0);
     const unsigned c = unsigned(channel_) * unsigned(s.src.c);
-    store(&shared_.where[buffer][tid_],
+    store(shared_.where[buffer][tid_],
           tap_ < s.taps() ? make_int4(y, x, int(c), int(c + place(s.src, y, x))) : nowhere);
     channel_ += T::kDepth;
   }
@@ -156,7 +135,7 @@ class Gemm {
     with_stored<R>(src.type, [&](auto of) {
       const auto* image = static_cast<const decltype(of)*>(image_of(src, block_.t, block_.n));
       unrolled<kRows>([&](int k) {
-        const int4 where = load<int4>(&shared_.where[buffer][tid_ / T::kPixels + k * kRowStep]);
+        const int4 where = load<int4>(shared_.where[buffer][tid_ / T::kPixels + k * kRowStep]);
         unrolled<kPixels>([&](int j) {
           int y = top[j] + where.x, x = left[j] + where.y;
           bool real = true;
@@ -206,15 +185,5 @@ class Gemm {
 };
 
 }  // namespace fma
-
-// Calls f(R{}, fma::Tile<columns>{}), R the compute type of float64 or of other states. Fewest: the
-// fewest columns that there are.
-template <int Fewest, class F>
-void with_tile(DType type, int columns, F&& f) {
-  if (type == DType::float64) return f(double{}, fma::Tile<64>{});
-  if (columns == 64) return f(float{}, fma::Tile<64>{});
-  if (Fewest == 32 || columns == 32) return f(float{}, fma::Tile<32>{});
-  if constexpr (Fewest == 16) f(float{}, fma::Tile<16>{});
-}
 
 }  // namespace snnlstm::cuda

@@ -3,6 +3,7 @@
 //
 // The states before the first step lie apart from the others, in the caller's layout: with them in
 // front of our own images, the first step would be as the next ones, but for a copy in each call.
+#include "forward.cuh"
 #include "launchers.h"
 #include "passes.h"
 
@@ -44,18 +45,17 @@ class Forward {
   bool keeps_mem() const { return a_.record || a_.spk_is_mem(); }
   Tensor mem_before(int64_t t) const {
     if (t == 0) return state(a_.mem0, 0);
-    if (!keeps_mem()) return as_tensor(image(mem_[t & 1], s_, plan_.type));
+    if (!keeps_mem()) return image(mem_[t & 1], s_, plan_.type);
     return state(a_.spk_is_mem() ? a_.spk : a_.mem, t - 1);
   }
   Tensor syn_before(int64_t t) const {
     if (t == 0) return state(a_.syn0, 0);
-    if (training()) return as_tensor(saved_syn(t - 1));
-    return a_.record ? state(a_.syn, t - 1) : as_tensor(image(syn_, s_, plan_.type));
+    if (training()) return saved_syn(t - 1);
+    return a_.record ? state(a_.syn, t - 1) : image(syn_, s_, plan_.type);
   }
-  Image saved_syn(int64_t t) const { return image(a_.saved_syn, s_, plan_.type, 1, t); }
+  Tensor saved_syn(int64_t t) const { return image(a_.saved_syn, s_, plan_.type, 1, t); }
   Tensor mem_after(int64_t t) const {
-    return writes_states(t) ? state(a_.mem, t)
-                            : as_tensor(image(mem_[(t + 1) & 1], s_, plan_.type));
+    return writes_states(t) ? state(a_.mem, t) : image(mem_[(t + 1) & 1], s_, plan_.type);
   }
 
   NeuronForward neuron(int64_t t) const {

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
   for (int i = 0; i < 4; ++i) {  // not unrolled: the accumulators move instead
     R sum[4][2][1];
     take_pair(acc, sum);
-    tile.patch(T::pixel(i), T::column() / 4, sum, mem_tile);
+    tile.patch(fma::pixel_of<T>(i), fma::column_of<T>() / 4, sum, mem_tile);
   }
   __syncthreads();
   tile.finish(mem_tile);

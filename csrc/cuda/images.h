@@ -8,7 +8,7 @@
 #include <string>
 #include <utility>
 
-#include "tile.cuh"
+#include "tile.h"
 
 namespace snnlstm::cuda {
 
@@ -146,22 +146,14 @@ inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&exten
   return a;
 }
 
-// Our images (T, N, Ho, Wo, planes, Cp) from step t on. as_tensor() makes a Tensor of them.
-inline Image image(const void* data, const Shape& s, DType type, int planes = 1, int64_t t = 0) {
-  Image a;
+// Our images (T, N, Ho, Wo, planes, Cp) from step t on.
+inline Tensor image(const void* data, const Shape& s, DType type, int planes = 1, int64_t t = 0) {
+  Tensor a;
   a.type = type;
   a.n = s.pixels * planes * s.Cp, a.t = s.c.N * a.n;
   a.data = const_cast<char*>(static_cast<const char*>(data)) + t * a.t * bytes_of(type);
-  a.width = int(s.Wo), a.planes = planes, a.Cp = int(s.Cp);
-  return a;
-}
-
-inline Tensor as_tensor(const Image& i) {
-  Tensor a;
-  a.data = i.data;
-  a.t = i.t, a.n = i.n, a.c = 1, a.w = i.planes * i.Cp, a.h = i.width * a.w;
-  a.channels = i.planes * i.Cp;
-  a.type = i.type;
+  a.c = 1, a.w = int(planes * s.Cp), a.h = int(s.Wo) * a.w, a.plane = int(s.Cp);
+  a.channels = int(s.Cp);
   a.access = Access::channels;
   return a;
 }

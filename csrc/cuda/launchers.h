@@ -3,9 +3,8 @@
 
 #include "add_gradients.cuh"
 #include "fire.cuh"
-#include "images.h"
 #include "launch.cuh"
-#include "step_plans.h"
+#include "planning.h"
 #include "weight_gradient.cuh"
 
 namespace snnlstm::cuda {

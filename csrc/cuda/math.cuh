@@ -6,16 +6,13 @@
 
 #include "../cell.h"
 #include "primitives.cuh"
+#include "tensor.h"
 
 namespace snnlstm::cuda {
 
 // Kernels are compiled for R, the type they compute in: float or double. The type of an array's
 // elements is known at run time: double if R is double, else float, fp16 or bf16. (A kernel for
 // each combination would make a hundred kernels.)
-
-SNNLSTM_BOTH int bytes_of(DType type) {
-  return type == DType::float32 ? 4 : type == DType::float64 ? 8 : 2;
-}
 
 SNNLSTM_DEVICE float from_bits16(DType type, unsigned bits) {
   return type == DType::bfloat16 ? to_float(bf16{uint16_t(bits)}) : to_float(fp16{uint16_t(bits)});
@@ -79,15 +76,18 @@ SNNLSTM_DEVICE void clear(R* v) {
   unrolled<count>([&](int i) { v[i] = 0; });
 }
 
-// What a kernel knows of tensors and images when it is compiled: the type of their elements, or
-// AnyType, and whether no tensor is accessed element by element.
-template <class T, bool vectors>
+// What a kernel knows of tensors when it is compiled: the type of their elements, or AnyType, and
+// the narrowest way in which one is accessed.
+template <class T, Access narrowest>
 struct Known {
   using Type = T;
-  static constexpr bool kVectors = vectors;
+  static constexpr Access kNarrowest = narrowest;
 };
 struct AnyType {};
-using Unknown = Known<AnyType, false>;
+using Unknown = Known<AnyType, Access::scalar>;
+// The same of images of ours.
+template <class Known>
+using Ours = cuda::Known<typename Known::Type, Access::channels>;
 
 // Calls f(T{}), T the type of an array's elements: the known one, or what `type` says.
 template <class R, class Known = Unknown, class F>

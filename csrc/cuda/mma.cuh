@@ -20,7 +20,6 @@ namespace snnlstm::cuda {
 
 namespace mma_gemm {
 constexpr int kWarpPixels = 32;
-constexpr int kPairBytes = 512;              // B fragments of two n-tiles, one k-step
 constexpr uint32_t kTf32Bits = 0xffffe000u;  // the bits of a float that the tensor core uses
 
 // Rounds a float for the tensor core, which drops all but the first 10 bits of the mantissa: adds

@@ -23,31 +23,6 @@
 
 namespace snnlstm::cuda {
 
-namespace mma_gemm {
-constexpr int kStages = 4;
-// Pieces of 16 bytes of a stage that a thread carries in registers, if it carries (kCarries).
-constexpr int kCarried = 2;
-}  // namespace mma_gemm
-
-struct MmaConv {
-  MmaSegment segment[2];
-  int segments = 0;
-  int units = 0;                 // of all segments together
-  const void* weight = nullptr;  // first unit of the first column block
-  int64_t weight_pitch = 0;      // bytes from one column block to the next
-  int warp_columns = 1;
-  int k_groups = 1;  // groups of warps, 1 or 2 (2 without AnyFeed): one takes the odd k-steps
-  int unit_bytes = 0, stage_units = 1;
-  int buffer_bytes = 0;  // of one neighbourhood buffer
-
-  SNNLSTM_BOTH int stage_bytes() const { return stage_units * unit_bytes; }
-  SNNLSTM_BOTH int shared_bytes() const {
-    int taps = 0;
-    for (int k = 0; k < segments; ++k) taps += segment[k].taps;
-    return 2 * buffer_bytes + mma_gemm::kStages * stage_bytes() + 64 + 16 * taps;
-  }
-};
-
 // Element, AnyFeed: see MmaSource.
 template <class Element, bool AnyFeed>
 class MmaPipeline {

@@ -11,55 +11,10 @@
 // (weight_gradient_mma.cuh), and stores of neighbours. Rows and columns around the image are zeros.
 #pragma once
 
+#include "mma_conv.h"
 #include "tile.cuh"
 
 namespace snnlstm::cuda {
-
-// How the convolutions multiply. tf32x3: float32 as the sum of two tf32 numbers, in three products.
-enum class Multiply : int { fma, fp16, bf16, tf32, tf32x3, fp16_sm75 };
-
-SNNLSTM_BOTH bool is_half(Multiply m) {
-  return m == Multiply::fp16 || m == Multiply::bf16 || m == Multiply::fp16_sm75;
-}
-SNNLSTM_BOTH DType half_type(Multiply m) {
-  return m == Multiply::bf16 ? DType::bfloat16 : DType::float16;
-}
-
-// How a segment's source comes into shared memory.
-enum class Feed : int {
-  async,    // 16 bytes of channels, as they are
-  vectors,  // 4 channels at a time, converted on the way
-  gather,   // element by element: contiguous images, odd channel counts, anything
-  patches,  // few channels: each pixel gets K = (tap, channel), and the walk has one tap
-};
-
-namespace mma_tile {
-constexpr int kGroups = 4;  // 16-byte groups of a chunk
-constexpr int kGroupBytes = 16;
-
-// Returns the bytes from the first pixel's row to pixel p's.
-SNNLSTM_BOTH int row_offset(int p) { return 64 * p + 16 * (p >> 1); }
-}  // namespace mma_tile
-
-struct MmaSegment {
-  Segment s;
-  Feed feed = Feed::gather;
-  int taps = 1, taps_w = 1;        // of the walk through shared memory
-  int chunks = 0, tail_steps = 0;  // k-steps (1 or 2) of the last chunk
-  int halo_h = 0, halo_w = 0;      // the neighbourhood
-  int lead = 0;                    // unused pixels before a row
-  int pitch = 0;                   // pixels from one of its rows to the next, in shared memory
-  int step_h = 1, step_w = 1;      // neighbourhood pixels from a tile pixel to the next
-  SmallDivisor by_halo_w;
-  // gather: threads take pixels in such an order that a warp starts at a sector
-  bool whole_rows = false;      // the neighbourhood's rows are the image's: runs pass row ends
-  int align = 8;                // elements of a sector
-  SmallDivisor by_run, by_col;  // threads of a group of channels, of a row
-  int turns = 1;                // turns that a thread does in one call of turn()
-  SmallDivisor by_channels, by_taps_w;  // patches: s.channels, s.taps_w
-
-  SNNLSTM_BOTH int steps(int chunk) const { return chunk + 1 < chunks ? 2 : tail_steps; }
-};
 
 // Whether threads carry to shared memory, in registers, what cp_async() brings elsewhere.
 template <class Element>

@@ -17,14 +17,14 @@ struct NeuronBackward : NeuronStep {
   double p0 = 0, p1 = 0;
   Tensor noise;                     // (1, N, C, Hp, Wp)
   const int64_t* winner = nullptr;  // (N,), of the step; null: no inhibition
-  Image gates;                      // as the forward pass has saved them
+  Tensor gates;                     // as the forward pass has saved them
   Tensor syn_prev;
-  Tensor grad_syn, grad_mem;  // the caller's, for the states after this step
-  bool at_ends = false;       // these are for the states after each sample's own last step
-  Image spikes_in;            // gradient of mem through the spikes, in the compute type
-  Image d_syn_in, d_syn_out;  // may be the same
-  Tensor grad_syn0;           // present: takes the place of d_syn_out
-  Image d_gates, own_mem;
+  Tensor grad_syn, grad_mem;   // the caller's, for the states after this step
+  bool at_ends = false;        // these are for the states after each sample's own last step
+  Tensor spikes_in;            // gradient of mem through the spikes, in the compute type
+  Tensor d_syn_in, d_syn_out;  // may be the same
+  Tensor grad_syn0;            // present: takes the place of d_syn_out
+  Tensor d_gates, own_mem;
   // (blocks of pixels, columns * channels): the threshold's gradient, summed over the block's
   // pixels and over the launches so far. Null: nobody wants it.
   void* sums = nullptr;
@@ -63,7 +63,7 @@ struct RowSums {
 
 template <class R, bool plain = false, class OfStates = Unknown, class OfGates = Unknown>
 class BackwardTile {
-  using Own = Known<R, true>;  // images in the compute type
+  using Own = Known<R, Access::channels>;  // images in the compute type
 
  public:
   using N = Neuron<Math<R>>;
@@ -110,8 +110,9 @@ class BackwardTile {
   SNNLSTM_DEVICE R mem_at(int c, int y, int x, R threshold) const {
     const void* gates = image_of(p_.gates, block_.t, block_.n);
     R gate[4];
-    unrolled<4>(
-        [&](int k) { gate[k] = read<R>(gates, p_.gates.type, offset(p_.gates, k, c, y, x)); });
+    unrolled<4>([&](int k) {
+      gate[k] = read<R>(gates, p_.gates.type, offset(p_.gates, c, y, x) + k * p_.gates.plane);
+    });
     const R syn_prev = read<R>(image_of(p_.syn_prev, block_.t, block_.n), p_.syn_prev.type,
                                offset(p_.syn_prev, c, y, x));
     const Gates<R> a = {gate[0], gate[1], Math<R>::abs(gate[2]), gate[3]};
@@ -131,13 +132,13 @@ class BackwardTile {
     Patch p;
     load(p, m, first);
     if (gather) return tile.put(m, first, p.mem);
-    if (p_.own_mem.present()) store_patch<OfGates>(p_.own_mem, p.at, p.c0, p.mem);
+    if (p_.own_mem.present()) store_patch<Ours<OfGates>>(p_.own_mem, p.at, p.c0, p.mem);
     R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {}, of_threshold[2][4];
     from_later(p, recurrent, d_syn, d_mem);
     from_spikes(p, m, first, tile, spike);
     differentiate(p, spike, d_mem, d_syn, of_threshold);
     if (p_.d_gates.present())
-      unrolled<4>([&](int k) { store_patch<OfGates>(p_.d_gates, p.at, p.c0, p.gate[k], k); });
+      unrolled<4>([&](int k) { store_patch<Ours<OfGates>>(p_.d_gates, p.at, p.c0, p.gate[k], k); });
     if (p_.grad_syn0.present())
       store_patch<OfStates>(p_.grad_syn0, p.at, p.c0, d_syn);
     else if (p_.d_syn_out.present())
@@ -213,7 +214,7 @@ class BackwardTile {
   SNNLSTM_DEVICE void load(Patch& p, int m, int first) const {
     p.at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
     p.c0 = c0_ + first;
-    unrolled<4>([&](int k) { load_patch<OfGates>(p_.gates, p.at, p.c0, p.gate[k], k); });
+    unrolled<4>([&](int k) { load_patch<Ours<OfGates>>(p_.gates, p.at, p.c0, p.gate[k], k); });
     load_patch<OfStates>(p_.syn_prev, p.at, p.c0, p.syn_prev);
     load_vector(vectors_ + first, p.threshold);
     unrolled<4, 2>([&](int ch, int px) {

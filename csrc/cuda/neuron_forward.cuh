@@ -53,8 +53,8 @@ struct NeuronForward : NeuronStep {
   const void* bias = nullptr;  // (4C,)
   Tensor syn_in, mem_in;       // states before the step; mem_in is for the reset
   Tensor syn_out, mem_out;     // the caller's
-  Image own_syn, own_mem;      // ours, in the place of the caller's or beside them
-  Image gates_out;             // in training
+  Tensor own_syn, own_mem;     // ours, in the place of the caller's or beside them
+  Tensor gates_out;            // in training
 };
 
 // Says whether a step is plain: without pooling, quantiser, inhibition and lengths, of float32
@@ -71,12 +71,13 @@ inline bool is_plain(const NeuronForward& n) {
 // What kernels know that multiply Elements: gates are of their type, and where these are floats,
 // states are float32; so are the states of plain steps.
 template <class Element, bool plain>
-using KnownStates = Known<std::conditional_t<plain || sizeof(Element) == 4, float, AnyType>, plain>;
+using KnownStates = Known<std::conditional_t<plain || sizeof(Element) == 4, float, AnyType>,
+                          plain ? Access::rows : Access::scalar>;
 template <class Element>
 using KnownGates =
     Known<std::conditional_t<sizeof(Element) == 4, float,
                              std::conditional_t<std::is_same_v<Element, bf16>, bf16, fp16>>,
-          true>;
+          Access::channels>;
 
 // Moves every value one place towards v[0][0], whose value is lost, and puts `last` at the end.
 template <int CH, class R>
@@ -263,7 +264,8 @@ class ForwardTile {
       });
     });
     if (p_.gates_out.present())
-      unrolled<4>([&](int gate) { store_patch<OfGates>(p_.gates_out, at, c0, sum[gate], gate); });
+      unrolled<4>(
+          [&](int gate) { store_patch<Ours<OfGates>>(p_.gates_out, at, c0, sum[gate], gate); });
     if (!plain && p_.fire.num_levels > 0) {
       const auto nearest = [&](R x, int, int) { return quantised(p_.fire, x); };
       for_each_value(syn, nearest);
@@ -273,8 +275,8 @@ class ForwardTile {
       const DType type = p_.fire.spk.type;
       unrolled<2, CH>([&](int px, int ch) { mem[px][ch] = rounded(type, mem[px][ch]); });
     }
-    if (p_.own_syn.present()) store_patch<OfStates>(p_.own_syn, at, c0, syn);
-    if (p_.own_mem.present()) store_patch<OfStates>(p_.own_mem, at, c0, mem);
+    if (p_.own_syn.present()) store_patch<Ours<OfStates>>(p_.own_syn, at, c0, syn);
+    if (p_.own_mem.present()) store_patch<Ours<OfStates>>(p_.own_mem, at, c0, mem);
     const bool pools = !plain && p_.fire.pool != Pool::none;
     if (p_.fires && pools) mem_tile.put(m, first, mem);
     if (p_.syn_out.present()) store_patch<OfStates>(p_.syn_out, at, c0, syn);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fma.cuh"
-#include "mma_segments.h"
+#include "planning.h"
 
 namespace snnlstm::cuda {
 
@@ -20,14 +20,6 @@ __global__ void __launch_bounds__(StoreLevels::kMost)
   const int i = int(threadIdx.x);
   if (i < p.count) static_cast<R*>(p.levels)[i] = R(p.value[i]);
 }
-
-// What a packed weight is for. Backward the taps are reversed.
-enum class Use : int {
-  x_to_gates,    // columns: (channel, gate)   K channels: Cin
-  mem_to_gates,  // columns: (channel, gate)   K channels: C
-  gates_to_x,    // columns: Cin               K channels: (gate, channel), a gate has Cp
-  gates_to_mem,  // columns: C                 K channels: (gate, channel), a gate has Cp
-};
 
 struct WeightMap {
   const void* weight;  // (4C, Cin + C, places.all), contiguous
@@ -86,30 +78,6 @@ __global__ void __launch_bounds__(fma::kThreads)
                  : R(0);
   }
 }
-
-// Tells where the packed weight of one convolution lies. Its blocks of columns are each in the
-// order in which the kernel walks (fma.cuh, mma.cuh).
-struct PackedPart {
-  Use use = Use::x_to_gates;
-  Multiply multiply = Multiply::fma;
-  int64_t start = 0;   // bytes from the packed weight's start to the first block
-  int64_t pitch = 0;   // bytes from one block to the next
-  int64_t blocks = 0;  // of columns
-  int columns = 0;     // fma: of a block
-  // mma
-  MmaDepth depth;
-  int unit_bytes = 0;
-  int tiles = 0, warps_n = 0;  // n-tiles of a warp; warps along channels
-
-  bool mma() const { return multiply != Multiply::fma; }
-  // Bytes of all blocks, and of what other parts have between them.
-  int64_t bytes() const { return blocks * pitch; }
-  const char* in(const void* packed) const { return static_cast<const char*>(packed) + start; }
-  Segment with_weight(Segment s, const void* packed) const {
-    s.weight = in(packed), s.weight_pitch = pitch;
-    return s;
-  }
-};
 
 constexpr int kPackThreads = 256;
 

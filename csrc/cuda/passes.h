@@ -1,8 +1,7 @@
 // What a plan has computed for its pass: the launchers read it, and add addresses and strides.
 #pragma once
 
-#include "packed.h"
-#include "weight_plans.h"
+#include "planning.h"
 
 namespace snnlstm::cuda {
 

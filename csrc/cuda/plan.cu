@@ -4,22 +4,20 @@
 
 namespace snnlstm::cuda {
 
-DType gate_type(DType states, Matrix matrix) {
-  if (states != DType::float32) return states;
-  return matrix == Matrix::float16    ? DType::float16
-         : matrix == Matrix::bfloat16 ? DType::bfloat16
-                                      : states;
+namespace {
+
+// Blocks of the largest launch of the forward pass.
+int64_t forward_blocks(const Cell& c, const ForwardPlan& plan) {
+  return std::max(plan.tiling.blocks(), c.N * ceil_div(c.C * c.Ho() * c.Wo(), 256));
 }
 
-int64_t padded_channels(int64_t C) {
-  Cell cell;
-  cell.C = C;
-  return Shape(cell).Cp;
+// Blocks of the largest launch of the backward pass.
+int64_t backward_blocks(const Cell& c, const DataPlan& to_mem, const DataPlan& to_x) {
+  const int64_t spreading = c.N * ceil_div(c.C * c.Ho() * c.Wo(), 128);
+  return std::max({to_mem.tiling.blocks(), to_x.tiling.blocks(), spreading});
 }
 
-Matrix full_precision(const Device& device) {
-  return rules::three_products_beat_one(device.compute_capability) ? Matrix::tf32x3 : Matrix::exact;
-}
+}  // namespace
 
 Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wanted, bool of_backward,
            const BlockChoice& only)

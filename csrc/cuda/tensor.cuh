@@ -12,26 +12,6 @@
 
 namespace snnlstm::cuda {
 
-enum class Access : int {
-  none,      // no tensor
-  scalar,    // element by element
-  rows,      // the channel's 2 pixels as one vector
-  channels,  // the pixel's CH channels as one vector
-};
-
-// (T, N, channels, H, W), strides in elements. A tensor may have any size, but an image of it
-// reaches over less than 2^31 elements.
-struct Tensor {
-  void* data = nullptr;
-  int64_t t = 0, n = 0;
-  int c = 0, h = 0, w = 0;
-  int channels = 0;  // load_patch() gives 0 for channels beyond, store_patch() drops them
-  Access access = Access::none;
-  DType type = DType::float32;
-
-  SNNLSTM_BOTH bool present() const { return access != Access::none; }
-};
-
 // The two neighbouring pixels of a patch. valid: whether each lies in the image.
 struct PixelPair {
   int t, n;
@@ -47,40 +27,23 @@ SNNLSTM_DEVICE int offset(const Tensor& a, int c, int y, int x) {
   return c * a.c + y * (fault(Fault::wrong_row_stride) ? a.w : a.h) + x * a.w;
 }
 
-// Images of ours, (T, N, H, width, planes, Cp), in which the vectors of every pixel are aligned.
-struct Image {
-  void* data = nullptr;
-  int64_t t = 0, n = 0;
-  int width = 0;
-  int planes = 1;  // 4 if there is one for each gate
-  int Cp = 0;
-  DType type = DType::float32;
-
-  SNNLSTM_BOTH bool present() const { return data != nullptr; }
-};
-
-SNNLSTM_DEVICE void* image_of(const Image& a, int t, int n) {
-  return static_cast<char*>(a.data) + (t * a.t + n * a.n) * bytes_of(a.type);
-}
-SNNLSTM_DEVICE int offset(const Image& a, int plane, int c, int y, int x) {
-  return ((y * a.width + x) * a.planes + plane) * a.Cp + c;
-}
-
 // Calls move(p, values) for the CH channels of each pixel, or for both pixels of each channel, or
 // for each element, as the layout allows. The values come from v[pixel][channel] and go back there.
 template <class Known, class R, int CH, class Move>
-SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH],
-                               Move&& move) {
+SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, int plane,
+                               R (&v)[2][CH], Move&& move) {
+  constexpr bool channels = Known::kNarrowest == Access::channels;
   if (c0 >= a.channels) return;
   with_stored<R, Known>(a.type, [&](auto of) {
-    auto* p = static_cast<decltype(of)*>(image_of(a, at.t, at.n));
-    decltype(p) pixel[2] = {p + offset(a, c0, at.y[0], at.x[0]),
-                            p + offset(a, c0, at.y[1], at.x[1])};
-    if (a.access == Access::channels) {
+    auto* p = static_cast<decltype(of)*>(image_of(a, at.t, at.n)) + plane * a.plane;
+    if (channels) p += c0;
+    const int c = channels ? 0 : c0;
+    decltype(p) pixel[2] = {p + offset(a, c, at.y[0], at.x[0]), p + offset(a, c, at.y[1], at.x[1])};
+    if (channels || a.access == Access::channels) {
       unrolled<2>([&](int px) {
         if (at.valid[px]) move(pixel[px], v[px]);
       });
-    } else if (Known::kVectors || a.access == Access::rows) {
+    } else if (Known::kNarrowest == Access::rows || a.access == Access::rows) {
       unrolled<CH>([&](int ch) {
         if (!at.valid[0] || c0 + ch >= a.channels) return;
         R pair[2] = {v[0][ch], v[1][ch]};
@@ -100,37 +63,19 @@ SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, R (
 
 // Loads v[pixel][channel] of channels c0, c0 + 1, ...; values outside of the tensor are 0.
 template <class Known = Unknown, class R, int CH>
-SNNLSTM_DEVICE void load_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH]) {
+SNNLSTM_DEVICE void load_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH],
+                               int plane = 0) {
   clear<2 * CH>(&v[0][0]);
-  move_patch<Known>(a, at, c0, v, [](const auto* p, auto& values) { load_vector(p, values); });
+  move_patch<Known>(a, at, c0, plane, v,
+                    [](const auto* p, auto& values) { load_vector(p, values); });
 }
 
 template <class Known = Unknown, class R, int CH>
-SNNLSTM_DEVICE void store_patch(const Tensor& a, const PixelPair& at, int c0, const R (&v)[2][CH]) {
+SNNLSTM_DEVICE void store_patch(const Tensor& a, const PixelPair& at, int c0, const R (&v)[2][CH],
+                                int plane = 0) {
   R copy[2][CH];
   unrolled<2, CH>([&](int px, int ch) { copy[px][ch] = v[px][ch]; });
-  move_patch<Known>(a, at, c0, copy, [](auto* p, auto& values) { store_vector(p, values); });
-}
-
-template <class Known = Unknown, class R, int CH>
-SNNLSTM_DEVICE void load_patch(const Image& a, const PixelPair& at, int c0, R (&v)[2][CH],
-                               int plane = 0) {
-  const void* p = image_of(a, at.t, at.n);
-  clear<2 * CH>(&v[0][0]);
-  unrolled<2>([&](int px) {
-    if (at.valid[px] && c0 < a.Cp)
-      read_vector<R, Known>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]), v[px]);
-  });
-}
-
-template <class Known = Unknown, class R, int CH>
-SNNLSTM_DEVICE void store_patch(const Image& a, const PixelPair& at, int c0, const R (&v)[2][CH],
-                                int plane = 0) {
-  void* p = image_of(a, at.t, at.n);
-  unrolled<2>([&](int px) {
-    if (at.valid[px] && c0 < a.Cp)
-      write_vector<R, Known>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]), v[px]);
-  });
+  move_patch<Known>(a, at, c0, plane, copy, [](auto* p, auto& values) { store_vector(p, values); });
 }
 
 // The values of a patch that a thread keeps in shared memory, in vectors of kLength. Vectors of

@@ -11,10 +11,10 @@
 namespace snnlstm::cuda {
 
 struct WeightGradientJob {
-  Segment in;     // what was convolved; in.src has all t, or if `later` is present t = 0
-  Tensor later;   // the source for t = 1, 2, ... (mem after each step)
-  Image d_gates;  // (T, N, Ho, Wo, 4, Cp), contiguous
-  Tiling tiling;  // of all T * N images; fma: tiles of one pixel
+  Segment in;      // what was convolved; in.src has all t, or if `later` is present t = 0
+  Tensor later;    // the source for t = 1, 2, ... (mem after each step)
+  Tensor d_gates;  // (T, N, Ho, Wo, 4, Cp), contiguous
+  Tiling tiling;   // of all T * N images; fma: tiles of one pixel
   int Ho = 0, Wo = 0;
   int rows = 0, columns = 0;  // 4 Cp; taps * channels
   int64_t share = 0;          // of a split: pixels (fma) or tiles (mma)
@@ -165,10 +165,10 @@ class WeightGradientFma {
     }
     fold();
     R* part = static_cast<R*>(of_.parts) + int64_t(split()) * of_.part_rows * of_.part_columns;
-    const int row = first_row() + T::column(), column = first_column();
+    const int row = first_row() + fma::column_of<T>(), column = first_column();
     unrolled<4, 4>([&](int i, int c) {
       const R pair[2] = {total[i][0][c], total[i][1][c]};
-      store_vector(part + int64_t(row + c) * of_.part_columns + column + T::pixel(i), pair);
+      store_vector(part + int64_t(row + c) * of_.part_columns + column + fma::pixel_of<T>(i), pair);
     });
   }
 

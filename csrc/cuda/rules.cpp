@@ -5,11 +5,7 @@
 // from a paper model of nine cards, whose choices they keep within some 15 %, that model's own
 // error. "measure" times the candidates on the GPU at hand, the choice of these rules first.
 // tests/simt/test_rules.py has the layers that decided.
-#pragma once
-
-#include <algorithm>
-
-#include "plan.h"
+#include "planning.h"
 
 namespace snnlstm::cuda {
 
@@ -19,40 +15,34 @@ namespace rules {
 // (8.0, 9.0, 10.x, 11.x) multiply tf32 at 4 to 8 times the rate of plain float32, so three products
 // are faster than one. The others (8.6, 8.7, 8.9, 12.x) multiply tf32 as fast as float32 or twice
 // as fast.
-inline bool three_products_beat_one(int compute_capability) {
+bool three_products_beat_one(int compute_capability) {
   const int major = compute_capability / 10;
   return compute_capability == 80 || (major >= 9 && major <= 11);
 }
 
-// Returns the outputs (pixels x channels) that the busiest multiprocessor computes, in the place of
-// a time. Blocks come in rounds: the multiprocessor with the most blocks decides. A warp computes
+// Blocks come in rounds: the multiprocessor with the most blocks decides. A warp computes
 // as many outputs in every kind of block, and six warps keep the units of a multiprocessor busy:
 // registers have room for eight or more of each kernel, but shared memory may not. With fewer the
 // products take longer, while the neurons behind them take what they take, about as long. So
 // outputs count once for the neurons, and once or more for the products.
-template <class Step>
-double busiest(const Device& device, const Step& plan) {
+double busiest(const Device& device, const Load& load) {
   constexpr double kBusy = 6;
-  const int64_t blocks = ceil_div(plan.tiling.blocks(), device.multiprocessors);
+  const int64_t blocks = ceil_div(load.blocks, device.multiprocessors);
   // From 8.0 on the system keeps a KiB of shared memory for each block, and one of all.
   const int64_t kept = device.compute_capability >= 80 ? 1024 : 0;
-  const int64_t warps = plan.threads() / 32;
+  const int64_t warps = load.threads / 32;
   const int64_t by_shared =
-      (device.shared_bytes + kept) / std::max<int64_t>(plan.shared_bytes + kept, 1);
+      (device.shared_bytes + kept) / std::max<int64_t>(load.shared_bytes + kept, 1);
   const int64_t at_once = std::min(blocks, by_shared);
   const double waiting = std::max(1.0, kBusy / double(std::max<int64_t>(at_once, 1) * warps));
-  return double(blocks * plan.pixels() * plan.channels()) * (1 + waiting);
+  return double(blocks * load.outputs) * (1 + waiting);
 }
-
-// Blocks and tiles come with the largest blocks, and those that read the least, first. Another is
-// taken if it leaves the busiest multiprocessor 15 % less: smaller blocks read more weights.
-constexpr double kClearly = 0.85;
 
 // Returns in how many parts the pixels of all steps are summed. blocks: of one part. Of 2 to 8
 // rounds of the multiprocessors it takes the fewest that leave less than a tenth of them without
 // work. A part has 256 pixels or more, beside which the start of a block is short; parts are
 // written and read again, so there are 1024 at most.
-inline int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
+int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
   const int64_t most = std::clamp<int64_t>(pixels / 256, 1, 1024);
   int64_t best = 1;
   double filled = 0;
@@ -71,8 +61,8 @@ inline int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
 //
 // "hybrid" is chosen nowhere: where the steps are better in our kernels, cuDNN's gradients of the
 // parameters gain nothing that the paper model could tell from its error.
-inline Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool plain,
-                           bool in_parts, double share, bool backward) {
+Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool plain, bool in_parts,
+                    double share, bool backward) {
   const int capability = device.compute_capability;
   const int64_t channels = c.Cin + c.C;
   const double depth = double(c.kernel_h) * c.kernel_w * double(channels);

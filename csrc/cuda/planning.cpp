@@ -1,0 +1,554 @@
+#include "planning.h"
+
+namespace snnlstm::cuda {
+
+DType gate_type(DType states, Matrix matrix) {
+  if (states != DType::float32) return states;
+  return matrix == Matrix::float16    ? DType::float16
+         : matrix == Matrix::bfloat16 ? DType::bfloat16
+                                      : states;
+}
+
+int64_t padded_channels(int64_t C) {
+  Cell cell;
+  cell.C = C;
+  return Shape(cell).Cp;
+}
+
+Matrix full_precision(const Device& device) {
+  return rules::three_products_beat_one(device.compute_capability) ? Matrix::tf32x3 : Matrix::exact;
+}
+
+const char* name_of(Multiply m) {
+  constexpr const char* names[] = {"fma",      "mma-fp16",   "mma-bf16",
+                                   "mma-tf32", "mma-3xtf32", "mma-fp16"};
+  return names[int(m)];
+}
+
+// ---- tiles --------------------------------------------------------------------------------------
+
+std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, int pixels,
+                                 bool windows, const BlockChoice& only) {
+  const int64_t unit_h = windows ? c.pool_h : 1;
+  const int64_t unit_w = windows && c.pool_w % 2 ? 2 * int64_t(c.pool_w) : windows ? c.pool_w : 2;
+  const int64_t halo = std::min<int64_t>(2 * c.pad_h(), 1 << 16);
+  const auto count = [](int64_t all, int64_t of) {
+    return ceil_div(std::max<int64_t>(all, 1), of);
+  };
+  std::vector<TileSize> found;
+  if (only.h > 0) {
+    if (only.h * only.w <= pixels && only.h % unit_h == 0 && only.w % unit_w == 0)
+      found.push_back({only.h, only.w, 0});
+    return found;
+  }
+  for (int64_t w = unit_w; unit_h * w <= pixels; w += unit_w) {
+    const int64_t columns = count(width, w);
+    const bool fits_banks = w % 16 == 0 && w < width;
+    if (w > unit_w && count(width, w - unit_w) == columns && !fits_banks) continue;
+    for (int64_t h = unit_h; h * w <= pixels; h += unit_h) {
+      const int64_t rows = count(height, h);
+      if (h > unit_h && count(height, h - unit_h) == rows) continue;
+      // In sectors of 8 numbers. A row that goes on beyond the tile costs one more at each end.
+      const int64_t read = (h + halo) * (ceil_div(w, 8) + (w < width ? 2 : 0)) * 8;
+      found.push_back({int(h), int(w), rows * columns * (4 * pixels + read)});
+    }
+  }
+  const auto less = [](const TileSize& a, const TileSize& b) { return a.cost < b.cost; };
+  std::stable_sort(found.begin(), found.end(), less);
+  while (!found.empty() && found.back().cost >= 2 * found.front().cost) found.pop_back();
+  return found;
+}
+
+void cut(Tiling& tiling, const Cell& c, int64_t height, int64_t width, const TileSize& size) {
+  const int64_t w = size.w, h = size.h;
+  tiling.h = size.h, tiling.w = size.w;
+  tiling.by_w = SmallDivisor(w);
+  tiling.by_rows = Divisor(std::max<int64_t>(ceil_div(height, h), 1));
+  tiling.by_cols = Divisor(std::max<int64_t>(ceil_div(width, w), 1));
+  tiling.by_window = SmallDivisor(std::max<int64_t>(w / c.pool_w, 1));
+  tiling.by_windows = SmallDivisor(std::max<int64_t>(h / c.pool_h * (w / c.pool_w), 1));
+}
+
+void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns, int channels) {
+  tiling.images = images;
+  tiling.by_batch = Divisor(std::max<int64_t>(c.N, 1));
+  tiling.by_columns = Divisor(ceil_div(columns, channels));
+}
+
+// ---- convolutions -------------------------------------------------------------------------------
+
+Segment x_segment(const Cell& c) {
+  Segment s;
+  s.channels = int(c.Cin), s.height = int(c.H), s.width = int(c.W);
+  s.taps_h = c.kernel_h, s.taps_w = c.kernel_w;
+  s.dilation_h = c.dilation_h, s.dilation_w = c.dilation_w;
+  s.pad_h = int(c.pad_h()), s.pad_w = int(c.pad_w());
+  s.step_h = c.stride_h, s.step_w = c.stride_w;
+  return s;
+}
+Segment mem_segment(const Cell& c) {
+  Segment s = x_segment(c);
+  s.channels = int(c.C), s.height = int(c.Ho()), s.width = int(c.Wo());
+  s.step_h = s.step_w = 1;
+  return s;
+}
+
+Segment gates_segment(const Cell& c, bool of_x) {
+  Segment s = mem_segment(c);
+  s.channels = int(4 * Shape(c).Cp);
+  if (of_x) s.up_h = SmallDivisor(c.stride_h), s.up_w = SmallDivisor(c.stride_w);
+  return s;
+}
+
+MmaDepth::MmaDepth(const MmaType& type, const Segment& segment, bool may_patch) {
+  const int64_t taps_of = segment.taps(), channels_of = segment.channels;
+  const auto steps = [&](int64_t k) { return ceil_div(k, type.per_step()); };
+  patches = may_patch && channels_of <= 4 && taps_of * channels_of <= 2 * type.per_chunk() &&
+            steps(taps_of * channels_of) < taps_of * steps(channels_of);
+  channels = patches ? taps_of * channels_of : channels_of;
+  taps = patches ? 1 : taps_of;
+  chunks = ceil_div(channels, type.per_chunk());
+  tail_steps = int(steps(channels - (chunks - 1) * type.per_chunk()));
+}
+
+MmaDepth x_depth(const Cell& c, Multiply m) { return MmaDepth(MmaType(m), x_segment(c), true); }
+MmaDepth mem_depth(const Cell& c, Multiply m) { return MmaDepth(MmaType(m), mem_segment(c)); }
+
+namespace {
+
+// Returns how the source is read fastest.
+Feed feed_of(const Segment& s, const MmaType& type, const MmaDepth& depth) {
+  if (depth.patches) return Feed::patches;
+  const int unit = s.src.type == type.type() ? type.per_group() : 4;
+  const Tensor& a = s.src;
+  const bool dense = a.c == 1 && s.channels % unit == 0 && a.w % unit == 0 && a.h % unit == 0 &&
+                     a.n % unit == 0 && a.t % unit == 0 &&
+                     reinterpret_cast<uintptr_t>(a.data) % 16 == 0;
+  if (!dense) return Feed::gather;
+  return s.src.type == type.type() ? Feed::async : Feed::vectors;
+}
+
+// A neighbourhood has 64 bytes for each pixel: with a longer side it fits in no shared memory.
+constexpr int64_t kLongestSide = 4096;
+
+// Returns whether the rows of a tile of w columns, one after the other, lie on the shared memory's
+// banks as one long row would: then a warp's reads of 8 pixels meet no bank twice.
+bool rows_fit_banks(const MmaSegment& m, int w) {
+  return m.step_w != 1 || m.s.up_w.value != 1 || w % 16 == 0 || (m.pitch - w) % 16 == 0;
+}
+
+// Returns whether threads bring the source while they multiply, turn by turn.
+bool comes_in_turns(const MmaSegment& m, const MmaType& type) {
+  return m.feed == Feed::gather || m.feed == Feed::vectors ||
+         (m.feed == Feed::async && type.multiply == Multiply::fp16_sm75);
+}
+
+// Returns a neighbourhood's bytes, at most 2^28: an int counts several of them.
+int64_t neighbourhood_bytes(const MmaSegment& m) {
+  constexpr int64_t most = int64_t(1) << 28;
+  const int64_t pixels = int64_t(m.halo_h) * m.pitch;
+  if (64 * pixels > most) return most;
+  return round_up(mma_tile::row_offset(int(pixels)) + 16, 128);
+}
+
+}  // namespace
+
+MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& depth,
+                       const Tiling& tiling) {
+  MmaSegment m;
+  m.s = s;
+  m.feed = feed_of(s, type, depth);
+  m.taps = int(depth.taps), m.taps_w = depth.patches ? 1 : s.taps_w;
+  m.chunks = int(depth.chunks), m.tail_steps = depth.tail_steps;
+  if (depth.patches) {
+    m.halo_h = tiling.h, m.halo_w = m.pitch = tiling.w;
+    m.by_run = SmallDivisor(tiling.h * tiling.w);
+    m.by_channels = SmallDivisor(s.channels), m.by_taps_w = SmallDivisor(s.taps_w);
+    m.by_halo_w = SmallDivisor(m.halo_w);
+    return m;
+  }
+  const auto reach = [](int64_t tile, int64_t step, int64_t taps, int64_t dilation, int64_t up) {
+    const int64_t pixels = up > 1 ? (tile - 1 + (taps - 1) * dilation) / up + 2
+                                  : (tile - 1) * step + (taps - 1) * dilation + 1;
+    return int(std::min(pixels, kLongestSide));
+  };
+  m.halo_h = reach(tiling.h, s.step_h, s.taps_h, s.dilation_h, int(s.up_h.value));
+  m.halo_w = reach(tiling.w, s.step_w, s.taps_w, s.dilation_w, int(s.up_w.value));
+  m.by_halo_w = SmallDivisor(m.halo_w);
+  m.step_h = s.step_h, m.step_w = s.step_w;
+  const bool plain = s.step_w == 1 && s.up_w.value == 1;
+  // Gathered pixels are stored 8 at a time from an even column on, which must be an even pixel.
+  m.lead = plain && m.feed == Feed::gather ? s.pad_w & 1 : 0;
+  m.pitch = int(round_up(m.halo_w + 1, 2));  // the same for all feeds
+  // An m16 tile may go over the end of a row. With this pitch the next row lies on the banks on
+  // which the row would have gone on.
+  if (tiling.w % 16 != 0 && plain) {
+    const int wanted = m.pitch + (tiling.w - m.pitch % 16 + 32) % 16;
+    if (5 * wanted <= 8 * m.halo_w) m.pitch = wanted;
+  }
+  m.align = 32 / bytes_of(s.src.type);
+  m.whole_rows = tiling.by_cols.value == 1 && s.up_w.value == 1 && tiling.w >= s.width;
+  m.by_col = SmallDivisor(m.whole_rows ? s.width : round_up(m.halo_w + m.align - 1, m.align));
+  m.by_run =
+      SmallDivisor(m.whole_rows ? round_up(int64_t(m.halo_h) * s.width + m.align - 1, m.align)
+                                : int64_t(m.halo_h) * m.by_col.value);
+  return m;
+}
+
+int64_t chunk_turns(const MmaSegment& m, const MmaType& type) {
+  return mma_tile::kGroups * (m.feed == Feed::vectors
+                                  ? int64_t(type.per_group() / 4) * m.halo_h * m.halo_w
+                              : m.feed == Feed::async ? int64_t(m.halo_h) * m.halo_w
+                                                      : int64_t(m.by_run.value));
+}
+
+MmaBuilder::MmaBuilder(Multiply multiply, int warp_columns, int tiles) : type(multiply) {
+  conv.warp_columns = warp_columns;
+  conv.unit_bytes = warp_columns * (tiles / 2) * type.pair_bytes();
+}
+
+void MmaBuilder::add(const Segment& s, const MmaDepth& depth, const Tiling& tiling) {
+  MmaSegment& m = conv.segment[conv.segments++];
+  m = mma_segment(s, type, depth, tiling);
+  fits_banks = fits_banks && rows_fit_banks(m, tiling.w);
+  conv.units += int(depth.units());
+  conv.buffer_bytes = int(std::max<int64_t>(conv.buffer_bytes, neighbourhood_bytes(m)));
+}
+
+// A stage has about 8 KiB, or 16 if the weights come in parts, or what threads carry.
+void MmaBuilder::finish(const void* weight, int64_t pitch, int threads) {
+  int bytes = 16 * type.pair_bytes();
+  if (type.multiply == Multiply::fp16_sm75)
+    bytes = std::min(bytes, 16 * mma_gemm::kCarried * threads);
+  const int wanted = bytes / conv.unit_bytes;
+  conv.stage_units = std::max(std::min(wanted, conv.units), 1);
+  conv.weight = weight;
+  conv.weight_pitch = pitch;
+  for (int k = 0; k < conv.segments; ++k) {
+    MmaSegment& m = conv.segment[k];
+    if (!comes_in_turns(m, type)) continue;
+    // The chunk comes while the one before is computed, if that is a full one.
+    const int64_t turns = ceil_div(chunk_turns(m, type), threads);
+    m.turns = int(ceil_div(turns, std::max(2 * m.taps / conv.stage_units, 1)));
+  }
+}
+
+// ---- steps --------------------------------------------------------------------------------------
+
+std::string BlockShape::name() const {
+  std::string text = std::to_string(m) + "x" + std::to_string(n);
+  return k > 1 ? text + "x" + std::to_string(k) : text;
+}
+
+namespace {
+
+Multiply wanted_multiply(const Cell& cell, const Device& device, Matrix matrix) {
+  if (device.compute_capability < 75 || cell.dtype == DType::float64) return Multiply::fma;
+  if (device.compute_capability < 80) {
+    const bool fp16 =
+        cell.dtype == DType::float16 || (cell.dtype == DType::float32 && matrix == Matrix::float16);
+    return fp16 ? Multiply::fp16_sm75 : Multiply::fma;
+  }
+  if (cell.dtype == DType::float16) return Multiply::fp16;
+  if (cell.dtype == DType::bfloat16) return Multiply::bf16;
+  constexpr Multiply by_matrix[] = {Multiply::fma, Multiply::tf32, Multiply::tf32x3, Multiply::fp16,
+                                    Multiply::bf16};
+  return by_matrix[int(matrix)];
+}
+
+// The best plan so far, by rules::busiest().
+template <class Plan>
+struct Best {
+  std::optional<Plan> plan;
+  double load = 0;
+
+  void offer(const Device& device, const Plan& other) {
+    const int64_t outputs = int64_t(other.pixels()) * other.channels();
+    const double its = rules::busiest(
+        device, {other.tiling.blocks(), outputs, other.threads(), other.shared_bytes});
+    if (!plan || its < rules::kClearly * load) plan = other, load = its;
+  }
+};
+
+// Offers every tile of the plan's blocks that fits. fits(any) is of the plan. any: whether rows may
+// meet the same banks; that is asked if none fits.
+template <class Step, class Fits>
+void offer_tiles(Best<Step>& best, const Device& device, Step& plan,
+                 const std::vector<TileSize>& sizes, const Cell& c, int64_t height, int64_t width,
+                 Fits&& fits) {
+  bool found = false;
+  for (const bool any : {false, true}) {
+    for (const TileSize& size : sizes) {
+      cut(plan.tiling, c, height, width, size);
+      if (!fits(any)) continue;
+      best.offer(device, plan);
+      found = true;
+    }
+    if (found) return;
+  }
+}
+
+}  // namespace
+
+int64_t forward_shared_bytes(const ForwardPlan& plan, const MmaConv& conv, bool pools) {
+  int64_t epilogue = int64_t(8 * plan.held()) * plan.threads() * 4;
+  if (pools) epilogue += int64_t(plan.channels()) * plan.mem_pitch() * 4;
+  return round_up(std::max<int64_t>(conv.shared_bytes(), epilogue), 128);
+}
+
+ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matrix,
+                         const BlockChoice& only) {
+  const bool pools = c.pool != Pool::none;
+  ForwardPlan plan;
+  Best<ForwardPlan> best;
+  const auto offer = [&](auto&& fits) {
+    std::vector<TileSize> sizes;
+    if (!c.inhibition) sizes = tile_sizes(c, c.Ho(), c.Wo(), plan.pixels(), pools, only);
+    plan.fires = !sizes.empty();
+    if (!plan.fires) sizes = tile_sizes(c, c.Ho(), c.Wo(), plan.pixels(), false, only);
+    cover(plan.tiling, c, c.N, c.C, plan.channels());
+    offer_tiles(best, device, plan, sizes, c, c.Ho(), c.Wo(), fits);
+  };
+  plan.multiply = wanted_multiply(c, device, matrix);
+  if (plan.mma()) {
+    plan.tiles = c.C <= 8 ? 4 : 8;
+    for (const BlockShape& of : kForwardShapes) {
+      plan.shape = int(&of - kForwardShapes);
+      if ((only.shape >= 0 && only.shape != plan.shape) || (of.n == 2 && c.C <= 16)) continue;
+      plan.warps_m = of.m, plan.warps_n = of.n, plan.k_groups = of.k;
+      offer([&](bool any) {
+        MmaBuilder builder = plan.builder();
+        builder.add(x_segment(c), x_depth(c, plan.multiply), plan.tiling);
+        builder.add(mem_segment(c), mem_depth(c, plan.multiply), plan.tiling);
+        builder.finish(nullptr, 0, plan.threads());
+        plan.shared_bytes =
+            forward_shared_bytes(plan, builder.conv, pools) + 5 * plan.channels() * 4;
+        return plan.shared_bytes <= device.shared_bytes && (any || builder.fits_banks);
+      });
+    }
+    if (best.plan) return *best.plan;
+    plan = ForwardPlan();
+  }
+  for (const int columns : {64, 32}) {
+    if (c.dtype == DType::float64 && columns < 64) continue;
+    plan.columns = columns;
+    offer([](bool) { return true; });
+  }
+  return planned(best.plan, only);
+}
+
+BackwardLayout::BackwardLayout(const DataPlan& plan, const MmaConv& conv, bool with_mem) {
+  mem_tile = 8 * plan.tiles * plan.threads() * 4;
+  mem_pitch = 32 * plan.warps_m + 2;
+  const int epilogue = mem_tile + (with_mem ? plan.channels() * mem_pitch * 4 : 0);
+  vectors = int(round_up(std::max(conv.shared_bytes(), epilogue), 128));
+  row_sums = vectors + plan.channels() * 4;
+  bytes = row_sums + plan.k_groups * plan.warps_m * plan.channels() * 4;
+}
+
+std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply multiply, bool of_x,
+                                  bool windows, const BlockChoice& only) {
+  const int64_t height = of_x ? c.H : c.Ho(), width = of_x ? c.W : c.Wo();
+  const int64_t columns = of_x ? c.Cin : c.C, images = of_x ? c.T * c.N : c.N;
+  DataPlan plan;
+  Best<DataPlan> best;
+  const auto offer = [&](auto&& fits) {
+    cover(plan.tiling, c, images, columns, plan.channels());
+    offer_tiles(best, device, plan, tile_sizes(c, height, width, plan.pixels(), windows, only), c,
+                height, width, fits);
+  };
+  plan.multiply = multiply;
+  if (plan.mma()) {
+    // A warp reads its pixels once for all its tiles. A product takes 384 bytes of shared memory
+    // with 2 tiles, 256 with 4 and 192 with 8.
+    plan.tiles = columns <= 16 ? 2 : columns <= 32 ? 4 : 8;
+    const Segment segment = gates_segment(c, of_x);
+    for (const BlockShape& of : kDataShapes) {
+      plan.shape = int(&of - kDataShapes);
+      if (only.shape >= 0 && only.shape != plan.shape) continue;
+      plan.warps_m = of.m, plan.warps_n = of.n, plan.k_groups = of.k;
+      offer([&](bool any) {
+        MmaBuilder builder = plan.builder();
+        builder.add(segment, MmaDepth(builder.type, segment), plan.tiling);
+        builder.finish(nullptr, 0, plan.threads());
+        plan.shared_bytes = BackwardLayout(plan, builder.conv, windows).bytes;
+        return plan.shared_bytes <= device.shared_bytes && (any || builder.fits_banks);
+      });
+    }
+    if (best.plan) return best.plan;
+    plan = DataPlan();
+  }
+  for (const int of_tile : {64, 32, 16}) {
+    if (c.dtype == DType::float64 && of_tile < 64) continue;
+    plan.columns = of_tile;
+    with_tile<16>(c.dtype, plan.columns, [&](auto real, auto size) {
+      plan.shared_bytes = int64_t(fma::StepShared<decltype(real), decltype(size)>::bytes(windows));
+    });
+    if (plan.shared_bytes <= device.shared_bytes) offer([](bool) { return true; });
+  }
+  return best.plan;
+}
+
+// ---- packed weights -----------------------------------------------------------------------------
+
+namespace {
+
+// columns: of all blocks.
+PackedPart packed_fma(const Cell& c, const StepPlan& plan, const Segment& segment, Use use,
+                      int64_t columns) {
+  PackedPart part;
+  part.use = use, part.columns = plan.columns;
+  part.pitch = fma::depth(segment) * part.columns * std::max(bytes_of(c.dtype), 4);
+  part.blocks = ceil_div(columns, part.columns);
+  return part;
+}
+
+PackedPart packed_mma(const StepPlan& plan, const MmaDepth& depth, Use use, int64_t blocks) {
+  PackedPart part;
+  part.use = use, part.multiply = plan.multiply;
+  part.depth = depth;
+  part.tiles = plan.tiles, part.warps_n = plan.warps_n;
+  part.unit_bytes = plan.builder().conv.unit_bytes;
+  part.blocks = blocks;
+  part.pitch = depth.units() * part.unit_bytes;
+  return part;
+}
+
+PackedPart packed_transposed(const Cell& c, const DataPlan& plan, Use use) {
+  const bool of_x = use == Use::gates_to_x;
+  const int64_t columns = of_x ? c.Cin : c.C;
+  if (!plan.mma()) return packed_fma(c, plan, gates_segment(c, of_x), use, columns);
+  const MmaDepth depth(MmaType(plan.multiply), gates_segment(c, of_x));
+  return packed_mma(plan, depth, use, ceil_div(columns, plan.channels()));
+}
+
+}  // namespace
+
+// On tensor cores a block has the units of x, then those of mem.
+PackedForward::PackedForward(const Cell& c, const ForwardPlan& plan) {
+  if (!plan.mma()) {
+    x = packed_fma(c, plan, x_segment(c), Use::x_to_gates, 4 * c.C);
+    mem = packed_fma(c, plan, mem_segment(c), Use::mem_to_gates, 4 * c.C);
+    mem.start = x.bytes();
+    return;
+  }
+  const int64_t blocks = ceil_div(c.C, plan.channels());
+  x = packed_mma(plan, x_depth(c, plan.multiply), Use::x_to_gates, blocks);
+  mem = packed_mma(plan, mem_depth(c, plan.multiply), Use::mem_to_gates, blocks);
+  mem.start = x.pitch;
+  x.pitch = mem.pitch = x.pitch + mem.pitch;
+}
+
+PackedBackward::PackedBackward(const Cell& c, const DataPlan& of_x, const DataPlan& of_mem)
+    : to_x(packed_transposed(c, of_x, Use::gates_to_x)),
+      to_mem(packed_transposed(c, of_mem, Use::gates_to_mem)) {
+  to_mem.start = to_x.bytes();
+}
+
+// ---- the weight's gradient ----------------------------------------------------------------------
+
+namespace {
+
+// Returns the blocks of a split.
+int64_t blocks_of(const WeightPlan& w) {
+  return w.mma() ? int64_t(w.column_blocks) * w.row_blocks()
+                 : int64_t(w.part_rows) * w.part_columns / 4096;
+}
+
+// Splits into so many shares, or fewer if these are enough. unit: what a share is a multiple of,
+// mma a tile, fma a chunk of pixels.
+void split(WeightPlan& w, int64_t wanted, int64_t unit) {
+  w.share = std::max<int64_t>(ceil_div(ceil_div(w.total, unit), wanted), 1) * unit;
+  w.splits = int(std::max<int64_t>(ceil_div(w.total, w.share), 1));
+}
+
+// Plans one half of the weight's gradient on tensor cores, but for its splits.
+WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int most_rows,
+                        const TileSize& size) {
+  const Shape s(c);
+  const MmaType type(multiply);
+  const Segment in = of_x ? x_segment(c) : mem_segment(c);
+  const MmaDepth depth = of_x ? x_depth(c, multiply) : mem_depth(c, multiply);
+  WeightPlan w;
+  w.multiply = multiply;
+  // Up to 12 warps: all taps of 3x3, or more rows of fewer taps.
+  w.tap_groups = int(std::min<int64_t>(ceil_div(depth.taps, weight_tile::kTaps), 3));
+  w.warp_rows = most_rows;
+  while (w.warp_rows > 1 &&
+         (w.threads() > weight_tile::kMaxThreads || 16 * w.warp_rows >= 4 * s.Cp))
+    w.warp_rows /= 2;
+  cut(w.tiling, c, s.Ho, s.Wo, size);
+  cover(w.tiling, c, c.T * c.N, 1, 1);
+  w.total = w.tiling.tiles();
+  const MmaSegment source = mma_segment(in, type, depth, w.tiling);
+  w.buffer_bytes = int(neighbourhood_bytes(source));
+  w.fits_banks = rows_fit_banks(source, w.tiling.w);
+  w.column_pitch = int(round_up(depth.channels, weight_tile::kChannels));
+  w.part_rows = int(round_up(4 * s.Cp, 32 * w.warp_rows));
+  w.part_columns = int(depth.taps * w.column_pitch);
+  w.tap_stride = depth.patches ? in.channels : w.column_pitch;
+  w.column_blocks = int(w.column_pitch / weight_tile::kChannels *
+                        ceil_div(depth.taps, weight_tile::kTaps * w.tap_groups));
+  return w;
+}
+
+// The same without tensor cores, of both halves. columns: of a tile.
+WeightPlan weight_fma(const Cell& c, int columns) {
+  const Shape s(c);
+  WeightPlan w;
+  w.tiling.by_rows = Divisor(std::max<int64_t>(s.Ho, 1));
+  w.tiling.by_cols = Divisor(std::max<int64_t>(s.Wo, 1));
+  cover(w.tiling, c, c.T * c.N, 1, 1);
+  w.columns = columns;
+  w.part_rows = int(round_up(4 * s.Cp, columns));
+  w.part_columns = int(round_up(s.taps * (c.Cin + c.C), 4096 / columns));
+  w.total = c.T * c.N * s.pixels;
+  return w;
+}
+
+}  // namespace
+
+int WeightPlans::totals() const {
+  const MmaType type(x.multiply);
+  const int planes_of_warp = 32 / (64 / type.element);
+  const auto bytes = [&](const WeightPlan& w) {
+    return weight_tile::kTableBytes +
+           2 * weight_tile::stage_bytes(w.warp_rows * planes_of_warp,
+                                        weight_tile::kChannels / (64 / type.element),
+                                        w.buffer_bytes);
+  };
+  return std::max(bytes(x), bytes(mem));
+}
+
+WeightPlans plan_weights(const Cell& c, const Device& device, Multiply multiply) {
+  const auto with_splits = [&](WeightPlans plans) {
+    const int64_t blocks = blocks_of(plans.x) + (plans.side_by_side() ? 0 : blocks_of(plans.mem));
+    const int64_t unit = plans.x.mma() ? 1 : fma::kDepthUnit;
+    const int64_t pixels = plans.x.mma() ? weight_tile::kPixels : fma::kDepthUnit;
+    const int64_t splits = rules::splits(device, blocks, ceil_div(plans.x.total, unit) * pixels);
+    for (WeightPlan* w : {&plans.x, &plans.mem}) split(*w, splits, unit);
+    return plans;
+  };
+  const auto sizes = tile_sizes(c, c.Ho(), c.Wo(), weight_tile::kPixels, false);
+  for (const bool any : {false, true})
+    for (const TileSize& size : sizes)
+      for (const int most_rows : {4, 2, 1}) {
+        if (multiply == Multiply::fma) break;
+        const WeightPlans plans = {weight_tiles(c, multiply, true, most_rows, size),
+                                   weight_tiles(c, multiply, false, most_rows, size)};
+        if (plans.shared_bytes() <= device.shared_bytes && plans.x.total < int64_t(1) << 30 &&
+            (any || (plans.x.fits_banks && plans.mem.fits_banks)))
+          return with_splits(plans);
+      }
+  // The fewest rows and columns that the tiles add: of equals the widest.
+  std::optional<WeightPlan> best;
+  for (const int columns : {64, 32}) {
+    const WeightPlan w = weight_fma(c, columns);
+    if (!best || (c.dtype != DType::float64 && blocks_of(w) < blocks_of(*best))) best = w;
+  }
+  WeightPlans plans = {*best, *best};
+  plans.x.tap_stride = int(c.Cin), plans.mem.tap_stride = int(c.C);
+  return with_splits(plans);
+}
+
+}  // namespace snnlstm::cuda

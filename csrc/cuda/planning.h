@@ -1,0 +1,279 @@
+// What follows from a cell and a device before any address is known: how the kernels of a step
+// multiply, their tiles and blocks, the order of the packed weights, and the parts of the weight's
+// gradient. Packed weights, saved tensors and workspaces always fit together. rules.cpp chooses.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "fma_tile.h"
+#include "images.h"
+#include "mma_conv.h"
+#include "plan.h"
+#include "weight_tile.h"
+
+namespace snnlstm::cuda {
+
+// ---- rules --------------------------------------------------------------------------------------
+
+namespace rules {
+
+// Returns how float32 keeps its full precision on tensor cores of 8.0 and newer.
+bool three_products_beat_one(int compute_capability);
+
+// A step's blocks, and the threads and shared memory of one; outputs are pixels x channels.
+struct Load {
+  int64_t blocks, outputs, threads, shared_bytes;
+};
+// Returns the outputs that the busiest multiprocessor computes, in the place of a time.
+double busiest(const Device& device, const Load& load);
+
+// Blocks and tiles come with the largest blocks, and those that read the least, first. Another is
+// taken if it leaves the busiest multiprocessor 15 % less: smaller blocks read more weights.
+constexpr double kClearly = 0.85;
+
+// Returns in how many parts the pixels of all steps are summed. blocks: of one part.
+int64_t splits(const Device& device, int64_t blocks, int64_t pixels);
+
+// Returns which algorithm runs a pass. plain: the step kernels multiply without tensor cores;
+// in_parts: in 3xTF32. share: of the pixels that their tiles compute, the part that lies in images.
+Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool plain, bool in_parts,
+                    double share, bool backward);
+
+}  // namespace rules
+
+// ---- tiles --------------------------------------------------------------------------------------
+
+const char* name_of(Multiply m);
+
+// The pixels of a tile. cost: the pixels that all tiles of an image compute and read.
+struct TileSize {
+  int h, w;
+  int64_t cost;
+};
+
+// Returns tiles of at most `pixels` pixels, and with `windows` those of whole pooling windows, of
+// which there may be none; the least cost comes first, and none has twice that. The width is even,
+// since threads hold pairs of pixels. Of the tiles that are as many along an axis it takes the
+// smallest, and those of 16 columns or a multiple. only: the one tile that is wanted, if any.
+std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, int pixels,
+                                 bool windows, const BlockChoice& only = {});
+
+// Cuts images into tiles of that size.
+void cut(Tiling& tiling, const Cell& c, int64_t height, int64_t width, const TileSize& size);
+void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns, int channels);
+
+// ---- convolutions -------------------------------------------------------------------------------
+
+// The two halves of the gates' convolution, of x and of mem, without their data.
+Segment x_segment(const Cell& c);
+Segment mem_segment(const Cell& c);
+// The transposed convolution's source, d_gates; padding is the forward convolution's.
+Segment gates_segment(const Cell& c, bool of_x);
+
+// Sizes that follow from what the tensor cores multiply.
+struct MmaType {
+  Multiply multiply;
+  int element;  // bytes of a number in shared memory
+
+  explicit MmaType(Multiply m) : multiply(m), element(is_half(m) ? 2 : 4) {}
+  DType type() const { return is_half(multiply) ? half_type(multiply) : DType::float32; }
+  int pair_bytes() const {  // of a unit of the packed weight, see MmaGemm
+    return (multiply == Multiply::tf32x3 ? 2 : 1) * mma_gemm::kPairBytes;
+  }
+  int per_group() const { return mma_tile::kGroupBytes / element; }
+  int per_step() const { return 2 * per_group(); }
+  int per_chunk() const { return mma_tile::kGroups * per_group(); }
+};
+
+// How the walk goes through a segment's K: chunks of channels; in a chunk taps; in a tap k-steps.
+struct MmaDepth {
+  bool patches = false;
+  int64_t channels = 0, taps = 1, chunks = 0;  // of the walk; patches make taps channels
+  int tail_steps = 0;
+
+  MmaDepth() = default;
+  // may_patch: lay out (tap, channel) side by side if that makes fewer units.
+  MmaDepth(const MmaType& type, const Segment& segment, bool may_patch = false);
+  int64_t units() const { return taps * (2 * (chunks - 1) + tail_steps); }
+};
+MmaDepth x_depth(const Cell& c, Multiply m);
+MmaDepth mem_depth(const Cell& c, Multiply m);
+
+// How far a tile's neighbourhood reaches, and how it is read.
+MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& depth,
+                       const Tiling& tiling);
+// Returns the turns of all threads together for a full chunk.
+int64_t chunk_turns(const MmaSegment& m, const MmaType& type);
+
+// Builds a convolution from its segments.
+struct MmaBuilder {
+  MmaType type;
+  MmaConv conv;
+  bool fits_banks = true;  // of all segments
+
+  // tiles: n-tiles of a warp
+  MmaBuilder(Multiply multiply, int warp_columns, int tiles);
+  void add(const Segment& s, const MmaDepth& depth, const Tiling& tiling);
+  // Cuts the weights into stages. weight: the first unit of the first column block; pitch: bytes
+  // from one block to the next.
+  void finish(const void* weight, int64_t pitch, int threads);
+};
+
+// ---- steps --------------------------------------------------------------------------------------
+
+// The blocks of a step on tensor cores: warps along pixels, along channels and along K. The largest
+// come first.
+struct BlockShape {
+  int m, n, k;
+  std::string name() const;
+};
+constexpr BlockShape kForwardShapes[] = {{4, 2, 1}, {4, 1, 1}, {2, 2, 1}, {2, 1, 1}};
+constexpr BlockShape kDataShapes[] = {{4, 1, 1}, {2, 1, 2}};
+
+// A convolution with its epilogue.
+struct StepPlan {
+  Multiply multiply = Multiply::fma;
+  Tiling tiling;
+  int tiles = 0;                 // mma: n-tiles of a warp
+  int warps_m = 0, warps_n = 0;  // mma: warps along pixels, along channels
+  int k_groups = 1;              // groups of warps_m * warps_n warps, which share K among them
+  int shape = -1;                // mma: the row of kForwardShapes or kDataShapes
+  int64_t shared_bytes = 0;      // of a block
+  int columns = 64;              // fma: of a tile
+
+  bool mma() const { return multiply != Multiply::fma; }
+  int threads() const { return mma() ? 32 * warps_m * warps_n * k_groups : fma::kThreads; }
+  int pixels() const { return mma() ? 32 * warps_m : 4096 / columns; }  // of a tile
+  MmaBuilder builder() const { return MmaBuilder(multiply, warps_n, tiles); }
+};
+
+// On tensor cores a warp has 8 n-tiles (16 channels) or 4 (8 channels).
+struct ForwardPlan : StepPlan {
+  bool fires = true;  // false: a kernel behind the step fires
+
+  int held() const { return mma() ? tiles / 2 : 1; }  // channels that a thread holds
+  int channels() const { return mma() ? 2 * tiles * warps_n : columns / 4; }  // of a block
+  int mem_pitch() const { return 32 * warps_m + (tiles == 8 ? 2 : 4); }
+};
+
+// Plans a step. only: the blocks that may be chosen.
+ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matrix,
+                         const BlockChoice& only);
+// Bytes of shared memory of a tensor core step. The epilogue takes the convolution's place.
+int64_t forward_shared_bytes(const ForwardPlan& plan, const MmaConv& conv, bool pools);
+
+// The convolution of d_gates with the transposed weights: the gradient of x or of mem.
+struct DataPlan : StepPlan {
+  int channels() const { return mma() ? 8 * tiles * warps_n : columns; }  // of a block
+};
+
+// Plans the gradient of x or of mem like a forward step, and with `windows` in tiles of whole
+// pooling windows; returns nothing if there are none. multiply: the forward pass's, which decides
+// the gates' type. only: the blocks that may be chosen.
+std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply multiply, bool of_x,
+                                  bool windows, const BlockChoice& only = {});
+
+// The shared memory of a tensor core step, in bytes from its start. It begins with the convolution,
+// in whose place the parked accumulators and the mem tile come; behind them lie the thresholds
+// (vectors) and the sums of their gradients (row_sums).
+struct BackwardLayout {
+  int mem_tile, mem_pitch, vectors, row_sums, bytes;
+
+  BackwardLayout(const DataPlan& plan, const MmaConv& conv, bool with_mem);
+};
+
+template <class Step>
+Step planned(const std::optional<Step>& best, const BlockChoice& only) {
+  if (best) return *best;
+  throw std::runtime_error("no block has tiles of " + std::to_string(only.h) + "x" +
+                           std::to_string(only.w) + " pixels");
+}
+
+// ---- packed weights -----------------------------------------------------------------------------
+
+// What a packed weight is for. Backward the taps are reversed.
+enum class Use : int {
+  x_to_gates,    // columns: (channel, gate)   K channels: Cin
+  mem_to_gates,  // columns: (channel, gate)   K channels: C
+  gates_to_x,    // columns: Cin               K channels: (gate, channel), a gate has Cp
+  gates_to_mem,  // columns: C                 K channels: (gate, channel), a gate has Cp
+};
+
+// Tells where the packed weight of one convolution lies. Its blocks of columns are each in the
+// order in which the kernel walks (fma.cuh, mma.cuh).
+struct PackedPart {
+  Use use = Use::x_to_gates;
+  Multiply multiply = Multiply::fma;
+  int64_t start = 0;   // bytes from the packed weight's start to the first block
+  int64_t pitch = 0;   // bytes from one block to the next
+  int64_t blocks = 0;  // of columns
+  int columns = 0;     // fma: of a block
+  // mma
+  MmaDepth depth;
+  int unit_bytes = 0;
+  int tiles = 0, warps_n = 0;  // n-tiles of a warp; warps along channels
+
+  bool mma() const { return multiply != Multiply::fma; }
+  // Bytes of all blocks, and of what other parts have between them.
+  int64_t bytes() const { return blocks * pitch; }
+  const char* in(const void* packed) const { return static_cast<const char*>(packed) + start; }
+  Segment with_weight(Segment s, const void* packed) const {
+    s.weight = in(packed), s.weight_pitch = pitch;
+    return s;
+  }
+};
+
+struct PackedForward {
+  PackedPart x, mem;
+
+  PackedForward(const Cell& c, const ForwardPlan& plan);
+  int64_t bytes() const { return x.mma() ? x.bytes() : x.bytes() + mem.bytes(); }
+};
+
+struct PackedBackward {
+  PackedPart to_x, to_mem;
+
+  PackedBackward(const Cell& c, const DataPlan& of_x, const DataPlan& of_mem);
+  int64_t bytes() const { return to_x.bytes() + to_mem.bytes(); }
+};
+
+// ---- the weight's gradient ----------------------------------------------------------------------
+
+struct WeightPlan {
+  Multiply multiply = Multiply::fma;
+  Tiling tiling;
+  int splits = 1;
+  int64_t share = 0, total = 0;  // of a split, of all: pixels (fma) or tiles (mma)
+  int part_rows = 0, part_columns = 0, tap_stride = 0;
+  int columns = 64;  // fma: rows of the gradient in a block, columns of its tile
+  // mma
+  int warp_rows = 0, tap_groups = 0, column_pitch = 0, column_blocks = 0, buffer_bytes = 0;
+  bool fits_banks = true;
+
+  bool mma() const { return multiply != Multiply::fma; }
+  int threads() const { return 32 * weight_tile::kWarpColumns * warp_rows * tap_groups; }
+  int row_blocks() const { return part_rows / (32 * warp_rows); }
+  int64_t part_bytes(DType real) const {
+    return int64_t(splits) * part_rows * part_columns * bytes_of(real);
+  }
+};
+
+struct WeightPlans {
+  WeightPlan x, mem;
+
+  // Whether the columns of x and of mem lie in the same parts.
+  bool side_by_side() const { return !x.mma(); }
+  int threads() const { return std::max(x.threads(), mem.threads()); }
+  // The shared memory on tensor cores: the stages of the larger half, then each thread's totals.
+  int totals() const;
+  int shared_bytes() const { return totals() + 4 * weight_tile::kSums * threads(); }
+};
+
+// Plans both halves of the weight for one launch: the most rows and the tile that fit first, on
+// tensor cores if there are any, with rows that meet the same banks only if no others fit.
+WeightPlans plan_weights(const Cell& c, const Device& device, Multiply multiply);
+
+}  // namespace snnlstm::cuda
