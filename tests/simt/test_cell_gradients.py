@@ -57,6 +57,21 @@ def test_coarse_gradients(core, mode, case, schedule):
     assert check(core, case, ALL[mode])
 
 
+@pytest.mark.parametrize(
+    ("mode", "case"),
+    [
+        # Narrow blocks without tensor cores, and the data gradients of a stride.
+        (
+            "float32 on sm_75",
+            PLAIN.but(in_channels=20, channels=8, height=16, stride=(2, 1), time=2),
+        ),
+        ("tf32", SMOOTH["average pool"].but(time=2)),  # pooled in float32
+    ],
+)
+def test_kernels_that_few_calls_reach(core, mode, case):
+    assert check(core, case, MODES[mode]), "choose another seed"
+
+
 @pytest.mark.parametrize("wanted", [("x",), ("weight",), ("syn", "mem"), ("threshold", "bias")])
 @pytest.mark.parametrize("mode", ["float32 cudnn", "tf32x3", "float32 hybrid"])
 def test_only_what_is_wanted(core, mode, wanted):
