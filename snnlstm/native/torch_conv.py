@@ -1,6 +1,7 @@
 """What cuDNN convolves of the cell on CUDA, in the place of the kernels.
 
-"cudnn": cuDNN convolves, and the kernels do what is of the neurons alone, step by step.
+"cudnn": cuDNN convolves x of several steps at once, and mem step by step; the kernels do what is
+of the neurons alone.
 "hybrid": the kernels go through the steps, and cuDNN forms the gradients of x, weight and bias over
 all steps at once. Results and what is saved are laid out as those of the kernels. So is the
 gradient of the gate sums:

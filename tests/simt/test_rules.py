@@ -1,4 +1,4 @@
-"""The rules of csrc/cuda/rules.h beside the layers that decided them. Nothing runs here."""
+"""The rules of csrc/cuda/rules.cpp beside the layers that decided them. Nothing runs here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PAPER = [
     ((16, 2, 32, 32, 32), "4090", "tf32", 73, 31),
     ((16, 2, 32, 32, 32), "t4", "fp16", 132, 84),
 ]
-# Backward likewise, with what has no figure on paper: a reason of rules.h each.
+# Backward likewise, with what has no figure on paper: a reason of rules.cpp each.
 CHOSEN = [
     ((32, 1, 16, 22, 128), "t4", "float32", True, "fused"),  # 909 for 1351
     ((16, 32, 64, 16, 16), "t4", "float64", False, "fused"),  # nothing is better for float64
