@@ -108,7 +108,7 @@ class Backward {
     if (!plan.mma()) {
       BackwardFma p;
       p.tiling = plan.tiling;
-      p.d_gates = plan_.packed.to_mem.with_weight(s, a_.weight);
+      p.d_gates = plan_.packed.mem.with_weight(s, a_.weight);
       p.neuron = n;
       return with_tile<16>(plan_.type, plan.columns, [&](auto real, auto tile) {
         using R = decltype(real);
@@ -125,7 +125,7 @@ class Backward {
     }
     BackwardMma p;
     p.tiling = plan.tiling;
-    p.conv = conv(plan, plan_.packed.to_mem, s), p.tiles = plan.tiles;
+    p.conv = conv(plan, plan_.packed.mem, s), p.tiles = plan.tiles;
     p.neuron = n;
     const BackwardLayout layout(plan, p.conv, s_.c.pool != Pool::none && plan_.spreads);
     p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
@@ -178,8 +178,8 @@ class Backward {
       }
     };
     const Tensor x = tensor(a_.grad_x, plan_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
-    add(0, plan_.to_x, plan_.packed.to_x, x, c.H, c.W);
-    add(1, plan_.to_mem, plan_.packed.to_mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
+    add(0, plan_.to_x, plan_.packed.x, x, c.H, c.W);
+    add(1, plan_.to_mem, plan_.packed.mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
     const auto blocks = [](const auto& jobs) { return jobs.job[0].blocks + jobs.job[1].blocks; };
     with_real(plan_.type, [&](auto real) {
       using R = decltype(real);
@@ -213,17 +213,17 @@ DataPlan plan_to_mem(const Cell& c, const Device& device, Multiply multiply,
 
 BackwardPass::BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
                            Algorithm algorithm, const BlockChoice& only)
-    : PassTypes(cell, matrix),
+    : Pass(cell, matrix),
       to_mem(plan_to_mem(s.c, device, multiply, only, spreads)),
       to_x(plan_data(s.c, device, multiply, true, false).value()),
-      packed(s.c, to_x, to_mem),
       hybrid(algorithm == Algorithm::hybrid),
       weights(hybrid ? WeightPlans() : plan_weights(s.c, device, multiply)),
       bias_splits(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * device.multiprocessors))) {
+  packed = packed_backward(s.c, to_x, to_mem);
   workspace = Backward(*this, BackwardArgs(), nullptr).workspace();
 }
 
-void BackwardPass::run(const BackwardArgs& args, void* stream) const {
+void BackwardPass::backward(const BackwardArgs& args, void* stream) const {
   Backward(*this, args, stream).run();
 }
 

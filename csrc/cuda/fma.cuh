@@ -13,7 +13,7 @@
 // K = taps x channels, channels fastest, filled up with zeros to a multiple of 16.
 #pragma once
 
-#include "fma_tile.h"
+#include "gemm.h"
 #include "tile.cuh"
 
 namespace snnlstm::cuda {
@@ -67,7 +67,7 @@ class Gemm {
   SNNLSTM_DEVICE void add(const Segment& s, R (&acc)[4][2][4]) {
     const int chunks = int(depth(s)) / T::kDepth;
     if (chunks == 0) return;
-    const bool up = s.up_h.value > 1 || s.up_w.value > 1;
+    const bool strided = s.dgrad_stride_h.value > 1 || s.dgrad_stride_w.value > 1;
     const R* weight = reinterpret_cast<const R*>(static_cast<const char*>(s.weight) +
                                                  block_.column * s.weight_pitch);
     tap_ = 0, channel_ = tid_;  // for locate()
@@ -80,7 +80,7 @@ class Gemm {
       const bool more = chunk + 1 < chunks;
       if (more) {
         fetch_weights(weight + int64_t(chunk + 1) * T::kDepth * T::kColumns);
-        up ? fetch<true>(s, buffer ^ 1) : fetch<false>(s, buffer ^ 1);
+        strided ? fetch<true>(s, buffer ^ 1) : fetch<false>(s, buffer ^ 1);
       }
       if (chunk >= 0) {
         multiply<T>(shared_.a[buffer], shared_.b[buffer], acc);
@@ -120,9 +120,9 @@ class Gemm {
     return unsigned(y) * unsigned(a.h) + unsigned(x) * unsigned(a.w);
   }
 
-  // Loads the next chunk of A from global memory into registers. Up: the convolution is the
+  // Loads the next chunk of A from global memory into registers. Strided: the convolution is the
   // transpose of one with stride.
-  template <bool Up>
+  template <bool Strided>
   SNNLSTM_DEVICE void fetch(const Segment& s, int buffer) {
     const Tensor& src = s.src;
     int top[kPixels], left[kPixels];
@@ -140,9 +140,10 @@ class Gemm {
           int y = top[j] + where.x, x = left[j] + where.y;
           bool real = true;
           unsigned at = from[j] + unsigned(where.w);
-          if constexpr (Up) {
+          if constexpr (Strided) {
             unsigned row = unsigned(y), col = unsigned(x);
-            real = y >= 0 && x >= 0 && s.up_h.split(row) == 0 && s.up_w.split(col) == 0;
+            real = y >= 0 && x >= 0 && s.dgrad_stride_h.split(row) == 0 &&
+                   s.dgrad_stride_w.split(col) == 0;
             y = int(row), x = int(col);
             at = unsigned(where.z) + place(src, y, x);
           }

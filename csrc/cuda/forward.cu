@@ -40,7 +40,7 @@ class Forward {
   }
 
   Tensor state(const View& v, int64_t t) const {
-    return state_tensor(s_.c, v, t, plan_.step.held());
+    return state_tensor(s_.c, v, t, plan_.step.channels_per_thread());
   }
   bool keeps_mem() const { return a_.record || a_.spk_is_mem(); }
   Tensor mem_before(int64_t t) const {
@@ -59,7 +59,7 @@ class Forward {
   }
 
   NeuronForward neuron(int64_t t) const {
-    NeuronForward n = neuron_forward(a_, t, plan_.step.held());
+    NeuronForward n = neuron_forward(a_, t, plan_.step.channels_per_thread());
     n.fires = plan_.step.fires;
     n.syn_in = syn_before(t), n.mem_in = mem_before(t);
     if (!writes_states(t) && !keeps_mem()) n.own_mem = image(mem_[(t + 1) & 1], s_, plan_.type);
@@ -125,8 +125,8 @@ class Forward {
   }
 
   void fire(int64_t t) const {
-    const FireStep p{fire_of(a_, a_.spk, t, plan_.step.held()), mem_after(t), int(s_.c.N),
-                     a_.winner ? a_.winner + t * s_.c.N : nullptr};
+    const FireStep p{fire_of(a_, a_.spk, t, plan_.step.channels_per_thread()), mem_after(t),
+                     int(s_.c.N), a_.winner ? a_.winner + t * s_.c.N : nullptr};
     launch_fire(p, s_.c.inhibition, stream_);
   }
 
@@ -142,11 +142,12 @@ class Forward {
 
 ForwardPass::ForwardPass(const Cell& cell, const Device& device, Matrix matrix,
                          const BlockChoice& only)
-    : PassTypes(cell, matrix), step(plan_forward(s.c, device, matrix, only)), packed(s.c, step) {
+    : Pass(cell, matrix), step(plan_forward(s.c, device, matrix, only)) {
+  packed = packed_forward(s.c, step);
   workspace = Forward(*this, ForwardArgs(), nullptr).workspace();
 }
 
-void ForwardPass::run(const ForwardArgs& args, void* stream) const {
+void ForwardPass::forward(const ForwardArgs& args, void* stream) const {
   Forward(*this, args, stream).run();
 }
 

@@ -23,7 +23,7 @@ struct ForwardMma {
 
 constexpr int kMmaThreads = 256;
 
-// Blocks that a multiprocessor holds. In parts, each accumulator has a total beside it.
+// Blocks that a multiprocessor holds. In 3xTF32 each accumulator has a total beside it.
 template <class Element>
 constexpr int kMmaBlocks = std::is_same_v<Element, tf32x3> ? 1 : 2;
 
@@ -40,7 +40,7 @@ template <class Element, int Tiles, bool plain>
 __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
     forward_mma(const __grid_constant__ ForwardMma p) {
   if constexpr (arch::has_mma<Element>) {
-    constexpr int kTiles = 4 * Tiles, kHeld = 2 * Tiles, kChannels = 8 * Tiles;
+    constexpr int kTiles = 4 * Tiles, kPerThread = 2 * Tiles, kChannels = 8 * Tiles;
     auto* shared = &shared_memory<unsigned char>();
     // The place is computed twice: one that is kept from here on makes ptxas spill on sm_90.
     if (!plain && p.neuron.fire.is_padded(block_of(p.tiling, blockIdx.x).n))
@@ -56,17 +56,23 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
     gemm.run(acc);
 
     // The second m16 tile waits in shared memory, since the epilogue needs its registers.
-    using Parked = Slot<float, kHeld>;
     auto* parked = reinterpret_cast<float*>(shared);
-    float sum[4][2][kHeld];
+    const auto place = [&](int k) { return parked + 4 * (k * int(blockDim.x) + int(threadIdx.x)); };
+    float sum[4][2][kPerThread], *flat = &sum[0][0][0];
     take<Tiles>(acc[1], sum);
-    unrolled<4>([&](int gate) { Parked::keep(Parked::of(parked, gate), sum[gate]); });
+    unrolled<kTiles>([&](int k) {
+      store(place(k), make_float4(flat[4 * k], flat[4 * k + 1], flat[4 * k + 2], flat[4 * k + 3]));
+    });
     take<Tiles>(acc[0], sum);
-    const MemTile<float> mem_tile{parked + 8 * kHeld * int(blockDim.x), p.mem_pitch};
-    const int first = gemm.warp_column() * kChannels + kHeld * gemm.quad();
+    const MemTile<float> mem_tile{parked + 8 * kPerThread * int(blockDim.x), p.mem_pitch};
+    const int first = gemm.warp_column() * kChannels + kPerThread * gemm.quad();
 #pragma unroll 1
     for (int mi = 0; mi < 2; ++mi) {
-      if (mi == 1) unrolled<4>([&](int gate) { Parked::get(Parked::of(parked, gate), sum[gate]); });
+      if (mi == 1)
+        unrolled<kTiles>([&](int k) {
+          const auto v = load<float4>(place(k));
+          flat[4 * k] = v.x, flat[4 * k + 1] = v.y, flat[4 * k + 2] = v.z, flat[4 * k + 3] = v.w;
+        });
       tile.patch(gemm.pixel(mi), first, sum, mem_tile);
     }
     __syncthreads();

@@ -1,15 +1,13 @@
-// The types fp16, bf16 and tf32, on the device, and on the host in software. They are for storage:
-// computation is in float.
+// The types fp16, bf16 and tf32. They are for storage: computation is in float.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define SNNLSTM_BOTH __host__ __device__ __forceinline__
-#else
-#define SNNLSTM_BOTH inline
+#if !defined(__CUDACC__)
+#include "simt.h"
 #endif
+#include "tile.h"
 
 namespace snnlstm::cuda {
 
@@ -33,8 +31,8 @@ struct tf32x3 {  // a float that is multiplied as the sum of two tf32 numbers, i
 
 namespace detail {
 
-SNNLSTM_BOTH uint32_t bits_of(float x) {
-#if defined(__CUDA_ARCH__)
+SNNLSTM_DEVICE uint32_t bits_of(float x) {
+#if defined(__CUDACC__)
   return __float_as_uint(x);
 #else
   uint32_t u;
@@ -43,8 +41,8 @@ SNNLSTM_BOTH uint32_t bits_of(float x) {
 #endif
 }
 
-SNNLSTM_BOTH float float_of(uint32_t u) {
-#if defined(__CUDA_ARCH__)
+SNNLSTM_DEVICE float float_of(uint32_t u) {
+#if defined(__CUDACC__)
   return __uint_as_float(u);
 #else
   float x;
@@ -54,75 +52,51 @@ SNNLSTM_BOTH float float_of(uint32_t u) {
 }
 
 // Round to nearest, ties to even, as cvt.rn does. NaN becomes the canonical 0x7fff.
-SNNLSTM_BOTH uint16_t float_to_bf16_software(float x) {
+SNNLSTM_DEVICE uint16_t float_to_bf16_software(float x) {
   const uint32_t u = bits_of(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
   return uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
-inline uint16_t float_to_fp16_software(float x) {
-  const uint32_t u = bits_of(x);
-  const uint32_t sign = (u >> 16) & 0x8000u;
-  const uint32_t a = u & 0x7fffffffu;
-  if (a > 0x7f800000u) return 0x7fff;
-  if (a >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
-  if (a < 0x38800000u) {  // below 2^-14: a multiple of 2^-24, which one float addition rounds to
-    const uint32_t scaled = bits_of(float_of(a) + 0.5f);
-    return uint16_t(sign | (scaled - 0x3f000000u));
-  }
-  return uint16_t(sign | ((a - 0x38000000u + 0x0fffu + ((a >> 13) & 1u)) >> 13));
-}
-
-inline float fp16_to_float_software(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
-  const uint32_t a = h & 0x7fffu;
-  if (a >= 0x7c00u) return float_of(sign | 0x7f800000u | ((a & 0x3ffu) << 13));
-  if (a < 0x0400u) {
-    const float magnitude = float(a) * (1.0f / 16777216.0f);
-    return float_of(sign | bits_of(magnitude));
-  }
-  return float_of(sign | ((a << 13) + 0x38000000u));
-}
-
 }  // namespace detail
 
-SNNLSTM_BOTH float to_float(bf16 x) { return detail::float_of(uint32_t(x.bits) << 16); }
+SNNLSTM_DEVICE float to_float(bf16 x) { return detail::float_of(uint32_t(x.bits) << 16); }
 
-SNNLSTM_BOTH float to_float(tf32 x) { return detail::float_of(x.bits); }
+SNNLSTM_DEVICE float to_float(tf32 x) { return detail::float_of(x.bits); }
 
-SNNLSTM_BOTH float to_float(fp16 x) {
-#if defined(__CUDA_ARCH__)
+SNNLSTM_DEVICE float to_float(fp16 x) {
+#if defined(__CUDACC__)
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 #else
-  return detail::fp16_to_float_software(x.bits);
+  return ::simt::float_of_fp16(x.bits);
 #endif
 }
 
 // Rounds x to T. fp16 and bf16: to nearest, ties to even; tf32: to nearest, ties away from zero
 // (cvt.rna, the one rounding that every architecture has).
 template <class T>
-SNNLSTM_BOTH T from_float(float x);
+SNNLSTM_DEVICE T from_float(float x);
 
 template <>
-SNNLSTM_BOTH fp16 from_float<fp16>(float x) {
-#if defined(__CUDA_ARCH__)
+SNNLSTM_DEVICE fp16 from_float<fp16>(float x) {
+#if defined(__CUDACC__)
   fp16 y;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
   return y;
 #else
-  return fp16{detail::float_to_fp16_software(x)};
+  return fp16{::simt::fp16_of_float(x)};
 #endif
 }
 
 template <>
-SNNLSTM_BOTH fp16_sm75 from_float<fp16_sm75>(float x) {
+SNNLSTM_DEVICE fp16_sm75 from_float<fp16_sm75>(float x) {
   return {from_float<fp16>(x).bits};
 }
 
 template <>
-SNNLSTM_BOTH bf16 from_float<bf16>(float x) {
+SNNLSTM_DEVICE bf16 from_float<bf16>(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   bf16 y;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
@@ -133,7 +107,7 @@ SNNLSTM_BOTH bf16 from_float<bf16>(float x) {
 }
 
 template <>
-SNNLSTM_BOTH tf32 from_float<tf32>(float x) {
+SNNLSTM_DEVICE tf32 from_float<tf32>(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   tf32 y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y.bits) : "f"(x));
@@ -148,7 +122,7 @@ SNNLSTM_BOTH tf32 from_float<tf32>(float x) {
 
 // Packs two neighbours of a fragment into one register, lo into bits 0 to 15.
 template <class T>
-SNNLSTM_BOTH uint32_t pack(float lo, float hi) {
+SNNLSTM_DEVICE uint32_t pack(float lo, float hi) {
   static_assert(sizeof(T) == 2, "pack<T>() is for fp16 and bf16");
   return uint32_t(from_float<T>(lo).bits) | (uint32_t(from_float<T>(hi).bits) << 16);
 }

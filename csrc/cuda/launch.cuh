@@ -1,9 +1,11 @@
 // Launches a kernel, on the device or in the emulation, and checks that.
 #pragma once
 
-#include "primitives.cuh"
+#include <cstddef>
 
 #if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -11,6 +13,8 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#else
+#include "simt.h"
 #endif
 
 namespace snnlstm::cuda {

@@ -9,13 +9,10 @@
 
 namespace snnlstm::cuda {
 
-struct PackedPart;
-struct PassTypes;
+struct Pass;
 struct BackwardPass;
 
-// Packs the parts, which lie in `packed`.
-void pack_weight(const PassTypes& pass, const PackedPart (&parts)[2], const void* weight,
-                 void* packed, void* stream);
+void pack_weight(const Pass& pass, const void* weight, void* packed, void* stream);
 
 void launch_fire(const FireStep& p, bool inhibition, void* stream);
 
@@ -55,11 +52,11 @@ void with_real(DType type, F&& f) {
 
 // ---- the caller's arguments as the neurons' kernels take them -----------------------------------
 //
-// t: the launch's step. held: channels that a thread holds. spk: spikes forward, their gradient
+// t: the launch's step. per_thread: channels of a thread. spk: spikes forward, their gradient
 // backward.
 
 template <class Args>
-Fire fire_of(const Args& a, const View& spk, int64_t t, int held) {
+Fire fire_of(const Args& a, const View& spk, int64_t t, int per_thread) {
   const Cell& c = a.cell;
   Fire f;
   f.spiking = c.spiking;
@@ -69,42 +66,43 @@ Fire fire_of(const Args& a, const View& spk, int64_t t, int held) {
   f.threshold = a.threshold, f.threshold_stride = a.threshold_stride;
   f.graded = a.graded_factor;
   f.lengths = a.lengths, f.step = int(t);
-  f.spk = tensor(spk, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, held);
+  f.spk = tensor(spk, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, per_thread);
   if (a.places && c.pool == Pool::max)
     f.places = static_cast<char*>(a.places) + t * c.N * c.C * c.Hp() * c.Wp() * c.place_bytes();
   return f;
 }
 
 template <class Neuron, class Args>
-Neuron neuron_of_step(const Args& a, const View& spk, int64_t t, int held) {
+Neuron neuron_of_step(const Args& a, const View& spk, int64_t t, int per_thread) {
   const Cell& c = a.cell;
   Neuron n;
   n.C = int(c.C), n.Cp = int(Shape(c).Cp), n.Ho = int(c.Ho()), n.Wo = int(c.Wo());
   n.reset = c.reset;
-  n.fire = fire_of(a, spk, t, held);
+  n.fire = fire_of(a, spk, t, per_thread);
   return n;
 }
 
-inline Tensor state_tensor(const Cell& c, const View& v, int64_t t, int held) {
-  return tensor(v, c.dtype, t, {1, c.N, c.C, c.Ho(), c.Wo()}, held);
+inline Tensor state_tensor(const Cell& c, const View& v, int64_t t, int per_thread) {
+  return tensor(v, c.dtype, t, {1, c.N, c.C, c.Ho(), c.Wo()}, per_thread);
 }
 
 // The states, or their gradients, that the caller has of step t, if any. If samples have lengths,
 // each step may be the last of some.
 template <class Args>
-Tensor states_of_step(const Args& a, const View& v, int64_t t, int held) {
-  if (a.record) return state_tensor(a.cell, v, t, held);
-  return t + 1 == a.cell.T || a.lengths ? state_tensor(a.cell, v, 0, held) : Tensor();
+Tensor states_of_step(const Args& a, const View& v, int64_t t, int per_thread) {
+  if (a.record) return state_tensor(a.cell, v, t, per_thread);
+  return t + 1 == a.cell.T || a.lengths ? state_tensor(a.cell, v, 0, per_thread) : Tensor();
 }
 
 // Has the states before the first step, and those after step t that the caller wants.
-inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int held) {
+inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int per_thread) {
   const Cell& c = a.cell;
-  auto n = neuron_of_step<NeuronForward>(a, a.spk, t, held);
+  auto n = neuron_of_step<NeuronForward>(a, a.spk, t, per_thread);
   n.bias = a.bias;
-  n.syn_in = state_tensor(c, a.syn0, 0, held), n.mem_in = state_tensor(c, a.mem0, 0, held);
-  n.syn_out = states_of_step(a, a.syn, t, held);
-  n.mem_out = states_of_step(a, a.mem, t, held);
+  n.syn_in = state_tensor(c, a.syn0, 0, per_thread),
+  n.mem_in = state_tensor(c, a.mem0, 0, per_thread);
+  n.syn_out = states_of_step(a, a.syn, t, per_thread);
+  n.mem_out = states_of_step(a, a.mem, t, per_thread);
   return n;
 }
 

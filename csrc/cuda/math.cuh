@@ -6,7 +6,7 @@
 
 #include "../cell.h"
 #include "primitives.cuh"
-#include "tensor.h"
+#include "tile.h"
 
 namespace snnlstm::cuda {
 
@@ -127,37 +127,26 @@ SNNLSTM_DEVICE void load_vector(const T* p, R (&v)[N]) {
     });
   });
 }
-template <class T, int N>
-SNNLSTM_DEVICE void store_elements(T* p, const T (&v)[N]) {
+template <class T, class R, int N>
+SNNLSTM_DEVICE void store_vector(T* p, const R (&v)[N]) {
   constexpr int count = kAtOnce<T, N>;
   unrolled<N / count>([&](int k) {
     Elements<T, count> part;
-    unrolled<count>([&](int i) { part.number[i] = v[k * count + i]; });
+    unrolled<count>([&](int i) {
+      if constexpr (sizeof(T) == 2)
+        part.number[i] = from_float<T>(v[k * count + i]);
+      else
+        part.number[i] = v[k * count + i];
+    });
     store(p + k * count, part);
   });
 }
-template <class T, class R, int N>
-SNNLSTM_DEVICE void store_vector(T* p, const R (&v)[N]) {
-  T stored[N];
-  unrolled<N>([&](int i) {
-    if constexpr (sizeof(T) == 2)
-      stored[i] = from_float<T>(v[i]);
-    else
-      stored[i] = v[i];
-  });
-  store_elements(p, stored);
-}
 
-// The same, from element i of an array on.
-template <class R, class Known = Unknown, int N>
+// Loads from element i of an array on.
+template <class R, int N>
 SNNLSTM_DEVICE void read_vector(const void* array, DType type, int64_t i, R (&v)[N]) {
-  with_stored<R, Known>(
-      type, [&](auto of) { load_vector(static_cast<decltype(of) const*>(array) + i, v); });
-}
-template <class R, class Known = Unknown, int N>
-SNNLSTM_DEVICE void write_vector(void* array, DType type, int64_t i, const R (&v)[N]) {
-  with_stored<R, Known>(type,
-                        [&](auto of) { store_vector(static_cast<decltype(of)*>(array) + i, v); });
+  with_stored<R>(type,
+                 [&](auto of) { load_vector(static_cast<decltype(of) const*>(array) + i, v); });
 }
 
 #if defined(__CUDA_ARCH__)

@@ -32,14 +32,14 @@ SNNLSTM_DEVICE uint32_t rounds_to_tf32(uint32_t bits) {
 }
 
 // Splits floats into two tf32 numbers each. The tensor core itself cuts `v` off behind the first 10
-// bits of its mantissa; `low` becomes the rest, of which the tensor core cuts off at most two bits:
-// 7.5e-8 of the number on average, towards zero. Returns the bits that are set in any rest.
+// bits of its mantissa; `small` becomes the rest, of which the tensor core cuts off at most two
+// bits: 7.5e-8 of the number on average, towards zero. Returns the bits that are set in any rest.
 template <int N>
-SNNLSTM_DEVICE uint32_t split_in_parts(const uint32_t (&v)[N], uint32_t (&low)[N]) {
+SNNLSTM_DEVICE uint32_t split_tf32x3(const uint32_t (&v)[N], uint32_t (&small)[N]) {
   uint32_t seen = 0;
   unrolled<N>([&](int i) {
-    low[i] = detail::bits_of(detail::float_of(v[i]) - detail::float_of(v[i] & kTf32Bits));
-    seen |= low[i];
+    small[i] = detail::bits_of(detail::float_of(v[i]) - detail::float_of(v[i] & kTf32Bits));
+    seen |= small[i];
   });
   return seen;
 }
@@ -51,21 +51,21 @@ SNNLSTM_DEVICE bool may_be_infinite(uint32_t seen) {
 }
 // Sets the rests of infinities to 0; the rest of a NaN stays NaN.
 template <int N>
-SNNLSTM_DEVICE void mend_rests(const uint32_t (&v)[N], uint32_t (&low)[N]) {
+SNNLSTM_DEVICE void mend_rests(const uint32_t (&v)[N], uint32_t (&small)[N]) {
   unrolled<N>([&](int i) {
-    if ((v[i] & 0x7fffffffu) == 0x7f800000u) low[i] = 0;
+    if ((v[i] & 0x7fffffffu) == 0x7f800000u) small[i] = 0;
   });
 }
 }  // namespace mma_gemm
 
-// Element, AnyFeed: see MmaSource. NT: n-tiles of a warp. Strided: the convolution may be the
+// Element, AnyCopy: see MmaSource. NT: n-tiles of a warp. Strided: the convolution may be the
 // transpose of one with stride.
-template <class Element, int NT, bool AnyFeed, bool Strided = false>
+template <class Element, int NT, bool AnyCopy, bool Strided = false>
 class MmaGemm {
  public:
   static constexpr bool kHalf = sizeof(Element) == 2;
-  static constexpr bool kParts = std::is_same_v<Element, tf32x3>;
-  static constexpr int kPairBytes = (kParts ? 2 : 1) * mma_gemm::kPairBytes;  // in a unit
+  static constexpr bool kTf32x3 = std::is_same_v<Element, tf32x3>;
+  static constexpr int kPairBytes = (kTf32x3 ? 2 : 1) * mma_gemm::kPairBytes;  // in a unit
   using Accumulators = float[2][NT][4];
 
   SNNLSTM_DEVICE MmaGemm(const MmaConv& p, unsigned char* shared, const Tiling& tiling,
@@ -74,7 +74,7 @@ class MmaGemm {
     const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     warp_column_ = warp % p.warp_columns;
     warp_row_ = warp / p.warp_columns;
-    if constexpr (!AnyFeed) k_group_ = warp_row_ / rows(), warp_row_ %= rows();
+    if constexpr (!AnyCopy) k_group_ = warp_row_ / rows(), warp_row_ %= rows();
     fragments_ = shared_place(pipeline_.stages() + warp_column_ * (NT / 2 * kPairBytes) +
                               lane * 16 + k_group_ * p.unit_bytes);
   }
@@ -90,27 +90,27 @@ class MmaGemm {
   SNNLSTM_DEVICE int k_group() const { return k_group_; }
   SNNLSTM_DEVICE static int quad() { return int(threadIdx.x) % 4; }
 
-  // Tensor cores truncate their sums. In parts each k-step adds three times, therefore a chunk's
+  // Tensor cores truncate their sums. In 3xTF32 each k-step adds three times, therefore a chunk's
   // sums are added to totals, which round to nearest.
   SNNLSTM_DEVICE void run(Accumulators& acc) {
     constexpr int kSums = 2 * NT * 4;
-    float *sum = &acc[0][0][0], total[kParts ? kSums : 1];
+    float *sum = &acc[0][0][0], total[kTf32x3 ? kSums : 1];
     clear<kSums>(sum);
-    if constexpr (kParts) clear<kSums>(total);
+    if constexpr (kTf32x3) clear<kSums>(total);
     fill_tables();
 #pragma unroll 1
     for (pipeline_.start(); pipeline_.working(); pipeline_.end_chunk()) {
       pipeline_.begin_chunk();
       multiply_chunk(acc);
-      if constexpr (kParts) unrolled<kSums>([&](int i) { total[i] += sum[i], sum[i] = 0; });
+      if constexpr (kTf32x3) unrolled<kSums>([&](int i) { total[i] += sum[i], sum[i] = 0; });
     }
-    if constexpr (kParts) unrolled<kSums>([&](int i) { sum[i] = total[i]; });
+    if constexpr (kTf32x3) unrolled<kSums>([&](int i) { sum[i] = total[i]; });
     pipeline_.finish();
   }
 
  private:
   SNNLSTM_DEVICE static bool is_strided(const MmaSegment& seg) {
-    return Strided && (seg.s.up_h.value > 1 || seg.s.up_w.value > 1);
+    return Strided && (seg.s.dgrad_stride_h.value > 1 || seg.s.dgrad_stride_w.value > 1);
   }
 
   // Writes for each tap and k-step the bytes from a pixel's row to the row that the pixel reads:
@@ -118,7 +118,7 @@ class MmaGemm {
   SNNLSTM_DEVICE void fill_tables() {
 #pragma unroll 1
     for (int k = 0; k < p_.segments; ++k) {
-      const MmaSegment& seg = p_.segment[AnyFeed ? k : 0];
+      const MmaSegment& seg = p_.segment[AnyCopy ? k : 0];
       int* table = pipeline_.table(k);
       for (int i = int(threadIdx.x); i < 4 * seg.taps && !is_strided(seg); i += int(blockDim.x)) {
         const int tap = i / 4, step = i / 2 % 2, odd = i % 2;
@@ -133,7 +133,7 @@ class MmaGemm {
   // two k-steps at once; if a tap has one k-step, the second group has nothing to do.
   SNNLSTM_DEVICE void multiply_chunk(Accumulators& acc) {
     const MmaSegment& seg = pipeline_.segment();
-    const bool up = is_strided(seg);
+    const bool strided = is_strided(seg);
     SharedPlace row[2];
     int pixel = 0, tap_h = 0, tap_w = 0;
     unrolled<2>([&](int mi) {
@@ -143,10 +143,10 @@ class MmaGemm {
       row[mi] = row_of(pixel);
     });
     const int steps = pipeline_.steps();
-    const bool works = AnyFeed || k_group_ < steps;
+    const bool works = AnyCopy || k_group_ < steps;
     // Steps that are taken at once; from a step to the next in the table, and in the weights.
     int at_once = 1, stride = 3 - steps, bytes = p_.unit_bytes;
-    if constexpr (!AnyFeed) {
+    if constexpr (!AnyCopy) {
       if (p_.k_groups > 1) at_once = steps, stride = 2;
       stride = kept(stride), bytes = kept(at_once * bytes);
     }
@@ -155,7 +155,7 @@ class MmaGemm {
     for (int left = kept(seg.taps * steps / at_once), step = k_group_; left > 0; --left) {
       pipeline_.begin_step();
       int at = step % 2 * 32;
-      if (!up) {
+      if (!strided) {
         at = *entry;
         entry += 2 * stride;
       } else {
@@ -181,7 +181,7 @@ class MmaGemm {
     if (m >= pixels) m &= 15;  // some pixel, on the same banks
     y = unsigned(m < pixels ? m : m & 1);
     x = int(tiling_.by_w.split(y));
-    return int(y) * seg.step_h * seg.pitch + x * seg.step_w + seg.lead +
+    return int(y) * seg.step_h * seg.pitch + x * seg.step_w + seg.row_padding +
            (fault(Fault::wrong_mma_halo) ? 1 : 0);
   }
 
@@ -201,10 +201,10 @@ class MmaGemm {
     const int v = block_.y0 + int(y) - s.pad_h + tap_h * s.dilation_h;
     const int u = block_.x0 + x - s.pad_w + tap_w * s.dilation_w;
     unsigned source_y = unsigned(v), source_x = unsigned(u);
-    const bool real =
-        v >= 0 && u >= 0 && s.up_h.split(source_y) == 0 && s.up_w.split(source_x) == 0;
+    const bool real = v >= 0 && u >= 0 && s.dgrad_stride_h.split(source_y) == 0 &&
+                      s.dgrad_stride_w.split(source_x) == 0;
     const int p = (int(source_y) - pipeline_.source().origin_h(s)) * seg.pitch + int(source_x) -
-                  pipeline_.source().origin_w(s) + seg.lead;
+                  pipeline_.source().origin_w(s) + seg.row_padding;
     return real ? row_of(p) : shared_place(pipeline_.zeros());
   }
 
@@ -213,8 +213,8 @@ class MmaGemm {
     uint32_t a[2][4];
     unrolled<2>([&](int mi) { ldmatrix(a[mi], row[mi] + at); });
     const SharedPlace b = fragments_ + pipeline_.weights();
-    if constexpr (kParts)
-      multiply_in_parts(a, b, acc);
+    if constexpr (kTf32x3)
+      multiply_tf32x3(a, b, acc);
     else
       multiply_with<std::conditional_t<kHalf, Element, tf32>>(a, b, acc);
   }
@@ -238,19 +238,19 @@ class MmaGemm {
     });
   }
 
-  // a b = a_high b_high + a_high b_low + a_low b_high; a_low b_low, 2^-22 of it, is skipped. b:
-  // for each pair the high parts, then the low ones.
-  SNNLSTM_DEVICE static void multiply_in_parts(uint32_t (&a)[2][4], SharedPlace b,
-                                               Accumulators& acc) {
-    uint32_t low[2][4], seen = 0;
-    unrolled<2>([&](int mi) { seen |= mma_gemm::split_in_parts(a[mi], low[mi]); });
+  // a b = a_big b_big + a_big b_small + a_small b_big; a_small b_small, 2^-22 of it, is skipped. b:
+  // for each pair the big parts, then the small ones.
+  SNNLSTM_DEVICE static void multiply_tf32x3(uint32_t (&a)[2][4], SharedPlace b,
+                                             Accumulators& acc) {
+    uint32_t small[2][4], seen = 0;
+    unrolled<2>([&](int mi) { seen |= mma_gemm::split_tf32x3(a[mi], small[mi]); });
     if (mma_gemm::may_be_infinite(seen))
-      unrolled<2>([&](int mi) { mma_gemm::mend_rests(a[mi], low[mi]); });
-    // Spikes have no low parts.
-    const bool both = !AnyFeed || __any_sync(full_warp, (seen << 1) != 0);
+      unrolled<2>([&](int mi) { mma_gemm::mend_rests(a[mi], small[mi]); });
+    // Spikes have no small parts.
+    const bool both = !AnyCopy || __any_sync(full_warp, (seen << 1) != 0);
     unrolled<NT / 2>([&](int pair) {
       const uint4 w = load<uint4>(b + pair * kPairBytes);
-      if (both) add_pair<tf32>(acc, pair, low, w);
+      if (both) add_pair<tf32>(acc, pair, small, w);
       add_pair<tf32>(acc, pair, a, load<uint4>(b + pair * kPairBytes + mma_gemm::kPairBytes));
       add_pair<tf32>(acc, pair, a, w);
     });
@@ -261,7 +261,7 @@ class MmaGemm {
   const BlockPlace& block_;
   int warp_column_, warp_row_, k_group_ = 0;
   SharedPlace fragments_;  // the lane's, of the first unit in the ring of weights
-  MmaPipeline<Element, AnyFeed> pipeline_;
+  MmaPipeline<Element, AnyCopy> pipeline_;
 };
 
 }  // namespace snnlstm::cuda

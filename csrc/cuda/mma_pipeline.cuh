@@ -23,8 +23,8 @@
 
 namespace snnlstm::cuda {
 
-// Element, AnyFeed: see MmaSource.
-template <class Element, bool AnyFeed>
+// Element, AnyCopy: see MmaSource.
+template <class Element, bool AnyCopy>
 class MmaPipeline {
  public:
   SNNLSTM_DEVICE MmaPipeline(const MmaConv& p, unsigned char* shared, const Tiling& tiling,
@@ -100,7 +100,7 @@ class MmaPipeline {
   SNNLSTM_DEVICE const MmaSegment& segment() const { return segment_of(at_); }
   SNNLSTM_DEVICE int steps() const { return segment().steps(at_.chunk); }
   SNNLSTM_DEVICE const unsigned char* chunk() const { return buffer_at(buffer_); }
-  SNNLSTM_DEVICE const MmaSource<Element, AnyFeed>& source() const { return source_; }
+  SNNLSTM_DEVICE const MmaSource<Element, AnyCopy>& source() const { return source_; }
   // The ring of weights, and the bytes from there to the step's unit.
   SNNLSTM_DEVICE const unsigned char* stages() const { return stages_; }
   SNNLSTM_DEVICE int weights() const { return weights_at_; }
@@ -120,7 +120,7 @@ class MmaPipeline {
 
   // A single segment's number is known when the kernel is compiled: constant memory, where the
   // segments lie, is then an operand.
-  static constexpr bool kOneSegment = !AnyFeed;
+  static constexpr bool kOneSegment = !AnyCopy;
   SNNLSTM_DEVICE const MmaSegment& segment_of(const Cursor& c) const {
     return p_.segment[kOneSegment ? 0 : c.segment];
   }
@@ -182,7 +182,7 @@ class MmaPipeline {
     stage_end_ = weights_at_ + p_.stage_bytes();
     ++stages_since_load_;
     if (loading_) {
-      source_.turn(next());
+      source_.advance(next());
       __syncwarp();  // lanes have gone different ways
     }
   }
@@ -201,7 +201,7 @@ class MmaPipeline {
   uint4 carried_[kCarries<Element> ? mma_gemm::kCarried : 1];
   unsigned char* carried_to_ = nullptr;
   int carried_bytes_ = 0;
-  MmaSource<Element, AnyFeed> source_;
+  MmaSource<Element, AnyCopy> source_;
 };
 
 }  // namespace snnlstm::cuda

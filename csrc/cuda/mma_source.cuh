@@ -11,7 +11,7 @@
 // (weight_gradient_mma.cuh), and stores of neighbours. Rows and columns around the image are zeros.
 #pragma once
 
-#include "mma_conv.h"
+#include "gemm.h"
 #include "tile.cuh"
 
 namespace snnlstm::cuda {
@@ -21,17 +21,17 @@ template <class Element>
 constexpr bool kCarries = std::is_same_v<Element, fp16_sm75>;
 
 // Element: of shared memory, float (which tf32 rounds when it is read), tf32x3, fp16, bf16 or
-// fp16_sm75. AnyFeed: false if all sources are our own images (Feed::async). Chunks: so
+// fp16_sm75. AnyCopy: false if all sources are our own images (GlobalCopy::cp_async). Chunks: so
 // many come at once, to buffers side by side.
 //
-// Its users call start(), then turn() now and then between their products, and finish().
-template <class Element, bool AnyFeed, int Chunks = 1>
+// Its users call start(), then advance() now and then between their products, and finish().
+template <class Element, bool AnyCopy, int Chunks = 1>
 class MmaSource {
  public:
   static constexpr bool kHalf = sizeof(Element) == 2;
   static constexpr int kPerGroup = mma_tile::kGroupBytes / sizeof(Element);
   static constexpr int kPerChunk = mma_tile::kGroups * kPerGroup;
-  static constexpr bool kTurns = AnyFeed || kCarries<Element>;
+  static constexpr bool kAdvances = AnyCopy || kCarries<Element>;
 
   SNNLSTM_DEVICE explicit MmaSource(const Tiling& tiling) : tiling_(tiling) {}
 
@@ -39,31 +39,32 @@ class MmaSource {
   SNNLSTM_DEVICE void move_to(const BlockPlace& at) { at_ = at; }
 
   // Returns a source coordinate of the neighbourhood's first pixel.
-  SNNLSTM_DEVICE static int origin(int tile, int step, int pad, const SmallDivisor& up) {
+  SNNLSTM_DEVICE static int origin(int tile, int step, int pad, const SmallDivisor& dgrad_stride) {
     const int first = tile * step - pad;
-    return first >= 0 ? int(up.divide(unsigned(first))) : -int(up.divide(unsigned(-first - 1))) - 1;
+    return first >= 0 ? int(dgrad_stride.divide(unsigned(first)))
+                      : -int(dgrad_stride.divide(unsigned(-first - 1))) - 1;
   }
   SNNLSTM_DEVICE int origin_h(const Segment& s) const {
-    return origin(at_.y0, s.step_h, s.pad_h, s.up_h);
+    return origin(at_.y0, s.step_h, s.pad_h, s.dgrad_stride_h);
   }
   SNNLSTM_DEVICE int origin_w(const Segment& s) const {
-    return origin(at_.x0, s.step_w, s.pad_w, s.up_w);
+    return origin(at_.x0, s.step_w, s.pad_w, s.dgrad_stride_w);
   }
 
-  // Begins to load the chunks from `chunk` on. cp_async brings them if feed is async; else calls of
-  // turn() and then finish() bring them. border: the zeros around the image are written, too; they
-  // stay while other chunks of the same tile come to the buffer. pitch: bytes from one buffer to
-  // the next.
+  // Begins to load the chunks from `chunk` on. cp_async brings them if it can; else calls of
+  // advance() and then finish() bring them. border: the zeros around the image are written, too;
+  // they stay while other chunks of the same tile come to the buffer. pitch: bytes from one buffer
+  // to the next.
   SNNLSTM_DEVICE void start(const MmaSegment& seg, int chunk, unsigned char* buffer, bool border,
                             int pitch = 0) {
     chunk_ = chunk, last_ = chunk + Chunks - 1, buffer_ = buffer, pitch_ = pitch;
     in_flight_.target = -1;
     next_item_ = int(threadIdx.x), items_ = 0;
     top_ = origin_h(seg.s), left_ = origin_w(seg.s);
-    if (kCarries<Element> || (AnyFeed && seg.feed != Feed::async)) {
-      if (AnyFeed && seg.feed == Feed::patches) return;
+    if (kCarries<Element> || (AnyCopy && seg.copy != GlobalCopy::cp_async)) {
+      if (AnyCopy && seg.copy == GlobalCopy::im2col) return;
       items_ = items(seg, chunk);
-      if (!border || (kCarries<Element> && seg.feed == Feed::async)) return;
+      if (!border || (kCarries<Element> && seg.copy == GlobalCopy::cp_async)) return;
       unrolled<Chunks>([&](int k) { fill_border(seg, buffer + k * pitch); });
     } else {
       unrolled<Chunks>([&](int k) { copy_async(seg, chunk + k, buffer + k * pitch); });
@@ -71,10 +72,10 @@ class MmaSource {
   }
 
   // Ends the loads of the last call, and begins the next: a load has the time between calls.
-  SNNLSTM_DEVICE void turn(const MmaSegment& seg) {
-    if constexpr (kTurns) {
+  SNNLSTM_DEVICE void advance(const MmaSegment& seg) {
+    if constexpr (kAdvances) {
 #pragma unroll 1
-      for (int k = 0; k < seg.turns; ++k) {
+      for (int k = 0; k < seg.accesses; ++k) {
         put(seg, in_flight_, buffer_);
         in_flight_.target = -1;
         if (next_item_ >= items_) next_chunk(seg);
@@ -84,12 +85,12 @@ class MmaSource {
     }
   }
 
-  // Ends the loads, and brings at once what had no turn, Count elements at a time; patches always
-  // come like this.
+  // Ends the loads, and brings at once what is left, Count elements at a time; im2col always comes
+  // like this.
   template <int Count>
   SNNLSTM_DEVICE void finish(const MmaSegment& seg) {
-    if constexpr (kTurns) {
-      if (AnyFeed && seg.feed == Feed::patches) {
+    if constexpr (kAdvances) {
+      if (AnyCopy && seg.copy == GlobalCopy::im2col) {
         unrolled<Chunks>([&](int k) { lay_out(seg, chunk_ + k, buffer_ + k * pitch_); });
         return;
       }
@@ -109,12 +110,12 @@ class MmaSource {
   // Returns the chunk's 16-byte groups.
   SNNLSTM_DEVICE int groups(const MmaSegment& seg, int chunk) const { return 2 * seg.steps(chunk); }
 
-  // Returns the turns that a chunk takes, of all threads together.
+  // Returns the accesses of a chunk, of all threads together.
   SNNLSTM_DEVICE int items(const MmaSegment& seg, int chunk) const {
     const int pixels = seg.halo_h * seg.halo_w;
-    return groups(seg, chunk) * (seg.feed == Feed::async     ? pixels
-                                 : seg.feed == Feed::vectors ? kPerGroup / 4 * pixels
-                                                             : int(seg.by_run.value));
+    return groups(seg, chunk) * (seg.copy == GlobalCopy::cp_async     ? pixels
+                                 : seg.copy == GlobalCopy::vectorized ? kPerGroup / 4 * pixels
+                                                                      : int(seg.by_run.value));
   }
 
   // Goes on to the next chunk, if there is one.
@@ -125,8 +126,8 @@ class MmaSource {
     return next_item_ < items_;
   }
 
-  // What one turn brings: 16 bytes of one pixel, or 4 channels of Feed::vectors. What cp_async()
-  // would bring has its bits in the first 4 values.
+  // What one access brings: 16 bytes of one pixel, or 4 channels of GlobalCopy::vectorized. What
+  // cp_async() would bring has its bits in the first 4 values.
   struct Item {
     int target = -1;  // bytes from the buffer's start; -1: nothing to do
     float value[kPerGroup];
@@ -137,14 +138,14 @@ class MmaSource {
     const void* image = image_of(s.src, at_.t, at_.n);
     item.target = -1;
     unsigned rest = unsigned(number);
-    if (kCarries<Element> && (!AnyFeed || seg.feed == Feed::async)) {
+    if (kCarries<Element> && (!AnyCopy || seg.copy == GlobalCopy::cp_async)) {
       if (number >= items_) return;
       const Group at = group_of(seg, chunk, number);
       item.target = at.target;
       const auto v = at.real ? load<float4>(static_cast<const Element*>(image) + at.from)
                              : make_float4(0, 0, 0, 0);
       item.value[0] = v.x, item.value[1] = v.y, item.value[2] = v.z, item.value[3] = v.w;
-    } else if (seg.feed == Feed::vectors) {  // a warp's loads lie side by side
+    } else if (seg.copy == GlobalCopy::vectorized) {  // a warp's loads lie side by side
       const int lanes = (kPerGroup / 4) * groups(seg, chunk);
       const int part = number & (lanes - 1);
       unsigned row = unsigned(number) >> (seg.steps(chunk) + kPerGroup / 8);
@@ -152,7 +153,7 @@ class MmaSource {
       const int y = top_ + int(row), x = left_ + col;
       const int c = chunk * kPerChunk + part * 4;
       if (int(row) >= seg.halo_h || !inside(y, s.height) || !inside(x, s.width)) return;
-      item.target = mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) +
+      item.target = mma_tile::row_offset(int(row) * seg.pitch + seg.row_padding + col) +
                     part * 4 * int(sizeof(Element));
       float v[4] = {0, 0, 0, 0};
       if (c < s.channels) read_vector<float>(image, s.src.type, offset(s.src, c, y, x), v);
@@ -169,7 +170,7 @@ class MmaSource {
       if (int(row) >= seg.halo_h || !inside(col, seg.halo_w) || !inside(y, s.height) ||
           !inside(x, s.width))
         return;
-      item.target = mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + group * 16;
+      item.target = mma_tile::row_offset(int(row) * seg.pitch + seg.row_padding + col) + group * 16;
       const int c = chunk * kPerChunk + group * kPerGroup;
       const int from = offset(s.src, c, y, x);
       with_stored<float>(s.src.type, [&](auto of) {
@@ -183,7 +184,7 @@ class MmaSource {
     }
   }
 
-  // Lays a chunk of patches out. There are at most two chunks.
+  // Lays a chunk out as im2col does. There are at most two chunks.
   SNNLSTM_DEVICE void lay_out(const MmaSegment& seg, int chunk, unsigned char* buffer) const {
     const Segment& s = seg.s;
     const void* image = image_of(s.src, at_.t, at_.n);
@@ -214,9 +215,9 @@ class MmaSource {
     if (item.target < 0) return;
     unsigned char* to = buffer + item.target;
     const auto& v = item.value;
-    if (kCarries<Element> && (!AnyFeed || seg.feed == Feed::async)) {
+    if (kCarries<Element> && (!AnyCopy || seg.copy == GlobalCopy::cp_async)) {
       store(to, make_float4(v[0], v[1], v[2], v[3]));
-    } else if (kHalf && seg.feed == Feed::vectors) {
+    } else if (kHalf && seg.copy == GlobalCopy::vectorized) {
       store(to, make_uint2(packed(v[0], v[1]), packed(v[2], v[3])));
     } else {
       store_group(to, v);
@@ -246,8 +247,8 @@ class MmaSource {
     }
   }
 
-  // Where a group of 16 bytes of Feed::async comes to, in bytes, and from, in elements of the
-  // image. real: false if it lies outside of the image, or behind the last channel.
+  // Where a group of 16 bytes of GlobalCopy::cp_async comes to, in bytes, and from, in elements of
+  // the image. real: false if it lies outside of the image, or behind the last channel.
   struct Group {
     int target, from;
     bool real;
@@ -261,7 +262,7 @@ class MmaSource {
     const int c = chunk * kPerChunk + group * kPerGroup;
     const bool real = inside(y, s.height) && inside(x, s.width) && c < s.channels;
     const int shift = fault(Fault::wrong_source_halo) && x + 1 < s.width ? 1 : 0;
-    return {mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + group * 16,
+    return {mma_tile::row_offset(int(row) * seg.pitch + seg.row_padding + col) + group * 16,
             real ? offset(s.src, c, y, x + shift) : 0, real};
   }
 
@@ -274,7 +275,8 @@ class MmaSource {
       const int col = int(seg.by_halo_w.split(row));
       const int y = top_ + int(row), x = left_ + col;
       if (inside(y, s.height) && inside(x, s.width)) continue;
-      unsigned char* to = buffer + mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col);
+      unsigned char* to =
+          buffer + mma_tile::row_offset(int(row) * seg.pitch + seg.row_padding + col);
       unrolled<mma_tile::kGroups>([&](int g) { store(to + 16 * g, make_uint4(0, 0, 0, 0)); });
     }
   }

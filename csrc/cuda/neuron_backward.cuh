@@ -31,15 +31,10 @@ struct NeuronBackward : NeuronStep {
   bool first_sums = true;  // the launch sets the sums, and does not add to them
 };
 
-// Says whether a step is plain, as for NeuronForward; the surrogate is the usual one, too.
+// The surrogate of a plain step is the usual one, too.
 inline bool is_plain(const NeuronBackward& n) {
-  const Fire& f = n.fire;
-  bool vectors = true;
-  for (const Tensor* a : {&n.syn_prev, &n.grad_syn, &n.grad_mem, &n.grad_syn0, &f.spk})
-    vectors = vectors && a->access != Access::scalar;
-  return vectors && f.spk.type == DType::float32 && n.surrogate == Surrogate::atan &&
-         n.winner == nullptr && f.spiking && f.pool == Pool::none && f.num_levels == 0 &&
-         f.lengths == nullptr;
+  return n.surrogate == Surrogate::atan && n.winner == nullptr &&
+         is_plain(n.fire, {&n.syn_prev, &n.grad_syn, &n.grad_mem, &n.grad_syn0});
 }
 
 // Loads the recurrent gradients of a patch: pixel k has them at `from` + k * stride.

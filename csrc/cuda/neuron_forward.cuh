@@ -7,6 +7,8 @@
 //   syn, mem      (N, Ho, Wo, Cp)
 #pragma once
 
+#include <initializer_list>
+
 #include "tile.cuh"
 
 namespace snnlstm::cuda {
@@ -59,13 +61,14 @@ struct NeuronForward : NeuronStep {
 
 // Says whether a step is plain: without pooling, quantiser, inhibition and lengths, of float32
 // states that are all accessed in vectors. Tensor core kernels have an instance for such steps.
-inline bool is_plain(const NeuronForward& n) {
-  const Fire& f = n.fire;
-  bool vectors = true;
-  for (const Tensor* a : {&n.syn_in, &n.mem_in, &n.syn_out, &n.mem_out, &f.spk})
-    vectors = vectors && a->access != Access::scalar;
-  return vectors && f.spk.type == DType::float32 && n.fires && f.spiking && f.pool == Pool::none &&
+inline bool is_plain(const Fire& f, std::initializer_list<const Tensor*> states) {
+  bool vectors = f.spk.access != Access::scalar;
+  for (const Tensor* a : states) vectors = vectors && a->access != Access::scalar;
+  return vectors && f.spk.type == DType::float32 && f.spiking && f.pool == Pool::none &&
          f.num_levels == 0 && f.lengths == nullptr;
+}
+inline bool is_plain(const NeuronForward& n) {
+  return n.fires && is_plain(n.fire, {&n.syn_in, &n.mem_in, &n.syn_out, &n.mem_out});
 }
 
 // What kernels know that multiply Elements: gates are of their type, and where these are floats,

@@ -22,8 +22,8 @@ struct NeuronsWorkspace {
 
   NeuronsWorkspace(const CudnnPass& plan, void* base) {
     Arena arena(base);
-    pitch = int64_t(plan.tiling.by_columns.value) * neurons::kChannels;
-    sums = arena.take(plan.tiling.tiles() * pitch * bytes_of(plan.real));
+    pitch = int64_t(plan.of_step.by_columns.value) * neurons::kChannels;
+    sums = arena.take(plan.of_step.tiles() * pitch * bytes_of(plan.real));
     spikes = plan.whole_windows ? nullptr : arena.take(plan.s.state() * bytes_of(plan.real));
     bytes = arena.bytes();
   }
@@ -31,22 +31,22 @@ struct NeuronsWorkspace {
 
 }  // namespace
 
-CudnnPass::CudnnPass(const Cell& of, Matrix matrix) : PassTypes(of, matrix) {
+CudnnPass::CudnnPass(const Cell& of, Matrix matrix, bool backward) : Pass(of, matrix) {
   const Cell& c = s.c;
   const auto sizes = [&](bool windows) {
     return tile_sizes(c, c.Ho(), c.Wo(), neurons::kPixels, windows);
   };
   const std::vector<TileSize> whole = sizes(c.pool != Pool::none);
   whole_windows = !whole.empty();
-  cut(tiling, c, c.Ho(), c.Wo(), whole_windows ? whole[0] : sizes(false)[0]);
-  cover(tiling, c, c.N, c.C, neurons::kChannels);
-  workspace = NeuronsWorkspace(*this, nullptr).bytes;
+  cut(of_step, c, c.Ho(), c.Wo(), whole_windows ? whole[0] : sizes(false)[0]);
+  cover(of_step, c, c.N, c.C, neurons::kChannels);
+  if (backward) workspace = NeuronsWorkspace(*this, nullptr).bytes;
 }
 
-void CudnnPass::run(const ForwardArgs& args, void* stream) const {
+void CudnnPass::forward(const ForwardArgs& args, void* stream) const {
   const Cell& c = s.c;
   ForwardNeurons p;
-  p.tiling = tiling;
+  p.tiling = of_step;
   for (int k = 0; k < 4; ++k) {
     p.sums[k] = gate_of(args.gate_sums, gates, c, k);
     p.x_sums[k] = gate_of(args.x_sums, real, c, k);
@@ -66,11 +66,11 @@ void CudnnPass::run(const ForwardArgs& args, void* stream) const {
   launch_fire(fire, c.inhibition, stream);
 }
 
-void CudnnPass::run(const BackwardArgs& args, void* stream) const {
+void CudnnPass::backward(const BackwardArgs& args, void* stream) const {
   const Cell& c = s.c;
   const NeuronsWorkspace space(*this, args.workspace);
   BackwardNeurons p;
-  p.tiling = tiling;
+  p.tiling = of_step;
   NeuronBackward& n = p.neuron;
   n = neuron_backward(args, 0);
   n.gates = image(args.saved_gates, s, gates, 4);
@@ -91,7 +91,7 @@ void CudnnPass::run(const BackwardArgs& args, void* stream) const {
   });
   if (!args.grad_threshold) return;
   AddGradients add;
-  add.sums[1] = {space.sums, tiling.tiles(),      1,   int(space.pitch),
+  add.sums[1] = {space.sums, of_step.tiles(),     1,   int(space.pitch),
                  int(c.C),   args.grad_threshold, type};
   launch_add_gradients(add, real, stream);
 }

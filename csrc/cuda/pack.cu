@@ -8,12 +8,12 @@ namespace snnlstm::cuda {
 
 namespace {
 
-WeightMap map_of(const PassTypes& pass, const void* weight, Use use) {
+WeightMap map_of(const Pass& pass, const void* weight, Use use) {
   const Shape& s = pass.s;
   return {weight, s.c.dtype, int(s.c.C), int(s.Cp), int(s.c.Cin), int(s.taps), pass.taps, use};
 }
 
-FmaPacking fma_packing_of(const PassTypes& pass, const PackedPart& part, const void* weight,
+FmaPacking fma_packing_of(const Pass& pass, const PackedPart& part, const void* weight,
                           void* packed) {
   FmaPacking p;
   p.map = map_of(pass, weight, part.use);
@@ -24,8 +24,7 @@ FmaPacking fma_packing_of(const PassTypes& pass, const PackedPart& part, const v
   return p;
 }
 
-MmaPacking packing_of(const PassTypes& pass, const PackedPart& part, const void* weight,
-                      void* packed) {
+MmaPacking packing_of(const Pass& pass, const PackedPart& part, const void* weight, void* packed) {
   MmaPacking p;
   p.map = map_of(pass, weight, part.use);
   p.part = part;
@@ -36,12 +35,11 @@ MmaPacking packing_of(const PassTypes& pass, const PackedPart& part, const void*
 
 }  // namespace
 
-void pack_weight(const PassTypes& pass, const PackedPart (&parts)[2], const void* weight,
-                 void* packed, void* stream) {
+void pack_weight(const Pass& pass, const void* weight, void* packed, void* stream) {
   Jobs<MmaPacking> jobs;
   Jobs<FmaPacking> on_fma;
   int count = 0, fma_count = 0;
-  for (const PackedPart& part : parts) {
+  for (const PackedPart& part : {pass.packed.x, pass.packed.mem}) {
     if (part.mma())
       jobs.job[count++] = packing_of(pass, part, weight, packed);
     else

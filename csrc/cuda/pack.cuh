@@ -112,8 +112,8 @@ class MmaPacker {
     const PackedPart& part = p_.part;
     const int taps = int(part.depth.taps), full = 2 * taps;
     const int steps = chunk_ + 1 < part.depth.chunks ? 2 : part.depth.tail_steps;
-    const bool parts = part.multiply == Multiply::tf32x3;
-    const int pair_words = parts ? 256 : 128;
+    const bool both = part.multiply == Multiply::tf32x3;
+    const int pair_words = both ? 256 : 128;
     const int unit_words = part.warps_n * (part.tiles / 2) * pair_words;
     uint32_t* out = p_.packed + block_ * (part.pitch / 4) + int64_t(chunk_) * full * unit_words +
                     (warp_column_ * (part.tiles / 2) + pair_) * pair_words;
@@ -131,8 +131,8 @@ class MmaPacker {
       else if (part.multiply == Multiply::tf32)
         bits = from_float<tf32>(v[0]).bits;
       uint32_t* to = out + int64_t(unit) * unit_words + i % 128;
-      if (parts) {
-        // The low part of an infinity is 0, since infinity - infinity would be NaN.
+      if (both) {
+        // The small part of an infinity is 0, since infinity - infinity would be NaN.
         bits = from_float<tf32>(v[0]).bits;
         const float rest = v[0] - detail::float_of(bits);
         to[128] = rest == rest ? from_float<tf32>(rest).bits : 0;
@@ -153,7 +153,7 @@ class MmaPacker {
                                     map_.taps - 1 - tap)
                  : 0;
     }
-    if (p_.part.depth.patches) tap = k / map_.Cin, k %= map_.Cin;
+    if (p_.part.depth.im2col) tap = k / map_.Cin, k %= map_.Cin;
     return by_gate ? weight_at<float>(map_, 2 * pair_ + tile, first_column_ + n, k, tap)
                    : weight_at<float>(map_, pair_, first_column_ + column, k, tap);
   }

@@ -5,53 +5,56 @@
 
 namespace snnlstm::cuda {
 
-struct PassTypes {
+struct Pass {
   Shape s;  // of the cell as the kernels run it
   KernelTaps taps;
   DType type, real, gates;  // of the states, of sums, of gates
+  Packed packed;            // cudnn: nothing
+  int64_t workspace = 0;
 
   // c: the caller's.
-  PassTypes(const Cell& c, Matrix matrix)
+  Pass(const Cell& c, Matrix matrix)
       : s(as_run(c)), taps(c), type(c.dtype), real(real_of(type)), gates(gate_type(type, matrix)) {}
+  virtual ~Pass() = default;
+  virtual void forward(const ForwardArgs&, void*) const {}
+  virtual void backward(const BackwardArgs&, void*) const {}
+  virtual const Tiling& tiling() const = 0;  // of a step
 };
 
 // forward.cu
-struct ForwardPass : PassTypes {
+struct ForwardPass : Pass {
   ForwardPlan step;
-  PackedForward packed;
-  int64_t workspace;
 
   ForwardPass(const Cell& cell, const Device& device, Matrix matrix, const BlockChoice& only);
-  void run(const ForwardArgs& args, void* stream) const;
+  void forward(const ForwardArgs& args, void* stream) const override;
+  const Tiling& tiling() const override { return step.tiling; }
 };
 
 // backward.cu
-struct BackwardPass : PassTypes {
+struct BackwardPass : Pass {
   bool spreads = true;  // no pooling window crosses a tile: the step needs no kernel before it
   DataPlan to_mem, to_x;
-  PackedBackward packed;
   bool hybrid;  // torch forms the gradients of weight and bias
   WeightPlans weights;
   int bias_splits;
-  int64_t workspace;
 
   // multiply: the forward pass's.
   BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
                Algorithm algorithm, const BlockChoice& only);
-  void run(const BackwardArgs& args, void* stream) const;
-
+  void backward(const BackwardArgs& args, void* stream) const override;
+  const Tiling& tiling() const override { return to_mem.tiling; }
   int64_t pixels() const { return s.c.T * s.c.N * s.pixels; }
 };
 
 // neurons.cu
-struct CudnnPass : PassTypes {
-  Tiling tiling;
+struct CudnnPass : Pass {
+  Tiling of_step;
   bool whole_windows;
-  int64_t workspace;  // of the backward pass
 
-  CudnnPass(const Cell& cell, Matrix matrix);
-  void run(const ForwardArgs& args, void* stream) const;
-  void run(const BackwardArgs& args, void* stream) const;
+  CudnnPass(const Cell& cell, Matrix matrix, bool backward);
+  void forward(const ForwardArgs& args, void* stream) const override;
+  void backward(const BackwardArgs& args, void* stream) const override;
+  const Tiling& tiling() const override { return of_step; }
 };
 
 }  // namespace snnlstm::cuda

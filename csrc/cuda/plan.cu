@@ -4,21 +4,6 @@
 
 namespace snnlstm::cuda {
 
-namespace {
-
-// Blocks of the largest launch of the forward pass.
-int64_t forward_blocks(const Cell& c, const ForwardPlan& plan) {
-  return std::max(plan.tiling.blocks(), c.N * ceil_div(c.C * c.Ho() * c.Wo(), 256));
-}
-
-// Blocks of the largest launch of the backward pass.
-int64_t backward_blocks(const Cell& c, const DataPlan& to_mem, const DataPlan& to_x) {
-  const int64_t spreading = c.N * ceil_div(c.C * c.Ho() * c.Wo(), 128);
-  return std::max({to_mem.tiling.blocks(), to_x.tiling.blocks(), spreading});
-}
-
-}  // namespace
-
 Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wanted, bool of_backward,
            const BlockChoice& only)
     : cell(of), matrix(numbers), algorithm(wanted), backward(of_backward), device_(device.number) {
@@ -36,35 +21,30 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
   }
   name = name_of(multiply);
   if (algorithm == Algorithm::hybrid) name = "hybrid-" + name;
-  const BlockShape* shapes = backward ? kDataShapes : kForwardShapes;
-  int64_t launched = 0;
+  const int64_t neurons = c.C * c.Ho() * c.Wo();
+  int64_t launched = 0;  // blocks of the largest launch
   if (algorithm == Algorithm::cudnn) {
     cell.T = 1;
-    cudnn_ = std::make_unique<CudnnPass>(cell, matrix);
-    launched = cudnn_->tiling.blocks();
-    workspace = backward ? cudnn_->workspace : 0;
+    pass_ = std::make_unique<CudnnPass>(cell, matrix, backward);
     name = "cudnn";
   } else if (backward) {
-    backward_ = std::make_unique<BackwardPass>(cell, device, matrix, multiply, algorithm, only);
-    shape = backward_->to_mem.shape;
-    launched = backward_blocks(c, backward_->to_mem, backward_->to_x);
-    packed_bytes = backward_->packed.bytes(), workspace = backward_->workspace;
+    auto its = std::make_unique<BackwardPass>(cell, device, matrix, multiply, algorithm, only);
+    shape = its->to_mem.shape;
+    launched = std::max(its->to_x.tiling.blocks(), c.N * ceil_div(neurons, kSpreadThreads));
+    pass_ = std::move(its);
   } else {
     shape = steps->step.shape;
-    launched = forward_blocks(c, steps->step);
-    forward_ = std::move(steps);
-    packed_bytes = forward_->packed.bytes(), workspace = forward_->workspace;
+    launched = c.N * ceil_div(neurons, kFireThreads);
+    pass_ = std::move(steps);
   }
-  if (only.shape >= 0 && shape >= 0) name += "-" + shapes[shape].name();
+  launched = std::max(launched, pass_->tiling().blocks());
+  packed_bytes = pass_->packed.bytes, workspace = pass_->workspace;
+  if (only.shape >= 0 && shape >= 0)
+    name = name + "-" + (backward ? kDataShapes : kForwardShapes)[shape].name;
   if (reason_against.empty()) reason_against = cuda::reason_against(cell, launched);
 }
 
-std::pair<int, int> Plan::tile() const {
-  const Tiling& of = forward_    ? forward_->step.tiling
-                     : backward_ ? backward_->to_mem.tiling
-                                 : cudnn_->tiling;
-  return {of.h, of.w};
-}
+std::pair<int, int> Plan::tile() const { return {pass_->tiling().h, pass_->tiling().w}; }
 
 Plan::Plan(Plan&&) noexcept = default;
 Plan& Plan::operator=(Plan&&) noexcept = default;
@@ -95,25 +75,19 @@ std::vector<Plan> Plan::candidates(const Cell& cell, const Device& device, Matri
 
 void Plan::pack(const void* weight, void* packed, void* stream) const {
   const OnDevice on(device_);
-  if (forward_)
-    pack_weight(*forward_, {forward_->packed.x, forward_->packed.mem}, weight, packed, stream);
-  if (backward_)
-    pack_weight(*backward_, {backward_->packed.to_x, backward_->packed.to_mem}, weight, packed,
-                stream);
+  if (packed_bytes > 0) pack_weight(*pass_, weight, packed, stream);
 }
 
 void Plan::run(const ForwardArgs& args, void* stream) const {
   if (!reason_against.empty()) throw std::runtime_error(reason_against);
   const OnDevice on(device_);
-  cudnn_ ? cudnn_->run(as_run(args, cudnn_->s.c), stream)
-         : forward_->run(as_run(args, forward_->s.c), stream);
+  pass_->forward(as_run(args, pass_->s.c), stream);
 }
 
 void Plan::run(const BackwardArgs& args, void* stream) const {
   if (!reason_against.empty()) throw std::runtime_error(reason_against);
   const OnDevice on(device_);
-  cudnn_ ? cudnn_->run(as_run(args, cudnn_->s.c), stream)
-         : backward_->run(as_run(args, backward_->s.c), stream);
+  pass_->backward(as_run(args, pass_->s.c), stream);
 }
 
 #if defined(__CUDACC__)

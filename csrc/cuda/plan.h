@@ -40,7 +40,7 @@ Matrix full_precision(const Device& device);
 
 // All algorithms give the same results, up to rounding, and each reads what the others have saved.
 enum class Algorithm : int {
-  automatic = 0,  // one of those below, by rules.h
+  automatic = 0,  // one of those below, by rules.cpp
   fused = 1,      // a launch for every step, with tensor cores or without
   // fused, but the backward pass leaves d_gates and mem_after for torch, which forms the gradients
   // of the weight and the bias
@@ -53,14 +53,12 @@ enum class Algorithm : int {
 int64_t padded_channels(int64_t C);
 
 // The blocks that a step may have: a row of kForwardShapes or kDataShapes, which holds on tensor
-// cores, and tiles of h x w pixels. -1 and 0 leave the choice to rules.h.
+// cores, and tiles of h x w pixels. -1 and 0 leave the choice to rules.cpp.
 struct BlockChoice {
   int shape = -1, h = 0, w = 0;
 };
 
-struct ForwardPass;
-struct BackwardPass;
-struct CudnnPass;
+struct Pass;
 
 class Plan {
  public:
@@ -103,10 +101,7 @@ class Plan {
 
  private:
   int device_;  // on which all is launched
-  // The one that the pass and the algorithm ask for.
-  std::unique_ptr<const ForwardPass> forward_;
-  std::unique_ptr<const BackwardPass> backward_;
-  std::unique_ptr<const CudnnPass> cudnn_;
+  std::unique_ptr<const Pass> pass_;
 };
 
 // Launches all steps of snntorch.Leaky, on the device's `stream`: one kernel a pass, and no plan.

@@ -96,17 +96,18 @@ Segment mem_segment(const Cell& c) {
 Segment gates_segment(const Cell& c, bool of_x) {
   Segment s = mem_segment(c);
   s.channels = int(4 * Shape(c).Cp);
-  if (of_x) s.up_h = SmallDivisor(c.stride_h), s.up_w = SmallDivisor(c.stride_w);
+  if (of_x)
+    s.dgrad_stride_h = SmallDivisor(c.stride_h), s.dgrad_stride_w = SmallDivisor(c.stride_w);
   return s;
 }
 
-MmaDepth::MmaDepth(const MmaType& type, const Segment& segment, bool may_patch) {
+MmaDepth::MmaDepth(const MmaType& type, const Segment& segment, bool may_im2col) {
   const int64_t taps_of = segment.taps(), channels_of = segment.channels;
   const auto steps = [&](int64_t k) { return ceil_div(k, type.per_step()); };
-  patches = may_patch && channels_of <= 4 && taps_of * channels_of <= 2 * type.per_chunk() &&
-            steps(taps_of * channels_of) < taps_of * steps(channels_of);
-  channels = patches ? taps_of * channels_of : channels_of;
-  taps = patches ? 1 : taps_of;
+  im2col = may_im2col && channels_of <= 4 && taps_of * channels_of <= 2 * type.per_chunk() &&
+           steps(taps_of * channels_of) < taps_of * steps(channels_of);
+  channels = im2col ? taps_of * channels_of : channels_of;
+  taps = im2col ? 1 : taps_of;
   chunks = ceil_div(channels, type.per_chunk());
   tail_steps = int(steps(channels - (chunks - 1) * type.per_chunk()));
 }
@@ -117,15 +118,15 @@ MmaDepth mem_depth(const Cell& c, Multiply m) { return MmaDepth(MmaType(m), mem_
 namespace {
 
 // Returns how the source is read fastest.
-Feed feed_of(const Segment& s, const MmaType& type, const MmaDepth& depth) {
-  if (depth.patches) return Feed::patches;
+GlobalCopy copy_of(const Segment& s, const MmaType& type, const MmaDepth& depth) {
+  if (depth.im2col) return GlobalCopy::im2col;
   const int unit = s.src.type == type.type() ? type.per_group() : 4;
   const Tensor& a = s.src;
   const bool dense = a.c == 1 && s.channels % unit == 0 && a.w % unit == 0 && a.h % unit == 0 &&
                      a.n % unit == 0 && a.t % unit == 0 &&
                      reinterpret_cast<uintptr_t>(a.data) % 16 == 0;
-  if (!dense) return Feed::gather;
-  return s.src.type == type.type() ? Feed::async : Feed::vectors;
+  if (!dense) return GlobalCopy::gather;
+  return s.src.type == type.type() ? GlobalCopy::cp_async : GlobalCopy::vectorized;
 }
 
 // A neighbourhood has 64 bytes for each pixel: with a longer side it fits in no shared memory.
@@ -134,13 +135,13 @@ constexpr int64_t kLongestSide = 4096;
 // Returns whether the rows of a tile of w columns, one after the other, lie on the shared memory's
 // banks as one long row would: then a warp's reads of 8 pixels meet no bank twice.
 bool rows_fit_banks(const MmaSegment& m, int w) {
-  return m.step_w != 1 || m.s.up_w.value != 1 || w % 16 == 0 || (m.pitch - w) % 16 == 0;
+  return m.step_w != 1 || m.s.dgrad_stride_w.value != 1 || w % 16 == 0 || (m.pitch - w) % 16 == 0;
 }
 
-// Returns whether threads bring the source while they multiply, turn by turn.
-bool comes_in_turns(const MmaSegment& m, const MmaType& type) {
-  return m.feed == Feed::gather || m.feed == Feed::vectors ||
-         (m.feed == Feed::async && type.multiply == Multiply::fp16_sm75);
+// Returns whether threads bring the source in registers, while they multiply.
+bool copied_in_registers(const MmaSegment& m, const MmaType& type) {
+  return m.copy == GlobalCopy::gather || m.copy == GlobalCopy::vectorized ||
+         (m.copy == GlobalCopy::cp_async && type.multiply == Multiply::fp16_sm75);
 }
 
 // Returns a neighbourhood's bytes, at most 2^28: an int counts several of them.
@@ -157,29 +158,29 @@ MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& de
                        const Tiling& tiling) {
   MmaSegment m;
   m.s = s;
-  m.feed = feed_of(s, type, depth);
-  m.taps = int(depth.taps), m.taps_w = depth.patches ? 1 : s.taps_w;
+  m.copy = copy_of(s, type, depth);
+  m.taps = int(depth.taps), m.taps_w = depth.im2col ? 1 : s.taps_w;
   m.chunks = int(depth.chunks), m.tail_steps = depth.tail_steps;
-  if (depth.patches) {
+  if (depth.im2col) {
     m.halo_h = tiling.h, m.halo_w = m.pitch = tiling.w;
     m.by_run = SmallDivisor(tiling.h * tiling.w);
     m.by_channels = SmallDivisor(s.channels), m.by_taps_w = SmallDivisor(s.taps_w);
     m.by_halo_w = SmallDivisor(m.halo_w);
     return m;
   }
-  const auto reach = [](int64_t tile, int64_t step, int64_t taps, int64_t dilation, int64_t up) {
-    const int64_t pixels = up > 1 ? (tile - 1 + (taps - 1) * dilation) / up + 2
-                                  : (tile - 1) * step + (taps - 1) * dilation + 1;
+  const auto reach = [](int64_t tile, int64_t step, int64_t taps, int64_t dilation, int64_t dgrad) {
+    const int64_t pixels = dgrad > 1 ? (tile - 1 + (taps - 1) * dilation) / dgrad + 2
+                                     : (tile - 1) * step + (taps - 1) * dilation + 1;
     return int(std::min(pixels, kLongestSide));
   };
-  m.halo_h = reach(tiling.h, s.step_h, s.taps_h, s.dilation_h, int(s.up_h.value));
-  m.halo_w = reach(tiling.w, s.step_w, s.taps_w, s.dilation_w, int(s.up_w.value));
+  m.halo_h = reach(tiling.h, s.step_h, s.taps_h, s.dilation_h, int(s.dgrad_stride_h.value));
+  m.halo_w = reach(tiling.w, s.step_w, s.taps_w, s.dilation_w, int(s.dgrad_stride_w.value));
   m.by_halo_w = SmallDivisor(m.halo_w);
   m.step_h = s.step_h, m.step_w = s.step_w;
-  const bool plain = s.step_w == 1 && s.up_w.value == 1;
+  const bool plain = s.step_w == 1 && s.dgrad_stride_w.value == 1;
   // Gathered pixels are stored 8 at a time from an even column on, which must be an even pixel.
-  m.lead = plain && m.feed == Feed::gather ? s.pad_w & 1 : 0;
-  m.pitch = int(round_up(m.halo_w + 1, 2));  // the same for all feeds
+  m.row_padding = plain && m.copy == GlobalCopy::gather ? s.pad_w & 1 : 0;
+  m.pitch = int(round_up(m.halo_w + 1, 2));  // the same for all copies
   // An m16 tile may go over the end of a row. With this pitch the next row lies on the banks on
   // which the row would have gone on.
   if (tiling.w % 16 != 0 && plain) {
@@ -187,7 +188,7 @@ MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& de
     if (5 * wanted <= 8 * m.halo_w) m.pitch = wanted;
   }
   m.align = 32 / bytes_of(s.src.type);
-  m.whole_rows = tiling.by_cols.value == 1 && s.up_w.value == 1 && tiling.w >= s.width;
+  m.whole_rows = tiling.by_cols.value == 1 && s.dgrad_stride_w.value == 1 && tiling.w >= s.width;
   m.by_col = SmallDivisor(m.whole_rows ? s.width : round_up(m.halo_w + m.align - 1, m.align));
   m.by_run =
       SmallDivisor(m.whole_rows ? round_up(int64_t(m.halo_h) * s.width + m.align - 1, m.align)
@@ -195,11 +196,11 @@ MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& de
   return m;
 }
 
-int64_t chunk_turns(const MmaSegment& m, const MmaType& type) {
-  return mma_tile::kGroups * (m.feed == Feed::vectors
+int64_t chunk_accesses(const MmaSegment& m, const MmaType& type) {
+  return mma_tile::kGroups * (m.copy == GlobalCopy::vectorized
                                   ? int64_t(type.per_group() / 4) * m.halo_h * m.halo_w
-                              : m.feed == Feed::async ? int64_t(m.halo_h) * m.halo_w
-                                                      : int64_t(m.by_run.value));
+                              : m.copy == GlobalCopy::cp_async ? int64_t(m.halo_h) * m.halo_w
+                                                               : int64_t(m.by_run.value));
 }
 
 MmaBuilder::MmaBuilder(Multiply multiply, int warp_columns, int tiles) : type(multiply) {
@@ -215,7 +216,7 @@ void MmaBuilder::add(const Segment& s, const MmaDepth& depth, const Tiling& tili
   conv.buffer_bytes = int(std::max<int64_t>(conv.buffer_bytes, neighbourhood_bytes(m)));
 }
 
-// A stage has about 8 KiB, or 16 if the weights come in parts, or what threads carry.
+// A stage has about 8 KiB, or 16 if the weights come in 3xTF32, or what threads carry.
 void MmaBuilder::finish(const void* weight, int64_t pitch, int threads) {
   int bytes = 16 * type.pair_bytes();
   if (type.multiply == Multiply::fp16_sm75)
@@ -226,19 +227,14 @@ void MmaBuilder::finish(const void* weight, int64_t pitch, int threads) {
   conv.weight_pitch = pitch;
   for (int k = 0; k < conv.segments; ++k) {
     MmaSegment& m = conv.segment[k];
-    if (!comes_in_turns(m, type)) continue;
+    if (!copied_in_registers(m, type)) continue;
     // The chunk comes while the one before is computed, if that is a full one.
-    const int64_t turns = ceil_div(chunk_turns(m, type), threads);
-    m.turns = int(ceil_div(turns, std::max(2 * m.taps / conv.stage_units, 1)));
+    const int64_t accesses = ceil_div(chunk_accesses(m, type), threads);
+    m.accesses = int(ceil_div(accesses, std::max(2 * m.taps / conv.stage_units, 1)));
   }
 }
 
 // ---- steps --------------------------------------------------------------------------------------
-
-std::string BlockShape::name() const {
-  std::string text = std::to_string(m) + "x" + std::to_string(n);
-  return k > 1 ? text + "x" + std::to_string(k) : text;
-}
 
 namespace {
 
@@ -291,7 +287,7 @@ void offer_tiles(Best<Step>& best, const Device& device, Step& plan,
 }  // namespace
 
 int64_t forward_shared_bytes(const ForwardPlan& plan, const MmaConv& conv, bool pools) {
-  int64_t epilogue = int64_t(8 * plan.held()) * plan.threads() * 4;
+  int64_t epilogue = int64_t(8 * plan.channels_per_thread()) * plan.threads() * 4;
   if (pools) epilogue += int64_t(plan.channels()) * plan.mem_pitch() * 4;
   return round_up(std::max<int64_t>(conv.shared_bytes(), epilogue), 128);
 }
@@ -425,24 +421,31 @@ PackedPart packed_transposed(const Cell& c, const DataPlan& plan, Use use) {
 }  // namespace
 
 // On tensor cores a block has the units of x, then those of mem.
-PackedForward::PackedForward(const Cell& c, const ForwardPlan& plan) {
+Packed packed_forward(const Cell& c, const ForwardPlan& plan) {
+  Packed p;
   if (!plan.mma()) {
-    x = packed_fma(c, plan, x_segment(c), Use::x_to_gates, 4 * c.C);
-    mem = packed_fma(c, plan, mem_segment(c), Use::mem_to_gates, 4 * c.C);
-    mem.start = x.bytes();
-    return;
+    p.x = packed_fma(c, plan, x_segment(c), Use::x_to_gates, 4 * c.C);
+    p.mem = packed_fma(c, plan, mem_segment(c), Use::mem_to_gates, 4 * c.C);
+    p.mem.start = p.x.bytes();
+    p.bytes = p.x.bytes() + p.mem.bytes();
+    return p;
   }
   const int64_t blocks = ceil_div(c.C, plan.channels());
-  x = packed_mma(plan, x_depth(c, plan.multiply), Use::x_to_gates, blocks);
-  mem = packed_mma(plan, mem_depth(c, plan.multiply), Use::mem_to_gates, blocks);
-  mem.start = x.pitch;
-  x.pitch = mem.pitch = x.pitch + mem.pitch;
+  p.x = packed_mma(plan, x_depth(c, plan.multiply), Use::x_to_gates, blocks);
+  p.mem = packed_mma(plan, mem_depth(c, plan.multiply), Use::mem_to_gates, blocks);
+  p.mem.start = p.x.pitch;
+  p.x.pitch = p.mem.pitch = p.x.pitch + p.mem.pitch;
+  p.bytes = p.x.bytes();
+  return p;
 }
 
-PackedBackward::PackedBackward(const Cell& c, const DataPlan& of_x, const DataPlan& of_mem)
-    : to_x(packed_transposed(c, of_x, Use::gates_to_x)),
-      to_mem(packed_transposed(c, of_mem, Use::gates_to_mem)) {
-  to_mem.start = to_x.bytes();
+Packed packed_backward(const Cell& c, const DataPlan& to_x, const DataPlan& to_mem) {
+  Packed p;
+  p.x = packed_transposed(c, to_x, Use::gates_to_x);
+  p.mem = packed_transposed(c, to_mem, Use::gates_to_mem);
+  p.mem.start = p.x.bytes();
+  p.bytes = p.x.bytes() + p.mem.bytes();
+  return p;
 }
 
 // ---- the weight's gradient ----------------------------------------------------------------------
@@ -486,7 +489,7 @@ WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int most_ro
   w.column_pitch = int(round_up(depth.channels, weight_tile::kChannels));
   w.part_rows = int(round_up(4 * s.Cp, 32 * w.warp_rows));
   w.part_columns = int(depth.taps * w.column_pitch);
-  w.tap_stride = depth.patches ? in.channels : w.column_pitch;
+  w.tap_stride = depth.im2col ? in.channels : w.column_pitch;
   w.column_blocks = int(w.column_pitch / weight_tile::kChannels *
                         ceil_div(depth.taps, weight_tile::kTaps * w.tap_groups));
   return w;

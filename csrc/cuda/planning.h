@@ -8,11 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "fma_tile.h"
+#include "gemm.h"
 #include "images.h"
-#include "mma_conv.h"
 #include "plan.h"
-#include "weight_tile.h"
 
 namespace snnlstm::cuda {
 
@@ -20,26 +18,19 @@ namespace snnlstm::cuda {
 
 namespace rules {
 
-// Returns how float32 keeps its full precision on tensor cores of 8.0 and newer.
 bool three_products_beat_one(int compute_capability);
 
-// A step's blocks, and the threads and shared memory of one; outputs are pixels x channels.
 struct Load {
-  int64_t blocks, outputs, threads, shared_bytes;
+  int64_t blocks, outputs, threads, shared_bytes;  // all but the first of a block
 };
-// Returns the outputs that the busiest multiprocessor computes, in the place of a time.
 double busiest(const Device& device, const Load& load);
 
 // Blocks and tiles come with the largest blocks, and those that read the least, first. Another is
 // taken if it leaves the busiest multiprocessor 15 % less: smaller blocks read more weights.
 constexpr double kClearly = 0.85;
 
-// Returns in how many parts the pixels of all steps are summed. blocks: of one part.
 int64_t splits(const Device& device, int64_t blocks, int64_t pixels);
-
-// Returns which algorithm runs a pass. plain: the step kernels multiply without tensor cores;
-// in_parts: in 3xTF32. share: of the pixels that their tiles compute, the part that lies in images.
-Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool plain, bool in_parts,
+Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool plain, bool tf32x3,
                     double share, bool backward);
 
 }  // namespace rules
@@ -90,13 +81,13 @@ struct MmaType {
 
 // How the walk goes through a segment's K: chunks of channels; in a chunk taps; in a tap k-steps.
 struct MmaDepth {
-  bool patches = false;
-  int64_t channels = 0, taps = 1, chunks = 0;  // of the walk; patches make taps channels
+  bool im2col = false;
+  int64_t channels = 0, taps = 1, chunks = 0;  // of the walk; im2col makes taps channels
   int tail_steps = 0;
 
   MmaDepth() = default;
-  // may_patch: lay out (tap, channel) side by side if that makes fewer units.
-  MmaDepth(const MmaType& type, const Segment& segment, bool may_patch = false);
+  // may_im2col: if that makes fewer units.
+  MmaDepth(const MmaType& type, const Segment& segment, bool may_im2col = false);
   int64_t units() const { return taps * (2 * (chunks - 1) + tail_steps); }
 };
 MmaDepth x_depth(const Cell& c, Multiply m);
@@ -105,8 +96,8 @@ MmaDepth mem_depth(const Cell& c, Multiply m);
 // How far a tile's neighbourhood reaches, and how it is read.
 MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& depth,
                        const Tiling& tiling);
-// Returns the turns of all threads together for a full chunk.
-int64_t chunk_turns(const MmaSegment& m, const MmaType& type);
+// Returns the accesses of all threads together for a full chunk.
+int64_t chunk_accesses(const MmaSegment& m, const MmaType& type);
 
 // Builds a convolution from its segments.
 struct MmaBuilder {
@@ -128,10 +119,11 @@ struct MmaBuilder {
 // come first.
 struct BlockShape {
   int m, n, k;
-  std::string name() const;
+  const char* name;
 };
-constexpr BlockShape kForwardShapes[] = {{4, 2, 1}, {4, 1, 1}, {2, 2, 1}, {2, 1, 1}};
-constexpr BlockShape kDataShapes[] = {{4, 1, 1}, {2, 1, 2}};
+constexpr BlockShape kForwardShapes[] = {
+    {4, 2, 1, "4x2"}, {4, 1, 1, "4x1"}, {2, 2, 1, "2x2"}, {2, 1, 1, "2x1"}};
+constexpr BlockShape kDataShapes[] = {{4, 1, 1, "4x1"}, {2, 1, 2, "2x1x2"}};
 
 // A convolution with its epilogue.
 struct StepPlan {
@@ -154,7 +146,7 @@ struct StepPlan {
 struct ForwardPlan : StepPlan {
   bool fires = true;  // false: a kernel behind the step fires
 
-  int held() const { return mma() ? tiles / 2 : 1; }  // channels that a thread holds
+  int channels_per_thread() const { return mma() ? tiles / 2 : 1; }  // channels that a thread holds
   int channels() const { return mma() ? 2 * tiles * warps_n : columns / 4; }  // of a block
   int mem_pitch() const { return 32 * warps_m + (tiles == 8 ? 2 : 4); }
 };
@@ -226,19 +218,13 @@ struct PackedPart {
   }
 };
 
-struct PackedForward {
+// x: for the sums over x, or for their gradient.
+struct Packed {
   PackedPart x, mem;
-
-  PackedForward(const Cell& c, const ForwardPlan& plan);
-  int64_t bytes() const { return x.mma() ? x.bytes() : x.bytes() + mem.bytes(); }
+  int64_t bytes = 0;
 };
-
-struct PackedBackward {
-  PackedPart to_x, to_mem;
-
-  PackedBackward(const Cell& c, const DataPlan& of_x, const DataPlan& of_mem);
-  int64_t bytes() const { return to_x.bytes() + to_mem.bytes(); }
-};
+Packed packed_forward(const Cell& c, const ForwardPlan& plan);
+Packed packed_backward(const Cell& c, const DataPlan& to_x, const DataPlan& to_mem);
 
 // ---- the weight's gradient ----------------------------------------------------------------------
 

@@ -42,12 +42,6 @@
 #include "fault.cuh"
 #include "half.cuh"
 
-#if defined(__CUDACC__)
-#define SNNLSTM_DEVICE __device__ __forceinline__
-#else
-#define SNNLSTM_DEVICE inline
-#endif
-
 namespace snnlstm::cuda {
 
 constexpr unsigned full_warp = 0xffffffffu;
@@ -183,9 +177,6 @@ SNNLSTM_DEVICE void cp_async_wait() {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                           \
                  : "r"(row.address)                                                         \
                  : "memory");                                                               \
-  }                                                                                         \
-  SNNLSTM_DEVICE void name(uint32_t (&r)[4], const void* row) {                             \
-    name(r, SharedPlace{uint32_t(__cvta_generic_to_shared(row))});                          \
   }
 SNNLSTM_LDMATRIX(ldmatrix, "")
 SNNLSTM_LDMATRIX(ldmatrix_transposed, ".trans")

@@ -20,8 +20,9 @@ bool three_products_beat_one(int compute_capability) {
   return compute_capability == 80 || (major >= 9 && major <= 11);
 }
 
-// Blocks come in rounds: the multiprocessor with the most blocks decides. A warp computes
-// as many outputs in every kind of block, and six warps keep the units of a multiprocessor busy:
+// Returns the outputs (pixels x channels) that the busiest multiprocessor computes, in the place of
+// a time. Blocks come in rounds: the multiprocessor with the most decides. A warp computes as many
+// outputs in every kind of block, and six warps keep the units of a multiprocessor busy:
 // registers have room for eight or more of each kernel, but shared memory may not. With fewer the
 // products take longer, while the neurons behind them take what they take, about as long. So
 // outputs count once for the neurons, and once or more for the products.
@@ -56,12 +57,12 @@ int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
 }
 
 // Returns which algorithm runs a pass; the same rules hold forward and backward but where
-// `backward` stands. plain: the step kernels multiply without tensor cores; in_parts: in 3xTF32.
+// `backward` stands. plain: the step kernels multiply without tensor cores; tf32x3: in 3xTF32.
 // share: of the pixels that their tiles compute, the part that lies in images.
 //
 // "hybrid" is chosen nowhere: where the steps are better in our kernels, cuDNN's gradients of the
 // parameters gain nothing that the paper model could tell from its error.
-Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool plain, bool in_parts,
+Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool plain, bool tf32x3,
                     double share, bool backward) {
   const int capability = device.compute_capability;
   const int64_t channels = c.Cin + c.C;
@@ -103,7 +104,7 @@ Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool pla
   // around cuDNN: a multiprocessor forms 0.85 million a us in tf32, and 1.4 in half types, and 40
   // us are as many as these. 3xTF32 beats the plain float32 that cuDNN has.
   const bool half = gate_type(c.dtype, matrix) != DType::float32;
-  if (capability >= 90 && capability < 120 && channels >= 96 && !plain && !in_parts &&
+  if (capability >= 90 && capability < 120 && channels >= 96 && !plain && !tf32x3 &&
       products > (half ? 56e6 : 34e6))
     return Algorithm::cudnn;
 

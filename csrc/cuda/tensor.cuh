@@ -78,31 +78,4 @@ SNNLSTM_DEVICE void store_patch(const Tensor& a, const PixelPair& at, int c0, co
   move_patch<Known>(a, at, c0, plane, copy, [](auto* p, auto& values) { store_vector(p, values); });
 }
 
-// The values of a patch that a thread keeps in shared memory, in vectors of kLength. Vectors of
-// neighbouring threads are neighbours.
-template <class R, int CH>
-struct Slot {
-  static constexpr int kVectors = CH == 1 ? 1 : CH / 2, kLength = 2 * CH / kVectors;
-
-  SNNLSTM_DEVICE static R* of(R* slots, int patch) {
-    return slots + (patch * kVectors * int(blockDim.x) + int(threadIdx.x)) * kLength;
-  }
-  SNNLSTM_DEVICE static void keep(R* slot, const R (&v)[2][CH]) {
-    const R* flat = &v[0][0];
-    unrolled<kVectors>([&](int k) {
-      R part[kLength];
-      unrolled<kLength>([&](int i) { part[i] = flat[k * kLength + i]; });
-      store_vector(slot + k * kLength * int(blockDim.x), part);
-    });
-  }
-  SNNLSTM_DEVICE static void get(const R* slot, R (&v)[2][CH]) {
-    R* flat = &v[0][0];
-    unrolled<kVectors>([&](int k) {
-      R part[kLength];
-      load_vector(slot + k * kLength * int(blockDim.x), part);
-      unrolled<kLength>([&](int i) { flat[k * kLength + i] = part[i]; });
-    });
-  }
-};
-
 }  // namespace snnlstm::cuda

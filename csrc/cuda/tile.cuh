@@ -2,7 +2,6 @@
 #pragma once
 
 #include "tensor.cuh"
-#include "tile.h"
 
 namespace snnlstm::cuda {
 

@@ -9,9 +9,43 @@
 // The channel group counts fastest in a block's number: blocks of the same pixels run together.
 #pragma once
 
-#include "tensor.h"
+#include "../args.h"
+
+#if defined(__CUDACC__)
+#define SNNLSTM_BOTH __host__ __device__ __forceinline__
+#define SNNLSTM_DEVICE __device__ __forceinline__
+#else
+#define SNNLSTM_BOTH inline
+#define SNNLSTM_DEVICE inline
+#endif
 
 namespace snnlstm::cuda {
+
+SNNLSTM_BOTH int bytes_of(DType type) {
+  return type == DType::float32 ? 4 : type == DType::float64 ? 8 : 2;
+}
+
+// How patches (tensor.cuh) are accessed.
+enum class Access : int {
+  none,      // no tensor
+  scalar,    // element by element
+  rows,      // the channel's 2 pixels as one vector
+  channels,  // the pixel's CH channels as one vector
+};
+
+// (T, N, channels, H, W), strides in elements. A tensor may have any size, but an image of it
+// reaches over less than 2^31 elements. In images of ours, (T, N, H, W, planes, Cp), the vectors of
+// every pixel are aligned.
+struct Tensor {
+  void* data = nullptr;
+  int64_t t = 0, n = 0;
+  int c = 0, h = 0, w = 0, plane = 0;  // saved gates and d_gates have 4 planes, others one
+  int channels = 0;  // load_patch() gives 0 for channels beyond, store_patch() drops them
+  Access access = Access::none;
+  DType type = DType::float32;
+
+  SNNLSTM_BOTH bool present() const { return access != Access::none; }
+};
 
 // Divides by a number that is known at run time only, without the GPU's 20 instructions for that:
 // Granlund and Montgomery 1994, https://doi.org/10.1145/178243.178249, figure 4.1.
@@ -78,8 +112,8 @@ struct Jobs {
 };
 
 // One of the images that a convolution sums over, K = taps x channels. For output pixel (y, x), tap
-// (i, j) reads row (y * step_h + i * dilation_h - pad_h) / up_h of the source, or 0 if that is no
-// whole number or lies outside of the image; likewise the column.
+// (i, j) reads row (y * step_h + i * dilation_h - pad_h) / dgrad_stride_h of the source, or 0 if
+// that is no whole number or lies outside of the image; likewise the column.
 struct Segment {
   Tensor src;        // (T, N, channels, height, width)
   int channels = 0;  // 0: the segment is absent
@@ -87,8 +121,8 @@ struct Segment {
   int taps_h = 1, taps_w = 1;
   int dilation_h = 1, dilation_w = 1;
   int pad_h = 0, pad_w = 0;
-  int step_h = 1, step_w = 1;    // stride of the convolution
-  SmallDivisor up_h, up_w;       // stride of the convolution whose transpose this is
+  int step_h = 1, step_w = 1;                   // stride of the convolution
+  SmallDivisor dgrad_stride_h, dgrad_stride_w;  // stride of the convolution whose transpose this is
   const void* weight = nullptr;  // packed as fma.cuh says, first column block; mma: in MmaConv
   int64_t weight_pitch = 0;      // bytes from one column block to the next
 

@@ -45,9 +45,9 @@ WeightGradientMma mma_job(const BackwardPass& all, const WeightPlan& plan,
   for (MmaSegment& m : p.source) {
     m = mma_segment(in, type, depth, plan.tiling);
     m.tail_steps = 2;  // warps read whole chunks: zeros come behind the last channel
-    // A tile's one or two chunks come during the 4 turns of the tile before.
-    const int64_t turns = 8 / type.element;
-    m.turns = int(ceil_div(ceil_div(chunk_turns(m, type), threads), turns));
+    // A tile's one or two chunks come during the 4 k-blocks of the tile before.
+    const int64_t k_blocks = 8 / type.element;
+    m.accesses = int(ceil_div(ceil_div(chunk_accesses(m, type), threads), k_blocks));
     if (grad.later.present()) in.src = grad.later;
   }
   return p;

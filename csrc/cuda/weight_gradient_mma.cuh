@@ -21,7 +21,6 @@
 
 #include "mma.cuh"
 #include "weight_gradient.cuh"
-#include "weight_tile.h"
 
 namespace snnlstm::cuda {
 
@@ -42,12 +41,12 @@ template <class Element>
 class WeightGemm {
  public:
   static constexpr bool kHalf = sizeof(Element) == 2;
-  static constexpr bool kParts = std::is_same_v<Element, tf32x3>;
+  static constexpr bool kTf32x3 = std::is_same_v<Element, tf32x3>;
   static constexpr int kPerPlane = 64 / sizeof(Element);              // rows, or input channels
   static constexpr int kChunks = weight_tile::kChannels / kPerPlane;  // of the neighbourhood
-  static constexpr int kTurns = weight_tile::kPixels / 16;            // of 16 pixels
-  // Tiles between two folds: 128 k-steps, or in parts, where each adds three times, 40.
-  static constexpr int kFold = kHalf ? 32 : kParts ? 5 : 16;
+  static constexpr int kKBlocks = weight_tile::kPixels / 16;          // of 16 pixels
+  // Tiles between two folds: 128 k-steps, or in 3xTF32, where each adds three times, 40.
+  static constexpr int kFold = kHalf ? 32 : kTf32x3 ? 5 : 16;
 
   // index: the block's number in the job. Columns count fastest, then rows, then splits.
   SNNLSTM_DEVICE WeightGemm(const WeightGradientMma& p, int index, unsigned char* shared)
@@ -77,11 +76,12 @@ class WeightGemm {
   SNNLSTM_DEVICE void run() {
     clear<weight_tile::kSums>(&acc_[0][0][0][0]);
     unrolled<weight_tile::kSums / 4>([&](int i) { store(total(i), make_float4(0, 0, 0, 0)); });
-    // If samples have lengths, the splits take tiles by turns, so that each has as many to compute.
-    const bool by_turns = p_.grad.lengths != nullptr;
+    // If samples have lengths, the splits take tiles round robin, so that each has as many to
+    // compute.
+    const bool round_robin = p_.grad.lengths != nullptr;
     const int all = int(p_.grad.total), first = split_ * int(p_.grad.share);
-    const int end = by_turns ? all : min(first + int(p_.grad.share), all);
-    int tile = running_tile(by_turns ? split_ : first, end);
+    const int end = round_robin ? all : min(first + int(p_.grad.share), all);
+    int tile = running_tile(round_robin ? split_ : first, end);
     int folded = 0;  // tiles since the last fold
 #pragma unroll 1
     for (int round = -1;; ++round) {  // computes a tile, and fetches the next one
@@ -100,9 +100,9 @@ class WeightGemm {
       if constexpr (kCarries<Element>) {
         if (more) lay_down(buffer ^ 1);
       }
-      shifts_ = first_shifts_ + next.lead * (weight_tile::kMostGroups * weight_tile::kTaps);
+      shifts_ = first_shifts_ + next.row_padding * (weight_tile::kMostGroups * weight_tile::kTaps);
       if (!more) break;
-      tile = running_tile(tile + (by_turns ? p_.splits : 1), end);
+      tile = running_tile(tile + (round_robin ? p_.splits : 1), end);
     }
     fold();
   }
@@ -194,15 +194,15 @@ class WeightGemm {
       if constexpr (!kHalf) shift_[tap][1] = shift.y;
     });
 #pragma unroll 1
-    for (int turn = 0; turn < kTurns; ++turn) {
+    for (int k_block = 0; k_block < kKBlocks; ++k_block) {
       if (more) {
-        source_.turn(next);
+        source_.advance(next);
         __syncwarp();
       }
       if (taps_ >= weight_tile::kTaps)
-        multiply<true>(a, b, turn);
+        multiply<true>(a, b, k_block);
       else if (taps_ > 0)
-        multiply<false>(a, b, turn);
+        multiply<false>(a, b, k_block);
       a = a + mma_tile::row_offset(16);
     }
   }
@@ -266,15 +266,15 @@ class WeightGemm {
     }
     constexpr int kMost = weight_tile::kMostGroups * weight_tile::kTaps;
     for (int i = int(threadIdx.x); i < 2 * kMost; i += int(blockDim.x)) {
-      const int lead = i / kMost, tap = first + i % kMost;
+      const int padding = i / kMost, tap = first + i % kMost;
       const int shift =
-          tap / s.taps_w * s.s.dilation_h * s.pitch + tap % s.taps_w * s.s.dilation_w + lead;
-      store(&tables_.shift[lead][i % kMost][0],
+          tap / s.taps_w * s.s.dilation_h * s.pitch + tap % s.taps_w * s.s.dilation_w + padding;
+      store(&tables_.shift[padding][i % kMost][0],
             make_int2(mma_tile::row_offset(shift), mma_tile::row_offset(shift + s.step_w)));
     }
   }
 
-  // Finds where the lane reads in d_gates and in the neighbourhood; turns and taps add offsets.
+  // Finds where the lane reads in d_gates and in the neighbourhood; k-blocks and taps add offsets.
   SNNLSTM_DEVICE void address_lane() {
     if constexpr (kHalf) {
       // a: matrices (k, m), (k, m + 8), (k + 8, m), (k + 8, m + 8)
@@ -304,19 +304,19 @@ class WeightGemm {
 
   // Full: the warp has all of its taps, and the code no branch for fewer.
   template <bool Full>
-  SNNLSTM_DEVICE void multiply(Place a, Place b, int turn) {
+  SNNLSTM_DEVICE void multiply(Place a, Place b, int k_block) {
     if constexpr (kHalf)
-      multiply_half<Full>(a, b, turn);
+      multiply_half<Full>(a, b, k_block);
     else
-      multiply_float<Full>(a, b, turn);
+      multiply_float<Full>(a, b, k_block);
   }
 
   // Multiplies one k-step.
   template <bool Full>
-  SNNLSTM_DEVICE void multiply_half(SharedPlace a_row, SharedPlace b_row, int turn) {
+  SNNLSTM_DEVICE void multiply_half(SharedPlace a_row, SharedPlace b_row, int k_block) {
     uint32_t a[2][4];
     unrolled<2>([&](int mi) { ldmatrix_transposed(a[mi], a_row + mi * 32); });
-    b_row = b_row + pairs_[turn * 8];
+    b_row = b_row + pairs_[k_block * 8];
 #pragma unroll
     for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
       if (!Full && tap >= taps_) break;
@@ -334,19 +334,19 @@ class WeightGemm {
   // + 1 of its 16.
   template <bool Full>
   SNNLSTM_DEVICE void multiply_float(const unsigned char* a_row, const unsigned char* b_column,
-                                     int turn) {
+                                     int k_block) {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
-      uint32_t a[8], a_low[8];  // m16 tile mi has 4 from 4 mi on
+      uint32_t a[8], a_small[8];  // m16 tile mi has 4 from 4 mi on
 #pragma unroll
       for (int k = 0; k < 2; ++k) {  // k = t and t + 4
         const uint4 v = load<uint4>(a_row + mma_tile::row_offset(2 * step) + 64 * k);
         a[2 * k] = v.x, a[2 * k + 1] = v.y, a[2 * k + 4] = v.z, a[2 * k + 5] = v.w;
       }
-      const unsigned char* b_row = b_column + pairs_[turn * 8 + step];
+      const unsigned char* b_row = b_column + pairs_[k_block * 8 + step];
       uint32_t b[weight_tile::kTaps][4],
-          b_low[weight_tile::kTaps][4];  // n8 tile nt: 2 nt, 2 nt + 1
-      uint32_t of_a = take(a, a_low), of_b = 0;
+          b_small[weight_tile::kTaps][4];  // n8 tile nt: 2 nt, 2 nt + 1
+      uint32_t of_a = take(a, a_small), of_b = 0;
 #pragma unroll
       for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
         if (!Full && tap >= taps_) break;
@@ -354,37 +354,38 @@ class WeightGemm {
           const uint2 v = load<uint2>(b_row + shift_[tap][k]);
           b[tap][k] = v.x, b[tap][2 + k] = v.y;
         });
-        of_b |= take(b[tap], b_low[tap]);
+        of_b |= take(b[tap], b_small[tap]);
         add(acc_[tap], a, b[tap]);
       }
-      if constexpr (kParts) {
+      if constexpr (kTf32x3) {
         if (mma_gemm::may_be_infinite(of_a | of_b)) {
-          mma_gemm::mend_rests(a, a_low);
+          mma_gemm::mend_rests(a, a_small);
           unrolled<weight_tile::kTaps>([&](int tap) {
-            if (Full || tap < taps_) mma_gemm::mend_rests(b[tap], b_low[tap]);
+            if (Full || tap < taps_) mma_gemm::mend_rests(b[tap], b_small[tap]);
           });
         }
-        const bool both = __any_sync(full_warp, (of_b << 1) != 0);  // spikes need no low parts
+        const bool both = __any_sync(full_warp, (of_b << 1) != 0);  // spikes have no small parts
 #pragma unroll
         for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
           if (!Full && tap >= taps_) break;
-          add(acc_[tap], a_low, b[tap]);
-          if (both) add(acc_[tap], a, b_low[tap]);
+          add(acc_[tap], a_small, b[tap]);
+          if (both) add(acc_[tap], a, b_small[tap]);
         }
       }
     }
   }
 
-  // Rounds numbers to tf32. In parts `low` becomes the rests; returns the bits that are set in any.
+  // Rounds numbers to tf32. In 3xTF32 `small` becomes the rests; returns the bits that are set in
+  // any.
   template <int N>
-  SNNLSTM_DEVICE static uint32_t take(uint32_t (&v)[N], uint32_t (&low)[N]) {
+  SNNLSTM_DEVICE static uint32_t take(uint32_t (&v)[N], uint32_t (&small)[N]) {
     uint32_t seen = 0;
     unrolled<N>([&](int i) {
       const float number = detail::float_of(v[i]);
       v[i] = mma_gemm::rounds_to_tf32(v[i]);
-      if constexpr (kParts) {
-        low[i] = detail::bits_of(number - detail::float_of(v[i] & mma_gemm::kTf32Bits));
-        seen |= low[i];
+      if constexpr (kTf32x3) {
+        small[i] = detail::bits_of(number - detail::float_of(v[i] & mma_gemm::kTf32Bits));
+        seen |= small[i];
       }
     });
     return seen;
@@ -407,7 +408,8 @@ class WeightGemm {
   int taps_, first_tap_;     // taps from the warp's first one on; that tap
   int a_offset_, b_offset_;  // the lane's
   const int* pairs_;
-  const int (*first_shifts_)[2], (*shifts_)[2];   // of the warp's taps: lead 0; the tile's lead
+  const int (*first_shifts_)[2],
+      (*shifts_)[2];  // of the warp's taps: without row padding; the tile's
   int shift_[weight_tile::kTaps][kHalf ? 1 : 2];  // the lane's
   Sums acc_;
   uint4 carried_[kPieces];

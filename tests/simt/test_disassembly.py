@@ -45,9 +45,9 @@ EXPECTED = {
         r"backward_mma<.*bf16, ": (*BF16, *VECTORS),
     },
     "weight_gradient": {
-        r"weight_gradient_mma<(float|.*x3)>": ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128"),
-        r"weight_gradient_mma<.*fp16>": ("HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4"),
-        r"weight_gradient_mma<.*bf16>": ("HMMA.16816.F32.BF16", "LDSM.16.MT88.4"),
+        r"weight_gradient_mma<(float|.*x3)>": TF32[:2],
+        r"weight_gradient_mma<.*fp16>": (*FP16[:2], "LDSM.16.MT88.4"),
+        r"weight_gradient_mma<.*bf16>": (*BF16[:2], "LDSM.16.MT88.4"),
     },
     "neurons": {r"neurons_(forward|backward)<": VECTORS},
 }

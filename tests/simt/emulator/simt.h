@@ -82,6 +82,42 @@ void barrier(Site site);
 void sync_warp(Site site);
 uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site);
 bool any(unsigned mask, bool predicate, Site site);
+
+// ---- cvt of fp16 ----
+
+inline uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+inline float float_of(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+inline uint16_t fp16_of_float(float x) {
+  const uint32_t u = bits_of(x);
+  const uint32_t sign = (u >> 16) & 0x8000u;
+  const uint32_t a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return 0x7fff;
+  if (a >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (a < 0x38800000u) {  // below 2^-14: a multiple of 2^-24, which one float addition rounds to
+    const uint32_t scaled = bits_of(float_of(a) + 0.5f);
+    return uint16_t(sign | (scaled - 0x3f000000u));
+  }
+  return uint16_t(sign | ((a - 0x38000000u + 0x0fffu + ((a >> 13) & 1u)) >> 13));
+}
+
+inline float float_of_fp16(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
+  const uint32_t a = h & 0x7fffu;
+  if (a >= 0x7c00u) return float_of(sign | 0x7f800000u | ((a & 0x3ffu) << 13));
+  if (a < 0x0400u) {
+    const float magnitude = float(a) * (1.0f / 16777216.0f);
+    return float_of(sign | bits_of(magnitude));
+  }
+  return float_of(sign | ((a << 13) + 0x38000000u));
+}
 }  // namespace simt
 
 #define SIMT_SITE ::simt::Site site = ::simt::Site::here()

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "launch.cuh"
+#include "primitives.cuh"
 
 #define ENTRY extern "C" __attribute__((visibility("default"))) const char*
 
