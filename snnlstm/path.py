@@ -30,7 +30,7 @@ from .torch_private import (
     forward_mode,
     global_hooks,
     is_tracing,
-    records_operators,
+    recorder,
     transforms_are_active,
 )
 
@@ -302,7 +302,7 @@ def reason_now(traced: bool = False) -> Path | None:
     if transforms_are_active():
         return Path("reference", "a torch.func transform is active")
     if not traced:
-        if is_tracing() or records_operators():
+        if is_tracing() or recorder() is not None:
             return Path("reference", "tracing records plain operators")
         if forward_mode():
             return Path("reference", "forward-mode differentiation is active")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ __all__ = [
     "ENDED", "NO_LEVEL", "any_autocast", "backward_pass", "current_stream", "driver_version",
     "exporting", "forward_mode", "fp32_precision", "global_hooks", "guard_of", "is_batch",
     "is_tracing", "is_vmapped", "keeps_graph", "level_of", "multiplies_bfloat16", "opaque",
-    "records_operators", "transforms_are_active", "unwrapped",
+    "recorder", "transforms_are_active", "unwrapped",
 ]  # fmt: skip
 
 logger = logging.getLogger("snnlstm")
@@ -61,15 +61,12 @@ multiplies_bfloat16: bool = _find("cpu._is_amx_tile_supported", _never)()
 is_tracing: Callable[[], bool] = _find("_C._is_tracing", torch.jit.is_tracing)
 """Whether torch.jit.trace, or the ONNX exporter that is built on it, is tracing."""
 
-_get_mode = _find(
-    "_C._get_dispatch_mode", lambda _: None, "make_fx records a cell's results as constants"
+_LOST = "make_fx records a cell's results as constants"
+recorder: Callable[[], Any] = partial(
+    _find("_C._get_dispatch_mode", lambda _: None, _LOST),
+    _find("_C._TorchDispatchModeKey.PROXY", None),
 )
-_PROXY = _find("_C._TorchDispatchModeKey.PROXY", None)
-
-
-def records_operators() -> bool:
-    """Whether torch.fx.experimental.proxy_tensor.make_fx is recording."""
-    return _get_mode(_PROXY) is not None
+"""What torch.fx.experimental.proxy_tensor.make_fx is recording by; None if it is not."""
 
 
 def forward_mode() -> bool:

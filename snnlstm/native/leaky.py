@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..spec import DTYPES, RESETS
 from ..surrogate import Surrogate
+from ..torch_private import opaque
 from . import pool
 from .function import BACKENDS, beyond_kernels
 from .plan import address, as_saved, numbers, plain
@@ -223,7 +224,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     )  # fmt: skip
 
 
-_opaque_gradients = torch.compiler.disable(_gradients)
+_opaque_gradients = opaque(_gradients)
 
 
 def _by_kernels(
