@@ -1,5 +1,6 @@
 #include <initializer_list>
 
+#include "launch.cuh"
 #include "leaky.cuh"
 #include "plan.h"
 
