@@ -54,9 +54,6 @@ class Forward {
     return a_.record ? state(a_.syn, t - 1) : image(syn_, s_, plan_.type);
   }
   Tensor saved_syn(int64_t t) const { return image(a_.saved_syn, s_, plan_.type, 1, t); }
-  Tensor mem_after(int64_t t) const {
-    return writes_states(t) ? state(a_.mem, t) : image(mem_[(t + 1) & 1], s_, plan_.type);
-  }
 
   NeuronForward neuron(int64_t t) const {
     NeuronForward n = neuron_forward(a_, t, plan_.step.channels_per_thread());
@@ -125,8 +122,9 @@ class Forward {
   }
 
   void fire(int64_t t) const {
-    const FireStep p{fire_of(a_, a_.spk, t, plan_.step.channels_per_thread()), mem_after(t),
-                     int(s_.c.N), a_.winner ? a_.winner + t * s_.c.N : nullptr};
+    const NeuronForward n = neuron(t);
+    const FireStep p{n.fire, n.own_mem.present() ? n.own_mem : n.mem_out, int(s_.c.N),
+                     a_.winner ? a_.winner + t * s_.c.N : nullptr};
     launch_fire(p, s_.c.inhibition, stream_);
   }
 

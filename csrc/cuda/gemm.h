@@ -64,6 +64,8 @@ void with_tile(DType type, int columns, F&& f) {
 
 // How the convolutions multiply. tf32x3: float32 as the sum of two tf32 numbers, in three products.
 enum class Multiply : int { fma, fp16, bf16, tf32, tf32x3, fp16_sm75 };
+constexpr const char* kMultiplyNames[] = {"fma",      "mma-fp16",   "mma-bf16",
+                                          "mma-tf32", "mma-3xtf32", "mma-fp16"};
 
 SNNLSTM_BOTH bool is_half(Multiply m) {
   return m == Multiply::fp16 || m == Multiply::bf16 || m == Multiply::fp16_sm75;

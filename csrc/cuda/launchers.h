@@ -55,10 +55,13 @@ void with_real(DType type, F&& f) {
 // t: the launch's step. per_thread: channels of a thread. spk: spikes forward, their gradient
 // backward.
 
-template <class Args>
-Fire fire_of(const Args& a, const View& spk, int64_t t, int per_thread) {
+template <class Neuron, class Args>
+Neuron neuron_of_step(const Args& a, const View& spk, int64_t t, int per_thread) {
   const Cell& c = a.cell;
-  Fire f;
+  Neuron n;
+  n.C = int(c.C), n.Cp = int(Shape(c).Cp), n.Ho = int(c.Ho()), n.Wo = int(c.Wo());
+  n.reset = c.reset;
+  Fire& f = n.fire;
   f.spiking = c.spiking;
   f.C = int(c.C), f.Hp = int(c.Hp()), f.Wp = int(c.Wp());
   f.pool = c.pool, f.pool_h = c.pool_h, f.pool_w = c.pool_w;
@@ -69,16 +72,6 @@ Fire fire_of(const Args& a, const View& spk, int64_t t, int per_thread) {
   f.spk = tensor(spk, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, per_thread);
   if (a.places && c.pool == Pool::max)
     f.places = static_cast<char*>(a.places) + t * c.N * c.C * c.Hp() * c.Wp() * c.place_bytes();
-  return f;
-}
-
-template <class Neuron, class Args>
-Neuron neuron_of_step(const Args& a, const View& spk, int64_t t, int per_thread) {
-  const Cell& c = a.cell;
-  Neuron n;
-  n.C = int(c.C), n.Cp = int(Shape(c).Cp), n.Ho = int(c.Ho()), n.Wo = int(c.Wo());
-  n.reset = c.reset;
-  n.fire = fire_of(a, spk, t, per_thread);
   return n;
 }
 

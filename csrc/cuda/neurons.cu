@@ -15,20 +15,6 @@ Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
   return tensor(v, type, 0, {1, c.N, c.C, c.Ho(), c.Wo()}, 4);
 }
 
-// The backward pass's memory. sums: the threshold's gradient, (tiles, channels of all blocks).
-struct NeuronsWorkspace {
-  void *sums, *spikes;
-  int64_t bytes, pitch;
-
-  NeuronsWorkspace(const CudnnPass& plan, void* base) {
-    Arena arena(base);
-    pitch = int64_t(plan.of_step.by_columns.value) * neurons::kChannels;
-    sums = arena.take(plan.of_step.tiles() * pitch * bytes_of(plan.real));
-    spikes = plan.whole_windows ? nullptr : arena.take(plan.s.state() * bytes_of(plan.real));
-    bytes = arena.bytes();
-  }
-};
-
 }  // namespace
 
 CudnnPass::CudnnPass(const Cell& of, Matrix matrix, bool backward) : Pass(of, matrix) {
@@ -40,8 +26,12 @@ CudnnPass::CudnnPass(const Cell& of, Matrix matrix, bool backward) : Pass(of, ma
   whole_windows = !whole.empty();
   cut(of_step, c, c.Ho(), c.Wo(), whole_windows ? whole[0] : sizes(false)[0]);
   cover(of_step, c, c.N, c.C, neurons::kChannels);
-  if (backward) workspace = NeuronsWorkspace(*this, nullptr).bytes;
+  if (!backward) return;
+  sums_bytes = round_up(of_step.tiles() * pitch() * bytes_of(real), 256);
+  workspace = sums_bytes + (whole_windows ? 0 : s.state() * bytes_of(real));
 }
+
+int CudnnPass::pitch() const { return int(of_step.by_columns.value) * neurons::kChannels; }
 
 void CudnnPass::forward(const ForwardArgs& args, void* stream) const {
   const Cell& c = s.c;
@@ -68,7 +58,7 @@ void CudnnPass::forward(const ForwardArgs& args, void* stream) const {
 
 void CudnnPass::backward(const BackwardArgs& args, void* stream) const {
   const Cell& c = s.c;
-  const NeuronsWorkspace space(*this, args.workspace);
+  char* const space = static_cast<char*>(args.workspace);
   BackwardNeurons p;
   p.tiling = of_step;
   NeuronBackward& n = p.neuron;
@@ -78,9 +68,9 @@ void CudnnPass::backward(const BackwardArgs& args, void* stream) const {
   if (args.mem_after) n.own_mem = image(args.mem_after, s, gates);
   n.grad_syn0 = tensor(args.grad_syn0, c.dtype, 0, {1, c.N, c.C, s.Ho, s.Wo}, 4);
   n.spreads = whole_windows;
-  if (args.grad_threshold) n.sums = space.sums;
+  if (args.grad_threshold) n.sums = space;
   if (!n.spreads && n.fire.spk.present() && n.surrogate != Surrogate::none) {
-    n.spikes_in = image(space.spikes, s, real);
+    n.spikes_in = image(space + sums_bytes, s, real);
     launch_spread(n, c.N, stream);
   }
   with_real(c.dtype, [&](auto zero) {
@@ -91,8 +81,7 @@ void CudnnPass::backward(const BackwardArgs& args, void* stream) const {
   });
   if (!args.grad_threshold) return;
   AddGradients add;
-  add.sums[1] = {space.sums, of_step.tiles(),     1,   int(space.pitch),
-                 int(c.C),   args.grad_threshold, type};
+  add.sums[1] = {space, of_step.tiles(), 1, pitch(), int(c.C), args.grad_threshold, type};
   launch_add_gradients(add, real, stream);
 }
 

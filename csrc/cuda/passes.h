@@ -50,11 +50,13 @@ struct BackwardPass : Pass {
 struct CudnnPass : Pass {
   Tiling of_step;
   bool whole_windows;
+  int64_t sums_bytes = 0;  // backward: the threshold's gradient, (tiles, pitch), before the spikes'
 
   CudnnPass(const Cell& cell, Matrix matrix, bool backward);
   void forward(const ForwardArgs& args, void* stream) const override;
   void backward(const BackwardArgs& args, void* stream) const override;
   const Tiling& tiling() const override { return of_step; }
+  int pitch() const;  // channels of all blocks
 };
 
 }  // namespace snnlstm::cuda

@@ -19,7 +19,7 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
         rules::algorithm(c, device, matrix, multiply == Multiply::fma, multiply == Multiply::tf32x3,
                          double(c.Ho() * c.Wo()) / computed, backward);
   }
-  name = name_of(multiply);
+  name = kMultiplyNames[int(multiply)];
   if (algorithm == Algorithm::hybrid) name = "hybrid-" + name;
   const int64_t neurons = c.C * c.Ho() * c.Wo();
   int64_t launched = 0;  // blocks of the largest launch

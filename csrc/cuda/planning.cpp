@@ -19,14 +19,6 @@ Matrix full_precision(const Device& device) {
   return rules::three_products_beat_one(device.compute_capability) ? Matrix::tf32x3 : Matrix::exact;
 }
 
-const char* name_of(Multiply m) {
-  constexpr const char* names[] = {"fma",      "mma-fp16",   "mma-bf16",
-                                   "mma-tf32", "mma-3xtf32", "mma-fp16"};
-  return names[int(m)];
-}
-
-// ---- tiles --------------------------------------------------------------------------------------
-
 std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, int pixels,
                                  bool windows, const BlockChoice& only) {
   const int64_t unit_h = windows ? c.pool_h : 1;

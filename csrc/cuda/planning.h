@@ -14,8 +14,6 @@
 
 namespace snnlstm::cuda {
 
-// ---- rules --------------------------------------------------------------------------------------
-
 namespace rules {
 
 bool three_products_beat_one(int compute_capability);
@@ -34,10 +32,6 @@ Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool pla
                     double share, bool backward);
 
 }  // namespace rules
-
-// ---- tiles --------------------------------------------------------------------------------------
-
-const char* name_of(Multiply m);
 
 // The pixels of a tile. cost: the pixels that all tiles of an image compute and read.
 struct TileSize {

@@ -7,25 +7,6 @@ namespace snnlstm::cuda {
 
 namespace {
 
-void launch_weight_gradient_fma(const WeightPlan& plan, WeightGradientsFma& p, DType type,
-                                void* stream) {
-  with_tile<32>(type, plan.columns, [&](auto real, auto tile) {
-    using R = decltype(real);
-    using T = decltype(tile);
-    const Launch how{"weight gradient (fma)", p.blocks + p.bias.blocks(), fma::kThreads,
-                     sizeof(fma::WeightGradientShared<R, T>), stream};
-    launch(how, &weight_gradient_fma<R, T>, p);
-  });
-}
-
-void launch_weight_gradient_mma(const WeightPlans& plan, WeightGradientsMma& p, void* stream) {
-  const Launch how{"weight gradient (mma)", p.blocks + p.bias.blocks(), plan.threads(),
-                   size_t(plan.shared_bytes()), stream};
-  static_assert(sizeof(p) <= 4096, "a kernel's arguments take no more");
-  with_element(plan.x.multiply,
-               [&](auto element) { launch(how, &weight_gradient_mma<decltype(element)>, p); });
-}
-
 // threads: of a block of the launch, which may have more warps than the job.
 WeightGradientMma mma_job(const BackwardPass& all, const WeightPlan& plan,
                           const WeightGradientJob& grad, bool of_x, int threads) {
@@ -85,10 +66,10 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* we
   if (bias != nullptr) sums.splits = plan.bias_splits;
   add.sums[0] = {of.bias_parts, plan.bias_splits, 4, int(s.Cp), int(c.C), bias, plan.type};
 
-  WeightGradientsFma fma;
+  WeightGradientsFma plain;
   WeightGradientsMma mma;
-  fma.bias = mma.bias = sums;
-  auto& grad = fma.job;
+  plain.bias = mma.bias = sums;
+  auto& grad = plain.job;
   const WeightPlan* plans[2] = {&plan.weights.x, &plan.weights.mem};
   grad[0].in = x_segment(c);
   grad[0].in.src = of.x;
@@ -126,10 +107,20 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* we
       const WeightGradientMma& job = mma.job[k];
       if (weight != nullptr) mma.blocks += job.column_blocks * job.row_blocks * job.splits;
     }
-    launch_weight_gradient_mma(plan.weights, mma, stream);
+    static_assert(sizeof(mma) <= 4096, "a kernel's arguments take no more");
+    const Launch how{"weight gradient (mma)", mma.blocks + mma.bias.blocks(), threads,
+                     size_t(plan.weights.shared_bytes()), stream};
+    with_element(x.multiply,
+                 [&](auto element) { launch(how, &weight_gradient_mma<decltype(element)>, mma); });
   } else {
-    if (weight != nullptr) fma.blocks = int(x.part_bytes(DType::float32) / (4 * 4096));
-    launch_weight_gradient_fma(x, fma, plan.real, stream);
+    if (weight != nullptr) plain.blocks = int(x.part_bytes(DType::float32) / (4 * 4096));
+    with_tile<32>(plan.real, x.columns, [&](auto real, auto tile) {
+      using R = decltype(real);
+      using T = decltype(tile);
+      const Launch how{"weight gradient (fma)", plain.blocks + plain.bias.blocks(), fma::kThreads,
+                       sizeof(fma::WeightGradientShared<R, T>), stream};
+      launch(how, &weight_gradient_fma<R, T>, plain);
+    });
   }
 }
 
