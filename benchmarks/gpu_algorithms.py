@@ -4,7 +4,7 @@
 
 Each pass is captured in a CUDA graph and replayed, so the host takes no time, and run eagerly, with
 the time of the host. Each row is printed, and written to FILE.csv, as it comes: layer, type, pass,
-name, tile, a star if the rules of csrc/cuda/rules.cpp choose it, us a step in the graph and eagerly.
+name, tile, a star if csrc/cuda/rules.cpp chooses it, us a step in the graph and eagerly.
 """
 
 from __future__ import annotations
