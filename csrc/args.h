@@ -1,11 +1,11 @@
-// What one call of the cell works on. The CPU and the CUDA kernels take the same structs.
+// The arguments of a call. The CPU and the CUDA kernels take the same structs.
 //
 // Letters used for shapes here and in every kernel:
 //   T time steps, N batch, Cin input channels, C output channels (the state's),
 //   H, W input image, Ho, Wo state image (ceil(H / stride)), Hp, Wp pooled image (floor mode).
 // The convolution's 4C output channels come in the order i, f, o, g.
 // Strides are counted in elements. A null pointer means "absent" or "not wanted". The compute type
-// is double for float64 and float for all others.
+// is double for float64, and float for every other dtype.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ enum class DType : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
 enum class Reset : int { subtract = 0, zero = 1, none = 2 };
 enum class Pool : int { none = 0, max = 1, avg = 2 };
 
-// The numbers are those of snnlstm/surrogate.py.
+// The numbers are those of KINDS in snnlstm/surrogate.py.
 enum class Surrogate : int {
   none = 0,
   atan = 1,
@@ -32,30 +32,30 @@ enum class Surrogate : int {
   leaky = 10,
 };
 
-// How the CPU kernels sum a convolution: `sparse` is for the input half of the forward pass, and
-// `automatic` leaves that to cpu/choose.cpp.
+// How the CPU kernels sum a convolution. Only the input half of the forward pass can be `sparse`,
+// and `automatic` leaves the choice to cpu/choose.cpp.
 enum class CpuAlgorithm : int { automatic = 0, direct = 1, winograd = 2, sparse = 3 };
 
-// The computation, without its data: everything that decides sizes and the choice of kernel.
+// The options and sizes of a call, without its data. They decide which kernels run.
 struct Cell {
   DType dtype = DType::float32;
   int64_t T = 1, N = 0, Cin = 0, C = 0, H = 0, W = 0;
   int kernel_h = 1, kernel_w = 1;
-  int stride_h = 1, stride_w = 1;      // of the input convolution; the recurrent one has stride 1
-  int dilation_h = 1, dilation_w = 1;  // of both
+  int stride_h = 1, stride_w = 1;      // the input convolution's; the recurrent one has stride 1
+  int dilation_h = 1, dilation_w = 1;  // both convolutions'
   Pool pool = Pool::none;
   int pool_h = 1, pool_w = 1;  // window and stride; 1, 1 without pooling
   Reset reset = Reset::none;
   Surrogate surrogate = Surrogate::atan;
   double surrogate_p0 = 2, surrogate_p1 = 0;
-  bool spiking = true;  // false: a plain ConvLSTM; mem stands in the place of spk, and nothing
-                        // resets, pools or quantises it
+  bool spiking = true;  // false: a plain ConvLSTM, whose spk is mem, without reset, pooling and
+                        // quantisation
   bool inhibition = false;
   bool has_lengths = false;      // CUDA: calls have PassArgs::lengths
-  int num_levels = 0;            // of the state quantiser; 0: none
-  int outer_h = 0, outer_w = 0;  // taps on either side that meet no pixel, beside kernel_h, _w
+  int num_levels = 0;            // the state quantiser's; 0: states are not quantised
+  int outer_h = 0, outer_w = 0;  // taps trimmed per side, not counted in kernel_h and kernel_w
   int tile_h = 0, tile_w = 0;    // CPU: outputs of a Winograd tile of the recurrent half, or 0
-  CpuAlgorithm x_algorithm = CpuAlgorithm::direct;  // CPU: of the input half
+  CpuAlgorithm x_algorithm = CpuAlgorithm::direct;  // CPU: the input half's
 
   int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
   int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }
@@ -65,15 +65,15 @@ struct Cell {
   bool keeps_equal() const { return tiled() && pool == Pool::max; }
   int64_t Ho() const { return (H + stride_h - 1) / stride_h; }
   int64_t Wo() const { return (W + stride_w - 1) / stride_w; }
-  // Bytes of the number of a pixel in its pooling window: those of uint8_t or of int32_t.
+  // Returns the bytes of a pixel's number in its pooling window, a uint8_t or an int32_t.
   int place_bytes() const { return int64_t(pool_h) * pool_w > 256 ? 4 : 1; }
   int64_t Hp() const { return Ho() / pool_h; }
   int64_t Wp() const { return Wo() / pool_w; }
 };
 
-// Returns the cell without the taps that only ever meet the border, which are further from the
-// middle than one end of the image is from the other. The rest of the kernel is never wider than
-// twice the image, and the stride leads no further than the image reaches.
+// Returns the cell without the taps that meet no pixel from any output: their distance to the
+// middle of the kernel is no smaller than the image. What is left of the kernel is less than twice
+// as wide as the image, and the stride is at most the image's size.
 inline Cell within_image(const Cell& cell) {
   Cell c = cell;
   const auto trim = [](int64_t size, int& kernel, int& stride, int& dilation, int& outer) {
@@ -88,20 +88,20 @@ inline Cell within_image(const Cell& cell) {
   return c;
 }
 
-// A tensor of the caller's, with up to five dimensions: time, batch, channel, row, column.
-// A tensor without a time axis has stride[0] = 0.
+// A tensor of the caller's. The strides are those of time, batch, channel, row and column; a tensor
+// without a time axis has stride[0] = 0.
 struct View {
   void* data = nullptr;
   int64_t stride[5] = {0, 0, 0, 0, 0};
 };
 
-// What the forward and the backward pass of a call share. Python gives the fields from x to
-// workspace, and those of the pass, in this order (bindings.h).
+// The arguments that both passes take. Python gives the fields from x to workspace, and then those
+// of the pass, in this order (bindings.h).
 struct PassArgs {
   Cell cell;
   View x;                            // (T, N, Cin, H, W)
   View syn0, mem0;                   // (N, C, Ho, Wo) states before the first step
-  const void* weight = nullptr;      // packed by pack_weight() for this pass
+  const void* weight = nullptr;      // the weight that pack_weight() has packed for this pass
   const void* weight_mem = nullptr;  // CPU: Winograd's weight of the recurrent half
   const void* weight_x = nullptr;    // CPU: Winograd's weight of the input half
   const void* threshold = nullptr;   // (C,), or one number with threshold_stride = 0
@@ -109,16 +109,17 @@ struct PassArgs {
   const void* graded_factor = nullptr;  // one number in the compute type
   const void* levels = nullptr;         // (num_levels,), ascending, in the compute type
   bool record = false;                  // syn and mem have every step t, or only the last step
-  void* saved_gates = nullptr;          // training: activated gates, layout of the backend's choice
-  void* saved_syn = nullptr;  // training: syn after every step, layout of the backend's choice
+  // Training: the activated gates of every step, and syn after it, in the backend's layout.
+  void* saved_gates = nullptr;
+  void* saved_syn = nullptr;
   int64_t* winner = nullptr;  // (T, N): place in (C, Hp, Wp) of the only neuron that may spike
-  // training with Pool::max: for each pooled pixel of every step the number, row by row, of the
-  // window's pixel that gets its gradient; in a layout of the backend's choice
-  void* places = nullptr;            // Cell::place_bytes()
-  const int64_t* lengths = nullptr;  // (N,): steps of each sample, 0 to T; null: all have T
+  // Training with Pool::max: the window's pixel that gets the gradient of each pooled pixel of
+  // every step, as a number that counts row by row, in the backend's layout.
+  void* places = nullptr;            // Cell::place_bytes() each
+  const int64_t* lengths = nullptr;  // (N,): steps of each sample, 0 to T; null: all samples have T
   const int64_t* order = nullptr;    // CPU, with lengths: the samples, the longest first
   void* workspace = nullptr;
-  int threads = 1;  // CPU: the plan's
+  int threads = 1;  // CPU
 };
 
 struct ForwardArgs : PassArgs {
@@ -141,33 +142,33 @@ struct BackwardArgs : PassArgs {
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
   void* grad_bias = nullptr;       // (4C,)
   void* grad_threshold = nullptr;  // (C,): summed over everything but the channels
-  // CUDA, hybrid and cudnn: the gradient of the gate sums of every step is left in d_gates,
-  // (T, N, Ho, Wo, 4, Cp) of the gate type, and if mem_after is given, mem after every step but the
-  // last there, (T - 1, N, Ho, Wo, Cp) of that type.
+  // CUDA, hybrid and cudnn: the kernels write the gradient of every step's gate sums to d_gates,
+  // (T, N, Ho, Wo, 4, Cp) in the gate type, and mem after every step but the last to mem_after,
+  // (T - 1, N, Ho, Wo, Cp) in that type.
   void* d_gates = nullptr;
   void* mem_after = nullptr;
 };
 
 // ---- snntorch.Leaky ----
 
-// A number, or as many numbers as one dimension of x is long: neuron i of a step, in the order of
-// memory, has values[i / stride % count].
+// One number, or a number for each index along one dimension of x. Neuron i of a step, in the order
+// of memory, has values[i / stride % count].
 struct LeakyParameter {
   const void* values = nullptr;  // in the compute type
   int64_t count = 1, stride = 1;
 };
 
-// T steps of n neurons. Each tensor is (T, n) or (n,), in any order of memory that has no gaps, and
-// all have the same order. Python gives the fields, and those of the pass, in this order.
+// T steps of n neurons. Each tensor is (T, n) or (n,). All tensors have one order of memory,
+// without gaps. Python gives these fields, and then those of the pass, in this order.
 struct LeakyArgs {
-  DType dtype = DType::float32;  // of x and its gradient; all others are in the compute type
+  DType dtype = DType::float32;  // x's and its gradient's; the other tensors have the compute type
   Reset reset = Reset::subtract;
   Surrogate surrogate = Surrogate::atan;
   double surrogate_p0 = 2, surrogate_p1 = 0;
   int64_t T = 1, n = 0;
   LeakyParameter beta, threshold;
   const void* graded_factor = nullptr;  // one number
-  const void* mem0 = nullptr;           // (n,) before the first step; backward: null if not needed
+  const void* mem0 = nullptr;           // (n,) before the first step; backward: null if not read
   int threads = 1;                      // CPU
 };
 
@@ -184,8 +185,8 @@ struct LeakyBackwardArgs : LeakyArgs {
   const void* grad_spk = nullptr;  // (T, n)
   const void* grad_mem = nullptr;  // (T, n)
   void* grad_x = nullptr;          // (T, n)
-  void* grad_mem0 = nullptr;       // (n,); given where T > 1, since it carries the steps' sums
-  // (n,) summed over the steps. The caller adds the neurons that share a parameter.
+  void* grad_mem0 = nullptr;       // (n,); also carries the gradient of mem from step to step
+  // (n,): sums over the steps. The caller adds up the neurons that share a parameter.
   void* grad_beta = nullptr;
   void* grad_threshold = nullptr;
 

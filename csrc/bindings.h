@@ -1,5 +1,5 @@
-// What the bindings of both backends share: a cell, and the arguments of a call, which come as one
-// tuple in the order of the structs' fields (args.h).
+// What the bindings of both backends share: they read a cell, and the arguments of a call. A call
+// comes as one tuple in the order of the structs' fields (args.h).
 //
 // A tensor of the caller's comes as a pair (address, strides of time, batch, channel, row and
 // column, in elements), or None. Other memory comes as its address, or 0.
@@ -19,11 +19,11 @@ namespace py = pybind11;
 
 using Address = uintptr_t;
 
-constexpr int64_t kMostElements = int64_t(1) << 48;  // of an image or weight: more than memory has
+constexpr int64_t kMostElements = int64_t(1) << 48;  // of an image or weight; no memory has as many
 
 inline void* at(Address address) { return reinterpret_cast<void*>(address); }
 
-// Refuses a call without what it needs.
+// Refuses a null pointer.
 inline void needs(const void* given, const char* name) {
   if (!given) throw py::value_error(std::string(name) + " must be given");
 }
@@ -35,10 +35,15 @@ inline void counted(const char* name, int64_t count, int64_t least = 0) {
                           " and 2^48");
 }
 
+// Passes on a number of Python's, unless its conversion has failed.
+template <class N>
+N converted(N number) {
+  if (number == N(-1) && PyErr_Occurred()) throw py::error_already_set();
+  return number;
+}
+
 inline Address address_of(const py::handle& number) {
-  const Address address = PyLong_AsSize_t(number.ptr());
-  if (PyErr_Occurred()) throw py::error_already_set();
-  return address;
+  return converted(PyLong_AsSize_t(number.ptr()));
 }
 
 inline View view(const py::handle& from) {
@@ -52,8 +57,7 @@ inline View view(const py::handle& from) {
     throw py::value_error("a tensor has 5 strides");
   v.data = at(address_of(PyTuple_GET_ITEM(pair, 0)));
   for (int k = 0; k < 5; ++k) {
-    v.stride[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, k));
-    if (v.stride[k] == -1 && PyErr_Occurred()) throw py::error_already_set();
+    v.stride[k] = converted(PyLong_AsLongLong(PyTuple_GET_ITEM(strides, k)));
     counted("a stride", v.stride[k]);
   }
   return v;
@@ -81,14 +85,8 @@ class Fields {
   void one(T*& address) {
     address = static_cast<T*>(at(address_of(next())));
   }
-  void one(int64_t& number) {
-    number = PyLong_AsLongLong(next().ptr());
-    if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
-  }
-  void one(double& number) {
-    number = PyFloat_AsDouble(next().ptr());
-    if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
-  }
+  void one(int64_t& number) { number = converted(PyLong_AsLongLong(next().ptr())); }
+  void one(double& number) { number = converted(PyFloat_AsDouble(next().ptr())); }
   void one(LeakyParameter& p) {
     read(p.values, p.count, p.stride);
     counted("count", p.count, 1), counted("stride", p.stride, 1);
@@ -106,51 +104,40 @@ class Fields {
 
 constexpr Py_ssize_t kPassFields = 18;
 
-inline void read_pass(Fields& f, PassArgs& a) {
+// Reads a call of either pass, and refuses it if it lacks what all kernels read.
+template <class Args>
+Args pass_args(const Cell& cell, const py::tuple& given) {
+  constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
+  Args a;
+  a.cell = cell;
+  Fields f(given, kPassFields + (forward ? 6 : 12));
   f.read(a.x, a.syn0, a.mem0, a.weight, a.weight_mem, a.weight_x, a.threshold, a.threshold_stride,
          a.graded_factor, a.levels, a.record, a.saved_gates, a.saved_syn, a.winner, a.places,
          a.lengths, a.order, a.workspace);
-}
-
-inline void check_common(const PassArgs& a) {
   needs(a.syn0.data, "syn0");
   if (a.threshold_stride != 0 && a.threshold_stride != 1)
     throw py::value_error("threshold_stride must be 0 or 1");
-  if (a.cell.spiking) needs(a.threshold, "threshold"), needs(a.graded_factor, "graded");
-  if (a.cell.num_levels > 0) needs(a.levels, "levels");
-  if (a.saved_gates && a.cell.T > 1) needs(a.saved_syn, "saved_syn");
-}
-
-inline ForwardArgs forward_args(const Cell& cell, const py::tuple& given) {
-  ForwardArgs a;
-  a.cell = cell;
-  Fields f(given, kPassFields + 6);
-  read_pass(f, a);
-  f.read(a.bias, a.gate_sums, a.x_sums, a.spk, a.syn, a.mem);
-  check_common(a);
-  needs(a.mem0.data, "mem0"), needs(a.syn.data, "syn"), needs(a.mem.data, "mem");
-  if (cell.spiking || cell.T > 1) needs(a.spk.data, "spk");
-  if (a.saved_gates && cell.pool == Pool::max) needs(a.places, "places");
+  if (cell.spiking) needs(a.threshold, "threshold"), needs(a.graded_factor, "graded");
+  if (cell.num_levels > 0) needs(a.levels, "levels");
+  if (a.saved_gates && cell.T > 1) needs(a.saved_syn, "saved_syn");
+  if constexpr (forward) {
+    f.read(a.bias, a.gate_sums, a.x_sums, a.spk, a.syn, a.mem);
+    needs(a.mem0.data, "mem0"), needs(a.syn.data, "syn"), needs(a.mem.data, "mem");
+    if (cell.spiking || cell.T > 1) needs(a.spk.data, "spk");
+    if (a.saved_gates && cell.pool == Pool::max) needs(a.places, "places");
+  } else {
+    f.read(a.noise, a.grad_spk, a.grad_syn, a.grad_mem, a.grad_x, a.grad_syn0, a.grad_mem0,
+           a.grad_weight, a.grad_bias, a.grad_threshold, a.d_gates, a.mem_after);
+    needs(a.saved_gates, "saved_gates");
+    if (a.grad_spk.data && cell.inhibition) needs(a.winner, "winner");
+    if (a.grad_spk.data && cell.pool == Pool::max) needs(a.places, "places");
+    if (a.grad_spk.data && cell.surrogate == Surrogate::stochastic) needs(a.noise.data, "noise");
+    if (a.grad_weight) needs(a.x.data, "x");
+  }
   return a;
 }
 
-inline BackwardArgs backward_args(const Cell& cell, const py::tuple& given) {
-  BackwardArgs a;
-  a.cell = cell;
-  Fields f(given, kPassFields + 12);
-  read_pass(f, a);
-  f.read(a.noise, a.grad_spk, a.grad_syn, a.grad_mem, a.grad_x, a.grad_syn0, a.grad_mem0,
-         a.grad_weight, a.grad_bias, a.grad_threshold, a.d_gates, a.mem_after);
-  check_common(a);
-  needs(a.saved_gates, "saved_gates");
-  if (a.grad_spk.data && cell.inhibition) needs(a.winner, "winner");
-  if (a.grad_spk.data && cell.pool == Pool::max) needs(a.places, "places");
-  if (a.grad_spk.data && cell.surrogate == Surrogate::stochastic) needs(a.noise.data, "noise");
-  if (a.grad_weight) needs(a.x.data, "x");
-  return a;
-}
-
-// These refuse a backward pass what another algorithm forms.
+// These refuse memory for what another algorithm forms.
 inline void refuse_gradients(const BackwardArgs& a) {
   if (a.grad_weight || a.grad_bias)
     throw py::value_error("grad_weight and grad_bias must not be given: torch forms them");
@@ -237,7 +224,11 @@ inline void bind_cell(py::module_& m) {
 
 constexpr Py_ssize_t kLeakyFields = 15;
 
-inline void read_leaky(Fields& f, LeakyArgs& a) {
+template <class Args>
+Args leaky_args(const py::tuple& given) {
+  constexpr bool backward = std::is_same_v<Args, LeakyBackwardArgs>;
+  Args a;
+  Fields f(given, kLeakyFields + (backward ? 8 : 4));
   int64_t dtype, reset, surrogate;
   f.read(dtype, reset, surrogate, a.surrogate_p0, a.surrogate_p1, a.T, a.n, a.beta, a.threshold,
          a.graded_factor, a.mem0);
@@ -249,28 +240,20 @@ inline void read_leaky(Fields& f, LeakyArgs& a) {
     throw py::value_error("T * n must lie below 2^48");
   needs(a.beta.values, "beta"), needs(a.threshold.values, "threshold");
   needs(a.graded_factor, "graded");
-}
-
-inline LeakyForwardArgs leaky_forward_args(const py::tuple& given) {
-  LeakyForwardArgs a;
-  Fields f(given, kLeakyFields + 4);
-  read_leaky(f, a);
-  f.read(a.x, a.spk, a.mem, a.record);
-  if (a.n > 0) needs(a.mem0, "mem0"), needs(a.x, "x"), needs(a.spk, "spk"), needs(a.mem, "mem");
-  return a;
-}
-
-inline LeakyBackwardArgs leaky_backward_args(const py::tuple& given) {
-  LeakyBackwardArgs a;
-  Fields f(given, kLeakyFields + 8);
-  read_leaky(f, a);
-  f.read(a.mem, a.noise, a.grad_spk, a.grad_mem, a.grad_x, a.grad_mem0, a.grad_beta,
-         a.grad_threshold);
+  if constexpr (backward)
+    f.read(a.mem, a.noise, a.grad_spk, a.grad_mem, a.grad_x, a.grad_mem0, a.grad_beta,
+           a.grad_threshold);
+  else
+    f.read(a.x, a.spk, a.mem, a.record);
   if (a.n == 0) return a;
   needs(a.mem, "mem");
-  if (a.needs_before()) needs(a.mem0, "mem0");
-  if (a.T > 1) needs(a.grad_mem0, "grad_mem0");
-  if (a.grad_spk && a.surrogate == Surrogate::stochastic) needs(a.noise, "noise");
+  if constexpr (backward) {
+    if (a.needs_before()) needs(a.mem0, "mem0");
+    if (a.T > 1) needs(a.grad_mem0, "grad_mem0");
+    if (a.grad_spk && a.surrogate == Surrogate::stochastic) needs(a.noise, "noise");
+  } else {
+    needs(a.mem0, "mem0"), needs(a.x, "x"), needs(a.spk, "spk");
+  }
   return a;
 }
 

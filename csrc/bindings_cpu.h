@@ -14,7 +14,7 @@ namespace snnlstm::bindings {
 
 constexpr int kMostThreads = 1 << 14;  // workspaces grow with this number
 
-inline cpu::Plan make_cpu_plan(const Cell& cell, int algorithm, double density, int most_inputs,
+inline cpu::Plan make_cpu_plan(const Cell& cell, int algorithm, double density, int max_tile_inputs,
                                int threads) {
   if (cell.dtype != DType::float32 && cell.dtype != DType::float64)
     throw py::value_error("the CPU kernels compute in float32 and float64");
@@ -23,18 +23,18 @@ inline cpu::Plan make_cpu_plan(const Cell& cell, int algorithm, double density, 
   if (cell.T < 1 || cell.N < 1) throw py::value_error("T and N must be at least 1");
   if (!(density >= 0 && density <= 1)) throw py::value_error("density must lie between 0 and 1");
   return cpu::make_plan(cell, numbered<CpuAlgorithm>("algorithm", algorithm, 3), density,
-                        most_inputs, threads);
+                        max_tile_inputs, threads);
 }
 
-// Returns the share of nonzeros among some values that are spread over x's images. Images of padded
-// samples do not count.
+// Returns the share of nonzeros among some of x's values, which are spread over all images but
+// those of padded samples.
 template <class T>
 double density(const Cell& c, const View& x, const int64_t* lengths) {
   const int64_t plane = c.H * c.W, size = c.Cin * plane;
   const auto steps = [&](int64_t n) { return lengths ? std::min(lengths[n], c.T) : c.T; };
   int64_t images = 0, seen = 0, nonzero = 0;
   for (int64_t n = 0; n < c.N; ++n) images += steps(n);
-  // An odd distance does not fall in with the period of channels and columns.
+  // An odd distance shares no period with even numbers of channels and columns.
   const int64_t distance = images * size / 16384 | 1;
   const auto* s = x.stride;
   const bool dense = (s[4] == 1 && s[3] == c.W && s[2] == plane) ||
@@ -59,38 +59,22 @@ template <class F>
 bool each_chunk(int64_t count, int64_t chunk, F&& f) {
   int64_t next = 0;
   bool stop = false;
-  const auto work = [&](int) {
-    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) * chunk < count;)
-      if (__atomic_load_n(&stop, __ATOMIC_RELAXED) ||
-          !f(k, k * chunk, k * chunk + std::min(chunk, count - k * chunk)))
-        return __atomic_store_n(&stop, true, __ATOMIC_RELAXED);
+  const auto task = [&](int64_t k) {
+    if (!f(k, k * chunk, std::min(count, (k + 1) * chunk)))
+      __atomic_store_n(&stop, true, __ATOMIC_RELAXED);
   };
   const int64_t threads = std::min<int64_t>(most_threads(), count / (4 * chunk));
-#if SNNLSTM_TESTING
-  if (task_log) {
-    task_log->threads = std::max<int64_t>(threads, 1), ++task_log->phase;
-    for (int64_t k = 0; k * chunk < count && !stop; ++k)
-      task_log->time(
-          [&](int64_t k) {
-            stop = !f(k, k * chunk, k * chunk + std::min(chunk, count - k * chunk));
-          },
-          k);
-    return !stop;
-  }
-#endif
-  run_team(int(std::max<int64_t>(threads, 1)), work);
+  run_team(begin_phase(int(std::max<int64_t>(threads, 1))), [&](int) {
+    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) * chunk < count;)
+      if (!__atomic_load_n(&stop, __ATOMIC_RELAXED)) run_task(task, k);
+  });
   return !stop;
 }
 
-inline bool same(const void* a, const void* b, int64_t bytes) {
-  const auto *one = static_cast<const char*>(a), *other = static_cast<const char*>(b);
-  return each_chunk(bytes, 1 << 17, [&](int64_t, int64_t begin, int64_t end) {
-    return std::memcmp(one + begin, other + begin, size_t(end - begin)) == 0;
-  });
-}
-
 template <class T>
-double copy_and_square(const T* from, T* to, int64_t count) {
+double copy_and_square(Address weight, Address copy, int64_t count) {
+  const T* from = static_cast<const T*>(at(weight));
+  T* to = static_cast<T*>(at(copy));
   constexpr int64_t kChunk = 1 << 14, kLanes = 16;
   std::vector<double> sums(size_t(count / kChunk + 1));
   each_chunk(count, kChunk, [&](int64_t chunk, int64_t begin, int64_t end) {
@@ -103,7 +87,7 @@ double copy_and_square(const T* from, T* to, int64_t count) {
     for (const T lane : lanes) sums[size_t(chunk)] += double(lane);
     return true;
   });
-  return std::accumulate(sums.begin(), sums.end(), 0.);  // in one order, whatever the threads do
+  return std::accumulate(sums.begin(), sums.end(), 0.);  // the order does not depend on the threads
 }
 
 // Copies the `count` values of a weight, and returns the sum of their squares.
@@ -114,10 +98,8 @@ inline double copy_weight(Address weight, Address copy, int dtype, int64_t count
   needs(at(copy), "copy");
   numbered<DType>("dtype", dtype, 2);
   py::gil_scoped_release release;
-  return DType(dtype) == DType::float64 ? copy_and_square(static_cast<const double*>(at(weight)),
-                                                          static_cast<double*>(at(copy)), count)
-                                        : copy_and_square(static_cast<const float*>(at(weight)),
-                                                          static_cast<float*>(at(copy)), count);
+  return DType(dtype) == DType::float64 ? copy_and_square<double>(weight, copy, count)
+                                        : copy_and_square<float>(weight, copy, count);
 }
 
 // Says whether the bytes at `tensor` are those at `copy`.
@@ -126,9 +108,12 @@ inline bool same_bytes(Address tensor, Address copy, int64_t bytes) {
   if (bytes == 0) return true;
   needs(at(tensor), "tensor");
   needs(at(copy), "copy");
-  if (bytes < (1 << 16)) return std::memcmp(at(tensor), at(copy), size_t(bytes)) == 0;
+  const auto equal = [&](int64_t, int64_t begin, int64_t end) {
+    return std::memcmp(at(tensor + begin), at(copy + begin), size_t(end - begin)) == 0;
+  };
+  if (bytes < (1 << 16)) return equal(0, 0, bytes);
   py::gil_scoped_release release;
-  return same(at(tensor), at(copy), bytes);
+  return each_chunk(bytes, 1 << 17, equal);
 }
 
 // Returns x's density in hundredths.
@@ -141,8 +126,8 @@ inline int percent_of(const Cell& cell, const py::handle& x, Address lengths) {
   return int(100 * part + 0.5);
 }
 
-// Returns the forms of the weight that a pass reads, each as (number, name, bytes). The name tells
-// apart forms of one number.
+// Returns the forms of the weight that a pass reads, each as (number, name, bytes). Forms of one
+// number differ in their names.
 inline py::list forms(const cpu::Plan& plan, bool backward, bool grad_x) {
   py::list found;
   const int first = int(backward ? cpu::Form::backward : cpu::Form::forward);
@@ -166,12 +151,13 @@ inline void pack(const cpu::Plan& plan, int form, Address weight, Address packed
   plan.kernels.pack_weight(cell, which, plan.threads, at(weight), at(packed));
 }
 
-// Adds what the plan knows to the arguments, and refuses a call without what its kernels read.
+// Runs a call of the plan, unless it lacks what the plan's kernels read.
 template <class Args>
-void set_plan(Args& a, const cpu::Plan& plan) {
+void run_pass(const cpu::Plan& plan, const py::tuple& given) {
+  constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
+  auto a = pass_args<Args>(forward ? plan.forward : plan.backward, given);
   a.threads = plan.threads;
   needs(a.workspace, "workspace");
-  constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
   bool grad_x = false;
   if constexpr (forward) {
     needs(a.x.data, "x");
@@ -185,6 +171,11 @@ void set_plan(Args& a, const cpu::Plan& plan) {
   const int first = int(forward ? cpu::Form::forward : cpu::Form::backward);
   for (int k = 0; k < 3; ++k)
     if (cpu::reads(a.cell, cpu::Form(first + k), grad_x)) needs(weights[k], names[k]);
+  py::gil_scoped_release release;
+  if constexpr (forward)
+    plan.kernels.forward(a);
+  else
+    plan.kernels.backward(a);
 }
 
 inline void bind_cpu(py::module_& m) {
@@ -202,13 +193,13 @@ inline void bind_cpu(py::module_& m) {
   });
 
   m.def("leaky_forward", [](const py::tuple& given) {
-    LeakyForwardArgs a = leaky_forward_args(given);
+    auto a = leaky_args<LeakyForwardArgs>(given);
     a.threads = most_threads();
     py::gil_scoped_release release;
     cpu::kernels().leaky_forward(a);
   });
   m.def("leaky_backward", [](const py::tuple& given) {
-    LeakyBackwardArgs a = leaky_backward_args(given);
+    auto a = leaky_args<LeakyBackwardArgs>(given);
     a.threads = most_threads();
     py::gil_scoped_release release;
     cpu::kernels().leaky_backward(a);
@@ -217,29 +208,25 @@ inline void bind_cpu(py::module_& m) {
   using cpu::Plan;
   py::class_<Plan>(m, "CpuPlan", py::module_local())
       .def(py::init(&make_cpu_plan), py::arg("cell"), py::arg("algorithm"), py::arg("density"),
-           py::arg("most_inputs"), py::arg("threads"))
+           py::arg("max_tile_inputs"), py::arg("threads"))
       .def_property_readonly("name", [](const Plan& p) { return cpu::algorithm_name(p.forward); })
       .def_property_readonly("backward_name",
                              [](const Plan& p) { return cpu::algorithm_name(p.backward); })
       .def_property_readonly("padded_channels",
                              [](const Plan& p) { return p.kernels.padded_channels(p.forward); })
-      .def_property_readonly("forward_workspace", &Plan::forward_workspace)
-      .def("backward_workspace", &Plan::backward_workspace, py::arg("weight"))
+      .def_property_readonly(
+          "forward_workspace",
+          [](const Plan& p) { return p.kernels.forward_workspace(p.forward, p.threads); })
+      .def(
+          "backward_workspace",
+          [](const Plan& p, bool weight) {
+            return p.kernels.backward_workspace(p.backward, p.threads, weight);
+          },
+          py::arg("weight"))
       .def("forms", &forms, py::arg("backward"), py::arg("grad_x") = false)
       .def("pack", &pack)
-      .def("forward",
-           [](const Plan& p, const py::tuple& given) {
-             ForwardArgs a = forward_args(p.forward, given);
-             set_plan(a, p);
-             py::gil_scoped_release release;
-             p.run(a);
-           })
-      .def("backward", [](const Plan& p, const py::tuple& given) {
-        BackwardArgs a = backward_args(p.backward, given);
-        set_plan(a, p);
-        py::gil_scoped_release release;
-        p.run(a);
-      });
+      .def("forward", &run_pass<ForwardArgs>)
+      .def("backward", &run_pass<BackwardArgs>);
 }
 
 }  // namespace snnlstm::bindings

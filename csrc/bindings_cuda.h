@@ -7,7 +7,7 @@
 
 namespace snnlstm::bindings {
 
-// Memory that no tensor of the caller's lies in. The kernels load 16 bytes of it at a time.
+// Memory that holds no tensor of the caller's. The kernels load 16 bytes of it at a time.
 struct Own {
   const char* name;
   const void* memory;
@@ -61,7 +61,22 @@ Plan make_cuda_plan(Cell cell, const cuda::Device& device, int matrix, int algor
               numbered<cuda::Algorithm>("algorithm", algorithm, 4), backward, {shape, h, w});
 }
 
-// Plan, Leaky: the backend's, or the tests', which check the memory of each call.
+template <class Plan, class Args>
+void run_pass(const Plan& plan, Address stream, const py::tuple& given) {
+  const auto a = pass_args<Args>(plan.cell, given);
+  check_pass(a, plan);
+  py::gil_scoped_release release;
+  plan.run(a, at(stream));
+}
+
+template <class Leaky, class Args>
+void run_leaky(const cuda::Device& device, Address stream, const py::tuple& given) {
+  const auto a = leaky_args<Args>(given);
+  py::gil_scoped_release release;
+  Leaky::run(device, a, at(stream));
+}
+
+// Plan and Leaky are the backend's, or the tests', which check the memory of each call.
 template <class Plan = cuda::Plan, class Leaky = cuda::Leaky>
 void bind_cuda(py::module_& m) {
   py::class_<cuda::Device>(m, "CudaDevice", py::module_local())
@@ -81,18 +96,8 @@ void bind_cuda(py::module_& m) {
     return cuda::padded_channels(C);
   });
 
-  m.def("cuda_leaky_forward",
-        [](const cuda::Device& device, Address stream, const py::tuple& given) {
-          const LeakyForwardArgs a = leaky_forward_args(given);
-          py::gil_scoped_release release;
-          Leaky::run(device, a, at(stream));
-        });
-  m.def("cuda_leaky_backward",
-        [](const cuda::Device& device, Address stream, const py::tuple& given) {
-          const LeakyBackwardArgs a = leaky_backward_args(given);
-          py::gil_scoped_release release;
-          Leaky::run(device, a, at(stream));
-        });
+  m.def("cuda_leaky_forward", &run_leaky<Leaky, LeakyForwardArgs>);
+  m.def("cuda_leaky_backward", &run_leaky<Leaky, LeakyBackwardArgs>);
 
   py::class_<Plan>(m, "CudaPlan", py::module_local())
       .def(py::init(&make_cuda_plan<Plan>), py::arg("cell"), py::arg("device"), py::arg("matrix"),
@@ -150,19 +155,8 @@ void bind_cuda(py::module_& m) {
             p.store_levels(static_cast<const double*>(at(values)), at(levels), at(stream));
           },
           py::arg("values"), py::arg("levels"), py::arg("stream"))
-      .def("forward",
-           [](const Plan& p, Address stream, const py::tuple& given) {
-             const ForwardArgs a = forward_args(p.cell, given);
-             check_pass(a, p);
-             py::gil_scoped_release release;
-             p.run(a, at(stream));
-           })
-      .def("backward", [](const Plan& p, Address stream, const py::tuple& given) {
-        const BackwardArgs a = backward_args(p.cell, given);
-        check_pass(a, p);
-        py::gil_scoped_release release;
-        p.run(a, at(stream));
-      });
+      .def("forward", &run_pass<Plan, ForwardArgs>)
+      .def("backward", &run_pass<Plan, BackwardArgs>);
 }
 
 }  // namespace snnlstm::bindings

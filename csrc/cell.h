@@ -1,10 +1,10 @@
-// The formulas of one neuron, forward and backward: written once, used by the CPU kernels, the
-// CUDA kernels and the emulated CUDA kernels.
+// The formulas of one neuron, forward and backward. The CPU kernels, the CUDA kernels and the
+// emulated CUDA kernels use them.
 //
-// A backend says how it computes with a class M of static functions:
+// A backend gives its arithmetic as a class M of static functions:
 //   M::R            a real number, or a vector of them, with + - * / and comparisons
 //   M::splat(c)     the constant c in every lane
-//   M::where(mask, a, b), with mask what a comparison of two R gives
+//   M::where(mask, a, b)   mask: the result of a comparison of two R
 //   M::sigmoid(R), M::tanh(R), M::exp(R), M::abs(R)
 //
 // The cell is snntorch.SConv2dLSTM's: a ConvLSTM (Shi et al. 2015,
@@ -17,7 +17,7 @@
 #if defined(__CUDACC__)
 #define SNNLSTM_HD __host__ __device__ __forceinline__
 #else
-// Inlined always: no copy that was compiled for one instruction set can be linked into another's.
+// Always inlined, so that no copy compiled for one instruction set is linked into another's code.
 #define SNNLSTM_HD __attribute__((always_inline)) inline
 #endif
 
@@ -43,17 +43,17 @@ struct Neuron {
     return {M::sigmoid(pre.i), M::sigmoid(pre.f), M::sigmoid(pre.o), M::tanh(pre.g)};
   }
 
-  // Synaptic current (the LSTM's cell state) after the step; a: activated gates.
+  // Returns the synaptic current (the LSTM's cell state) after the step; a: activated gates.
   static SNNLSTM_HD R next_syn(const Gates<R>& a, R syn_prev) { return a.f * syn_prev + a.i * a.g; }
 
-  // Membrane potential (the LSTM's hidden state) before the reset. tanh_syn: of the synaptic
-  // current before its quantisation.
+  // Returns the membrane potential (the LSTM's hidden state) before the reset. tanh_syn: the tanh
+  // of the synaptic current before its quantisation.
   static SNNLSTM_HD R next_mem(R o, R tanh_syn) { return o * tanh_syn; }
 
-  // Says whether a neuron spikes. The reset asks this of the mem that the step started from.
+  // Says whether a neuron spikes. The reset calls this with the mem that the step started from.
   static SNNLSTM_HD auto fires(R mem, R threshold) { return mem - threshold > M::splat(0); }
 
-  // reset * threshold counts as 0 where there is no reset, for an infinite threshold too.
+  // A neuron without a reset keeps its mem, for an infinite threshold too.
   template <class Mask>
   static SNNLSTM_HD R after_reset(Reset mechanism, R mem, Mask reset, R threshold) {
     switch (mechanism) {
@@ -66,9 +66,9 @@ struct Neuron {
     }
   }
 
-  // mem_grad and syn_grad: with respect to mem and syn after reset and quantisation (which passes
-  // gradients straight through), with the parts of the spike and of later steps. a: activated
-  // gates. With Reset::zero a neuron that was reset passes on only NaN.
+  // mem_grad and syn_grad: gradients with respect to mem and syn after reset and quantisation
+  // (which passes gradients straight through), with the parts of the spike and of later steps. a:
+  // activated gates. With Reset::zero a neuron that was reset passes on only NaN.
   template <class Mask>
   static SNNLSTM_HD NeuronGrad<R> backward(Reset mechanism, const Gates<R>& a, R syn_prev,
                                            R tanh_syn, Mask reset, R mem_grad, R syn_grad) {
@@ -84,7 +84,8 @@ struct Neuron {
     return d;
   }
 
-  // d spike / d u at u = mem - threshold. noise: uniform in [0, 1), read by the stochastic kind.
+  // Returns d spike / d u at u = mem - threshold. noise: uniform in [0, 1), for the stochastic
+  // kind.
   static SNNLSTM_HD R surrogate_gradient(Surrogate kind, R u, R p0, R p1, R noise) {
     const R zero = M::splat(0), one = M::splat(1);
     switch (kind) {
@@ -126,8 +127,9 @@ struct LeakyGrad {
   R x, mem_prev, beta, threshold;
 };
 
-// snntorch.Leaky 1.0.0. beta: of the layer, which clamps it to [0, 1]. Products and sums round one
-// by one, as torch's operators do, if the compiler contracts no expressions.
+// The neuron of snntorch.Leaky 1.0.0. beta: the layer's parameter before its clamp to [0, 1].
+// Products and sums round one by one, as torch's operators do, if the compiler contracts no
+// expressions.
 template <class M>
 struct LeakyNeuron {
   using R = typename M::R;
@@ -145,8 +147,8 @@ struct LeakyNeuron {
     return mechanism == Reset::subtract ? N::after_reset(mechanism, next, reset, threshold) : next;
   }
 
-  // spk_grad: with respect to u = mem - threshold, through the spike. mem_grad: with respect to mem
-  // after the step, with the part of later steps and without that of the spike.
+  // spk_grad: the gradient through the spike, with respect to u = mem - threshold. mem_grad: the
+  // gradient with respect to mem after the step, with the part of later steps, without the spike's.
   static SNNLSTM_HD LeakyGrad<R> backward(Reset mechanism, R mem_prev, R beta, R threshold,
                                           R spk_grad, R mem_grad) {
     const R zero = M::splat(0), grad = spk_grad + mem_grad;
@@ -176,8 +178,8 @@ SNNLSTM_HD auto is_largest(R mem, R largest, R unit) {
   return (mem >= largest - unit) | (mem == largest) | (mem != mem);
 }
 
-// Nearest of n ascending levels by |level - x| as T rounds it. An exact tie takes the lowest
-// index, as do NaN and the infinities (all their distances are equal).
+// Returns the nearest of n ascending levels by |level - x| as T rounds it. An exact tie takes the
+// lowest index, as do NaN and the infinities (all their distances are equal).
 template <class T>
 SNNLSTM_HD T quantise(T x, const T* levels, int n) {
   if (!(x - x == T(0))) return levels[0];

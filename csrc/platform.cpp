@@ -1,4 +1,4 @@
-// One pool of threads in the process: torch's.
+// Finds torch's pool of threads, so that the process has one.
 //
 // torch brings its own OpenMP runtime, GCC's, LLVM's or Intel's. Its name depends on the wheel:
 // libgomp.so.1 (2.13, x86-64), libgomp-a34b3233.so.1 (2.4, x86-64), torch.libs/
@@ -27,8 +27,7 @@
 namespace snnlstm {
 namespace {
 
-// ---- libraries of the process
-// --------------------------------------------------------------------
+// ---- libraries of the process -------------------------------------------------------------------
 
 #if defined(_WIN32)
 
@@ -90,12 +89,11 @@ void* find_openmp(std::string& path) {
 
 #endif
 
-// ---- the runtime
-// ---------------------------------------------------------------------------------
+// ---- the runtime --------------------------------------------------------------------------------
 
-// Where in a source a region begins: LLVM's and Intel's runtimes want to know. (ident_t in
+// The place in a source where a region begins, for LLVM's and Intel's runtimes. (ident_t in
 // openmp/runtime/src/kmp.h)
-struct Place {
+struct SourcePlace {
   int32_t reserved_1, flags, reserved_2, reserved_3;
   const char* source;
 };
@@ -112,9 +110,10 @@ struct Runtime {
   // GCC's runtime. (libgomp/parallel.c)
   void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags) = nullptr;
   // LLVM's and Intel's, which have GCC's functions too, but not on Windows. (kmp_csupport.cpp)
-  void (*fork_call)(Place*, int32_t count, void (*)(int32_t*, int32_t*, Team*), ...) = nullptr;
-  int32_t (*global_thread_num)(Place*) = nullptr;
-  void (*push_num_threads)(Place*, int32_t global_thread, int32_t threads) = nullptr;
+  void (*fork_call)(SourcePlace*, int32_t count, void (*)(int32_t*, int32_t*, Team*),
+                    ...) = nullptr;
+  int32_t (*global_thread_num)(SourcePlace*) = nullptr;
+  void (*push_num_threads)(SourcePlace*, int32_t global_thread, int32_t threads) = nullptr;
 
   Runtime() {
     std::string library_path;
@@ -152,7 +151,7 @@ void run_team(int threads, void (*body)(void* data, int thread), void* data) {
   if (threads <= 1 || !r.serves()) return body(data, 0);
   Team team{body, data};
   if (r.has_fork_call()) {
-    static Place place{0, 2, 0, 0, ";snnlstm;run_team;0;0;;"};  // 2: called as by a compiler
+    static SourcePlace place{0, 2, 0, 0, ";snnlstm;run_team;0;0;;"};  // 2: called as by a compiler
     r.push_num_threads(&place, r.global_thread_num(&place), threads);
     const auto member = [](int32_t*, int32_t* thread, Team* of) { of->body(of->data, *thread); };
     r.fork_call(&place, 1, member, &team);
@@ -169,6 +168,8 @@ void yield_core() { std::this_thread::yield(); }
 
 #if SNNLSTM_TESTING
 TaskLog* task_log = nullptr;
+
+void TaskLog::add(int64_t nanoseconds) { entries.push_back({phase, threads, nanoseconds}); }
 
 int64_t TaskLog::now() {
 #if defined(__linux__)

@@ -1,7 +1,8 @@
-// What differs between operating systems: threads, and how to give a core away.
+// What differs between operating systems: threads, the OpenMP runtime, and clocks.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace snnlstm {
 
@@ -9,8 +10,8 @@ namespace snnlstm {
 // returns when all calls have returned. The pool may give fewer threads, and there is always one.
 void run_team(int threads, void (*body)(void* data, int thread), void* data);
 
-// The same for a body(thread) of any type. Static, so that the linker merges no two instruction
-// sets' copies.
+// Does the same for a body(thread) of any type. The functions are static, so that the linker does
+// not merge the copies of two instruction sets.
 template <class F>
 static void call_body(void* data, int thread) {
   (*static_cast<const F*>(data))(thread);
@@ -23,12 +24,12 @@ static void run_team(int threads, const F& body) {
 // The number of threads that torch.set_num_threads has set for the calling thread.
 int most_threads();
 
-// Path of the OpenMP runtime in use, such as ".../torch/lib/libgomp.so.1"; "" where there is none
-// and every team has one thread. Looked up at the first call, after which it stays: import torch
+// Returns the path of the OpenMP runtime in use, such as ".../torch/lib/libgomp.so.1", or "" if
+// there is none and every team has one thread. The first call looks it up for good: import torch
 // before.
 const char* openmp_library();
 
-// Lets another thread have this core, where one waits for it.
+// Gives this core to another thread, if one waits for it.
 void yield_core();
 
 #if SNNLSTM_TESTING
@@ -36,24 +37,43 @@ void yield_core();
 // one thread, and each task adds an entry.
 struct TaskLog {
   struct Entry {
-    int64_t phase;        // the tasks of one phase may run at the same time
+    int64_t phase;        // tasks of one phase may run at the same time
     int64_t threads;      // of the team that the call would have
     int64_t nanoseconds;  // of the thread's processor time
   };
-  Entry* entries;
-  int64_t capacity, count, phase, threads;
+  std::vector<Entry> entries;
+  int64_t phase = 0, threads = 1;
 
-  // Calls f(task), and adds its time.
-  template <class F>
-  void time(F&& f, int64_t task) {
-    const int64_t begin = now();
-    f(task);
-    if (count < capacity) entries[count] = {phase, threads, now() - begin};
-    ++count;
-  }
+  void add(int64_t nanoseconds);
   static int64_t now();
 };
 extern TaskLog* task_log;
 #endif
+
+// Begins a phase in the log, if there is one, whose team would have so many threads, or as many as
+// before. Returns how many threads the team gets.
+static inline int begin_phase(int threads = 0) {
+#if SNNLSTM_TESTING
+  if (task_log) {
+    ++task_log->phase;
+    if (threads > 0) task_log->threads = threads;
+    return 1;
+  }
+#endif
+  return threads;
+}
+
+// Calls f(task), and adds its time to the log, if there is one.
+template <class F>
+__attribute__((always_inline)) static inline void run_task(const F& f, int64_t task) {
+#if SNNLSTM_TESTING
+  if (task_log) {
+    const int64_t begin = TaskLog::now();
+    f(task);
+    return task_log->add(TaskLog::now() - begin);
+  }
+#endif
+  f(task);
+}
 
 }  // namespace snnlstm

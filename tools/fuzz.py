@@ -289,7 +289,7 @@ _STRIDES = [-1, -(2**40), 2**49, 2**63, "x", 1.5, None]
 # of x, syn0, mem0 and the workspace.
 _NEEDED = (0, 1, 2, 17)
 _KERNELS = ("forward", "backward")
-# These take any numbers: most_inputs, and the emulator's tile.
+# These take any numbers: max_tile_inputs, and the emulator's tile.
 _ANY_NUMBER = {("CpuPlan.__init__", 4), ("CudaPlan.__init__", "tile")}
 _UNCALLED = {"time_tasks", "watch"}  # a function of Python's is their argument; the emulator's
 

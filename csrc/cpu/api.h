@@ -1,5 +1,5 @@
-// The entry points of the CPU backend, twins of csrc/cuda/api.h, in float32 and float64. All memory
-// is the caller's, who asks for its sizes first.
+// The entry points of the CPU backend, in float32 and float64; csrc/cuda/plan.h has those of the
+// CUDA backend. The caller allocates all memory, and asks for its sizes first.
 #pragma once
 
 #include <string>
@@ -38,10 +38,11 @@ inline bool reads(const Cell& c, Form form, bool grad_x) {
   }
 }
 
-// Returns what the form depends on beside the channels and the instruction set, such as "3x3:4".
+// Returns a name of the form's order of weights, such as "3x3:4x4". The order also depends on the
+// channels and the instruction set.
 std::string form_name(const Cell& cell, Form form);
 
-// What the build for an instruction set provides.
+// The functions that are compiled for each instruction set.
 struct Kernels {
   // Says whether there are Winograd kernels for the cell's type and number of channels.
   bool (*has_tiles)(const Cell&);
@@ -66,33 +67,27 @@ struct Kernels {
   void (*backward)(const BackwardArgs&);
   void (*leaky_forward)(const LeakyForwardArgs&);
   void (*leaky_backward)(const LeakyBackwardArgs&);
+#if SNNLSTM_TESTING
+  bool (*evaluate)(const char* name, DType dtype, const void* in, void* out, int64_t count);
+#endif
 };
 
 // Returns the kernels of the instruction set in use.
 const Kernels& kernels();
 
-// What runs a call: the cell of each pass, with the algorithms of its convolutions and without the
-// taps that meet no pixel.
+// A plan has the cell of each pass, with the algorithms of its convolutions and without the taps
+// that meet no pixel.
 struct Plan {
   Cell forward, backward;
   const Kernels& kernels;
   int threads;
 
   const Cell& cell(Form form) const { return form < Form::backward ? forward : backward; }
-
-  // `weight` says whether the backward pass forms the weight's gradient.
-  int64_t forward_workspace() const { return kernels.forward_workspace(forward, threads); }
-  int64_t backward_workspace(bool weight) const {
-    return kernels.backward_workspace(backward, threads, weight);
-  }
-  // These run a call whose cell and threads are the plan's.
-  void run(const ForwardArgs& args) const { kernels.forward(args); }
-  void run(const BackwardArgs& args) const { kernels.backward(args); }
 };
 
-// Chooses the algorithms. density is the part of x's values that are not zero, and most_inputs a
-// side of the largest Winograd tile whose rounding errors the weights admit.
-Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int most_inputs,
+// Chooses the algorithms. density is the share of nonzeros in x, and max_tile_inputs the side of
+// the largest Winograd tile whose rounding errors the weights admit.
+Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int max_tile_inputs,
                int threads);
 
 // Returns the algorithms of a pass, such as "winograd4-sparse": that of the recurrent half, then
@@ -100,9 +95,10 @@ Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int mos
 std::string algorithm_name(const Cell& cell);
 
 // isa_names() lists the compiled instruction sets that this processor can run, best last.
-// isa_name() is the one in use: the best, or what the environment variable SNNLSTM_ISA names.
+// isa_name() returns the one in use: the best, or what the environment variable SNNLSTM_ISA names.
 std::vector<std::string> isa_names();
 std::string isa_name();
-void set_isa(const std::string& name);  // std::invalid_argument where it cannot run
+void set_isa(
+    const std::string& name);  // throws std::invalid_argument if the processor cannot run it
 
 }  // namespace snnlstm::cpu

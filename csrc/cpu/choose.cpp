@@ -1,5 +1,5 @@
 // Decides how each convolution is summed. The cost model counts multiply-adds of one vector, per
-// pixel and channel block, and adds what the transforms cost. benchmarks/NOTES.md has the
+// pixel and channel block, and adds the cost of the transforms. benchmarks/NOTES.md has the
 // measurements.
 #include <algorithm>
 #include <cmath>
@@ -11,27 +11,27 @@
 namespace snnlstm::cpu {
 namespace {
 
-constexpr int kMostInputs = 8;  // of a tile, along an axis
+constexpr int kMaxTileInputs = 8;  // along an axis
 
-// Returns how many tiles, or pixels, one thread has in a step while the weights pass by once: those
-// of one image or of several small ones, and at most `wanted`.
+// Returns how many tiles, or pixels, one reading of the weights serves: those of one image or of
+// several small ones, and at most `wanted`.
 double at_once(const Cell& c, double of_image, double wanted) {
   return std::min(std::max(of_image, of_image * std::floor(double(c.N) / 2)), wanted);
 }
 
-// Returns what it costs to pack `values` values of each filter and, in the backward pass, to clear
-// and write their gradient. All pixels of a call share that, because in training the filters change
-// from call to call. The forward pass counts two steps for any T: a sequence in pieces has the
-// results of the whole. The backward pass of a step call is counted as a sixteenth of a loop that
-// packs the filters once, and it writes a gradient of its own.
+// Returns the cost of packing `values` values of each filter and, in the backward pass, of clearing
+// and writing their gradient. All pixels of a call share that cost, because in training the filters
+// change from call to call. The forward pass assumes two steps for any T, so that a sequence in
+// pieces has the results of the whole. The backward pass of a step call assumes a loop of 16 steps
+// that packs the filters once; each call writes a gradient of its own.
 double filter_cost(const Cell& c, double values, double channels, bool backward) {
   const double sharing = !backward ? 2 : c.T == 1 ? 16 : double(c.T);
   const double per_pixel = values * 4 * channels / (double(c.N) * double(c.Ho() * c.Wo()));
   return (70 / sharing + (backward ? 90 / double(c.T) : 0)) * per_pixel;  // measured
 }
 
-// Returns the share of the taps that meet a pixel, of all outputs along an axis of n pixels: a tap
-// that looks so far away misses as many of them.
+// Returns the share of the taps that meet a pixel, over all outputs along an axis of n pixels. A
+// tap at a distance of d pixels meets a pixel from n - d outputs.
 double met_share(int kernel, int dilation, int64_t n) {
   int64_t met = 0;
   for (int64_t tap = 0; tap < kernel; ++tap) {
@@ -41,18 +41,14 @@ double met_share(int kernel, int dilation, int64_t n) {
   return n > 0 ? double(met) / (double(n) * kernel) : 1;
 }
 
-// Direct convolution takes one row of pixels after the other, and skips the rows of taps that
-// meet only the border. This returns what that costs, of all taps: a row of one pixel costs twice
-// as much as a longer one.
-double rows_cost(const Cell& c) {
-  return met_share(c.kernel_h, c.dilation_h, c.Ho()) * (1 + 1. / double(c.Wo()));
-}
-
-// Returns what direct convolution costs, and if `lists` is not negative what it costs from lists of
-// nonzeros instead, which take that share of the time of all taps.
+// Returns the cost of direct convolution or, if `lists` is not negative, of sums over lists of
+// nonzeros, which take that share of the time of all taps. Direct convolution takes one row of
+// pixels after the other, and skips the rows of taps that meet only the border. Its cost per pixel
+// is twice as high in rows of one pixel as in long rows.
 double direct_cost(const Cell& c, double channels, bool backward, double lists = -1) {
   const double taps = c.kernel_h * c.kernel_w;
-  const double share = lists < 0 ? rows_cost(c) : lists;
+  const double rows = met_share(c.kernel_h, c.dilation_h, c.Ho()) * (1 + 1. / double(c.Wo()));
+  const double share = lists < 0 ? rows : lists;
   const double fetching = 1 / at_once(c, double(c.Ho() * c.Wo()), 64);
   return taps * channels * 4 * share * (1 + fetching) + filter_cost(c, taps, channels, backward);
 }
@@ -76,10 +72,11 @@ double tile_cost(const Cell& c, const TileForm& t, double channels, bool backwar
 
 // Returns the cell with the algorithms of one pass. In the backward pass x_algorithm is the weight
 // gradient's.
-Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, bool backward) {
+Cell choose(Cell c, CpuAlgorithm algorithm, double density, int max_tile_inputs, bool backward) {
   if (algorithm == CpuAlgorithm::direct) return c;
   const bool forced = algorithm == CpuAlgorithm::winograd;
-  // Of all neurons that are equal inhibition chooses the first. Winograd makes them unequal.
+  // Inhibition chooses the first of equal neurons. Winograd's rounding would break the ties
+  // differently.
   const bool has_ties = !backward && !forced && c.inhibition;
   double best = direct_cost(c, double(c.C), backward);
   if (!has_ties && kernels().has_tiles(c)) {
@@ -90,7 +87,7 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, boo
         tiled.tile_h = h, tiled.tile_w = w;
         const TileForm t = tiling(tiled);
         const int inputs = std::max(t.h.inputs(), t.w.inputs());
-        if (inputs > (forced ? kMostInputs : most_inputs)) continue;
+        if (inputs > (forced ? kMaxTileInputs : max_tile_inputs)) continue;
         double cost = tile_cost(c, t, double(c.C), backward);
         if (backward)  // half of the work is the weight gradient's, which has tiles of its own
           cost = (cost + tile_cost(c, grad_tiling(tiled), double(c.C), backward)) / 2;
@@ -113,11 +110,11 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, boo
 
 }  // namespace
 
-Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int most_inputs,
+Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int max_tile_inputs,
                int threads) {
   const Cell c = within_image(cell);
-  return {choose(c, algorithm, density, most_inputs, false),
-          choose(c, algorithm, density, most_inputs, true), kernels(), threads};
+  return {choose(c, algorithm, density, max_tile_inputs, false),
+          choose(c, algorithm, density, max_tile_inputs, true), kernels(), threads};
 }
 
 std::string algorithm_name(const Cell& c) {

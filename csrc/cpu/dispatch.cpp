@@ -29,8 +29,9 @@ struct Isa {
 };
 
 #if SNNLSTM_X86
-// What the processor has and the system saves. (Intel's manual, volume 1, chapters 14 and 15.)
-// The compilers' own __builtin_cpu_supports needs a run-time library that not all bring.
+// The vector instructions that the processor has and whose registers the system saves. (Intel's
+// manual, volume 1, chapters 14 and 15.) The compilers' own __builtin_cpu_supports needs a run-time
+// library that not all compilers bring.
 struct Processor {
   bool avx2 = false, avx512 = false;
 

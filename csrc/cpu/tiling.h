@@ -7,9 +7,9 @@
 
 namespace snnlstm::cpu {
 
-// Tiles of `tile` outputs. The kernel's taps are cut into `parts` parts of `part` taps each, and
-// zeros fill up the last part. If there are several parts, each is as long as a tile, so that part
-// k sees the inputs of the tile that lies k tiles further.
+// Tiles of `tile` outputs along an axis. The kernel's taps are cut into `parts` parts of `part`
+// taps each, and zeros fill up the last part. Of several parts each is as long as a tile, so that
+// part k reads the inputs of the tile that lies k tiles further.
 struct Axis {
   int tile = 1, part = 1, parts = 1;
 
@@ -20,7 +20,7 @@ struct Axis {
 struct TileForm {
   Axis h, w;
 
-  int points() const { return h.inputs() * w.inputs(); }  // products of a tile, part and channel
+  int points() const { return h.inputs() * w.inputs(); }  // products for a tile, part and channel
   int parts() const { return h.parts * w.parts; }
 };
 
@@ -34,7 +34,8 @@ inline bool has_form(int kernel, int tile) {
   return kernel == 1 ? tile == 1 : tile == 3 || tile == 4 || (tile == 2 && kernel <= 5);
 }
 
-// Returns the tiles of the recurrent convolution, which the input's has too if it is tiled.
+// Returns the tiles of the recurrent convolution. The input convolution has the same, if it is
+// tiled.
 inline TileForm tiling(const Cell& c) {
   return {axis(c.kernel_h, c.tile_h), axis(c.kernel_w, c.tile_w)};
 }

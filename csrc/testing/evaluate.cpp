@@ -1,4 +1,5 @@
-// exp, sigmoid and tanh alone, as the kernels of one instruction set compute them.
+// Computes exp, sigmoid or tanh alone, as the kernels of one instruction set do.
+#include "../cpu/kernels/entry.h"
 #include "../cpu/kernels/math.h"
 
 SNNLSTM_BEGIN_ISA

@@ -26,7 +26,7 @@ namespace snnlstm::SNNLSTM_ISA {
 extern const cpu::Kernels kernels;
 }
 
-// What the kernels ask of csrc/platform.cpp.
+// The functions of csrc/platform.cpp that the kernels call.
 namespace snnlstm {
 void run_team(int threads, void (*body)(void* data, int thread), void* data) {
   std::vector<std::thread> team;
@@ -43,7 +43,7 @@ using namespace snnlstm;
 using cpu::Form;
 
 std::mt19937_64 random_bits;
-double total = 0;      // the sum of all computed numbers, by which processors are compared
+double total = 0;      // the sum of all computed numbers, for a comparison of processors
 bool special = false;  // true if this case's inputs hold infinities, NaN or the like
 bool loose = false;    // true if its results may be infinite or chaotic: special, or large weights
 
@@ -73,14 +73,14 @@ void check_written(T value, const char* name) {
   std::exit(3);
 }
 
-// This tensor lies in memory of exactly its extent. Memory between its elements holds NaN.
+// A tensor in memory of exactly its extent. Memory between its elements holds NaN.
 template <class T>
-class Tensor {
+class StridedTensor {
  public:
   // `shape` has 4 or 5 sizes. The layout is contiguous, channels-last or a slice of a larger
   // tensor; a tensor that is only read may also repeat one image or channel by a stride of 0, or
   // overlap itself.
-  explicit Tensor(std::vector<int64_t> shape, bool read_only = false) : shape_(shape) {
+  explicit StridedTensor(std::vector<int64_t> shape, bool read_only = false) : shape_(shape) {
     const int dims = int(shape.size()), layout = int(between(0, read_only ? 4 : 2));
     std::vector<int> order;  // dimensions by their strides, the smallest first
     for (int d = dims - 1; d >= 0; --d) order.push_back(d);
@@ -225,8 +225,8 @@ void run(Cell c, const cpu::Kernels& kernels) {
   const int64_t item = sizeof(T), Ho = c.Ho(), Wo = c.Wo();
   const int64_t K = (c.kernel_h + 2 * c.outer_h) * (c.kernel_w + 2 * c.outer_w);
 
-  Tensor<T> x({c.T, c.N, c.Cin, c.H, c.W}, true);
-  Tensor<T> syn0({c.N, c.C, Ho, Wo}, true), mem0({c.N, c.C, Ho, Wo}, true);
+  StridedTensor<T> x({c.T, c.N, c.Cin, c.H, c.W}, true);
+  StridedTensor<T> syn0({c.N, c.C, Ho, Wo}, true), mem0({c.N, c.C, Ho, Wo}, true);
   const double density = one_of({1.0, 0.3, 0.05, 0.0});
   x.fill([&] { return uniform() < density ? number() : T(0); });
   syn0.fill(number);
@@ -251,7 +251,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
 
   const std::vector<int64_t> state = {c.N, c.C, Ho, Wo};
   const std::vector<int64_t> states = record ? std::vector<int64_t>{c.T, c.N, c.C, Ho, Wo} : state;
-  Tensor<T> spk({c.T, c.N, c.C, c.Hp(), c.Wp()}), syn(states), mem(states);
+  StridedTensor<T> spk({c.T, c.N, c.C, c.Hp(), c.Wp()}), syn(states), mem(states);
   const int64_t padded = kernels.padded_channels(c), rows = c.T * c.N * Ho * Wo * padded;
   Bytes gates(4 * rows * item), saved_syn(rows * item), winner(c.T * c.N * 8),
       places(c.T * c.N * c.Hp() * c.Wp() * padded * c.place_bytes());
@@ -280,12 +280,12 @@ void run(Cell c, const cpu::Kernels& kernels) {
   spk.check("spk"), syn.check("syn"), mem.check("mem");
   if (!training) return;
 
-  Tensor<T> grad_spk({c.T, c.N, c.C, c.Hp(), c.Wp()}, true);
-  Tensor<T> grad_syn(states, true), grad_mem(states, true);
-  Tensor<T> noise({c.T, c.N, c.C, c.Hp(), c.Wp()}, true);
+  StridedTensor<T> grad_spk({c.T, c.N, c.C, c.Hp(), c.Wp()}, true);
+  StridedTensor<T> grad_syn(states, true), grad_mem(states, true);
+  StridedTensor<T> noise({c.T, c.N, c.C, c.Hp(), c.Wp()}, true);
   grad_spk.fill(number), grad_syn.fill(number), grad_mem.fill(number);
   noise.fill([&] { return T(0.25); });
-  Tensor<T> grad_x({c.T, c.N, c.Cin, c.H, c.W}), grad_syn0(state), grad_mem0(state);
+  StridedTensor<T> grad_x({c.T, c.N, c.Cin, c.H, c.W}), grad_syn0(state), grad_mem0(state);
   if (c.x_algorithm == CpuAlgorithm::sparse) c.x_algorithm = CpuAlgorithm::direct;
   const Bytes grad_weight(4 * c.C * (c.Cin + c.C) * K * item), grad_bias(4 * c.C * item),
       grad_threshold(c.C * item);

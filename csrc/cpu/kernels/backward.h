@@ -18,7 +18,7 @@ class Backward {
   using S = Simd<T, VL>;
 
   struct BackwardScratch {
-    T* x;  // rows of the gradient of x
+    T* x_rows;  // of the gradient
     TileBuffers<T> tiles;
   };
 
@@ -36,18 +36,18 @@ class Backward {
     x_rows_ = l_.block_rows();
     x_blocks_ = (c.H + x_rows_ - 1) / x_rows_;
     Workspace workspace(args.workspace);
-    carve(workspace);
+    allocate(workspace);
   }
 
   // `weight` says whether the call forms the weight's gradient.
   static int64_t workspace(const Cell& cell, int threads, bool weight) {
     BackwardArgs args;
     args.cell = cell;
-    if (weight) args.grad_weight = &args;  // only asked whether it is null
+    if (weight) args.grad_weight = &args;  // the constructor only asks whether the pointer is null
     args.threads = threads;
     Backward b(args);
     Workspace workspace(nullptr);
-    b.carve(workspace);
+    b.allocate(workspace);
     return workspace.bytes();
   }
 
@@ -69,14 +69,15 @@ class Backward {
 
   void steps(const Phases& phases, int thread) {
     const bool of_weight = a_.grad_weight != nullptr;
+    WeightSums<T, VL>& sums = weights_.sums();
     const int64_t T_ = a_.cell.T, weight_tasks = of_weight ? weights_.tasks() : 0;
-    phases.run(0, tasks_.count + (of_weight ? weights_.clear_tasks() : 0), [&](int64_t task) {
+    phases.run(0, tasks_.count + (of_weight ? sums.chunks() : 0), [&](int64_t task) {
       if (task < tasks_.count)
         neuron_.clear(task);
       else
-        weights_.clear(task - tasks_.count);
+        sums.clear(task - tasks_.count);
     });
-    const auto start = [&](int64_t t, int64_t task) {  // with the last step of the task's sample
+    const auto start = [&](int64_t t, int64_t task) {  // t is the last step of the task's sample
       neuron_.start(task, thread);
       neuron_.rows(t, task, thread, 0);
     };
@@ -86,12 +87,15 @@ class Backward {
     for (int64_t t = T_ - 1; t >= 0; --t) {
       const RowTasks next = t > 0 ? tasks_.at(t - 1) : tasks;
       const int64_t groups = tasks.groups(), x_count = x_tasks(tasks);
-      const int64_t groups_first = tasks.most_together > 1 && l_.heavy() ? groups : 0;
+      const int64_t groups_first = tasks.most_together > 1 && l_.exceeds_any_l2() ? groups : 0;
       const int64_t all = groups + weight_tasks + x_count,
                     with_next = all + next.count - tasks.count;
-      // The largest tasks come first, so that no thread begins one last of all.
+      // The largest tasks come first, so that no thread begins a large one when the others are
+      // done.
       phases.run(phase++, with_next + padded(tasks), [&](int64_t task) {
-        if (task >= with_next) return clear_x(t, tasks.images() + task - with_next);
+        if (task >= with_next)
+          return clear_image<T>(a_.grad_x, t, tasks_.sample(tasks.images() + task - with_next),
+                                a_.cell.Cin * a_.cell.H * a_.cell.W);
         if (task >= all) return start(t - 1, tasks.count + task - all);
         if (task < groups_first) return rows(t, tasks, task, thread);
         task -= groups_first;
@@ -103,28 +107,28 @@ class Backward {
         rows(t, tasks, task - x_count, thread);
       });
       tasks = next;
-      if (of_weight && weights_.due(t))
-        phases.run(phase++, weights_.fold_tasks(), [&](int64_t task) { weights_.fold(task, t); });
+      if (of_weight && sums.due(t))
+        phases.run(phase++, sums.chunks(), [&](int64_t task) { sums.fold(task, t); });
     }
     // The gradients that are sums over all samples.
-    phases.run(phase, l_.Cb + (of_weight ? weights_.write_tasks() : 0), [&](int64_t task) {
+    phases.run(phase, l_.Cb + (of_weight ? sums.write_tasks() : 0), [&](int64_t task) {
       if (task < l_.Cb) return neuron_.reduce(task);
-      weights_.write(task - l_.Cb, thread, a_.grad_weight);
+      sums.write(task - l_.Cb, thread, static_cast<T*>(a_.grad_weight));
     });
   }
 
-  void carve(Workspace& workspace) {
+  void allocate(Workspace& workspace) {
     counters_ = workspace.take<Phases::Counter>(most_phases());
-    if (a_.grad_weight) weights_.carve(workspace);
-    neuron_.carve(workspace);
+    if (a_.grad_weight) weights_.allocate(workspace);
+    neuron_.allocate(workspace);
     scratch_ = workspace.take<BackwardScratch>(a_.threads);
     const int64_t rows = tasks_.most_together * (l_.tiled_x() ? l_.block_rows() : x_rows_);
     TileSizes sizes(l_, l_.form, 4 * l_.Cp, tasks_.most_together);
     if (a_.grad_weight) sizes.cover(weights_.tile_sizes());
     for (int k = 0; k < a_.threads; ++k) {
       BackwardScratch s;
-      s.x = workspace.take<T>(rows * to_x_.row_size());
-      s.tiles = sizes.template carve<T>(workspace);
+      s.x_rows = workspace.take<T>(rows * to_x_.row_size());
+      s.tiles = sizes.template allocate<T>(workspace);
       if (scratch_) scratch_[k] = s;
     }
   }
@@ -153,8 +157,8 @@ class Backward {
     }
   }
 
-  // Forms the data gradients of state rows [begin, end) of `together` images from n on by Winograd:
-  // mem's into mem_grad, unless that is null, and x's if it is wanted.
+  // Forms data gradients by Winograd, for state rows [begin, end) of `together` images from n on:
+  // mem's in mem_grad, unless that is null, and x's if it is wanted.
   void tiled(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, bool x_wanted,
              T* mem_grad, int thread) {
     const BackwardScratch& s = scratch_[thread];
@@ -169,26 +173,22 @@ class Backward {
                     begin, end, mem_grad);
     if (!x_wanted) return;
     to_x_.tiles(b, s.tiles.values, static_cast<const T*>(a_.weight_x), s.tiles.products, begin, end,
-                s.x);
-    write_x(t, n, together, begin, end, s.x);
+                s.x_rows);
+    write_x(t, n, together, begin, end, s.x_rows);
   }
 
-  // Counts the samples that are padded at a step: their gradient of x is zero.
+  // Counts the samples that are padded at a step, whose gradient of x is zero.
   int64_t padded(const RowTasks& tasks) const {
     return a_.grad_x.data ? a_.cell.N - tasks.images() : 0;
-  }
-  void clear_x(int64_t t, int64_t image) {
-    const Cell& c = a_.cell;
-    clear_image<T>(a_.grad_x, t, tasks_.sample(image), c.Cin * c.H * c.W);
   }
 
   void inputs(int64_t t, const RowTasks& tasks, int64_t task, int thread) {
     const int64_t index = task / x_blocks_, begin = task % x_blocks_ * x_rows_;
     const int64_t end = begin + x_rows_ < a_.cell.H ? begin + x_rows_ : a_.cell.H;
-    const bool several = tasks_.most_together > 1;  // then a task is an image
+    const bool several = tasks_.most_together > 1;  // a group of tasks is then a group of images
     const int64_t n = several ? tasks.first(index) : index;
     const int64_t together = several ? tasks.together(index) : 1;
-    T* rows = scratch_[thread].x;
+    T* rows = scratch_[thread].x_rows;
     to_x_.rows(
         together, [&](int64_t k) { return neuron_.d_gates(t, n + k); },
         static_cast<const T*>(a_.weight), begin, end, rows);

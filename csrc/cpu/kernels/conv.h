@@ -1,8 +1,9 @@
 // The inner product of every convolution here: a register tile of P pixels by NV vectors of
 // output channels, summed over runs of contiguous input values.
 //
-//   out[p][NV * VL] (+)= sum over runs, k:  in[p * pixel_stride + run.in + k] * w[run.w + k][NV *
-//   VL]
+//   out[p][v] (+)= sum over runs, k:  in[p * pixel_stride + run.in + k] * w[run.w + k][v]
+//
+// for each v < NV * VL.
 //
 // The input is channels-last: the taps of one kernel row and all their channels lie side by side
 // and are one run. With dilation each tap is a run. The weight is packed in the order in which the
@@ -14,7 +15,7 @@
 SNNLSTM_BEGIN_ISA
 
 struct Run {
-  int64_t in;  // from the output pixel's place in the input, in elements
+  int64_t in;  // distance from the output pixel's place in the input, in elements
   int64_t w;   // row of the packed weight
   int64_t len;
 };
@@ -29,8 +30,8 @@ constexpr int kAccumulators = 12;
 template <int NV>
 constexpr int kMaxPixels = kAccumulators / NV < 8 ? kAccumulators / NV : 8;
 
-// The sums of a row of pixels are added to this: to nothing, to the same for every pixel (a bias),
-// or to what the output holds already.
+// What the sums of a row of pixels are added to: nothing, a bias for every pixel (pixel_stride 0),
+// or the values of the output.
 template <class T>
 struct Start {
   const T* from = nullptr;
@@ -49,7 +50,7 @@ SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v)
-      acc[p][v] = R{};  // small sums, rounded less than on top of `start`
+      acc[p][v] = R{};  // small sums round less than sums that begin with `start`
   for (int r = 0; r < num_runs; ++r) {
     const typename S::Scalar* a = in + runs[r].in;
     const typename S::Scalar* b = w + runs[r].w * (NV * VL);
@@ -92,7 +93,7 @@ SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride
     for (int v = 0; v < NV; ++v) S::store(out + p * out_stride + v * VL, acc[p][v]);
 }
 
-// A function of its own: in a caller's loops the tiles would have to share the registers.
+// The function is not inlined, because a caller's loops would take registers from the tiles.
 template <class S, int NV>
 __attribute__((noinline)) void conv_row_of(const typename S::Scalar* in, int64_t pixel_stride,
                                            const Run* runs, int num_runs,

@@ -11,12 +11,10 @@ SNNLSTM_BEGIN_ISA
 template <class T, int VL>
 class DataGrad {
   using S = Simd<T, VL>;
-  using Two = typename Merged<S, 2>::Vector;  // two neighbours in one vector, where it is longer
+  using Two =
+      typename Merged<S, 2>::Vector;  // holds two neighbours, if the processor's vectors are longer
 
  public:
-  DataGrad(const DataGrad&) = delete;
-  DataGrad& operator=(const DataGrad&) = delete;
-
   // The gradient has `vectors` vectors of channels and `width` columns, and belongs to the input of
   // a convolution of the given stride.
   DataGrad(const Layout<T, VL>& l, int64_t vectors, int64_t width, int stride_h, int stride_w)
@@ -31,7 +29,7 @@ class DataGrad {
       outputs_of_two_ = PlaneTransform<Two>::outputs(l.form, l.form.h.tile, l.form.w.tile);
     }
     const int64_t pixel = 4 * l.Cp, row = l.Wm * pixel, max_len = chunk();
-    const bool few = l.few_channels();  // then only the lanes of channels are summed
+    const bool few = l.few_channels();  // the sums then leave out lanes without a channel
     if (sh_ == 1 && sw_ == 1 && !few) {
       lists_[0].dense(l.c, pixel, row, pixel, 0, max_len);
       return;
@@ -52,7 +50,6 @@ class DataGrad {
           }
       }
   }
-  ~DataGrad() { delete[] lists_; }
 
   int64_t row_size() const { return width_ * vectors_ * VL; }
 
@@ -95,10 +92,11 @@ class DataGrad {
     constexpr int lanes = NV % 2 ? VL : Two::lanes, batches = NV * VL / lanes;
     const Plane from{t.w.inputs() * b.products_stride, b.products_stride, lanes};
     const Plane to{b.dilation_h * width_ * channels, b.dilation_w * channels, lanes};
-    const Plane cut{4 * NV * VL, NV * VL, lanes};  // of a tile that sticks out
-    // The gates' lanes without a channel are zero.
-    const Inputs inputs = l_.few_channels() ? Inputs(b.channels, VL, l_.c.C) : Inputs(b.channels);
-    multiply<S, NV>(b, values, weight + block * VL * l_.tile_weights() * b.channels, inputs, false,
+    const Plane cut{4 * NV * VL, NV * VL, lanes};  // for a tile that sticks out of the image
+    // Lanes of the gates without a channel hold zeros, and are left out.
+    const SummedChannels summed =
+        l_.few_channels() ? SummedChannels(b.channels, VL, l_.c.C) : SummedChannels(b.channels);
+    multiply<S, NV>(b, values, weight + block * VL * l_.tile_weights() * b.channels, summed, false,
                     products);
     for (int64_t k = 0; k < b.images * b.count(); ++k) {
       const int64_t image = k / b.count(), tile = k % b.count();
@@ -160,14 +158,14 @@ class DataGrad {
         if (list.count() > 0)
           list.chunks(chunk(), add_chunk);
         else
-          add_chunk(nullptr, 0);  // no tap reaches these pixels: their gradient is zero
+          add_chunk(nullptr, 0);  // no tap reaches these pixels, whose gradient is zero
       }
   }
 
   const Layout<T, VL>& l_;
   int64_t vectors_, width_;
   int64_t sh_, sw_;
-  RunList* lists_;
+  std::unique_ptr<RunList[]> lists_;
   PlaneTransform<S> outputs_;
   PlaneTransform<Two> outputs_of_two_;
 };

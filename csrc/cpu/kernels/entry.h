@@ -1,4 +1,4 @@
-// What the files of one instruction set's build offer each other; table.cpp gathers it.
+// The functions that the files of one instruction set offer, which table.cpp gathers.
 #pragma once
 
 #include "simd.h"
@@ -11,5 +11,7 @@ int64_t forward_workspace(const Cell& cell, int threads);
 int64_t backward_workspace(const Cell& cell, int threads, bool weight);
 void leaky_forward(const LeakyForwardArgs& args);
 void leaky_backward(const LeakyBackwardArgs& args);
+// csrc/testing/evaluate.cpp
+bool evaluate(const char* name, DType dtype, const void* in, void* out, int64_t count);
 
 SNNLSTM_END_ISA

@@ -1,16 +1,16 @@
 // Finds pixels of one pooling window whose recurrent inputs may be equal, and forms their sums
 // directly. Direct sums of equal inputs are bitwise equal, so max_pool meets exact ties and takes
 // the first pixel, as snnTorch does. Winograd rounds a pixel's sums by its neighbours in the tile
-// and by its place there, which would decide such ties by chance. Nearly silent layers, as all are
-// when training begins, consist of ties.
+// and by its place there, which would decide such ties by chance. Nearly silent layers, as all
+// layers are when training begins, consist of ties.
 //
 // Let p and q = p + d be pixels of one window. If both see the same values of mem, then each value
-// that p sees equals the value at distance d from it, as far as p sees that one as well. The search
-// tests only this condition: it reads only pixels that a block reads anyway, and its answer for a
-// pixel does not depend on the block. By induction over the steps, p and q stay equal while their
-// inputs do, in a loop of step calls as in a sequence. Distances are shorter than a kernel, and
-// count taps if the kernel is dilated. Cells with inhibition, which choose among all neurons, sum
-// all pixels directly.
+// that p sees equals the value at distance d from it, if p sees both values. The search tests only
+// this condition: it reads only pixels that a block reads anyway, and its answer for a pixel does
+// not depend on the block. By induction over the steps, p and q stay equal while their inputs do,
+// in a loop of step calls as in a sequence. Distances are shorter than a kernel, and count taps if
+// the kernel is dilated. Cells with inhibition, which choose among all neurons, sum all pixels
+// directly.
 #pragma once
 
 #include "layout.h"
@@ -30,25 +30,25 @@ class EqualPixels {
   using S = Simd<T, VL>;
 
  public:
-  // The strips of a block have so many rows. A strip's gates lie side by side.
+  // A block has block_rows rows, in strips of strip_rows. A strip's gates lie side by side.
   EqualPixels(const Layout<T, VL>& l, int64_t block_rows, int64_t strip_rows)
       : l_(l), c_(l.c), block_(block_rows), strip_(strip_rows), columns_(l.Wo + 2 * l.pw) {}
 
   bool sought() const { return c_.keeps_equal(); }
 
   struct Scratch {
-    uint32_t* keys;             // of all pixels that the block sees
-    uint8_t *repeats, *places;  // where keys repeat, and the pixels that see only repeated ones
+    uint32_t* keys;             // key() of all pixels that the block sees
+    uint8_t *repeats, *places;  // pixels whose key repeats, and pixels that see only such pixels
   };
-  Scratch carve(Workspace& workspace) const {
+  Scratch allocate(Workspace& workspace) const {
     const int64_t seen = sought() ? seen_rows(block_) * columns_ : 0;
     return {workspace.take<uint32_t>(seen), workspace.take<uint8_t>(seen),
             workspace.take<uint8_t>(seen)};
   }
-  // Returns how many decisions a block has. Its rows have those of all columns that they see.
+  // Returns how many decisions a block has. A row has a decision for each column that it sees.
   int64_t decisions() const { return sought() ? block_ * columns_ : 0; }
 
-  // Decides for `rows` rows of an image; the first sees mem from here on. Returns how many pixels
+  // Decides for `rows` rows of an image; `mem` is what the first row sees. Returns how many pixels
   // are left to Winograd.
   int64_t find(const T* mem, int64_t rows, const Scratch& s, Sums* sums) const {
     for (int64_t h = 0; h < seen_rows(rows); ++h)
@@ -90,7 +90,7 @@ class EqualPixels {
       }
   }
 
-  // Adds the sums of x to the same pixels.
+  // Adds the sums of x to the gates of the pixels that are not Winograd's.
   void add_x(const Sums* sums, int64_t rows, const RunList& list, const T* x, const T* weight,
              T* gates) const {
     for (; rows > 0; --rows, sums += columns_, x += l_.Wx * c_.Cin, gates += l_.Wr * kGates)
@@ -104,7 +104,7 @@ class EqualPixels {
 
  private:
   static constexpr int kGates = 4 * VL;
-  enum : uint8_t { kAny = 1, kRow = 2, kColumn = 4 };  // kRow: at the distance (0, 1)
+  enum : uint8_t { kAny = 1, kRow = 2, kColumn = 4 };  // kRow: repeats at the distance (0, 1)
 
   // Returns how many rows of mem these rows see.
   int64_t seen_rows(int64_t rows) const { return rows + 2 * l_.ph; }
@@ -147,7 +147,8 @@ class EqualPixels {
     return true;
   }
 
-  // Finds the pixels that see only repeated values, as far as they see both.
+  // Finds the pixels for which each value repeats whose counterpart they see too. Returns whether
+  // there are any.
   bool all_repeat(int64_t rows, int dh, int dw, const Scratch& s) const {
     const int64_t count = (rows - 1) * columns_ + l_.Wo;
     uint8_t* const __restrict places = s.places;
@@ -168,8 +169,8 @@ class EqualPixels {
     return true;
   }
 
-  // Turns marks into decisions, from the last pixel to the first: those to the left and above are
-  // still marks.
+  // Turns marks into decisions, from the last pixel to the first, so that the pixels to the left
+  // and above still have marks.
   void decide(int64_t rows, Sums* sums) const {
     const int64_t left = c_.dilation_w, above = c_.dilation_h;
     auto* const marks = reinterpret_cast<uint8_t*>(sums);
@@ -185,8 +186,8 @@ class EqualPixels {
       }
   }
 
-  // Counts the pixels of a row of tiles that are left to Winograd: none if they are so few that
-  // direct sums take less time. Rows of tiles, unlike blocks, are the same for any threads.
+  // Counts the pixels of a row of tiles that are left to Winograd. If they are so few that direct
+  // sums take less time, none are left. Rows of tiles, unlike blocks, do not depend on the threads.
   int64_t leave(int64_t rows, Sums* sums) const {
     int64_t left = 0;
     for (int64_t h = 0; h < rows; ++h)
@@ -208,7 +209,7 @@ class EqualPixels {
 
   const Layout<T, VL>& l_;
   const Cell& c_;
-  int64_t block_, strip_, columns_;  // columns_: that a row of pixels sees
+  int64_t block_, strip_, columns_;  // columns_: the columns that a row of pixels sees
 };
 
 SNNLSTM_END_ISA

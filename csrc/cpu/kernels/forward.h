@@ -1,6 +1,6 @@
-// The forward pass of a sequence. Each step and block of rows has its gates convolved, and right
-// after that, while the gates still lie in L1, its neurons updated (neuron_forward.h). A thread
-// takes several small images together. state_rows.h holds the states.
+// The forward pass of a sequence. For each step and block of rows it convolves the gates, and
+// updates the neurons (neuron_forward.h) while the gates still lie in L1. A thread takes several
+// small images together. state_rows.h holds the states.
 #pragma once
 
 #include "equal_pixels.h"
@@ -34,7 +34,7 @@ class Forward {
       outputs_ = PlaneTransform<GateVector>::outputs(l_.form, l_.form.h.tile, l_.form.w.tile);
     }
     Workspace workspace(args.workspace);
-    carve(workspace);
+    allocate(workspace);
   }
 
   static int64_t workspace(const Cell& cell, int threads) {
@@ -43,7 +43,7 @@ class Forward {
     args.threads = threads;
     Forward f(args);
     Workspace workspace(nullptr);
-    f.carve(workspace);
+    f.allocate(workspace);
     return workspace.bytes();
   }
 
@@ -76,7 +76,7 @@ class Forward {
     T* patch;                                        // input rows under the block, with border
     T* gates;                                        // (strip rows, Wr, 4, VL)
     typename SparseInput<T, VL>::InputLists* lists;  // of x's nonzeros, for every strip
-    Sums* sums;                                      // Winograd: of every pixel
+    Sums* sums;                                      // Winograd: how every pixel is summed
   };
 
   struct ForwardScratch {
@@ -85,12 +85,12 @@ class Forward {
     typename EqualPixels<T, VL>::Scratch equal;
   };
 
-  void carve(Workspace& workspace) {
+  void allocate(Workspace& workspace) {
     const Cell& c = a_.cell;
     counters_ = workspace.take<Phases::Counter>(c.T + 1);
     bias_ = workspace.take<T>(l_.Cb * kGates);
-    neuron_.carve(workspace);
-    states_.carve(workspace);
+    neuron_.allocate(workspace);
+    states_.allocate(workspace);
     scratch_ = workspace.take<ForwardScratch>(a_.threads);
     const int64_t points = c.tiled() ? l_.form.points() : 0;
     const TileBlock<T> of_mem = tiles(block_, l_.Cp, 1), of_x = tiles(block_, x_channels(), 1);
@@ -100,16 +100,16 @@ class Forward {
           workspace.take<T>(points * of_mem.values_stride),
           workspace.take<T>(c.x_algorithm == CpuAlgorithm::winograd ? points * of_x.values_stride
                                                                     : 0),
-          workspace.take<T>(points * of_mem.products_stride), equal_.carve(workspace)};
+          workspace.take<T>(points * of_mem.products_stride), equal_.allocate(workspace)};
       for (int64_t slot = 0; slot < tasks_.most_together; ++slot) {
-        const RowBlock b = carve_block(workspace);
+        const RowBlock b = allocate_block(workspace);
         if (s.blocks) s.blocks[slot] = b;
       }
       if (scratch_) scratch_[k] = s;
     }
   }
 
-  RowBlock carve_block(Workspace& workspace) const {
+  RowBlock allocate_block(Workspace& workspace) const {
     const int64_t strips =
         a_.cell.x_algorithm == CpuAlgorithm::sparse ? (block_ + strip_ - 1) / strip_ : 0;
     const RowBlock b{{},
@@ -119,7 +119,7 @@ class Forward {
                      workspace.take<Sums>(equal_.decisions())};
     for (int64_t strip = 0; strip < strips; ++strip) {
       typename SparseInput<T, VL>::InputLists lists;
-      sparse_.carve(workspace, lists);
+      sparse_.allocate(workspace, lists);
       if (b.lists) b.lists[strip] = lists;
     }
     return b;
@@ -168,14 +168,14 @@ class Forward {
     for (int64_t k = 0; k < together; ++k) neuron_.finish(t, s.blocks[k].r, begin, end, thread);
   }
 
-  // Returns how many input rows the kernel, or the tiles, of `rows` state rows look at.
+  // Returns how many input rows the kernel, or the tiles, of `rows` state rows read.
   int64_t patch_rows(int64_t rows) const {
     const Cell& c = a_.cell;
     if (!l_.tiled_x()) return (rows - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
     return l_.whole(l_.form.h, c.dilation_h, rows) + (l_.form.h.taps() - 1) * c.dilation_h;
   }
 
-  // Copies the input rows that state rows [b0, b1) look at, channels-last, with a zero border.
+  // Copies the input rows that state rows [b0, b1) read, channels-last, with a zero border.
   void gather_x(int64_t t, int64_t n, int64_t b0, int64_t b1, T* patch) {
     const Cell& c = a_.cell;
     const int64_t first = b0 * c.stride_h - l_.ph;
@@ -195,8 +195,8 @@ class Forward {
                  Pixels{c.W, row, c.Cin}, c.Cin);
   }
 
-  // Sums a half over `rows` rows of each block, from state row `first` on. mem's half and the bias
-  // are written to the block's gates, x's is added. in(block) is what the first row sees.
+  // Sums a half for `rows` rows of each block, from state row `first` on. mem's half and the bias
+  // are written to the block's gates, and x's half is added. in(block) is what the first row reads.
   template <class In>
   void sweep(bool of_x, In&& in, int64_t row, int64_t pixel, int64_t first, int64_t rows,
              int64_t cb, const RowBlock* blocks, int64_t count) {
@@ -226,8 +226,8 @@ class Forward {
                     b.lists[(h - b0) / strip_]);
   }
 
-  // Adds the input half of a strip of each block: `rows` state rows, the first of which lies `top`
-  // rows below the block's first, b0.
+  // Adds the input half of a strip of each block: `rows` state rows, from `top` rows below the
+  // block's first row b0 on.
   void sweep_x(int64_t b0, int64_t top, int64_t rows, int64_t cb, const RowBlock* blocks,
                int64_t count) {
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
@@ -251,14 +251,16 @@ class Forward {
     }
   }
 
-  // Does the recurrent half by Winograd, and the input half too where x_algorithm says so. One
-  // strip of rows at a time has its gates put together and used.
+  // Forms the recurrent half by Winograd, and the input half too if x_algorithm is Winograd. The
+  // gates of one strip of rows at a time are put together and used.
   void tiled(int64_t t, int64_t together, int64_t b0, int64_t b1, const ForwardScratch& s) {
     const Cell& c = a_.cell;
     const TileBlock<T> of_mem = tiles(b1 - b0, l_.Cp, together),
                        of_x = tiles(b1 - b0, x_channels(), together);
     const bool x_too = c.x_algorithm == CpuAlgorithm::winograd;
-    const bool any = !equal_.sought() || find_equal(t, together, b0, b1, s) > 0;
+    bool any = !equal_.sought();  // says whether any pixel's sums are Winograd's
+    for (const RowBlock* b = s.blocks; equal_.sought() && b < s.blocks + together; ++b)
+      any |= equal_.find(states_.mem_row(t, b->r, b0), b1 - b0, s.equal, b->sums) > 0;
     for (int64_t k = 0; any && k < together; ++k) {
       const RowBlock& b = s.blocks[k];
       inputs_.run(of_mem, states_.mem_row(t, b.r, b0), l_.Wm * l_.Cp, l_.Cp,
@@ -305,15 +307,8 @@ class Forward {
       }
   }
 
-  // Finds the pixels of each block whose sums are formed directly, and counts the others.
-  int64_t find_equal(int64_t t, int64_t together, int64_t b0, int64_t b1, const ForwardScratch& s) {
-    int64_t left = 0;
-    for (const RowBlock* b = s.blocks; b < s.blocks + together; ++b)
-      left += equal_.find(states_.mem_row(t, b->r, b0), b1 - b0, s.equal, b->sums);
-    return left;
-  }
-
-  // Forms those sums for state rows [h0, h1) of one block, of x too if its half is Winograd's.
+  // Forms direct sums of the pixels that may have an equal, for state rows [h0, h1) of one block,
+  // with x's sums if Winograd forms x's half.
   void sum_equal(int64_t t, const RowBlock& b, int64_t b0, int64_t h0, int64_t h1, int64_t cb) {
     const Sums* sums = equal_.row(b.sums, h0 - b0);
     equal_.write_mem(sums, h1 - h0, mem_runs_, states_.mem_row(t, b.r, h0), weight(cb),

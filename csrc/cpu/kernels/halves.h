@@ -6,42 +6,32 @@
 
 SNNLSTM_BEGIN_ISA
 
-struct Float16 {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
+enum class Float16 : uint16_t {};
+enum class BFloat16 : uint16_t {};
 
 template <class S>
 struct Halves {
   static constexpr int lanes = S::lanes;
-  typedef uint32_t Words __attribute__((vector_size(lanes * 4)));
+  using Words = typename VectorOf<uint32_t, lanes>::type;
+  using Bits = typename VectorOf<uint16_t, lanes>::type;
   using R = typename S::R;
 
   static SNNLSTM_INLINE Words words(R v) { return reinterpret_cast<Words>(v); }
   static SNNLSTM_INLINE R floats(Words w) { return reinterpret_cast<R>(w); }
 
   static SNNLSTM_INLINE Words read(const void* p) {
-    uint16_t bits[lanes];
-    uint32_t wide[lanes];
-    std::memcpy(bits, p, sizeof(bits));
-    for (int k = 0; k < lanes; ++k) wide[k] = bits[k];
-    Words w;
-    std::memcpy(&w, wide, sizeof(w));
-    return w;
+    Bits bits;
+    std::memcpy(&bits, p, sizeof(bits));
+    return __builtin_convertvector(bits, Words);
   }
   static SNNLSTM_INLINE void write(void* p, Words halves) {
-    uint32_t wide[lanes];
-    uint16_t bits[lanes];
-    std::memcpy(wide, &halves, sizeof(wide));
-    for (int k = 0; k < lanes; ++k) bits[k] = uint16_t(wide[k]);
-    std::memcpy(p, bits, sizeof(bits));
+    const Bits bits = __builtin_convertvector(halves, Bits);
+    std::memcpy(p, &bits, sizeof(bits));
   }
 
   static SNNLSTM_INLINE R load(const BFloat16* p) { return floats(read(p) << 16); }
-  // A half's exponent, moved to where a float has its own, is too small by 112; that of an infinity
-  // or NaN becomes the largest.
+  // A half's exponent, moved to the place of a float's exponent, is too small by 112. The exponent
+  // of an infinity or NaN becomes the largest.
   static SNNLSTM_INLINE R load(const Float16* p) {
     const Words h = read(p), magnitude = (h & 0x7fff) << 13;
     const Words scaled = words(floats(magnitude) * 0x1p112f);
@@ -56,7 +46,7 @@ struct Halves {
   }
   static SNNLSTM_INLINE void store(Float16* p, R v) {
     const Words w = words(v), magnitude = w & 0x7fffffff;
-    // Adding 0.5 rounds at the place of a subnormal half's last bit.
+    // Adding 0.5 rounds to the last bit of a subnormal half.
     const Words subnormal = words(floats(magnitude) + 0.5f) - 0x3f000000;
     const Words normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
     const Words special = magnitude > 0x7f800000 ? Words{} + 0x7e00 : Words{} + 0x7c00;

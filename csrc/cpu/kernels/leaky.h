@@ -1,6 +1,6 @@
-// snntorch.Leaky, in one pass over memory each way. A task is a range of neurons, which it takes
-// through all steps: mem, and what a step's gradient hands to the step before, stay in the L1
-// cache.
+// snntorch.Leaky, in one pass over memory for each direction. A task takes a range of neurons
+// through all steps, so that mem, and the gradient that a step hands to the step before, stay in
+// the L1 cache.
 #pragma once
 
 #include "halves.h"
@@ -13,7 +13,7 @@ template <class T, class X>
 struct Leaky {
   static constexpr int VL = kWideBytes / sizeof(T);
   static constexpr int64_t kTask = 2048;     // neurons
-  static constexpr int64_t kOperations = 8;  // of a neuron's step, for the number of threads
+  static constexpr int64_t kOperations = 8;  // in a neuron's step; decides the number of threads
   using M = Math<T, VL>;
   using R = typename M::R;
   using L = LeakyNeuron<M>;
@@ -29,7 +29,7 @@ struct Leaky {
     Halves<M>::store(p, v);
   }
 
-  // The first `count` lanes of a vector in memory; the others are 0.
+  // Loads the first `count` lanes of a vector; the other lanes are 0.
   template <class N>
   static SNNLSTM_INLINE R load(const N* p, int count) {
     if (count == VL) return load_vector(p);
@@ -45,7 +45,7 @@ struct Leaky {
     std::memcpy(p, lanes, size_t(count) * sizeof(N));
   }
 
-  // A parameter in a run of neurons that have one value, or as many values one after the other.
+  // A parameter, whose neurons come in runs: all neurons of a run have one value, or each the next.
   struct Parameter {
     const T* values;
     int64_t count, stride;
@@ -102,7 +102,7 @@ struct Leaky {
                  });
   }
 
-  // Adds to the steps' sum where there is one.
+  // Adds v to the sums over the steps, unless they are null.
   static SNNLSTM_INLINE void add(void* sums, int64_t i, R v, int lanes, bool first) {
     T* p = static_cast<T*>(sums) + i;
     if (sums) store(p, first ? v : v + load(p, lanes), lanes);

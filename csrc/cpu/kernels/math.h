@@ -54,7 +54,7 @@ struct Math : Simd<T, VL> {
 #pragma GCC unroll 16
     for (int k = K::terms - 2; k >= 0; --k) p = p * r + K::c[k];
     fraction = p * (r * r) + r;
-    // the low bits of `shifted` hold n: move them, biased, to where the exponent is
+    // The low bits of `shifted` hold n. This moves them, biased, to the place of the exponent.
     power = reinterpret_cast<R>((reinterpret_cast<Mask>(shifted) + typename S::Bits(K::bias))
                                 << K::mantissa);
   }
@@ -66,8 +66,7 @@ struct Math : Simd<T, VL> {
     return power * fraction + power;
   }
 
-  // Returns the unit in the last place: 0 for 0 and for subnormal numbers, and infinity's is
-  // infinity.
+  // Returns the unit in the last place: 0 for 0 and for subnormal numbers, infinity for infinity.
   static SNNLSTM_INLINE R last_place(R x) {
     const typename S::Bits exponent = ((typename S::Bits(2) * K::bias) + 1) << K::mantissa;
     const R power = reinterpret_cast<R>(reinterpret_cast<Mask>(x) & exponent);

@@ -1,13 +1,14 @@
-// The vectors of neighbouring pixels side by side in one, for the work on single neurons: where the
-// processor's vectors are longer than a cell's, that takes half or a quarter of the instructions.
+// The vectors of neighbouring pixels side by side in one longer vector, for the work on single
+// neurons. If the processor's vectors are longer than a cell's, that takes half or a quarter of the
+// instructions.
 #pragma once
 
 #include "math.h"
 
 SNNLSTM_BEGIN_ISA
 
-// P pixels, which lie `stride` apart in memory. Four pixels lie side by side: where vectors are so
-// short, they hold all channels (lanes.h).
+// P pixels, which lie `stride` apart in memory. Four pixels lie side by side, because vectors that
+// are so short hold all channels (lanes.h).
 template <class T, int VL, int P>
 struct Neighbours : Math<T, P * VL> {
   using M = Math<T, P * VL>;
@@ -27,7 +28,7 @@ struct Neighbours : Math<T, P * VL> {
       Half::store(p + P / 2 * stride, stride, half<P / 2 * VL>(v, HalfLanes()));
     }
   }
-  // Loads the same for all pixels.
+  // Loads one vector for all pixels.
   static SNNLSTM_INLINE R repeat(const T* p) {
     if constexpr (P == 1)
       return M::load(p);
@@ -89,7 +90,8 @@ struct Neighbours : Math<T, P * VL> {
   }
 };
 
-// How many pixels fill one of the processor's vectors. GCC has the function above since version 12.
+// How many pixels fill one of the processor's vectors. GCC has __builtin_shufflevector since
+// version 12.
 #if defined(__clang__) || __GNUC__ >= 12
 template <class T, int VL>
 constexpr int kNeighbours =
@@ -99,8 +101,8 @@ template <class T, int VL>
 constexpr int kNeighbours = 1;
 #endif
 
-// Calls f(first pixel, Count<P>()) for `count` pixels, P at a time: kNeighbours, and one by one the
-// rest.
+// Calls f(first pixel, Count<P>()) for `count` pixels: for kNeighbours at a time, and then for
+// single pixels.
 template <class T, int VL, class F>
 SNNLSTM_INLINE void each_neighbours(int64_t count, F&& f) {
   constexpr int P = kNeighbours<T, VL>;

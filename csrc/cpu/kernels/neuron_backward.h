@@ -1,7 +1,6 @@
 // The neurons of the backward pass, for a block of rows of one time step: spike, pooling, reset,
 // LSTM. They fill the images that the step's convolutions read (step_images.h). The spikes'
-// gradient reads mem after the step, which is mem before the next step and still lies in that
-// step's image.
+// gradient reads mem after the step from the image of the next step, which starts from that mem.
 #pragma once
 
 #include "neighbours.h"
@@ -22,8 +21,8 @@ class NeuronBackward {
   NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks)
       : a_(a), l_(l), tasks_(tasks), places_(a, l.Cp), images_(l) {}
 
-  void carve(Workspace& workspace) {
-    images_.carve(workspace, a_);
+  void allocate(Workspace& workspace) {
+    images_.allocate(workspace, a_);
     threshold_ = workspace.take<T>(l_.Cp);
     threshold_sums_ = workspace.take<T>(tasks_.count * l_.Cp);
     bias_sums_ = workspace.take<T>(tasks_.count * 4 * l_.Cp);
@@ -41,18 +40,13 @@ class NeuronBackward {
 
   StepImages<T> images(int64_t t) const { return images_.images(t); }
   const T* d_gates(int64_t t, int64_t image) const { return images_.d_gates(t, image); }
-  // Returns the rows of a task, which hold the gradient of mem as the next step's convolution gives
-  // it. `slot` counts the tasks that a thread works on together.
+  // Returns a task's rows of the gradient of mem, which the next step's convolution has formed.
+  // `slot` counts the tasks that a thread works on together.
   T* mem_grad(int thread, int64_t slot) const {
     return scratch_[thread].mem_grad + slot * task_size();
   }
 
-  void pack_vectors() {
-    const T* threshold = static_cast<const T*>(a_.threshold);
-    for (int64_t ch = 0; ch < l_.Cp; ++ch)
-      threshold_[ch] =
-          a_.cell.spiking && ch < a_.cell.C ? threshold[ch * a_.threshold_stride] : T(1);
-  }
+  void pack_vectors() { l_.write_thresholds(a_, threshold_); }
 
   // Clears borders and sums, and copies the first syn, channels-last.
   void clear(int64_t task) {
@@ -106,15 +100,15 @@ class NeuronBackward {
     if (t == 0 && a_.grad_syn0.data) write_rows(a_.grad_syn0, task, state_row(d_syn_, p, begin));
   }
 
-  // Writes the gradient of a task's rows of a state.
+  // Writes the gradient of a task's rows of a state to the caller's tensor.
   void write_rows(const View& v, int64_t task, const T* src) const {
     const int64_t begin = tasks_.begin(task);
     store_rows<S>(src, Pixels{l_.Wo, l_.Wo * l_.Cp, l_.Cp}, tasks_.end(task) - begin, a_.cell.C, v,
                   0, tasks_.sample(tasks_.image(task)), begin, [](R g, int64_t) { return g; });
   }
 
-  // Sums the gradients of threshold and bias for one channel block over all tasks that have a step,
-  // in order.
+  // Sums the gradients of threshold and bias of one channel block over all tasks that have a step,
+  // in the tasks' order.
   void reduce(int64_t cb) const {
     const int64_t count = tasks_.at(0).count;
     const auto total = [&](const T* sums, int64_t stride) {
@@ -136,7 +130,7 @@ class NeuronBackward {
  private:
   struct NeuronScratch {
     T* mem_grad;           // (tasks of a group, rows, Wo, Cp)
-    T *rows, *noise_rows;  // rows_at_once()
+    T *rows, *noise_rows;  // (rows_at_once(), Wo, Cp)
   };
 
   int64_t task_size() const { return tasks_.most_rows() * l_.Wo * l_.Cp; }
@@ -155,10 +149,10 @@ class NeuronBackward {
     return {tasks_.sample(image), image, tasks_.steps(task)};
   }
   T* state_row(T* states, const Sample& p, int64_t h) const {
-    return states + p.image * l_.state_image() + h * l_.Wo * l_.Cp;
+    return states + l_.state_row(p.image, h);
   }
 
-  // Looks at `count` values, of whole vectors.
+  // Says whether `count` values, which are whole vectors, are finite.
   static bool are_finite(const T* values, int64_t count) {
     R differences{};
     for (int64_t k = 0; k < count; k += VL)
@@ -168,10 +162,10 @@ class NeuronBackward {
     return sum == 0;
   }
 
-  // Returns a row of saved gates, and load_gates() those of one vector of channels of some pixels.
+  // gates() returns a row of saved gates. load_gates() loads the gates of one vector of channels of
+  // some pixels.
   const T* gates(int64_t t, int64_t n, int64_t h) const {
-    return static_cast<const T*>(a_.saved_gates) + (t * a_.cell.N + n) * l_.gates_image() +
-           h * l_.Wo * 4 * l_.Cp;
+    return static_cast<const T*>(a_.saved_gates) + 4 * l_.state_row(t * a_.cell.N + n, h);
   }
   template <class N>
   Gates<typename N::R> load_gates(const T* from, typename N::Mask& reset) const {
@@ -180,10 +174,10 @@ class NeuronBackward {
     gates.o = N::abs(gates.o);
     return gates;
   }
-  const T* syn_after(int64_t t, const Sample& p, int64_t h) const {  // t = -1: the first syn
+  // t = -1 asks for syn before the first step.
+  const T* syn_after(int64_t t, const Sample& p, int64_t h) const {
     if (t < 0) return state_row(syn0_, p, h);
-    return static_cast<const T*>(a_.saved_syn) + (t * a_.cell.N + p.n) * l_.state_image() +
-           h * l_.Wo * l_.Cp;
+    return static_cast<const T*>(a_.saved_syn) + l_.state_row(t * a_.cell.N + p.n, h);
   }
 
   void add_rows(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end, T* dst,
@@ -205,7 +199,7 @@ class NeuronBackward {
     return N::tanh(Neuron<N>::next_syn(act, syn_prev));
   }
 
-  // Computes mem after step t from what was saved.
+  // Computes mem after step t from the saved gates and syn.
   void recompute_mem(int64_t t, const Sample& p, int64_t h, T* out) const {
     const Cell& c = a_.cell;
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
@@ -276,12 +270,12 @@ class NeuronBackward {
     }
   }
 
-  // Returns the mem that the threshold has seen. `mem`: the window's first pixel, `where` the place
-  // of its maximum.
+  // Returns the mem that the forward pass compared with the threshold. `mem` points to the window's
+  // first pixel, and `where` is the place of the window's maximum.
   R pooled_mem(const T* mem, Mask where) const {
     const Cell& c = a_.cell;
     const int64_t row = l_.Wm * l_.Cp;
-    if (c.pool == Pool::none) return S::load(mem);  // quantised already
+    if (c.pool == Pool::none) return S::load(mem);  // recompute_mem() has quantised mem
     return quantised<M>(c.pool == Pool::max ? PoolWindow<M>::at(c, mem, row, l_.Cp, where)
                                             : PoolWindow<M>::mean(c, mem, row, l_.Cp),
                         a_);

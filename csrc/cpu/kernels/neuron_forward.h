@@ -1,5 +1,5 @@
 // The neurons of the forward pass: LSTM update, reset and quantisation of a row of gates, pooling
-// and spikes. They write the results that the caller asked for, and what training saves.
+// and spikes. This file also writes the results that the caller asked for, and what training saves.
 #pragma once
 
 #include "neighbours.h"
@@ -21,7 +21,7 @@ class NeuronForward {
   NeuronForward(const ForwardArgs& a, const Layout<T, VL>& l, const StateRows<T, VL>& states)
       : a_(a), l_(l), states_(states), places_(a, l.Cp) {}
 
-  void carve(Workspace& workspace) {
+  void allocate(Workspace& workspace) {
     threshold_ = workspace.take<T>(l_.Cp);
     pooled_ = workspace.take<T*>(a_.threads);
     for (int k = 0; k < a_.threads; ++k) {
@@ -30,15 +30,10 @@ class NeuronForward {
     }
   }
 
-  void pack_vectors() {
-    const T* threshold = static_cast<const T*>(a_.threshold);
-    for (int64_t ch = 0; ch < l_.Cp; ++ch)
-      threshold_[ch] =
-          a_.cell.spiking && ch < a_.cell.C ? threshold[ch * a_.threshold_stride] : T(1);
-  }
+  void pack_vectors() { l_.write_thresholds(a_, threshold_); }
 
-  // Does the LSTM update, reset and quantisation of one row and channel block. Each of two loops
-  // has one chain of exp and division per pixel, so that more pixels are in flight.
+  // Does the LSTM update, reset and quantisation of one row and channel block. Each of the two
+  // loops has one chain of exp and division per pixel, so that the processor overlaps more pixels.
   void update(int64_t t, const Rows& r, int64_t h, int64_t cb, T* gates) const {
     const Cell& c = a_.cell;
     const bool resets = c.reset != Reset::none;
@@ -48,7 +43,7 @@ class NeuronForward {
     T* mem_out = states_.mem_inner(t + 1, r, h) + cb * VL;
     const int64_t Cp = l_.Cp, pixel = 4 * Cp;
     T* saved = static_cast<T*>(a_.saved_gates);
-    if (saved) saved += (t * c.N + r.n) * l_.gates_image() + h * l_.Wo * pixel + cb * kGates;
+    if (saved) saved += 4 * l_.state_row(t * c.N + r.n, h) + cb * kGates;
     each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {
       using N = Neighbours<T, VL, decltype(count)::value>;
       T* g = gates + w * kGates;
@@ -96,12 +91,12 @@ class NeuronForward {
   }
 
   // Returns row h of the pooled image: channels-last pixels, which lie `stride` apart. In training
-  // it keeps the places of the maxima.
+  // this also saves the places of the maxima.
   const T* pooled_row(int64_t t, const Rows& r, int64_t h, T* pooled, int64_t& stride) const {
     const Cell& c = a_.cell;
     const T* mem = states_.mem_inner(t + 1, r, h * c.pool_h);
     stride = l_.Cp;
-    if (c.pool == Pool::none) return mem;  // quantised already
+    if (c.pool == Pool::none) return mem;  // update() has quantised mem
     const int64_t row = l_.Wm * l_.Cp, first = places_.row(t, r.n, h);
     for (int64_t w = 0; w < l_.Wp; ++w)
       for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
@@ -138,7 +133,7 @@ class NeuronForward {
   }
 
   // Inhibition lets only the neuron of a sample with the highest (pooled) membrane potential spike.
-  // Of those that count as the highest the one with the lowest index in (C, Hp, Wp) wins.
+  // Of the neurons that count as the highest, the lowest index in (C, Hp, Wp) wins.
   void fire_winner(int64_t t, const Rows& r, T* pooled) const {
     const Cell& c = a_.cell;
     const View& v = a_.spk;
@@ -173,7 +168,7 @@ class NeuronForward {
   const StateRows<T, VL>& states_;
   Places<M> places_;
   T* threshold_ = nullptr;
-  T** pooled_ = nullptr;  // of each thread: (Wp, Cp)
+  T** pooled_ = nullptr;  // (Wp, Cp) for each thread
 };
 
 SNNLSTM_END_ISA

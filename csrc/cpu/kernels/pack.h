@@ -2,6 +2,7 @@
 // tiles read it (layout.h).
 #pragma once
 
+#include "layout.h"
 #include "threads.h"
 #include "transpose.h"
 
@@ -18,8 +19,8 @@ struct Packing {
     return (g * (l.c.Cin + l.c.C) + ci) * l.all_taps() + place;
   }
 
-  // Returns how many neighbouring input channels are packed together, which are neighbours in the
-  // kernels' order too. Their taps fill several squares of VL lanes.
+  // Returns how many neighbouring input channels are packed together, so that their taps fill
+  // several squares of VL lanes.
   static int64_t together(const L& l) {
     const int64_t count = (4 * VL + l.taps - 1) / l.taps;
     return count < 8 && l.taps <= 128 ? 8 : count;
@@ -54,7 +55,8 @@ struct Packing {
                  });
   }
 
-  // Makes those of the data gradient, from the gates to `vectors` vectors of those channels.
+  // Makes Winograd's weights of the data gradient, from the gates to `vectors` vectors of the input
+  // channels [first, first + count).
   static void backward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                              int64_t vectors, T* packed) {
     const TapVectors taps(l, threads, 1);
@@ -69,20 +71,15 @@ struct Packing {
 
  private:
   // The taps (count, taps, VL) of some vectors of weights, for each thread.
-  class TapVectors {
-   public:
+  struct TapVectors {
     TapVectors(const L& l, int threads, int64_t count)
-        : size_(l.taps * VL),
-          of_thread_(count * size_),
-          values_(new T[(threads > 1 ? threads : 1) * of_thread_]) {}
-    TapVectors(const TapVectors&) = delete;
-    TapVectors& operator=(const TapVectors&) = delete;
-    ~TapVectors() { delete[] values_; }
-    T* of(int thread, int64_t k) const { return values_ + thread * of_thread_ + k * size_; }
+        : size(l.taps * VL),
+          count(count),
+          values(new T[(threads > 1 ? threads : 1) * count * size]) {}
+    T* of(int thread, int64_t k) const { return &values[(thread * count + k) * size]; }
 
-   private:
-    int64_t size_, of_thread_;
-    T* values_;
+    int64_t size, count;
+    std::unique_ptr<T[]> values;
   };
 
   static int64_t within(int64_t lanes) { return lanes < 0 ? 0 : lanes < VL ? lanes : VL; }

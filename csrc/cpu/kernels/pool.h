@@ -1,14 +1,12 @@
-// Pooling and quantisation, which lead from the membrane potential to the spike, and back from the
-// gradient of the spike.
+// Pooling and quantisation, between the membrane potential and the spike, in both passes.
 #pragma once
 
-#include "layout.h"
 #include "math.h"
 
 SNNLSTM_BEGIN_ISA
 
-// Does what cell.h's quantise() does, for all lanes at once: all lanes take the steps of one binary
-// search, without branches. quantise() itself does the lanes that tie or are not finite.
+// Quantises all lanes as cell.h's quantise() does. All lanes take the steps of one binary search,
+// without branches. quantise() itself does the lanes that tie or are not finite.
 template <class M>
 __attribute__((noinline)) typename M::R quantise_lanes(typename M::R v,
                                                        const typename M::Scalar* levels, int n) {
@@ -40,7 +38,7 @@ __attribute__((noinline)) typename M::R quantise_lanes(typename M::R v,
   return result;
 }
 
-// Returns a state after its quantisation, if there is one.
+// Returns a state after its quantisation, if the cell has a quantiser.
 template <class M>
 SNNLSTM_INLINE typename M::R quantised(typename M::R v, const PassArgs& a) {
   if (a.cell.num_levels == 0) return v;
@@ -117,7 +115,7 @@ class Places {
  public:
   Places(const PassArgs& a, int64_t Cp)
       : data_(a.cell.pool == Pool::max ? a.places : nullptr),
-        wide_(a.cell.place_bytes() > 1),
+        of_32_bits_(a.cell.place_bytes() > 1),
         N_(a.cell.N),
         Hp_(a.cell.Hp()),
         row_(a.cell.Wp() * Cp) {}
@@ -127,33 +125,31 @@ class Places {
   int64_t row(int64_t t, int64_t n, int64_t h) const { return ((t * N_ + n) * Hp_ + h) * row_; }
 
   SNNLSTM_INLINE void put(int64_t k, Mask places) const {
-    wide_ ? put(static_cast<int32_t*>(data_) + k, places)
-          : put(static_cast<uint8_t*>(data_) + k, places);
+    of_32_bits_ ? put(static_cast<int32_t*>(data_) + k, places)
+                : put(static_cast<uint8_t*>(data_) + k, places);
   }
   SNNLSTM_INLINE Mask get(int64_t k) const {
-    return wide_ ? get(static_cast<const int32_t*>(data_) + k)
-                 : get(static_cast<const uint8_t*>(data_) + k);
+    return of_32_bits_ ? get(static_cast<const int32_t*>(data_) + k)
+                       : get(static_cast<const uint8_t*>(data_) + k);
   }
 
  private:
   template <class Place>
-  struct Lanes {
-    typedef Place Vector __attribute__((vector_size(M::lanes * sizeof(Place))));
-  };
+  using Stored = typename VectorOf<Place, M::lanes>::type;
   template <class Place>
   static SNNLSTM_INLINE void put(Place* to, Mask places) {
-    const auto stored = __builtin_convertvector(places, typename Lanes<Place>::Vector);
+    const auto stored = __builtin_convertvector(places, Stored<Place>);
     std::memcpy(to, &stored, sizeof(stored));
   }
   template <class Place>
   static SNNLSTM_INLINE Mask get(const Place* from) {
-    typename Lanes<Place>::Vector stored;
+    Stored<Place> stored;
     std::memcpy(&stored, from, sizeof(stored));
     return __builtin_convertvector(stored, Mask);
   }
 
   void* data_;
-  bool wide_;
+  bool of_32_bits_;
   int64_t N_, Hp_, row_;
 };
 

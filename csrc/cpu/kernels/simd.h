@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -24,35 +25,19 @@
 
 SNNLSTM_BEGIN_ISA
 
-#if defined(__AVX512F__) || defined(SNNLSTM_WIDE)
-constexpr int kWideBytes = 64, kNarrowBytes = 32;
-#elif defined(__AVX2__)
-constexpr int kWideBytes = 32, kNarrowBytes = 16;
-#else
-constexpr int kWideBytes = 16, kNarrowBytes = 16;
-#endif
-
-// One instruction loads this many bytes.
+// One instruction loads kNativeBytes. A cell's vectors have kWideBytes, kNarrowBytes or less.
 #if defined(__AVX512F__)
-constexpr int kNativeBytes = 64;
+constexpr int kNativeBytes = 64, kWideBytes = 64;
+#elif defined(SNNLSTM_WIDE)
+constexpr int kNativeBytes = 32, kWideBytes = 64;
 #elif defined(__AVX2__)
-constexpr int kNativeBytes = 32;
+constexpr int kNativeBytes = 32, kWideBytes = 32;
 #else
-constexpr int kNativeBytes = 16;
+constexpr int kNativeBytes = 16, kWideBytes = 16;
 #endif
+constexpr int kNarrowBytes = kWideBytes > 16 ? kWideBytes / 2 : 16;
 
-template <class T>
-struct BitsOf;
-template <>
-struct BitsOf<float> {
-  using type = int32_t;
-};
-template <>
-struct BitsOf<double> {
-  using type = int64_t;
-};
-
-// x86-64 has one instruction for each of these, which compilers do not find where NaN must be kept.
+// x86-64 has one instruction for each of these, which compilers do not find if NaN must be kept.
 template <class R>
 SNNLSTM_INLINE R lesser_of(R a, R b) {
   return a < b ? a : b;
@@ -80,10 +65,16 @@ SNNLSTM_INLINE __m512d lesser_of(__m512d a, __m512d b) { return _mm512_min_pd(a,
 SNNLSTM_INLINE __m512d greater_of(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 #endif
 
+// Vectors of numbers that only memory holds as such, for conversions.
+template <class N, int count>
+struct VectorOf {
+  typedef N type __attribute__((vector_size(count * sizeof(N))));
+};
+
 template <class T, int VL>
 struct Simd {
   using Scalar = T;
-  using Bits = typename BitsOf<T>::type;
+  using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   static constexpr int lanes = VL;
   typedef T R __attribute__((vector_size(VL * sizeof(T))));
   typedef Bits Mask __attribute__((vector_size(VL * sizeof(T))));
@@ -101,7 +92,7 @@ struct Simd {
   }
   static SNNLSTM_INLINE Mask sign_bit() { return reinterpret_cast<Mask>(splat(T(-0.0))); }
 
-  // Puts a flag into the sign of a number that is never negative. NaN may have a sign.
+  // Puts a flag into the sign of a number that is never negative, or is NaN.
   static SNNLSTM_INLINE R flag(R v, Mask m) {
     return reinterpret_cast<R>(reinterpret_cast<Mask>(abs(v)) | (m & sign_bit()));
   }
@@ -125,7 +116,7 @@ struct Simd {
  private:
   using Lanes = std::make_integer_sequence<int, VL>;
 
-  // a[from], b[from], a[from + 1], b[from + 1], ...: half of the lanes of each.
+  // Returns a[from], b[from], a[from + 1], b[from + 1], ...: half of the lanes of each vector.
   template <int from, int... lane>
   static SNNLSTM_INLINE R interleave(R a, R b, std::integer_sequence<int, lane...>) {
 #if defined(__clang__)
@@ -141,28 +132,15 @@ struct Count {
   static constexpr int value = n;
 };
 
-// Calls f(Count<n>()) if n lies between 1 and `most`, which is 8 or less.
+// Calls f(Count<n>()) if n lies between 1 and `most`, for the largest n first.
 template <int most, class F>
 SNNLSTM_INLINE void with_count(int64_t n, F&& f) {
-  switch (n) {
-#define SNNLSTM_CASE(n)                     \
-  case n:                                   \
-    if constexpr (n <= most) f(Count<n>()); \
-    break;
-    SNNLSTM_CASE(1)
-    SNNLSTM_CASE(2)
-    SNNLSTM_CASE(3)
-    SNNLSTM_CASE(4)
-    SNNLSTM_CASE(5)
-    SNNLSTM_CASE(6)
-    SNNLSTM_CASE(7)
-    SNNLSTM_CASE(8)
-#undef SNNLSTM_CASE
-  }
+  if (n == most) return f(Count<most>());
+  if constexpr (most > 1) with_count<most - 1>(n, f);
 }
 
-// Takes NV neighbouring vectors as fewer, longer ones, where the processor's vectors are longer.
-// Sums do not care in which lane a number lies.
+// Takes NV neighbouring vectors as fewer, longer ones, if the processor's vectors are longer. The
+// value of a sum does not depend on its lane.
 template <class S, int NV,
           bool longer =
               NV % 2 == 0 && 2 * S::lanes * int(sizeof(typename S::Scalar)) <= kNativeBytes>

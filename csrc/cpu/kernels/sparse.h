@@ -1,4 +1,4 @@
-// The input half for an x of mostly zeros, as spikes are. It sums over lists of the nonzero values.
+// The input half for an x of mostly zeros, as spikes are. The sums go over lists of nonzero values.
 //
 // An output pixel sums some thirty entries (3 x 3 taps, 32 channels, 10 % dense). Their arithmetic
 // costs less than the mispredicted ends of loops of varying length. So the pixels are visited in
@@ -9,20 +9,14 @@
 
 SNNLSTM_BEGIN_ISA
 
-// Loads four values at once and splats each in its turn. This saves a load for each value where one
-// instruction spreads a lane over a vector.
+// Loads four values at once and splats each in its turn. That saves a load for each value, if one
+// instruction of the processor spreads a lane over a vector.
 template <class S>
 struct Quad {
   using T = typename S::Scalar;
   using R = typename S::R;
   static constexpr int bytes = S::lanes * sizeof(T);
-#if defined(__AVX512F__)
-  static constexpr bool spreads = sizeof(T) == 4;
-#elif defined(__AVX2__)
-  static constexpr bool spreads = sizeof(T) == 4 && bytes <= 32;
-#else
-  static constexpr bool spreads = false;
-#endif
+  static constexpr bool spreads = sizeof(T) == 4 && kNativeBytes >= 32 && bytes <= kNativeBytes;
   explicit SNNLSTM_INLINE Quad(const T* p) : from(p) {
 #if defined(__AVX2__)
     if constexpr (spreads && bytes == 16) all = R(_mm_loadu_ps(p));
@@ -48,11 +42,11 @@ struct Quad {
   R all;
 };
 
-// The taps are cut into groups whose weights stay near: several kernel rows, one, or a part of one.
-// A list holds the nonzeros of the input rows under one output row and group, column by column, so
-// that the entries of an output pixel are one contiguous stretch of it. (With dilation, columns
-// that meet in a pixel are put side by side.) With one kernel row in a group the list of an input
-// row serves all kernel rows.
+// The taps are cut into groups whose weights stay in cache: several kernel rows, one row, or a part
+// of a row. A list holds the nonzeros of the input rows under one output row and group, column by
+// column, so that the entries of an output pixel are contiguous. (With dilation, columns that meet
+// in a pixel lie side by side in the list.) If a group has one kernel row, the list of an input row
+// serves all kernel rows.
 template <class T, int VL>
 class SparseInput {
   using S = Simd<T, VL>;
@@ -61,7 +55,7 @@ class SparseInput {
   static constexpr int kGates = 4 * VL;
   static constexpr int kShift = log2_of(kGates);
 
-  struct Group {
+  struct TapGroup {
     int64_t row, rows, column, columns;  // of the kernel
   };
   struct Pixel {
@@ -89,13 +83,13 @@ class SparseInput {
     rows_ = whole_rows < 1 ? 1 : whole_rows < c_.kernel_h ? whole_rows : c_.kernel_h;
     columns_ = c_.kernel_w;
     if (whole_rows < 1) columns_ = room / c_.Cin < 1 ? 1 : room / c_.Cin;
-    // Nearly equal shares.
+    // The groups of rows get nearly equal shares.
     row_groups_ = (c_.kernel_h + rows_ - 1) / rows_;
     rows_ = (c_.kernel_h + row_groups_ - 1) / row_groups_;
     column_groups_ = (c_.kernel_w + columns_ - 1) / columns_;
   }
 
-  void carve(Workspace& workspace, InputLists& s) const {
+  void allocate(Workspace& workspace, InputLists& s) const {
     s.begin = workspace.take<int32_t>(list_count() * (Wx_ + 1));
     s.label = workspace.take<int32_t>(entries());
     s.value = workspace.take<T>(entries());
@@ -164,13 +158,13 @@ class SparseInput {
   }
 
  private:
-  // The bytes of a group's weights. They exceed a 32 KiB L1: pixels of more entries pay for loads
-  // from L2. With 3 x 3 taps, 32 -> 64 channels, 10 % dense, 16 KiB take 1.00 of the time, 24 KiB
-  // 0.95 and 36 KiB (all taps) 0.87. With 64 channels 72 KiB (all taps) take a fifth longer than
-  // 24.
+  // The bytes of a group's weights exceed a 32 KiB L1, because longer lists of entries pay for
+  // loads from L2. With 3 x 3 taps, 32 -> 64 channels, 10 % dense, 16 KiB take 1.00 of the time, 24
+  // KiB 0.95 and 36 KiB (all taps) 0.87. With 64 channels 72 KiB (all taps) take a fifth longer
+  // than 24 KiB.
   static constexpr int64_t kWeightBytes = 40960;
-  // Neighbouring pixels are often equally long. They are counted apart, so that a count need not
-  // wait for the one before.
+  // Neighbouring pixels often have equally many entries. Two counters take them by turns, so that
+  // an increment need not wait for the one before.
   static constexpr int kCounters = 2;
 
   bool shared() const { return rows_ == 1; }
@@ -184,8 +178,8 @@ class SparseInput {
     return shared() ? (block_rows_ - 1) * c_.stride_h + (c_.kernel_h - 1) * c_.dilation_h + 1
                     : block_rows_ * row_groups_;
   }
-  Group group(int64_t g) const {
-    Group p;
+  TapGroup group(int64_t g) const {
+    TapGroup p;
     p.row = g / column_groups_ * rows_;
     p.rows = c_.kernel_h - p.row < rows_ ? c_.kernel_h - p.row : rows_;
     p.column = c_.kernel_w * (g % column_groups_) / column_groups_;
@@ -212,7 +206,7 @@ class SparseInput {
 
   // Sorts the pixels of one group by the number of their entries.
   void sort_pixels(int64_t g, int64_t rows, const InputLists& s) const {
-    const Group p = group(g);
+    const TapGroup p = group(g);
     std::memset(s.histogram, 0, (longest() + 1) * kCounters * sizeof(int32_t));
     int32_t* const histogram = s.histogram;
     int32_t longest_here = 0;
@@ -239,7 +233,7 @@ class SparseInput {
   }
 
   template <class F>
-  SNNLSTM_INLINE void each_pixel(int64_t g, const Group& p, int64_t rows, const InputLists& s,
+  SNNLSTM_INLINE void each_pixel(int64_t g, const TapGroup& p, int64_t rows, const InputLists& s,
                                  F&& f) const {
     const int64_t dilation = c_.dilation_w, columns = Wx_ / dilation, longer = Wx_ % dilation;
     const int64_t advance = c_.stride_w / dilation, residue_advance = c_.stride_w % dilation;
@@ -248,7 +242,8 @@ class SparseInput {
       const int64_t list =
           shared() ? h * c_.stride_h + p.row * c_.dilation_h : h * row_groups_ + g / column_groups_;
       const int32_t* const begin = s.begin + list * (Wx_ + 1) + p.column;
-      // Column w * stride_w is the m-th of its residue. The columns of lower residues come first.
+      // Column w * stride_w is the m-th of its residue modulo the dilation. The list has the
+      // columns of lower residues first.
       int64_t residue = 0, m = 0, before = 0;
       int32_t out = int32_t(h * out_row_);
       for (int64_t w = 0; w < Wo; ++w, out += kGates) {
@@ -290,7 +285,7 @@ class SparseInput {
     for (; k + 4 <= length; k += 4)
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
-        uint64_t labels[2];  // one load brings two labels: loads are the bound
+        uint64_t labels[2];  // one load brings two labels, because loads are the bound
         std::memcpy(labels, label[p] + k, sizeof(labels));
         const Quad<V> x(value[p] + k);
         add(p, uint32_t(labels[0]), x.template splat<0>());

@@ -10,7 +10,7 @@
 SNNLSTM_BEGIN_ISA
 
 #if defined(__AVX2__)
-// The table has the members of every set of 8 lanes, in order.
+// The table lists the members of each set of 8 lanes, in order.
 struct LaneTable {
   alignas(64) uint8_t lanes[256][8];
   constexpr LaneTable() : lanes() {
@@ -25,44 +25,35 @@ inline constexpr LaneTable kLaneTable;
 // Appends the nonzeros among x[0 .. count), count <= 8, to the end of a list, with label[n] = first
 // + (place in x << shift) and value[n], and returns their number. The function reads x[0 .. 8) and
 // writes whole vectors: kListSlack.
-template <int shift>
-SNNLSTM_INLINE int64_t append_nonzeros(const float* x, int64_t count, int32_t first, int32_t* label,
-                                       float* value) {
+template <int shift, class T>
+SNNLSTM_INLINE int64_t append_nonzeros(const T* x, int64_t count, int32_t first, int32_t* label,
+                                       T* value) {
 #if defined(__AVX2__)
-  const __m256 v = _mm256_loadu_ps(x);
-  const unsigned set =
-      unsigned(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ))) &
-      ((1u << count) - 1);
-  const __m256i lanes = _mm256_cvtepu8_epi32(
-      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneTable.lanes[set])));
-  _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(v, lanes));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(label),
-                      _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_slli_epi32(lanes, shift)));
-  return __builtin_popcount(set);
-#else
-  int64_t n = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    label[n] = first + int32_t(k << shift);
-    value[n] = x[k];
-    n += x[k] != 0.0f;
+  if constexpr (sizeof(T) == 4) {
+    const __m256 v = _mm256_loadu_ps(x);
+    const unsigned set =
+        unsigned(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ))) &
+        ((1u << count) - 1);
+    const __m256i lanes = _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneTable.lanes[set])));
+    _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(v, lanes));
+    const __m256i labels =
+        _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_slli_epi32(lanes, shift));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(label), labels);
+    return __builtin_popcount(set);
   }
-  return n;
 #endif
-}
-
-template <int shift>
-SNNLSTM_INLINE int64_t append_nonzeros(const double* x, int64_t count, int32_t first,
-                                       int32_t* label, double* value) {
   int64_t n = 0;
   for (int64_t k = 0; k < count; ++k) {
     label[n] = first + int32_t(k << shift);
     value[n] = x[k];
-    n += x[k] != 0.0;
+    n += x[k] != T(0);
   }
   return n;
 }
 
-// The instructions per vector, which are the unit of the cost estimates. Products merge short ones.
+// The instructions for a vector, which are the unit of the cost estimates: short vectors are
+// merged.
 template <class T, int VL>
 constexpr double kVectorCost = VL * int(sizeof(T)) / double(kNativeBytes);
 
@@ -70,30 +61,25 @@ constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
 constexpr bool fits_label(int64_t most) { return most <= INT32_MAX; }
 
-// Vectors may touch this many entries beyond the end of every list, and values beyond the end of x.
+// Vector code may touch this many entries beyond the end of a list, and values beyond the end of x.
 constexpr int64_t kListSlack = 8;
 
-// Does the same for `rows` times `count` values. Rows lie row_step apart and their labels begin
-// label_step apart. Inlined among its callers' variables, the loop would run out of registers.
+// Appends the nonzeros of `rows` times `count` values, and returns their number. Rows lie row_step
+// apart, and their labels begin label_step apart. The function is not inlined, because the loop
+// would run out of registers beside its callers' variables.
 template <int shift, class T>
 __attribute__((noinline)) int64_t list_nonzeros(const T* x, int64_t row_step, int64_t rows,
                                                 int64_t count, int32_t first, int32_t label_step,
                                                 int32_t* label, T* value) {
   const T* const before = value;
   for (; rows > 0; --rows, x += row_step, first += label_step) {
+    const auto append = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+      n = append_nonzeros<shift>(x + k, n, first + int32_t(k << shift), label, value);
+      label += n, value += n;
+    };
     int64_t k = 0;
-    for (; k + 8 <= count; k += 8) {
-      const int64_t more =
-          append_nonzeros<shift>(x + k, 8, first + int32_t(k << shift), label, value);
-      label += more;
-      value += more;
-    }
-    if (k < count) {
-      const int64_t more =
-          append_nonzeros<shift>(x + k, count - k, first + int32_t(k << shift), label, value);
-      label += more;
-      value += more;
-    }
+    for (; k + 8 <= count; k += 8) append(k, 8);
+    if (k < count) append(k, count - k);
   }
   return value - before;
 }

@@ -1,11 +1,11 @@
-// The states in the forward pass, channels-last: two images of mem with borders, before and after a
-// step by turns, and syn, which training saves. A sequence has memory for the states of all
-// samples. In a call of one step each task reads its rows, and those around them that the kernel
-// sees, into memory of its thread, and writes its results from there. `slot` counts the tasks that
-// a thread works on together.
+// The states in the forward pass, channels-last: syn, and two images of mem with borders, which
+// hold mem before and after a step by turns. A sequence has memory for the states of all samples.
+// In a call of one step each task copies its rows, and the rows around them that the kernel reads,
+// into memory of its thread, and writes its results from there. `slot` counts the tasks that a
+// thread works on together.
 #pragma once
 
-#include "layout.h"
+#include "row_tasks.h"
 #include "transpose.h"
 
 SNNLSTM_BEGIN_ISA
@@ -15,8 +15,8 @@ class StateRows {
   using S = Simd<T, VL>;
 
  public:
-  // The states of sample n, which has so many steps, from the state row `first` on: mem before and
-  // after a step by turns, and the first syn.
+  // The states of sample n, which has `steps` steps, from the state row `first` on. syn is the one
+  // before the first step, if training saves the others.
   struct Rows {
     int64_t n, steps, first;
     T *mem[2], *syn;
@@ -25,7 +25,7 @@ class StateRows {
   StateRows(const ForwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks)
       : a_(a), l_(l), tasks_(tasks) {}
 
-  void carve(Workspace& workspace) {
+  void allocate(Workspace& workspace) {
     const int64_t count = one_step() ? a_.threads * tasks_.most_together : a_.cell.N;
     for (T*& mem : mem_) mem = workspace.take<T>(count * mem_size());
     syn_ = workspace.take<T>(count * syn_size());
@@ -74,8 +74,8 @@ class StateRows {
  private:
   bool one_step() const { return a_.cell.T == 1; }
 
-  // These return the values of a sample, or of a task's rows, in whole cache lines: no other thread
-  // writes to these.
+  // These count the values of a sample, or of a task's rows, in whole cache lines, so that no two
+  // threads write to one line.
   int64_t mem_size() const {
     return one_step() ? lines(seen_rows(tasks_.most_rows()) * l_.Wm * l_.Cp) : l_.mem_image();
   }
@@ -86,7 +86,7 @@ class StateRows {
     return Layout<T, VL>::round_up(count, 64 / int64_t(sizeof(T)));
   }
 
-  // Returns how many rows of mem, border included, `rows` state rows see.
+  // Returns how many rows of mem, border included, the kernel reads for `rows` state rows.
   int64_t seen_rows(int64_t rows) const {
     const Cell& c = a_.cell;
     return l_.whole(l_.form.h, c.dilation_h, rows) +
@@ -95,8 +95,7 @@ class StateRows {
 
   T* first_syn(const Rows& r, int64_t h) const { return r.syn + (h - r.first) * l_.Wo * l_.Cp; }
   T* saved_syn(int64_t t, int64_t n, int64_t h) const {
-    return static_cast<T*>(a_.saved_syn) + (t * a_.cell.N + n) * l_.state_image() +
-           h * l_.Wo * l_.Cp;
+    return static_cast<T*>(a_.saved_syn) + l_.state_row(t * a_.cell.N + n, h);
   }
 
   // Says whether row h of mem, counted with the border, belongs to the image.

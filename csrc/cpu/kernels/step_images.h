@@ -1,15 +1,15 @@
 // The images from which a time step's gradients are formed: d gates, mem before the step and x,
-// channels-last with a zero border (layout.h). Steps take two buffers by turns, so that the images
-// of one step are written while those of the other are read.
+// channels-last with a zero border (layout.h). The steps take two buffers by turns: while the tasks
+// of one step read one buffer, others write the images of the step before into the other.
 #pragma once
 
-#include "layout.h"
+#include "row_tasks.h"
 #include "transpose.h"
 
 SNNLSTM_BEGIN_ISA
 
-// The images of all samples that the weight gradient of a step reads. d_gates is the first pixel
-// inside the border. `finite` says whether all d gates are finite.
+// The images of all samples that the weight gradient of a step reads. d_gates points to the first
+// pixel inside the border. `finite` says whether all d gates are finite.
 template <class T>
 struct StepImages {
   const T *d_gates, *mem, *x;
@@ -24,7 +24,7 @@ class StepBuffers {
   explicit StepBuffers(const Layout<T, VL>& l) : l_(l) {}
 
   // Takes memory for all samples, and for x if the weight gradient is formed.
-  void carve(Workspace& workspace, const BackwardArgs& a) {
+  void allocate(Workspace& workspace, const BackwardArgs& a) {
     const int64_t N = l_.c.N;
     with_x_ = a.grad_weight != nullptr;
     for (int k = 0; k < 2; ++k) {
@@ -61,8 +61,8 @@ class StepBuffers {
     }
   }
 
-  // Is told that d gates of rows [begin, end) may not be finite. This clears their lanes without a
-  // channel, whose weights are zero: there the forward pass has made NaN of infinity times zero.
+  // Notes that d gates of rows [begin, end) may not be finite, and clears their lanes without a
+  // channel: the weights of these lanes are zero, so infinite inputs have made them NaN.
   void not_finite(int64_t t, int64_t n, int64_t begin, int64_t end) {
     __atomic_store_n(&finite_, false, __ATOMIC_RELAXED);
     const int64_t lanes = l_.Cp - l_.c.C;
@@ -74,8 +74,8 @@ class StepBuffers {
         }
   }
 
-  // Reads the input rows of step t and sample n that belong to state rows [begin, end), into an
-  // image. The last state row brings the rest of the image.
+  // Reads the input rows of step t and sample n that belong to state rows [begin, end) into an
+  // image. The last state row also reads the rest of the image.
   void read_x(const View& v, int64_t t, int64_t n, int64_t image, int64_t begin,
               int64_t end) const {
     const Cell& c = l_.c;
@@ -86,7 +86,7 @@ class StepBuffers {
                  Pixels{c.W, l_.Wx * c.Cin, c.Cin}, c.Cin);
   }
 
-  // Reads rows [begin, end) of a state at step t, all Cp channels of Wo pixels, into rows that lie
+  // Reads rows [begin, end) of a state at step t, Wo pixels of Cp channels, into rows that lie
   // `row` apart.
   void read_rows(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end, T* dst,
                  int64_t row) const {

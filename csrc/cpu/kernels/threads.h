@@ -1,11 +1,11 @@
-// Threads. No thread of a team allocates memory: an exception there would end the process. A call
-// is one team of threads, for which the phases of a sequence follow each other. The tasks of a
-// phase are handed out one by one, so that a thread whose core is busy elsewhere takes fewer. The
-// next phase starts when the tasks are done, and does not wait for every thread.
+// How the threads of a call share its work. No thread of a team allocates memory, because an
+// exception there would end the process. A call has one team of threads, and a step is a phase of
+// that team. A phase hands out its tasks one by one, so that a thread whose core is busy elsewhere
+// takes fewer. The next phase starts when the tasks are done, and does not wait for every thread.
 #pragma once
 
 #include "../../platform.h"
-#include "layout.h"
+#include "simd.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -22,18 +22,12 @@ class Phases {
   // Calls f(task) for every task of the phase, and returns when all threads' tasks are done.
   template <class F>
   void run(int64_t phase, int64_t tasks, F&& f) const {
-#if SNNLSTM_TESTING
-    if (task_log) {
-      ++task_log->phase;
-      for (int64_t task = 0; task < tasks; ++task) task_log->time(f, task);
-      return;
-    }
-#endif
+    begin_phase();
     Counter& c = counters_[phase];
     for (;;) {
       const int64_t task = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
       if (task >= tasks) break;
-      f(task);
+      run_task(f, task);
       __atomic_fetch_add(&c.done, 1, __ATOMIC_RELEASE);
     }
     for (int spins = 0; __atomic_load_n(&c.done, __ATOMIC_ACQUIRE) < tasks; ++spins) {
@@ -53,12 +47,7 @@ template <class F>
 void parallel(int threads, double multiply_adds_per_step, F&& body) {
   const double worth = multiply_adds_per_step / 2e5;
   if (worth < threads) threads = worth < 1 ? 1 : int(worth);
-#if SNNLSTM_TESTING
-  if (task_log) {
-    task_log->threads = threads, ++task_log->phase;
-    return body(0);
-  }
-#endif
+  threads = begin_phase(threads);
   if (threads <= 1) return body(0);
   run_team(threads, body);
 }
@@ -68,15 +57,8 @@ template <class F>
 void parallel_for(int threads, int64_t count, int64_t operations, F&& f) {
   int64_t next = 0;
   parallel(threads, double(count) * double(operations), [&](int thread) {
-    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) {
-#if SNNLSTM_TESTING
-      if (task_log) {
-        task_log->time([&](int64_t task) { f(task, thread); }, k);
-        continue;
-      }
-#endif
-      f(k, thread);
-    }
+    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;)
+      run_task([&](int64_t task) { f(task, thread); }, k);
   });
 }
 

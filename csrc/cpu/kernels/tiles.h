@@ -24,15 +24,16 @@ inline int64_t point_stride(int64_t count) {
   return ((count + line - 1) / line | 1) * line;
 }
 
-// Whole rows of tiles of one image, or of several images one after the other. With dilation d a
-// tile takes every d-th pixel, and the d tiles that begin at neighbouring pixels interleave.
+// The block has whole rows of tiles of one image, or of several images one after the other. With
+// dilation d a tile takes every d-th pixel, and d tiles that begin at neighbouring pixels
+// interleave.
 template <class T>
 struct TileBlock {
   TileForm form;
   int64_t dilation_h, dilation_w;
   int64_t rows, columns;        // of tiles
-  int64_t in_rows, in_columns;  // of tiles of inputs: those that the other parts see, too
-  int64_t channels;             // of values, per tile; whole vectors
+  int64_t in_rows, in_columns;  // of tiles of inputs, with the tiles that other parts read
+  int64_t channels;             // of a tile's values, in whole vectors
   int64_t values_stride, products_stride;
   int64_t images = 1;
 
@@ -73,7 +74,7 @@ TileBlock<T> tile_block(const Layout<T, VL>& l, const TileForm& form, int64_t ro
   return b;
 }
 
-// Counts the tile's pixels along an axis, every dilation-th, that lie among the `left` last ones.
+// Counts the pixels of a tile along an axis, one of every `dilation`, among the `left` last pixels.
 inline int64_t pixels_inside(int64_t left, int64_t dilation, int64_t tile) {
   const int64_t count = left > 0 ? (left + dilation - 1) / dilation : 0;
   return count < tile ? count : tile;
@@ -102,7 +103,7 @@ struct TileSizes {
     if (other.products > products) products = other.products;
   }
   template <class T>
-  TileBuffers<T> carve(Workspace& workspace) const {
+  TileBuffers<T> allocate(Workspace& workspace) const {
     T* first = workspace.take<T>(values);
     return {first, workspace.take<T>(products)};
   }
@@ -112,9 +113,9 @@ struct TileSizes {
 template <class S>
 class InputTransform {
   using T = typename S::Scalar;
-  using Longer = typename Merged<S, 2>::Vector;  // where a tile's channels fill them
+  using Longer = typename Merged<S, 2>::Vector;  // taken if a tile's channels fill whole vectors
   struct Nothing {};
-  static constexpr int kTiles = 4;  // neighbours, which share the transform along their columns
+  static constexpr int kTiles = 4;  // neighbouring tiles share the transform along their columns
 
  public:
   InputTransform() = default;
@@ -160,24 +161,24 @@ class InputTransform {
   std::conditional_t<(Longer::lanes > S::lanes), InputTransform<Longer>, Nothing> longer_;
 };
 
-// The input values of a part that a tile's products sum over: the first `used` of every `every`.
-struct Inputs {
+// The channels of a part that a tile's products sum over: the first `used` of every `every`.
+struct SummedChannels {
   int64_t len, every, used;
-  Inputs(int64_t len) : len(len), every(len), used(len) {}  // NOLINT: all of them
-  Inputs(int64_t len, int64_t every, int64_t used) : len(len), every(every), used(used) {}
+  SummedChannels(int64_t len) : len(len), every(len), used(len) {}  // NOLINT
+  SummedChannels(int64_t len, int64_t every, int64_t used) : len(len), every(every), used(used) {}
 };
 
-// Calls f(first run, number of runs) for stretches of at most `most` values of what a tile's
-// products sum over, in pieces that round little.
+// Calls f(first run, number of runs) for pieces of at most `most` of the values that a tile's
+// products sum over. Sums in pieces round less.
 template <int most, class T, class F>
-void part_runs(const TileBlock<T>& b, const Inputs& inputs, F&& f) {
-  const int64_t len = inputs.len, used = inputs.used, pieces = (used + most - 1) / most;
+void part_runs(const TileBlock<T>& b, const SummedChannels& summed, F&& f) {
+  const int64_t len = summed.len, used = summed.used, pieces = (used + most - 1) / most;
   Run runs[most];
   int64_t values = 0;
   int number = 0;
   for (int i = 0; i < b.form.h.parts; ++i)
     for (int j = 0; j < b.form.w.parts; ++j)
-      for (int64_t first = 0; first < len; first += inputs.every)
+      for (int64_t first = 0; first < len; first += summed.every)
         for (int64_t p = 1, begin = 0, end; p <= pieces; ++p, begin = end) {
           end = p < pieces ? used * p / pieces : used;
           if (values + end - begin > most) f(runs, number), values = number = 0;
@@ -188,11 +189,10 @@ void part_runs(const TileBlock<T>& b, const Inputs& inputs, F&& f) {
   if (number > 0) f(runs, number);
 }
 
-// A block's tiles in rows of tiles whose values lie side by side. The rows are as long as they can
-// be.
+// A block's tiles as the longest rows of tiles whose values lie side by side.
 struct TileRows {
   int64_t images, rows, columns;
-  int64_t image, row;  // of values, from one to the next
+  int64_t image, row;  // distances of values, from one image or row to the next
 
   template <class T>
   explicit TileRows(const TileBlock<T>& b)
@@ -206,19 +206,18 @@ struct TileRows {
   }
 };
 
-// Writes the products with a weight (points, parts, len, NV * VL), or adds them to those that are
-// there.
+// Writes the products with a weight (points, parts, len, NV * VL), or adds them to `products`.
 template <class S, int NV, class T = typename S::Scalar>
-void multiply(const TileBlock<T>& b, const T* values, const T* weight, const Inputs& inputs,
+void multiply(const TileBlock<T>& b, const T* values, const T* weight, const SummedChannels& summed,
               bool add, T* products) {
   constexpr int64_t width = NV * S::lanes, in_cache = chunk_length<T>(width);
-  constexpr int most = in_cache < 48 ? in_cache : 48;  // longer sums would round more
+  constexpr int most = in_cache < 48 ? in_cache : 48;  // longer sums would have larger errors
   const TileRows rows(b);
   for (int k = 0; k < b.form.points(); ++k) {
-    const T* w = weight + k * b.form.parts() * inputs.len * width;
+    const T* w = weight + k * b.form.parts() * summed.len * width;
     T* out = products + k * b.products_stride;
     bool more = add;
-    part_runs<most>(b, inputs, [&](const Run* runs, int number) {
+    part_runs<most>(b, summed, [&](const Run* runs, int number) {
       for (int64_t n = 0; n < rows.images; ++n)
         for (int64_t r = 0; r < rows.rows; ++r) {
           T* to = out + (n * rows.rows + r) * rows.columns * width;

@@ -43,7 +43,7 @@ struct Pixels {
   }
 };
 
-// Says the same of pixels that are all equally far apart.
+// Says where pixels lie that are all equally far apart.
 struct Row {
   int64_t pixel;
 
@@ -89,15 +89,12 @@ void load_row(const T* src, int64_t stride_c, int64_t stride_w, int64_t W, int64
     if constexpr (VL > 4)
       if (W < VL) return load_row<Simd<T, VL / 2>>(src, stride_c, stride_w, W, C, dst, to, filled);
     for (; W >= VL && done + VL <= filled; done += VL) {
-      const int64_t channels = C - done;
-      if (channels >= VL)
-        each_square<VL>(W, [&](int64_t w) {
-          load_square<S>(src + done * stride_c + w, stride_c, VL, dst + done, to, w);
-        });
-      else
+      const auto squares = [&](int64_t channels) __attribute__((always_inline)) {
         each_square<VL>(W, [&](int64_t w) {
           load_square<S>(src + done * stride_c + w, stride_c, channels, dst + done, to, w);
         });
+      };
+      C - done >= VL ? squares(VL) : squares(C - done);
     }
   }
   for (int64_t w = 0; done < filled && w < W; ++w) {
@@ -107,8 +104,9 @@ void load_row(const T* src, int64_t stride_c, int64_t stride_w, int64_t W, int64
   }
 }
 
-// Returns whether `rows` rows of the caller's are one row of all their pixels, and better taken as
-// such: where our pixels are not equally far apart, a fifth of the squares must be saved.
+// Says whether to take `rows` rows of the caller's tensor as one row: if their pixels follow each
+// other without a gap and, unless our pixels are equally far apart, that saves a fifth of the
+// squares.
 template <int VL>
 bool one_row(const Pixels& ours, int64_t rows, int64_t stride_h, int64_t stride_w) {
   const int64_t W = ours.W, long_row = (rows * W + VL - 1) / VL,
@@ -117,8 +115,8 @@ bool one_row(const Pixels& ours, int64_t rows, int64_t stride_h, int64_t stride_
   return stride_h == W * stride_w && (ours.regular() || 5 * long_row < 4 * short_rows);
 }
 
-// Does load_row for `rows` rows of image n at step t, from row `first` on, to rows that lie to.row
-// apart.
+// Calls load_row for `rows` rows of image n at step t, from row `first` on. The rows are written
+// to.row apart.
 template <class S, class T = typename S::Scalar>
 void load_rows(const View& v, int64_t t, int64_t n, int64_t first, int64_t rows, int64_t C, T* dst,
                const Pixels& to, int64_t filled) {
@@ -139,7 +137,7 @@ void load_rows(const View& v, int64_t t, int64_t n, int64_t first, int64_t rows,
   }
 }
 
-// Stores the first `count` lanes, at least one.
+// Stores the first `count` lanes of a vector, at least one.
 template <class S, class T = typename S::Scalar>
 SNNLSTM_INLINE void store_some(T* dst, typename S::R v, int64_t count) {
   constexpr int half = S::lanes > 1 ? S::lanes / 2 : 1;
@@ -201,8 +199,8 @@ void store_row(const T* src, const Places& from, int64_t W, int64_t C, T* dst, i
   }
 }
 
-// Does store_row for `rows` rows that lie from.row apart, to image n at step t, from row `first`
-// on.
+// Calls store_row for `rows` rows that lie from.row apart. They are written to image n at step t,
+// from row `first` on.
 template <class S, class F, class T = typename S::Scalar>
 void store_rows(const T* src, const Pixels& from, int64_t rows, int64_t C, const View& v, int64_t t,
                 int64_t n, int64_t first, F&& f) {

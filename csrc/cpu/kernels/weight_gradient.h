@@ -17,13 +17,13 @@ class WeightGradient {
   static constexpr int64_t kPiece = 48;      // rows of K in a task
   static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
   static constexpr int64_t kBlockPixels = 128;
-  // Each split has sums of its own, which are cleared and added up. A split needs this many pixels,
-  // of all steps, to pay for that.
+  // Each split has sums of its own, which are cleared and added up. That pays if a split has this
+  // many pixels, over all steps.
   static constexpr int64_t kSplitPixels = 4096;
   // This many channel blocks share the transformed tiles of the input.
   static constexpr int64_t kShared = 4;
 
-  // The memory of one thread, for of_few().
+  // The memory of one thread.
   struct WeightScratch {
     T *d_gates, *few_sums;
   };
@@ -51,20 +51,19 @@ class WeightGradient {
     return TileSizes(l_, l_.grad_form, kTilePiece + VL, images_together(true));
   }
 
-  void carve(Workspace& workspace) {
-    sums_.carve(workspace, threads_);
+  void allocate(Workspace& workspace) {
+    sums_.allocate(workspace, threads_);
     scratch_ = workspace.take<WeightScratch>(threads_);
     for (int k = 0; k < threads_; ++k) {
       WeightScratch s;
       const int64_t pixels = images_together(false) * pixel_block_rows() * l_.Wo;
       s.d_gates = workspace.take<T>(pixels * kGates);
-      s.few_sums = workspace.take<T>(l_.closes_up() ? kPiece * 2 * VL : 0);
+      s.few_sums = workspace.take<T>(l_.compacts_lanes() ? kPiece * 2 * VL : 0);
       if (scratch_) scratch_[k] = s;
     }
   }
 
-  int64_t clear_tasks() const { return sums_.chunks(); }
-  void clear(int64_t task) { sums_.clear(task); }
+  WeightSums<T, VL>& sums() { return sums_; }
 
   // Adds a step's part, of its first N images. A task has a split, a piece of K and a channel
   // block. No other thread may use the tile buffers at the same time.
@@ -85,16 +84,6 @@ class WeightGradient {
       by_tiles(step, images, cb, of_x, piece, tiles);
   }
 
-  // Says whether the sums must be folded after step t. The last step comes first.
-  bool due(int64_t t) const { return sums_.due(t); }
-  int64_t fold_tasks() const { return sums_.chunks(); }
-  void fold(int64_t task, int64_t t) { sums_.fold(task, t); }
-
-  int64_t write_tasks() const { return sums_.write_tasks(); }
-  void write(int64_t task, int thread, void* grad_weight) const {
-    sums_.write(task, thread, static_cast<T*>(grad_weight));
-  }
-
  private:
   // The images whose rows [top, bottom) are added to the sums of a split.
   struct Images {
@@ -102,7 +91,7 @@ class WeightGradient {
   };
 
   // Returns how many splits give all threads tasks, but no more than pay for their sums. If there
-  // are more than images, each image has several bands of rows.
+  // are more splits than images, each image has several bands of rows.
   int64_t count_splits() const {
     const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
     const int64_t worth = (c_.T * c_.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
@@ -136,12 +125,12 @@ class WeightGradient {
       f(n, images.last - n < most ? images.last - n : most);
   }
 
-  // Says whether x's weight gradient goes by Winograd. Few channels gain nothing, and direct sums
-  // round less.
+  // Says whether Winograd forms x's weight gradient. With few channels that gains nothing, and
+  // direct sums round less.
   bool x_in_tiles() const { return c_.x_algorithm == CpuAlgorithm::winograd && c_.Cin > 4; }
 
-  // Returns how many rows of K a task has: more where many tasks are left, which then close up d
-  // gates less often.
+  // Returns how many rows of K a task has. With many channel blocks a task has more rows, so that d
+  // gates are gathered less often.
   int64_t piece_rows() const { return l_.Cb < 8 ? kPiece : 4 * kPiece; }
 
   // These count the pieces of K that weight gradient tasks take.
@@ -175,8 +164,8 @@ class WeightGradient {
     });
   }
 
-  // Returns what the weight gradient of rows [h, h + rows) of some images from n on and channel
-  // block cb sums over.
+  // Returns what the weight gradient of channel block cb sums over, in rows [h, h + rows) of some
+  // images from n on.
   PixelRows<T> pixel_rows(const StepImages<T>& step, int64_t n, int64_t images, int64_t h,
                           int64_t rows, int64_t cb, bool of_x) const {
     PixelRows<T> p;
@@ -199,8 +188,8 @@ class WeightGradient {
     return p;
   }
 
-  // Returns how many rows of pixels have d gates of one channel block that stay in L1 while all of
-  // a piece is summed.
+  // Returns how many rows of pixels a block has, so that its d gates of one channel block stay in
+  // L1 while all of a piece is summed.
   int64_t pixel_block_rows() const {
     const int64_t rows = kBlockPixels / l_.Wo;
     return rows < 1 ? 1 : rows < l_.Ho ? rows : l_.Ho;
@@ -211,9 +200,9 @@ class WeightGradient {
     T* out = sums_.rows(images.split, cb, of_x);
     (of_x ? x_runs_ : mem_runs_).chunks(piece_rows(), [&](const Run* runs, int count) {
       if (piece-- != 0) return;
-      if (l_.closes_up()) return of_few(step, images, of_x, runs, count, s, out);
+      if (l_.compacts_lanes()) return compactly(step, images, of_x, runs, count, s, out);
       each_pixel_block(step, images, cb, of_x, [&](int64_t h, PixelRows<T> p) {
-        if (l_.Cb > 1) close_up(p, s.d_gates);
+        if (l_.Cb > 1) gather_pixels(p, s.d_gates);
         for (int r = 0; r < count; ++r)
           add_run<4>(step.finite, runs[r], of_x, met_by(runs + r, of_x, h, p),
                      out + runs[r].w * kGates);
@@ -270,25 +259,38 @@ class WeightGradient {
     });
   }
 
-  // Puts the d gates of all pixels in a row.
-  void close_up(PixelRows<T>& p, T* to) const {
-    T* dst = to;
+  // Gathers the d gates of all pixels without gaps. copy(from, to) copies the `width` values of
+  // one.
+  template <class F>
+  static void gather(PixelRows<T>& p, int64_t width, T* const to, F&& copy) {
+    T* next = to;
     for (int64_t n = 0; n < p.images; ++n)
       for (int64_t h = 0; h < p.rows; ++h)
-        for (int64_t w = 0; w < p.pixels; ++w, dst += kGates) {
-          const T* d = p.d_gates + n * p.d_image + h * p.d_row + w * p.d_pixel;
-          for (int k = 0; k < kGates; k += VL) S::store(dst + k, S::load(d + k));
-        }
+        for (int64_t w = 0; w < p.pixels; ++w, next += width)
+          copy(p.d_gates + n * p.d_image + h * p.d_row + w * p.d_pixel, next);
     p.d_gates = to;
-    p.d_pixel = kGates;
-    p.d_row = p.pixels * kGates;
+    p.d_pixel = width;
+    p.d_row = p.pixels * width;
     p.d_image = p.rows * p.d_row;
   }
+  static void gather_pixels(PixelRows<T>& p, T* to) {
+    gather(p, kGates, to, [](const T* from, T* next) {
+      for (int k = 0; k < kGates; k += VL) S::store(next + k, S::load(from + k));
+    });
+  }
+  // Leaves out the lanes without a channel.
+  void gather_lanes(PixelRows<T>& p, int64_t width, T* to) const {
+    gather(p, width, to, [&, C = c_.C](const T* from, T* next) {
+      for (int64_t gate = 0; gate < 4; ++gate)
+        for (int64_t ch = 0; ch < C; ++ch) next[gate * C + ch] = from[gate * VL + ch];
+      for (int64_t k = 4 * C; k < width; ++k) next[k] = 0;
+    });
+  }
 
-  // Sums without the lanes that are zero, where these are most: the gates of the other lanes close
-  // up.
-  void of_few(const StepImages<T>& step, const Images& images, bool of_x, const Run* runs,
-              int count, const WeightScratch& s, T* out) {
+  // Forms the sums of a cell with so few channels that most lanes hold none: the lanes with a
+  // channel are compacted.
+  void compactly(const StepImages<T>& step, const Images& images, bool of_x, const Run* runs,
+                 int count, const WeightScratch& s, T* out) {
     const int64_t C = c_.C, vectors = l_.few_vectors(), width = vectors * VL;
     T* const sums = s.few_sums;
     std::memset(sums, 0, kPiece * width * sizeof(T));
@@ -309,24 +311,6 @@ class WeightGradient {
         for (int64_t gate = 0; gate < 4; ++gate)
           for (int64_t ch = 0; ch < C; ++ch)
             out[(runs[r].w + k) * kGates + gate * VL + ch] += from[gate * C + ch];
-  }
-
-  // Puts the d gates of all pixels in a row, without the lanes that are zero.
-  void gather_lanes(PixelRows<T>& p, int64_t width, T* to) const {
-    const int64_t C = c_.C;
-    T* dst = to;
-    for (int64_t n = 0; n < p.images; ++n)
-      for (int64_t h = 0; h < p.rows; ++h)
-        for (int64_t w = 0; w < p.pixels; ++w, dst += width) {
-          const T* d = p.d_gates + n * p.d_image + h * p.d_row + w * p.d_pixel;
-          for (int64_t gate = 0; gate < 4; ++gate)
-            for (int64_t ch = 0; ch < C; ++ch) dst[gate * C + ch] = d[gate * VL + ch];
-          for (int64_t k = 4 * C; k < width; ++k) dst[k] = 0;
-        }
-    p.d_gates = to;
-    p.d_pixel = width;
-    p.d_row = p.pixels * width;
-    p.d_image = p.rows * p.d_row;
   }
 
   const Layout<T, VL>& l_;

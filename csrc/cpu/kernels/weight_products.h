@@ -1,8 +1,9 @@
 // The weight gradient's inner product: a register tile of KB input values by the 4 gates' lanes,
 // summed over pixels.
 //
-//   out[k][4 * VL] += sum over images, rows, pixels:  in[row, pixel, k] * d_gates[row, pixel][4 *
-//   VL]
+//   out[k][v] += sum over images, rows, pixels:  in[row, pixel, k] * d_gates[row, pixel][v]
+//
+// for each v < 4 * VL.
 #pragma once
 
 #include "tiles.h"
@@ -23,7 +24,7 @@ template <class S, int NV, int KB, class T = typename S::Scalar>
 SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T* out) {
   using R = typename S::R;
   constexpr int VL = S::lanes;
-  // Few sums would wait for each other, so neighbouring pixels have sums of their own.
+  // Too few sums would wait for each other, so neighbouring pixels have sums of their own.
   constexpr int side = KB * NV <= 2 ? 4 : KB * NV <= 4 ? 2 : 1;
   R acc[side][KB][NV];
 #pragma GCC unroll 4
@@ -31,7 +32,8 @@ SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T
 #pragma GCC unroll 8
     for (int k = 0; k < KB; ++k)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[s][k][v] = R{};  // rounded less than on top of `out`
+      for (int v = 0; v < NV; ++v)
+        acc[s][k][v] = R{};  // rounds less than sums that begin with `out`
   for (int64_t row = 0; row < p.images * p.rows; ++row) {
     const int64_t n = p.images > 1 ? row / p.rows : 0, h = row - n * p.rows;
     const T* a = p.in + in_offset + n * p.in_image + h * p.in_row;
@@ -83,9 +85,9 @@ void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* o
   }
 }
 
-// Does the same by Winograd for one block of tiles, of the block's images: transforms the gates'
-// gradient of one channel block, and adds its products with the transformed inputs (tiles.h), over
-// all tiles, to `len` rows of (4, VL) of the sums (points, parts, sums_stride). p.in is not used.
+// Forms the weight gradient of one block of tiles by Winograd: transforms the gates' gradient of
+// one channel block, and adds its products with the transformed inputs (tiles.h), over all tiles,
+// to `len` rows of (4, VL) of the sums (points, parts, sums_stride). p.in is not used.
 template <class S, class V, class T = typename S::Scalar>
 void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, const TileBlock<T>& b,
                        const T* values, int64_t len, T* d_values, T* sums, int64_t sums_stride) {
@@ -104,17 +106,12 @@ void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, con
     for (int part = 0; part < b.form.parts(); ++part, sums += sums_stride) {
       const T* in =
           values + point * b.values_stride + b.part(part / b.form.w.parts, part % b.form.w.parts);
-      const PixelRows<T> tiles{in,
-                               rows.row,
-                               b.channels,
-                               d_values + point * b.products_stride,
-                               rows.columns * kGates,
-                               kGates,
-                               rows.rows,
-                               rows.columns,
-                               rows.images,
-                               rows.image,
-                               rows.rows * rows.columns * kGates};
+      PixelRows<T> tiles;
+      tiles.in = in, tiles.in_image = rows.image, tiles.in_row = rows.row;
+      tiles.d_gates = d_values + point * b.products_stride;
+      tiles.in_pixel = b.channels, tiles.d_pixel = kGates, tiles.d_row = rows.columns * kGates;
+      tiles.d_image = rows.rows * tiles.d_row;
+      tiles.images = rows.images, tiles.rows = rows.rows, tiles.pixels = rows.columns;
       weight_grad_run<S>(tiles, 0, len, sums);
     }
 }

@@ -1,7 +1,7 @@
-// The sums of the weight gradient. Each split of the batch has sums of its own, of either half as
-// rows of K or, with Winograd, at the points of its tiles. Blocks of pixels are added to them one
-// after the other, which would round the more the longer the sequence is: so from time to time all
-// splits are folded into the total and begin anew.
+// The sums of the weight gradient. Each split of the batch has sums of its own for either half:
+// rows of K or, with Winograd, the points of the tiles. Blocks of pixels are added one after the
+// other, so that rounding errors would grow with the sequence. So from time to time all splits are
+// folded into the total, and begin again at zero.
 #pragma once
 
 #include "pack.h"
@@ -14,7 +14,7 @@ class WeightSums {
   using P = Packing<T, VL>;
   static constexpr int kGates = 4 * VL;
   static constexpr int64_t kChunk = 4096;  // values that a task folds
-  static constexpr int64_t kFold = 64;     // blocks of pixels between two folds
+  static constexpr int64_t kFold = 64;     // blocks of pixels from one fold to the next
 
  public:
   // A split adds `blocks` blocks of pixels in each time step.
@@ -26,7 +26,7 @@ class WeightSums {
         x_size_(l.Cb * kGates * (x_in_tiles ? l.grad_points() * l.c.Cin : l.Kx)),
         size_(x_size_ + l.Cb * kGates * (mem_in_tiles() ? l.grad_points() * l.c.C : l.Km)) {}
 
-  void carve(Workspace& workspace, int threads) {
+  void allocate(Workspace& workspace, int threads) {
     sums_ = workspace.take<T>(splits_ * size_);
     total_ = folds() ? workspace.take<T>(size_) : sums_;
     taps_ = workspace.take<T>(x_in_tiles_ || mem_in_tiles() ? threads * taps_size() : 0);
@@ -45,13 +45,15 @@ class WeightSums {
     T* half = sums_ + split * size_ + (of_x ? 0 : x_size_ - l_.Kx * kGates);
     return half + cb * (of_x ? l_.Kx : l_.Km) * kGates;
   }
-  // Returns the same with Winograd, (points, parts, Cin or C, 4, VL).
+  // Returns a split's sums of one half and channel block with Winograd, (points, parts, Cin or C,
+  // 4, VL).
   T* points(int64_t split, int64_t cb, bool of_x) const {
     const int64_t channels = of_x ? l_.c.Cin : l_.c.C;
     return sums_ + split * size_ + (of_x ? 0 : x_size_) + cb * l_.grad_points() * channels * kGates;
   }
 
-  // Says whether to fold after step t. The sums of one split and few steps are the total.
+  // Says whether to fold after step t; the last step comes first. If there is one split and few
+  // steps, its sums are the total.
   bool due(int64_t t) const { return folds() && (t == 0 || (l_.c.T - t) % steps_ == 0); }
   void fold(int64_t chunk, int64_t t) {
     const bool first = l_.c.T - t <= steps_;
@@ -64,7 +66,7 @@ class WeightSums {
     if (t > 0) clear(chunk);
   }
 
-  // Writes the total of a channel block and some input channels in the caller's order.
+  // A task writes the total of a channel block and some input channels in the caller's order.
   int64_t write_tasks() const { return l_.Cb * (groups(l_.c.Cin) + groups(l_.c.C)); }
   void write(int64_t task, int thread, T* grad_weight) const {
     const int64_t cb = task % l_.Cb, group = task / l_.Cb;

@@ -13,8 +13,8 @@
 // few sums for every M and R: AT and G are Vandermonde matrices of the points, G's rows scaled.
 // Pairs +-p share their even and odd sums. Reciprocal points near 1 keep the entries of all three
 // matrices small: for A = 6 the error is less than half of that of the usual 0, +-1, +-2
-// (benchmarks/NOTES.md). The weight gradient is the same thing with the roles changed: Rh x Rw
-// outputs, with the gradients of a tile in the place of the taps.
+// (benchmarks/NOTES.md). The weight gradient has Rh x Rw outputs, and takes the gradients of a tile
+// in the place of the taps.
 //
 // A transform takes one axis at a time and is a loop over lines, so that code for nine lengths of
 // line serves every pair of forms.
@@ -33,7 +33,7 @@ template <class R, class T, int A>
 struct Transform {
   static_assert(A >= 4 && A <= 8);
 
-  // The points +-p, +-q and +-r, as far as A has them. Their product is 1.
+  // The points +-p, +-q and +-r, as far as A has them. p q r = 1.
   static constexpr bool infinite = A % 2 == 0;
   static constexpr int pairs = (A - 1) / 2;
   static constexpr double p = pairs == 1   ? 1
@@ -169,8 +169,8 @@ void transform_lines(const T* in, const Lines& from, T* out, const Lines& to, in
   transform_each_line<S, Op, false>(in, from, out, to, lines, batches, start, Lines{});
 }
 
-// The passes of an axis. With one tap there is nothing to transform, and they are null. `form` is
-// the number of inputs times 10, and the number of outputs or taps.
+// The transforms along an axis, which are null for a kernel of one tap. `form` is the number of
+// inputs, or ten times that plus the number of outputs or taps.
 template <class S>
 class AxisTransforms {
   using T = typename S::Scalar;
@@ -178,35 +178,26 @@ class AxisTransforms {
   using Of = Transform<typename S::R, T, A>;
 
  public:
-  static AxisTransform<T> inputs(const Axis& a) { return inputs_of<4, 5, 6, 7, 8>(a.inputs()); }
+  static AxisTransform<T> inputs(const Axis& a) { return find<Inputs, 4, 5, 6, 7, 8>(a.inputs()); }
   static AxisTransform<T> outputs(const Axis& a, int count) {
-    return outputs_of<42, 43, 53, 62, 63, 64, 65, 74, 84>(a.inputs() * 10 + count);
+    return find<Outputs, 42, 43, 53, 62, 63, 64, 65, 74, 84>(a.inputs() * 10 + count);
   }
   static AxisTransform<T> taps(const Axis& a, int count) {
-    return taps_of<42, 43, 53, 62, 63, 64, 65, 74, 85>(a.inputs() * 10 + count);
+    return find<Taps, 42, 43, 53, 62, 63, 64, 65, 74, 85>(a.inputs() * 10 + count);
   }
 
  private:
-  template <int... compiled>
-  static AxisTransform<T> inputs_of(int form) {
+  template <int form>
+  using Inputs = typename Of<form>::Inputs;
+  template <int form>
+  using Outputs = typename Of<form / 10>::template Outputs<form % 10>;
+  template <int form>
+  using Taps = typename Of<form / 10>::template Taps<form % 10>;
+
+  template <template <int> class Op, int... compiled>
+  static AxisTransform<T> find(int form) {
     AxisTransform<T> lines = nullptr;
-    ((form == compiled && (lines = transform_lines<S, typename Of<compiled>::Inputs>)), ...);
-    return lines;
-  }
-  template <int... compiled>
-  static AxisTransform<T> outputs_of(int form) {
-    AxisTransform<T> lines = nullptr;
-    ((form == compiled &&
-      (lines = transform_lines<S, typename Of<compiled / 10>::template Outputs<compiled % 10>>)),
-     ...);
-    return lines;
-  }
-  template <int... compiled>
-  static AxisTransform<T> taps_of(int form) {
-    AxisTransform<T> lines = nullptr;
-    ((form == compiled &&
-      (lines = transform_lines<S, typename Of<compiled / 10>::template Taps<compiled % 10>>)),
-     ...);
+    ((form == compiled && (lines = transform_lines<S, Op<compiled>>)), ...);
     return lines;
   }
 };

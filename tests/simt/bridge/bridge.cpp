@@ -53,9 +53,9 @@ class Arrays {
 
   void commit() {
     std::sort(items_.begin(), items_.end(),
-              [](const Item& a, const Item& b) { return a.start < b.start; });
+              [](const Registered& a, const Registered& b) { return a.start < b.start; });
     for (size_t i = 0; i < items_.size();) {
-      Item joint = items_[i++];
+      Registered joint = items_[i++];
       for (; i < items_.size() && items_[i].start < joint.end; ++i) {
         joint.end = std::max(joint.end, items_[i].end);
         joint.writable |= items_[i].writable;
@@ -65,17 +65,17 @@ class Arrays {
                                 joint.writable);
       registered_.push_back(joint.start);
     }
-    for (const Item& i : items_) *i.pointer = const_cast<void*>(simt::copy_of(i.start));
+    for (const Registered& i : items_) *i.pointer = const_cast<void*>(simt::copy_of(i.start));
   }
 
  private:
-  struct Item {
+  struct Registered {
     const char *start, *end;
     std::string name;
     bool writable;
     void** pointer;  // of the call
   };
-  std::vector<Item> items_;
+  std::vector<Registered> items_;
   std::vector<const char*> registered_;
 
   static void poison(char* p, const View& v, const Extent& extent, int64_t size, int k) {

@@ -24,7 +24,7 @@ int32_t shorten(const void* pc) {
 const void* lengthen(int32_t pc) { return reinterpret_cast<const char*>(&threadIdx) + pc; }
 
 // The accesses to a piece of memory with which a later access can race.
-struct Cell {
+struct Shadowed {
   Record write;
   Record read;                     // the last one
   uint32_t read_lanes = 0;         // lanes of that warp that read with the same epoch and event
@@ -69,9 +69,9 @@ class Shadow {
   }
 
  private:
-  std::vector<Cell> words_;
+  std::vector<Shadowed> words_;
   std::vector<uint8_t> split_;
-  std::vector<Cell> parts_;
+  std::vector<Shadowed> parts_;
   std::vector<size_t> split_words_;
 
   void split(size_t word) {
@@ -130,7 +130,7 @@ Record now(const Context& c) {
   return {machine().epoch, c.thread.warp->events, shorten(c.pc), uint16_t(c.thread.id)};
 }
 
-[[noreturn]] __attribute__((noinline)) void report_flight(const Cell& cell, const Context& c,
+[[noreturn]] __attribute__((noinline)) void report_flight(const Shadowed& cell, const Context& c,
                                                           const char* what, size_t offset) {
   Machine& m = machine();
   const bool own = cell.flight_thread == c.thread.id;
@@ -142,7 +142,7 @@ Record now(const Context& c) {
 }
 
 // Copies of other blocks were checked there.
-inline void check_flight(const Cell& cell, const Context& c, const char* what, size_t offset) {
+inline void check_flight(const Shadowed& cell, const Context& c, const char* what, size_t offset) {
   if (cell.flight_epoch >= machine().block_epoch) report_flight(cell, c, what, offset);
 }
 
@@ -152,7 +152,7 @@ inline void must_follow(const Record& r, const char* did, const Context& c, cons
   if (races(r, c.thread, c.global)) report(did, r, does, c.thread, c.start + offset, c.pc);
 }
 
-void check_read(const Cell& cell, const Context& c, bool must_be_written, size_t offset) {
+void check_read(const Shadowed& cell, const Context& c, bool must_be_written, size_t offset) {
   must_follow(cell.write, "writes", c, "reads", offset);
   if (c.global) must_follow(cell.other_write, "writes", c, "reads", offset);
   if (must_be_written && cell.write.epoch < machine().block_epoch)
@@ -161,7 +161,7 @@ void check_read(const Cell& cell, const Context& c, bool must_be_written, size_t
                    describe_pc(c.pc));
 }
 
-inline void on_read(Cell& cell, const Context& c, bool must_be_written, size_t offset) {
+inline void on_read(Shadowed& cell, const Context& c, bool must_be_written, size_t offset) {
   const Machine& m = machine();
   const Thread& thread = c.thread;
   check_flight(cell, c, "reads", offset);
@@ -181,7 +181,7 @@ inline void on_read(Cell& cell, const Context& c, bool must_be_written, size_t o
   last = now(c);
 }
 
-void on_write(Cell& cell, const Context& c, const char* what, size_t offset) {
+void on_write(Shadowed& cell, const Context& c, const char* what, size_t offset) {
   const Machine& m = machine();
   const Thread& thread = c.thread;
   check_flight(cell, c, what, offset);
@@ -213,20 +213,21 @@ void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, c
           : shared_shadow;
   const Context c{thread, global ? place.allocation->start : shared_base(), global, pc};
   const auto written = [&](const char* what) {
-    shadow.each(place.offset, bytes, [&](Cell& cell, size_t at) { on_write(cell, c, what, at); });
+    shadow.each(place.offset, bytes,
+                [&](Shadowed& cell, size_t at) { on_write(cell, c, what, at); });
   };
   switch (kind) {
     case Access::read:
     case Access::copy_source:
       shadow.each(place.offset, bytes,
-                  [&](Cell& cell, size_t at) { on_read(cell, c, !global, at); });
+                  [&](Shadowed& cell, size_t at) { on_read(cell, c, !global, at); });
       break;
     case Access::write:
       written("writes");
       break;
     case Access::copy_issue:
       written("copies asynchronously to");
-      shadow.each(place.offset, bytes, [&](Cell& cell, size_t) {
+      shadow.each(place.offset, bytes, [&](Shadowed& cell, size_t) {
         cell.flight_epoch = machine().epoch;
         cell.flight_pc = shorten(pc);
         cell.flight_thread = uint16_t(thread.id);
@@ -234,7 +235,7 @@ void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, c
       break;
     case Access::copy_done:
       // The copy may happen as late as now.
-      shadow.each(place.offset, bytes, [&](Cell& cell, size_t) {
+      shadow.each(place.offset, bytes, [&](Shadowed& cell, size_t) {
         cell.flight_epoch = 0;
         cell.write = now(c);
       });
@@ -246,7 +247,7 @@ void check_matrix_part(Thread& thread, const void* p, size_t bytes, const void* 
   if (simt_settings.races == 0) return;
   const Context c{thread, shared_base(), false, pc};
   shared_shadow.each(locate(p).offset, bytes,
-                     [&](Cell& cell, size_t at) { on_read(cell, c, false, at); });
+                     [&](Shadowed& cell, size_t at) { on_read(cell, c, false, at); });
 }
 
 void begin_race_block() { shared_shadow.join(); }
