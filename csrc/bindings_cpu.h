@@ -59,14 +59,12 @@ template <class F>
 bool each_chunk(int64_t count, int64_t chunk, F&& f) {
   int64_t next = 0;
   bool stop = false;
-  const auto task = [&](int64_t k) {
-    if (!f(k, k * chunk, std::min(count, (k + 1) * chunk)))
-      __atomic_store_n(&stop, true, __ATOMIC_RELAXED);
-  };
   const int64_t threads = std::min<int64_t>(most_threads(), count / (4 * chunk));
-  run_team(begin_phase(int(std::max<int64_t>(threads, 1))), [&](int) {
+  run_team(int(std::max<int64_t>(threads, 1)), [&](int) {
     for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) * chunk < count;)
-      if (!__atomic_load_n(&stop, __ATOMIC_RELAXED)) run_task(task, k);
+      if (__atomic_load_n(&stop, __ATOMIC_RELAXED) ||
+          !f(k, k * chunk, std::min(count, (k + 1) * chunk)))
+        return __atomic_store_n(&stop, true, __ATOMIC_RELAXED);
   });
   return !stop;
 }

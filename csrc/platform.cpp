@@ -9,8 +9,6 @@
 // compiler would call are looked up in the library that torch calls, and called by hand.
 #include "platform.h"
 
-#include <chrono>
-#include <ctime>
 #include <string>
 #include <thread>
 
@@ -165,21 +163,5 @@ void run_team(int threads, void (*body)(void* data, int thread), void* data) {
 }
 
 void yield_core() { std::this_thread::yield(); }
-
-#if SNNLSTM_TESTING
-TaskLog* task_log = nullptr;
-
-void TaskLog::add(int64_t nanoseconds) { entries.push_back({phase, threads, nanoseconds}); }
-
-int64_t TaskLog::now() {
-#if defined(__linux__)
-  timespec time;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return int64_t(time.tv_sec) * 1000000000 + time.tv_nsec;
-#else
-  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
-#endif
-}
-#endif
 
 }  // namespace snnlstm

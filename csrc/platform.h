@@ -1,8 +1,5 @@
-// What differs between operating systems: threads, the OpenMP runtime, and clocks.
+// What differs between operating systems: threads, and the OpenMP runtime.
 #pragma once
-
-#include <cstdint>
-#include <vector>
 
 namespace snnlstm {
 
@@ -31,49 +28,5 @@ const char* openmp_library();
 
 // Gives this core to another thread, if one waits for it.
 void yield_core();
-
-#if SNNLSTM_TESTING
-// The times of the tasks of calls, for benchmarks/scaling.py. While `task_log` is set each team has
-// one thread, and each task adds an entry.
-struct TaskLog {
-  struct Entry {
-    int64_t phase;        // tasks of one phase may run at the same time
-    int64_t threads;      // of the team that the call would have
-    int64_t nanoseconds;  // of the thread's processor time
-  };
-  std::vector<Entry> entries;
-  int64_t phase = 0, threads = 1;
-
-  void add(int64_t nanoseconds);
-  static int64_t now();
-};
-extern TaskLog* task_log;
-#endif
-
-// Begins a phase in the log, if there is one, whose team would have so many threads, or as many as
-// before. Returns how many threads the team gets.
-static inline int begin_phase(int threads = 0) {
-#if SNNLSTM_TESTING
-  if (task_log) {
-    ++task_log->phase;
-    if (threads > 0) task_log->threads = threads;
-    return 1;
-  }
-#endif
-  return threads;
-}
-
-// Calls f(task), and adds its time to the log, if there is one.
-template <class F>
-__attribute__((always_inline)) static inline void run_task(const F& f, int64_t task) {
-#if SNNLSTM_TESTING
-  if (task_log) {
-    const int64_t begin = TaskLog::now();
-    f(task);
-    return task_log->add(TaskLog::now() - begin);
-  }
-#endif
-  f(task);
-}
 
 }  // namespace snnlstm

@@ -291,7 +291,7 @@ _NEEDED = (0, 1, 2, 17)
 _KERNELS = ("forward", "backward")
 # These take any numbers: max_tile_inputs, and the emulator's tile.
 _ANY_NUMBER = {("CpuPlan.__init__", 4), ("CudaPlan.__init__", "tile")}
-_UNCALLED = {"time_tasks", "watch"}  # a function of Python's is their argument; the emulator's
+_UNCALLED = {"watch"}  # the emulator's, whose argument is a function of Python's
 
 
 def nonsense(value: Any, needed: Sequence[int] = ()) -> Any:

@@ -22,12 +22,11 @@ class Phases {
   // Calls f(task) for every task of the phase, and returns when all threads' tasks are done.
   template <class F>
   void run(int64_t phase, int64_t tasks, F&& f) const {
-    begin_phase();
     Counter& c = counters_[phase];
     for (;;) {
       const int64_t task = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
       if (task >= tasks) break;
-      run_task(f, task);
+      f(task);
       __atomic_fetch_add(&c.done, 1, __ATOMIC_RELEASE);
     }
     for (int spins = 0; __atomic_load_n(&c.done, __ATOMIC_ACQUIRE) < tasks; ++spins) {
@@ -47,7 +46,6 @@ template <class F>
 void parallel(int threads, double multiply_adds_per_step, F&& body) {
   const double worth = multiply_adds_per_step / 2e5;
   if (worth < threads) threads = worth < 1 ? 1 : int(worth);
-  threads = begin_phase(threads);
   if (threads <= 1) return body(0);
   run_team(threads, body);
 }
@@ -57,8 +55,7 @@ template <class F>
 void parallel_for(int threads, int64_t count, int64_t operations, F&& f) {
   int64_t next = 0;
   parallel(threads, double(count) * double(operations), [&](int thread) {
-    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;)
-      run_task([&](int64_t task) { f(task, thread); }, k);
+    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) f(k, thread);
   });
 }
 
