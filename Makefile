@@ -13,7 +13,7 @@ CXX_CODE := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name 
 # The Python of .venv, unless the caller names one.
 HERE      = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON))
 
-.PHONY: help demo test test-all test-simt fuzz sanitize coverage versions bench gpu core lint format docs wheel clean
+.PHONY: help demo test test-all test-emulator fuzz sanitize coverage versions bench gpu core lint format docs wheel clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -22,14 +22,14 @@ demo: $(VENV)/.demo  ## train on moving handwritten digits, snnTorch's cell besi
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests, on as many cores as there are (ARGS="-n 0": on one)
-	$(if $(ARGS),,$(RUN) -m tests.simt.gpu_tools)
+	$(if $(ARGS),,$(RUN) -m tests.emulator.gpu_tools)
 	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.all  ## all tests, also those that take long or need more of PyPI
-	SNNLSTM_LONG=1 $(PYTEST) -m "simt_long or not simt_long" $(ARGS)
+	SNNLSTM_LONG=1 $(PYTEST) -m "emulator_long or not emulator_long" $(ARGS)
 
-test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shapes, faults and schedules
-	$(PYTEST) tests/simt -m "simt_long or not simt_long" $(ARGS)
+test-emulator: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shapes, faults and schedules
+	$(PYTEST) tests/emulator -m "emulator_long or not emulator_long" $(ARGS)
 
 fuzz: $(VENV)/.installed  ## fresh examples for the tests that draw some; then random calls for MINUTES=10
 	SNNLSTM_EXAMPLES=fresh $(PYTEST) -m drawn

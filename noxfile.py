@@ -16,7 +16,7 @@ nox.options.error_on_missing_interpreters = False
 OLDEST = {"3.10": "2.4.0", "3.11": "2.4.0", "3.12": "2.4.0", "3.13": "2.6.0"}
 NEEDED = ["pytest>=8", "pytest-xdist>=3", "hypothesis", "scikit-learn", "matplotlib", "tqdm"]
 # What has no bearing on versions, or has an environment of its own, takes most of the time.
-LEFT_OUT = ["simt", "bench", "packaging", "kernels/test_kernels.py"]
+LEFT_OUT = ["emulator", "bench", "packaging", "kernels/test_kernels.py"]
 # torch.compile and exports are promised, and tested, from torch 2.13 on.
 NEWER = ["torch/test_compile.py", "torch/test_export.py"]
 NEWER_NAMES = "compile export one_graph dynamic_shapes hooks_on_saving ecosystem deterministic_mode"

@@ -1,6 +1,6 @@
 """Names the devices that a program may run on: the CPU, a GPU, and an emulated GPU.
 
-The device "simt-t4" is a T4 that tests/simt emulates: tensors lie on the CPU, and the CUDA kernels
+The device "emulator-t4" is an emulated T4 (tests/emulator): tensors lie on the CPU, and the kernels
 run there. Nothing on it takes the time that it would take on a GPU.
 """
 
@@ -26,7 +26,7 @@ EMULATED = {
     "b200": (100, 148, 227 * 1024),
     "5090": (120, 170, 99 * 1024),
 }
-DEVICES = ("cpu", "cuda", *(f"simt-{name}" for name in EMULATED))
+DEVICES = ("cpu", "cuda", *(f"emulator-{name}" for name in EMULATED))
 
 
 def torch_device(device: str) -> str:
@@ -44,7 +44,7 @@ def capability(device: str) -> int:
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return 10 * major + minor
-    return EMULATED[device.removeprefix("simt-")][0]
+    return EMULATED[device.removeprefix("emulator-")][0]
 
 
 def name(device: str) -> str:
@@ -55,20 +55,20 @@ def name(device: str) -> str:
 
 def emulator() -> Any:
     """Returns the emulator; the first call builds it, in about a minute."""
-    from tests.simt.backend import simt_core
+    from tests.emulator.backend import emulated_core
 
-    return simt_core()
+    return emulated_core()
 
 
 @contextlib.contextmanager
 def running(device: str) -> Iterator[None]:
     """Within the block our kernels for `device` run on the tensors of `torch_device(device)`."""
-    if backend(device) != "simt":
+    if backend(device) != "emulator":
         yield
         return
     core = emulator()
     core.checks(races=False)
-    core.device(*EMULATED[device.removeprefix("simt-")], algorithm="auto")
+    core.device(*EMULATED[device.removeprefix("emulator-")], algorithm="auto")
     try:
         with core.installed():
             yield

@@ -10,7 +10,7 @@ launches that overlap, and times every algorithm and block of both passes, and l
 snnTorch's. Without it tests, sanitizers and large layers follow, within half an hour. Each command
 has a time by which it must end, and later ones get the time that earlier ones leave.
 
---rehearse goes through the same steps on a GPU that tests/simt emulates (simt-t4), with tiny
+--rehearse goes through the same steps on an emulated GPU (emulator-t4, tests/emulator), with tiny
 layers; its times mean nothing. DIR gets report.md, and results.zip with all logs and rows, anew
 after each step. The build goes to out/gpu-build and is kept.
 """
@@ -125,7 +125,8 @@ def steps(place: Place, quick: bool) -> list[Step]:
         return found
     # pytest fails if it finds no test of the backend.
     workers = f"-n{min(8, max(1, cores // 2))}" if importlib.util.find_spec("xdist") else ""
-    tests = "tests/cell tests/sequences tests/autograd tests/networks tests/torch tests/system"
+    tests = "tests/cell tests/sequences tests/autograd tests/bench/test_networks.py tests/torch "
+    tests += "tests/system"
     tests = "tests/cell/test_quant.py" if rehearsal else tests
     tests = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests} --backend"
     shapes = "" if rehearsal else "--shapes audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 "
@@ -181,7 +182,7 @@ def run(place: Place, step: Step, left: float) -> Outcome:
     environment = {
         "PYTHONPATH": f"{place.tree}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "SNNLSTM_SIMT_CACHE": str(place.build / "simt"),
+        "SNNLSTM_EMULATOR_CACHE": str(place.build / "emulator"),
     }
     # Children of a background job inherit it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -293,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/gpu-DATE-TIME")
     parser.add_argument("--build", type=Path, metavar="DIR", default=BUILD, help="of the core")
     parser.add_argument("--steps", nargs="+", metavar="NAME", help="of the report; default: all")
-    parser.add_argument("--rehearse", nargs="?", const="simt-t4", metavar="DEVICE",
+    parser.add_argument("--rehearse", nargs="?", const="emulator-t4", metavar="DEVICE",
         help="without a GPU, on an emulated one")  # fmt: skip
     options = parser.parse_args(arguments)
     if trouble := lacking(bool(options.rehearse), options.core):
@@ -302,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks import devices
 
     device = options.rehearse or "cuda"
-    if device not in devices.DEVICES or (options.rehearse and "simt" not in device):
+    if device not in devices.DEVICES or (options.rehearse and "emulator" not in device):
         parser.error(f"--rehearse: {device} is none of {', '.join(devices.DEVICES[2:])}")
     out = (options.out or Path("out") / f"gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}").resolve()
     out.mkdir(parents=True, exist_ok=True)

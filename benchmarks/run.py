@@ -361,7 +361,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mode", nargs="+", choices=providers.MODES, default=providers.MODES)
     p.add_argument("--memory", action="store_true", help="each run's peak in a process of its own")
     p.add_argument("--device", choices=devices.DEVICES, default="cpu",
-        help="simt-...: a GPU that tests/simt emulates, whose times mean nothing")
+        help="emulator-...: a GPU that tests/emulator emulates, whose times mean nothing")
     p.add_argument("--dtype", nargs="+", choices=TOLERANCE, default=["float32"],
         help="tf32: float32 tensors on tensor cores (CUDA); autocast, autocast16: float32 tensors "
         "under torch.autocast to bfloat16 and float16")

@@ -28,17 +28,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Runs slow tests first, so that workers end together; has simt_long only if -m names it.
+    """Runs slow tests first, so that workers end together; has emulator_long only if -m names it.
 
     A test of several backends has the mark for the emulated one alone.
     """
-    wanted, long = config.getoption("--backend"), "simt_long" in (config.getoption("-m") or "")
+    wanted, long = config.getoption("--backend"), "emulator_long" in (config.getoption("-m") or "")
 
     def taken(item: pytest.Item) -> bool:
         parameters = getattr(item, "callspec", None)
         values = parameters.params.values() if parameters else ()
-        others = {value.name for value in values if isinstance(value, Backend)} - {"simt"}
-        if item.get_closest_marker("simt_long") and not long and not others:
+        others = {value.name for value in values if isinstance(value, Backend)} - {"emulator"}
+        if item.get_closest_marker("emulator_long") and not long and not others:
             return False
         return not wanted or any(wanted in (getattr(v, "name", None), str(v)) for v in values)
 
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class Backend:
     """This is one implementation of the cell under test.
 
-    "reference" hides the core. "simt" runs the emulated CUDA kernels on CPU tensors.
+    "reference" hides the core. "emulator" runs the emulated CUDA kernels on CPU tensors.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Backend:
                 for module in (snnlstm.path, snnlstm.entry):
                     patch.setattr(module, "kernels", None)
                 yield
-        elif self.name == "simt":
-            from tests.simt.backend import emulated  # the first import builds the emulator
+        elif self.name == "emulator":
+            from tests.emulator.backend import emulated  # the first import builds the emulator
 
             with emulated():
                 yield
@@ -91,7 +91,7 @@ def _backends() -> list[Backend]:
         backends.append(Backend("cpu", torch.device("cpu"), native=True))
         # The emulator compiles csrc, which the tests of a wheel do not have.
         if (ROOT / "csrc").exists() and shutil.which(os.environ.get("CXX", "g++")):
-            backends.append(Backend("simt", torch.device("cpu"), native=True))
+            backends.append(Backend("emulator", torch.device("cpu"), native=True))
     if native is not None and torch.cuda.is_available() and "cuda" in native.DEVICES:
         backends.append(Backend("cuda", torch.device("cuda"), native=True))
     return backends

@@ -427,10 +427,10 @@ def refusing(name: str) -> Iterator[Callable[[int, int], Counter[str]]]:
         resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
     core, installed = snnlstm._C, contextlib.nullcontext()
     device = core.cuda_device(0) if name == "cuda" else None
-    if name == "simt":
-        from tests.simt.backend import simt_core
+    if name == "emulator":
+        from tests.emulator.backend import emulated_core
 
-        emulated = simt_core()
+        emulated = emulated_core()
         core, installed = emulated.module, emulated.installed()
         device = core.CudaDevice(80, 108, 163 * 1024)
     spoiler = Spoiler(core, device)
@@ -462,8 +462,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10, help="0: one round of examples")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--round", type=int, default=100, metavar="N", help="examples of a seed")
-    cores = ("cpu", "cuda", "simt")
-    parser.add_argument("--nonsense", choices=cores, help="simt: CUDA's core, emulated")
+    cores = ("cpu", "cuda", "emulator")
+    parser.add_argument("--nonsense", choices=cores, help="emulator: CUDA's core, emulated")
     chosen = parser.parse_args()
     end, done, seed = time.monotonic() + 60 * chosen.minutes, Counter[str](), chosen.seed
     which = refusing(chosen.nonsense) if chosen.nonsense else contextlib.nullcontext(run)

@@ -11,7 +11,7 @@
     python tools/instrumented.py coverage    lists the lines and branches that no test reaches
 
 Random calls come from sanitizers/driver.cpp, which calls the kernels of one instruction set without
-torch and Python. With "address" csrc/cpu/kernels/workspace.h fences in the pieces of a workspace too, and
+torch and Python. With "address" the pieces of a workspace have fences (workspace.h), and
 every piece starts as NaN. The compiler must be GCC or Clang with the sanitizers' runtime libraries.
 
 Tests run in a copy of the package, build/instrumented/NAME, where a build compiles only the changed
@@ -55,7 +55,7 @@ TESTS = {
                  "--ignore=tests/packaging/test_distribution.py",
                  "--ignore=tests/bench/test_demo.py",
                  # These files test the emulator itself, or build much more than other tests do.
-                 *(f"--ignore=tests/simt/test_{of}.py" for of in (
+                 *(f"--ignore=tests/emulator/test_{of}.py" for of in (
                      "compiles", "core_counters", "core_mutations"))],
 }  # fmt: skip
 REPORTS = (

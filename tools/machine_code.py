@@ -16,8 +16,8 @@ from pathlib import Path
 
 import networkx as nx  # torch wants it, too
 
-from tests.simt import gpu_tools
-from tests.simt.builder import ROOT
+from tests.emulator import gpu_tools
+from tests.emulator.builder import ROOT
 
 ENDS = ("BRA", "EXIT", "RET", "BRX")  # only a branch reaches what comes behind
 # Divisions (by way of a reciprocal), calls and local memory.

@@ -1,4 +1,4 @@
-// What kernels are written against: inline PTX under nvcc, an emulation (tests/simt) under g++.
+// What kernels are written against: inline PTX under nvcc, an emulation (tests/emulator) under g++.
 //
 // A kernel is ordinary CUDA C++: __global__, threadIdx, __syncthreads(), __syncwarp(),
 // __shfl_xor_sync(), __any_sync(), float4 and their like exist in both builds. This file adds what

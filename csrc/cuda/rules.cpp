@@ -4,7 +4,7 @@
 // No GPU has been timed. The rules come from counts (of PTX, machine code, rounds of blocks) and
 // from a paper model of nine cards, whose choices they keep within some 15 %, that model's own
 // error. "measure" times the candidates on the GPU at hand, the choice of these rules first.
-// tests/simt/test_rules.py has the layers that decided.
+// tests/emulator/test_rules.py has the layers that decided.
 #include "planning.h"
 
 namespace snnlstm::cuda {

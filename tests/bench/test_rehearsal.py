@@ -44,7 +44,7 @@ def test_a_rehearsal_passes_every_step(tmp_path):
     rows = report.read(tmp_path / "results" / "large")
     assert set(rows.case) == {"tiny"}
     assert set(rows.dtype) == {"float32", "autocast16", "float16"}
-    assert rows.path[rows.provider == "snnlstm"].str.startswith("simt-").all()
+    assert rows.path[rows.provider == "snnlstm"].str.startswith("emulator-").all()
 
 
 needs_emulator = pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
@@ -71,7 +71,7 @@ def test_each_step_that_checks_spikes_fails_where_they_are_wrong(mutant, monkeyp
 
     monkeypatch.setattr(cuda.Plan, "forward", mutated)
     monkeypatch.setattr(gpu_smoke, "EXACT", ())
-    device = ["--device", "simt-a100"]
+    device = ["--device", "emulator-a100"]
     sizes = ["--sizes", *["2", "1", "3", "5", "6", "7"]]
     for algorithm in gpu_smoke.ALGORITHMS:
         smoke = [*device, *sizes, "--options", "plain", "--algorithms", algorithm]
@@ -98,7 +98,7 @@ def test_rows_without_time_are_not_run_and_their_step_has_not_passed(tmp_path, c
     order = re.findall(r"(?m)^([ab]), inference .*, (float..), ms", capsys.readouterr().out)
     assert order == [(case, dtype) for case in "ab" for dtype in ("float32", "float64")]
 
-    place = gpu.Place("simt-t4", 75, None, True, *[tmp_path] * 4)
+    place = gpu.Place("emulator-t4", 75, None, True, *[tmp_path] * 4)
     verdicts = {
         0: "passed", gpu.NOT_RUN: "incomplete", 1: "failed (exit status 1)", 124: "stopped: its",
     }  # fmt: skip
@@ -126,8 +126,8 @@ def test_everything_that_is_missing_is_listed_with_what_installs_it(driver, line
 @needs_emulator
 def test_equal_calls_have_equal_hashes_and_every_bit_counts():
     layer = Case("layer", 3, 1, 2, 8, 6, 6, threshold=0.02, max_pool=2, reset="zero")
-    with devices.running("simt-h100"):
-        lines = list(gpu_overlap.hashes("simt-h100", [layer], repeats=2))
+    with devices.running("emulator-h100"):
+        lines = list(gpu_overlap.hashes("emulator-h100", [layer], repeats=2))
     assert len({line.split(": ")[1] for line in lines}) == len(lines) == 3
     assert " or " not in "".join(lines)
     one = torch.zeros(4, 5)

@@ -22,7 +22,7 @@ STACKS = {
     "dilation": ((2, 9, (3, 5), 1), {"dilation": 2, "batch_first": True}),
 }
 TIME, BATCH, SIZE = 3, 2, (7, 11)
-long = functools.partial(pytest.param, marks=pytest.mark.simt_long)
+long = functools.partial(pytest.param, marks=pytest.mark.emulator_long)
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 

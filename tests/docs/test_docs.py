@@ -28,7 +28,7 @@ PAGES = [
     README,
     ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks" / "NOTES.md",
-    ROOT / "tests" / "simt" / "README.md",
+    ROOT / "tests" / "emulator" / "README.md",
     *sorted(DOCS.glob("*.md")),
 ]
 
@@ -65,8 +65,8 @@ def _settings() -> Iterator[None]:
         conv.fp32_precision = precision
     else:
         torch.backends.cudnn.allow_tf32 = tf32
-    if "tests.simt.backend" in sys.modules:
-        sys.modules["tests.simt.backend"].simt_core().reset()
+    if "tests.emulator.backend" in sys.modules:
+        sys.modules["tests.emulator.backend"].emulated_core().reset()
 
 
 def run(page: Path) -> None:
@@ -88,7 +88,7 @@ WITH_PYTHON = [page for page in PAGES if page.exists() and blocks(page, "python"
 def test_python_blocks_run_in_order(page, recwarn, capsys, monkeypatch):
     for needed in NEEDED.get(page.name, ()):
         pytest.importorskip(needed, reason=f"pip install {needed}")
-    if page.parent.name == "simt" and not (snnlstm.path.kernels and shutil.which("g++")):
+    if page.parent.name == "emulator" and not (snnlstm.path.kernels and shutil.which("g++")):
         pytest.skip("no compiler, or no core")
     monkeypatch.chdir(ROOT)
     run(page)

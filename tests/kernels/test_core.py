@@ -12,12 +12,12 @@ _C = pytest.importorskip("snnlstm._C")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("core", "count"), [("cpu", 50), ("cuda", 100), ("simt", 15)])
+@pytest.mark.parametrize(("core", "count"), [("cpu", 50), ("cuda", 100), ("emulator", 15)])
 def test_random_calls_with_nonsense_among_the_arguments(core, count):
     """fuzz.py runs as a process, whose last line of output names the call that went wrong."""
     if core == "cuda" and not (hasattr(_C, "CudaPlan") and torch.cuda.is_available()):
         pytest.skip("no GPU")
-    if core == "simt" and not ((ROOT / "csrc").exists() and shutil.which("g++")):
+    if core == "emulator" and not ((ROOT / "csrc").exists() and shutil.which("g++")):
         pytest.skip("no sources or no compiler for the emulator")
     command = [sys.executable, "-m", "tools.fuzz", "--nonsense", core, "--minutes", "0"]
     command += ["--round", str(count), "--seed", "0"]

@@ -15,7 +15,7 @@ from tests.shared.helpers import close, ours, same, steps
 
 
 @pytest.mark.parametrize(
-    "record", [False, pytest.param(True, marks=pytest.mark.simt_long)], ids=["last", "record"]
+    "record", [False, pytest.param(True, marks=pytest.mark.emulator_long)], ids=["last", "record"]
 )
 @pytest.mark.parametrize("options", CELLS.values(), ids=CELLS)
 def test_each_sample_is_as_it_is_alone(backend, options, record):
@@ -217,7 +217,7 @@ def convlstm_and_input(hooked: bool) -> tuple[snnlstm.ConvLSTM, Tensor]:
     return net, steps(TIME, len(LENGTHS), 2, 6, 7).double()
 
 
-@pytest.mark.simt_long
+@pytest.mark.emulator_long
 @pytest.mark.parametrize("hooked", [False, True], ids=["sequence", "steps"])
 def test_a_convlstm_is_for_each_sample_as_it_is_alone(backend, hooked):
     net, x = convlstm_and_input(hooked)

@@ -212,7 +212,7 @@ PINNED = {
 # The emulator takes ten seconds for the large tiles, which only the CPU's kernels have.
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.simt_long) if n == "large tiles" else n for n in PINNED],
+    [pytest.param(n, marks=pytest.mark.emulator_long) if n == "large tiles" else n for n in PINNED],
 )
 def test_a_combination_of_options_equals_snntorch(backend, name):
     assert judge(PINNED[name], backend) is not None
@@ -220,7 +220,7 @@ def test_a_combination_of_options_equals_snntorch(backend, name):
 
 @pytest.mark.drawn
 def test_any_combination_of_options_equals_snntorch(backend):
-    @drawing(8 if backend.name == "simt" else 60)
+    @drawing(8 if backend.name == "emulator" else 60)
     @given(twins())
     def check(case):
         assume(judge(case, backend) is not None)
@@ -296,7 +296,7 @@ def test_attributes_that_users_touch(backend):
     close(actual.mem_reset(actual.mem), expected.mem_reset(expected.mem))
 
 
-@pytest.mark.simt_long
+@pytest.mark.emulator_long
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("reset", ["none", "zero", "subtract"])
 def test_a_threshold_that_no_loss_reaches_has_no_gradient(backend, reset, checkpoint):

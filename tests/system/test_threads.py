@@ -114,7 +114,7 @@ def test_a_fresh_process_gives_the_same_bits():
 )
 def test_torchs_deterministic_mode_is_met_and_changes_nothing(backend, density, options):
     """The mode raises or warns at operations that are not deterministic, and fills new memory."""
-    if backend.name == "simt":
+    if backend.name == "emulator":
         pytest.skip("the emulated kernels know nothing of this mode")
 
     def two_steps() -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""Derivatives are right in unusual ways, too: graphs that run again, hooks, torch.func."""

@@ -1,0 +1,1 @@
+"""A cell's options, states, surrogates, quantisers and errors do what the documentation says."""

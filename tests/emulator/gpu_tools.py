@@ -1,0 +1,185 @@
+"""Calls NVIDIA's command-line tools: compiles for every GPU, reads what ptxas says of registers and
+local memory, and disassembles.
+
+A CUDA toolkit or PyPI's nvidia-cuda-nvcc has nvcc, PyPI's nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm have cuobjdump and the nvdisasm that it calls. None of them needs a GPU.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from hashlib import sha1
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.emulator.builder import CACHE, ROOT
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+
+class Resources(NamedTuple):
+    """What one kernel needs on one architecture. local: bytes of local memory."""
+
+    kernel: str
+    arch: int
+    local: int
+
+
+@cache
+def find(tool: str) -> str | None:
+    """Path of nvcc, cuobjdump or nvdisasm, or None."""
+    folders = [Path(os.environ[v]) / "bin" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
+    folders.append(Path("/usr/local/cuda/bin"))
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or [] if spec else []:
+        folders += sorted(Path(root).glob("*/bin"))
+    if tool == "nvcc" and os.environ.get("CUDACXX"):
+        return os.environ["CUDACXX"]
+    return shutil.which(tool) or next(
+        (p for f in folders if (p := shutil.which(tool, path=f))), None
+    )
+
+
+@cache
+def known_architectures() -> tuple[int, ...]:
+    """The members of ARCHITECTURES that nvcc can compile for."""
+    text = _run([find("nvcc"), "--list-gpu-arch"])
+    return tuple(a for a in ARCHITECTURES if f"compute_{a}\n" in text)
+
+
+def ptx_of(arch: int) -> int:
+    """The PTX that machine code is made from, as csrc/cmake/cuda.cmake does it."""
+    return max(ptx for ptx in (75, 80, 90) if ptx <= arch)
+
+
+@cache
+def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
+    """Machine code of `source` for each architecture with its PTX, and what ptxas said."""
+    for_each = [
+        f"-gencode=arch=compute_{ptx},code=[compute_{ptx},{','.join(f'sm_{a}' for a in members)}]"
+        for ptx, members in groupby(archs, ptx_of)
+    ]
+    return _compile(source, ["-Xptxas=-v", *for_each, "-fatbin"])
+
+
+@cache
+def compile_ptx(source: Path, arch: int) -> str:
+    """The PTX of `source` for an architecture; without ptxas a quarter of the time is saved."""
+    return _compile(source, [f"-arch=compute_{arch}", "-ptx"])[0].read_text()
+
+
+def _compile(source: Path, what: list[str]) -> tuple[Path, str]:
+    """What nvcc makes, and what it said. Both are kept under ``build/emulator`` until a file that
+    `source` includes changes."""
+    nvcc = find("nvcc")
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads=1"]
+    flags += [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
+    build = (ROOT / "csrc" / "CMakeLists.txt").read_text()
+    flags += re.findall(rf"\(cuda/{source.name} PROPERTIES COMPILE_OPTIONS (\S+)\)", build)
+    listed = _run([nvcc, *flags, "-M", str(source)]).replace("\\\n", " ").split(":", 1)[1].split()
+    key = sha1(" ".join([nvcc, *flags, *what, str(source)]).encode())
+    for name in sorted(set(listed)):
+        if Path(name).resolve().is_relative_to(ROOT):
+            key.update(Path(name).read_bytes())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    binary = CACHE / f"{source.stem}-{key.hexdigest()[:16]}{what[-1].replace('-', '.')}"
+    log = binary.with_suffix(".log")
+    with binary.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers want the same machine code
+        if not (binary.exists() and log.exists()):
+            temporary = binary.with_name(f".{os.getpid()}-{binary.name}")
+            said = _run([nvcc, *flags, *what, str(source), "-o", str(temporary)], errors=True)
+            log.write_text(said)
+            os.replace(temporary, binary)
+    return binary, log.read_text()
+
+
+def code_of_ptx(source: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
+    """The PTX of each kernel of `source` by its name, in the form of :func:`disassemble`."""
+    text = compile_ptx(source, arch)
+    found = {}
+    for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{\n(.*?)\n\}", text, re.DOTALL):
+        code: list[tuple[int, str, str, str]] = []
+        labels: dict[str, int] = {}
+        for line in map(str.strip, body.splitlines()):
+            if label := re.match(r"(\$\w+):", line):
+                labels[label[1]] = len(code)
+            elif m := re.match(r"(@!?%p\d+\s+)?([a-z][\w.:]*)\s*(.*?);", line):
+                code.append((len(code), m[1] or "", m[2], m[3]))
+        found[name] = [
+            (at, predicate, what, hex(labels[rest]) if rest in labels else rest)
+            for at, predicate, what, rest in code
+        ]
+    return found
+
+
+def resources_of_log(log: str) -> list[Resources]:
+    """Reads the output of ``ptxas -v``."""
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+        re.DOTALL,
+    )
+    rows = pattern.findall(log)
+    names = demangle([name for name, *_ in rows])
+    return [
+        Resources(name, int(arch), sum(map(int, local)))
+        for name, (_, arch, *local) in zip(names, rows, strict=True)
+    ]
+
+
+def disassemble(binary: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
+    """The instructions of each kernel: address, predicate or "", name with its modifiers
+    ("LDG.E.128"), operands."""
+    text = _run([find("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(binary)], tools=True)
+    line = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+    names, code = [], []
+    for kernel, body in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", text, re.DOTALL):
+        found = filter(None, map(line.match, body.splitlines()))
+        names.append(kernel)
+        code.append([(int(m[1], 16), m[2] or "", m[3], m[4]) for m in found])
+    return dict(zip(demangle(names), code, strict=True))
+
+
+def demangle(names: list[str]) -> list[str]:
+    tool = shutil.which("c++filt")
+    if not tool or not names:
+        return names
+    done = subprocess.run(
+        [tool], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    return [n.replace("(anonymous namespace)::", "") for n in done.stdout.splitlines()]
+
+
+def _run(command: list[str], tools: bool = False, errors: bool = False) -> str:
+    """What a program prints, with its errors if they are wanted."""
+    environment = dict(os.environ)
+    if tools and find("nvdisasm"):  # cuobjdump looks for it on PATH
+        environment["PATH"] = f"{Path(find('nvdisasm')).parent}:{environment.get('PATH', '')}"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stderr + done.stdout if errors else done.stdout
+
+
+def main() -> None:
+    """Compiles the kernels that `make test` looks at, so that no test waits for another's nvcc."""
+    if find("nvcc") is None:
+        return
+    text = "nvcc is here: compiling the CUDA kernels to PTX for sm_90 takes a minute of a core."
+    print(text, flush=True)
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda p: -p.stat().st_size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda source: compile_ptx(source, 90), sources))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Plans of the core, and the launches of a call of which nothing runs: the emulator notes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.cases import CPU_CASES, GPU_CASES
+from benchmarks.cases import Case as Layer
+from tests.emulator import gpu_tools
+from tests.emulator.backend import Core
+from tests.emulator.library import Launch
+from tools import machine_code
+
+# The fields of the core's Cell, which is a small layer.
+FACTS: dict[str, Any] = {
+    "dtype": 0, "T": 1, "N": 1, "Cin": 1, "C": 8, "H": 8, "W": 8, "kernel": (3, 3),
+    "stride": (1, 1), "dilation": (1, 1), "pool": 0, "pool_size": (1, 1), "reset": 2,
+    "surrogate": 1, "p0": 2.0, "p1": 0.0, "inhibition": False, "num_levels": 0,
+}  # fmt: skip
+LAYERS: dict[str, Layer] = {**CPU_CASES, **GPU_CASES}
+# dtype and matrix, by the numbers of csrc/args.h and csrc/cuda/plan.h.
+MODES = {"float32": (0, 0), "fp16": (2, 0), "tf32": (0, 1), "bf16": (3, 0)}
+FUSED = 1  # of csrc/cuda/plan.h
+ADDRESS = 1 << 20  # of memory that nobody touches
+
+
+def plan(
+    core: Core, matrix: int = 1, backward: bool = False, lengths: bool = False, **facts: Any
+) -> Any:
+    """The core's plan of a launch for every step."""
+    cell, device = core.module.Cell(**FACTS | facts), core.kernels.device(torch.device("cpu"))
+    return core.module.CudaPlan(cell, device, matrix, FUSED, backward, lengths=lengths)
+
+
+def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
+    """Launches of a channels-last sequence with its gradients."""
+    facts = FACTS | facts
+    n, c, h, w = (facts[k] for k in ("N", "C", "H", "W"))
+
+    def images(channels: int) -> tuple[int, tuple[int, ...]]:
+        size = channels * h * w
+        return ADDRESS, (n * size, size, 1, w * channels, channels)
+
+    state, x = images(c), images(facts["Cin"])
+    # In the order of PassArgs (csrc/args.h).
+    common = (
+        x, state, state, ADDRESS, 0, 0, ADDRESS, 0, ADDRESS, 0, True,
+        ADDRESS, ADDRESS, 0, ADDRESS, 0, 0, ADDRESS,
+    )  # fmt: skip
+    with core.dry() as launches:
+        forward, backward = (plan(core, matrix, of, **facts) for of in (False, True))
+        for packed in forward, backward:
+            packed.pack(ADDRESS, ADDRESS, 0)
+        forward.forward(0, (*common, 0, None, None, *(state,) * 3))
+        gradients = *(state,) * 3, x, state, state, *(ADDRESS,) * 3
+        backward.backward(0, (*common, None, *gradients, 0, 0))
+    return launches
+
+
+def of_layer(core: Core, layer: Layer, mode: str) -> list[Launch]:
+    """Launches of a layer of the suite."""
+    dtype, matrix = MODES[mode]
+    pool, size = (1, layer.max_pool) if layer.max_pool else (2, layer.avg_pool)
+    pooling = {"pool": pool, "pool_size": (size, size)} if size else {}
+    return calls(
+        core, matrix, **pooling, dtype=dtype, T=layer.steps, N=layer.batch, Cin=layer.cin,
+        C=layer.cout, H=layer.height, W=layer.width, kernel=layer.kernel,
+    )  # fmt: skip
+
+
+def balance(launch: Launch, multiprocessors: int) -> float:
+    """Blocks of a launch over those that it would have if each multiprocessor had as many as the
+    one with the most."""
+    each = -(-launch.blocks // multiprocessors)
+    return launch.blocks / (each * multiprocessors)
+
+
+class Compiled(NamedTuple):
+    """What nvcc makes of one kernel; per_mma: of its inner loops, the most instructions."""
+
+    barriers: int
+    per_mma: float
+
+
+def compiled(source: Path, arch: int) -> dict[str, Compiled]:
+    """The kernels of a source by name, as PTX for an architecture."""
+    code = gpu_tools.code_of_ptx(source, gpu_tools.ptx_of(arch))
+    found = {}
+    for name, instructions in zip(gpu_tools.demangle(list(code)), code.values(), strict=True):
+        loops = machine_code.loops(machine_code.parse(instructions)) if instructions else []
+        barriers = sum(i[2].startswith(("bar.", "barrier.")) for i in instructions)
+        found[name] = Compiled(barriers, max((loop.per_hmma for loop in loops), default=0.0))
+    return found

@@ -1,0 +1,195 @@
+"""A library of emulated kernels, for Python.
+
+emulator = Emulator(build("own"))
+emulator.schedule("ahead", seed=3)
+with emulator.arrays(a=a, out=(out, "w")):
+    emulator.call("run", a, out, 64)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.emulator.builder import ROOT
+
+CUDA = ROOT / "csrc" / "cuda"
+SCHEDULES = ("in_order", "shuffled", "ahead")
+
+
+class EmulationError(RuntimeError):
+    """A kernel did what it must not do. The text names the thread and the line of the source."""
+
+
+class Counts(Counter[str]):
+    """The counters of machine/count.cpp, and ratios to the least possible cost."""
+
+    @property
+    def sectors(self) -> float:
+        """Sectors of 32 bytes of global memory over the fewest that suffice."""
+        fewest = self["global_read_fewest"] + self["global_write_fewest"]
+        return (self["global_read_sectors"] + self["global_write_sectors"]) / max(fewest, 1)
+
+    @property
+    def banks(self) -> float:
+        """Wavefronts of shared memory over those without conflicts."""
+        return self["shared_wavefronts"] / max(self["shared_fewest"], 1)
+
+    @property
+    def mma(self) -> int:
+        """Tensor core instructions of warps."""
+        return sum(count for name, count in self.items() if name.startswith("mma_"))
+
+
+class Launch(NamedTuple):
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+    overlaps: int  # 1: the launch before it
+
+
+class Settings(ctypes.Structure):
+    """The struct of this name in machine/machine.h, which documents the fields."""
+
+    NUMBERS = "policy races counters compute_capability truncates dry"
+    _fields_ = [("seed", ctypes.c_uint64), *((n, ctypes.c_int) for n in NUMBERS.split())]
+
+
+class Emulator:
+    """Settings hold until they are changed."""
+
+    def __init__(self, library: Path):
+        self.path = library
+        self.lib = ctypes.CDLL(str(library))
+        for name in ("register", "counters", "launches"):
+            getattr(self.lib, f"simt_{name}").restype = ctypes.c_char_p
+        self.lib.simt_copy_of.restype = ctypes.c_void_p
+        self.settings = Settings.in_dll(self.lib, "simt_settings")
+        self._defaults = bytes(self.settings)
+        self.reset()
+
+    def reset(self) -> None:
+        """Sets the defaults: threads in order, all checks, no counters, no fault, sm_80."""
+        ctypes.memmove(ctypes.byref(self.settings), self._defaults, len(self._defaults))
+        self.fault("none")
+        self.reset_counters()
+
+    def schedule(self, policy: str, seed: int = 0) -> None:
+        self.settings.policy, self.settings.seed = SCHEDULES.index(policy), seed
+
+    def checks(self, races: bool = True, counters: bool = False) -> None:
+        self.settings.races, self.settings.counters = races, counters
+
+    def fault(self, name: str) -> None:
+        """Switches one seeded fault of fault.cuh on."""
+        self.lib.simt_fault(fault_numbers()[name])
+
+    def _rows(self, what: str) -> list[list]:
+        """The fields of each line of an answer; numbers become int."""
+        lines = getattr(self.lib, f"simt_{what}")().decode().splitlines()
+        return [[int(f) if f.isdigit() else f for f in line.split("\t")] for line in lines]
+
+    @contextlib.contextmanager
+    def dry(self) -> Iterator[list[Launch]]:
+        """Within the block nothing runs. After it the list holds what would have been launched."""
+        found: list[Launch] = []
+        self.settings.dry = 1
+        self.lib.simt_launches()
+        try:
+            yield found
+        finally:
+            self.settings.dry = 0
+            found += [Launch(*row) for row in self._rows("launches")]
+
+    def counters(self) -> dict[str, Counts]:
+        """Totals since the last reset, by kernel name."""
+        found: dict[str, Counts] = {}
+        for kernel, name, value in self._rows("counters"):
+            found.setdefault(kernel, Counts())[name] = value
+        return found
+
+    def reset_counters(self) -> None:
+        self.lib.simt_reset_counters()
+
+    @contextlib.contextmanager
+    def arrays(self, **arrays: np.ndarray | tuple[np.ndarray, str]) -> Iterator[None]:
+        """Kernels may read these arrays, and write those that are given as ``(array, "w")``.
+
+        They work on copies, and what they have written is in the arrays after the block.
+        """
+        known = []
+        try:
+            for name, given in arrays.items():
+                array, writable = (given[0], True) if isinstance(given, tuple) else (given, False)
+                address = ctypes.c_void_p(array.ctypes.data)
+                size = ctypes.c_size_t(array.nbytes)
+                problem = self.lib.simt_register(address, size, name.encode(), int(writable))
+                if problem:
+                    raise ValueError(problem.decode())
+                known.append(address)
+            yield
+        finally:
+            for address in known:
+                self.lib.simt_unregister(address)
+
+    def call(self, name: str, *args: np.ndarray | int | str) -> None:
+        """Calls ``const char* name(...)``, which returns null or what went wrong."""
+        function = getattr(self.lib, name)
+        function.restype = ctypes.c_char_p
+        problem = function(*map(self._argument, args))
+        if problem:
+            raise EmulationError(symbolise(problem.decode()))
+
+    def _argument(self, value):
+        if isinstance(value, np.ndarray):
+            return ctypes.c_void_p(self.lib.simt_copy_of(ctypes.c_void_p(value.ctypes.data)))
+        return value.encode() if isinstance(value, str) else ctypes.c_int(value)
+
+
+def symbolise(text: str) -> str:
+    """Replaces ``<library+0x12>`` by the source line, if there is addr2line."""
+
+    def place(match: re.Match) -> str:
+        command = ["addr2line", "-Cfie", match[1], match[2]]
+        try:
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return match[0]
+        lines = out.splitlines()
+        # Innermost first: the wrappers of the primitives say nothing about the kernel.
+        for function, where in zip(lines[::2], lines[1::2], strict=False):
+            if not re.search(r"(simt\.h|primitives\.cuh|launch\.cuh|half\.cuh):", where):
+                name = function.replace("(anonymous namespace)::", "").split("(")[0]
+                return f"{where.split(' (')[0]} ({name})"
+        return match[0]
+
+    return re.sub(r"<([^<>]+)\+(0x[0-9a-f]+)>", place, text)
+
+
+# ---- seeded faults, of fault.cuh ----------------------------------------------------------------
+
+
+def fault_numbers() -> dict[str, int]:
+    """The faults by name; "none" is 0."""
+    text = re.sub(r"//[^\n]*", "", (CUDA / "fault.cuh").read_text())
+    body = re.search(r"enum class Fault : int \{(.*?)\};", text, re.DOTALL)
+    assert body is not None
+    return {name: number for number, name in enumerate(re.findall(r"\w+", body[1]))}
+
+
+def placed_faults() -> list[str]:
+    """Name of every ``fault(Fault::name)`` in the kernels."""
+    found = []
+    for path in sorted(CUDA.glob("*.cu*")):
+        code = re.sub(r"//[^\n]*", "", path.read_text())
+        found += re.findall(r"\bfault\(Fault::(\w+)\)", code)
+    return found

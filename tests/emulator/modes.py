@@ -1,0 +1,186 @@
+"""Tables for the tests: numbers and ways in which the emulated kernels run, and the calls."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch.backends import mkldnn
+
+from snnlstm import surrogate
+from snnlstm.quant import state_quant
+from tests.emulator.backend import float32_precision
+from tests.kernels import alone
+from tests.shared import cases, flat
+from tests.shared.cases import SILENT, Case
+
+SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A type of the states, a way to form products, and the errors that both may make."""
+
+    dtype: torch.dtype
+    error: float  # added by a step
+    gradient: float  # error, relative to the largest element of a gradient
+    precision: str = "ieee"  # see float32_precision()
+    operands: torch.dtype | None = None  # under autocast
+    compute_capability: int = 80
+    algorithm: str = "direct"
+    shared_bytes: int = 163 * 1024
+    multiprocessors: int = 108
+    tile: tuple[int, int] = (0, 0)  # of the steps; (0, 0): as the rules say
+
+    @contextmanager
+    def running(self, core):
+        """Within the block, the native path for CPU tensors runs in this mode."""
+        card = self.compute_capability, self.multiprocessors, self.shared_bytes
+        core.device(*card, tile=self.tile)
+        # torch's convolution stands in for cuDNN's; oneDNN 3 with AMX would give wrong sums for
+        # bfloat16 images of one column with stride and dilation.
+        (enabled, *_) = mkldnn.set_flags(False)
+        autocast = torch.autocast("cpu", self.operands, enabled=self.operands is not None)
+        try:
+            with core.installed(), float32_precision(self.precision), autocast:
+                yield
+        finally:
+            mkldnn.set_flags(enabled)
+
+    def of(self, case: Case) -> Case:
+        """The same call with states of this mode's type."""
+        return case.but(dtype=self.dtype)
+
+    def run(self, *call: Any) -> tuple[torch.Tensor, ...]:
+        return flat.run(*call, self.algorithm)
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are as good as float32's: then the kernels decide as float64 does."""
+        return self.gradient <= 3e-5
+
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+# Like a T4, but with one multiprocessor: small calls then have blocks as large ones have.
+T4: dict[str, Any] = {"compute_capability": 75, "shared_bytes": 64 * 1024, "multiprocessors": 1}
+# On sm_86 plain float32 is faster than three products in tf32, on sm_80 it is slower.
+MODES = {
+    "float64": Mode(F64, 1e-12, 1e-10),
+    "float32": Mode(F32, 2e-6, 3e-5, compute_capability=86),
+    "float32 on sm_75": Mode(F32, 2e-6, 3e-5, "tf32", **T4),
+    "tf32x3": Mode(F32, 5e-6, 3e-5),
+    "tf32": Mode(F32, 4e-3, 1e-2, "tf32"),
+    "float16 states": Mode(F16, 3e-3, 2e-2),
+    "bfloat16 states": Mode(BF16, 3e-2, 1.2e-1),
+    "float16 autocast": Mode(F32, 4e-3, 1e-2, operands=F16),
+    "bfloat16 autocast": Mode(F32, 3e-2, 8e-2, operands=BF16),
+    "float16 on sm_75": Mode(F16, 3e-3, 2e-2, **T4),
+    "float16 autocast on sm_75": Mode(F32, 4e-3, 1e-2, operands=F16, **T4),
+    "bfloat16 on sm_75": Mode(BF16, 3e-2, 1.2e-1, **T4),
+    "bfloat16 autocast on sm_75": Mode(F32, 3e-2, 8e-2, operands=BF16, **T4),
+}
+CUDNN = {
+    f"{name} cudnn": replace(MODES[name], compute_capability=80, algorithm="cudnn")
+    for name in ("float32", "float64", "bfloat16 states", "bfloat16 autocast")
+}
+CUDNN["float32 on sm_75 cudnn"] = replace(
+    MODES["float32 on sm_75"], precision="ieee", algorithm="cudnn"
+)
+# The kernels go through the steps, and torch forms the gradients of x, weight and bias.
+HYBRID = {
+    f"{name} hybrid": replace(MODES[name], algorithm="hybrid")
+    for name in ("float32", "float64", "tf32x3", "bfloat16 states", "bfloat16 autocast")
+}
+# The launches of a sequence's steps overlap on sm_90.
+OVERLAPPING = {
+    f"{name} on sm_90": replace(MODES[name], compute_capability=90)
+    for name in ("float64", "tf32x3", "tf32", "bfloat16 states", "bfloat16 autocast")
+}
+FORWARD = MODES | CUDNN
+BACKWARD = FORWARD | HYBRID
+ALL = BACKWARD | OVERLAPPING
+
+# Without reset, since coarse modes would decide some resets otherwise, and then differ.
+PLAIN = cases.PLAIN.but(reset="none", threshold="number")
+CASES = {
+    "plain": PLAIN,
+    **{name: alone.ALONE[name].but(reset="none") for name in ("one step", "one pixel")},
+    "odd sizes": PLAIN.but(batch=1, height=9, width=13),
+    "one channel": alone.ALONE["one channel"].but(reset="none"),
+    "wide": PLAIN.but(time=2, batch=1, in_channels=16, channels=24, height=16, width=16),
+    "channels last": PLAIN.but(
+        in_channels=8, channels=16, height=8, width=8, layouts=("channels_last",) * 4
+    ),
+    "sliced": PLAIN.but(layouts=("sliced",) * 4),
+    "long": PLAIN.but(time=18, batch=1, height=3, width=4),
+    "kernel 5x1": PLAIN.but(kernel_size=(5, 1), reset="subtract"),
+    "kernel 1x1": PLAIN.but(kernel_size=(1, 1), reset="zero"),
+    "short chunks": PLAIN.but(
+        kernel_size=(1, 1),
+        time=2,
+        in_channels=96,
+        channels=40,
+        height=4,
+        layouts=("channels_last",) * 4,
+    ),
+    "stride, dilation": PLAIN.but(stride=(2, 3), dilation=(2, 1)),
+    "max pool": PLAIN.but(pool="max", pool_size=(2, 2), reset="subtract"),
+    "uneven average pool": PLAIN.but(pool="avg", pool_size=(3, 2)),
+    "inhibition": PLAIN.but(inhibition=True, reset="zero"),
+    "pooled inhibition": PLAIN.but(inhibition=True, pool="max", pool_size=(2, 2)),
+    "one window": alone.ALONE["a window as large as the image"].but(reset="none"),
+    "quantised": PLAIN.but(quant=state_quant(3), reset="subtract"),
+    "quantised and pooled": PLAIN.but(
+        quant=state_quant(4, uniform=False), pool="max", pool_size=(2, 2)
+    ),
+    "threshold per channel": PLAIN.but(threshold="column", bias=False, graded=0.7),
+    "kernel 5x5": PLAIN.but(kernel_size=(5, 5), time=1, batch=1),
+    # Taps that only ever meet the border, and images of one column, which run as one row.
+    "one column": PLAIN.but(height=13, width=1, reset="subtract"),
+    "pooled column": PLAIN.but(height=14, width=1, pool="max", pool_size=(3, 1), stride=(1, 3)),
+    "kernel 9x7": PLAIN.but(kernel_size=(9, 7), height=3, width=4, dilation=(1, 2)),
+    "no spikes": PLAIN.but(**SILENT, record=False),
+    "no spikes, one step": PLAIN.but(**SILENT, sequence=False, record=False),
+}
+# Calls without decisions, for the gradients of coarse modes.
+SMOOTH = {
+    "last states": PLAIN.but(record=False),
+    "average pool": PLAIN.but(pool="avg", pool_size=(2, 2)),
+    **{
+        name: CASES[name]
+        for name in (
+            "plain", "one step", "wide", "channels last", "short chunks", "stride, dilation",
+            "one pixel", "one column", "kernel 9x7", "threshold per channel", "no spikes",
+            "no spikes, one step",
+        )
+    },
+}  # fmt: skip
+JUMPING = CASES | {
+    "every neuron's own surrogate": PLAIN.but(surrogate=surrogate.sigmoid(25), reset="zero"),
+    "stochastic": PLAIN.but(surrogate=surrogate.SSO(0.1, 0.2)),
+    "no gradient of spikes": PLAIN.but(surrogate=surrogate.NONE),
+    "kernel 5x5": PLAIN.but(kernel_size=(5, 5)),
+    "no bias": PLAIN.but(bias=False),
+}
+
+
+def crossed(modes, calls):
+    """Every mode and case, with a schedule. Short runs have each case once, and a plain one in each
+    mode."""
+    return [
+        pytest.param(
+            mode,
+            case,
+            SCHEDULES[(i + j) % 3],
+            id=f"{mode}-{name}",
+            marks=[] if (i + j) % len(modes) == 0 or name == "plain" else pytest.mark.emulator_long,
+        )
+        for i, mode in enumerate(modes)
+        for j, (name, case) in enumerate(calls.items())
+    ]
+
+
+def of(table: dict[str, Mode], exact: bool) -> list[str]:
+    """The modes whose products are as good as float32's, or the others."""
+    return [name for name, mode in table.items() if mode.exact == exact]

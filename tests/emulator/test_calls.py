@@ -1,0 +1,300 @@
+"""Tests what snnlstm.native.cuda asks of the core and of torch, on the emulated kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import replace
+from itertools import permutations
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import snnlstm
+from snnlstm.native import cuda
+from snnlstm.native import function as native
+from snnlstm.quant import state_quant
+from tests.emulator.backend import float32_precision
+from tests.emulator.modes import MODES, PLAIN
+from tests.shared import flat
+from tests.shared.cases import wanting_gradients
+
+TRAINED = PLAIN.but(reset="subtract", quant=state_quant(4))
+WAITING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero")
+
+
+def train(case, inputs, algorithm="auto"):
+    """Returns all outputs and gradients."""
+    leaves = wanting_gradients(inputs)
+    out = flat.run(*leaves, case.options, algorithm)
+    grads = torch.autograd.grad(
+        [o.float().square().sum() for o in out], [t for t in leaves if t is not None][:-1]
+    )
+    return *out, *grads
+
+
+class Record(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
+def test_nothing_waits_for_the_device(core, algorithm):
+    """Therefore a CUDA graph can capture a call, forward and backward."""
+    inputs = TRAINED.inputs()
+    with core.installed(), Record() as record:
+        train(TRAINED, inputs, algorithm)
+    assert not record.seen & set(WAITING)
+    with Record() as record:
+        float(inputs.graded)
+    assert record.seen & set(WAITING)
+
+
+class Noting:
+    """A plan of the core that notes the stream and the guards of each call of a kernel."""
+
+    def __init__(self, plan, guarded, calls):
+        self._plan, self._guarded, self._calls = plan, guarded, calls
+
+    def __getattr__(self, name):
+        found = getattr(self._plan, name)
+        if name not in ("pack", "store_levels", "forward", "backward"):
+            return found
+
+        def noted(*args, **kwargs):
+            stream = args[0] if name in ("forward", "backward") else args[-1]
+            self._calls.append((name, list(self._guarded), stream))
+            return found(*args, **kwargs)
+
+        return noted
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
+def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypatch, algorithm):
+    guarded: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(which):
+        guarded.append(which)
+        yield
+        guarded.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cuda, "current_stream", lambda _: 77)
+    calls = []
+
+    class Noted(cuda.Backend):
+        def core_plan(self, *facts):
+            return Noting(super().core_plan(*facts), guarded, calls)
+
+    asked = []
+
+    def device(number):
+        asked.append(number)
+        return core.module.CudaDevice(80, 108, 163 * 1024)
+
+    monkeypatch.setattr(core.module, "cuda_device", device, raising=False)
+    monkeypatch.setitem(native.BACKENDS, "cpu", Noted(core.module))
+    train(TRAINED, TRAINED.inputs(), algorithm)
+    packed = set() if algorithm == "cudnn" else {"pack"}
+    assert {name for name, *_ in calls} == {"forward", "backward", "store_levels"} | packed
+    assert asked == [None]  # the number of this device
+    for name, within, stream in calls:
+        assert set(within) == {torch.device("cpu")}, name
+        assert stream == 77, name
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "dtype", "autocast", "algorithm", "expected"),
+    [
+        ("ieee", 80, torch.float32, None, "auto", "mma-3xtf32"),
+        ("ieee", 86, torch.float32, None, "auto", "fma"),
+        ("tf32", 80, torch.float32, None, "auto", "mma-tf32"),
+        ("tf32", 75, torch.float32, None, "auto", "fma"),
+        ("tf32", 74, torch.float16, None, "direct", "fma"),
+        ("tf32", 75, torch.float16, None, "direct", "mma-fp16"),
+        ("tf32", 75, torch.float32, torch.float16, "auto", "mma-fp16"),
+        ("tf32", 75, torch.float64, torch.float16, "direct", "fma"),
+        ("tf32", 75, torch.bfloat16, None, "direct", "fma"),
+        ("tf32", 75, torch.float32, torch.bfloat16, "direct", "fma"),
+        ("tf32", 80, torch.float64, None, "direct", "fma"),
+        ("ieee", 80, torch.float16, None, "winograd", "mma-fp16"),
+        ("ieee", 80, torch.bfloat16, None, "direct", "mma-bf16"),
+        ("ieee", 80, torch.float32, torch.bfloat16, "direct", "mma-bf16"),
+        ("ieee", 80, torch.float32, torch.float16, "direct", "mma-fp16"),
+        ("ieee", 80, torch.float64, torch.float16, "direct", "fma"),
+        ("ieee", 80, torch.float32, torch.float16, "cudnn", "cudnn"),
+        ("tf32", 80, torch.float32, None, "hybrid", "hybrid-mma-tf32"),
+        ("ieee", 86, torch.float32, None, "hybrid", "hybrid-fma"),
+        ("tf32", 80, torch.float32, None, "fused", "mma-tf32"),
+    ],
+)
+def test_what_multiplies_follows_torch(
+    core, precision, capability, dtype, autocast, algorithm, expected
+):
+    core.device(capability)
+    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1).to(dtype)
+    x = torch.zeros(1, 2, 5, 5, dtype=dtype)
+    context = torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext()
+    with core.installed(), float32_precision(precision), snnlstm.algorithm(algorithm), context:
+        spk, syn, mem = cell(x)
+    assert cell.path.name == f"emulator-{expected}"
+    assert {spk.dtype, syn.dtype, mem.dtype} == {dtype}
+
+
+@pytest.mark.parametrize("algorithm", ["hybrid", "cudnn"])
+@pytest.mark.parametrize(("capability", "contiguous"), [(75, True), (80, False)])
+def test_float32_without_tensor_cores_is_convolved_in_contiguous_images(
+    core, monkeypatch, algorithm, capability, contiguous
+):
+    seen = []
+
+    def note(name, *places):
+        of = getattr(cuda.torch_conv, name)
+
+        def noted(*args):
+            seen.extend(args[k] for k in places)
+            return of(*args)
+
+        monkeypatch.setattr(cuda.torch_conv, name, noted)
+
+    note("conv2d_input", 2)
+    note("conv2d_weight", 0, 2)
+    core.device(capability)
+    case = PLAIN.but(channels=8, in_channels=2, time=3)
+    with core.installed(), float32_precision("ieee"):
+        train(case, case.inputs(), algorithm)
+    of_gates = [t for t in seen if t.shape[1] == 32]
+    of_mem = [t for t in seen if t.shape[1] == 8]
+    assert len(of_gates) > len(of_mem) > 0
+    assert {t.is_contiguous() for t in of_gates + of_mem} == {contiguous}
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps", "expected"),
+    [
+        ("bfloat16 states", 3, [(6, 5), *[(2, 9)] * 3]),
+        ("float32", 2, [(4, 5), (2, 9), (2, 9), (2, 5), (2, 9)]),
+        ("float32", 0, [(2, 14)] * 3),
+        ("float16 on sm_75", 3, [(2, 14)] * 3),  # where float32 has no tensor cores
+    ],
+)
+def test_cudnn_convolves_x_of_several_steps_at_once(core, monkeypatch, mode, steps, expected):
+    """The sums are float32, because the kernels add half types' sums of mem before they round."""
+    seen = []
+
+    def conv2d(images, *args):
+        seen.append(images)
+        return F.conv2d(images, *args)
+
+    monkeypatch.setattr(cuda.torch_conv, "F", SimpleNamespace(conv2d=conv2d, pad=F.pad))
+    monkeypatch.setattr(cuda.torch_conv, "MOST_SUMS", steps * 4 * math.prod(PLAIN.state_shape) * 4)
+    mode = replace(MODES[mode], algorithm="cudnn")
+    case = mode.of(PLAIN)
+    with mode.running(core), torch.no_grad():
+        actual = mode.run(*case.inputs(), case.options)
+        monkeypatch.undo()
+        assert [tuple(t.shape[:2]) for t in seen] == expected
+        assert {t.dtype for t in seen if t.shape[1] == 5} <= {torch.float32}
+        expected = replace(mode, algorithm="fused").run(*case.inputs(), case.options)
+    torch.testing.assert_close(actual[1:], expected[1:], atol=3 * mode.error, rtol=0)
+
+
+def test_every_new_value_of_a_weight_is_seen(core):
+    """The kernels pack a weight again whose address and version a change has left as they were."""
+    inputs = PLAIN.inputs()
+    with core.installed(), torch.no_grad():
+        before = flat.run(*inputs, PLAIN.options)
+        version = inputs.weight._version
+        inputs.weight.data.mul_(2)
+        assert inputs.weight._version == version
+        after = flat.run(*inputs, PLAIN.options)
+    assert not torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    ["direct", *(pytest.param(of, marks=pytest.mark.emulator_long) for of in ("hybrid", "cudnn"))],
+)
+def test_checkpoint_gives_the_same_gradients(core, algorithm):
+    case = TRAINED.but(time=5, record=False)
+    with MODES["float32"].running(core):
+        plain = train(case, case.inputs(), algorithm)
+        again = train(case.but(checkpoint=True), case.inputs(), algorithm)
+    torch.testing.assert_close(again, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
+@pytest.mark.parametrize(
+    "mode", ["float32", pytest.param("bfloat16 autocast", marks=pytest.mark.emulator_long)]
+)
+def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
+    """The fake kernels of function.py know the sizes of what the CUDA kernels save."""
+    torch._dynamo.reset()
+    case = PLAIN.but(time=2)
+
+    def run(*tensors):
+        return flat.run(*tensors, case.options, algorithm)
+
+    def trained(function):
+        leaves = wanting_gradients(case.inputs())
+        autocast = MODES[mode].operands
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            out = function(*leaves)
+        return *out, *torch.autograd.grad(sum(o.sum() for o in out), leaves[:-1])
+
+    with MODES[mode].running(core):
+        actual = trained(torch.compile(run, fullgraph=True, backend="aot_eager"))
+        expected = trained(run)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6, check_stride=True)
+    torch._dynamo.reset()
+
+
+def test_one_algorithm_reads_what_the_other_saved(core):
+    inputs, options = PLAIN.inputs(), PLAIN.options
+    graded = [torch.randn(shape) for shape in PLAIN.output_shapes]
+    with MODES["float32"].running(core):
+        found = []
+        for first, second in permutations(("direct", "cudnn", "hybrid"), 2):
+            call = (*inputs, options)
+            result = flat.forward(*call, True, first)
+            found.append(flat.backward(call, result, graded, (True,) * 6, second))
+    for gradients in found[1:]:
+        torch.testing.assert_close(gradients, found[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn", "measure"])
+def test_a_loop_of_steps_has_the_gradients_of_the_sequence(core, algorithm):
+    cell = snnlstm.SConv2dLSTM(2, 5, 3, threshold=0.1)
+    x = torch.rand(4, 2, 2, 7, 6)
+    found = []
+
+    def clock(run):
+        run()
+        return 1.0
+
+    with MODES["float32"].running(core), snnlstm.algorithm(algorithm):
+        core.kernels.seconds = clock
+        for steps in (x, x.unbind()):
+            syn, mem = cell.reset_mem()
+            spks = []
+            for step in [steps] if steps is x else steps:
+                spk, syn, mem = cell(step, syn, mem)
+                spks.append(spk if steps is x else spk.unsqueeze(0))
+            loss = torch.cat(spks).sum() + mem.square().sum()
+            found.append(torch.autograd.grad(loss, cell.conv.parameters()))
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
+
+
+def test_the_built_core_serves_cuda_tensors_where_it_has_the_kernels():
+    assert ("cuda" in native.DEVICES) == bool(native._C.build_info()["cuda_archs"])

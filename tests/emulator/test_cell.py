@@ -1,0 +1,133 @@
+"""Compares the project's emulated CUDA kernels with the float64 reference, in every type and way.
+
+The cases and the oracle are those of the CPU kernels (cases.py, oracle.py in tests/shared). The
+emulator checks all runs: bounds, races, uninitialised shared memory, divergence. Outputs and
+workspaces hold NaN before.
+"""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+
+from benchmarks import gpu_smoke
+from tests.emulator import test_cell_gradients
+from tests.emulator.backend import float32_precision
+from tests.emulator.builder import ROOT
+from tests.emulator.modes import ALL, CASES, FORWARD, MODES, PLAIN, SMOOTH, Mode, crossed
+from tests.shared.cases import Case, cases, drawing, wanting_gradients
+from tests.shared.oracle import check_steps
+
+
+def check(core, case: Case, mode: Mode) -> None:
+    """Judges an inference call step by step, and a training call by the inference call."""
+    case = mode.of(case.recorded() if case.options.sequence else case)
+    inputs = case.inputs()
+    with mode.running(core):
+        with torch.no_grad():
+            out = mode.run(*inputs, case.options)
+        check_steps(case, inputs, out, mode.error)
+        trained = mode.run(*wanting_gradients(inputs), case.options)
+    if case.options.checkpoint:  # each segment decides anew how x is convolved
+        check_steps(case, inputs, [part.detach() for part in trained], mode.error)
+    else:
+        torch.testing.assert_close(trained, out, atol=0, rtol=0, equal_nan=False)
+
+
+@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(FORWARD, CASES))
+def test_forward(core, mode, case, schedule):
+    core.schedule(*schedule)
+    check(core, case, ALL[mode])
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "tf32",
+        *(pytest.param(mode, marks=pytest.mark.emulator_long)
+          for mode in ("tf32x3", "bfloat16 autocast", "float16 autocast on sm_75")),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("plain", True), ("wide", True), ("channels last", True), ("odd sizes", False),
+        ("quantised", False), ("max pool", False), ("inhibition", False), ("no spikes", False),
+    ],
+)  # fmt: skip
+def test_plain_steps_have_an_instance_of_their_own(core, mode, name, plain):
+    case = CASES[name].but(reset="none")  # which coarse modes would decide otherwise
+    core.checks(counters=True)
+    check(core, case, MODES[mode])
+    if MODES[mode].exact or name in SMOOTH:
+        assert test_cell_gradients.check(core, case, MODES[mode])
+    steps = {
+        launch.replace("backward", "forward") for launch in core.counters() if "step" in launch
+    }
+    assert steps == {"forward step (mma, plain)" if plain else "forward step (mma)"}
+
+
+def test_full_precision_bears_tensor_cores_that_truncate(core):
+    """One accumulator over all of K would shrink sums by 1e-5: each k-step adds three times."""
+    case = PLAIN.but(sequence=False, record=False, batch=1, in_channels=64, channels=64, height=4,
+                     width=4)  # fmt: skip
+    inputs = case.inputs()
+    for positive in (inputs.x, inputs.mem, inputs.weight):
+        positive.abs_()
+    inputs.weight.div_(inputs.weight.mean() * 9 * 128 * inputs.x.mean())
+    found = []
+    with MODES["tf32x3"].running(core), torch.no_grad():
+        for truncates in (0, 1, 2):
+            core.settings.truncates = truncates
+            found.append(MODES["tf32x3"].run(*inputs, case.options)[1])
+    nearest, once, each_term = found
+    torch.testing.assert_close(once, nearest, atol=3e-6, rtol=0)
+    torch.testing.assert_close(each_term, nearest, atol=6e-6, rtol=0)
+
+
+@pytest.mark.emulator_long
+def test_the_smoke_test_for_gpus_runs_every_kernel(core):
+    """The emulator checks every access of this run."""
+    launched = set()
+    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        for how in re.findall(r"Launch how\{.*?;", source.read_text(), re.DOTALL):
+            launched |= set(re.findall(r'"([^"]+)"', how))
+    assert len(launched) >= 15
+    core.device(shared_bytes=227 * 1024)
+    core.kernels.name = lambda: "cpu"
+    core.checks(counters=True)
+    with core.installed(), float32_precision("ieee"):
+        for sizes, *which in (
+            ((2, 1, 3, 9, 4, 6), ("fused", "cudnn"), ("plain", "inhibition")),
+            ((2, 1, 3, 9, 4, 6), ("fused",), ("max_pool, subtract", "quantised")),
+            ((2, 1, 2, 3, 11, 12), ("fused",), ("one window",)),
+        ):
+            lines = list(gpu_smoke.run("cpu", sizes, *which))
+            assert len(lines) == 2 * len(which[0]) * len(which[1])
+            assert all(right for _, right in lines), lines
+    assert set(core.counters()) == launched
+
+
+@pytest.mark.drawn
+@pytest.mark.emulator_long
+@pytest.mark.parametrize("mode", FORWARD)
+def test_forward_of_random_calls(core, mode):
+    @drawing(60)
+    @given(cases((ALL[mode].dtype,)))
+    def check_case(case: Case) -> None:
+        core.schedule("ahead", case.seed)
+        check(core, case, ALL[mode])
+
+    check_case()
+
+
+@pytest.mark.emulator_long
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16 states"])
+def test_forward_with_one_warp_ahead(core, mode, seed):
+    """Each of twenty orders of events has three of the cases."""
+    core.schedule("ahead", seed)
+    calls = list(CASES.values())
+    for k in range(3):
+        check(core, calls[(seed + 7 * k) % len(calls)], MODES[mode])

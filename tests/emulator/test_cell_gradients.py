@@ -1,0 +1,111 @@
+"""Compares gradients of the emulated CUDA kernels with float64 autograd through the reference.
+
+If products are as good as float32's, every option is tried, and the decisions (resets, maxima,
+levels) agree with the reference's. Coarser products would decide otherwise here and there: they are
+tried on calls without such decisions.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.emulator.modes import (
+    ALL,
+    BACKWARD,
+    CASES,
+    JUMPING,
+    MODES,
+    PLAIN,
+    SCHEDULES,
+    SMOOTH,
+    Mode,
+    crossed,
+    of,
+)
+from tests.shared import flat
+from tests.shared.cases import Case, cases, drawing
+from tests.shared.gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
+
+
+def check(core, case: Case, mode: Mode, outputs=OUTPUTS, wanted=NAMES) -> bool:
+    """Returns False if rounding led kernels and reference to different decisions."""
+    case = mode.of(case)
+    inputs = case.inputs()
+    grads = of_outputs(case, outputs)
+    with mode.running(core):
+        if mode.exact and not agrees(mode.run, case, inputs):
+            return False
+        actual = gradients(mode.run, inputs, case.options, grads, wanted)
+    exact = gradients(flat.reference, inputs.double(), case.options, grads, wanted)
+    compare(actual, exact, mode.gradient, grads)
+    return True
+
+
+@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(of(BACKWARD, True), JUMPING))
+def test_exact_gradients(core, mode, case, schedule):
+    double = ALL[mode].dtype == torch.float64
+    if case is JUMPING["stochastic"] and not double:
+        pytest.skip("the oracle draws the same noise in float64 alone")
+    core.schedule(*schedule)
+    assert check(core, case, ALL[mode]), "choose another seed"
+
+
+@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(of(BACKWARD, False), SMOOTH))
+def test_coarse_gradients(core, mode, case, schedule):
+    core.schedule(*schedule)
+    assert check(core, case, ALL[mode])
+
+
+@pytest.mark.parametrize(
+    ("mode", "case"),
+    [
+        # Narrow blocks without tensor cores, and the data gradients of a stride.
+        (
+            "float32 on sm_75",
+            PLAIN.but(in_channels=20, channels=8, height=16, stride=(2, 1), time=2),
+        ),
+        ("tf32", SMOOTH["average pool"].but(time=2)),  # pooled in float32
+    ],
+)
+def test_kernels_that_few_calls_reach(core, mode, case):
+    assert check(core, case, MODES[mode]), "choose another seed"
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("weight",), ("syn", "mem"), ("threshold", "bias")])
+@pytest.mark.parametrize("mode", ["float32 cudnn", "tf32x3", "float32 hybrid"])
+def test_only_what_is_wanted(core, mode, wanted):
+    assert check(core, PLAIN, ALL[mode], wanted=wanted)
+
+
+def test_results_are_the_same_under_every_schedule(core):
+    """Gradients are bitwise equal, so torch.use_deterministic_algorithms has nothing to change."""
+    mode = MODES["tf32"]
+    case = mode.of(CASES["channels last"])
+    inputs, grads = case.inputs(), of_outputs(case)
+    seen = []
+    for schedule in (*SCHEDULES, ("ahead", 2)):
+        core.schedule(*schedule)
+        with mode.running(core):
+            seen.append(gradients(mode.run, inputs, case.options, grads))
+    for other in seen[1:]:
+        for name, gradient in seen[0].items():
+            assert torch.equal(gradient, other[name]), name
+
+
+@pytest.mark.drawn
+@pytest.mark.emulator_long
+@pytest.mark.parametrize("mode", of(BACKWARD, True))
+def test_gradients_of_random_calls(core, mode):
+    subsets = st.sets(st.sampled_from(NAMES), min_size=1).map(lambda s: tuple(sorted(s)))
+
+    @drawing(40)
+    @given(cases((ALL[mode].dtype,)), subsets)
+    def check_case(case: Case, wanted: tuple) -> None:
+        # The oracle's noise depends on type and layout.
+        if case.options.surrogate.name == "SSO" and case.dtype != torch.float64:
+            return
+        core.schedule("ahead", case.seed)
+        check(core, case, ALL[mode], wanted=wanted)
+
+    check_case()

@@ -1,0 +1,98 @@
+"""Kernels compile with nvcc for every architecture, and fit into registers.
+
+`make test` compiles them for one architecture. All take two to three minutes of one core. The
+results are kept under build/emulator.
+"""
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.emulator import gpu_tools
+from tests.emulator.builder import ROOT
+
+needs_nvcc = pytest.mark.skipif(gpu_tools.find("nvcc") is None, reason="there is no nvcc")
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# One architecture, and others at length.
+ARCHITECTURES = [*(pytest.param(arch, marks=pytest.mark.emulator_long) for arch in (75, 80)), 90]
+TUNED = (75, 80, 90)  # the architectures whose registers and shared memory were chosen with care
+
+
+def overflowing(resources):
+    """Kernels that need local memory. Those of float64 are not tuned, and do not count."""
+    return [r for r in resources if r.local and "double" not in r.kernel]
+
+
+@cache
+def compiled() -> dict[Path, tuple[Path, str]]:
+    """Machine code of each source for every architecture, and what ptxas said."""
+    archs = gpu_tools.known_architectures()
+    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:  # the longest first
+        order = sorted(SOURCES, key=lambda p: "mma" not in p.name)
+        return dict(
+            zip(order, pool.map(lambda p: gpu_tools.compile_fatbin(p, archs), order), strict=True)
+        )
+
+
+@needs_nvcc
+@pytest.mark.emulator_long
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
+def test_every_source_compiles_for_every_architecture(source):
+    archs = gpu_tools.known_architectures()
+    _, log = compiled()[source]
+    assert "warning" not in log
+    resources = gpu_tools.resources_of_log(log)
+    if resources:
+        assert {r.arch for r in resources} == set(archs)
+    assert overflowing(r for r in resources if r.arch in TUNED) == []
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_a_kernel_multiplies_on_tensor_cores_or_traps(source, arch):
+    """Tensor cores of sm_75 multiply fp16_sm75 alone, others all types but that."""
+    for name, code in gpu_tools.code_of_ptx(source, arch).items():
+        instructions = [what for _, _, what, _ in code]
+        assert instructions != ["ret"], f"{name} is empty"
+        if "_mma" not in name or "pack_mma" in name:
+            continue
+        of_sm75 = "fp16_sm75" in name
+        wanted = "trap" if of_sm75 != (arch == 75) else "mma.sync"
+        assert any(wanted in what for what in instructions), name
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_leaky_rounds_each_product_and_stores_whole_vectors(arch):
+    for name, code in gpu_tools.code_of_ptx(ROOT / "csrc" / "cuda" / "leaky.cu", arch).items():
+        instructions = [what for _, _, what, _ in code]
+        if "forward" in name:  # exp, in the backward pass, has an fma of its own
+            assert not any(what.startswith("fma") for what in instructions), name
+        if "Li1E" not in name:
+            stores = [what for what in instructions if what.startswith("st.global")]
+            assert all(re.search(r"\.v[24]\.", what) for what in stores), name
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES[1:])
+@pytest.mark.parametrize("source", ["forward.cu", "backward.cu"])
+def test_steps_wait_for_the_launch_before_on_sm_90(source, arch):
+    """Kernels that trap need not wait. Launches overlap if their code is from PTX of 9.0 on."""
+    kernels = gpu_tools.code_of_ptx(ROOT / "csrc" / "cuda" / source, arch)
+    for name, code in kernels.items():
+        instructions = [what for _, _, what, _ in code]
+        waits = [what for what in instructions if what == "griddepcontrol.wait"]
+        begins = [what for what in instructions if what == "griddepcontrol.launch_dependents"]
+        traps = "trap" in instructions
+        step = re.search(r"(forward|backward)_(mma|fma)I", name) is not None
+        assert len(waits) == len(begins)
+        if arch < 90 or step or "data_gradient_mma" not in name:
+            assert bool(waits) == (step and arch >= 90 and not traps), name

@@ -1,0 +1,92 @@
+"""Each fault that is seeded in the project's CUDA kernels must be caught.
+
+One build switches the faults at run time. A fault is caught if a check reports it or the result is
+judged wrong. The runs are cases of test_cell.py and test_cell_gradients.py.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.emulator import test_cell, test_cell_gradients
+from tests.emulator.backend import emulated_core
+from tests.emulator.library import EmulationError, fault_numbers, placed_faults
+from tests.emulator.modes import ALL, CASES
+
+# A run, which is a check of these files with a mode and a case, and the faults that it notices.
+NOTICED = {
+    (test_cell, "tf32", "wide"): (
+        "wrong_fragment_row", "wrong_mma_halo", "no_chunk_barrier", "no_stage_wait",
+        "no_stage_barrier", "no_border_zeros", "swapped_gates", "wrong_row_stride",
+    ),
+    (test_cell, "float32", "plain"): (
+        "no_fma_chunk_barrier", "wrong_fma_buffer", "wrong_fma_halo"
+    ),
+    (test_cell, "tf32", "inhibition"): (
+        "no_highest_barrier", "no_highest_reuse_barrier", "no_winner_barrier"
+    ),
+    (test_cell, "tf32", "max pool"): ("no_reset",),
+    (test_cell, "tf32", "odd sizes"): ("wrong_tail_mask",),
+    (test_cell, "tf32 on sm_90", "plain"): ("no_launch_wait_mma",),
+    (test_cell, "float64 on sm_90", "plain"): ("no_launch_wait_forward_fma",),
+    (test_cell, "float32 cudnn", "plain"): ("no_vectors_barrier",),
+    (test_cell, "bfloat16 states", "short chunks"): ("no_chunk_wait",),
+    (test_cell, "bfloat16 states", "channels last"): ("wrong_source_halo",),
+    (test_cell, "float16 on sm_75", "channels last"): ("lost_carried_pieces",),
+    (test_cell_gradients, "tf32x3", "plain"): (
+        "wrong_tap_stride", "lost_part", "no_k_groups_barrier", "no_bias_barrier", "lost_bias_row",
+        "no_weight_tile_wait", "no_weight_tile_barrier", "lost_totals",
+    ),
+    (test_cell_gradients, "float32", "max pool"): ("no_gather_barrier",),
+    (test_cell_gradients, "float64 on sm_90", "plain"): ("no_launch_wait_backward_fma",),
+}  # fmt: skip
+
+
+def report_of(core, file, mode, case) -> str:
+    """What is wrong with a run, or ""."""
+    try:
+        file.check(core, CASES[case], ALL[mode])
+    except (AssertionError, EmulationError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+@cache
+def without_a_fault(*run) -> str:
+    return report_of(emulated_core(), *run)
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [pytest.param(name, run, id=name) for run, names in NOTICED.items() for name in names],
+)
+def test_a_fault_is_caught(core, name, run):
+    """The run must notice it, and pass without it."""
+    core.fault(name)
+    core.schedule("ahead", 1)
+    assert report_of(core, *run), f"the run does not notice {name}"
+    core.fault("none")
+    assert without_a_fault(*run) == ""
+
+
+def test_a_tensor_beside_another_hides_no_access_beside_it(core):
+    """All tensors of the call lie in one storage, without gaps."""
+    mode, case = ALL["tf32"], CASES["odd sizes"]
+    inputs = mode.of(case).inputs()
+    parts = torch.cat([t.reshape(-1) for t in inputs]).split([t.numel() for t in inputs])
+    inputs = [part.view(t.shape) for part, t in zip(parts, inputs, strict=True)]
+    core.fault("wrong_tail_mask")
+    core.schedule("ahead", 1)
+    with (
+        mode.running(core),
+        torch.no_grad(),
+        pytest.raises(EmulationError, match="0 bytes behind the end of 'syn0'"),
+    ):
+        mode.run(*inputs, case.options)
+
+
+def test_every_fault_has_one_place_and_one_run():
+    faults = sorted(set(fault_numbers()) - {"none"})
+    assert sorted(placed_faults()) == faults
+    assert sorted(name for names in NOTICED.values() for name in names) == faults

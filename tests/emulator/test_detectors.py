@@ -1,0 +1,128 @@
+"""The emulator reports each kernel that does what it must not do, and not its innocent twin."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.emulator.library import EmulationError
+from tests.emulator.own import own_kernels, run_case
+
+# The emulator changes seldom.
+pytestmark = pytest.mark.emulator_long
+
+WAIT = r" it at .*, before its wait_for_launch_before\(\)"
+# By kernel: what the report says.
+CASES = {
+    "divergent_barriers": "waits in __syncthreads .*: divergent barriers",
+    "return_before_barrier": "returns while others wait|have returned",
+    "barrier_in_one_warp": "the block is stuck|divergent barriers",
+    "barrier_against_shuffle": "while others of its warp|lanes 0x00000008 wait",
+    "places_differ": "divergent collectives",
+    "lane_has_returned": "returns while others|lanes 0x80000000 have returned",
+    "part_of_a_warp": "with mask 0x0000ffff; accepted is the whole warp",
+    "shared_index": "index out of bounds: 64 at .*violations.cu",
+    "shared_pointer": "shared memory",
+    "read_behind": "out of bounds: .*0 bytes behind the end of 'in'",
+    "vector_behind": "out of bounds: .*behind the end of 'in'",
+    "copy_from_behind": "out of bounds: .*behind the end of 'in'",
+    "write_input": "write to an input: .*'in'",
+    "write_static": "write to a static variable",
+    "misaligned_vector": "misaligned",
+    "misaligned_copy": "misaligned",
+    "misaligned_rows": "misaligned ldmatrix",
+    "copy_to_register": "cp_async .*: the target is no shared memory",
+    "overflow": "signed overflow in an addition at .*violations.cu",
+    "read_before_wait": "while a cp_async of its own to it is under way",
+    "wait_for_too_little": "while a cp_async of its own to it is under way",
+    "return_with_copies": "returns with copies under way",
+    "wait_without_barrier": "race|uninitialised",
+    "read_before_write": "race|uninitialised",
+    "overwrite_before_read": "race: .*, no barrier between them",
+    "shuffle_is_no_fence": "race: .*neither a barrier nor a __syncwarp between them",
+    "rows_without_syncwarp": "race: .*neither a barrier nor a __syncwarp between them",
+    "never_written": "uninitialised: .*, which nobody has written",
+    "same_element": "race: .* writes byte 0 of 'out'",
+    "bytes_of_a_word": "race|uninitialised",
+    "blocks_write": "race: .*nothing orders blocks",
+    "blocks_read": "race: .*nothing orders blocks",
+    "read_before_launch_wait": f"race: .* reads .*launch before writes{WAIT}",
+    "write_before_launch_wait": f"race: .* writes .*launch before writes{WAIT}",
+    "overwrite_before_launch_wait": f"race: .* writes .*launch before reads{WAIT}",
+    "another_thread_waits": f"race: .* reads .*launch before writes{WAIT}",
+    "return_without_launch_wait": "of block .* returns without wait_for_launch_before",
+}
+SCHEDULES = [("in_order", 0), ("shuffled", 1), ("shuffled", 2), ("ahead", 1), ("ahead", 2)]
+
+
+def violate(emulator, name, bad):
+    """The report, or "" if there is none."""
+    try:
+        run_case(emulator, name, bad)
+    except EmulationError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture
+def emulator():
+    found = own_kernels()
+    found.settings.compute_capability = 90  # only there launches overlap
+    yield found
+    found.reset()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_reported_under_every_schedule(emulator, name):
+    for schedule in SCHEDULES:
+        emulator.schedule(*schedule)
+        report = violate(emulator, name, True)
+        assert re.search(CASES[name], report), f"{schedule}: {report!r}"
+        assert f"kernel '{name}'" in report
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_innocent_twin_passes(emulator, name):
+    for schedule in SCHEDULES:
+        emulator.schedule(*schedule)
+        assert violate(emulator, name, False) == "", schedule
+
+
+def test_a_report_names_the_thread_and_the_line():
+    report = violate(own_kernels(), "read_behind", True)
+    assert "thread (63, 0, 0) [warp 1, lane 31] of block (0, 0, 0)" in report
+    assert re.search(r"violations\.cu:\d+ \(.*read_behind", report)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "block_y", "threads", "shared_bytes", "message"),
+    [
+        (1, 1, 33, 0, "a block of 33 threads; accepted are multiples of 32 up to 1024"),
+        (1, 1, 1056, 0, "a block of 1056 threads"),
+        (1, 70000, 32, 0, "a grid of"),
+        (1, 1, 32, 228 * 1024, "bytes of shared memory; a block has at most"),
+    ],
+)
+def test_launches_that_no_gpu_accepts(blocks, block_y, threads, shared_bytes, message):
+    with pytest.raises(EmulationError, match=message):
+        own_kernels().call("launch_nothing", blocks, block_y, threads, shared_bytes)
+
+
+def test_a_schedule_repeats_itself(emulator):
+    """Two threads write one element: the last one wins."""
+    emulator.checks(races=False)
+
+    def run(seed):
+        emulator.schedule("ahead", seed)
+        out = np.zeros(64, np.float32)
+        run_case(emulator, "same_element", bad=True, out=out)
+        return out[0]
+
+    assert {run(seed) for seed in range(8)} == {0, 32}
+    for seed in range(8):
+        assert run(seed) == run(seed)
+
+
+def test_without_cp_async_copies_are_done_at_once(emulator):
+    emulator.settings.compute_capability = 75
+    assert violate(emulator, "read_before_wait", True) == ""

@@ -1,0 +1,130 @@
+"""There are few launches, with enough warps on every multiprocessor, and sizes are counted rightly.
+
+Nothing runs here: the emulator only notes each launch, so that sizes cost nothing. Calls that are
+too large to be counted are refused, and large calls within the limits are not.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks.devices import EMULATED
+from tests.emulator.launches import LAYERS, balance, calls, compiled, of_layer, plan
+from tests.emulator.modes import MODES, PLAIN
+from tests.emulator.test_cell_gradients import check
+from tests.emulator.test_compiles import ARCHITECTURES, SOURCES, needs_nvcc
+from tests.emulator.test_disassembly import kind_of
+
+WIDE = ("mid", "big", "wide64")
+# The least part of all multiprocessors that has work, on average over the rounds, for wide layers
+# on any card, by the name of the launch. Rounds do not cut the weight's gradient without tensor
+# cores.
+EVEN = {"forward step": 0.7, "backward step": 0.5, "weight gradient (mma)": 0.75}
+
+
+@pytest.mark.parametrize("card", EMULATED.values(), ids=EMULATED)
+def test_blocks_fill_the_rounds_of_every_card(core, card):
+    core.device(*card)
+    capability, multiprocessors, _ = card
+    modes = ("tf32", "bf16") if capability >= 80 else ("float32", "fp16")
+    for layer, mode in itertools.product(WIDE, modes):
+        for launch in set(of_layer(core, LAYERS[layer], mode)):
+            least = EVEN.get(launch.kernel, EVEN.get(launch.kernel.split(" (")[0], 0))
+            assert balance(launch, multiprocessors) >= least, (layer, mode, launch)
+
+
+# Bounds on nvcc's output: instructions of PTX per mma in inner loops, where parts have three mma
+# for one product, and barriers of a kernel.
+MOST_PER_MMA = {"half": 10, "tf32": 13, "parts": 8}
+MOST_BARRIERS = 21  # backward: six for each of three widths, of which one runs, and three behind
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_kernels_in_numbers(source, arch):
+    for name, of in compiled(source, arch).items():
+        if "double" in name:
+            continue
+        assert of.barriers <= MOST_BARRIERS, name
+        assert of.per_mma <= MOST_PER_MMA[kind_of(name)], name
+
+
+@pytest.mark.parametrize(
+    ("card", "mode", "kind"), [("h100", "tf32", "mma"), ("t4", "float32", "fma")]
+)
+@pytest.mark.parametrize("layer", [name for name in LAYERS if name != "quant"])
+def test_how_many_launches_a_sequence_takes(core, layer, card, mode, kind):
+    core.device(*EMULATED[card])
+    found = [launch.kernel for launch in of_layer(core, LAYERS[layer], mode)]
+    time = LAYERS[layer].steps
+    forward = sum(name.startswith(("forward", "fire")) for name in found)
+    assert forward == time * (2 if "fire" in found else 1)
+    assert sum(name.startswith("backward") for name in found) == time
+    others = [n for n in found if not n.startswith(("forward", "backward", "fire", "spread"))]
+    assert others == [
+        f"pack weight ({kind})", f"pack weight ({kind})", f"data gradient ({kind})",
+        f"weight gradient ({kind})", "add gradients",
+    ]  # fmt: skip
+
+
+def reason(core, **facts):
+    found = (plan(core, backward=of, **facts).reason_against for of in (False, True))
+    return next(filter(None, found), "")
+
+
+@pytest.mark.parametrize(("inputs", "channels"), [(3, 16384), (1 << 22, 8)])
+@pytest.mark.parametrize("matrix", [0, 1])
+def test_many_channels_fit_every_grid(core, matrix, inputs, channels):
+    """The second and third axis of a grid have fewer than 65,536 blocks."""
+    launches = calls(core, matrix, Cin=inputs, C=channels, H=2, W=2)
+    assert any(launch.kernel == "add gradients" for launch in launches)
+
+
+@pytest.mark.parametrize(
+    ("fits", "over", "subject"),
+    [
+        ({"C": 8, "H": 8191, "W": 8192}, {"C": 8, "H": 8192, "W": 8192}, "gates"),
+        ({"Cin": 32767, "H": 256, "W": 256}, {"Cin": 32768, "H": 256, "W": 256}, "input image"),
+        ({"N": 1 << 20, "T": 1 << 10}, {"N": 1 << 20, "T": 1 << 11}, "blocks"),
+        ({"dilation": (1 << 29, 1)}, {"dilation": (1 << 30, 1)}, "of the rows"),
+        ({"dilation": (1, 1 << 29)}, {"dilation": (1, 1 << 30)}, "of the columns"),
+        ({"stride": (1, 3000)}, {"stride": (1, 5000)}, "of the columns"),
+    ],
+)
+def test_the_limit_of_each_size(core, fits, over, subject):
+    assert reason(core, **fits) == ""
+    assert subject in reason(core, **over)
+    calls(core, **fits)
+    with pytest.raises(RuntimeError, match=subject):
+        calls(core, **over)
+
+
+@pytest.mark.parametrize("dilation", [(700, 1), (1, 5000), (3000, 4001), (8000, 8000)])
+@pytest.mark.parametrize("matrix", [0, 1, 2])
+def test_neighbourhoods_beyond_any_shared_memory(core, matrix, dilation):
+    """Counted in 31 bits, that of a tile would wrap around and seem to fit."""
+    # In a smaller image no tap but the middle one would meet a pixel, and the others are skipped.
+    image = {"H": dilation[0] + 1, "W": dilation[1] + 1}
+    launches = calls(core, matrix, dilation=dilation, Cin=8, T=2, **image)
+    assert all(launch.shared_bytes <= 163 * 1024 for launch in launches)
+    if max(dilation) >= 3000:
+        assert not any("step (mma" in launch.kernel for launch in launches)
+
+
+@pytest.mark.parametrize("mode", ["tf32", "float64"])
+def test_taps_far_beyond_the_image(core, mode):
+    assert check(core, PLAIN.but(dilation=(3000, 4001)), MODES[mode])
+
+
+def test_the_workspace_of_inference_does_not_grow_with_time(core):
+    assert plan(core, Cin=8, T=1 << 20).workspace <= plan(core, Cin=8, T=16).workspace
+
+
+def test_levels_beyond_one_launch(core):
+    values = torch.linspace(-1, 1, 600, dtype=torch.float64)
+    levels = torch.full((600,), torch.nan)
+    plan(core, num_levels=600).store_levels(values.data_ptr(), levels.data_ptr(), 0)
+    assert torch.equal(levels, values.float())

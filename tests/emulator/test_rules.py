@@ -1,0 +1,138 @@
+"""The rules of csrc/cuda/rules.cpp beside the layers that decided them. Nothing runs here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import snnlstm
+from benchmarks import devices
+from tests.emulator.backend import float32_precision
+from tests.emulator.launches import FACTS
+
+NAMES = ("auto", "fused", "hybrid", "cudnn")
+# dtype, by csrc/args.h, and matrix, by csrc/cuda/plan.h; None: full precision.
+TYPES = {"tf32": (0, 1), "float32": (0, None), "fp16": (0, 3), "bf16": (3, 0), "float64": (1, 0)}
+
+# us of a forward step on paper, by a model without the host's part: cuDNN with our neurons, and our
+# step kernels. A layer is N, Cin, C, H, W. Images of one column have three taps of nine; with all
+# nine they were 13 / 27, 40 / 70, 130 / 373, 15 / 39 and 253 / 687. A T4's figures are of tiles
+# with rows of several samples.
+PAPER = [
+    ((128, 22, 16, 129, 1), "h100", "tf32", 17, 15),
+    ((128, 22, 16, 129, 1), "4090", "tf32", 32, 19),
+    ((128, 22, 16, 129, 1), "t4", "float32", 93, 88),
+    ((128, 32, 64, 32, 1), "h100", "tf32", 16, 23),
+    ((128, 32, 64, 32, 1), "t4", "float32", 159, 151),
+    ((32, 1, 16, 22, 128), "h100", "tf32", 37, 42),
+    ((32, 1, 16, 22, 128), "a100", "tf32", 78, 66),
+    ((32, 1, 16, 22, 128), "4090", "tf32", 128, 77),
+    ((32, 1, 16, 22, 128), "t4", "float32", 488, 440),
+    ((32, 1, 16, 22, 128), "t4", "fp16", 327, 175),
+    ((12, 16, 32, 16, 24), "t4", "fp16", 42, 40),
+    ((16, 2, 32, 32, 32), "h100", "tf32", 20, 18),
+    ((16, 32, 64, 32, 32), "h100", "tf32", 50, 31),
+    ((16, 2, 32, 32, 32), "a100", "tf32", 44, 36),
+    ((16, 2, 32, 32, 32), "4090", "tf32", 73, 31),
+    ((16, 2, 32, 32, 32), "t4", "fp16", 132, 84),
+]
+# Backward likewise, with what has no figure on paper: a reason of rules.cpp each.
+CHOSEN = [
+    ((32, 1, 16, 22, 128), "t4", "float32", True, "fused"),  # 909 for 1351
+    ((16, 32, 64, 16, 16), "t4", "float64", False, "fused"),  # nothing is better for float64
+    ((8, 64, 128, 32, 32), "t4", "bf16", False, "fused"),  # nor for bfloat16 on sm_75
+    ((1, 2, 16, 16, 16), "t4", "float32", False, "fused"),  # the launches of torch take longer
+    ((8, 32, 64, 32, 32), "t4", "float32", False, "cudnn"),  # Winograd
+    ((8, 32, 64, 32, 32), "t4", "float32", True, "fused"),
+    ((8, 32, 64, 32, 32), "4090", "float32", True, "cudnn"),  # loads bind the plain cores
+    ((16, 128, 128, 8, 8), "4090", "tf32", False, "cudnn"),  # few pixels, a long K
+    ((1, 32, 1, 720, 1580), "t4", "float32", True, "cudnn"),  # one channel of 16 columns
+    ((8, 64, 128, 32, 32), "h100", "tf32", True, "cudnn"),  # wgmma
+    ((16, 64, 128, 32, 32), "b200", "bf16", False, "cudnn"),
+    ((8, 64, 128, 32, 32), "b200", "bf16", False, "fused"),  # launches take longer than products
+    ((16, 32, 64, 32, 32), "h100", "tf32", True, "fused"),
+    ((8, 64, 128, 32, 32), "h100", "float32", False, "fused"),  # 3xTF32
+    ((8, 64, 128, 32, 32), "5090", "tf32", False, "fused"),
+]
+
+
+def facts_of(core, layer, card: str, dtype: str, **more):
+    n, cin, c, h, w = layer
+    device = core.module.CudaDevice(*devices.EMULATED[card])
+    states, matrix = TYPES[dtype]
+    if matrix is None:
+        matrix = core.module.cuda_full_precision(device)
+    facts = {"dtype": states, "T": 10, "N": n, "Cin": cin, "C": c, "H": h, "W": w}
+    return core.module.Cell(**FACTS | facts | more), device, matrix
+
+
+def chosen(core, layer, card: str, dtype: str, backward: bool, **more) -> str:
+    facts = facts_of(core, layer, card, dtype, **more)
+    return NAMES[core.module.CudaPlan(*facts, 0, backward).algorithm]
+
+
+@pytest.mark.parametrize(("layer", "card", "dtype", "cudnn", "ours"), PAPER)
+def test_the_rules_choose_what_is_shorter_on_paper(core, layer, card, dtype, cudnn, ours):
+    """Within 15 %, the error of the paper, either is right. Behind cuDNN the host takes 40 us."""
+    names = {"cudnn": max(cudnn, 40), "fused": ours}
+    right = {name for name, time in names.items() if time <= 1.15 * min(names.values())}
+    assert chosen(core, layer, card, dtype, False) in right
+
+
+@pytest.mark.parametrize(("layer", "card", "dtype", "backward", "name"), CHOSEN)
+def test_each_rule_decides_somewhere(core, layer, card, dtype, backward, name):
+    assert chosen(core, layer, card, dtype, backward) == name
+
+
+@pytest.mark.parametrize("facts", [{"kernel": (5, 5)}, {"stride": (2, 1)}, {"dilation": (1, 2)}])
+def test_kernels_that_winograd_has_no_form_of_run_on_ours(core, facts):
+    assert chosen(core, (8, 32, 64, 32, 32), "t4", "float32", False, **facts) == "fused"
+
+
+@pytest.mark.parametrize("card", devices.EMULATED)
+def test_full_precision_is_three_products_on_large_chips(core, card):
+    matrix = core.module.cuda_full_precision(core.module.CudaDevice(*devices.EMULATED[card]))
+    assert matrix == (2 if card in ("a100", "h100", "b200") else 0)
+
+
+@pytest.mark.parametrize(
+    ("card", "layer", "shape"),
+    [
+        ("h100", (8, 64, 128, 32, 32), "4x2"),  # two full rounds of the largest blocks
+        ("a100", (8, 64, 128, 32, 32), "4x1"),  # three rounds of them would leave a fifth idle
+        ("a100", (1, 2, 16, 16, 16), "2x1"),  # few pixels: small blocks
+        ("h100", (16, 2, 32, 32, 32), "4x2"),  # 128 of the largest blocks are one round
+    ],
+)
+def test_blocks_follow_the_rounds(core, card, layer, shape):
+    found = core.module.CudaPlan.candidates(*facts_of(core, layer, card, "tf32"), False)
+    assert next(p.name for p in found if p.name.startswith("mma")) == f"mma-tf32-{shape}"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "name"), [((16, 128, 128, 8, 8), "cudnn"), ((1, 2, 16, 16, 16), "mma-tf32")]
+)
+def test_what_the_rules_choose_is_timed_first(core, layer, name, backward):
+    facts = facts_of(core, layer, "a100", "tf32")
+    found = [plan.name for plan in core.module.CudaPlan.candidates(*facts, backward)]
+    assert found[0].startswith(name)
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("backward", ["hybrid", "cudnn", "direct"])
+def test_a_path_names_the_backward_pass_if_torch_convolves_there(core, monkeypatch, backward):
+    core.device(algorithm="auto")
+    plan_of = type(core.kernels).core_plan
+
+    def planned(kernels, sizes, tf32, algorithm, of_backward, **blocks):
+        wanted = backward if of_backward else "fused"
+        return plan_of(kernels, sizes, tf32, wanted, of_backward, **blocks)
+
+    monkeypatch.setattr(type(core.kernels), "core_plan", planned)
+    cell, x = snnlstm.SConv2dLSTM(1, 8, 3, threshold=0.1), torch.rand(3, 1, 1, 10, 9)
+    with core.installed(), float32_precision("tf32"):
+        for _ in range(2):
+            cell(x, *cell.reset_mem())[0].sum().backward()
+    named = {"hybrid": "+hybrid-mma-tf32", "cudnn": "+cudnn", "direct": ""}
+    assert cell.path.name == f"emulator-mma-tf32{named[backward]}"

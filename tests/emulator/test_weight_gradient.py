@@ -1,0 +1,123 @@
+"""The kernels that form the gradients of weight and bias, apart from the rest of a backward pass.
+
+The backward pass is given gates and syn that no forward pass has saved: positive ones, so that a
+sum loses what its rounding takes from it. Algorithm "hybrid" hands the same d_gates and mem to
+torch, which tells the tests what the kernels have summed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from snnlstm.native import cuda
+from snnlstm.native.plan import Result
+from tests.emulator.modes import MODES, PLAIN, Mode
+from tests.shared import flat
+from tests.shared.cases import Case
+
+BOTH = (False, False, False, True, True, False)
+
+
+class Given:
+    """A backward pass of a recorded sequence without spikes' gradients."""
+
+    def __init__(self, core, case: Case, mode: Mode) -> None:
+        self.core, self.mode, self.case = core, mode, mode.of(case)
+        self.generator = torch.Generator().manual_seed(1)
+        inputs = self.case.inputs()
+        images = (self.positive(t.shape).to(t.dtype) for t in inputs[:3])
+        self.call = (*images, *inputs[3:], self.case.options)
+        with mode.running(core):
+            plan = flat.plan_of(self.call, "direct")
+        self.saved = torch.zeros(plan.saved.bytes, dtype=torch.uint8)
+        gates, syn = (plan.saved.part(self.saved, number) for number in range(2))
+        channels = torch.arange(syn.shape[-1]) < case.channels
+        gates.copy_((self.positive(gates.shape).unflatten(-1, (4, -1)) / 2 * channels).flatten(-2))
+        syn.copy_(self.positive(syn.shape) * channels)
+        states = (case.time, *self.case.state_shape)
+        self.grads = (None, *(self.positive(states).to(inputs.x.dtype) for _ in range(2)))
+
+    def positive(self, shape) -> torch.Tensor:
+        return torch.rand(shape, generator=self.generator) + 0.5
+
+    def backward(self, wanted=BOTH, algorithm: str = "direct"):
+        with self.mode.running(self.core):
+            result = Result(*self.call[:3], self.saved)
+            return flat.backward(self.call, result, self.grads, wanted, algorithm)
+
+    def summed(self, monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """mem before each step, (T, N, Cp, Ho, Wo), and d_gates, (T, N, Ho * Wo, 4, Cp)."""
+        found = []
+
+        def note(plan, x, mem, d_gates, wanted):
+            found.extend((mem.double(), d_gates.double().unflatten(-1, (4, -1))))
+            return None, None
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda.torch_conv, "_weight_gradient", note)
+            self.backward(algorithm="hybrid")
+        return tuple(found)
+
+
+def test_only_one_of_both_is_wanted(core, monkeypatch):
+    given = Given(core, PLAIN, MODES["tf32"])
+    *_, weight, bias, _ = given.backward()
+    assert torch.equal(given.backward((*BOTH[:4], False, False)).weight, weight)
+    assert torch.equal(given.backward((*BOTH[:3], False, True, False)).bias, bias)
+    _, d_gates = given.summed(monkeypatch)
+    exact = d_gates[..., : PLAIN.channels].sum((0, 1, 2)).flatten()
+    torch.testing.assert_close(bias.double(), exact, atol=1e-4, rtol=1e-5)
+
+
+def long_sums(core, monkeypatch, mode: str, time: int, special: float | None = None):
+    """Gradients of a 1x1 convolution of few channels in one block, and the same in float64."""
+    one = replace(MODES[mode], multiprocessors=1)
+    case = PLAIN.but(kernel_size=(1, 1), time=time, batch=1, in_channels=1, channels=8,
+                     height=32, width=32)  # fmt: skip
+    core.checks(races=False)
+    given = Given(core, case, one)
+    x = given.call[0]
+    if special is not None:
+        x[0, 0, 0, 3, 5] = special
+    found = given.backward((*BOTH[:4], False, False)).weight.double().reshape(32, 9)
+    mem, d_gates = given.summed(monkeypatch)
+    inputs = torch.cat([x.double(), mem], 2).flatten(3)
+    return found, torch.einsum("tnpg,tnip->gi", d_gates.flatten(3), inputs)
+
+
+# The share by which long sums may shrink, by how a tensor core truncates; 6e-6 for all others. Each
+# k-step loses half a unit in the 24th bit of the sum so far, once or for each of 10 terms. In tf32
+# and 16-bit types a fold comes after 128 k-steps, which is little beside the operands' errors.
+SHRINKS = {1: {"tf32x3": 6e-6}, 2: {"tf32x3": 1e-5, "tf32": 4e-5, "bfloat16 autocast": 4e-5}}
+
+
+@pytest.mark.emulator_long
+@pytest.mark.parametrize("truncates", SHRINKS)
+@pytest.mark.parametrize("mode", ["tf32", "tf32x3", "bfloat16 autocast"])
+def test_long_sums_bear_tensor_cores_that_truncate(core, monkeypatch, mode, truncates):
+    """One accumulator over all of a block's tiles would shrink them by 5e-5 and more."""
+    bound = SHRINKS[truncates].get(mode, 6e-6)
+    nearest, _ = long_sums(core, monkeypatch, mode, time=128)
+    core.settings.truncates = truncates
+    actual, expected = long_sums(core, monkeypatch, mode, time=128)
+    assert abs(float((actual / nearest).mean()) - 1) < bound
+    assert float((actual / expected - 1).abs().max()) < (bound if mode == "tf32x3" else 1e-3)
+
+
+@pytest.mark.emulator_long
+def test_long_sums_without_tensor_cores(core, monkeypatch):
+    actual, expected = long_sums(core, monkeypatch, "float32", time=64)
+    assert float((actual / expected - 1).abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan, 1e30])
+@pytest.mark.parametrize("mode", ["tf32", "tf32x3"])
+def test_infinity_and_nan_come_out_as_they_are(core, monkeypatch, mode, special):
+    actual, expected = long_sums(core, monkeypatch, mode, 1, special)
+    if mode == "tf32x3":  # low parts of either sign meet an infinity: it, or NaN
+        assert torch.equal(actual.isfinite(), expected.isfinite())
+        actual, expected = (torch.where(expected.isfinite(), t, 0) for t in (actual, expected))
+    torch.testing.assert_close(actual, expected, atol=0, rtol=1e-3, equal_nan=True)

@@ -1,0 +1,1 @@
+"""Whole sequences, stacks and lengths compute what a loop over the steps computes."""

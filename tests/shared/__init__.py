@@ -1,0 +1,1 @@
+"""The tables and helpers of all tests: calls, the oracle, comparisons, files."""

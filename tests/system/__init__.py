@@ -1,0 +1,1 @@
+"""Results do not depend on threads and processes, and memory does not grow."""

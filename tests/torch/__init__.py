@@ -1,0 +1,1 @@
+"""torch's tools take a cell: compilers, exports, autocast, dtypes, optimizers, processes."""
