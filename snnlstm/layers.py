@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,6 +197,8 @@ class SpikeCount:
     highest : Tensor or None
         The highest mem that calls have left or returned, pooled as the cell compares it with its
         threshold, a scalar; None without one.
+    compared : Tensor or None
+        The mem of the last call, as the cell compares it.
     """
 
     layer: str
@@ -203,6 +206,7 @@ class SpikeCount:
     spikes: Tensor | int = 0
     chances: int = 0
     highest: Tensor | None = None
+    compared: Tensor | None = None
 
     def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         with torch.no_grad():
@@ -213,7 +217,8 @@ class SpikeCount:
             self.spikes = _bare(self.spikes + output.count_nonzero())
             self.chances += output.numel()
             if isinstance(mem, Tensor) and mem.numel():
-                highest = _compared(layer, _bare(mem).detach()).max()
+                self.compared = _compared(layer, _bare(mem).detach())
+                highest = self.compared.max()
                 before = highest if self.highest is None else self.highest
                 self.highest = _bare(torch.maximum(highest, before))
 
@@ -221,6 +226,19 @@ class SpikeCount:
     def rate(self) -> float:
         """Spikes per neuron and step; NaN if the layer was not called."""
         return float(self.spikes) / self.chances if self.chances else float("nan")
+
+    @property
+    def exceeded(self) -> float | None:
+        """A threshold, in two digits, that 5 % of the last call's mem exceed; None without one."""
+        if self.compared is None:
+            return None
+        mem = self.compared.flatten().float()
+        # Equal values do not exceed themselves, and the digits are rounded down.
+        value = 0.999 * float(mem.kthvalue(max(1, int(0.95 * len(mem))))[0])
+        if not 0 < value < math.inf:
+            return None
+        unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+        return math.floor(value / unit) * unit
 
 
 def _compared(layer: Any, mem: Tensor) -> Tensor:
@@ -277,7 +295,10 @@ class SpikeRates(dict[str, SpikeCount]):
             return "spike_rates: the model has no spiking neurons"
         rows = [("layer", "", "rate", "spikes", "mem up to", "threshold", "")]
         for name, count in self.items():
-            rate, note = f"{count.rate:.2%}", "" if count.spikes else "never spiked"
+            rate, note = f"{count.rate:.2%}", ""
+            if not count.spikes:
+                fits = count.exceeded
+                note = f"never spiked; 5 % of mem > {fits:.2g}" if fits else "never spiked"
             if not count.chances:
                 rate, note = "", "not called, or compiled before"
             numbers = (count.highest, count.threshold)
@@ -305,7 +326,7 @@ def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
 
         layer                rate  spikes  mem up to  threshold
         lstm1  SConv2dLSTM  5.31%    1203      0.192        0.1
-        lstm2  SConv2dLSTM  0.00%       0     0.0871          1  never spiked
+        lstm2  SConv2dLSTM  0.00%       0     0.0871          1  never spiked; 5 % of mem > 0.033
 
     Parameters
     ----------

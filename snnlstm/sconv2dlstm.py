@@ -61,7 +61,7 @@ class SConv2dLSTM(CellAttributes):
         pooled.
     threshold : float or Tensor, default 1.0
         Broadcasts to mem's shape, for example (C, 1, 1). It is copied. mem never exceeds 1, so
-        the default never spikes: 0.1 and below are usual.
+        the default never spikes. Take 0.05, and look at :func:`snnlstm.spike_rates`.
     spike_grad : callable, optional
         Surrogate gradient, ``snnlstm.surrogate.atan()`` by default. snnTorch's are recognised;
         the attribute ``spike_grad`` then is our equivalent. Any other callable works on the

@@ -90,7 +90,7 @@ class Sequential(nn.Sequential):
     Examples
     --------
     >>> net = snnlstm.Sequential(
-    ...     snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.1, max_pool=2, init_hidden=True),
+    ...     snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.05, max_pool=2, init_hidden=True),
     ...     nn.Flatten(),
     ...     nn.Linear(8 * 16 * 16, 10),
     ... )
@@ -200,7 +200,7 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: An
 
     Examples
     --------
-    >>> cell = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.1, max_pool=2)
+    >>> cell = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.05, max_pool=2)
     >>> snnlstm.unroll(torch.rand(20, 4, 2, 32, 32), cell, nn.Flatten()).shape
     torch.Size([20, 4, 2048])
     """

@@ -43,7 +43,7 @@ __all__ = ["SwapReport", "accelerate", "patch", "restore", "unpatch"]
 logger = logging.getLogger("snnlstm")
 
 _ITSELF = "(the model itself)"
-_SILENT = "NEVER SPIKES: no mem exceeds its threshold of 1 or more; 0.1 and below are usual"
+_SILENT = "NEVER SPIKES: no mem exceeds its threshold of 1 or more; threshold=0.05 is usual"
 _SAME = (  # arguments and attributes of both cells
     "in_channels", "out_channels", "kernel_size", "bias", "max_pool", "avg_pool", "init_hidden",
     "inhibition", "output", "surrogate_disable",

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import snnlstm
+from snnlstm.layers import SpikeCount
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -69,10 +70,12 @@ def _settings() -> Iterator[None]:
         sys.modules["tests.emulator.backend"].emulated_core().reset()
 
 
-def run(page: Path) -> None:
-    """Runs a page's blocks in order, as one session."""
+def run(page: Path, seed: int | None = None) -> None:
+    """Runs a page's blocks in order, as one session; a seed is set before each of them."""
     session: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page, "python"):
+        if seed is not None:
+            torch.manual_seed(seed)
         exec(compile(block, page.name, "exec"), session)
 
 
@@ -99,6 +102,52 @@ def test_python_blocks_run_in_order(page, recwarn, capsys, monkeypatch):
         assert printed[:3] == ["accelerate: 2 swapped, 0 left", "  0  swapped", "  3  swapped"]
         assert re.match(r"cpu-\w+-\w+ \(.+\)", printed[3])
         assert printed[4] == "reference (conv is a ParametrizedConv2d, not a plain nn.Conv2d)"
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[tuple[torch.nn.Module, SpikeCount]]:
+    """Counts the spikes of each cell and each Leaky that is made."""
+    snntorch, made = pytest.importorskip("snntorch"), []
+
+    def counting(first):
+        def init(self, *args, **kwargs):
+            first(self, *args, **kwargs)
+            if not self._forward_hooks:  # a subclass's constructor comes here twice
+                made.append((self, SpikeCount(type(self).__name__, None)))
+                self.register_forward_hook(made[-1][1])
+
+        return init
+
+    for kind in (snntorch.SpikingNeuron, snnlstm.SConv2dLSTM):
+        monkeypatch.setattr(kind, "__init__", counting(kind.__init__))
+    return made
+
+
+SPIKING = [
+    page
+    for page in WITH_PYTHON
+    if page.parent in (ROOT, DOCS) and "SConv2dLSTM(" in "".join(blocks(page, "python"))
+]
+
+
+@pytest.mark.usefixtures("_settings")
+@pytest.mark.parametrize("page", [*SPIKING, "snnlstm.sequential"], ids=lambda page: Path(page).stem)
+def test_each_cell_and_each_leaky_of_an_example_spikes(page, counted, monkeypatch):
+    for needed in NEEDED.get(Path(page).name, ()):
+        pytest.importorskip(needed, reason=f"pip install {needed}")
+    monkeypatch.chdir(ROOT)
+    for seed in range(3):
+        if isinstance(page, Path):
+            run(page, seed)
+        else:
+            torch.manual_seed(seed)
+            names = {"snnlstm": snnlstm, "torch": torch, "nn": torch.nn}
+            doctest.testmod(importlib.import_module(page), extraglobs=names)
+        # The cell without surrogate is for exports, whose calls have no numbers.
+        rates = [c.rate for m, c in counted if c.chances and not m.surrogate_disable]
+        assert rates
+        assert all(0.005 <= rate <= 0.7 for rate in rates), (seed, rates)
+        counted.clear()
 
 
 def test_examples_of_docstrings():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import snntorch
@@ -56,7 +57,10 @@ QUANT = snnlstm.quant.StateQuant(torch.linspace(-0.15, 0.15, 13))
 @pytest.mark.parametrize("name", POOLED)
 @pytest.mark.parametrize("cell", [ours, theirs])
 def test_it_shows_the_mem_that_is_compared_with_the_threshold(cell, name):
-    """With a threshold just below it the layer spikes, and with that threshold it does not."""
+    """With a threshold just below it the layer spikes, and with that threshold it does not.
+
+    The threshold that a silent layer is told makes 5 % of its neurons spike.
+    """
     make, dims = POOLED[name]
     x = X[0] if dims == 4 else X[0][..., 0]
     for factor, spikes in ((1.0, False), (0.999, True)):
@@ -67,6 +71,9 @@ def test_it_shows_the_mem_that_is_compared_with_the_threshold(cell, name):
         layer.threshold.copy_(rates[""].highest * factor)
         layer.reset_mem()
         assert bool(layer(x)[0].any()) is spikes
+        layer.threshold.fill_(rates[""].exceeded)
+        layer.reset_mem()
+        assert 0.05 <= layer(x)[0].mean() < 0.3
 
 
 def test_it_changes_neither_results_nor_paths(backend, caplog):
@@ -92,10 +99,12 @@ def test_the_table_is_printed_as_documented_and_names_what_never_spiked(capsys):
     printed = capsys.readouterr().out
     assert printed == f"{rates}\n"
     ends = [line.rpartition("  ")[2] for line in printed.splitlines()[2:]]
-    assert ends == ["never spiked", "not called, or compiled before"]
+    assert re.fullmatch(r"never spiked; 5 % of mem > 0\.\d+", ends.pop(0))
+    assert ends == ["not called, or compiled before"]
     table = snnlstm.layers.SpikeRates(nn.Identity(), show=False)
     table["lstm1"] = SpikeCount("SConv2dLSTM", 0.1, torch.tensor(1203), 22656, torch.tensor(0.192))
     table["lstm2"] = SpikeCount("SConv2dLSTM", 1.0, torch.tensor(0), 11328, torch.tensor(0.0871))
+    table["lstm2"].compared = torch.linspace(-0.8, 0.0871, 101)
     assert math.isnan(rates["c"].rate)
     for line in str(table).splitlines():
         assert line in snnlstm.spike_rates.__doc__
