@@ -180,8 +180,10 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: An
         Sequences are (N, T, ...), those that are returned too.
     lengths : Tensor or list of int, optional
         (N,) ints, the steps of each sample, between 0 and T. After its last step a sample is
-        padded: its outputs are 0, and its states in cells and neurons stay as they are. Numbers on
-        a GPU are not checked, but clamped.
+        padded: its spikes are 0, and its states in cells and neurons stay as they are. So the mem
+        that a last Leaky returns repeats its last value, and a sum over time counts the padding:
+        ``mem * (torch.arange(T)[:, None, None] < lengths[:, None])`` masks it. Numbers on a GPU are
+        not checked, but clamped.
 
     Returns
     -------

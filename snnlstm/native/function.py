@@ -214,9 +214,10 @@ class _SConv2dLSTM(torch.autograd.Function):
 
 
 _FORGOTTEN = (
-    "(This is the graph of an earlier call of an SConv2dLSTM. A cell goes on from its stored "
-    "state, and so from that call's graph: call reset_mem() before each new sequence, or "
-    "SConv2dLSTM.detach_hidden() to keep the state without its history.)"
+    "(In the second batch of a training this is the graph of the first one: an SConv2dLSTM goes on "
+    "from its stored state, and so from that call's graph. Call reset_mem() before each new "
+    "sequence, or SConv2dLSTM.detach_hidden() to keep the state without its history. A second "
+    "backward on one loss needs retain_graph=True.)"
 )
 
 

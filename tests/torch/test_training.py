@@ -89,8 +89,12 @@ def test_a_chunk_without_detached_states_says_what_is_wrong():
     """torch raises an error, because the first backward pass freed the graph of earlier steps."""
     cell, x = ours(), data()[0]
     cell(x[:3])[2].sum().backward()
-    with pytest.raises(RuntimeError, match=r"second time .* call reset_mem\(\) before each new"):
+    with pytest.raises(RuntimeError, match=r"second time .* Call reset_mem\(\) before each new"):
         cell(x[3:])[2].sum().backward()
+    cell.reset_mem()
+    (loss := cell(x)[2].sum()).backward()
+    with pytest.raises(RuntimeError, match="on one loss needs retain_graph=True"):
+        loss.backward()
 
 
 # ---- activation checkpointing ---------------------------------------------------------------
