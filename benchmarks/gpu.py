@@ -98,7 +98,7 @@ def steps(place: Place, quick: bool) -> list[Step]:
     bench = f"{python} -m benchmarks {device} --threads all --dtype {dtypes} --limit LEFT "
     bench += f"--shape {TINY} --seconds 0.2 " if rehearsal else ""
     shapes = "" if rehearsal else "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 "
-    beside = "snntorch snntorch-cudagraph snnlstm-step snnlstm snnlstm-cudagraph"
+    beside = "snntorch snntorch-cudagraph loop sequence sequence-cudagraph"
     # Whether GPU and driver run what was built, and what takes its place in a rehearsal.
     check = "import os, sys, snnlstm.native.cuda_check as of; "
     check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(of.trouble(0))'
@@ -130,7 +130,7 @@ def steps(place: Place, quick: bool) -> list[Step]:
     tests = "tests/cell/test_quant.py" if rehearsal else tests
     tests = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests} --backend"
     shapes = "" if rehearsal else "--shapes audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 "
-    beside += " snnlstm:cudnn snnlstm:hybrid" + ("" if rehearsal else " snnlstm:measure")
+    beside += " sequence:cudnn sequence:hybrid" + ("" if rehearsal else " sequence:measure")
     # torch.compile takes a minute of one core for a layer.
     beside += " snntorch-compile snntorch-compile-graph" if cores >= 8 else ""
     found.append(step("tests", 0, 1200, f"{tests} {place.device.split('-')[0]}"))

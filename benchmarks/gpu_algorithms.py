@@ -60,7 +60,7 @@ def seconds(run: Callable[[], object], on_gpu: bool) -> list[float]:
 
 def passes(case: Case, setting: Setting) -> list[dict[str, Any]]:
     """Returns a row for each candidate of both passes of a layer, and prints it."""
-    provider = Provider(case, FORMS["snnlstm"], setting)
+    provider = Provider(case, FORMS["sequence"], setting)
     cell, x = provider.net, provider.x[0].detach()
     with setting.context():
         call, spec = stateless_call(

@@ -93,23 +93,23 @@ FORMS = {
     "snntorch-compile": Form("snnTorch's cell under torch.compile", _CELL, compiled=True),
     "snntorch-cudagraph": Form("snnTorch in a CUDA graph", _CELL, captured=True),
     "snntorch-compile-graph": Form("both", _CELL, compiled=True, captured=True),
-    "snnlstm-step": Form("snnlstm, one call a time step"),
-    "snnlstm": Form("snnlstm, whole sequences in one call", sequences=True),
-    "snnlstm-cudagraph": Form("the same in a CUDA graph", sequences=True, captured=True),
-    "snnlstm-checkpoint": Form("the same, checkpoint=True", sequences=True, checkpoint=True),
+    "loop": Form("snnlstm in the same loop, one call a time step"),
+    "sequence": Form("snnlstm, whole sequences in one call", sequences=True),
+    "sequence-cudagraph": Form("the same in a CUDA graph", sequences=True, captured=True),
+    "sequence-checkpoint": Form("the same, checkpoint=True", sequences=True, checkpoint=True),
 }
 BASELINE = "snntorch"
-DEFAULT = (BASELINE, "snnlstm-step", "snnlstm")
+DEFAULT = (BASELINE, "loop", "sequence")
 
 
 def find_form(name: str) -> Form:
-    """Returns the form of a name; "snnlstm:direct" forces an algorithm of the library.
+    """Returns the form of a name; "sequence:direct" forces an algorithm.
 
     Raises ValueError that names an unknown provider or algorithm.
     """
     known, (name, _, algorithm) = snnlstm.path.ALGORITHMS, name.partition(":")
-    if name not in FORMS or (algorithm and (name != "snnlstm" or algorithm not in known)):
-        text = f"{', '.join(FORMS)}, or snnlstm:ALGORITHM of {', '.join(known)}"
+    if name not in FORMS or (algorithm and (name != "sequence" or algorithm not in known)):
+        text = f"{', '.join(FORMS)}, or sequence:ALGORITHM of {', '.join(known)}"
         raise ValueError(f"--providers: {name}:{algorithm} is not known; known: {text}")
     return FORMS[name]._replace(algorithm=algorithm or "auto")
 

@@ -84,8 +84,8 @@ def _pair(rows: pd.DataFrame, provider: str, column: str, unit: str = "") -> str
 
 
 def ranking(rows: pd.DataFrame) -> str:
-    """Lists our speed-ups over random shapes, the lowest first."""
-    drawn = rows[rows.case.str.startswith("random") & rows.provider.str.startswith("snnlstm")]
+    """Lists the speed-ups of our forms over random shapes, the lowest first."""
+    drawn = rows[rows.case.str.startswith("random") & ~rows.provider.str.startswith("snntorch")]
     shown = drawn.sort_values("speedup")[[*RUN, "mode", "provider", "speedup", "path", "shape"]]
     return "" if drawn.empty else f"Random shapes:\n{shown.to_string(index=False)}"
 

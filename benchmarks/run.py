@@ -325,9 +325,9 @@ networks, and layers as T N Cin Cout H W k:
 
 providers:
 {chr(10).join(f"  {name:<22} {form.title}" for name, form in FORMS.items())}
-  snnlstm:ALGORITHM      an algorithm forced, such as snnlstm:direct
+  sequence:ALGORITHM     an algorithm forced, such as sequence:direct
 
-example: python -m benchmarks --shapes cpu --threads 1 all --providers snnlstm snnlstm:direct
+example: python -m benchmarks --shapes cpu --threads 1 all --providers sequence sequence:direct
 """
 
 

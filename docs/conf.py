@@ -55,7 +55,18 @@ def _mend_links(app, relative_path, parent_docname, content):
         content[0] = content[0].replace(link, here)
 
 
+def _join_numbers(app, docname, source):
+    """Keep a line from breaking within two numbers of a table, such as "2.31 / 1.95"."""
+    pair = re.compile(r"([\d.][\d.e-]*x?) / ([\d.]+)")
+    lines = source[0].split("\n")
+    source[0] = "\n".join(
+        pair.sub("\\1\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}\\2", line) if line[:1] == "|" else line
+        for line in lines
+    )
+
+
 def setup(app):
-    """Draw the pictures, and mend the links of included pages."""
+    """Draw the pictures, and mend the links of included pages and the numbers of tables."""
+    app.connect("source-read", _join_numbers)
     app.connect("builder-inited", lambda app: figures.draw(Path(app.srcdir) / "_generated"))
     app.connect("include-read", _mend_links)

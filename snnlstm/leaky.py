@@ -60,7 +60,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         spk = spike(mem - threshold) * graded_spikes_factor
 
     **The layer is stateful**: a mem that is not passed is the one that the last call left. A new
-    layer starts from zeros; so do :meth:`reset_mem`, and an x of another shape than mem's.
+    layer starts from zeros; so do ``reset_mem()``, and an x of another shape than mem's.
 
     The kernels cover x of float32, float64, float16 and bfloat16 on the CPU and on CUDA, with a
     beta and a threshold that are numbers or vary along one dimension of x. snnTorch's own forward

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,13 @@ def suite(out: Path, *arguments: str) -> tuple[int, pd.DataFrame]:
     return run.main([*arguments, "--out", str(out)]), report.read(out)
 
 
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.run")
+    with pytest.raises(SystemExit, match=r'needs pandas: .* -m pip install -e "\.\[bench\]"'):
+        runpy.run_module("benchmarks", run_name="__main__")
+
+
 def test_the_reference_path_is_not_timed_as_ours(monkeypatch, capsys):
     monkeypatch.setattr(snnlstm.path, "kernels", None)
     with pytest.raises(SystemExit):
@@ -45,7 +54,7 @@ def test_the_reference_path_is_not_timed_as_ours(monkeypatch, capsys):
 
 def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(peak_memory, "measure", lambda *of, device: 3.0)
-    providers = ("snntorch", "snnlstm-checkpoint", "snnlstm:direct")
+    providers = ("snntorch", "sequence-checkpoint", "sequence:direct")
     asked = ["--shapes", "hidden", "--random", "2", "--providers", *providers, "--memory"]
     status, rows = suite(tmp_path, *TINY, *asked)
     assert status == 0
@@ -72,16 +81,18 @@ def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeypat
 
 def test_ones_own_network_is_timed_with_either_cell(tmp_path):
     file = tmp_path / "mine.py"
-    for library in ("snntorch", "snnlstm"):
+    step, sequence = "torch.nn.Sequential", "snnlstm.Sequential"
+    for library, stack in (("snntorch", step), ("snnlstm", step), ("snnlstm", sequence)):
         file.write_text(
-            f"import torch, {library}\n"
+            "import torch, snnlstm, snntorch\n"
             "def mine():\n"
             f"    cell = {library}.SConv2dLSTM(2, 3, 3, threshold=0.05, init_hidden=True)\n"
-            "    return torch.nn.Sequential(cell, torch.nn.Flatten()), torch.rand(2, 2, 5, 5)\n"
+            f"    net = {stack}(cell, torch.nn.Flatten())\n"
+            f"    return net, torch.rand({'3, ' * (stack == sequence)}2, 2, 5, 5)\n"
         )
         status, rows = suite(tmp_path, "--network", f"{file}:mine", "--seconds", "0.01")
         assert status == 0
-        assert set(rows.provider) == {"snntorch", "snnlstm-step"}
+        assert set(rows.provider) == {"snntorch", "sequence" if stack == sequence else "loop"}
     with pytest.raises(ValueError, match=r"--network: .*: 'other'"):
         networks.from_file(f"{file}:other")
 
@@ -136,17 +147,17 @@ def test_a_wrong_provider_is_refused(monkeypatch, tmp_path, capsys):
             spk, syn, mem = super().forward(*args, **kwargs)
             return spk, syn, 1.01 * mem
 
-    monkeypatch.setitem(FORMS, "snnlstm", FORMS["snnlstm"]._replace(cell=Louder))
+    monkeypatch.setitem(FORMS, "sequence", FORMS["sequence"]._replace(cell=Louder))
     status, rows = suite(tmp_path, *TINY, "--mode", "inference")
     assert status == 1
-    assert set(rows.provider) == {"snntorch", "snnlstm-step"}
-    assert "small: snnlstm: computes something else:" in capsys.readouterr().err
+    assert set(rows.provider) == {"snntorch", "loop"}
+    assert "small: sequence: computes something else:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("result", ["spikes", "syn", "mem", "gradient of weight", "gradient of x"])
 def test_agreement_notices_a_difference_in_each_result(result):
     expected = Provider(SMALL, FORMS["snntorch"], Setting()).results()
-    actual = Provider(SMALL, FORMS["snnlstm"], Setting()).results()
+    actual = Provider(SMALL, FORMS["sequence"], Setting()).results()
     run.compare(SMALL, "float32", expected, actual)
     right = actual[result].clone()
     for wrong in (right + 0.1 * right.norm(), right * float("nan")):
@@ -168,7 +179,7 @@ def test_peak_memory_is_the_memory_that_is_used():
     [
         (["--shapes", "midd"], "--shapes"),
         (["--shape", "8 8 4 8 9 9 4"], "--shape"),
-        (["--providers", "snnlstm:fft"], "--providers"),
+        (["--providers", "sequence:fft"], "--providers"),
         (["--dtype", "tf32"], "--dtype"),
         (["--threads", "0"], "--threads"),
         (["--compare", "nowhere", "else"], "nowhere"),

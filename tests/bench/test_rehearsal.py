@@ -44,7 +44,7 @@ def test_a_rehearsal_passes_every_step(tmp_path):
     rows = report.read(tmp_path / "results" / "large")
     assert set(rows.case) == {"tiny"}
     assert set(rows.dtype) == {"float32", "autocast16", "float16"}
-    assert rows.path[rows.provider == "snnlstm"].str.startswith("emulator-").all()
+    assert rows.path[rows.provider == "sequence"].str.startswith("emulator-").all()
 
 
 needs_emulator = pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
