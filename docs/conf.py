@@ -55,18 +55,23 @@ def _mend_links(app, relative_path, parent_docname, content):
         content[0] = content[0].replace(link, here)
 
 
-def _join_numbers(app, docname, source):
-    """Keep a line from breaking within two numbers of a table, such as "2.31 / 1.95"."""
-    pair = re.compile(r"([\d.][\d.e-]*x?) / ([\d.]+)")
+def _mend_page(app, docname, source):
+    """Put drawn pictures in, and keep lines from breaking in numbers such as "2.31 / 1.95".
+
+    A picture stands in a page as a comment, so that no link leads to a file that is not there.
+    """
+    source[0] = re.sub(r"<!-- (\w+\.svg): (.+) -->", r"![\2](_generated/\1)", source[0])
+    pair = re.compile(r"(\d[\d.e-]*x?) / (\d[\d.e-]*)")
     lines = source[0].split("\n")
-    source[0] = "\n".join(
-        pair.sub("\\1\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}\\2", line) if line[:1] == "|" else line
-        for line in lines
-    )
+    for k, line in enumerate(lines):
+        if line[:1] == "|":
+            line = pair.sub("\\1\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}\\2", line)
+            lines[k] = re.sub(r"(?<=\de-)(?=\d)", "\N{WORD JOINER}", line)
+    source[0] = "\n".join(lines)
 
 
 def setup(app):
-    """Draw the pictures, and mend the links of included pages and the numbers of tables."""
-    app.connect("source-read", _join_numbers)
+    """Draw the pictures, and mend pages and the links of included ones."""
+    app.connect("source-read", _mend_page)
     app.connect("builder-inited", lambda app: figures.draw(Path(app.srcdir) / "_generated"))
     app.connect("include-read", _mend_links)

@@ -167,11 +167,6 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-GENERATED = {
-    f"_generated/{name}.svg" for name in ("calls", "surrogates", "quantisers")
-}  # docs/figures.py draws them
-
-
 @every_page
 def test_what_a_page_names_exists(page):
     """A page names targets, links, and paths such as `csrc/cell.h`.
@@ -185,7 +180,7 @@ def test_what_a_page_names_exists(page):
                 assert re.search(rf"(?m)^{target}:", makefile), f"no target {target}"
     for link in re.findall(r"\]\(([^)#\s]+)|```\{include\} (\S+)", text_of(page)):
         link = "".join(link)
-        if "://" not in link and link not in GENERATED:
+        if "://" not in link:
             assert (page.parent / link).exists(), f"no file {link}"
     top = {path.name for path in ROOT.iterdir()} - {"build", "dist", "out"}
     for line in text_of(page).split("\n"):
