@@ -77,7 +77,7 @@ def passes(case: Case, setting: Setting) -> list[dict[str, Any]]:
     wanted = case.grad_x, True, True, True, True, False
     ways = (
         partial(plan.forward, call, True),
-        partial(plan.backward, call, result.saved, grads, wanted, result.decided, None),
+        partial(plan.backward, call, result.saved, grads, wanted, result.selection, None),
     )
     rows = []
     for backward, run in enumerate(ways):

@@ -8,13 +8,13 @@ from .version import __version__
 try:
     from . import functional, quant, reference, surrogate
     from .convlstm import ConvLSTM, ConvLSTMCell
-    from .layers import spike_rates
     from .leaky import Leaky
     from .native.pool import empty_cache
     from .path import algorithm, set_algorithm
     from .sconv2dlstm import SConv1dLSTM, SConv2dLSTM
     from .sequential import Sequential, unroll
     from .snntorch import TheirLeaky
+    from .spikes import spike_rates
     from .swap import accelerate, patch, restore, unpatch
 except Exception:
     # `python -m snnlstm` must tell what is missing or broken, be it torch itself. While the package

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from . import spec
 from .call import as_image
-from .entry import Entries
 from .path import LastPath
 from .snntorch import Base, alive, clear_registries, register
 from .spec import RESETS, CellSpec, Reset
@@ -42,9 +41,8 @@ class CellAttributes(Base):
     _reset_mechanism: Reset
     _spec: CellSpec | None
     """What the attributes say; None while they contradict each other."""
-    _entries: Entries
-    _logged: set[str]
-    """The reason of the slow path that was logged, if one was."""
+    _entry: Any
+    """The entry of the last call."""
     _adopted: dict[str, Any] | None = None
     """The callables of the snnTorch cell that this one stands in for, by their names."""
     _layer_name: str = ""
@@ -62,7 +60,7 @@ class CellAttributes(Base):
 
     def _remake_spec(self) -> None:
         """Make the spec anew, at once: torch.compile must find it made."""
-        self._entries = Entries()
+        self._entry = None
         try:
             self._spec = self._make_spec()
         except ValueError:  # two attributes contradict each other until the second one is set
@@ -223,7 +221,7 @@ class CellAttributes(Base):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CellAttributes:
         super()._apply(fn, recurse)
-        self._state.moved(fn)
+        self._state.apply(fn)
         self._reset_source = None
         return self
 
@@ -240,14 +238,12 @@ class CellAttributes(Base):
     def _replicate_for_data_parallel(self) -> Any:
         """Give a replica of DataParallel, which shares the attributes, states of its own."""
         replica = super()._replicate_for_data_parallel()
-        replica._state, replica._entries = self._state.shared(), Entries()
-        replica._reset_source = None
+        replica._state, replica._reset_source = self._state.shared(), None
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_spec"], state["_entries"] = None, Entries()
-        state["_reset_source"], state["_logged"] = None, set()
+        state["_spec"] = state["_entry"] = state["_reset_source"] = None
         state["_state"] = copy(self._state)  # without the graph
         state.pop("spk", None)  # spk hangs on the graph of the last call
         if self._adopted is not None:

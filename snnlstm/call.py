@@ -1,4 +1,4 @@
-"""One call of a cell: the check of each tensor, and the key that tells like calls apart.
+"""One call of a cell, and the check of each of its tensors.
 
 A check returns the tensor in its normal form or raises: TypeError for a wrong type or dtype,
 ValueError for a wrong shape, value or device. The message names the argument, what came and what
@@ -11,23 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .lengths import check_dense, checked_lengths, length_mask
 from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, flag, make_spec
 from .surrogate import is_number
-from .torch_private import ENDED, any_autocast, level_of, transforms_are_active, unwrapped
+from .torch_private import ENDED, level_of, unwrapped
 
-__all__ = ["Call", "autocast_dtype", "checked_call", "key_of", "stateless_call"]
+__all__ = ["Call", "autocast_dtype", "checked_call", "stateless_call"]
 
-PLAIN = {Tensor, nn.Parameter, type(None)}
+active = length_mask
 
 # The sizes after the channels in a shape, by the dimensions of an image.
 SIZES = {1: "L", 2: "H, W"}
-
-_INTS = (
-    torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint64, torch.uint32, torch.uint16, torch.uint8,
-)  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -48,39 +44,6 @@ class Call(NamedTuple):
     def sequence(self) -> bool:
         """Whether the call is one of a sequence, and not of one step."""
         return self.x.dim() == 5
-
-
-def key_of(call: Call) -> tuple[Any, ...]:
-    """All that is static of a call's tensors, to look up what follows from it.
-
-    Raises
-    ------
-    AttributeError, RuntimeError
-        If an argument is no tensor, or has no strides, as sparse tensors have none.
-    """
-    x, syn, mem, weight, bias, threshold, graded, lengths, record = call
-    device = x.device
-    return (
-        x.shape, x.stride(), x.dtype, device,
-        syn.shape, syn.stride(), syn.dtype, syn.device,
-        mem.shape, mem.stride(), mem.dtype, mem.device,
-        weight.shape, weight.is_contiguous(), weight.dtype, weight.device,
-        bias is None
-        or (bias.shape, bias.dtype, bias.device, bias.is_contiguous(), bias.is_neg()),
-        threshold is None
-        or (threshold.shape, threshold.dtype, threshold.device,
-            threshold.is_contiguous(), threshold.is_neg()),
-        graded is None
-        or (graded.shape, graded.dtype, graded.device, graded.is_contiguous(),
-            graded.is_neg(), graded.requires_grad),
-        record, lengths is None,
-        torch.is_grad_enabled() and (
-            x.requires_grad, syn.requires_grad, mem.requires_grad, weight.requires_grad,
-            bias is not None and bias.requires_grad,
-            threshold is not None and threshold.requires_grad,
-        ),
-        autocast_dtype(device.type) if any_autocast() else None,
-    )  # fmt: skip
 
 
 def checked_call(
@@ -161,11 +124,6 @@ def stateless_call(
         traced=traced,
     )  # fmt: skip
     return call, spec
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor was written to in place; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def without_ended_transforms(tensor: Tensor | None) -> Tensor | None:
@@ -297,14 +255,6 @@ def input_tensor(
     return _converted(name, x, weight)
 
 
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Refuse sparse tensors and those of MKL-DNN."""
-    if tensor.layout is not torch.strided:
-        raise TypeError(
-            f"{name} must be dense, as {name}.to_dense() is, got layout {tensor.layout}"
-        )
-
-
 def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
     """`tensor` in the dtype of the states, where the conversion loses nothing."""
     if tensor.device != weight.device:
@@ -398,88 +348,16 @@ def check_bias(bias: Any, weight: Tensor, gates: int) -> None:
 # ---- tensors that autograd has saved -------------------------------------------------------------
 
 
-def as_saved(
+def restored(
     tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """What came back for a tensor that was saved, in its dtype and on its device again.
+    """A tensor that autograd has saved, in its dtype, on its device, and not lazily negated.
 
     Hooks on saved tensors, and assignments to ``.data``, may have changed shape or memory, too.
     """
-    if tensor.shape != shape:
+    if tuple(tensor.shape) != tuple(shape):
         raise RuntimeError(
             f"a saved tensor has come back as {tuple(tensor.shape)}, not {tuple(shape)}: what was "
             "saved for the backward pass must keep its shape"
         )
     return tensor.resolve_neg().to(device, dtype)
-
-
-def saved_lengths(lengths: Tensor, batch: int, device: torch.device) -> Tensor:
-    """Lengths that came back, whose memory the kernels can read."""
-    return as_saved(lengths, (batch,), torch.int64, device).contiguous()
-
-
-# ---- lengths: the steps of each sample of a batch ------------------------------------------------
-
-
-def checked_lengths(
-    lengths: Any, time: int, batch: int, device: torch.device, traced: bool
-) -> Tensor:
-    """Check the steps of each sample, ints between 0 and T; returns them as int64, on `device`.
-
-    Only numbers that the host has can be checked: on a GPU, and where torch.compile traces or a
-    transform is active, they are clamped.
-    """
-    given = lengths
-    if not isinstance(given, Tensor):
-        try:
-            given = torch.as_tensor(lengths, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"lengths must be ints, one for each sample, got {lengths!r}"
-            ) from error
-    check_dense("lengths", given)
-    if given.dtype not in _INTS and (given.numel() or given.dtype is torch.bool):
-        raise TypeError(f"lengths must be ints, got a tensor of {given.dtype}")
-    if tuple(given.shape) != (batch,):
-        raise ValueError(
-            f"lengths must have shape ({batch},), one for each sample, got {tuple(given.shape)}"
-        )
-    if given.device.type != "cpu" and given.device != device:
-        raise ValueError(f"lengths must be on the CPU or on x's {device}, got {given.device}")
-    hidden = traced or transforms_are_active() or type(given) is not Tensor
-    if given.device.type == "cpu" and given.numel() and not hidden:
-        numbers = given.tolist()  # torch.min does not take wide unsigned ints
-        least, most = min(numbers), max(numbers)
-        if least < 0 or most > time:
-            raise ValueError(
-                f"lengths must lie between 0 and x's number of steps, {time}, "
-                f"got {least if least < 0 else most}"
-            )
-    return given.detach().to(device, torch.int64).clamp(0, time)  # a copy: the caller's may change
-
-
-def active(lengths: Tensor, time: int) -> Tensor:
-    """Whether each of `time` steps is one of the sample's own, (T, N, 1, 1, 1)."""
-    steps = torch.arange(time, device=lengths.device)[:, None] < lengths
-    return steps[..., None, None, None]
-
-
-def last(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
-    """Each sample's state after its own last step, (N, C, H, W), of those of all steps.
-
-    `before` is the state before the first step.
-    """
-    state = recorded[(lengths - 1).clamp(min=0), torch.arange(len(lengths), device=lengths.device)]
-    return torch.where(lengths[:, None, None, None] > 0, state, before)
-
-
-def repeated(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
-    """The states of all steps, (T, N, C, H, W); padded samples repeat their last state."""
-    steps = active(lengths, recorded.shape[0])
-    return torch.where(steps, recorded, last(recorded, before, lengths))
-
-
-def silenced(x: Tensor, lengths: Tensor) -> Tensor:
-    """A sequence (T, N, ...), with zeros for padded samples."""
-    steps = active(lengths, x.shape[0]).flatten(1)
-    return torch.where(steps.reshape(steps.shape + (1,) * (x.dim() - 2)), x, 0)

@@ -6,7 +6,6 @@ kernels are those of the spiking cell: their mem is the hidden state h, their sy
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,21 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from . import spec
-from .call import active, checked_call, checked_lengths, state_tensor
-from .entry import Entries, run_checked
+from .call import checked_call, state_tensor
+from .entry import run
+from .lengths import checked_lengths, length_mask
 from .path import (
+    EXPORT,
     LastPath,
-    carries_hooks,
-    exporting,
-    global_hooks,
-    like_of,
+    asked_every_call,
+    beyond_forward,
+    dtype_source,
     log_fallback,
-    overrides_of,
+    log_once,
 )
 
 __all__ = ["ConvLSTM", "ConvLSTMCell"]
-
-logger = logging.getLogger("snnlstm")
 
 State = Sequence[Tensor | None]
 """h and c, (N, C, Ho, Wo) each; None means zeros."""
@@ -90,8 +88,6 @@ class ConvLSTMCell(nn.Module):
             kernel_size, surrogate_disable=True, spiking=False, stride=stride, dilation=dilation,
             checkpoint=checkpoint,
         )  # fmt: skip
-        self._entries = Entries()
-        self._logged: set[str] = set()
         self.kernel_size, self.padding = described.kernel_size, described.padding
         self.stride, self.dilation = described.stride, described.dilation
         self.checkpoint = described.checkpoint
@@ -139,29 +135,25 @@ class ConvLSTMCell(nn.Module):
             raise TypeError(f"{name} must be h and c, (Tensor, Tensor), or None, got {got}")
         conv, traced = self.conv, torch.compiler.is_compiling()
         channels = self.input_dim, self.hidden_dim
-        overrides = overrides_of(conv, nn.Conv2d, self._spec, channels)
-        plain = type(conv) is nn.Conv2d
-        weight, bias = (conv.weight, conv.bias) if plain else (like_of(conv, x, x), None)
+        now, overrides = asked_every_call(conv, nn.Conv2d, self._spec, channels, traced=traced)
+        usual = type(conv) is nn.Conv2d
+        weight, bias = (conv.weight, conv.bias) if usual else (dtype_source(conv, x, x), None)
         passed = {"mem": (f"h of {name}", state[0]), "syn": (f"c of {name}", state[1])}
         call = checked_call(
             x, weight, bias, None, None, channels, self._spec,
             lambda name, shape, x: state_tensor(*passed[name], shape, x, weight),
             record=record, lengths=lengths, traced=traced, name="input_tensor",
         )  # fmt: skip
-        every, c, h, path = run_checked(self._entries, call, self._spec, overrides)
-        if not exporting():
+        last = {} if traced else self.__dict__
+        every, c, h, path = run(last, call, self._spec, now, overrides)
+        if now is not EXPORT:
             object.__setattr__(self, "_path", path)  # nn.Module's would search for parameters
             if path.slow and not traced:
-                log_fallback(path, self._logged, self)
+                log_fallback(path, self)
         return every, h, c
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_entries": Entries(), "_logged": set()}
-
-    def _replicate_for_data_parallel(self) -> Any:
-        replica = super()._replicate_for_data_parallel()
-        replica._entries = Entries()
-        return replica
+        return self.__dict__ | {"_entry": None}
 
     def init_hidden(self, batch_size: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return zeros for h and c, (batch_size, C, Ho, Wo), for images of `image_size`."""
@@ -298,16 +290,14 @@ def _run_layer(
     cell: Any, x: Tensor, state: Any, layer: int, lengths: Tensor | None, record: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a cell over x (T, N, Cin, H, W): h of every step, and the last h and c or all."""
-    plain = type(cell).forward is ConvLSTMCell.forward and "forward" not in cell.__dict__
-    if plain and not carries_hooks(cell) and not global_hooks():
+    if type(cell).forward is ConvLSTMCell.forward and beyond_forward(cell) is None:
         return cell._run(x, state, f"hidden_state[{layer}]", lengths, record)
-    if not torch.compiler.is_compiling() and not cell.__dict__.get("_says_steps"):
-        cell.__dict__["_says_steps"] = True
+    if not torch.compiler.is_compiling():
         text = "ConvLSTM calls layer %d step by step: its %s has hooks or a forward of its own"
-        logger.warning(text, layer, type(cell).__name__)
+        log_once(cell, text, text, layer, type(cell).__name__)
     state = cell.init_hidden(x.shape[1], tuple(x.shape[-2:])) if state is None else state
     states = []
-    own = None if lengths is None else active(lengths, x.shape[0])
+    own = None if lengths is None else length_mask(lengths, x.shape[0])
     for t, x_t in enumerate(x if own is None else torch.where(own, x, 0)):
         before, state = state, cell(x_t, state)
         if own is not None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .call import batch_before_time, stateless_call
-from .entry import Entries, run_checked
+from .entry import run
+from .path import reason_now
 
 __all__ = ["sconv2dlstm"]
 
-_entries = Entries()
+_last: dict[str, Any] = {}  # holds the last entry
 
 
 def sconv2dlstm(
@@ -89,5 +91,6 @@ def sconv2dlstm(
         inhibition=inhibition, stride=stride, dilation=dilation, record=record, lengths=lengths,
         checkpoint=checkpoint, batch_first=batch_first,
     )  # fmt: skip
-    results = run_checked(_entries, call, spec, of_many=spec)
+    traced = torch.compiler.is_compiling()
+    results = run({} if traced else _last, call, spec, reason_now(traced))
     return batch_before_time(call, batch_first, *results[:3])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import last, repeated, silenced
+from .lengths import hold_last, last_state, mask_padding
 from .path import LastPath, Path, against_device, log_fallback, native_path, reason_now
 from .snntorch import Neuron, TheirLeaky, recognise_surrogate
 from .spec import DTYPES
@@ -21,7 +21,7 @@ except ImportError:  # path.against_device says why
 
 __all__ = ["PRIVATE", "Leaky", "replaced"]
 
-PRIVATE = ("_path", "_logged", "_layer_name", "_recognised", "_reset_source", "_reset")
+PRIVATE = ("_path", "_layer_name", "_recognised", "_reset_source", "_reset")
 """The attributes of an instance that only our class has."""
 
 _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
@@ -147,15 +147,19 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         hooks = tuple(self._forward_hooks.values())
         every, before = record or bool(hooks) or lengths is not None, self._buffers["mem"]
         if lengths is not None:  # whatever the padding holds, no gradient may become NaN
-            x = silenced(x, lengths)
+            x = mask_padding(x, lengths)
         if before.shape != x.shape[1:]:
             before = torch.zeros_like(x[0], dtype=kernels.real(x.dtype))
         spk, mem = kernels.run(self._described(x, before, True), x, before, every)
         after = mem[-1].clone() if mem.shape == x.shape else mem
         if lengths is not None:
-            spk, mem, flat = silenced(spk, lengths), _as_images(mem), _as_images(before[None])[0]
-            after = last(mem, flat, lengths).reshape(before.shape)
-            mem = repeated(mem, torch.zeros_like(flat), lengths).reshape(x.shape)
+            spk, mem, flat = (
+                mask_padding(spk, lengths),
+                _as_images(mem),
+                _as_images(before[None])[0],
+            )
+            after = last_state(mem, flat, lengths).reshape(before.shape)
+            mem = hold_last(mem, torch.zeros_like(flat), lengths).reshape(x.shape)
         self._keep(x, after, None)
         for hook in hooks:
             hook(self, (x,), (spk, mem))
@@ -175,7 +179,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             raise
         self.__dict__["_path"] = path
         if path.slow:
-            log_fallback(path, self.__dict__.setdefault("_logged", set()), self)
+            log_fallback(path, self)
         return out
 
     def _keep(self, x: Tensor, mem: Tensor, source: ResetSource | None) -> None:

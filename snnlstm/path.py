@@ -1,33 +1,33 @@
-"""Which implementation runs a call, why, and the algorithm that the user chose.
+"""Why the reference path runs a call, if it does.
 
-A :class:`Path` is the answer, which a module shows as ``cell.path``. Reasons for
-:mod:`snnlstm.reference` are static, and hold for all like calls, or dynamic, and are looked for
-once a call. Nothing falls back silently.
+A :class:`Path` is the answer, which a module shows as ``cell.path``. What holds for all like calls
+is found once (:func:`static_reason`), and the rest is asked in every call
+(:func:`asked_every_call`). Nothing falls back silently.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import torch_private
-from .call import PLAIN, Call, autocast_dtype
+from .algorithms import ALGORITHMS, algorithm, get_algorithm, set_algorithm
+from .call import Call, autocast_dtype
+from .keys import OF_TORCH
 from .native import WAYS_OUT, checkout
 from .reference import Overrides
 from .spec import DTYPES, CellSpec
 from .torch_private import (
     exporting,
-    forward_mode,
+    forward_level,
     global_hooks,
     is_tracing,
     recorder,
@@ -92,6 +92,8 @@ class LastPath:
 _MISSING = "the compiled core is missing"
 if _folder := checkout():
     _MISSING += f" in the checkout {_folder}: {WAYS_OUT}"
+EXPORT = Path("reference", "an export records plain operators")
+_CHOSEN = Path("reference", "set_algorithm or SNNLSTM_ALGORITHM chose it")
 _NATIVE_REASON = "the native kernels cover this call"
 
 try:
@@ -127,18 +129,27 @@ _FUNCTIONS = F.conv1d, F.conv2d
 ONES = {1: (1,), 2: (1, 1)}  # by the dimensions of an image
 
 
-HOOKS, GLOBAL_HOOKS = "conv carries hooks", "global module hooks are registered"
+HOOKS, GLOBAL_HOOKS = "carries hooks", "global module hooks are registered"
+REPLACED, CONV_HOOKS = "forward was replaced", f"conv {HOOKS}"
 
 
-def carries_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module calls hooks of its own."""
+def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> str | None:
+    """What makes a call of the module more than its class's forward; None if nothing does.
+
+    Forward hooks of a `harmless` type do not count.
+    """
     attributes = module.__dict__
-    return bool(
+    hooks = attributes["_forward_hooks"]
+    if (
         attributes["_forward_pre_hooks"]
-        or attributes["_forward_hooks"]
         or attributes["_backward_hooks"]
         or attributes["_backward_pre_hooks"]
-    )
+        or (hooks and not all(isinstance(hook, harmless) for hook in hooks.values()))
+    ):
+        return HOOKS
+    if global_hooks():
+        return GLOBAL_HOOKS
+    return REPLACED if "forward" in attributes else None
 
 
 def reason_against_conv(
@@ -155,20 +166,19 @@ def reason_against_conv(
     """
     if type(conv) is not kind:
         return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
-    attributes, plain = conv.__dict__, _TORCHS[kind]
-    if carries_hooks(conv):
-        return HOOKS
-    if global_hooks():
-        return GLOBAL_HOOKS
+    attributes, released = conv.__dict__, _TORCHS[kind]
+    found = beyond_forward(conv)
+    if found is not None and found is not REPLACED:
+        return CONV_HOOKS if found is HOOKS else found
     if (
-        "forward" in attributes
+        found is REPLACED
         or "_conv_forward" in attributes
-        or kind.__call__ is not plain[0]
-        or kind.forward is not plain[1]
-        or getattr(kind, "_conv_forward", None) is not plain[2]
+        or kind.__call__ is not released[0]
+        or kind.forward is not released[1]
+        or getattr(kind, "_conv_forward", None) is not released[2]
         or (F.conv1d, F.conv2d) != _FUNCTIONS
     ):
-        return "conv.forward was replaced"
+        return f"conv.{REPLACED}"
     dims, padding = len(attributes["stride"]), attributes["padding"]
     if (
         attributes["stride"] != ONES[dims]
@@ -182,7 +192,7 @@ def reason_against_conv(
     return None
 
 
-def like_of(conv: Any, x: Any, default: Any) -> Tensor:
+def dtype_source(conv: Any, x: Any, default: Any) -> Tensor:
     """A tensor of a foreign conv's dtype and device: a parameter, x, or `default`."""
     for parameter in conv.parameters() if isinstance(conv, nn.Module) else ():
         if parameter.dtype in DTYPES:
@@ -190,25 +200,27 @@ def like_of(conv: Any, x: Any, default: Any) -> Tensor:
     return x if isinstance(x, Tensor) and x.dtype in DTYPES else default
 
 
-def overrides_of(
+def asked_every_call(
     conv: Any,
     kind: type[nn.Conv1d | nn.Conv2d],
     spec: CellSpec,
     channels: tuple[int, int] | None = None,
     fire: Any = None,
     mem_reset: Any = None,
-) -> Overrides | None:
-    """The foreign code that takes part in a call; None where the cell and its conv are plain.
+    traced: bool = False,
+) -> tuple[Path | None, Overrides | None]:
+    """What no key of a call tells: :func:`reason_now`, and the foreign code that takes part.
 
-    `channels`, Cin and C, are given where the weight's shape is not known to fit. `fire` and
-    `mem_reset` are methods that a subclass or the cell itself overrides.
+    The second is None where the cell and its conv are plain. `channels`, Cin and C, are given where
+    the weight's shape is not known to fit. `fire` and `mem_reset` are methods that a subclass or
+    the cell itself overrides.
 
     Raises
     ------
     ValueError
         If the cell has a stride, which needs a plain conv.
     """
-    shape = None
+    now, shape = reason_now(traced), None
     if channels is not None:
         kernel = spec.kernel_size[-1:] if kind is nn.Conv1d else spec.kernel_size
         shape = 4 * channels[1], sum(channels), *kernel
@@ -218,24 +230,58 @@ def overrides_of(
             f"conv must be a plain nn.{kind.__name__} without hooks where stride is not 1: {reason}"
         )
     if reason is None and fire is None and mem_reset is None:
-        return None
-    return Overrides(None if reason is None else conv, reason, fire, mem_reset)
+        return now, None
+    return now, Overrides(None if reason is None else conv, reason, fire, mem_reset)
 
 
-def static_reason(call: Call, spec: CellSpec, traced: bool) -> Path | None:
-    """Why the reference path must run, for all like calls; None where the kernels can."""
-    device = call.x.device
-    if not traced and not PLAIN.issuperset(map(type, call[:7])):
-        return Path("reference", "a tensor is of a subclass")
-    if not traced and call.weight.layout is not torch.strided:
-        return Path("reference", "weight is not strided")
-    reason = spec.reason_against_kernels(call.x.dtype)
-    threshold, graded = call.threshold, call.graded
+def reason_now(traced: bool = False) -> Path | None:
+    """Why plain torch must run any call now: by the user's word, or because something records.
+
+    The user's choice is no fallback, so the log does not name it. It holds for every device and
+    every module of this package, and for the next call of a module that has a plan.
+    """
+    if exporting():
+        return EXPORT
+    if get_algorithm() == "reference":
+        return _CHOSEN
+    if transforms_are_active():
+        return Path("reference", "a torch.func transform is active")
+    if not traced:
+        if is_tracing() or recorder() is not None:
+            return Path("reference", "tracing records plain operators")
+        if forward_level() >= 0:
+            return Path("reference", "forward-mode differentiation is active")
+    return None
+
+
+def static_reason(
+    call: Call, spec: CellSpec, overrides: Overrides | None = None, traced: bool = False
+) -> Path | None:
+    """Why the reference path must run a call and all like calls; None where the kernels can.
+
+    The first reason counts. Those that no user can change for the better come first.
+    """
+    device, threshold, graded = call.x.device, call.threshold, call.graded
+    if overrides is not None and overrides.conv is not None:  # it has any weight, or none
+        call = call._replace(weight=call.x)
+    if not traced:
+        if not OF_TORCH.issuperset(map(type, call[:7])):
+            return Path("reference", "a tensor is of a subclass")
+        if call.weight.layout is not torch.strided:
+            return Path("reference", "weight is not strided")
+        if any(tensor.is_neg() for tensor in call[:4]):
+            return Path("reference", "a tensor is a lazily negated view")
     if call.x.numel() == 0:
         return Path("reference", "x is empty")
+    if overrides is not None:
+        if overrides.fire is not None or overrides.mem_reset is not None:
+            return Path("reference", "fire or mem_reset is overridden", slow=True)
+        general = overrides.reason in (CONV_HOOKS, GLOBAL_HOOKS)
+        return Path("reference", str(overrides.reason), slow=True, general=general)
     against = against_device(device, traced)
     if device.type not in ("cpu", "cuda"):
         return against
+    reason = spec.reason_against_kernels(call.x.dtype)
     if reason is None and threshold is not None and graded is not None:
         count, shape = threshold.numel(), threshold.shape
         if count != 1 and not (len(shape) >= 3 and count == shape[-3]):
@@ -290,157 +336,32 @@ def against_device(device: torch.device, traced: bool = False) -> Path | None:
     return None if reason is None else Path("reference", reason, slow=True, general=True)
 
 
-# ---- what may change between like calls ---------------------------------------------------------
+# ---- the log ------------------------------------------------------------------------------------
 
 
-def reason_now(traced: bool = False) -> Path | None:
-    """Why plain torch must run any call now: by the user's word, or because something records."""
-    if (chosen := chosen_reference()) is not None:
-        return chosen
-    if exporting():
-        return Path("reference", "an export records plain operators")
-    if transforms_are_active():
-        return Path("reference", "a torch.func transform is active")
-    if not traced:
-        if is_tracing() or recorder() is not None:
-            return Path("reference", "tracing records plain operators")
-        if forward_mode():
-            return Path("reference", "forward-mode differentiation is active")
-    return None
+_logged: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""What was logged of a module, or of this package, for which :class:`Path` stands."""
 
 
-def dynamic_reason(call: Call, overrides: Overrides | None, traced: bool) -> Path | None:
-    """Why the reference path must run now; None where nothing speaks against the kernels."""
-    path = reason_now(traced)
-    if path is not None:
-        return path
-    if not traced:
-        x, syn, mem, weight = call[:4]
-        if x.is_neg() or syn.is_neg() or mem.is_neg() or weight.is_neg():
-            return Path("reference", "a tensor is a lazily negated view")
-    if overrides is None:
-        return None
-    if overrides.fire is not None or overrides.mem_reset is not None:
-        return Path("reference", "fire or mem_reset is overridden", slow=True)
-    general = overrides.reason in (HOOKS, GLOBAL_HOOKS)
-    return Path("reference", str(overrides.reason), slow=True, general=general)
+def log_once(module: nn.Module | None, topic: str, text: str, *args: Any) -> None:
+    """Log a warning, if it is the first on a topic of a module, or of this process if None."""
+    logged = _logged.setdefault(Path if module is None else module, set())
+    if topic not in logged:
+        logged.add(topic)
+        logger.warning(text, *args)
 
 
-def stronger(static: Path | None, dynamic: Path | None) -> Path | None:
-    """The reason of two for the reference path; None where the kernels run."""
-    if dynamic is not None and (static is None or static.slow or not dynamic.slow):
-        return dynamic
-    return static
+def log_fallback(path: Path, cell: nn.Module) -> None:
+    """Log the first slow path of a cell.
 
-
-_logged: set[str] = set()  # the general reasons that have been logged
-
-
-def log_fallback(path: Path, seen: set[str], cell: nn.Module) -> None:
-    """Log a slow `path` of `cell`, unless `seen` says that the cell was logged before.
-
-    `seen` holds the reasons that were logged for the cell. A general reason says nothing about the
-    cell and is logged once per process. Hooks that tools set on every module, to count operations
-    or to print summaries, are such a reason.
+    A general reason says nothing about the cell and is logged once per process. Hooks that tools
+    set on every module, to count operations or to print summaries, are such a reason.
     """
-    if path.reason in _logged if path.general else seen:
-        return
-    (_logged if path.general else seen).add(path.reason)
-    who = type(cell).__name__
-    if not path.general:
-        who = f"{type(cell).__name__}({cell.extra_repr()})"
+    who, text = type(cell).__name__, "%s takes the reference path, which is slower: %s"
+    if path.general:
+        log_once(None, path.reason, text, who, path.reason)
+    elif "path" not in _logged.get(cell, ()):
+        who = f"{who}({cell.extra_repr()})"
         if name := getattr(cell, "_layer_name", ""):
             who = f"layer {name}, {who},"
-    logger.warning("%s takes the reference path, which is slower: %s", who, path.reason)
-
-
-# ---- the user's choice of an algorithm -----------------------------------------------------------
-
-
-ALGORITHMS = (
-    "auto", "direct", "winograd", "fused", "hybrid", "cudnn", "measure", "reference",
-)  # fmt: skip
-# What takes the place of names of older versions.
-_GONE = {"resident": "fused", "pointwise": "cudnn"}
-
-
-def _known(what: str, name: str) -> str:
-    """Return the name of an algorithm; an error calls it `what`."""
-    if name not in ALGORITHMS:
-        instead = f", which is now {_GONE[name]!r}" if name in _GONE else ""
-        raise ValueError(f"{what} must be one of {', '.join(ALGORITHMS)}, got {name!r}{instead}")
-    return name
-
-
-_algorithm = _known("SNNLSTM_ALGORITHM", os.environ.get("SNNLSTM_ALGORITHM") or "auto")
-
-
-def chosen_reference() -> Path | None:
-    """The path of a call, if the user chose the reference path for the process; None if not.
-
-    The choice holds for every device and every module of this package, and for the next call of a
-    module that has a plan. It is no fallback, so the log does not name it.
-    """
-    if _algorithm != "reference":
-        return None
-    return Path("reference", "set_algorithm or SNNLSTM_ALGORITHM chose it")
-
-
-def set_algorithm(name: str) -> None:
-    """Choose the convolution algorithm of the native kernels, for the whole process.
-
-    A process starts with the name in the environment variable ``SNNLSTM_ALGORITHM``, if it is set.
-    The setting holds for all threads, because backward passes run in threads of their own. A call
-    reads it once, in its forward pass, and its backward pass uses the same.
-
-    Parameters
-    ----------
-    name : str
-        One of these names. On a device that has no such algorithm it means ``"auto"``.
-
-        - ``"auto"``, the default, takes the algorithm that should be fastest for the shape and the
-          device.
-        - ``"direct"`` sums the products one by one.
-        - ``"winograd"`` (CPU) is taken if the kernel size allows it; it rounds a little more,
-          and a NaN or an infinity spreads over the few pixels of its tile.
-        - ``"fused"`` (CUDA) launches one kernel for each step.
-        - ``"hybrid"`` (CUDA) runs the steps like ``"fused"``, and lets torch (cuDNN) form the
-          gradients of weight, bias and x over all steps at once.
-        - ``"cudnn"`` (CUDA) lets torch (cuDNN) form all convolutions; the kernels do the rest.
-        - ``"measure"`` (CUDA) times the algorithms at the first call of a shape, forward and
-          backward passes by themselves, and keeps the fastest for the process. ``"auto"`` does so,
-          too, while ``torch.backends.cudnn.benchmark`` is set. While a CUDA graph is being
-          captured, and under ``torch.use_deterministic_algorithms``, nothing is timed, and
-          ``"measure"`` means ``"auto"``.
-        - ``"reference"`` runs no kernel of this package: the reference path, in plain torch, runs
-          all calls on all devices, also of cells that have run kernels before.
-
-    Raises
-    ------
-    ValueError
-        If `name` is none of these.
-    """
-    global _algorithm
-    _algorithm = _known("name", name)
-
-
-def get_algorithm() -> str:
-    """Return the name that :func:`snnlstm.set_algorithm` was last given.
-
-    By default it is that of ``SNNLSTM_ALGORITHM`` in the environment, or ``"auto"``.
-    """
-    return _algorithm
-
-
-@contextmanager
-def algorithm(name: str) -> Iterator[None]:
-    """Use the algorithm `name` within a ``with`` block; see :func:`snnlstm.set_algorithm`.
-
-    The setting holds for the whole process: other threads see it too while the block runs.
-    """
-    before = get_algorithm()
-    set_algorithm(name)
-    try:
-        yield
-    finally:
-        set_algorithm(before)
+        log_once(cell, "path", text, who, path.reason)

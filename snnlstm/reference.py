@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call, active, batch_before_time, stateless_call
+from .call import Call, batch_before_time, stateless_call
+from .lengths import length_mask
 from .spec import CellSpec
 from .surrogate import Surrogate
 
@@ -151,7 +152,7 @@ def run(
     if x.shape[0] == 0:
         return _no_steps(call, spec)
     spks, syns, mems = [], [], []
-    live = None if call.lengths is None else active(call.lengths, x.shape[0])
+    live = None if call.lengths is None else length_mask(call.lengths, x.shape[0])
     if live is not None:
         x = torch.where(live, x, 0)  # whatever the padding holds, no gradient may become NaN
     for t, x_t in enumerate(x):

@@ -16,14 +16,14 @@ from .call import (
     batch_before_time,
     channel_broadcast,
     checked_call,
-    checked_lengths,
     real_tensor,
     values,
 )
-from .entry import Entries, entry_of, known_entry, run, run_traced
-from .path import Path, exporting, like_of, log_fallback, overrides_of
+from .entry import run, run_cached
+from .lengths import checked_lengths
+from .path import EXPORT, Path, asked_every_call, dtype_source, log_fallback
 from .reference import Overrides
-from .snntorch import Base1d, register
+from .snntorch import register
 from .spec import CellSpec, warn_of_threshold
 from .state import LastReset, ResetSource, State
 
@@ -157,7 +157,7 @@ class SConv2dLSTM(CellAttributes):
         shape = real_tensor("threshold", threshold).shape
         channel_broadcast("threshold", shape, out_channels, self._dims)
 
-        self._spec, self._entries, self._logged = None, Entries(), set()
+        self._spec, self._entry = None, None
         self._initial_threshold = (
             threshold.detach().cpu().clone() if isinstance(threshold, Tensor) else threshold
         )
@@ -270,25 +270,29 @@ class SConv2dLSTM(CellAttributes):
                 raise TypeError("forward takes x or input_, which are one, got both")
             x = input_
         # This is the one place that asks whether torch.compile traces a call.
-        if torch.compiler.is_compiling():
-            return self._traced(x, syn, mem, record, lengths)
+        traced = torch.compiler.is_compiling()
         described = self._spec or self._describe()
-        call = entry = None
-        overrides = self._overrides(described)
-        if overrides is None:
+        now, overrides = self._asked(described, traced)
+        results, call = None, None
+        if overrides is None and not traced:
             call = self._unchecked(x, syn, mem, record, lengths)
             if call is not None:
-                entry = known_entry(self._entries, call)
-        if call is None or entry is None:
-            call = self._checked(x, syn, mem, record, lengths, False)
-            overrides = self._overrides(described, (self.in_channels, self.out_channels))
-            entry = entry_of(self._entries, call, described, overrides)
-        spk, syn, mem, path = run(call, entry, overrides)
+                results = run_cached(self.__dict__, call, described, now)
+        if call is None or results is None:
+            call = self._checked(x, syn, mem, record, lengths, traced)
+            channels = self.in_channels, self.out_channels
+            now, overrides = self._asked(described, traced, channels)
+            last = {} if traced else self.__dict__
+            results = run(last, call, described, now, overrides)
+        spk, syn, mem, path = results
         if self._dims == 1:
-            spk, syn, mem = (_of_length(result, path.native) for result in (spk, syn, mem))
-        if not exporting():  # tracers must not outlive the export in the cell
-            self._keep(call, described, overrides, spk, syn, mem, path)
-        return self._returned(call, spk, syn, mem)
+            fresh = path.native and not traced
+            spk, syn, mem = (_of_length(result, fresh) for result in (spk, syn, mem))
+        if now is not EXPORT:  # tracers must not outlive the export in the cell
+            self._keep(call, described, overrides, spk, syn, mem, path, traced)
+        if self.batch_first:
+            spk, syn, mem = batch_before_time(call, True, spk, syn, mem)
+        return spk if self.init_hidden and not self.output else (spk, syn, mem)
 
     def _unchecked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any) -> Call | None:
         """Return the call as it came, if nothing in it needs a conversion."""
@@ -307,7 +311,7 @@ class SConv2dLSTM(CellAttributes):
             threshold = self._parameters.get("threshold")
         if syn is None or mem is None:
             state = self._state
-            if not state.as_it_is():
+            if not state.is_current():
                 return None
             syn = state.syn if syn is None else syn
             mem = state.mem if mem is None else mem
@@ -342,10 +346,10 @@ class SConv2dLSTM(CellAttributes):
             dims=self._dims,
         )  # fmt: skip
 
-    def _overrides(
-        self, described: CellSpec, channels: tuple[int, int] | None = None
-    ) -> Overrides | None:
-        """Return the foreign code that takes part in a call; see :func:`path.overrides_of`."""
+    def _asked(
+        self, described: CellSpec, traced: bool, channels: tuple[int, int] | None = None
+    ) -> tuple[Path | None, Overrides | None]:
+        """Return what every call asks for; see :func:`path.asked_every_call`."""
         kind, attributes = type(self), self.__dict__
         fire = mem_reset = None
         if kind.fire is not _FIRE or "fire" in attributes:
@@ -354,35 +358,12 @@ class SConv2dLSTM(CellAttributes):
             mem_reset = LastReset(self._on_images(self.mem_reset))
         # It may be a plain function, or set past nn.Module.
         conv: Any = attributes.get("conv") or attributes["_modules"].get("conv") or self.conv
-        overrides = overrides_of(conv, self._conv_kind, described, channels, fire, mem_reset)
+        now, overrides = asked_every_call(
+            conv, self._conv_kind, described, channels, fire, mem_reset, traced
+        )
         if overrides is not None and overrides.conv is not None:
             overrides = overrides._replace(conv=self._on_images(conv))
-        return overrides
-
-    def _traced(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any) -> Any:
-        """Run a call while torch.compile traces."""
-        described = self._describe()
-        overrides = self._overrides(described, (self.in_channels, self.out_channels))
-        call = self._checked(x, syn, mem, record, lengths, True)
-        spk, syn, mem, path = run_traced(call, described, overrides)
-        if self._dims == 1:
-            spk, syn, mem = (_of_length(result, False) for result in (spk, syn, mem))
-        if not exporting():
-            self._path = path  # dynamo follows attributes, not dictionaries
-            self.spk = spk.transpose(0, 1) if call.sequence and self.batch_first else spk
-            self._reset_source = None
-            if not call.sequence:
-                if overrides is not None and overrides.mem_reset is not None:
-                    reset = overrides.mem_reset.reset  # type: ignore[attr-defined]
-                else:
-                    threshold: Any = call.threshold
-                    reset = reference.reset_signal(call.mem, threshold, described.surrogate)
-                self._reset_source = ResetSource(reset)
-            if call.record:
-                self._keep_recorded(syn, mem, True)
-            else:
-                self._state.store(syn, mem, True)
-        return self._returned(call, spk, syn, mem)
+        return now, overrides
 
     def _keep(
         self,
@@ -393,38 +374,31 @@ class SConv2dLSTM(CellAttributes):
         syn: Tensor,
         mem: Tensor,
         path: Path,
+        traced: bool,
     ) -> None:
         """Keep the results of a call that succeeded."""
-        if path.slow:
-            log_fallback(path, self._logged, self)
         source = None
+        threshold: Any = call.threshold
         if call.x.dim() == 5:
             spk = spk.transpose(0, 1) if self.batch_first else spk
         elif overrides is not None and overrides.mem_reset is not None:
             source = ResetSource(overrides.mem_reset.reset)  # type: ignore[attr-defined]
+        elif traced:
+            source = ResetSource(reference.reset_signal(call.mem, threshold, described.surrogate))
         else:
             source = self._reset_source or ResetSource()
-            source.follow(call.mem, call.threshold, described.surrogate)
-        # With setattr nn.Module searches for parameters.
-        self.__dict__.update(_path=path, spk=spk, _reset_source=source)
-        if call.record:
-            self._keep_recorded(syn, mem, False)
-        else:
-            self._state.store(syn, mem, False)
-
-    def _keep_recorded(self, syn: Tensor, mem: Tensor, traced: bool) -> None:
-        """Keep the last of recorded states; without a step those before it stay."""
-        if syn.shape[0] > 0:
+            source.follow(call.mem, threshold, described.surrogate)
+        if traced:  # dynamo follows attributes, not dictionaries
+            self._path, self.spk, self._reset_source = path, spk, source
+        else:  # with setattr nn.Module searches for parameters
+            self.__dict__.update(_path=path, spk=spk, _reset_source=source)
+            if path.slow:
+                log_fallback(path, self)
+        if not call.record:
+            self._state.store(syn, mem, traced)
+        elif syn.shape[0] > 0:  # without a step the states before it stay
             # The states are copies: snnTorch detaches states in place, which views refuse.
             self._state.store(syn[-1].clone(), mem[-1].clone(), traced)
-
-    def _returned(self, call: Call, spk: Tensor, syn: Tensor, mem: Tensor) -> Any:
-        """Return what the caller gets."""
-        if self.batch_first:
-            spk, syn, mem = batch_before_time(call, True, spk, syn, mem)
-        if self.init_hidden and not self.output:
-            return spk
-        return spk, syn, mem
 
     def _on_images(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Wrap foreign code, which on signals takes signals, so that it takes images."""
@@ -437,7 +411,7 @@ class SConv2dLSTM(CellAttributes):
         conv = self.conv
         if type(conv) is self._conv_kind:
             return self._weight, conv.bias
-        return like_of(conv, x, self.graded_spikes_factor), None
+        return dtype_source(conv, x, self.graded_spikes_factor), None
 
     def fire(self, mem: Tensor) -> Tensor:
         """Spikes (N, C, H, W) of an already pooled membrane potential of that shape.
@@ -477,7 +451,7 @@ _NEVER_CALLED = (
 _FIRE, _MEM_RESET = SConv2dLSTM.fire, SConv2dLSTM.mem_reset
 
 
-class SConv1dLSTM(SConv2dLSTM, *filter(None, [Base1d])):  # type: ignore[misc]
+class SConv1dLSTM(SConv2dLSTM):
     """:class:`SConv2dLSTM` on signals, (N, Cin, L), in the place of images.
 
     x is (N, Cin, L) for one step or (T, N, Cin, L) for a sequence, and syn and mem are

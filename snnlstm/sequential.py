@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .call import SIZES, checked_lengths, repeated, silenced
+from .call import SIZES
 from .layers import (
     CELL,
     LARGEST_STACKED,
@@ -28,13 +26,13 @@ from .layers import (
     unshared,
 )
 from .leaky import Leaky
+from .lengths import checked_lengths, hold_last, mask_padding
+from .path import log_once
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import SEQUENCE_NEURONS
 from .spec import flag
 
 __all__ = ["LayerReport", "Sequential", "unroll"]
-
-logger = logging.getLogger("snnlstm")
 
 Named = tuple[str, nn.Module]  # a layer and its name
 
@@ -248,7 +246,7 @@ def _over_time(
         x = _first_item(before, out)
         report = _report_of(name, layer, x, x.dim() - (folded is None), time, by_step)
         if lengths is not None and not reports and report.kind != "sequence":
-            x = silenced(x, lengths)  # whatever the padding holds, no gradient may become NaN
+            x = mask_padding(x, lengths)  # whatever the padding holds, no gradient may become NaN
         if folded is not None and report.kind != "fold":
             x, folded = x.unflatten(0, folded), None
         if report.kind == "step":
@@ -265,7 +263,7 @@ def _over_time(
     if folded is not None:
         out = out.unflatten(0, folded)
     if lengths is not None and reports and reports[-1].reason in PER_SAMPLE:
-        out = silenced(out, lengths)
+        out = mask_padding(out, lengths)
     if not traced:
         _log_oddities(layers, reports, batch_first)
     return (_exchanged(out) if batch_first else out), tuple(reports)
@@ -300,9 +298,6 @@ def _shared_state(modules: Iterable[Named]) -> str | None:
     return None
 
 
-_logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-
-
 def _log_oddities(layers: list[Named], reports: list[LayerReport], batch_first: bool) -> None:
     """Log, once for each cell, why it goes step by step, and that the stack exchanges its axes."""
     for (name, layer), report in zip(layers, reports, strict=True):
@@ -315,10 +310,7 @@ def _log_oddities(layers: list[Named], reports: list[LayerReport], batch_first: 
                 "x is read as (T, N, ...)"
             )
         for text in said:
-            seen = _logged.setdefault(layer, set())
-            if text not in seen:
-                seen.add(text)
-                logger.warning("layer %s (%s) of a stack %s", name, report.layer, text)
+            log_once(layer, text, "layer %s (%s) of a stack %s", name, report.layer, text)
 
 
 def _report_of(
@@ -392,7 +384,7 @@ def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bo
             f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
         )
     if neuron:
-        return layer(x) if lengths is None else _padded(layer(silenced(x, lengths)), lengths)
+        return layer(x) if lengths is None else _padded(layer(mask_padding(x, lengths)), lengths)
     options: dict[str, Any] = {} if lengths is None else {"lengths": lengths}
     if cell:  # the states of every step are recorded where they are returned
         options["record"] = last and (layer.output or not layer.init_hidden)
@@ -455,10 +447,10 @@ def _exchanged(out: Any) -> Any:
 def _padded(out: Any, lengths: Tensor) -> Any:
     """What a neuron returned of all steps, spk or spk and mem, as steps with :class:`_Frozen`."""
     if isinstance(out, Tensor):
-        return silenced(out, lengths)
+        return mask_padding(out, lengths)
     spk, mem = out
-    mem = repeated(mem[..., None, None], mem.new_zeros(()), lengths)[..., 0, 0]
-    return silenced(spk, lengths), mem
+    mem = hold_last(mem[..., None, None], mem.new_zeros(()), lengths)[..., 0, 0]
+    return mask_padding(spk, lengths), mem
 
 
 class _Frozen:

@@ -96,7 +96,7 @@ def refuse_traced(state_quant: Callable[[Tensor], Tensor]) -> None:
             )
 
 
-def _plain(name: str) -> str:
+def _folded(name: str) -> str:
     return name.lower().replace("_", "").removesuffix("surrogate")
 
 
@@ -106,8 +106,8 @@ _LONG_NAMES = {
     "leakyspikeoperator": "LSO",
     "sparsefastsigmoid": "SFS",
 }
-_KINDS = {_plain(kind.name): kind for kind in surrogate.KINDS[1:]}
-_KINDS |= {long: _KINDS[_plain(short)] for long, short in _LONG_NAMES.items()}
+_KINDS = {_folded(kind.name): kind for kind in surrogate.KINDS[1:]}
+_KINDS |= {long: _KINDS[_folded(short)] for long, short in _LONG_NAMES.items()}
 
 
 def _kind(function: object) -> surrogate.Kind | None:
@@ -115,7 +115,7 @@ def _kind(function: object) -> surrogate.Kind | None:
     named: Any = function if isinstance(function, types.FunctionType) else type(function)
     if str(named.__module__).partition(".")[0] != "snntorch":
         return None
-    return _KINDS.get(_plain(named.__qualname__.partition(".")[0]))
+    return _KINDS.get(_folded(named.__qualname__.partition(".")[0]))
 
 
 def _agree(theirs: Callable[[Tensor], Tensor], ours: Any, points: Tensor) -> bool:
@@ -154,7 +154,7 @@ def recognise_quant(
     named: Any = closure or type(state_quant)
     if isinstance(state_quant, nn.Module) or not str(named.__module__).startswith("snntorch."):
         return state_quant
-    if "quant" not in _plain(named.__qualname__):
+    if "quant" not in _folded(named.__qualname__):
         return state_quant
     try:
         held = _captured(closure) if closure else vars(state_quant)
@@ -227,9 +227,6 @@ SEQUENCE_NEURONS: tuple[type[nn.Module], ...] = tuple(
 Base: Any = _their_class("SConv2dLSTM") or nn.Module
 """snnTorch's cell, so that isinstance, utils.reset and BPTT know ours; or nn.Module."""
 
-Base1d: Any = _their_class("SConv1dLSTM")
-"""snnTorch's cell on signals, which is proposed there; None as long as there is none."""
-
 TheirLeaky: Any = _their_class("Leaky") or nn.Module
 """snnTorch's leaky integrate-and-fire neuron, or nn.Module."""
 
@@ -256,7 +253,7 @@ def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
     return [cell for cell in cells if isinstance(cell, kind)]
 
 
-class Entry(weakref.ref):
+class ListEntry(weakref.ref):
     """A cell's entry in snnTorch's list, which does not keep the cell alive.
 
     What snnTorch does to the cells of its list reaches the cell as long as the cell lives. A cell
@@ -269,7 +266,7 @@ class Entry(weakref.ref):
     @property  # type: ignore[misc]  # writable in object
     def __class__(self) -> type:  # what isinstance asks for
         cell = self()
-        return Entry if cell is None else type(cell)
+        return ListEntry if cell is None else type(cell)
 
     def __getattr__(self, name: str) -> Any:
         cell = self()
@@ -283,7 +280,7 @@ class Entry(weakref.ref):
             setattr(cell, name, value)
 
 
-_vacant: deque[tuple[int, Entry]] = deque()
+_vacant: deque[tuple[int, ListEntry]] = deque()
 """Positions in snnTorch's list whose cells have gone, with the entries that are there."""
 
 
@@ -295,7 +292,7 @@ def register(cell: nn.Module) -> None:
     """
     _alive[id(cell)] = cell
     instances = _instances()
-    entry = Entry(cell, lambda entry: _vacant.append((position, entry)))
+    entry = ListEntry(cell, lambda entry: _vacant.append((position, entry)))
     while _vacant:
         with suppress(IndexError):  # another thread took the place, or the list is a new one
             position, gone = _vacant.popleft()
@@ -315,8 +312,8 @@ def take_out(cells: Collection[nn.Module]) -> None:
     """
     ids, instances = {id(cell) for cell in cells}, _instances()
     for position, entry in enumerate(instances):
-        if id(entry() if type(entry) is Entry else entry) in ids:
-            instances[position] = nobody = Entry(nn.Module())
+        if id(entry() if type(entry) is ListEntry else entry) in ids:
+            instances[position] = nobody = ListEntry(nn.Module())
             _vacant.append((position, nobody))
 
 

@@ -69,7 +69,7 @@ class CellSpec:
     padding: tuple[int, int] = field(init=False, repr=False, compare=False)
     """Zeros on each side that keep the image size, height first."""
     # All fields, as an operator of torch.library takes them: from_text() reads it.
-    text: str = field(default="", init=False, repr=False, compare=False)
+    serialized: str = field(default="", init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
         # Every call looks its plan up by this, so the hash is computed once.
@@ -81,7 +81,11 @@ class CellSpec:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hashes of strings differ between processes.
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def passes_gradient(self, sequence: bool) -> bool:
         """Whether spk of a sequence, or of a step call, carries a gradient."""
@@ -108,7 +112,7 @@ class CellSpec:
     def __post_init__(self) -> None:
         (kh, kw), (dh, dw) = self.kernel_size, self.dilation
         object.__setattr__(self, "padding", (dh * (kh - 1) // 2, dw * (kw - 1) // 2))
-        # torch.compile may take numbers for symbols, so a cell's text is made before it traces.
+        # torch.compile may take numbers for symbols: the form is made before it traces.
         if are_ours(self.surrogate, self.quant):
             spike, quant = self.surrogate, self.quant
             surrogate = tuple(map(fixed, (spike.kind, spike.p0, spike.p1)))
@@ -116,12 +120,12 @@ class CellSpec:
                 self.kernel_size, self.stride, self.dilation, self.reset, self.pool, self.pool_size,
                 surrogate, self.inhibition, self.checkpoint, self.spiking,
             )  # fmt: skip
-            object.__setattr__(self, "text", f"{numbers};{quant.text if quant else ''}")
+            object.__setattr__(self, "serialized", f"{numbers};{quant.text if quant else ''}")
 
     @staticmethod
     @lru_cache(maxsize=256)
     def from_text(text: str) -> CellSpec:
-        """The spec whose ``text`` this is."""
+        """The spec whose :attr:`serialized` form this is."""
         numbers, _, quant = text.partition(";")
         *first, surrogate, inhibition, checkpoint, spiking = literal_eval(numbers)
         levels = StateQuant.from_text(quant) if quant else None

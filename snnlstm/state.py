@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import state_tensor, version
+from .call import state_tensor
 from .reference import reset_signal
 from .torch_private import (
     NO_LEVEL,
@@ -79,13 +79,13 @@ class State:
 
     def reset(self) -> tuple[Tensor, Tensor]:
         """Set both to zero, and return them."""
-        self.settle()
+        self.unwrap()
         self._restart(_zeros_like(self.syn), _zeros_like(self.mem))
         return self.syn, self.mem
 
     def detach(self) -> None:
         """Detach both from the graph, in place where torch allows that."""
-        self.settle()
+        self.unwrap()
         for name in ("syn", "mem"):
             state = getattr(self, name)
             if state.is_leaf or state._is_view():  # detach_ harms a leaf, and a view refuses
@@ -93,18 +93,18 @@ class State:
             else:
                 state.detach_()
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> None:
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply to both what ``nn.Module._apply`` applies to parameters."""
-        self.settle()
+        self.unwrap()
         for name in ("syn", "mem"):
             old = getattr(self, name)
-            new = move(old)
+            new = function(old)
             # A tensor that leaves the meta device has uninitialised memory.
             setattr(self, name, torch.zeros_like(new) if old.is_meta else new)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the states without the graph, which can be neither copied nor pickled."""
-        self.settle()
+        self.unwrap()
         states = {"syn": self.syn.detach(), "mem": self.mem.detach()}
         return states | {"restarted": self.restarted, "stored_in": self.stored_in}
 
@@ -112,7 +112,7 @@ class State:
         for name, value in state.items():
             setattr(self, name, value)
 
-    def settle(self) -> None:
+    def unwrap(self) -> None:
         """Replace states that have outlived the torch.func transform which made them."""
         if not torch.compiler.is_compiling():
             self.syn, self.mem = _without_transforms(self.syn), _without_transforms(self.mem)
@@ -127,10 +127,9 @@ class State:
         """Whether a call may go on from the stored states: they are not of another pass."""
         return backward_pass() in (-1, self.stored_in)
 
-    def as_it_is(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the stored states may be read without a closer look."""
-        plain = level_of(self.syn) == level_of(self.mem) == NO_LEVEL
-        return plain and self.readable()
+        return level_of(self.syn) == level_of(self.mem) == NO_LEVEL and self.readable()
 
     def before(
         self,
@@ -169,7 +168,7 @@ class State:
                 "checkpoint=True instead"
             )
         else:
-            self.settle()
+            self.unwrap()
         stored = getattr(self, name)
         if stored.shape != shape:
             return x.new_zeros(shape)
@@ -212,6 +211,11 @@ def _without_transforms(state: Tensor) -> Tensor:
     return state.detach()
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class LastReset:
     """A mem_reset that a subclass overrides, and what it returned last."""
 
@@ -248,25 +252,25 @@ class ResetSource:
         tensor shares the version counter.
         """
         mem = mem.detach() if mem.requires_grad else mem
-        self.reset, self.mem, self.version, self.surrogate = None, mem, version(mem), surrogate
+        self.reset, self.mem, self.version, self.surrogate = None, mem, _version(mem), surrogate
         # Optimizers, and users, write to a threshold in place.
         threshold = threshold if threshold.is_leaf else threshold.detach()
-        of_threshold = version(threshold)
-        if self.threshold is not threshold or self.threshold_version != of_threshold:
-            self.threshold, self.threshold_version = threshold, of_threshold
+        threshold_version = _version(threshold)
+        if self.threshold is not threshold or self.threshold_version != threshold_version:
+            self.threshold, self.threshold_version = threshold, threshold_version
             self.copy = threshold.detach().clone()
 
     def signal(self) -> Tensor:
         """Return the reset signal, of mem's shape; see :attr:`SConv2dLSTM.reset`."""
         if self.reset is not None:
             return self.reset
-        if version(self.mem) != self.version:
+        if _version(self.mem) != self.version:
             raise RuntimeError(
                 "reset can no longer be computed: the mem that was passed to the last call was "
                 "modified in place; read reset before that"
             )
-        same = version(self.threshold) == self.threshold_version
-        if same and not torch.allclose(self.threshold, self.copy, 0, 0, equal_nan=True):
+        same_version = _version(self.threshold) == self.threshold_version
+        if same_version and not torch.allclose(self.threshold, self.copy, 0, 0, equal_nan=True):
             raise RuntimeError(
                 "reset can no longer be computed: the threshold was modified through .data, and "
                 "whether before or after the last call cannot be told"

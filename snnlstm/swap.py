@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial, wraps
+from functools import wraps
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .leaky import PRIVATE, Leaky, replaced
 from .path import against_device
@@ -20,7 +19,6 @@ from .sconv2dlstm import SConv1dLSTM, SConv2dLSTM
 from .snntorch import (
     METHODS,
     Base,
-    Base1d,
     Neuron,
     TheirLeaky,
     library,
@@ -29,14 +27,7 @@ from .snntorch import (
     register,
     take_out,
 )
-from .spec import (
-    BEYOND_SNNTORCH,
-    a_module,
-    flag,
-    is_default,
-    never_spikes,
-    pooling,
-)
+from .spec import BEYOND_SNNTORCH, a_module, flag, is_default, never_spikes
 
 __all__ = ["SwapReport", "accelerate", "patch", "restore", "unpatch"]
 
@@ -49,9 +40,7 @@ _SAME = (  # arguments and attributes of both cells
     "inhibition", "output", "surrogate_disable",
 )  # fmt: skip
 _RECOGNISE = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
-OURS = {kind: ours for kind, ours in ((Base, SConv2dLSTM), (Base1d, SConv1dLSTM)) if kind}
-"""Our class for each class of snnTorch's cells."""
-_SWAPPED = (*OURS, *OURS.values(), TheirLeaky) if OURS else ()
+_SWAPPED = (Base, SConv2dLSTM, TheirLeaky)
 
 _ALREADY = ("is snnlstm's already", "is snntorch's already")
 _CONVLSTM = (
@@ -152,7 +141,7 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     report = _swap("accelerate", model, _as_ours)
     named = list(model.named_modules(remove_duplicate=False))
     for name, module in reversed(named):  # the first of several names stays
-        if type(module) in (*OURS.values(), Leaky):
+        if type(module) in (SConv2dLSTM, Leaky):
             module._layer_name = name
     changed = {id(m) for _, m in named if surrogates and _take_our_surrogate(m)}
     cells = [module for name, module in named if name in report.swapped]
@@ -177,7 +166,7 @@ def _take_our_surrogate(neuron: nn.Module) -> bool:
 def _is_silent(module: Any) -> bool:
     """Whether no mem of a cell can exceed its threshold."""
     return (
-        type(module) in OURS.values()
+        type(module) is SConv2dLSTM
         and not isinstance(module.threshold, nn.Parameter)
         and not module.state_quant
         and never_spikes(module.threshold)
@@ -256,8 +245,8 @@ def _as_ours(module: nn.Module) -> nn.Module | str | None:
     kind, name = type(module), type(module).__name__
     if isinstance(module, SConv2dLSTM):
         return _ALREADY[0]
-    if kind in OURS:
-        reason = _why_not_as_released(module) if kind is Base else _difference(module)
+    if kind is Base:
+        reason = _why_not_as_released(module)
         return _adopt(module) if reason is None else reason
     if isinstance(module, Base):
         return f"{name} is a subclass of snntorch.SConv2dLSTM and may compute something else"
@@ -275,37 +264,6 @@ def _looks_like_a_convlstm(module: nn.Module) -> bool:
         return False
     convs = [child for child in module.children() if isinstance(child, nn.Conv2d)]
     return any(c.out_channels % 4 == 0 and c.in_channels > c.out_channels // 4 for c in convs)
-
-
-def _difference(cell: Any) -> str | None:
-    """Why our cell cannot take the place of a cell of snnTorch; None if three steps agree.
-
-    A copy of the cell and ours are called in float64 on the CPU, on equal random numbers.
-    """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    fork = torch.random.fork_rng(devices)
-    with fork, torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-        try:
-            copied = copy.deepcopy(cell).to("cpu", torch.float64).requires_grad_()
-            theirs, ours = map(_three_steps, (copied, _adopt(copied)))
-        except Exception as error:  # whatever a class of snnTorch's raises
-            return f"a call raises {type(error).__name__}: {error}"
-    # snnTorch's spikes are float32.
-    same = len(theirs) == len(ours) and all(map(partial(torch.allclose, rtol=1e-5), theirs, ours))
-    return None if same else "it computes other results than our cell"
-
-
-def _three_steps(cell: Any) -> list[Tensor]:
-    """The sums of the squares of each result of three steps, and their gradients."""
-    torch.manual_seed(0)  # for x, and for random surrogates
-    length = 8 * pooling(cell.max_pool, cell.avg_pool, dims=1)[1][1]
-    x = torch.rand(3, 2, cell.in_channels, length, dtype=torch.float64)
-    cell.syn = cell.mem = x.new_zeros(2, cell.out_channels, length)
-    steps = [cell(x_t) for x_t in x]
-    results = [result for step in steps for result in (step if type(step) is tuple else (step,))]
-    sums = [result.double().square().sum() for result in results]
-    parameters = list(cell.parameters())
-    return [*sums, *torch.autograd.grad(sum(sums), parameters, materialize_grads=True)]
 
 
 def _why_not_as_released(cell: Any) -> str | None:
@@ -328,10 +286,10 @@ def _as_theirs(module: Any) -> nn.Module | str | None:
     if isinstance(module, TheirLeaky):
         return _other_leaky(module, TheirLeaky)
     if not isinstance(module, SConv2dLSTM):
-        return _ALREADY[1] if type(module) in OURS else None
-    if type(module) is SConv1dLSTM and SConv1dLSTM not in OURS.values():
+        return _ALREADY[1] if type(module) is Base else None
+    if type(module) is SConv1dLSTM:
         return f"snntorch has no {name}"
-    if type(module) not in OURS.values():
+    if type(module) is not SConv2dLSTM:
         return f"{name} is a subclass of snnlstm.SConv2dLSTM and may compute something else"
     if "forward" in module.__dict__:
         return "its forward was replaced"
@@ -369,7 +327,7 @@ def _other_leaky(old: Any, kind: type[nn.Module]) -> nn.Module | str:
 def _adopt(old: Any) -> nn.Module:
     """Make a cell that holds everything that one of snnTorch holds."""
     same = {name: getattr(old, name) for name in _SAME}
-    cell = OURS[type(old)](
+    cell = SConv2dLSTM(
         **same | {"bias": bool(old.bias)},
         threshold=0.1,  # replaced below as all tensors are
         spike_grad=None if old.surrogate_disable else old.spike_grad,
@@ -392,15 +350,14 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
     for name, original in (old._adopted or {}).items():
         if _RECOGNISE[name](original) == callables[name]:
             callables[name] = original
-    kind = next(theirs for theirs, ours in OURS.items() if ours is type(old))
     # This cell is tiny and draws no random numbers; its tensors are replaced below. patch() does
     # not change the constructor of subclasses.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        cell = type(kind.__name__, (kind,), {})(
+        cell = type(Base.__name__, (Base,), {})(
             1, 1, 1, surrogate_disable=old.surrogate_disable, reset_mechanism=old.reset_mechanism,
             **callables,
         )  # fmt: skip
-    object.__setattr__(cell, "__class__", kind)
+    object.__setattr__(cell, "__class__", Base)
     for name in (*_SAME, "padding"):
         setattr(cell, name, getattr(old, name))
     ours = set(vars(type(old)(1, 1, 1, threshold=0.1, device="meta")))

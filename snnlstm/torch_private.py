@@ -18,7 +18,7 @@ from torch.nn.modules import module as nn_module
 
 __all__ = [
     "ENDED", "NO_LEVEL", "any_autocast", "backward_pass", "current_stream", "driver_version",
-    "exporting", "forward_mode", "fp32_precision", "global_hooks", "guard_of", "is_batch",
+    "exporting", "forward_level", "fp32_precision", "global_hooks", "guard_of", "is_batch",
     "is_tracing", "is_vmapped", "keeps_graph", "level_of", "multiplies_bfloat16", "opaque",
     "recorder", "transforms_are_active", "unwrapped",
 ]  # fmt: skip
@@ -66,13 +66,10 @@ recorder: Callable[[], Any] = partial(
     _find("_C._get_dispatch_mode", lambda _: None, _LOST),
     _find("_C._TorchDispatchModeKey.PROXY", None),
 )
-"""What torch.fx.experimental.proxy_tensor.make_fx is recording by; None if it is not."""
+"""What torch.fx.experimental.proxy_tensor.make_fx records with; None if it is not recording."""
 
-
-def forward_mode() -> bool:
-    """Whether forward-mode differentiation is active; without torch's word it raises errors."""
-    return getattr(forward_ad, "_current_level", -1) >= 0
-
+forward_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level", -1)
+"""Level of forward-mode differentiation; -1 if it is not active, and without torch's word."""
 
 backward_pass: Callable[[], int] = _find(
     "_C._current_graph_task_id",
@@ -139,7 +136,7 @@ fp32_precision: Callable[[str, str], str] | None = _find("_C._get_fp32_precision
 
 
 class NoGuard:
-    """Knows no tensors again."""
+    """Never matches; used where torch has no TensorGuards."""
 
     def check(self, *_: Tensor) -> bool:
         return False

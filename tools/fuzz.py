@@ -153,7 +153,7 @@ class Example:
     def script(self) -> str:
         """Returns a program that runs this example alone."""
         chosen = self.case.options
-        parts = [f'Options.of("{chosen.text}", {chosen.sequence}, {chosen.record})']
+        parts = [f'Options.of("{chosen.serialized}", {chosen.sequence}, {chosen.record})']
         parts += [repr(getattr(self.case, f.name)) for f in fields(Case)[1:]]
         rest = ", ".join(repr(getattr(self, f.name)) for f in fields(self)[1:])
         return (

@@ -24,19 +24,19 @@ from ..spec import CellSpec
 from ..torch_private import current_stream, fp32_precision
 from . import torch_conv
 from .plan import (
+    CommonBackend,
     CommonPlan,
     Gradients,
     Result,
     Shapes,
     Sizes,
-    address,
-    address_of_numbers,
     check_memory,
+    contiguous_as,
     empty_bytes,
     empty_gradients,
     keep_empty,
     make_cell,
-    numbers,
+    pointer,
     shaped_as,
     stochastic_noise,
 )
@@ -156,19 +156,21 @@ class Plan(CommonPlan):
 
     def _neurons(self, call: Call) -> tuple[Neurons, list[Tensor | None]]:
         """Addresses of what the neurons read, and the tensors that hold it."""
-        threshold_at, threshold = address_of_numbers(call.threshold, self.dtype)
-        graded_at, graded = address_of_numbers(call.graded, self.real)
-        levels = None
+        threshold, graded, levels = call.threshold, call.graded, None
+        if threshold is not None:
+            threshold = contiguous_as(threshold, self.dtype)
+        if graded is not None:
+            graded = contiguous_as(graded, self.real)
         if self.levels is not None:
             levels = call.x.new_empty(self.levels.numel(), dtype=self.real)
             values = self.levels.data_ptr()
             self._chosen[False].store_levels(values, levels.data_ptr(), self.stream)
-        neurons = threshold_at, self.threshold_stride, graded_at, address(levels)
+        neurons = pointer(threshold), self.threshold_stride, pointer(graded), pointer(levels)
         return neurons, [threshold, graded, levels]
 
     def _memory(self, core: Any, weight: Tensor, stream: int) -> tuple[int, int, Tensor]:
         """Addresses of the packed weight and of a workspace, and what holds both."""
-        weight = numbers(weight, self.dtype)
+        weight = contiguous_as(weight, self.dtype)
         workspace = -core.packed_bytes // 256 * -256
         memory = empty_bytes(workspace + core.workspace, weight.device)
         packed = memory.data_ptr()
@@ -185,7 +187,8 @@ class Plan(CommonPlan):
             if call.lengths is not None:
                 result.spk.zero_()  # the host does not know the lengths
             neurons, held = self._neurons(call)
-            bias_at, bias = address_of_numbers(call.bias, self.dtype)
+            bias = None if call.bias is None else contiguous_as(call.bias, self.dtype)
+            bias_at = pointer(bias)
 
             def run(core: Any) -> None:
                 self._forward(core, call, neurons, bias_at, result)
@@ -207,7 +210,7 @@ class Plan(CommonPlan):
         run((
             (call.x.data_ptr(), self.x5), (call.syn.data_ptr(), self.syn5),
             (call.mem.data_ptr(), self.mem5), packed, 0, 0, *neurons, call.record,
-            *self.saved.addresses(result.saved), address(call.lengths), 0, workspace, bias,
+            *self.saved.addresses(result.saved), pointer(call.lengths), 0, workspace, bias,
             None, None, (spk.data_ptr(), self.spk5) if self.has_spk else None,
             (syn.data_ptr(), self.state5), (mem.data_ptr(), self.state5),
         ))  # fmt: skip
@@ -218,17 +221,17 @@ class Plan(CommonPlan):
         saved: Tensor,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
-        decided: Sequence[int],
+        selection: Sequence[int],
         packed: None,
     ) -> Gradients:
         """Run the backward kernels on what :meth:`forward` was given and saved."""
-        call, saved, views = self.as_saved(call, saved)
-        weight = self.saved_weight(call)
+        call, saved, views = self.restore(call, saved)
+        weight = self.restored_weight(call)
         if weight is not call.weight:
             call = call._replace(weight=weight)
         with self.backend.guard(call.x.device):
             neurons, held = self._neurons(call)
-            noise = stochastic_noise(self, grads[0])
+            noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
             given = BackwardPass(call, views, neurons, saved, grads, noise)
 
             def run(core: Any) -> Gradients:
@@ -253,7 +256,7 @@ class Plan(CommonPlan):
             return torch_conv.backward(self, given, wanted, partial(self._run_steps, core, given))
         workspace = empty_bytes(core.workspace, x.device)
         run = partial(core.backward, self.stream)
-        steps = partial(torch_conv.steps_backward, self, run, address(workspace), given)
+        steps = partial(torch_conv.steps_backward, self, run, pointer(workspace), given)
         return torch_conv.backward(self, given, wanted, steps)
 
     def _run_steps(
@@ -276,19 +279,16 @@ class Plan(CommonPlan):
         packed, workspace, _held = self._memory(core, call.weight, stream)
         core.backward(stream, (
             *views, packed, 0, 0, *neurons, call.record,
-            *self.saved.addresses(saved), address(call.lengths), 0, workspace,
-            *self.gradient_addresses(grads, noise, out), address(d_gates),
+            *self.saved.addresses(saved), pointer(call.lengths), 0, workspace,
+            *self.gradient_addresses(grads, noise, out), pointer(d_gates),
             0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),
         ))  # fmt: skip
 
 
-class Backend:
-    """The CUDA backend over `core`, a module like snnlstm._C.
+class Backend(CommonBackend):
+    """The CUDA backend over `core`, a module like snnlstm._C."""
 
-    See :class:`snnlstm.native.function.Backend`.
-    """
-
-    half_types = True
+    half_types, plan = True, Plan
 
     def __init__(self, core: Any) -> None:
         self.core = core
@@ -366,10 +366,6 @@ class Backend:
     def settings(self, algorithm: str) -> tuple[Any, ...]:
         """The process's settings that a plan depends on."""
         return self, algorithm, _tf32_is_allowed(), torch.backends.cudnn.benchmark
-
-    def plan(self, call: Call, spec: CellSpec, operands: Any, settings: tuple[Any, ...]) -> Plan:
-        """The plan of calls like this one."""
-        return Plan(self, call, spec, operands, settings)
 
     def saved_shapes(self, s: Sizes) -> Shapes:
         """Shapes and dtypes of what a forward pass saves."""

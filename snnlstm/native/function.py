@@ -14,36 +14,29 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _C, reference
-from ..call import (
-    Call,
-    autocast_dtype,
-    repeated,
-    saved_lengths,
-    state_shape,
-    version,
-    weight_tensor,
-)
+from ..call import Call, autocast_dtype, restored, state_shape, weight_tensor
+from ..keys import BoundedDict
+from ..lengths import hold_last
 from ..spec import HALF_TYPES, CellSpec
-from ..torch_private import forward_mode, is_batch, keeps_graph, opaque, transforms_are_active
+from ..torch_private import forward_level, is_batch, keeps_graph, opaque, transforms_are_active
 from . import cpu, cuda, cuda_check
 from .plan import (
+    CommonBackend,
+    CommonPlan,
     Gradients,
-    Plan,
     Result,
     SavedLayout,
-    Shapes,
     Sizes,
+    are_contiguous,
     empty_gradients,
     empty_like_images,
     gradient_memory,
-    plain,
-    reads_as_is,
 )
 
 __all__ = ["BACKENDS", "DEVICES", "beyond_kernels", "plan_of", "run", "run_operator"]
@@ -51,39 +44,13 @@ __all__ = ["BACKENDS", "DEVICES", "beyond_kernels", "plan_of", "run", "run_opera
 # ---- backends and plans --------------------------------------------------------------------------
 
 
-class Backend(Protocol):
-    """The kernels of a device type."""
-
-    half_types: bool
-    """Whether float16 and bfloat16 run as they are."""
-
-    def name(self) -> str:
-        """Name of the kernels, as a path has it before a call has run."""
-
-    def settings(self, algorithm: str) -> tuple[Any, ...]:
-        """The backend, and the process's settings that a plan depends on."""
-
-    def reason_against(self, s: Sizes) -> str | None:
-        """Why these kernels cannot run a call; None if they can."""
-
-    def plan(self, call: Call, spec: CellSpec, operands: Any, settings: tuple[Any, ...]) -> Plan:
-        """The plan of calls like this one."""
-
-    def saved_shapes(self, s: Sizes) -> Shapes:
-        """Shapes and dtypes of what a forward pass saves."""
-
-    def leaky(self, fields: tuple[Any, ...], backward: bool, device: torch.device) -> None:
-        """Run a pass of a Leaky, whose arguments are `fields` (csrc/args.h)."""
-
-
-BACKENDS: dict[str, Backend] = {"cpu": cpu.Backend()}  # by device type
+BACKENDS: dict[str, CommonBackend] = {"cpu": cpu.Backend()}  # by device type
 _NO_CUDA = cuda_check.without_kernels(_C.build_info())
 if _NO_CUDA is None:
     BACKENDS["cuda"] = cuda.Backend(_C)
 DEVICES = frozenset(BACKENDS)
 
-_MOST = 1024  # plans are kept; one more, and all are forgotten
-_plans: dict[Any, Plan] = {}
+_plans: BoundedDict[Any, CommonPlan] = BoundedDict()
 
 
 def reason_against_device(device: torch.device, traced: bool) -> str | None:
@@ -104,7 +71,7 @@ def operands_of(call: Call, autocast: torch.dtype | None) -> torch.dtype | None:
 
 def plan_of(
     call: Call, spec: CellSpec, operands: torch.dtype | None, settings: tuple[Any, ...]
-) -> Plan:
+) -> CommonPlan:
     """The plan of a call, which like cells share, looked up or made.
 
     `settings` are those of the backend for an algorithm.
@@ -113,20 +80,19 @@ def plan_of(
     key = (
         spec, operands, settings, call.record, call.lengths is None, x.shape, x.stride(), x.dtype,
         x.device, syn.stride(), mem.shape, mem.stride(),
-        None if threshold is None else threshold.numel(), reads_as_is(call),
+        None if threshold is None else threshold.numel(), are_contiguous(call),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        if len(_plans) >= _MOST:
-            _plans.clear()
-        plan = _plans[key] = settings[0].plan(call, spec, operands, settings)
+        backend = settings[0]
+        plan = _plans.keep(key, backend.plan(backend, call, spec, operands, settings))
     return plan
 
 
 # ---- running -------------------------------------------------------------------------------------
 
 
-def run(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor, str]:
+def run(plan: CommonPlan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor, str]:
     """Run the native kernels: spk, syn and mem as :func:`snnlstm.reference.run` returns them.
 
     The fourth result is the name of what ran, such as ``"cpu-avx2-winograd4-sparse"``.
@@ -146,7 +112,7 @@ def run(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor,
 def _repeated(call: Call, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
     """Recorded states in which padded samples repeat their last one; kernels leave others there."""
     lengths: Any = call.lengths
-    return repeated(syn, call.syn, lengths), repeated(mem, call.mem, lengths)
+    return hold_last(syn, call.syn, lengths), hold_last(mem, call.mem, lengths)
 
 
 Step = Callable[[Call], tuple[Tensor, Tensor, Tensor, Any]]
@@ -197,10 +163,10 @@ class _SConv2dLSTM(torch.autograd.Function):
         # A threshold may be written to before the backward pass: snnTorch's graph keeps none.
         ctx.threshold = threshold = call.threshold
         if threshold is not None:
-            ctx.version, ctx.copy = version(threshold), plan.copy_of(threshold)
+            ctx.copy = plan.copy_of(threshold)
         ctx.save_for_backward(*call[:5], call.graded, call.lengths, result.saved)
         ctx.plan, ctx.record = plan, call.record
-        ctx.decided, ctx.packed = result.decided, result.packed
+        ctx.selection, ctx.packed = result.selection, result.packed
         ctx.set_materialize_grads(False)
         if not plan.passes_gradient:
             ctx.mark_non_differentiable(result.spk)
@@ -234,22 +200,22 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     *tensors, graded, lengths, saved = everything
     threshold = None if ctx.threshold is None else ctx.copy
     wanted = _reached(ctx.needs_input_grad[2:], ctx.plan.spec, grads)
-    again = torch.is_grad_enabled()
-    if again and wanted[5]:
-        if version(ctx.threshold) != ctx.version:
+    create_graph = torch.is_grad_enabled()
+    if create_graph and wanted[5]:
+        if not torch.allclose(ctx.threshold, threshold, 0, 0, equal_nan=True):
             raise RuntimeError(
                 "the threshold was modified by an inplace operation, which its second derivative "
                 "does not allow"
             )
         threshold = ctx.threshold
     call = Call._make((*tensors, threshold, graded, lengths, ctx.record))
-    if again or beyond_kernels(grads):
-        return _by_reference(ctx.plan, call, grads, wanted, again)
+    if create_graph or beyond_kernels(grads):
+        return _by_reference(ctx.plan, call, grads, wanted, create_graph)
     packed = ctx.packed
     if not keeps_graph():  # no other backward pass comes, so the packed weight can go
         ctx.packed = None
-    grads = [None if grad is None else plain(grad) for grad in grads]
-    return ctx.plan.backward(call, saved, grads, wanted, ctx.decided, packed)
+    grads = [None if grad is None else grad.resolve_neg() for grad in grads]
+    return ctx.plan.backward(call, saved, grads, wanted, ctx.selection, packed)
 
 
 _opaque_gradients = opaque(_gradients)
@@ -273,7 +239,7 @@ def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
     for grad in grads:
         if grad is not None and (type(grad) is not Tensor or is_batch(grad)):
             return True
-    return forward_mode() or transforms_are_active()
+    return forward_level() >= 0 or transforms_are_active()
 
 
 @torch.enable_grad()
@@ -282,9 +248,9 @@ def _by_reference(
     call: Call,
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
-    again: bool,
+    create_graph: bool,
 ) -> Sequence[Tensor | None]:
-    """The same gradients on the reference path; with `again` they can be differentiated again."""
+    """The same gradients on the reference path; `create_graph` is that of torch.autograd.grad."""
     # The inputs are aliased, because one may have been computed from another one, and that path
     # must not count. An input may have stopped to require a gradient since the forward pass.
     aliases: list[Any] = [
@@ -307,7 +273,7 @@ def _by_reference(
     ends, output_grads = zip(*pairs, strict=True)
     sources = [t for t, want in zip(aliases, wanted, strict=True) if want]
     gradients = torch.autograd.grad(
-        ends, sources, output_grads, create_graph=again, allow_unused=True
+        ends, sources, output_grads, create_graph=create_graph, allow_unused=True
     )
     rest = iter(gradients)
     return tuple(next(rest) if want else None for want in wanted)
@@ -343,7 +309,7 @@ LAYOUT = layout()  # computed here, because dynamo cannot trace a call into the 
 
 def _text(spec: CellSpec, dtype: torch.dtype, operands: torch.dtype | None) -> str:
     # A graph that torch.compile keeps on disk must not serve where another layout is saved.
-    return f"{LAYOUT}|{dtype}|{operands}|{spec.text}"
+    return f"{LAYOUT}|{dtype}|{operands}|{spec.serialized}"
 
 
 def _spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
@@ -361,16 +327,17 @@ def _sizes(call: Call, text: str) -> Sizes:
     return Sizes(call, *_traced_spec(text))
 
 
-def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[Plan, Call]:
+def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[CommonPlan, Call]:
     """The plan of an operator's call, and the call in the dtype of its text.
 
     Hooks on the tensors that a compiled graph saves may have brought some back in another dtype.
     """
     dtype = getattr(torch, text.split("|")[1].removeprefix("torch."))
-    call = Call._make((*(plain(t).to(dtype) for t in fields[:4]), *fields[4:]))
+    call = Call._make((*(t.resolve_neg().to(dtype) for t in fields[:4]), *fields[4:]))
     if call.lengths is not None:
         batch = call.x.shape[1]
-        call = call._replace(lengths=saved_lengths(call.lengths, batch, call.x.device))
+        lengths = restored(call.lengths, (batch,), torch.int64, call.x.device)
+        call = call._replace(lengths=lengths.contiguous())
     spec, operands = _spec(text)
     _check_fit(call, spec)
     settings = BACKENDS[call.x.device.type].settings(algorithm)
@@ -398,10 +365,10 @@ def _check_fit(call: Call, spec: CellSpec) -> None:
         raise ValueError(f"the tensors of an operator must fit each other, got shapes {shapes}")
 
 
-def _numbers(x: Tensor, decided: Sequence[int]) -> Tensor:
-    """The forward pass's decisions by values. CUDA's are none, and a graph of CUDA's operators must
+def _as_tensor(x: Tensor, selection: Sequence[int]) -> Tensor:
+    """The forward pass's selection by values. CUDA's are none, and a graph of CUDA's operators must
     have no tensor on the CPU."""
-    return torch.tensor(decided, dtype=torch.int64, device=x.device)
+    return torch.tensor(selection, dtype=torch.int64, device=x.device)
 
 
 @torch.library.custom_op(
@@ -411,13 +378,13 @@ def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     text, algorithm, training = arguments[_FIELDS:]
     plan, call = _planned(arguments[:_FIELDS], text, algorithm)
     result = plan.forward(call, training)
-    return _five(call.x, result)
+    return _forward_outputs(call.x, result)
 
 
-def _five(x: Tensor, r: Result) -> tuple[Tensor, ...]:
+def _forward_outputs(x: Tensor, r: Result) -> tuple[Tensor, ...]:
     """A forward pass's results, as its operator returns them; nothing is saved in inference."""
     saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved
-    return r.spk, r.syn, r.mem, saved, _numbers(x, r.decided)
+    return r.spk, r.syn, r.mem, saved, _as_tensor(x, r.selection)
 
 
 @_forward_operator.register_fake
@@ -427,28 +394,30 @@ def _(*arguments):
     spk, state = (empty_like_images(x, shape) for shape in s.outputs())
     layout = SavedLayout(BACKENDS[x.device.type].saved_shapes(s) if training else ())
     saved = x.new_empty(layout.bytes, dtype=torch.uint8)
-    decided = (0, 0) if x.device.type == "cpu" else ()
-    return _five(x, Result(spk, state, torch.empty_like(state), saved, decided=decided))
+    selection = (0, 0) if x.device.type == "cpu" else ()
+    return _forward_outputs(
+        x, Result(spk, state, torch.empty_like(state), saved, selection=selection)
+    )
 
 
 @torch.library.custom_op(
     "snnlstm::backward", mutates_args=(),
-    schema=f"({_CALL}, Tensor saved, Tensor decided, Tensor? grad_spk, Tensor? grad_syn, "
+    schema=f"({_CALL}, Tensor saved, Tensor selection, Tensor? grad_spk, Tensor? grad_syn, "
     f"Tensor? grad_mem, bool[] wanted) -> {_results(6)}",
 )  # fmt: skip
 def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    text, algorithm, saved, decided, *grads, wanted = arguments[_FIELDS:]
+    text, algorithm, saved, selection, *grads, wanted = arguments[_FIELDS:]
     plan, call = _planned(arguments[:_FIELDS], text, algorithm)
     spk, state = plan.outputs()
     for grad, shape in zip(grads, (spk, state, state), strict=True):
         if grad is not None and grad.shape != shape:
             raise ValueError(f"a gradient must have shape {shape}, got {tuple(grad.shape)}")
-    grads = [None if grad is None else plain(grad).to(call.x.dtype) for grad in grads]
-    out = plan.backward(call, saved, grads, wanted, decided.tolist(), None)
-    return _six(call.x, out)
+    grads = [None if grad is None else grad.resolve_neg().to(call.x.dtype) for grad in grads]
+    out = plan.backward(call, saved, grads, wanted, selection.tolist(), None)
+    return _gradient_outputs(call.x, out)
 
 
-def _six(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
+def _gradient_outputs(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(0) if grad is None else grad for grad in out)
 
 
@@ -459,7 +428,7 @@ def _(*arguments):
     if wanted[5]:
         of: Any = call.threshold
         out = out._replace(threshold=torch.empty_like(of))
-    return _six(call.x, out)
+    return _gradient_outputs(call.x, out)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..call import restored
 from ..spec import DTYPES, RESETS
 from ..surrogate import Surrogate
 from ..torch_private import opaque
 from . import pool
 from .function import BACKENDS, beyond_kernels
-from .plan import address, as_saved, numbers, plain
+from .plan import contiguous_as, pointer, stochastic_noise
 
 __all__ = ["Neurons", "place", "run"]
 
@@ -94,7 +95,7 @@ def _forward(
     neurons: Neurons, x: Tensor, mem: Tensor, record: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`run`; the third result is the mem that the kernels read."""
-    x = plain(x) if x.is_contiguous() or _has_no_gaps(x, neurons.sequence) else x.contiguous()
+    x = x.resolve_neg() if _has_no_gaps(x, neurons.sequence) else x.contiguous()
     shape, strides, dtype = x.shape, x.stride(), real(x.dtype)
     if neurons.sequence:
         shape, strides = shape[1:], strides[1:]
@@ -120,12 +121,14 @@ def _fields(
     """
     reset, surrogate, beta, threshold, graded, sequence = neurons
     dtype = real(x_type)
-    held = [t if t.dtype is dtype and t.dim() == 0 else numbers(t, dtype) for t in neurons[2:5]]
+    held = [
+        t if t.dtype is dtype and t.dim() == 0 else contiguous_as(t, dtype) for t in neurons[2:5]
+    ]
     time, shape = (shape[0], shape[1:]) if sequence else (1, shape)
     return (
         DTYPES.index(x_type), RESETS.index(reset), surrogate.kind, surrogate.p0, surrogate.p1,
         time, math.prod(shape), held[0].data_ptr(), *place(beta, shape, strides),
-        held[1].data_ptr(), *place(threshold, shape, strides), held[2].data_ptr(), address(before),
+        held[1].data_ptr(), *place(threshold, shape, strides), held[2].data_ptr(), pointer(before),
     ), held  # fmt: skip
 
 
@@ -154,18 +157,14 @@ def _laid_out(
     """The tensor, or a copy of it, in a memory layout, a dtype and on a device."""
     fits = tensor.stride() == strides and tensor.shape == shape
     if fits and tensor.dtype is dtype and tensor.device == device:
-        return plain(tensor)
-    tensor = as_saved(tensor, shape, dtype, device)
+        return tensor.resolve_neg()
+    tensor = restored(tensor, shape, dtype, device)
     out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
     return out.copy_(tensor.detach())
 
 
-@pool.where_it_fits
 def _empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for a result in the order of another one; it is used again where it is large."""
-    if like.numel() * dtype.itemsize < pool.MAPPED or like.device.type != "cpu":
-        return torch.empty_like(like, dtype=dtype)
-    return pool.empty_strided(like.shape, like.stride(), dtype)
+    return pool.empty_result(like.shape, like.stride(), dtype, like.device)
 
 
 # ---- the Function --------------------------------------------------------------------------------
@@ -245,29 +244,20 @@ def _by_kernels(
     if before is not None:
         before = _laid_out(before, step, of_step, dtype, device)
     laid = [None if g is None else _laid_out(g, shape, strides, dtype, device) for g in grads]
-    noise = None
-    if grads[0] is not None and neurons.surrogate.name == "SSO":
-        noise = _laid_out(_noise(after, neurons.sequence), shape, strides, dtype, device)
-
+    noise = stochastic_noise(neurons.surrogate, laid[0], neurons.sequence)
+    if noise is not None:
+        noise = _laid_out(noise, shape, strides, dtype, device)
     x = _empty_like(after, x_type) if wanted[0] else None
     mem = _empty_like(like, dtype) if wanted[1] or neurons.sequence else None
     beta, threshold = (_empty_like(like, dtype) if want else None for want in wanted[2:])
     fields, _held = _fields(neurons, x_type, shape, of_step, before)
     others = after, noise, *laid, x, mem, beta, threshold
-    BACKENDS[device.type].leaky((*fields, *map(address, others)), True, device)
+    BACKENDS[device.type].leaky((*fields, *map(pointer, others)), True, device)
     return (
         x, mem,
         None if beta is None else beta.sum_to_size(neurons.beta.shape),
         None if threshold is None else threshold.sum_to_size(neurons.threshold.shape),
     )  # fmt: skip
-
-
-def _noise(like: Tensor, sequence: bool) -> Tensor:
-    """Uniform numbers of the stochastic surrogate, drawn step by step, the last step first."""
-    noise = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    for step in reversed(noise.unbind()) if sequence else (noise,):
-        step.uniform_()
-    return noise
 
 
 def _by_formula(

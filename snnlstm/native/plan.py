@@ -7,18 +7,20 @@ that its caller keeps alive while it runs.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..call import Call, as_saved, saved_lengths
+from ..call import Call, restored
 from ..spec import DTYPES, POOLS, RESETS, CellSpec
+from ..surrogate import Surrogate
 from ..torch_private import guard_of
 from . import pool
 
-__all__ = ["CommonPlan", "Gradients", "Plan", "Result", "SavedLayout", "Sizes"]
+__all__ = ["CommonBackend", "CommonPlan", "Gradients", "Result", "SavedLayout", "Sizes"]
 
 
 Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
@@ -37,7 +39,7 @@ class SavedLayout:
     - gates (T, N, Ho * Wo, 4 Cp), activated, of every step, in the kernels' own order
     - syn (T, N, Ho * Wo, Cp), after every step; on CUDA, after every step but the last
     - winner (T, N) int64, the neuron that inhibition let through; (0,) without inhibition
-    - places (T, N, Hp * Wp, channels), for each pooled pixel the number of the pixel of its window
+    - argmax (T, N, Hp * Wp, channels), for each pooled pixel the number of the pixel of its window
       that gets the gradient, row by row; (0,) without max_pool. uint8, or int32 where a window has
       more than 256 pixels.
 
@@ -59,10 +61,10 @@ class SavedLayout:
             return 0, 0, 0, 0
         start = block.data_ptr()
         if step == 0:
-            gates, syn, winner, places = self._offsets
+            gates, syn, winner, argmax = self._offsets
             return (
                 start + gates, 0 if syn is None else start + syn,
-                0 if winner is None else start + winner, 0 if places is None else start + places,
+                0 if winner is None else start + winner, 0 if argmax is None else start + argmax,
             )  # fmt: skip
         return tuple(
             0 if offset is None or step >= shape[0]
@@ -84,7 +86,7 @@ class Result(NamedTuple):
     mem: Tensor
     saved: Tensor | None = None  # a block of a SavedLayout; None in inference
     name: str = ""  # of what ran, such as "cpu-avx2-winograd4-sparse"
-    decided: Sequence[int] = ()  # what values decided, which the backward pass is told
+    selection: Sequence[int] = ()  # what values selected, which the backward pass is told
     packed: Any = None  # the weight as the kernels read it, if that is kept
 
 
@@ -143,7 +145,7 @@ class Sizes:
         return spk, (*(time if self.record else ()), *self.state)
 
     def decisions(self, channels: int) -> Shapes:
-        """Shapes and dtypes of the saved winner and places, of images of `channels`."""
+        """Shapes and dtypes of the saved winner and argmax, of images of `channels`."""
         ph, pw = self.spec.pool_size
         pixels = (self.time, self.n, (self.ho // ph) * (self.wo // pw), channels)
         return (
@@ -182,34 +184,39 @@ def make_cell(core: Any, s: Sizes) -> Any:
     )
 
 
-# ---- addresses ------------------------------------------------------------------------------
+# ---- tensors that the core reads ------------------------------------------------------------
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor's memory holds its numbers in order, without gaps."""
-    return tensor.is_contiguous() and not tensor.is_neg()
+def contiguous_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor, or a copy whose memory holds its numbers in order, without gaps, in `dtype`."""
+    if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.detach().resolve_neg().to(dtype).contiguous()
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of a lazily negated one, whose memory holds the negated numbers."""
-    return tensor.resolve_neg() if tensor.is_neg() else tensor
+def are_contiguous(call: Call) -> bool:
+    """Whether the core can read bias, threshold and graded factor where they lie."""
+    return all(t is None or contiguous_as(t, call.x.dtype) is t for t in call[4:7])
 
 
-def view(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+def pointer(tensor: Tensor | None) -> int:
+    """Address of the tensor's numbers; 0 if there is no tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def pointer_and_strides(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
     """Address and five strides; None if there is no tensor, or an empty one."""
     if tensor is None or not (address := tensor.data_ptr()):
         return None
-    return address, five(tensor.stride())
+    return address, with_time(tensor.stride())
 
 
-def five(strides: tuple[int, ...]) -> tuple[int, ...]:
+address, view = pointer, pointer_and_strides
+
+
+def with_time(strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of time, batch, channel, row and column: that of time is 0 where there is none."""
     return strides if len(strides) == 5 else (0, *strides)
-
-
-def address(tensor: Tensor | None) -> int:
-    """Address of the tensor's numbers; 0 if there is no tensor."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def check_memory(call: Call) -> None:
@@ -222,26 +229,6 @@ def check_memory(call: Call) -> None:
     if found:
         both = " and ".join(found)
         raise ValueError(f"{both} must have memory, got a tensor whose storage is empty")
-
-
-def numbers(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor, or a contiguous copy of `dtype` if it is not contiguous or of another dtype."""
-    if tensor.dtype == dtype and is_plain(tensor):
-        return tensor
-    return plain(tensor.detach()).to(dtype).contiguous()
-
-
-def reads_as_is(call: Call) -> bool:
-    """Whether the kernels can read bias, threshold and graded factor where they lie."""
-    return all(t is None or (t.dtype == call.x.dtype and is_plain(t)) for t in call[4:7])
-
-
-def address_of_numbers(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:
-    """Address of :func:`numbers`, and what holds them; 0 and None if there is no tensor."""
-    if tensor is None:
-        return 0, None
-    held = numbers(tensor, dtype)
-    return held.data_ptr(), held
 
 
 def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
@@ -324,40 +311,10 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
 
 
-class Plan(Protocol):
+class CommonPlan(Sizes, ABC):
     """All that follows for a call from its sizes, its strides and the process's settings.
 
-    It serves all such calls, in any thread.
-    """
-
-    def forward(self, call: Call, training: bool) -> Result:
-        """Run the forward kernels; in training, save what :meth:`backward` needs."""
-
-    def outputs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of spk, and of syn and mem."""
-
-    def copy_of(self, threshold: Tensor) -> Tensor:
-        """A copy of a call's threshold, which nobody writes to, for the backward pass."""
-
-    def backward(
-        self,
-        call: Call,
-        saved: Tensor,
-        grads: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        decided: Sequence[int],
-        packed: Any,
-    ) -> Gradients:
-        """Run the backward kernels on what :meth:`forward` was given and saved.
-
-        `grads`, of spk, syn and mem, may have any memory layout, and None stands for zeros.
-        `wanted` says which gradients are computed, in the order of :class:`Gradients`. `decided`
-        and `packed` are the forward pass's result's; `packed` may be None.
-        """
-
-
-class CommonPlan(Sizes):
-    """A plan as far as both devices agree.
+    It serves all such calls, in any thread. This is the part on which both devices agree.
 
     Attributes
     ----------
@@ -367,7 +324,11 @@ class CommonPlan(Sizes):
     """
 
     def __init__(
-        self, backend: Any, call: Call, spec: CellSpec, operands: torch.dtype | None
+        self,
+        backend: CommonBackend,
+        call: Call,
+        spec: CellSpec,
+        operands: torch.dtype | None,
     ) -> None:
         super().__init__(call, spec, operands)
         self.work = operands or self.dtype  # in which torch convolves
@@ -384,7 +345,7 @@ class CommonPlan(Sizes):
         self.results_like_mem = self.spk_memory == self.state_memory == as_mem
         # The core takes five strides. A step of a cell that does not spike has no spk.
         self.x5, self.syn5, self.mem5, self.spk5, self.state5 = (
-            five(strides)
+            with_time(strides)
             for strides in (
                 call.x.stride(), call.syn.stride(), call.mem.stride(),
                 self.spk_memory[1], self.state_memory[1],
@@ -393,10 +354,10 @@ class CommonPlan(Sizes):
         self._saved_as = [(t.shape, self.dtype, self.device) for t in call[:3]]
         self._guard: Any = None  # of x, syn, mem and what was saved, as they were
         self.gradient_memory = gradient_memory(call.x, self)
-        self._gradients5 = [five(strides) for _, strides in self.gradient_memory[:3]]
+        self._gradients5 = [with_time(strides) for _, strides in self.gradient_memory[:3]]
         self.threshold_stride = 0 if self.thresholds == 1 else 1
         # Whether bias, threshold and graded factor are as the kernels read them.
-        self.reads_as_is = reads_as_is(call)
+        self.are_contiguous = are_contiguous(call)
         self.has_spk = spec.spiking or self.sequence
         self.passes_gradient = spec.passes_gradient(self.sequence)
 
@@ -404,7 +365,7 @@ class CommonPlan(Sizes):
         """Memory for spk, syn and mem."""
         x, like, empty = call.x, call.mem, torch.empty_like
         try:
-            if self.results_like_mem:  # two thirds of the time
+            if self.results_like_mem:  # takes two thirds of new_empty_strided's time
                 return empty(like), empty(like), empty(like)
             strided, spk, state = x.new_empty_strided, self.spk_memory, self.state_memory
             return strided(*spk), strided(*state), strided(*state)
@@ -412,24 +373,25 @@ class CommonPlan(Sizes):
             pool.make_room(error)
         return self.empty_results(call)
 
-    def as_saved(self, call: Call, saved: Tensor) -> tuple[Call, Tensor, Sequence[Any]]:
+    def restore(self, call: Call, saved: Tensor) -> tuple[Call, Tensor, Sequence[Any]]:
         """The call and what its forward pass saved, in their dtypes and shapes again.
 
-        The third result are the views of x, syn and mem. Hooks on saved tensors may have brought
-        any of them back in other memory.
+        The third result are pointers and strides of x, syn and mem. Hooks on saved tensors may have
+        brought any of them back in other memory.
         """
         if call.lengths is not None:
-            call = call._replace(lengths=saved_lengths(call.lengths, self.n, self.device))
+            lengths = restored(call.lengths, (self.n,), torch.int64, self.device)
+            call = call._replace(lengths=lengths.contiguous())
         x, syn, mem = tensors = call[:3]
         if self._guard is not None and self._guard.check(x, syn, mem, saved):
             at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
             if all(at) and saved.data_ptr() % _ALIGNMENT == 0:
                 return call, saved, [*zip(at, (self.x5, self.syn5, self.mem5), strict=True)]
-        block = as_saved(saved, (self.saved.bytes,), torch.uint8, self.device).contiguous()
+        block = restored(saved, (self.saved.bytes,), torch.uint8, self.device).contiguous()
         if block.data_ptr() % _ALIGNMENT:
             block = block.clone()
-        x, syn, mem = (as_saved(t, *of) for t, of in zip(tensors, self._saved_as, strict=True))
-        views = [*map(view, (x, syn, mem))]
+        x, syn, mem = (restored(t, *of) for t, of in zip(tensors, self._saved_as, strict=True))
+        views = [*map(pointer_and_strides, (x, syn, mem))]
         strides = self.x5, self.syn5, self.mem5
         if (
             self._guard is None
@@ -439,9 +401,9 @@ class CommonPlan(Sizes):
             self._guard = guard_of((x, syn, mem, saved))
         return call._replace(x=x, syn=syn, mem=mem), block, views
 
-    def saved_weight(self, call: Call) -> Tensor:
-        """The weight that a backward pass was given, as :func:`as_saved` returns it."""
-        return as_saved(call.weight, self.gradient_memory[3][0], self.dtype, self.device)
+    def restored_weight(self, call: Call) -> Tensor:
+        """The weight that a backward pass was given, as :meth:`restore` returns tensors."""
+        return restored(call.weight, self.gradient_memory[3][0], self.dtype, self.device)
 
     def gradient_addresses(
         self, grads: Sequence[Tensor | None], noise: Tensor | None, out: Gradients
@@ -449,26 +411,83 @@ class CommonPlan(Sizes):
         """The last part of a backward pass's addresses, but d_gates and mem_after."""
         (x, syn, mem, *others), (x5, syn5, mem5) = out, self._gradients5
         return (
-            view(noise), *map(view, grads),
+            pointer_and_strides(noise), *map(pointer_and_strides, grads),
             None if x is None else (x.data_ptr(), x5),
             None if syn is None else (syn.data_ptr(), syn5),
-            None if mem is None else (mem.data_ptr(), mem5), *map(address, others),
+            None if mem is None else (mem.data_ptr(), mem5), *map(pointer, others),
         )  # fmt: skip
+
+    @abstractmethod
+    def forward(self, call: Call, training: bool) -> Result:
+        """Run the forward kernels; in training, save what :meth:`backward` needs."""
+
+    @abstractmethod
+    def copy_of(self, threshold: Tensor) -> Tensor:
+        """A copy of a call's threshold, which nobody writes to, for the backward pass."""
+
+    @abstractmethod
+    def backward(
+        self,
+        call: Call,
+        saved: Tensor,
+        grads: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        selection: Sequence[int],
+        packed: Any,
+    ) -> Gradients:
+        """Run the backward kernels on what :meth:`forward` was given and saved.
+
+        `grads`, of spk, syn and mem, may have any memory layout, and None stands for zeros.
+        `wanted` says which gradients are computed, in the order of :class:`Gradients`. `selection`
+        and `packed` are the forward pass's result's; `packed` may be None.
+        """
 
     def empty_d_gates(self, x: Tensor) -> Tensor:
         """Memory for the gradient of the gate sums of every step."""
         return x.new_empty(self.d_gates, dtype=self.of_sums)
 
 
-def stochastic_noise(plan: Sizes, grad_spk: Tensor | None) -> Tensor | None:
-    """Uniform numbers of the stochastic surrogate, (T, N, C, Hp, Wp), else None.
+class CommonBackend(ABC):
+    """The kernels of a device type."""
 
-    They are drawn one block a step, last step first, each in the order of (N, C, Hp, Wp), as in a
+    half_types: ClassVar[bool]
+    """Whether float16 and bfloat16 run as they are."""
+
+    plan: ClassVar[Any]
+    """The class of its plans, whose arguments are those of :class:`CommonPlan` and the settings."""
+
+    @abstractmethod
+    def name(self) -> str:
+        """Name of the kernels, as a path has it before a call has run."""
+
+    @abstractmethod
+    def settings(self, algorithm: str) -> tuple[Any, ...]:
+        """The backend, and the process's settings that a plan depends on."""
+
+    @abstractmethod
+    def reason_against(self, s: Sizes) -> str | None:
+        """Why these kernels cannot run a call; None if they can."""
+
+    @abstractmethod
+    def saved_shapes(self, s: Sizes) -> Shapes:
+        """Shapes and dtypes of what a forward pass saves."""
+
+    @abstractmethod
+    def leaky(self, fields: tuple[Any, ...], backward: bool, device: torch.device) -> None:
+        """Run a pass of a Leaky, whose arguments are `fields` (csrc/args.h)."""
+
+
+def stochastic_noise(
+    surrogate: Surrogate, grad_spk: Tensor | None, sequence: bool
+) -> Tensor | None:
+    """Uniform numbers of the stochastic surrogate, contiguous and like the gradient, else None.
+
+    They are drawn one block a step, last step first, each in the order of the dimensions, as in a
     loop over steps on the reference path.
     """
-    if grad_spk is None or plan.spec.surrogate.name != "SSO":
+    if grad_spk is None or surrogate.name != "SSO":
         return None
     noise = torch.empty_like(grad_spk, memory_format=torch.contiguous_format)
-    for step in reversed(noise.unbind()) if plan.sequence else (noise,):
+    for step in reversed(noise.unbind()) if sequence else (noise,):
         step.uniform_()
     return noise

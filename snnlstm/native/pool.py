@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "MAPPED", "SMALLEST", "empty", "empty_cache", "empty_strided", "free_bytes", "let_go",
+    "MAPPED", "SMALLEST", "empty", "empty_cache", "empty_result", "free_bytes", "let_go",
     "make_room", "where_it_fits", "workspace",
 ]  # fmt: skip
 
@@ -39,7 +39,7 @@ SMALLEST = 256 << 10  # bytes; less comes from torch, that is, from malloc
 MAPPED = 4 << 20  # bytes; malloc gives a block of this size back to the system when it is freed
 LIMIT = 1 << 30  # bytes of free blocks and workspaces in the process
 LARGEST_WORKSPACE = 64 << 20  # bytes; a larger one is a block
-SMALL_WORKSPACE = 1 << 20  # bytes; its call may take 30 us, of which free_bytes() would take 2
+SMALL_WORKSPACE = 1 << 20  # bytes; its call is too short to pay 2 us for the check of the limit
 
 # Free blocks by their size, each with a number that tells its age. Between two powers of two lie
 # three sizes. All deques exist from the beginning, so that the dict never changes.
@@ -79,16 +79,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     view = memoryview(block)  # the tensor's storage refers to it
     weakref.finalize(view, _give_back, block).atexit = False
     return torch.frombuffer(view, dtype=dtype, count=count).view(shape)
-
-
-def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """As :func:`empty`, but with strides that leave no gap, and no view of another tensor.
-
-    Autograd treats views with suspicion, and users get this one.
-    """
-    flat = empty((math.prod(shape),), dtype)
-    of = flat.untyped_storage(), flat.storage_offset()
-    return flat.new_empty(0).set_(*of, shape, strides)
 
 
 def workspace(count: int) -> Tensor:
@@ -137,6 +127,22 @@ def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return again
+
+
+@where_it_fits
+def empty_result(
+    shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Memory for a result, whose strides leave no gap; the CPU uses that of large ones again.
+
+    It is no view of another tensor: autograd treats views with suspicion, and users get this one.
+    """
+    count = math.prod(shape)
+    if count * dtype.itemsize < MAPPED or device.type != "cpu":
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    flat = empty((count,), dtype)
+    of = flat.untyped_storage(), flat.storage_offset()
+    return flat.new_empty(0).set_(*of, shape, strides)
 
 
 @where_it_fits

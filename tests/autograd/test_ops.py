@@ -55,8 +55,8 @@ def test_the_text_of_a_spec_has_every_field():
     spec = CellSpec((3, 3))
     for name, value in FIELDS.items():
         other = dataclasses.replace(spec, **{name: value})
-        assert other.text != spec.text
-        assert CellSpec.from_text(other.text) == other != spec
+        assert other.serialized != spec.serialized
+        assert CellSpec.from_text(other.serialized) == other != spec
 
 
 @pytest.fixture

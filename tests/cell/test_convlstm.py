@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -167,7 +168,9 @@ def test_a_cell_with_more_to_it_is_called_step_by_step(caplog):
 
 
 def test_a_convolution_with_more_to_it_is_called(caplog, monkeypatch):
-    monkeypatch.setattr(snnlstm.path, "_logged", set())  # hooks are logged once per process
+    monkeypatch.setattr(
+        snnlstm.path, "_logged", WeakKeyDictionary()
+    )  # hooks are logged once per process
     ours, plain = pair("two layers, batch first", F64)
     for stack in (ours, plain):
         nn.utils.parametrizations.weight_norm(stack.cell_list[0].conv)

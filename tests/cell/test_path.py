@@ -1,9 +1,9 @@
 """The cell runs the kernels or the reference as it should; cell.path and the log name which."""
 
 import re
-import sys
 from functools import partial
 from importlib import util
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 import snnlstm
 from snnlstm import torch_private
+from snnlstm.keys import BoundedDict
 from snnlstm.path import Path, against_device
 from tests.shared.cpu_kernels import native
 from tests.shared.helpers import close, described, ours, states, steps, theirs, twins
@@ -253,9 +254,8 @@ def test_the_user_may_choose_the_reference_path_where_plans_exist(name, monkeypa
 
 
 def test_a_process_starts_with_the_algorithm_of_its_environment(monkeypatch):
-    module = util.spec_from_file_location("snnlstm.path_of_another_process", snnlstm.path.__file__)
+    module = util.spec_from_file_location("of_another_process", snnlstm.algorithms.__file__)
     another = util.module_from_spec(module)
-    monkeypatch.setitem(sys.modules, module.name, another)  # where dataclasses look
     for name, starts in (("reference", "reference"), ("", "auto")):
         monkeypatch.setenv("SNNLSTM_ALGORITHM", name)
         module.loader.exec_module(another)
@@ -407,7 +407,8 @@ def hooked_cell():
 def test_a_fallback_is_logged_once(name, monkeypatch, caplog):
     """Tools that print summaries or count operations set hooks on every module."""
     change, make, expected = LOGGED[name]
-    monkeypatch.setattr(snnlstm.path, "_logged", set())
+    monkeypatch.setattr(snnlstm.path, "_logged", WeakKeyDictionary())
+    monkeypatch.setattr(snnlstm.entry, "_entries", BoundedDict())
     if change is not None:
         change(monkeypatch)
     for cell in [make(), make()] * 3:

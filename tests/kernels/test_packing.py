@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import snnlstm
+from snnlstm.keys import BoundedDict
 from snnlstm.native import cpu
 from tests.shared.cpu_kernels import ISAS, Kernels, native, use
 from tests.shared.helpers import close, in_threads, same
@@ -23,18 +24,18 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 @pytest.fixture(autouse=True)
 def packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Gives a test a cache of its own; returns the numbers of the forms that are packed."""
+    """Gives a test a cache of its own; returns the numbers of the layouts that are packed."""
     packed: list[int] = []
-    forms = cpu.PackedWeight.forms
+    layouts = cpu.PackedWeight.layouts
 
     def noting(self, a_pass):
-        before = set(self._forms)
-        found = forms(self, a_pass)
-        packed.extend(number for number, _ in set(self._forms) - before)
+        before = set(self._layouts)
+        found = layouts(self, a_pass)
+        packed.extend(number for number, _ in set(self._layouts) - before)
         return found
 
     monkeypatch.setattr(cpu, "_packed", type(cpu._packed)())
-    monkeypatch.setattr(cpu.PackedWeight, "forms", noting)
+    monkeypatch.setattr(cpu.PackedWeight, "layouts", noting)
     return packed
 
 
@@ -167,7 +168,7 @@ def test_a_weight_is_packed_once_for_each_of_its_values(kernels, packings):
         cell.conv.weight.data.mul_(1.1)
 
 
-def test_each_instruction_set_and_algorithm_has_forms_of_its_own():
+def test_each_instruction_set_and_algorithm_has_layouts_of_its_own():
     cell, x = make(), image()
     expected = exact(cell, x)
     for isa, algorithm in 2 * list(itertools.product(ISAS, native.cpu.ALGORITHMS)):
@@ -178,7 +179,7 @@ def test_each_instruction_set_and_algorithm_has_forms_of_its_own():
 @pytest.mark.parametrize("cells", [1, 100])
 def test_threads_that_share_a_weight_or_a_storage_of_more_weights_than_are_kept(cells, monkeypatch):
     """The cells have views of one buffer as weights."""
-    monkeypatch.setattr(cpu, "_MOST", 64)
+    monkeypatch.setattr(BoundedDict.__init__, "__defaults__", (64,))
     made = [make(4) for _ in range(cells)]
     for k, cell in enumerate(made):  # equal weights have one packed form
         cell.conv.weight.data.mul_(1 + k / 100)
@@ -193,7 +194,7 @@ def test_threads_that_share_a_weight_or_a_storage_of_more_weights_than_are_kept(
                 same(call(made[n], image()), expected[n])
 
     in_threads(work, 20)
-    assert max(map(len, cpu._packed.values()), default=0) < cpu._MOST + 20
+    assert max(map(len, cpu._packed.values()), default=0) < 64 + 20
 
 
 def test_what_is_packed_dies_with_its_weight():
@@ -205,7 +206,7 @@ def test_what_is_packed_dies_with_its_weight():
         out[2].sum().backward()
     (places,) = (cpu._packed[key] for key in list(cpu._packed))
     (entry,) = places.values()
-    assert len(entry._forms) <= 6  # three forms for each direction
+    assert len(entry._layouts) <= 6  # three layouts for each direction
     del out, cell, places, entry
     gc.collect()
     assert len(cpu._packed) == 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from snnlstm import functional, reference
-from snnlstm.call import active
+from snnlstm.lengths import length_mask
 from tests.shared.gradients import NAMES
 from tests.shared.helpers import close, states, steps
 
@@ -91,4 +91,4 @@ def check(dtype: torch.dtype, record: bool, sizes: Any = (), **options: Any) -> 
 
 def own() -> Tensor:
     """Returns which steps are the samples' own, (T, N, 1, 1, 1)."""
-    return active(torch.tensor(LENGTHS), TIME)
+    return length_mask(torch.tensor(LENGTHS), TIME)

@@ -45,11 +45,10 @@ def run(*arguments) -> Three:
     call, spec = call_of(arguments[:8]), arguments[7].spec
     with snnlstm.algorithm(algorithm):
         if torch.compiler.is_compiling():
-            *out, path = snnlstm.entry.run_traced(call, spec)
+            *out, path = snnlstm.entry.run({}, call, spec, None)
         else:
-            entry = snnlstm.entry.entry_of(snnlstm.entry.Entries(), call, spec)
-            assert entry.fallback is None, entry.fallback
-            *out, path = snnlstm.entry.run(call, entry)
+            *out, path = snnlstm.entry.run({}, call, spec, None)
+            assert path.native, path
             _last = path.name
     return tuple(out)
 
@@ -72,4 +71,4 @@ def backward(arguments: Sequence, result, grads: Sequence[Tensor | None], wanted
     """Runs the backward kernels alone, behind a call of :func:`forward` with this result."""
     plan = plan_of(arguments, algorithm)
     call = call_of(arguments)
-    return plan.backward(call, result.saved, grads, wanted, result.decided, result.packed)
+    return plan.backward(call, result.saved, grads, wanted, result.selection, result.packed)

@@ -83,7 +83,7 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
         return fenced.new(tuple(shape), tuple(strides), dtype or self.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cpu, tensors):
+        for module in (cpu, tensors, pool):
             patch.setattr(module, "torch", Torch())
         patch.setattr(pool, "empty", lambda shape, dtype: contiguous(shape, dtype=dtype))
         patch.setattr(pool, "workspace", lambda count: contiguous(count, dtype=torch.uint8))

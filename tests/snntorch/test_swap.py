@@ -379,3 +379,12 @@ def test_the_report_and_the_log_name_a_device_without_kernels(caplog):
     assert said.startswith("layer 0, SConv2dLSTM(2, 3")
     assert said.endswith("there are no kernels for device meta")
     assert snnlstm.accelerate(nn.Sequential(theirs())).slow == ()
+
+
+def test_a_cell_on_signals_has_no_counterpart_and_is_left():
+    """snnTorch has a proposal of one, of which this is a stub."""
+    theirs = type("SConv1dLSTM", (snntorch.SpikingNeuron,), {})
+    reason = "SConv1dLSTM is another neuron; only SConv2dLSTM and Leaky have faster ones"
+    assert snnlstm.accelerate(nn.Sequential(theirs(1.0))).left == {"0": reason}
+    ours = nn.Sequential(snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1))
+    assert snnlstm.restore(ours).left == {"0": "snntorch has no SConv1dLSTM"}

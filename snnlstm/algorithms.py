@@ -1,0 +1,86 @@
+"""The algorithm that the user chose for the process; it is no part of a call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["ALGORITHMS", "algorithm", "get_algorithm", "set_algorithm"]
+
+ALGORITHMS = (
+    "auto", "direct", "winograd", "fused", "hybrid", "cudnn", "measure", "reference",
+)  # fmt: skip
+# What takes the place of names of older versions.
+_GONE = {"resident": "fused", "pointwise": "cudnn"}
+
+
+def _checked(what: str, name: str) -> str:
+    """Return the name of an algorithm; an error calls it `what`."""
+    if name not in ALGORITHMS:
+        instead = f", which is now {_GONE[name]!r}" if name in _GONE else ""
+        raise ValueError(f"{what} must be one of {', '.join(ALGORITHMS)}, got {name!r}{instead}")
+    return name
+
+
+_algorithm = _checked("SNNLSTM_ALGORITHM", os.environ.get("SNNLSTM_ALGORITHM") or "auto")
+
+
+def set_algorithm(name: str) -> None:
+    """Choose the convolution algorithm of the native kernels, for the whole process.
+
+    A process starts with the name in the environment variable ``SNNLSTM_ALGORITHM``, if it is set.
+    The setting holds for all threads, because backward passes run in threads of their own. A call
+    reads it once, in its forward pass, and its backward pass uses the same.
+
+    Parameters
+    ----------
+    name : str
+        One of these names. On a device that has no such algorithm it means ``"auto"``.
+
+        - ``"auto"``, the default, takes the algorithm that should be fastest for the shape and the
+          device.
+        - ``"direct"`` sums the products one by one.
+        - ``"winograd"`` (CPU) is taken if the kernel size allows it; it rounds a little more,
+          and a NaN or an infinity spreads over the few pixels of its tile.
+        - ``"fused"`` (CUDA) launches one kernel for each step.
+        - ``"hybrid"`` (CUDA) runs the steps like ``"fused"``, and lets torch (cuDNN) form the
+          gradients of weight, bias and x over all steps at once.
+        - ``"cudnn"`` (CUDA) lets torch (cuDNN) form all convolutions; the kernels do the rest.
+        - ``"measure"`` (CUDA) times the algorithms at the first call of a shape, forward and
+          backward passes by themselves, and keeps the fastest for the process. ``"auto"`` does so,
+          too, while ``torch.backends.cudnn.benchmark`` is set. While a CUDA graph is being
+          captured, and under ``torch.use_deterministic_algorithms``, nothing is timed, and
+          ``"measure"`` means ``"auto"``.
+        - ``"reference"`` runs no kernel of this package: the reference path, in plain torch, runs
+          all calls on all devices, also of cells that have run kernels before.
+
+    Raises
+    ------
+    ValueError
+        If `name` is none of these.
+    """
+    global _algorithm
+    _algorithm = _checked("name", name)
+
+
+def get_algorithm() -> str:
+    """Return the name that :func:`snnlstm.set_algorithm` was last given.
+
+    By default it is that of ``SNNLSTM_ALGORITHM`` in the environment, or ``"auto"``.
+    """
+    return _algorithm
+
+
+@contextmanager
+def algorithm(name: str) -> Iterator[None]:
+    """Use the algorithm `name` within a ``with`` block; see :func:`snnlstm.set_algorithm`.
+
+    The setting holds for the whole process: other threads see it too while the block runs.
+    """
+    before = get_algorithm()
+    set_algorithm(name)
+    try:
+        yield
+    finally:
+        set_algorithm(before)
