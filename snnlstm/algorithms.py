@@ -23,7 +23,8 @@ def _checked(what: str, name: str) -> str:
     return name
 
 
-_algorithm = _checked("SNNLSTM_ALGORITHM", os.environ.get("SNNLSTM_ALGORITHM") or "auto")
+current = _checked("SNNLSTM_ALGORITHM", os.environ.get("SNNLSTM_ALGORITHM") or "auto")
+"""The name of the chosen algorithm."""
 
 
 def set_algorithm(name: str) -> None:
@@ -60,8 +61,8 @@ def set_algorithm(name: str) -> None:
     ValueError
         If `name` is none of these.
     """
-    global _algorithm
-    _algorithm = _checked("name", name)
+    global current
+    current = _checked("name", name)
 
 
 def get_algorithm() -> str:
@@ -69,7 +70,7 @@ def get_algorithm() -> str:
 
     By default it is that of ``SNNLSTM_ALGORITHM`` in the environment, or ``"auto"``.
     """
-    return _algorithm
+    return current
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def algorithm(name: str) -> Iterator[None]:
 
     The setting holds for the whole process: other threads see it too while the block runs.
     """
-    before = get_algorithm()
+    before = current
     set_algorithm(name)
     try:
         yield

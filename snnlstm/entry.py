@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .algorithms import get_algorithm
+from . import algorithms, reference
 from .call import Call, autocast_dtype
 from .checkpoint import in_segments, may_checkpoint
 from .keys import BoundedDict, key_of
@@ -65,7 +64,7 @@ class Entry:
             backend = _settings(call.x)[0]
             self.in_float32 = call.x.dtype in HALF_TYPES and not backend.half_types
             # The reference path must run where planning fails.
-            if not self.in_float32 and get_algorithm() != "reference":
+            if not self.in_float32 and algorithms.current != "reference":
                 reason = backend.reason_against(kernels.Sizes(call, spec, _operands(call)))
                 self.fallback = reason and Path("reference", reason, slow=True)
 
@@ -111,7 +110,7 @@ def _key(call: Call, spec: CellSpec) -> Any:
 def _settings(x: Tensor) -> Any:
     """The settings of the process that a plan depends on; None without kernels for the device."""
     backend = None if kernels is None else kernels.BACKENDS.get(x.device.type)
-    return None if backend is None else backend.settings(get_algorithm())
+    return None if backend is None else backend.settings(algorithms.current)
 
 
 def _operands(call: Call) -> torch.dtype | None:
@@ -173,7 +172,7 @@ def run(
             if path is not None:
                 return reference.run(part, spec, overrides)
             assert kernels is not None
-            return kernels.run_operator(part, spec, get_algorithm())[:3]
+            return kernels.run_operator(part, spec, algorithms.current)[:3]
 
         segmented = spec.checkpoint and may_checkpoint()
         foreign = _is_foreign(spec, overrides)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import torch_private
+from . import algorithms, torch_private
 from .algorithms import ALGORITHMS, algorithm, get_algorithm, set_algorithm
 from .call import Call, autocast_dtype
 from .keys import OF_TORCH
@@ -242,7 +242,7 @@ def reason_now(traced: bool = False) -> Path | None:
     """
     if exporting():
         return EXPORT
-    if get_algorithm() == "reference":
+    if algorithms.current == "reference":
         return _CHOSEN
     if transforms_are_active():
         return Path("reference", "a torch.func transform is active")
@@ -313,7 +313,7 @@ def _faster_in_torch(call: Call) -> Path | None:
         or call.x.device.type != "cpu"
         or call.x.shape[-3] < _AMX_CHANNELS
         or autocast_dtype("cpu") is not torch.bfloat16
-        or get_algorithm() != "auto"
+        or algorithms.current != "auto"
         or not torch.is_grad_enabled()
         or not any(tensor is not None and tensor.requires_grad for tensor in call[:6])
     ):

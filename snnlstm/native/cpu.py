@@ -205,8 +205,8 @@ class Plan(CommonPlan):
             return pool.empty((size,), torch.uint8)
         return x.new_empty(size, dtype=torch.uint8)
 
-    def copy_of(self, threshold: Tensor) -> Tensor:
-        """A copy of the threshold, for the backward pass; the last one serves for equal values."""
+    def _copy_of(self, threshold: Tensor) -> Tensor:
+        """A copy of the threshold; the last one serves for equal values."""
         copy = self._threshold
         if (
             copy is None
@@ -226,9 +226,10 @@ class Plan(CommonPlan):
         packed = packed_weight(weight, self._last_packed())
         if packed is not self._last_packed():
             self._last_packed = ref(packed)
-        percent, lengths_at, order = 100, 0, None
+        percent, lengths_at, order, order_at = 100, 0, None, 0
         if lengths is not None:
             lengths_at, order = lengths.data_ptr(), longest_first(lengths)
+            order_at = order.data_ptr()
         if self.counts_zeros:
             percent = _C.density(self.cell, (x_at, self.x5), lengths_at)
         a_pass = self._pass(((percent, packed.max_tile_inputs), False, False, False))
@@ -253,7 +254,7 @@ class Plan(CommonPlan):
             (x_at, self.x5), (syn_at, self.syn5), (mem_at, self.mem5), *layouts,
             threshold_at, self.threshold_stride, graded_at, self.levels_pointer, record,
             *self.saved.addresses(saved),
-            lengths_at, pointer(order), workspace.data_ptr(), bias_at, None, None,
+            lengths_at, order_at, workspace.data_ptr(), bias_at, None, None,
             (spk.data_ptr(), self.spk5) if self.has_spk else None,
             (new_syn.data_ptr(), self.state5), (new_mem.data_ptr(), self.state5),
         )  # fmt: skip
@@ -261,7 +262,8 @@ class Plan(CommonPlan):
         pool.let_go(workspace)
         if lengths is not None and not record:
             keep_empty(call, (new_syn, new_mem), (syn, mem))
-        return Result(spk, new_syn, new_mem, saved, a_pass.name, a_pass.selection, packed)
+        copy = self._copy_of(call.threshold) if training and call.threshold is not None else None
+        return Result(spk, new_syn, new_mem, saved, a_pass.name, a_pass.selection, packed, copy)
 
     def backward(
         self,

@@ -150,10 +150,6 @@ class Plan(CommonPlan):
         """The current stream of the call's device."""
         return self.backend.stream(self.device)
 
-    def copy_of(self, threshold: Tensor) -> Tensor:
-        """A copy of the threshold, for the backward pass."""
-        return threshold.clone()
-
     def _neurons(self, call: Call) -> tuple[Neurons, list[Tensor | None]]:
         """Addresses of what the neurons read, and the tensors that hold it."""
         threshold, graded, levels = call.threshold, call.graded, None

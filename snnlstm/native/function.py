@@ -163,7 +163,7 @@ class _SConv2dLSTM(torch.autograd.Function):
         # A threshold may be written to before the backward pass: snnTorch's graph keeps none.
         ctx.threshold = threshold = call.threshold
         if threshold is not None:
-            ctx.copy = plan.copy_of(threshold)
+            ctx.copy = threshold.clone() if result.threshold is None else result.threshold
         ctx.save_for_backward(*call[:5], call.graded, call.lengths, result.saved)
         ctx.plan, ctx.record = plan, call.record
         ctx.selection, ctx.packed = result.selection, result.packed

@@ -88,6 +88,7 @@ class Result(NamedTuple):
     name: str = ""  # of what ran, such as "cpu-avx2-winograd4-sparse"
     selection: Sequence[int] = ()  # what values selected, which the backward pass is told
     packed: Any = None  # the weight as the kernels read it, if that is kept
+    threshold: Tensor | None = None  # a copy that nobody writes to, if training has made one
 
 
 class Gradients(NamedTuple):
@@ -420,10 +421,6 @@ class CommonPlan(Sizes, ABC):
     @abstractmethod
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
-
-    @abstractmethod
-    def copy_of(self, threshold: Tensor) -> Tensor:
-        """A copy of a call's threshold, which nobody writes to, for the backward pass."""
 
     @abstractmethod
     def backward(
