@@ -13,14 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .lengths import check_dense, checked_lengths, length_mask
+from .lengths import check_dense, checked_lengths
 from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, flag, make_spec
 from .surrogate import is_number
 from .torch_private import ENDED, level_of, unwrapped
 
 __all__ = ["Call", "autocast_dtype", "checked_call", "stateless_call"]
-
-active = length_mask
 
 # The sizes after the channels in a shape, by the dimensions of an image.
 SIZES = {1: "L", 2: "H, W"}
@@ -215,8 +213,8 @@ def state_shape(x: Tensor, channels: int, spec: CellSpec, dims: int) -> tuple[in
 def autocast_dtype(device: str) -> torch.dtype | None:
     """What autocast computes in on a device type; None where autocast is off."""
     # torch raises an error if it is asked about a device that has no autocast.
-    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
-    if known and torch.is_autocast_enabled(device):
+    has_autocast = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    if has_autocast and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 

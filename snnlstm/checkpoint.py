@@ -65,8 +65,8 @@ def _restored(part: Call, call: Call, time: int) -> Call:
     if call.sequence:
         shapes[0] = (time, *call.x.shape[1:])
     tensors: list[Any] = [
-        t if t is None else restored(t, shape, of.dtype, call.x.device)
-        for t, shape, of in zip(part[:8], shapes, call[:8], strict=True)
+        t if t is None else restored(t, shape, before.dtype, call.x.device)
+        for t, shape, before in zip(part[:8], shapes, call[:8], strict=True)
     ]
     if tensors[7] is not None:
         tensors[7] = tensors[7].contiguous()

@@ -158,6 +158,6 @@ def unshared(x: Tensor, layer: nn.Module) -> Tensor:
     """
     if not torch.is_grad_enabled() or not (torch.compiler.is_compiling() or x._is_view()):
         return x
-    known = type(layer) in _LEAST_DIM or type(layer).__module__.startswith("snntorch.")
-    safe = known and not getattr(layer, "inplace", False) and changed(layer) is None
+    listed = type(layer) in _LEAST_DIM or type(layer).__module__.startswith("snntorch.")
+    safe = listed and not getattr(layer, "inplace", False) and changed(layer) is None
     return x if safe else x.clone()

@@ -192,12 +192,12 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def _surrogate(self) -> Surrogate | None:
         """Return our surrogate for ``spike_grad``, None if there is none; found once a function."""
-        theirs, known = self.spike_grad, self.__dict__.get("_recognised")
-        if known is None or known[0] is not theirs:
+        theirs, cached = self.spike_grad, self.__dict__.get("_recognised")
+        if cached is None or cached[0] is not theirs:
             ours = NONE if theirs is _BYPASS else recognise_surrogate(theirs)
-            known = theirs, ours if type(ours) is Surrogate else None
-            self.__dict__["_recognised"] = known
-        return known[1]
+            cached = theirs, ours if type(ours) is Surrogate else None
+            self.__dict__["_recognised"] = cached
+        return cached[1]
 
     def _parameter(self, name: str) -> Any:
         """Return a parameter or buffer; nn.Module's search takes a microsecond."""

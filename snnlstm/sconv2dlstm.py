@@ -418,8 +418,8 @@ class SConv2dLSTM(CellAttributes):
 
         mem is quantised, thresholded and multiplied with the graded factor.
         """
-        threshold, graded, of = self.threshold, self.graded_spikes_factor, self._describe()
-        return reference.fire(mem, threshold, graded, of.surrogate, of.quant, of.inhibition)
+        threshold, graded, spec = self.threshold, self.graded_spikes_factor, self._describe()
+        return reference.fire(mem, threshold, graded, spec.surrogate, spec.quant, spec.inhibition)
 
     def mem_reset(self, mem: Tensor) -> Tensor:
         """Reset signal of a membrane potential: 1 where it exceeds the threshold, detached."""

@@ -73,11 +73,11 @@ class CellSpec:
 
     def __hash__(self) -> int:
         # Every call looks its plan up by this, so the hash is computed once.
-        known = self.__dict__.get("_hash")
-        if known is None:
-            known = hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))
-            object.__setattr__(self, "_hash", known)
-        return known
+        cached = self.__dict__.get("_hash")
+        if cached is None:
+            cached = hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))
+            object.__setattr__(self, "_hash", cached)
+        return cached
 
     def __getstate__(self) -> dict[str, Any]:
         # Hashes of strings differ between processes.

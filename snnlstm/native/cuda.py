@@ -356,7 +356,9 @@ class Backend(CommonBackend):
 
     def reason_against(self, s: Sizes) -> str | None:
         """Why these kernels cannot run a call; None if they can."""
-        plans = (self.core_plan(s, _tf32_is_allowed(), "fused", of) for of in (False, True))
+        plans = (
+            self.core_plan(s, _tf32_is_allowed(), "fused", backward) for backward in (False, True)
+        )
         return next((plan.reason_against for plan in plans if plan.reason_against), None)
 
     def settings(self, algorithm: str) -> tuple[Any, ...]:

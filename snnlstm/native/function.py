@@ -426,8 +426,8 @@ def _(*arguments):
     call, text, wanted = Call(*arguments[:_FIELDS]), arguments[_FIELDS], arguments[-1]
     out = empty_gradients(call.x, gradient_memory(call.x, _sizes(call, text)), wanted)
     if wanted[5]:
-        of: Any = call.threshold
-        out = out._replace(threshold=torch.empty_like(of))
+        threshold: Any = call.threshold
+        out = out._replace(threshold=torch.empty_like(threshold))
     return _gradient_outputs(call.x, out)
 
 

@@ -205,14 +205,11 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def pointer_and_strides(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+def strided(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
     """Address and five strides; None if there is no tensor, or an empty one."""
     if tensor is None or not (address := tensor.data_ptr()):
         return None
     return address, with_time(tensor.stride())
-
-
-address, view = pointer, pointer_and_strides
 
 
 def with_time(strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -296,7 +293,7 @@ def empty_gradients(
     """Memory for the gradients that are wanted, of the shapes of :func:`gradient_memory`."""
     empty = x.new_empty_strided
     return Gradients._make(
-        [empty(*of) if want else None for of, want in zip(memory, wanted, strict=True)]
+        [empty(*layout) if want else None for layout, want in zip(memory, wanted, strict=True)]
     )
 
 
@@ -391,13 +388,13 @@ class CommonPlan(Sizes, ABC):
         block = restored(saved, (self.saved.bytes,), torch.uint8, self.device).contiguous()
         if block.data_ptr() % _ALIGNMENT:
             block = block.clone()
-        x, syn, mem = (restored(t, *of) for t, of in zip(tensors, self._saved_as, strict=True))
-        views = [*map(pointer_and_strides, (x, syn, mem))]
+        x, syn, mem = (restored(t, *kind) for t, kind in zip(tensors, self._saved_as, strict=True))
+        views = [*map(strided, (x, syn, mem))]
         strides = self.x5, self.syn5, self.mem5
         if (
             self._guard is None
             and block is saved
-            and strides == tuple(of and of[1] for of in views)
+            and strides == tuple(view and view[1] for view in views)
         ):
             self._guard = guard_of((x, syn, mem, saved))
         return call._replace(x=x, syn=syn, mem=mem), block, views
@@ -412,7 +409,7 @@ class CommonPlan(Sizes, ABC):
         """The last part of a backward pass's addresses, but d_gates and mem_after."""
         (x, syn, mem, *others), (x5, syn5, mem5) = out, self._gradients5
         return (
-            pointer_and_strides(noise), *map(pointer_and_strides, grads),
+            strided(noise), *map(strided, grads),
             None if x is None else (x.data_ptr(), x5),
             None if syn is None else (syn.data_ptr(), syn5),
             None if mem is None else (mem.data_ptr(), mem5), *map(pointer, others),

@@ -141,8 +141,8 @@ def empty_result(
     if count * dtype.itemsize < MAPPED or device.type != "cpu":
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
     flat = empty((count,), dtype)
-    of = flat.untyped_storage(), flat.storage_offset()
-    return flat.new_empty(0).set_(*of, shape, strides)
+    storage = flat.untyped_storage(), flat.storage_offset()
+    return flat.new_empty(0).set_(*storage, shape, strides)
 
 
 @where_it_fits

@@ -25,16 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ..call import Call, active
-from .plan import Gradients, Result, address, empty_gradients, view
+from ..call import Call
+from ..lengths import length_mask
+from .plan import Gradients, Result, empty_gradients, pointer, strided
 
 __all__ = ["MOST_SUMS", "BackwardPass", "backward", "forward", "steps_backward"]
 
 MOST_SUMS = 64 << 20
 """Bytes of x's gate sums that are formed at once, where these are of several steps."""
 
-# A plan.CommonPlan with the attributes `contiguous`, `geometry`, `real` and `steps_at_once`.
-Plan = Any
+# Each `plan` here is a cuda.Plan.
 Neurons = tuple[int, int, int, int]
 """Addresses of threshold, its stride, graded factor and levels."""
 
@@ -84,13 +84,13 @@ def images_of(pixels: Tensor, mem: Tensor) -> Tensor:
     return pixels.unflatten(-2, mem.shape[-2:]).movedim(-1, -3)
 
 
-def _ordered(plan: Plan, images: Tensor) -> Tensor:
+def _ordered(plan: Any, images: Tensor) -> Tensor:
     """The images in the type, and in the order, that cuDNN convolves fastest."""
     images = images.to(plan.work)
     return images.contiguous() if plan.contiguous else images
 
 
-def _part(plan: Plan, weight: Tensor, d_gates: Tensor) -> Tensor:
+def _part(plan: Any, weight: Tensor, d_gates: Tensor) -> Tensor:
     """Weight (4C, ...) with zeros for the padding between gates, as d_gates have it."""
     weight = plan.geometry.inner(weight.detach().to(plan.work)).contiguous()
     padding = (d_gates.shape[-1] - weight.shape[0]) // 4
@@ -106,7 +106,7 @@ def _left(call: Call, t: int) -> Tensor | None:
 
 
 def forward(
-    plan: Plan,
+    plan: Any,
     run: Callable[[tuple], None],
     call: Call,
     neurons: Neurons,
@@ -118,10 +118,10 @@ def forward(
     x of several steps is convolved at once, in `plan.real`: of half types the kernels add x's sums
     before they are rounded. x of one step is convolved with mem, if it has no stride.
     """
-    syn, mem, of = call.syn, call.mem, plan.geometry
+    syn, mem, geometry = call.syn, call.mem, plan.geometry
     xs, at_once = _steps(call.x, call.sequence), plan.steps_at_once
-    together = at_once == 1 and of.stride == (1, 1)
-    weight = of.inner(call.weight.detach().to(plan.work))
+    together = at_once == 1 and geometry.stride == (1, 1)
+    weight = geometry.inner(call.weight.detach().to(plan.work))
     if not together:  # contiguous: otherwise each convolution would copy its half
         of_x, weight = (w.contiguous() for w in weight.split([plan.cin, plan.c], 1))
         of_x = of_x.to(plan.real)
@@ -134,7 +134,7 @@ def forward(
                 images = torch.cat([x.to(plan.work), images], 1)
             elif t % at_once == 0:
                 some = xs[t : t + at_once].to(plan.work).to(plan.real)
-                sums_of_x = _convolve(plan, some.flatten(0, 1), of_x, of.stride)
+                sums_of_x = _convolve(plan, some.flatten(0, 1), of_x, geometry.stride)
                 sums_of_x = sums_of_x.unflatten(0, some.shape[:2])
             sums = _convolve(plan, images, weight, (1, 1)).to(plan.of_sums)
         if not together:
@@ -142,21 +142,21 @@ def forward(
         # Without record the states are updated in place, each neuron by one thread.
         out_syn = result.syn[t] if call.record else result.syn
         out_mem = result.mem[t] if call.record else result.mem
-        plain = not plan.spec.spiking and not call.record and call.lengths is None
-        if t < last and plain:
+        h_alone = not plan.spec.spiking and not call.record and call.lengths is None
+        if t < last and h_alone:
             spk, out_mem = None, spks[t]  # which are one, and the next step reads it there
         left = _left(call, t)
         # With lengths the states are carried on: those of every step are wanted.
         run((
-            None, view(syn), view(mem), 0, 0, 0, *neurons, call.record or left is not None,
-            *plan.saved.addresses(result.saved, t), address(left), 0, 0,
-            bias, view(sums), view(x_sums), view(spk), view(out_syn), view(out_mem),
+            None, strided(syn), strided(mem), 0, 0, 0, *neurons, call.record or left is not None,
+            *plan.saved.addresses(result.saved, t), pointer(left), 0, 0,
+            bias, strided(sums), strided(x_sums), strided(spk), strided(out_syn), strided(out_mem),
         ))  # fmt: skip
         syn, mem = out_syn, out_mem
 
 
 def backward(
-    plan: Plan,
+    plan: Any,
     given: BackwardPass,
     wanted: Sequence[bool],
     run_steps: Callable[[Gradients, Tensor, Tensor | None], None],
@@ -172,7 +172,7 @@ def backward(
     mems = _empty_mems(call, d_gates) if wanted[3] else None
     if call.lengths is not None:
         d_gates.zero_()
-        x = torch.where(active(call.lengths, plan.time), x, 0)
+        x = torch.where(length_mask(call.lengths, plan.time), x, 0)
     run_steps(out, d_gates, mems)
     if out.x is not None:
         _data_gradient(plan, call, d_gates, out.x)
@@ -182,7 +182,7 @@ def backward(
 
 
 def steps_backward(
-    plan: Plan,
+    plan: Any,
     run: Callable[[tuple], None],
     workspace: int,
     given: BackwardPass,
@@ -207,7 +207,7 @@ def steps_backward(
     of_mem = _part(plan, call.weight[:, -c:], d_gates)
     d_syn = torch.empty_like(syn) if out.syn is None else out.syn
     of_threshold = None if out.threshold is None else call.x.new_empty((last + 1, c))
-    live = None if call.lengths is None else active(call.lengths, last + 1)
+    live = None if call.lengths is None else length_mask(call.lengths, last + 1)
     if live is not None:  # where padded samples keep what they were given
         into_syn = d_syn.zero_() if into_syn is None else d_syn.copy_(into_syn)
     for t in range(last, -1, -1):
@@ -215,20 +215,20 @@ def steps_backward(
         into_mem = _sum(into_mem, recorded_mem, t)
         left = _left(call, t)
         run((
-            None, view(syn if t == 0 else images_of(saved_syn[t - 1], mem)[:, :c]), None,
+            None, strided(syn if t == 0 else images_of(saved_syn[t - 1], mem)[:, :c]), None,
             0, 0, 0, *neurons, record or left is not None,
-            *plan.saved.addresses(saved, t), address(left), 0, workspace,
-            view(None if noise is None else noise[t]),
-            view(None if grad_spk is None else grad_spk[t]),
-            view(into_syn), view(into_mem), None, view(d_syn), None, 0, 0,
-            address(None if of_threshold is None else of_threshold[t]),
+            *plan.saved.addresses(saved, t), pointer(left), 0, workspace,
+            strided(None if noise is None else noise[t]),
+            strided(None if grad_spk is None else grad_spk[t]),
+            strided(into_syn), strided(into_mem), None, strided(d_syn), None, 0, 0,
+            pointer(None if of_threshold is None else of_threshold[t]),
             d_gates[t].data_ptr(), 0 if mems is None or t == last else mems[t + 1].data_ptr(),
         ))  # fmt: skip
         into_syn, before, into_mem = d_syn, into_mem, None
         if t > 0 or out.mem is not None:
             of_sums = _ordered(plan, images_of(d_gates[t], mem))
-            of, shape = plan.geometry, mem.shape
-            into_mem = conv2d_input(shape, of_mem, of_sums, 1, of.padding, of.dilation)
+            geometry, shape = plan.geometry, mem.shape
+            into_mem = conv2d_input(shape, of_mem, of_sums, 1, geometry.padding, geometry.dilation)
             into_mem = into_mem.to(mem.dtype)
         if live is not None and into_mem is not None:
             into_mem = torch.where(live[t], into_mem, 0 if before is None else before)
@@ -247,34 +247,37 @@ def _empty_mems(call: Call, d_gates: Tensor) -> Tensor:
     return mems
 
 
-def _data_gradient(plan: Plan, call: Call, d_gates: Tensor, out: Tensor) -> None:
+def _data_gradient(plan: Any, call: Call, d_gates: Tensor, out: Tensor) -> None:
     """The gradient of x at all steps, from that of the gate sums."""
-    of, x = plan.geometry, _steps(call.x, call.sequence)
+    geometry, x = plan.geometry, _steps(call.x, call.sequence)
     of_x = _part(plan, call.weight[:, : x.shape[2]], d_gates)
     grads = images_of(d_gates.flatten(0, 1), call.mem)
-    shape, geometry = (len(grads), *x.shape[2:]), (of.stride, of.padding, of.dilation)
-    out.copy_(conv2d_input(shape, of_x, _ordered(plan, grads), *geometry).view_as(out))
+    shape = (len(grads), *x.shape[2:])
+    options = geometry.stride, geometry.padding, geometry.dilation
+    out.copy_(conv2d_input(shape, of_x, _ordered(plan, grads), *options).view_as(out))
 
 
 def _weight_gradient(
-    plan: Plan, x: Tensor, mem: Tensor | None, d_gates: Tensor, wanted: Sequence[bool]
+    plan: Any, x: Tensor, mem: Tensor | None, d_gates: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and bias over all steps, as `wanted`.
 
     x is (T, N, Cin, H, W), and `mem`, (T, N, C or more, Ho, Wo), is that before each step, which
     only the weight's gradient needs.
     """
-    of, gates, c, dtype = plan.geometry, d_gates.shape[-1], plan.c, plan.dtype
+    geometry, gates, c, dtype = plan.geometry, d_gates.shape[-1], plan.c, plan.dtype
     d_weight = d_bias = None
     if wanted[0]:
         assert mem is not None
         grads = _ordered(plan, images_of(d_gates, mem).flatten(0, 1))
         halves = []
-        for images, stride in (x, of.stride), (mem, (1, 1)):
+        for images, stride in (x, geometry.stride), (mem, (1, 1)):
             images = _ordered(plan, images.flatten(0, 1))
-            shape = gates, images.shape[1], *of.kernel
-            halves.append(conv2d_weight(images, shape, grads, stride, of.padding, of.dilation))
-        both = of.whole(torch.cat([halves[0], halves[1][:, :c]], 1))
+            shape = gates, images.shape[1], *geometry.kernel
+            halves.append(
+                conv2d_weight(images, shape, grads, stride, geometry.padding, geometry.dilation)
+            )
+        both = geometry.whole(torch.cat([halves[0], halves[1][:, :c]], 1))
         d_weight = both.unflatten(0, (4, -1))[:, :c].flatten(0, 1).to(dtype)
     if wanted[1]:
         sums = d_gates.sum((0, 1, 2), dtype=torch.promote_types(torch.float32, dtype))
@@ -289,9 +292,9 @@ def _sum(carried: Tensor | None, recorded: Tensor | None, step: int) -> Tensor |
     return recorded[step] if carried is None else carried + recorded[step]
 
 
-def _convolve(plan: Plan, images: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
+def _convolve(plan: Any, images: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
     """Gate sums without the bias, which the kernels add."""
-    of = plan.geometry
+    geometry = plan.geometry
     if images.device.type == "cpu":  # emulated: equal numbers in any layout have equal sums
         images, weight = images.contiguous(), weight.contiguous()
-    return F.conv2d(images, weight, None, stride, of.padding, of.dilation)
+    return F.conv2d(images, weight, None, stride, geometry.padding, geometry.dilation)
