@@ -22,7 +22,7 @@ from .reference import Overrides
 from .spec import HALF_TYPES, CellSpec, are_ours
 from .torch_private import any_autocast, guard_of
 
-__all__ = ["Entries", "Entry", "entry_of", "run", "run_cached"]
+__all__ = ["Entries", "Entry", "Results", "entry_of", "run", "run_cached"]
 
 
 class Entry:

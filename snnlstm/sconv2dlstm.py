@@ -19,7 +19,7 @@ from .call import (
     real_tensor,
     values,
 )
-from .entry import run, run_cached
+from .entry import Results, run, run_cached
 from .lengths import checked_lengths
 from .path import EXPORT, Path, asked_every_call, dtype_source, log_fallback
 from .reference import Overrides
@@ -289,7 +289,7 @@ class SConv2dLSTM(CellAttributes):
             fresh = path.native and not traced
             spk, syn, mem = (_of_length(result, fresh) for result in (spk, syn, mem))
         if now is not EXPORT:  # tracers must not outlive the export in the cell
-            self._keep(call, described, overrides, spk, syn, mem, path, traced)
+            self._keep(call, described, overrides, (spk, syn, mem, path), traced)
         if self.batch_first:
             spk, syn, mem = batch_before_time(call, True, spk, syn, mem)
         return spk if self.init_hidden and not self.output else (spk, syn, mem)
@@ -370,15 +370,11 @@ class SConv2dLSTM(CellAttributes):
         call: Call,
         described: CellSpec,
         overrides: Overrides | None,
-        spk: Tensor,
-        syn: Tensor,
-        mem: Tensor,
-        path: Path,
+        results: Results,
         traced: bool,
     ) -> None:
         """Keep the results of a call that succeeded."""
-        source = None
-        threshold: Any = call.threshold
+        source, threshold, (spk, syn, mem, path) = None, call.threshold, results
         if call.x.dim() == 5:
             spk = spk.transpose(0, 1) if self.batch_first else spk
         elif overrides is not None and overrides.mem_reset is not None:

@@ -26,7 +26,8 @@ from .layers import (
     unshared,
 )
 from .leaky import Leaky
-from .lengths import checked_lengths, hold_last, mask_padding
+from .lengths import checked_lengths, mask_padding
+from .padded import Frozen, pad
 from .path import log_once
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import SEQUENCE_NEURONS
@@ -357,7 +358,7 @@ def _step_by_step(
         if isinstance(layer, Sequential):
             call = partial(_one_step, layer)
         if lengths is not None and report.reason not in PER_SAMPLE:
-            call = _Frozen(layer, call, lengths)
+            call = Frozen(layer, call, lengths)
         calls.append((before, layer, call))
         outs[0], before = call(unshared(first, layer)), name
     for t in range(1, len(outs)):
@@ -384,7 +385,7 @@ def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bo
             f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
         )
     if neuron:
-        return layer(x) if lengths is None else _padded(layer(mask_padding(x, lengths)), lengths)
+        return layer(x) if lengths is None else pad(layer(mask_padding(x, lengths)), lengths)
     options: dict[str, Any] = {} if lengths is None else {"lengths": lengths}
     if cell:  # the states of every step are recorded where they are returned
         options["record"] = last and (layer.output or not layer.init_hidden)
@@ -439,65 +440,3 @@ def _mapped(function: Callable[[Tensor], Tensor], out: Any) -> Any:
 def _exchanged(out: Any) -> Any:
     """Every tensor with its first two dimensions exchanged; (T,), a number a step, has no batch."""
     return _mapped(lambda item: item.transpose(0, 1) if item.dim() > 1 else item, out)
-
-
-# ---- padded samples -----------------------------------------------------------------------------
-
-
-def _padded(out: Any, lengths: Tensor) -> Any:
-    """What a neuron returned of all steps, spk or spk and mem, as steps with :class:`_Frozen`."""
-    if isinstance(out, Tensor):
-        return mask_padding(out, lengths)
-    spk, mem = out
-    mem = hold_last(mem[..., None, None], mem.new_zeros(()), lengths)[..., 0, 0]
-    return mask_padding(spk, lengths), mem
-
-
-class _Frozen:
-    """Calls a layer step by step, and leaves padded samples as they are.
-
-    `call` calls the layer. The layer computes padded samples, too, but its first result is 0 there.
-    Its other results stay as they were, and so do the states that it keeps of a sample, in tensors
-    (N, ...) that are attributes or non-persistent buffers.
-    """
-
-    def __init__(self, layer: nn.Module, call: Callable[[Tensor], Any], lengths: Tensor) -> None:
-        self._layer, self._call, self._lengths, self._step = layer, call, lengths, 0
-        self._returned: Any = None
-
-    def __call__(self, x: Tensor) -> Any:
-        active = self._lengths > self._step
-        before = {id(owner): _kept(owner) for owner in self._layer.modules()}
-        out = self._call(x)
-        for owner in self._layer.modules():
-            for name, after in _kept(owner).items():
-                if after.dim() > 1 and after.shape[0] == len(active):
-                    old = before[id(owner)].get(name)
-                    setattr(owner, name, _stay(active, after, old, first=False))
-        self._step, self._returned = self._step + 1, _stay(active, out, self._returned, True)
-        return self._returned
-
-
-def _stay(active: Tensor, new: Any, old: Any, first: bool) -> Any:
-    """Return `new` for the active samples, and `old` for the padded ones, or 0 if there is none.
-
-    Tuples are taken item by item. Padded samples get 0 for the first item.
-    """
-    if isinstance(new, tuple | list):
-        olds = old if isinstance(old, tuple) else (None,) * len(new)
-        pairs = enumerate(zip(new, olds, strict=True))
-        return tuple(_stay(active, *pair, first and k == 0) for k, pair in pairs)
-    if not isinstance(new, Tensor):
-        return new
-    if first or old is None or old.shape != new.shape:
-        old = torch.zeros_like(new)
-    return torch.where(active.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
-
-
-def _kept(owner: nn.Module) -> dict[str, Tensor]:
-    """The tensors in which a module may keep something from step to step."""
-    if isinstance(owner, SConv2dLSTM):
-        return {"syn": owner._state.syn, "mem": owner._state.mem}
-    temporary = owner._non_persistent_buffers_set
-    tensors = owner.__dict__ | {k: v for k, v in owner._buffers.items() if k in temporary}
-    return {k: v for k, v in tensors.items() if isinstance(v, Tensor)}

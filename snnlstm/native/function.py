@@ -13,7 +13,7 @@ only, so a spec travels as a text.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from torch import Tensor
 from .. import _C, reference
 from ..call import Call, autocast_dtype, restored, state_shape, weight_tensor
 from ..keys import BoundedDict
-from ..lengths import hold_last
 from ..spec import HALF_TYPES, CellSpec
 from ..torch_private import forward_level, is_batch, keeps_graph, opaque, transforms_are_active
 from . import cpu, cuda, cuda_check
+from .half_types import in_float32, recorded_states
 from .plan import (
     CommonBackend,
     CommonPlan,
@@ -39,7 +39,7 @@ from .plan import (
     gradient_memory,
 )
 
-__all__ = ["BACKENDS", "DEVICES", "beyond_kernels", "plan_of", "run", "run_operator"]
+__all__ = ["BACKENDS", "DEVICES", "beyond_kernels", "in_float32", "plan_of", "run", "run_operator"]
 
 # ---- backends and plans --------------------------------------------------------------------------
 
@@ -105,46 +105,8 @@ def run(plan: CommonPlan, call: Call, training: bool) -> tuple[Tensor, Tensor, T
             call = call._replace(x=call.x.clone())
         spk, syn, mem, name = _apply(plan, call, *call[:6])
     if call.lengths is not None and call.record:
-        syn, mem = _repeated(call, syn, mem)
+        syn, mem = recorded_states(call, syn, mem)
     return spk, syn, mem, name
-
-
-def _repeated(call: Call, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
-    """Recorded states in which padded samples repeat their last one; kernels leave others there."""
-    lengths: Any = call.lengths
-    return hold_last(syn, call.syn, lengths), hold_last(mem, call.mem, lengths)
-
-
-Step = Callable[[Call], tuple[Tensor, Tensor, Tensor, Any]]
-
-
-def in_float32(call: Call, run_step: Step) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """A call in a half type: each step in float32, between steps states in the half type.
-
-    `run_step` runs a call of one step and returns what this returns.
-    """
-    x, syn, mem, weight, bias, threshold, graded, lengths, record = call
-    dtype = x.dtype
-    if call.sequence:  # so that the steps' gradients are added in float32
-        weight, bias = weight.float(), None if bias is None else bias.float()
-    threshold, graded = (None if t is None else t.float() for t in (threshold, graded))
-    results: list[tuple[Tensor, ...]] = []
-    name = of_step = None
-    for t, x_t in enumerate(x.split(1) if call.sequence else [x]):
-        if lengths is not None:
-            of_step = (lengths - t).clamp(0, 1)
-        states = syn.float(), mem.float()
-        *wide, name = run_step(Call(x_t.float(), *states, weight, bias, threshold, graded, of_step))
-        results.append(tuple(result.to(dtype) for result in wide))
-        _, syn, mem = results[-1]
-    if not call.sequence:
-        return (*results[0], name)  # type: ignore[return-value]
-    spks, syns, mems = zip(*results, strict=True)
-    if record:
-        syn, mem = torch.stack(syns), torch.stack(mems)
-        if lengths is not None:
-            syn, mem = _repeated(call, syn, mem)
-    return torch.cat(spks), syn, mem, name
 
 
 # ---- the Function --------------------------------------------------------------------------------
@@ -466,5 +428,5 @@ def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Te
     if not spec.passes_gradient(call.sequence):
         spk = spk.detach()
     if lengths is not None and record:
-        new_syn, new_mem = _repeated(call, new_syn, new_mem)
+        new_syn, new_mem = recorded_states(call, new_syn, new_mem)
     return spk, new_syn, new_mem, None

@@ -1,0 +1,52 @@
+"""Half types on a device whose kernels have none: each step runs in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from ..lengths import hold_last
+
+__all__ = ["in_float32", "recorded_states"]
+
+
+def recorded_states(call: Call, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
+    """Recorded states in which padded samples repeat their last one; kernels leave others there."""
+    lengths: Any = call.lengths
+    return hold_last(syn, call.syn, lengths), hold_last(mem, call.mem, lengths)
+
+
+Step = Callable[[Call], tuple[Tensor, Tensor, Tensor, Any]]
+
+
+def in_float32(call: Call, run_step: Step) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """A call in a half type: each step in float32, between steps states in the half type.
+
+    `run_step` runs a call of one step and returns what this returns.
+    """
+    x, syn, mem, weight, bias, threshold, graded, lengths, record = call
+    dtype = x.dtype
+    if call.sequence:  # so that the steps' gradients are added in float32
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    threshold, graded = (None if t is None else t.float() for t in (threshold, graded))
+    results: list[tuple[Tensor, ...]] = []
+    name = of_step = None
+    for t, x_t in enumerate(x.split(1) if call.sequence else [x]):
+        if lengths is not None:
+            of_step = (lengths - t).clamp(0, 1)
+        states = syn.float(), mem.float()
+        *wide, name = run_step(Call(x_t.float(), *states, weight, bias, threshold, graded, of_step))
+        results.append(tuple(result.to(dtype) for result in wide))
+        _, syn, mem = results[-1]
+    if not call.sequence:
+        return (*results[0], name)  # type: ignore[return-value]
+    spks, syns, mems = zip(*results, strict=True)
+    if record:
+        syn, mem = torch.stack(syns), torch.stack(mems)
+        if lengths is not None:
+            syn, mem = recorded_states(call, syn, mem)
+    return torch.cat(spks), syn, mem, name
