@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import spec
-from .call import as_image
+from .call import as_image, values
 from .path import LastPath
 from .snntorch import Base, alive, clear_registries, register
 from .spec import RESETS, CellSpec, Reset
@@ -43,6 +43,7 @@ class CellAttributes(Base):
     """What the attributes say; None while they contradict each other."""
     _entry: Any
     """The entry of the last call."""
+    _initial_threshold: Any
     _adopted: dict[str, Any] | None = None
     """The callables of the snnTorch cell that this one stands in for, by their names."""
     _layer_name: str = ""
@@ -234,6 +235,15 @@ class CellAttributes(Base):
         except ValueError as error:
             error_msgs = rest[-1]
             error_msgs.append(str(error))
+
+    def reset_parameters(self) -> None:
+        """Reset parameters and buffers to their initial values, and the states to zero."""
+        self.conv.reset_parameters()
+        with torch.no_grad():
+            self.threshold.copy_(values(self._initial_threshold))
+            self.graded_spikes_factor.fill_(1)
+            self.reset_mechanism_val.copy_(self._reset_index(self.reset_mechanism_val.device))
+        self.reset_mem()
 
     def _replicate_for_data_parallel(self) -> Any:
         """Give a replica of DataParallel, which shares the attributes, states of its own."""

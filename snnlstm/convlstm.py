@@ -28,7 +28,7 @@ from .path import (
 
 __all__ = ["ConvLSTM", "ConvLSTMCell"]
 
-State = Sequence[Tensor | None]
+States = Sequence[Tensor | None]
 """h and c, (N, C, Ho, Wo) each; None means zeros."""
 
 
@@ -98,7 +98,7 @@ class ConvLSTMCell(nn.Module):
             dtype=spec.dtype_or_none("dtype", dtype),
         )  # fmt: skip
 
-    def forward(self, input_tensor: Tensor, cur_state: State | None = None) -> State:
+    def forward(self, input_tensor: Tensor, cur_state: States | None = None) -> States:
         """Run one step.
 
         Parameters
@@ -230,7 +230,7 @@ class ConvLSTM(nn.Module):
     def forward(
         self,
         input_tensor: Tensor,
-        hidden_state: Sequence[State | None] | None = None,
+        hidden_state: Sequence[States | None] | None = None,
         lengths: Any = None,
         record: bool = False,
     ) -> tuple[list[Tensor], list[list[Tensor]]]:

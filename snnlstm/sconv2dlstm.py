@@ -258,7 +258,7 @@ class SConv2dLSTM(CellAttributes):
         torch.export and the ONNX exporters record one call, and no stored states: pass syn and
         mem, and feed the returned ones to the next call.
         """
-        # The ONNX exporter of torch.jit passes the defaults of keywords as further positions.
+        # The ONNX exporter of torch.jit passes the defaults of keywords as positions.
         if extra and not torch.onnx.is_in_onnx_export():
             raise TypeError(f"forward takes x, syn and mem, and others by name; got also {extra}")
         if self.init_hidden and not (syn is None and mem is None):
@@ -333,7 +333,10 @@ class SConv2dLSTM(CellAttributes):
 
     def _checked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool) -> Call:
         """Return the call, after a check of every argument."""
-        weight, bias = self._parameters_of_conv(x)
+        if type(self.conv) is self._conv_kind:
+            weight, bias = self._weight, self.conv.bias
+        else:
+            weight, bias = dtype_source(self.conv, x, self.graded_spikes_factor), None
         passed = {"syn": syn, "mem": mem}
 
         def state_of(name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
@@ -402,13 +405,6 @@ class SConv2dLSTM(CellAttributes):
             return function
         return lambda image: as_image(function(image.squeeze(-2)))
 
-    def _parameters_of_conv(self, x: Any) -> tuple[Tensor, Tensor | None]:
-        """weight and bias; of a foreign conv any tensor of its dtype and device."""
-        conv = self.conv
-        if type(conv) is self._conv_kind:
-            return self._weight, conv.bias
-        return dtype_source(conv, x, self.graded_spikes_factor), None
-
     def fire(self, mem: Tensor) -> Tensor:
         """Spikes (N, C, H, W) of an already pooled membrane potential of that shape.
 
@@ -420,17 +416,6 @@ class SConv2dLSTM(CellAttributes):
     def mem_reset(self, mem: Tensor) -> Tensor:
         """Reset signal of a membrane potential: 1 where it exceeds the threshold, detached."""
         return reference.reset_signal(mem, self.threshold, self._describe().surrogate)
-
-    # ---- saving and loading ---------------------------------------------------------------
-
-    def reset_parameters(self) -> None:
-        """Reset parameters and buffers to their initial values, and the states to zero."""
-        self.conv.reset_parameters()
-        with torch.no_grad():
-            self.threshold.copy_(values(self._initial_threshold))
-            self.graded_spikes_factor.fill_(1)
-            self.reset_mechanism_val.copy_(self._reset_index(self.reset_mechanism_val.device))
-        self.reset_mem()
 
 
 def _of_length(image: Tensor, fresh: bool) -> Tensor:

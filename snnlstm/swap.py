@@ -158,19 +158,14 @@ def _take_our_surrogate(neuron: nn.Module) -> bool:
     """Replace a surrogate of snnTorch's in another neuron; returns whether there was one."""
     if Neuron is None or not isinstance(neuron, Neuron) or isinstance(neuron, SConv2dLSTM):
         return False
-    theirs = neuron.spike_grad
-    neuron.spike_grad = recognise_surrogate(theirs)
-    return neuron.spike_grad is not theirs
+    before, neuron.spike_grad = neuron.spike_grad, recognise_surrogate(neuron.spike_grad)
+    return neuron.spike_grad is not before
 
 
 def _is_silent(module: Any) -> bool:
     """Whether no mem of a cell can exceed its threshold."""
-    return (
-        type(module) is SConv2dLSTM
-        and not isinstance(module.threshold, nn.Parameter)
-        and not module.state_quant
-        and never_spikes(module.threshold)
-    )
+    fixed = type(module) is SConv2dLSTM and not isinstance(module.threshold, nn.Parameter)
+    return fixed and not module.state_quant and never_spikes(module.threshold)
 
 
 def restore(model: nn.Module) -> SwapReport:
@@ -190,10 +185,8 @@ def restore(model: nn.Module) -> SwapReport:
 
 def _require_snntorch(function: str) -> None:
     if Base is nn.Module:
-        raise ImportError(
-            f"{function}() needs snntorch, which is not installed or has no SConv2dLSTM: "
-            "pip install snntorch"
-        )
+        lacks = "which is not installed or has no SConv2dLSTM: pip install snntorch"
+        raise ImportError(f"{function}() needs snntorch, {lacks}")
 
 
 def _swap(
@@ -234,7 +227,7 @@ def _swap(
         object.__setattr__(layer, "__dict__", made.__dict__)
     for cell, _ in cells:
         register(cell)
-    if not swapped and not any(isinstance(module, _SWAPPED) for module in pairs):
+    if not any(isinstance(module, _SWAPPED) for module in pairs):
         logger.warning("%s found neither SConv2dLSTM nor Leaky in the model", action)
     logger.info("%s", report.headline)
     return report
@@ -311,10 +304,8 @@ def _other_leaky(old: Any, kind: type[nn.Module]) -> nn.Module | str:
     if type(old) is kind:
         return _ALREADY[kind is TheirLeaky]
     if type(old) not in (Leaky, TheirLeaky):
-        library = "snnlstm" if isinstance(old, Leaky) else "snntorch"
-        return (
-            f"{type(old).__name__} is a subclass of {library}.Leaky and may compute something else"
-        )
+        base = "snnlstm.Leaky" if isinstance(old, Leaky) else "snntorch.Leaky"
+        return f"{type(old).__name__} is a subclass of {base} and may compute something else"
     if (reason := replaced(old)) is not None:
         return reason
     new = nn.Module.__new__(kind)

@@ -40,7 +40,7 @@ from .plan import (
     shaped_as,
     stochastic_noise,
 )
-from .torch_conv import BackwardPass, Geometry, Neurons
+from .torch_conv import BackwardPass, Geometry, NeuronPointers
 
 __all__ = ["Backend"]
 
@@ -150,7 +150,7 @@ class Plan(CommonPlan):
         """The current stream of the call's device."""
         return self.backend.stream(self.device)
 
-    def _neurons(self, call: Call) -> tuple[Neurons, list[Tensor | None]]:
+    def _neurons(self, call: Call) -> tuple[NeuronPointers, list[Tensor | None]]:
         """Addresses of what the neurons read, and the tensors that hold it."""
         threshold, graded, levels = call.threshold, call.graded, None
         if threshold is not None:
@@ -195,7 +195,9 @@ class Plan(CommonPlan):
             del held, bias  # the kernels are on the stream: what takes their memory comes later
         return result._replace(name=self.name)
 
-    def _forward(self, core: Any, call: Call, neurons: Neurons, bias: int, result: Result) -> None:
+    def _forward(
+        self, core: Any, call: Call, neurons: NeuronPointers, bias: int, result: Result
+    ) -> None:
         stream = self.stream
         run = partial(core.forward, stream)
         if core.algorithm == _CUDNN:

@@ -49,23 +49,10 @@ class Gradients(NamedTuple):
 
 
 class Sizes:
-    """All that is known of a call without looking at values: sizes, types, device.
+    """All that is static of a call: sizes, types, device.
 
-    Attributes
-    ----------
-    spec : CellSpec
-    operands : torch.dtype or None
-        The convolution's type under autocast, if it is a half type.
-    dtype, device
-        Those of the states.
-    sequence, record, has_lengths : bool
-        As of the call.
-    time, n, cin, h, w, c, ho, wo : int
-        Steps (1 for a step call), and the sizes of x and of the states.
-    state, state_strides : (int, int, int, int)
-        Shape of syn and mem, and its strides where they are contiguous.
-    thresholds : int
-        How many numbers the threshold has.
+    `operands` is the convolution's type under autocast, if it is a half type; `dtype` is that of
+    the states, and `state_strides` are those of contiguous ones. A step call has a `time` of 1.
     """
 
     def __init__(self, call: Call, spec: CellSpec, operands: torch.dtype | None) -> None:

@@ -35,7 +35,7 @@ MOST_SUMS = 64 << 20
 """Bytes of x's gate sums that are formed at once, where these are of several steps."""
 
 # Each `plan` here is a cuda.Plan.
-Neurons = tuple[int, int, int, int]
+NeuronPointers = tuple[int, int, int, int]
 """Addresses of threshold, its stride, graded factor and levels."""
 
 
@@ -44,7 +44,7 @@ class BackwardPass(NamedTuple):
 
     call: Call
     views: Sequence[Any]  # of x, syn and mem
-    neurons: Neurons
+    neurons: NeuronPointers
     saved: Tensor
     grads: Sequence[Tensor | None]
     noise: Tensor | None  # the stochastic surrogate's numbers
@@ -109,7 +109,7 @@ def forward(
     plan: Any,
     run: Callable[[tuple], None],
     call: Call,
-    neurons: Neurons,
+    neurons: NeuronPointers,
     bias: int,
     result: Result,
 ) -> None:
