@@ -72,16 +72,14 @@ class Entry:
         """Let :meth:`serves` know calls like this one."""
         if call.lengths is None and not any_autocast():
             tensors = _present(call)
-            settings = call.record, torch.is_grad_enabled(), _settings(call.x), len(tensors)
-            self._guard, self._guarded_settings = guard_of(tensors), settings
+            self._guard, self._guarded_settings = guard_of(tensors), _guarded(call, tensors)
 
     def serves(self, call: Call) -> bool:
         """Whether all that is static of a call is as in the one that was guarded."""
         if self._guard is None or call.lengths is not None:
             return False
         tensors = _present(call)
-        settings = call.record, torch.is_grad_enabled(), _settings(call.x), len(tensors)
-        return settings == self._guarded_settings and self._guard.check(*tensors)
+        return _guarded(call, tensors) == self._guarded_settings and self._guard.check(*tensors)
 
 
 class Entries(dict[Any, Any]):
@@ -96,6 +94,11 @@ def _present(call: Call) -> Sequence[Tensor]:
     if call.bias is not None and call.threshold is not None:
         return call[:7]  # type: ignore[return-value]
     return [tensor for tensor in call[:7] if tensor is not None]
+
+
+def _guarded(call: Call, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What is static of a call beside its tensors."""
+    return call.record, torch.is_grad_enabled(), _settings(call.x), len(tensors)
 
 
 def _key(call: Call, spec: CellSpec) -> Any:

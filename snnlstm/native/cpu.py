@@ -218,7 +218,6 @@ class Plan(CommonPlan):
         return copy
 
     def forward(self, call: Call, training: bool) -> Result:
-        """Run the forward kernels; in training, save what :meth:`backward` needs."""
         x, syn, mem, weight, bias, threshold, graded, lengths, record = call
         x_at, syn_at, mem_at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
         if not (x_at and syn_at and mem_at and weight.data_ptr()):
@@ -274,7 +273,6 @@ class Plan(CommonPlan):
         selection: Sequence[int],
         packed: PackedWeight | None,
     ) -> Gradients:
-        """Run the backward kernels on what :meth:`forward` was given and saved."""
         call, saved, views = self.restore(call, saved)
         lengths = call.lengths
         order = None if lengths is None else longest_first(lengths)
@@ -315,7 +313,6 @@ class Backend(CommonBackend):
         return f"cpu-{isa}"
 
     def settings(self, algorithm: str) -> tuple[Any, ...]:
-        """The process's settings that a plan depends on."""
         return self, algorithm, 1 if ONE_THREAD else torch.get_num_threads(), isa
 
     def reason_against(self, s: Sizes) -> str | None:
@@ -326,7 +323,6 @@ class Backend(CommonBackend):
         return None if s.dtype in DTYPES else f"there are no CPU kernels for {s.dtype}"
 
     def saved_shapes(self, s: Sizes) -> Shapes:
-        """Shapes and dtypes of what a forward pass saves."""
         padded = _C.cpu_padded_channels(DTYPES.index(s.dtype), s.c)
         images = (s.time, s.n, s.ho * s.wo)
         return (
@@ -336,5 +332,4 @@ class Backend(CommonBackend):
         )
 
     def leaky(self, fields: tuple[Any, ...], backward: bool, device: torch.device) -> None:
-        """Run a pass of a Leaky, whose arguments are `fields` (csrc/args.h)."""
         (_C.leaky_backward if backward else _C.leaky_forward)(fields)

@@ -174,7 +174,6 @@ class Plan(CommonPlan):
         return packed, packed + workspace, memory
 
     def forward(self, call: Call, training: bool) -> Result:
-        """Run the forward kernels; in training, save what :meth:`backward` needs."""
         check_memory(call)
         x = call.x
         with self.backend.guard(x.device):
@@ -222,7 +221,6 @@ class Plan(CommonPlan):
         selection: Sequence[int],
         packed: None,
     ) -> Gradients:
-        """Run the backward kernels on what :meth:`forward` was given and saved."""
         call, saved, views = self.restore(call, saved)
         weight = self.restored_weight(call)
         if weight is not call.weight:
@@ -364,11 +362,9 @@ class Backend(CommonBackend):
         return next((plan.reason_against for plan in plans if plan.reason_against), None)
 
     def settings(self, algorithm: str) -> tuple[Any, ...]:
-        """The process's settings that a plan depends on."""
         return self, algorithm, _tf32_is_allowed(), torch.backends.cudnn.benchmark
 
     def saved_shapes(self, s: Sizes) -> Shapes:
-        """Shapes and dtypes of what a forward pass saves."""
         padded = self.core.cuda_padded_channels(s.c)
         pixels = s.ho * s.wo
         return (
@@ -378,7 +374,6 @@ class Backend(CommonBackend):
         )
 
     def leaky(self, fields: tuple[Any, ...], backward: bool, device: torch.device) -> None:
-        """Run a pass of a Leaky, whose arguments are `fields` (csrc/args.h)."""
         core = self.core
         with self.guard(device):
             run = core.cuda_leaky_backward if backward else core.cuda_leaky_forward
