@@ -35,10 +35,10 @@ SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, int
   constexpr bool channels = Known::kNarrowest == Access::channels;
   if (c0 >= a.channels) return;
   with_stored<R, Known>(a.type, [&](auto of) {
-    auto* p = static_cast<decltype(of)*>(image_of(a, at.t, at.n)) + plane * a.plane;
-    if (channels) p += c0;
-    const int c = channels ? 0 : c0;
-    decltype(p) pixel[2] = {p + offset(a, c, at.y[0], at.x[0]), p + offset(a, c, at.y[1], at.x[1])};
+    auto* p = static_cast<decltype(of)*>(image_of(a, at.t, at.n));
+    const int first = plane * a.plane + (channels ? c0 : c0 * a.c);
+    decltype(p) pixel[2] = {p + (first + offset(a, 0, at.y[0], at.x[0])),
+                            p + (first + offset(a, 0, at.y[1], at.x[1]))};
     if (channels || a.access == Access::channels) {
       unrolled<2>([&](int px) {
         if (at.valid[px]) move(pixel[px], v[px]);
