@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
 
     // The second m16 tile waits in shared memory, since the epilogue needs its registers.
     auto* parked = reinterpret_cast<float*>(shared);
-    const auto place = [&](int k) { return parked + 4 * (k * int(blockDim.x) + int(threadIdx.x)); };
+    const int stride = 4 * int(blockDim.x), own = 4 * int(threadIdx.x);
+    const auto place = [&](int k) { return parked + (k * stride + own); };
     float sum[4][2][kPerThread], *flat = &sum[0][0][0];
     take<Tiles>(acc[1], sum);
     unrolled<kTiles>([&](int k) {
