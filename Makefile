@@ -18,7 +18,7 @@ HERE      = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHO
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-demo: $(VENV)/.demo  ## train on moving handwritten digits, snnTorch's cell beside ours
+demo: $(VENV)/.demo  ## train with snnTorch's cell and ours, in five minutes (ARGS=--quick: half of one)
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests, on as many cores as there are (ARGS="-n 0": on one)
@@ -104,7 +104,8 @@ $(VENV)/.demo $(VENV)/.installed: pyproject.toml snnlstm/version.py $(CSRC) | $(
 	@echo "Installing torch, snntorch, the packages of the extras [$(EXTRAS)] and snnlstm into $(VENV)."
 	@echo "The first time takes 2 to 10 minutes on an idle machine, one of them to compile the core."
 	$(if $(NO_DEPS),,$(PIP) "scikit-build-core>=1.1" "pybind11>=2.13" cmake ninja)
-	$(PIP) --no-build-isolation $(NO_DEPS) -e ".[$(EXTRAS)]"
+	@n=0; while sleep 10 >/dev/null 2>&1; do n=$$((n + 10)); echo "pip is at work since $$n s"; done & trap "kill $$!" EXIT; \
+	  $(PIP) --no-build-isolation $(NO_DEPS) -e ".[$(EXTRAS)]"
 	@touch $@
 
 $(VENV)/.all: WANTED = "snnlstm[test-all]"
