@@ -36,9 +36,11 @@ SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, int
   if (c0 >= a.channels) return;
   with_stored<R, Known>(a.type, [&](auto of) {
     auto* p = static_cast<decltype(of)*>(image_of(a, at.t, at.n));
-    const int first = plane * a.plane + (channels ? c0 : c0 * a.c);
-    decltype(p) pixel[2] = {p + (first + offset(a, 0, at.y[0], at.x[0])),
-                            p + (first + offset(a, 0, at.y[1], at.x[1]))};
+    const auto place = [&](int px) {  // our images alone have planes
+      return channels ? plane * a.plane + c0 + offset(a, 0, at.y[px], at.x[px])
+                      : offset(a, c0, at.y[px], at.x[px]);
+    };
+    decltype(p) pixel[2] = {p + place(0), p + place(1)};
     if (channels || a.access == Access::channels) {
       unrolled<2>([&](int px) {
         if (at.valid[px]) move(pixel[px], v[px]);
