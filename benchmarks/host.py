@@ -23,12 +23,17 @@ import torch.nn.functional as F
 
 import snnlstm
 from benchmarks.cases import loop
-from snnlstm import _C
+from snnlstm import _C, entry
 from snnlstm.native import cuda, function, torch_conv
 
 X = torch.rand(16, 1, 2, 15, 17)
 STATE = torch.zeros(1, 12, 15, 17)
 SUMS = torch.zeros(1, 48, 15, 17)
+
+
+def _forget_plans() -> None:
+    entry._entries.clear()
+    function._plans.clear()
 
 
 def _nothing(*_: Any) -> None:
@@ -78,7 +83,7 @@ CONVOLUTIONS = {
 @contextlib.contextmanager
 def stubbed(backend: str, algorithm: str = "auto") -> Iterator[None]:
     """Within the block, cells on the CPU run a backend whose kernels do nothing."""
-    function._plans.clear()
+    _forget_plans()
     on_cpu = mock.patch.multiple(_C.CpuPlan, forward=_nothing, backward=_nothing)
     on_cuda = mock.patch.dict(function.BACKENDS, {"cpu": _OnTheHost(_STUBBED_CUDA)})
     with (
@@ -87,7 +92,7 @@ def stubbed(backend: str, algorithm: str = "auto") -> Iterator[None]:
         snnlstm.algorithm(algorithm),
     ):
         yield
-    function._plans.clear()
+    _forget_plans()
 
 
 def _measure(step: Callable) -> tuple[float, float]:

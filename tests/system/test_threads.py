@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 import snnlstm
+import snnlstm.entry
+from snnlstm.keys import BoundedDict
 from tests.shared import flat
 from tests.shared.cases import PLAIN, Case, wanting_gradients
 from tests.shared.cpu_kernels import Kernels, native
@@ -161,7 +163,8 @@ def test_the_gil_is_released(direction, monkeypatch):
             time.sleep(0.0005)
 
     monkeypatch.setattr(snnlstm._C.CpuPlan, direction, watched)
-    monkeypatch.setattr(native, "_plans", {})  # plans keep the core's functions
+    for module, table in ((native, "_plans"), (snnlstm.entry, "_entries")):
+        monkeypatch.setattr(module, table, BoundedDict())  # plans keep the core's functions
     other, interval = threading.Thread(target=look), sys.getswitchinterval()
     sys.setswitchinterval(HANG)  # Python takes the GIL from no thread that does not release it
     try:
