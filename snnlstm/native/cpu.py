@@ -76,30 +76,31 @@ class PackedWeight:
         self.max_tile_inputs = max(
             (s for s, max_gain in self.GAINS.items() if gain <= max_gain), default=0
         )
-        self._layouts: BoundedDict[tuple[int, str], Tensor] = BoundedDict()  # by number and name
+        # By number and name: the address, and the memory.
+        self._layouts: dict[tuple[int, str], tuple[int, Tensor]] = {}
 
     def holds(self, weight: Tensor) -> bool:
         """Whether these are the values of a contiguous weight of this shape."""
         same = weight.dtype is self.copy.dtype
         return same and _C.same(weight.data_ptr(), self.address, self.bytes)
 
-    def layouts(self, a_pass: Pass) -> tuple[list[int], list[Tensor]]:
-        """Addresses of weight, weight_mem and weight_x as a pass reads them, and what holds them.
+    def layouts(self, a_pass: Pass) -> list[int]:
+        """Addresses of weight, weight_mem and weight_x for a pass; 0 for what it does not read.
 
-        Each layout is made once for each of the weight's values. What is not read has address 0.
+        Each layout is made once for each of the weight's values, and lives as long as this object.
         """
-        addresses, held = [0, 0, 0], []
+        addresses = [0, 0, 0]
         for key, size in a_pass.layouts:
-            number, layout = key[0], self._layouts.get(key)
-            if layout is None:
-                source = self.copy.float() if self.copy.dtype in HALF_TYPES else self.copy
-                layout = pool.empty((size,), torch.uint8)
-                a_pass.core.pack(number, source.data_ptr(), layout.data_ptr())
-                # Published after packing; the first of two racers stays.
-                layout = self._layouts.keep(key, layout)
-            addresses[number % 3] = layout.data_ptr()
-            held.append(layout)
-        return addresses, held
+            packed = self._layouts.get(key) or self._pack(a_pass, key, size)
+            addresses[key[0] % 3] = packed[0]
+        return addresses
+
+    def _pack(self, a_pass: Pass, key: tuple[int, str], size: int) -> tuple[int, Tensor]:
+        source = self.copy.float() if self.copy.dtype in HALF_TYPES else self.copy
+        layout = pool.empty((size,), torch.uint8)
+        a_pass.core.pack(key[0], source.data_ptr(), layout.data_ptr())
+        # Published after packing; setdefault keeps the first of two racers.
+        return self._layouts.setdefault(key, (layout.data_ptr(), layout))
 
 
 # The packed weights that live, by storage and by place: many weights may lie in one storage.
@@ -232,7 +233,7 @@ class Plan(CommonPlan):
         if self.counts_zeros:
             percent = _C.density(self.cell, (x_at, self.x5), lengths_at)
         a_pass = self._pass(((percent, packed.max_tile_inputs), False, False, False))
-        layouts, _held = packed.layouts(a_pass)
+        layouts = packed.layouts(a_pass)
         spk, new_syn, new_mem = self.empty_results(call)
         saved = self._empty_saved(x) if training else None
         if not self.are_contiguous:
@@ -279,7 +280,7 @@ class Plan(CommonPlan):
         a_pass = self._pass((tuple(selection), True, wanted[0], wanted[3]))
         if packed is None:  # in torch.compile's graph, which keeps only tensors
             packed = packed_weight(self.restored_weight(call))
-        layouts, _held = packed.layouts(a_pass)
+        layouts = packed.layouts(a_pass)
         threshold, graded = (None if t is None else contiguous_as(t, self.dtype) for t in call[5:7])
         noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
         workspace = pool.workspace(a_pass.workspace)

@@ -176,7 +176,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     packed = ctx.packed
     if not keeps_graph():  # no other backward pass comes, so the packed weight can go
         ctx.packed = None
-    grads = [None if grad is None else grad.resolve_neg() for grad in grads]
+    grads = [grad.resolve_neg() if grad is not None and grad.is_neg() else grad for grad in grads]
     return ctx.plan.backward(call, saved, grads, wanted, ctx.selection, packed)
 
 
