@@ -228,9 +228,11 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         beta, threshold, graded = map(self._parameter, _PARAMETERS)
         if reason is None and (graded.requires_grad or graded.numel() != 1):
             reason = "graded_spikes_factor is learned, or is not a single number"
-        if reason is None:
-            for name, tensor in zip(_PARAMETERS, (beta, threshold, graded), strict=True):
-                reason = reason or _parameter_against(name, tensor, x, x.shape[sequence:])
+        device = x.device
+        for tensor in (beta, threshold, graded):
+            # A number on x's device needs no closer look, which would take half a microsecond.
+            if tensor.dim() or tensor.device != device or type(tensor) not in _TENSORS:
+                reason = reason or _parameter_against(self, tensor, x, x.shape[sequence:])
         if reason is not None:
             return Path("reference", reason, slow=True)
         reset = _MECHANISMS[self.state_function.__func__]
@@ -246,8 +248,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return "the surrogate is not a known one" if surrogate is None else None
 
 
-def _parameter_against(name: str, tensor: Any, x: Tensor, step: torch.Size) -> str | None:
+def _parameter_against(layer: Any, tensor: Any, x: Tensor, step: torch.Size) -> str | None:
     """Why the kernels cannot read a parameter in a call with x; `step` is the shape of a step."""
+    name = next(name for name in _PARAMETERS if getattr(layer, name) is tensor)
     if type(tensor) not in _TENSORS or tensor.device != x.device:
         return f"{name} is on another device, or of a subclass of Tensor"
     if tensor.dim():
