@@ -85,9 +85,9 @@ struct Known {
 };
 struct AnyType {};
 using Unknown = Known<AnyType, Access::scalar>;
-// The same of images of ours.
-template <class Known>
-using Ours = cuda::Known<typename Known::Type, Access::channels>;
+// The same of images of ours. (nvcc's code for the host loses a namespace in front of Known.)
+template <class Other>
+using Ours = Known<typename Other::Type, Access::channels>;
 
 // Calls f(T{}), T the type of an array's elements: the known one, or what `type` says.
 template <class R, class Known = Unknown, class F>
