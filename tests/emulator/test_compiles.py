@@ -53,6 +53,14 @@ def test_every_source_compiles_for_every_architecture(source):
 
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.emulator_long
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_the_half_of_the_host_compiles(source):
+    assert gpu_tools.compile_object(source).stat().st_size
+
+
+@needs_nvcc
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_a_kernel_multiplies_on_tensor_cores_or_traps(source, arch):
