@@ -71,7 +71,7 @@ def passes(case: Case, setting: Setting) -> list[dict[str, Any]]:
         backend = function.BACKENDS[x.device.type]
         settings = backend.settings("auto")
         operands = function.operands_of(call, autocast_dtype(x.device.type))
-        plan: Any = backend.plan(call, spec, operands, settings)
+        plan: Any = backend.plan(backend, call, spec, operands, settings)
     result = plan.forward(call, True)
     grads = torch.ones_like(result.spk), None, torch.ones_like(result.mem)
     wanted = case.grad_x, True, True, True, True, False
