@@ -223,8 +223,9 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     x, mem, of_beta, of_threshold = found
     return (
         x if given[0] else None, mem.to(ctx.dtypes[1]) if given[1] else None,
-        None if of_beta is None else of_beta.to(beta.dtype),
-        None if of_threshold is None else of_threshold.to(threshold.dtype),
+        None if of_beta is None else of_beta.sum_to_size(beta.shape).to(beta.dtype),
+        None if of_threshold is None
+        else of_threshold.sum_to_size(threshold.shape).to(threshold.dtype),
     )  # fmt: skip
 
 
@@ -239,7 +240,7 @@ def _by_kernels(
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> Sequence[Tensor | None]:
-    """The gradients of x, mem, beta and threshold."""
+    """The gradients of x and mem, and those of beta and threshold, by neuron."""
     x_type, shape, strides, device = ctx.dtypes[0], ctx.shape, ctx.strides, ctx.device
     step, of_step, dtype = shape, strides, real(x_type)
     after = _laid_out(after, shape, strides, dtype, device)
@@ -258,11 +259,7 @@ def _by_kernels(
     fields, _held = _fields(neurons, x_type, shape, of_step, before)
     others = after, noise, *laid, x, mem, beta, threshold
     BACKENDS[device.type].leaky((*fields, *map(pointer, others)), True, device)
-    return (
-        x, mem,
-        None if beta is None else beta.sum_to_size(neurons.beta.shape),
-        None if threshold is None else threshold.sum_to_size(neurons.threshold.shape),
-    )  # fmt: skip
+    return x, mem, beta, threshold
 
 
 def _by_formula(
@@ -299,8 +296,4 @@ def _by_formula(
             if reset == "subtract":
                 of_threshold = of_threshold - grad * signal
     x = torch.stack(found[::-1]) if sequence else found[0]
-    return (
-        x, carried,
-        of_beta.sum_to_size(beta.shape) if wanted[2] else None,
-        of_threshold.sum_to_size(threshold.shape) if wanted[3] else None,
-    )  # fmt: skip
+    return x, carried, of_beta if wanted[2] else None, of_threshold if wanted[3] else None
