@@ -196,7 +196,7 @@ class ConvLSTM(nn.Module):
         The input is (N, T, ...), not (T, N, ...).
     bias, return_all_layers : bool, default True and False
         Whether convolutions have a bias, and whether the results of all layers are returned.
-    **of_cells
+    **cell_options
         ``stride``, ``dilation``, ``checkpoint``, ``device`` and ``dtype`` for every cell.
 
     Attributes
@@ -214,7 +214,7 @@ class ConvLSTM(nn.Module):
         batch_first: bool = False,
         bias: bool = True,
         return_all_layers: bool = False,
-        **of_cells: Any,
+        **cell_options: Any,
     ) -> None:
         super().__init__()
         count = spec.integer("num_layers", num_layers)
@@ -225,7 +225,7 @@ class ConvLSTM(nn.Module):
         self.bias = spec.flag("bias", bias)
         self.return_all_layers = spec.flag("return_all_layers", return_all_layers)
         sizes = zip([input_dim, *self.hidden_dim], self.hidden_dim, self.kernel_size, strict=False)
-        self.cell_list = nn.ModuleList(ConvLSTMCell(*size, bias, **of_cells) for size in sizes)
+        self.cell_list = nn.ModuleList(ConvLSTMCell(*size, bias, **cell_options) for size in sizes)
 
     def forward(
         self,

@@ -198,8 +198,8 @@ def _run(call: Call, entry: Entry, now: Path | None, overrides: Overrides | None
 
     def segment(part: Call) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal ran
-        of_part = entry if path is not None else entry_of(part, inner)
-        spk, syn, mem, ran = _run_by(path, part, of_part, overrides)
+        segment_entry = entry if path is not None else entry_of(part, inner)
+        spk, syn, mem, ran = _run_by(path, part, segment_entry, overrides)
         return spk, syn, mem
 
     out = in_segments(call, segment, _is_foreign(spec, overrides), False)

@@ -89,9 +89,9 @@ def _gates(call: Call, spec: CellSpec, conv: Any, x: Tensor, mem: Tensor) -> Ten
             return conv(both)
         return F.conv2d(both, weight, bias, 1, spec.padding, spec.dilation)
     # Only the input has a stride: the recurrent half keeps the size of the state.
-    of_x, of_mem = weight.split([x.shape[1], mem.shape[1]], 1)
-    return F.conv2d(x, of_x, bias, spec.stride, spec.padding, spec.dilation) + F.conv2d(
-        mem, of_mem, None, 1, spec.padding, spec.dilation
+    x_weight, mem_weight = weight.split([x.shape[1], mem.shape[1]], 1)
+    return F.conv2d(x, x_weight, bias, spec.stride, spec.padding, spec.dilation) + F.conv2d(
+        mem, mem_weight, None, 1, spec.padding, spec.dilation
     )
 
 

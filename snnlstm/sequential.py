@@ -292,9 +292,9 @@ def _shared_state(modules: Iterable[Named]) -> str | None:
         for name, module in layer.named_modules(prefix=first, remove_duplicate=False):
             if type(module) in SEQUENCE_NEURONS:
                 without.update(map(id, module.modules()))
-            again = id(module) in seen - without
+            repeats = id(module) in seen - without
             seen.add(id(module))
-            if again and not _is_stack(module) and (changed(module) or not_per_sample(module)):
+            if repeats and not _is_stack(module) and (changed(module) or not_per_sample(module)):
                 return name
     return None
 

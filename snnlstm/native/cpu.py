@@ -231,7 +231,7 @@ class Plan(CommonPlan):
             lengths_at, order = lengths.data_ptr(), longest_first(lengths)
             order_at = order.data_ptr()
         if self.counts_zeros:
-            percent = _C.density(self.cell, (x_at, self.x5), lengths_at)
+            percent = _C.density(self.cell, (x_at, self.x_strides), lengths_at)
         a_pass = self._pass(((percent, packed.max_tile_inputs), False, False, False))
         layouts = packed.layouts(a_pass)
         spk, new_syn, new_mem = self.empty_results(call)
@@ -251,12 +251,12 @@ class Plan(CommonPlan):
             check_memory(call)
         workspace = pool.workspace(a_pass.workspace)
         addresses = (
-            (x_at, self.x5), (syn_at, self.syn5), (mem_at, self.mem5), *layouts,
-            threshold_at, self.threshold_stride, graded_at, self.levels_pointer, record,
+            (x_at, self.x_strides), (syn_at, self.syn_strides), (mem_at, self.mem_strides),
+            *layouts, threshold_at, self.threshold_stride, graded_at, self.levels_pointer, record,
             *self.saved.addresses(saved),
             lengths_at, order_at, workspace.data_ptr(), bias_at, None, None,
-            (spk.data_ptr(), self.spk5) if self.has_spk else None,
-            (new_syn.data_ptr(), self.state5), (new_mem.data_ptr(), self.state5),
+            (spk.data_ptr(), self.spk_strides) if self.has_spk else None,
+            (new_syn.data_ptr(), self.state_strides), (new_mem.data_ptr(), self.state_strides),
         )  # fmt: skip
         a_pass.run(addresses)
         pool.let_go(workspace)

@@ -40,7 +40,7 @@ from .plan import (
     shaped_as,
     stochastic_noise,
 )
-from .torch_conv import BackwardPass, Geometry, NeuronPointers
+from .torch_conv import BackwardInputs, Geometry, NeuronPointers
 
 __all__ = ["Backend"]
 
@@ -205,11 +205,11 @@ class Plan(CommonPlan):
         spk, syn, mem = result[:3]
         packed, workspace, _held = self._memory(core, call.weight, stream)
         run((
-            (call.x.data_ptr(), self.x5), (call.syn.data_ptr(), self.syn5),
-            (call.mem.data_ptr(), self.mem5), packed, 0, 0, *neurons, call.record,
+            (call.x.data_ptr(), self.x_strides), (call.syn.data_ptr(), self.syn_strides),
+            (call.mem.data_ptr(), self.mem_strides), packed, 0, 0, *neurons, call.record,
             *self.saved.addresses(result.saved), pointer(call.lengths), 0, workspace, bias,
-            None, None, (spk.data_ptr(), self.spk5) if self.has_spk else None,
-            (syn.data_ptr(), self.state5), (mem.data_ptr(), self.state5),
+            None, None, (spk.data_ptr(), self.spk_strides) if self.has_spk else None,
+            (syn.data_ptr(), self.state_strides), (mem.data_ptr(), self.state_strides),
         ))  # fmt: skip
 
     def backward(
@@ -228,7 +228,7 @@ class Plan(CommonPlan):
         with self.backend.guard(call.x.device):
             neurons, held = self._neurons(call)
             noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
-            given = BackwardPass(call, views, neurons, saved, grads, noise)
+            given = BackwardInputs(call, views, neurons, saved, grads, noise)
 
             def run(core: Any) -> Gradients:
                 return self._backward(core, given, wanted)
@@ -240,7 +240,7 @@ class Plan(CommonPlan):
             del held
         return shaped_as(call.threshold, out)
 
-    def _backward(self, core: Any, given: BackwardPass, wanted: Sequence[bool]) -> Gradients:
+    def _backward(self, core: Any, given: BackwardInputs, wanted: Sequence[bool]) -> Gradients:
         call, x = given.call, given.call.x
         if core.algorithm not in (_HYBRID, _CUDNN):
             out = empty_gradients(x, self.gradient_memory, wanted)
@@ -258,7 +258,7 @@ class Plan(CommonPlan):
     def _run_steps(
         self,
         core: Any,
-        given: BackwardPass,
+        given: BackwardInputs,
         out: Gradients,
         d_gates: Tensor | None,
         mems: Tensor | None,

@@ -34,13 +34,15 @@ def in_float32(call: Call, run_step: Step) -> tuple[Tensor, Tensor, Tensor, Any]
         weight, bias = weight.float(), None if bias is None else bias.float()
     threshold, graded = (None if t is None else t.float() for t in (threshold, graded))
     results: list[tuple[Tensor, ...]] = []
-    name = of_step = None
+    name = step_lengths = None
     for t, x_t in enumerate(x.split(1) if call.sequence else [x]):
         if lengths is not None:
-            of_step = (lengths - t).clamp(0, 1)
+            step_lengths = (lengths - t).clamp(0, 1)
         states = syn.float(), mem.float()
-        *wide, name = run_step(Call(x_t.float(), *states, weight, bias, threshold, graded, of_step))
-        results.append(tuple(result.to(dtype) for result in wide))
+        *outputs, name = run_step(
+            Call(x_t.float(), *states, weight, bias, threshold, graded, step_lengths)
+        )
+        results.append(tuple(result.to(dtype) for result in outputs))
         _, syn, mem = results[-1]
     if not call.sequence:
         return (*results[0], name)  # type: ignore[return-value]

@@ -220,12 +220,12 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         found = found[0].to(ctx.dtypes[0]), *found[1:]
     else:
         found = _by_kernels(ctx, neurons, before, after, grads, given)
-    x, mem, of_beta, of_threshold = found
+    x, mem, d_beta, d_threshold = found
     return (
         x if given[0] else None, mem.to(ctx.dtypes[1]) if given[1] else None,
-        None if of_beta is None else of_beta.sum_to_size(beta.shape).to(beta.dtype),
-        None if of_threshold is None
-        else of_threshold.sum_to_size(threshold.shape).to(threshold.dtype),
+        None if d_beta is None else d_beta.sum_to_size(beta.shape).to(beta.dtype),
+        None if d_threshold is None
+        else d_threshold.sum_to_size(threshold.shape).to(threshold.dtype),
     )  # fmt: skip
 
 
@@ -242,13 +242,13 @@ def _by_kernels(
 ) -> Sequence[Tensor | None]:
     """The gradients of x and mem, and those of beta and threshold, by neuron."""
     x_type, shape, strides, device = ctx.dtypes[0], ctx.shape, ctx.strides, ctx.device
-    step, of_step, dtype = shape, strides, real(x_type)
+    step, step_strides, dtype = shape, strides, real(x_type)
     after = _laid_out(after, shape, strides, dtype, device)
     like = after
     if neurons.sequence:
-        step, of_step, like = shape[1:], strides[1:], after[0]
+        step, step_strides, like = shape[1:], strides[1:], after[0]
     if before is not None:
-        before = _laid_out(before, step, of_step, dtype, device)
+        before = _laid_out(before, step, step_strides, dtype, device)
     laid = [None if g is None else _laid_out(g, shape, strides, dtype, device) for g in grads]
     noise = stochastic_noise(neurons.surrogate, laid[0], neurons.sequence)
     if noise is not None:
@@ -256,7 +256,7 @@ def _by_kernels(
     x = _empty_like(after, x_type) if wanted[0] else None
     mem = _empty_like(like, dtype) if wanted[1] or neurons.sequence else None
     beta, threshold = (_empty_like(like, dtype) if want else None for want in wanted[2:])
-    fields, _held = _fields(neurons, x_type, shape, of_step, before)
+    fields, _held = _fields(neurons, x_type, shape, step_strides, before)
     others = after, noise, *laid, x, mem, beta, threshold
     BACKENDS[device.type].leaky((*fields, *map(pointer, others)), True, device)
     return x, mem, beta, threshold
@@ -278,8 +278,8 @@ def _by_formula(
     inside, decay = (beta >= 0) & (beta <= 1), beta.clamp(0, 1)
     carried: Any = 0
     found: list[Tensor] = []
-    of_beta: Any = 0
-    of_threshold: Any = 0
+    d_beta: Any = 0
+    d_threshold: Any = 0
     for t in reversed(range(len(mems))):
         through_spk: Any = 0
         if spks[t] is not None:
@@ -291,9 +291,9 @@ def _by_formula(
             signal = (previous - threshold > 0).to(previous.dtype).detach()
             if reset == "zero":
                 carried, previous = carried * (1 - signal), previous * (1 - signal)
-            of_beta = of_beta + grad * previous * inside
-            of_threshold = of_threshold - through_spk
+            d_beta = d_beta + grad * previous * inside
+            d_threshold = d_threshold - through_spk
             if reset == "subtract":
-                of_threshold = of_threshold - grad * signal
+                d_threshold = d_threshold - grad * signal
     x = torch.stack(found[::-1]) if sequence else found[0]
-    return x, carried, of_beta if wanted[2] else None, of_threshold if wanted[3] else None
+    return x, carried, d_beta if wanted[2] else None, d_threshold if wanted[3] else None

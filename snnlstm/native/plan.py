@@ -268,14 +268,14 @@ class CommonPlan(Sizes, ABC):
             (shape, image_strides(call.x, shape)) for shape in (spk, state)
         )
         self.saved = SavedLayout(backend.saved_shapes(self))
-        (_, of_gates), (syn, _), *_ = self.saved.parts
-        # Of the gate sums where torch forms them, and of their gradient: (T, N, Ho * Wo, 4 Cp).
-        self.of_sums = of_gates
-        self.d_gates = self.time, *syn[1:3], 4 * syn[3]
+        (_, gates_dtype), (syn, _), *_ = self.saved.parts
+        # The gate sums that torch forms have this dtype, and so has their gradient, d_gates.
+        self.sums_dtype = gates_dtype
+        self.d_gates_shape = self.time, *syn[1:3], 4 * syn[3]
         as_mem = tuple(call.mem.shape), call.mem.stride()
         self.results_like_mem = self.spk_memory == self.state_memory == as_mem
         # The core takes five strides. A step of a cell that does not spike has no spk.
-        self.x5, self.syn5, self.mem5, self.spk5, self.state5 = (
+        self.x_strides, self.syn_strides, self.mem_strides, self.spk_strides, self.state_strides = (
             with_time(strides)
             for strides in (
                 call.x.stride(), call.syn.stride(), call.mem.stride(),
@@ -285,7 +285,7 @@ class CommonPlan(Sizes, ABC):
         self._saved_as = [(t.shape, self.dtype, self.device) for t in call[:3]]
         self._guard: Any = None  # of x, syn, mem and what was saved, as they were
         self.gradient_memory = gradient_memory(call.x, self)
-        self._gradients5 = [with_time(strides) for _, strides in self.gradient_memory[:3]]
+        self._gradient_strides = [with_time(strides) for _, strides in self.gradient_memory[:3]]
         self.threshold_stride = 0 if self.thresholds == 1 else 1
         # Whether bias, threshold and graded factor are as the kernels read them.
         self.are_contiguous = are_contiguous(call)
@@ -317,13 +317,17 @@ class CommonPlan(Sizes, ABC):
         if self._guard is not None and self._guard.check(x, syn, mem, saved):
             at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
             if all(at) and saved.data_ptr() % ALIGNMENT == 0:
-                return call, saved, [*zip(at, (self.x5, self.syn5, self.mem5), strict=True)]
+                return (
+                    call,
+                    saved,
+                    [*zip(at, (self.x_strides, self.syn_strides, self.mem_strides), strict=True)],
+                )
         block = restored(saved, (self.saved.bytes,), torch.uint8, self.device).contiguous()
         if block.data_ptr() % ALIGNMENT:
             block = block.clone()
         x, syn, mem = (restored(t, *kind) for t, kind in zip(tensors, self._saved_as, strict=True))
         views = [*map(strided, (x, syn, mem))]
-        strides = self.x5, self.syn5, self.mem5
+        strides = self.x_strides, self.syn_strides, self.mem_strides
         if (
             self._guard is None
             and block is saved
@@ -340,12 +344,12 @@ class CommonPlan(Sizes, ABC):
         self, grads: Sequence[Tensor | None], noise: Tensor | None, out: Gradients
     ) -> tuple[Any, ...]:
         """The last part of a backward pass's addresses, but d_gates and mem_after."""
-        (x, syn, mem, *others), (x5, syn5, mem5) = out, self._gradients5
+        (x, syn, mem, *others), (x_strides, syn_strides, mem_strides) = out, self._gradient_strides
         return (
             strided(noise), *map(strided, grads),
-            None if x is None else (x.data_ptr(), x5),
-            None if syn is None else (syn.data_ptr(), syn5),
-            None if mem is None else (mem.data_ptr(), mem5), *map(pointer, others),
+            None if x is None else (x.data_ptr(), x_strides),
+            None if syn is None else (syn.data_ptr(), syn_strides),
+            None if mem is None else (mem.data_ptr(), mem_strides), *map(pointer, others),
         )  # fmt: skip
 
     @abstractmethod
@@ -371,7 +375,7 @@ class CommonPlan(Sizes, ABC):
 
     def empty_d_gates(self, x: Tensor) -> Tensor:
         """Memory for the gradient of the gate sums of every step."""
-        return x.new_empty(self.d_gates, dtype=self.of_sums)
+        return x.new_empty(self.d_gates_shape, dtype=self.sums_dtype)
 
 
 class CommonBackend(ABC):

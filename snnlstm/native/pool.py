@@ -109,8 +109,8 @@ def let_go(memory: Tensor) -> None:
 
 def make_room(error: Exception) -> None:
     """Free what no tensor uses if `error` says that there is no memory; otherwise raise it."""
-    of_torch = isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error)
-    if of_torch or not free_bytes():
+    unrelated = isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error)
+    if unrelated or not free_bytes():
         raise error
     empty_cache()
 
@@ -119,14 +119,14 @@ def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
     """Let a function that only allocates try again without free blocks if there is no memory."""
 
     @functools.wraps(function)
-    def again(*args: P.args, **kwargs: P.kwargs) -> R:
+    def retrying(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
             make_room(error)
         return function(*args, **kwargs)
 
-    return again
+    return retrying
 
 
 @where_it_fits

@@ -11,7 +11,7 @@ gradient of the gate sums:
 
 Cp is C, padded to whole vectors. To torch these are channels-last images of 4 Cp and Cp channels,
 which are made contiguous where cuDNN is faster then (`plan.contiguous`). It multiplies numbers of
-the type `plan.work`. The gate sums and d_gates are of the type `plan.of_sums`. The host does not
+the type `plan.work`. The gate sums and d_gates are of the type `plan.sums_dtype`. The host does not
 know the lengths of samples, so padded samples are convolved, too.
 """
 
@@ -29,7 +29,7 @@ from ..call import Call
 from ..lengths import length_mask
 from .plan import Gradients, Result, empty_gradients, pointer, strided
 
-__all__ = ["MOST_SUMS", "BackwardPass", "backward", "forward", "steps_backward"]
+__all__ = ["MOST_SUMS", "BackwardInputs", "backward", "forward", "steps_backward"]
 
 MOST_SUMS = 64 << 20
 """Bytes of x's gate sums that are formed at once, where these are of several steps."""
@@ -39,7 +39,7 @@ NeuronPointers = tuple[int, int, int, int]
 """Addresses of threshold, its stride, graded factor and levels."""
 
 
-class BackwardPass(NamedTuple):
+class BackwardInputs(NamedTuple):
     """What a backward pass is given. `grads` are the gradients of spk, syn and mem."""
 
     call: Call
@@ -123,8 +123,8 @@ def forward(
     together = at_once == 1 and geometry.stride == (1, 1)
     weight = geometry.inner(call.weight.detach().to(plan.work))
     if not together:  # contiguous: otherwise each convolution would copy its half
-        of_x, weight = (w.contiguous() for w in weight.split([plan.cin, plan.c], 1))
-        of_x = of_x.to(plan.real)
+        x_weight, weight = (w.contiguous() for w in weight.split([plan.cin, plan.c], 1))
+        x_weight = x_weight.to(plan.real)
     spks, last = _steps(result.spk, call.sequence), plan.time - 1
     for t, x in enumerate(xs):
         spk: Tensor | None = spks[t]
@@ -134,9 +134,9 @@ def forward(
                 images = torch.cat([x.to(plan.work), images], 1)
             elif t % at_once == 0:
                 some = xs[t : t + at_once].to(plan.work).to(plan.real)
-                sums_of_x = _convolve(plan, some.flatten(0, 1), of_x, geometry.stride)
+                sums_of_x = _convolve(plan, some.flatten(0, 1), x_weight, geometry.stride)
                 sums_of_x = sums_of_x.unflatten(0, some.shape[:2])
-            sums = _convolve(plan, images, weight, (1, 1)).to(plan.of_sums)
+            sums = _convolve(plan, images, weight, (1, 1)).to(plan.sums_dtype)
         if not together:
             x_sums = sums_of_x[t % at_once]
         # Without record the states are updated in place, each neuron by one thread.
@@ -157,7 +157,7 @@ def forward(
 
 def backward(
     plan: Any,
-    given: BackwardPass,
+    given: BackwardInputs,
     wanted: Sequence[bool],
     run_steps: Callable[[Gradients, Tensor, Tensor | None], None],
 ) -> Gradients:
@@ -185,7 +185,7 @@ def steps_backward(
     plan: Any,
     run: Callable[[tuple], None],
     workspace: int,
-    given: BackwardPass,
+    given: BackwardInputs,
     out: Gradients,
     d_gates: Tensor,
     mems: Tensor | None,
@@ -204,9 +204,9 @@ def steps_backward(
         into_syn = into_mem = None
     noise, grad_spk = (None if t is None else _steps(t, call.sequence) for t in (noise, grad_spk))
     c, last = mem.shape[1], plan.time - 1
-    of_mem = _part(plan, call.weight[:, -c:], d_gates)
+    mem_weight = _part(plan, call.weight[:, -c:], d_gates)
     d_syn = torch.empty_like(syn) if out.syn is None else out.syn
-    of_threshold = None if out.threshold is None else call.x.new_empty((last + 1, c))
+    d_threshold = None if out.threshold is None else call.x.new_empty((last + 1, c))
     live = None if call.lengths is None else length_mask(call.lengths, last + 1)
     if live is not None:  # where padded samples keep what they were given
         into_syn = d_syn.zero_() if into_syn is None else d_syn.copy_(into_syn)
@@ -221,21 +221,20 @@ def steps_backward(
             strided(None if noise is None else noise[t]),
             strided(None if grad_spk is None else grad_spk[t]),
             strided(into_syn), strided(into_mem), None, strided(d_syn), None, 0, 0,
-            pointer(None if of_threshold is None else of_threshold[t]),
+            pointer(None if d_threshold is None else d_threshold[t]),
             d_gates[t].data_ptr(), 0 if mems is None or t == last else mems[t + 1].data_ptr(),
         ))  # fmt: skip
         into_syn, before, into_mem = d_syn, into_mem, None
         if t > 0 or out.mem is not None:
-            of_sums = _ordered(plan, images_of(d_gates[t], mem))
-            geometry, shape = plan.geometry, mem.shape
-            into_mem = conv2d_input(shape, of_mem, of_sums, 1, geometry.padding, geometry.dilation)
-            into_mem = into_mem.to(mem.dtype)
+            step_grads = _ordered(plan, images_of(d_gates[t], mem))
+            options = 1, plan.geometry.padding, plan.geometry.dilation
+            into_mem = conv2d_input(mem.shape, mem_weight, step_grads, *options).to(mem.dtype)
         if live is not None and into_mem is not None:
             into_mem = torch.where(live[t], into_mem, 0 if before is None else before)
     if out.mem is not None and into_mem is not None:
         out.mem.copy_(into_mem)
-    if out.threshold is not None and of_threshold is not None:
-        torch.sum(of_threshold, 0, out=out.threshold)
+    if out.threshold is not None and d_threshold is not None:
+        torch.sum(d_threshold, 0, out=out.threshold)
 
 
 def _empty_mems(call: Call, d_gates: Tensor) -> Tensor:
@@ -250,11 +249,11 @@ def _empty_mems(call: Call, d_gates: Tensor) -> Tensor:
 def _data_gradient(plan: Any, call: Call, d_gates: Tensor, out: Tensor) -> None:
     """The gradient of x at all steps, from that of the gate sums."""
     geometry, x = plan.geometry, _steps(call.x, call.sequence)
-    of_x = _part(plan, call.weight[:, : x.shape[2]], d_gates)
+    x_weight = _part(plan, call.weight[:, : x.shape[2]], d_gates)
     grads = images_of(d_gates.flatten(0, 1), call.mem)
     shape = (len(grads), *x.shape[2:])
     options = geometry.stride, geometry.padding, geometry.dilation
-    out.copy_(conv2d_input(shape, of_x, _ordered(plan, grads), *options).view_as(out))
+    out.copy_(conv2d_input(shape, x_weight, _ordered(plan, grads), *options).view_as(out))
 
 
 def _weight_gradient(
