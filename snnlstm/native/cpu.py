@@ -16,6 +16,7 @@ from ..keys import BoundedDict
 from ..spec import DTYPES, HALF_TYPES, CellSpec
 from . import pool
 from .plan import (
+    BackwardInputs,
     CommonBackend,
     CommonPlan,
     Gradients,
@@ -28,8 +29,6 @@ from .plan import (
     keep_empty,
     make_cell,
     pointer,
-    shaped_as,
-    stochastic_noise,
 )
 
 __all__ = ["ALGORITHMS", "Backend", "PackedWeight", "packed_weight", "set_isa"]
@@ -256,7 +255,7 @@ class Plan(CommonPlan):
             *self.saved.addresses(saved),
             lengths_at, order_at, workspace.data_ptr(), bias_at, None, None,
             (spk.data_ptr(), self.spk_strides) if self.has_spk else None,
-            (new_syn.data_ptr(), self.state_strides), (new_mem.data_ptr(), self.state_strides),
+            (new_syn.data_ptr(), self.out_strides), (new_mem.data_ptr(), self.out_strides),
         )  # fmt: skip
         a_pass.run(addresses)
         pool.let_go(workspace)
@@ -265,38 +264,27 @@ class Plan(CommonPlan):
         copy = self._copy_of(call.threshold) if training and call.threshold is not None else None
         return Result(spk, new_syn, new_mem, saved, a_pass.name, a_pass.selection, packed, copy)
 
-    def backward(
-        self,
-        call: Call,
-        saved: Tensor,
-        grads: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        selection: Sequence[int],
-        packed: PackedWeight | None,
+    def _backward(
+        self, given: BackwardInputs, selection: Sequence[int], packed: PackedWeight | None
     ) -> Gradients:
-        call, saved, views = self.restore(call, saved)
-        lengths = call.lengths
-        order = None if lengths is None else longest_first(lengths)
+        call, views, saved, grads, noise, wanted = given
+        order = None if call.lengths is None else longest_first(call.lengths)
         a_pass = self._pass((tuple(selection), True, wanted[0], wanted[3]))
         if packed is None:  # in torch.compile's graph, which keeps only tensors
             packed = packed_weight(self.restored_weight(call))
         layouts = packed.layouts(a_pass)
         threshold, graded = (None if t is None else contiguous_as(t, self.dtype) for t in call[5:7])
-        noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
         workspace = pool.workspace(a_pass.workspace)
         out = empty_gradients(call.x, self.gradient_memory, wanted)
         addresses = (
             *views, *layouts,
             pointer(threshold), self.threshold_stride, pointer(graded), self.levels_pointer,
-            call.record, *self.saved.addresses(saved), pointer(lengths), pointer(order),
+            call.record, *self.saved.addresses(saved), pointer(call.lengths), pointer(order),
             workspace.data_ptr(), *self.gradient_addresses(grads, noise, out), 0, 0,
         )  # fmt: skip
         a_pass.run(addresses)
         pool.let_go(workspace)
-        if lengths is not None:
-            into = (None, None) if call.record else grads[1:]
-            keep_empty(call, (out.syn, out.mem), into)
-        return shaped_as(call.threshold, out)
+        return out
 
 
 def longest_first(lengths: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ..spec import CellSpec
 from ..torch_private import current_stream, fp32_precision
 from . import torch_conv
 from .plan import (
+    BackwardInputs,
     CommonBackend,
     CommonPlan,
     Gradients,
@@ -37,10 +38,8 @@ from .plan import (
     keep_empty,
     make_cell,
     pointer,
-    shaped_as,
-    stochastic_noise,
 )
-from .torch_conv import BackwardInputs, Geometry, NeuronPointers
+from .torch_conv import Geometry, NeuronPointers
 
 __all__ = ["Backend"]
 
@@ -209,56 +208,46 @@ class Plan(CommonPlan):
             (call.mem.data_ptr(), self.mem_strides), packed, 0, 0, *neurons, call.record,
             *self.saved.addresses(result.saved), pointer(call.lengths), 0, workspace, bias,
             None, None, (spk.data_ptr(), self.spk_strides) if self.has_spk else None,
-            (syn.data_ptr(), self.state_strides), (mem.data_ptr(), self.state_strides),
+            (syn.data_ptr(), self.out_strides), (mem.data_ptr(), self.out_strides),
         ))  # fmt: skip
 
-    def backward(
-        self,
-        call: Call,
-        saved: Tensor,
-        grads: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        selection: Sequence[int],
-        packed: None,
-    ) -> Gradients:
-        call, saved, views = self.restore(call, saved)
-        weight = self.restored_weight(call)
-        if weight is not call.weight:
-            call = call._replace(weight=weight)
-        with self.backend.guard(call.x.device):
-            neurons, held = self._neurons(call)
-            noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
-            given = BackwardInputs(call, views, neurons, saved, grads, noise)
+    def _backward(self, given: BackwardInputs, selection: Sequence[int], packed: None) -> Gradients:
+        weight = self.restored_weight(given.call)
+        if weight is not given.call.weight:
+            given = given._replace(call=given.call._replace(weight=weight))
+        with self.backend.guard(given.call.x.device):
+            neurons, held = self._neurons(given.call)
 
             def run(core: Any) -> Gradients:
-                return self._backward(core, given, wanted)
+                return self._backward_by(core, given, neurons)
 
-            out = run(self._fastest(run, True, *wanted))
-            if call.lengths is not None:
-                into = (None, None) if call.record else grads[1:]
-                keep_empty(call, (out.syn, out.mem), into)
+            out = run(self._fastest(run, True, *given.wanted))
             del held
-        return shaped_as(call.threshold, out)
+        return out
 
-    def _backward(self, core: Any, given: BackwardInputs, wanted: Sequence[bool]) -> Gradients:
+    def _backward_by(self, core: Any, given: BackwardInputs, neurons: NeuronPointers) -> Gradients:
         call, x = given.call, given.call.x
-        if core.algorithm not in (_HYBRID, _CUDNN):
-            out = empty_gradients(x, self.gradient_memory, wanted)
-            if call.lengths is not None and out.x is not None:
-                out.x.zero_()
-            self._run_steps(core, given, out, None, None)
-            return out
+        steps = partial(self._run_steps, core, given, neurons)
         if core.algorithm == _HYBRID:
-            return torch_conv.backward(self, given, wanted, partial(self._run_steps, core, given))
-        workspace = empty_bytes(core.workspace, x.device)
-        run = partial(core.backward, self.stream)
-        steps = partial(torch_conv.steps_backward, self, run, pointer(workspace), given)
-        return torch_conv.backward(self, given, wanted, steps)
+            return torch_conv.backward(self, given, steps)
+        if core.algorithm == _CUDNN:
+            workspace = empty_bytes(core.workspace, x.device)
+            run = partial(core.backward, self.stream)
+            steps = partial(
+                torch_conv.steps_backward, self, run, pointer(workspace), given, neurons
+            )
+            return torch_conv.backward(self, given, steps)
+        out = empty_gradients(x, self.gradient_memory, given.wanted)
+        if call.lengths is not None and out.x is not None:
+            out.x.zero_()
+        steps(out, None, None)
+        return out
 
     def _run_steps(
         self,
         core: Any,
         given: BackwardInputs,
+        neurons: NeuronPointers,
         out: Gradients,
         d_gates: Tensor | None,
         mems: Tensor | None,
@@ -270,7 +259,7 @@ class Plan(CommonPlan):
         """
         if d_gates is not None:
             out = out._replace(x=None)
-        call, views, neurons, saved, grads, noise = given
+        call, views, saved, grads, noise, _ = given
         stream = self.stream
         packed, workspace, _held = self._memory(core, call.weight, stream)
         core.backward(stream, (

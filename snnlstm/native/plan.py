@@ -48,6 +48,17 @@ class Gradients(NamedTuple):
     threshold: Tensor | None
 
 
+class BackwardInputs(NamedTuple):
+    """What a backward pass is given."""
+
+    call: Call
+    views: Sequence[Any]  # addresses and strides of x, syn and mem
+    saved: Tensor
+    grads: Sequence[Tensor | None]  # of spk, syn and mem
+    noise: Tensor | None  # the stochastic surrogate's numbers
+    wanted: Sequence[bool]  # in the order of Gradients
+
+
 class Sizes:
     """All that is static of a call: sizes, types, device.
 
@@ -230,14 +241,6 @@ def empty_gradients(
     )
 
 
-def shaped_as(threshold: Tensor | None, out: Gradients) -> Gradients:
-    """The gradients; the threshold's, one number a channel, gets the shape of the threshold."""
-    if out.threshold is None or threshold is None:
-        return out
-    total = out.threshold.sum() if threshold.numel() == 1 else out.threshold
-    return out._replace(threshold=total.reshape(threshold.shape).to(threshold.dtype))
-
-
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
 
@@ -274,8 +277,8 @@ class CommonPlan(Sizes, ABC):
         self.d_gates_shape = self.time, *syn[1:3], 4 * syn[3]
         as_mem = tuple(call.mem.shape), call.mem.stride()
         self.results_like_mem = self.spk_memory == self.state_memory == as_mem
-        # The core takes five strides. A step of a cell that does not spike has no spk.
-        self.x_strides, self.syn_strides, self.mem_strides, self.spk_strides, self.state_strides = (
+        # The core takes five strides; `out_strides` are those of the new syn and mem.
+        self.x_strides, self.syn_strides, self.mem_strides, self.spk_strides, self.out_strides = (
             with_time(strides)
             for strides in (
                 call.x.stride(), call.syn.stride(), call.mem.stride(),
@@ -356,7 +359,6 @@ class CommonPlan(Sizes, ABC):
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
 
-    @abstractmethod
     def backward(
         self,
         call: Call,
@@ -372,6 +374,22 @@ class CommonPlan(Sizes, ABC):
         `wanted` says which gradients are computed, in the order of :class:`Gradients`. `selection`
         and `packed` are the forward pass's result's; `packed` may be None.
         """
+        call, saved, views = self.restore(call, saved)
+        noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
+        out = self._backward(
+            BackwardInputs(call, views, saved, grads, noise, wanted), selection, packed
+        )
+        if call.lengths is not None:
+            keep_empty(call, (out.syn, out.mem), (None, None) if call.record else grads[1:])
+        if out.threshold is None or call.threshold is None:
+            return out
+        # The kernels form one number a channel.
+        total = out.threshold.sum() if self.thresholds == 1 else out.threshold
+        return out._replace(threshold=total.reshape(call.threshold.shape).to(self.dtype))
+
+    @abstractmethod
+    def _backward(self, given: BackwardInputs, selection: Sequence[int], packed: Any) -> Gradients:
+        """The gradients that are wanted; that of the threshold has one number a channel, (C,)."""
 
     def empty_d_gates(self, x: Tensor) -> Tensor:
         """Memory for the gradient of the gate sums of every step."""

@@ -27,9 +27,9 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..call import Call
 from ..lengths import length_mask
-from .plan import Gradients, Result, empty_gradients, pointer, strided
+from .plan import BackwardInputs, Gradients, Result, empty_gradients, pointer, strided
 
-__all__ = ["MOST_SUMS", "BackwardInputs", "backward", "forward", "steps_backward"]
+__all__ = ["MOST_SUMS", "backward", "forward", "steps_backward"]
 
 MOST_SUMS = 64 << 20
 """Bytes of x's gate sums that are formed at once, where these are of several steps."""
@@ -37,17 +37,6 @@ MOST_SUMS = 64 << 20
 # Each `plan` here is a cuda.Plan.
 NeuronPointers = tuple[int, int, int, int]
 """Addresses of threshold, its stride, graded factor and levels."""
-
-
-class BackwardInputs(NamedTuple):
-    """What a backward pass is given. `grads` are the gradients of spk, syn and mem."""
-
-    call: Call
-    views: Sequence[Any]  # of x, syn and mem
-    neurons: NeuronPointers
-    saved: Tensor
-    grads: Sequence[Tensor | None]
-    noise: Tensor | None  # the stochastic surrogate's numbers
 
 
 class Geometry(NamedTuple):
@@ -158,7 +147,6 @@ def forward(
 def backward(
     plan: Any,
     given: BackwardInputs,
-    wanted: Sequence[bool],
     run_steps: Callable[[Gradients, Tensor, Tensor | None], None],
 ) -> Gradients:
     """The wanted gradients. cuDNN forms those of x, weight and bias after the steps.
@@ -166,7 +154,7 @@ def backward(
     `run_steps` fills in the gradients of syn, mem and threshold, d_gates, and mems, if given, whose
     first step is there already.
     """
-    call, x = given.call, given.call.x
+    call, x, wanted = given.call, given.call.x, given.wanted
     out = empty_gradients(x, plan.gradient_memory, (*wanted[:3], False, False, wanted[5]))
     d_gates = plan.empty_d_gates(x)
     mems = _empty_mems(call, d_gates) if wanted[3] else None
@@ -186,6 +174,7 @@ def steps_backward(
     run: Callable[[tuple], None],
     workspace: int,
     given: BackwardInputs,
+    neurons: NeuronPointers,
     out: Gradients,
     d_gates: Tensor,
     mems: Tensor | None,
@@ -195,7 +184,7 @@ def steps_backward(
     `out` gets the gradients of syn, mem and threshold that it has memory for, `d_gates` and
     `mems`, if given, what the module's docstring says.
     """
-    call, _, neurons, saved, grads, noise = given
+    call, _, saved, grads, noise, _ = given
     syn, mem, record = call.syn, call.mem, call.record
     saved_syn = plan.saved.part(saved, 1)
     grad_spk, into_syn, into_mem = grads
