@@ -153,13 +153,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         spk, mem = kernels.run(self._described(x, before, True), x, before, every)
         after = mem[-1].clone() if mem.shape == x.shape else mem
         if lengths is not None:
-            spk, mem, flat = (
-                mask_padding(spk, lengths),
-                _as_images(mem),
-                _as_images(before[None])[0],
-            )
-            after = last_state(mem, flat, lengths).reshape(before.shape)
-            mem = hold_last(mem, torch.zeros_like(flat), lengths).reshape(x.shape)
+            spk, after = mask_padding(spk, lengths), last_state(mem, before, lengths)
+            mem = hold_last(mem, torch.zeros_like(before), lengths)
         self._keep(x, after, None)
         for hook in hooks:
             hook(self, (x,), (spk, mem))
@@ -259,8 +254,3 @@ def _parameter_against(layer: Any, tensor: Any, x: Tensor, step: torch.Size) -> 
         if torch.promote_types(tensor.dtype, kernels.real(x.dtype)) is not kernels.real(x.dtype):
             return f"{name} is of {tensor.dtype}, which makes results of it"
     return None
-
-
-def _as_images(mem: Tensor) -> Tensor:
-    """(T, N, ...) as (T, N, F, 1, 1), for what knows images alone."""
-    return mem.flatten(2)[..., None, None] if mem.dim() > 2 else mem[..., None, None, None]

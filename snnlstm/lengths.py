@@ -72,28 +72,27 @@ def checked_lengths(
     return given.detach().to(device, torch.int64).clamp(0, time)  # a copy: the caller's may change
 
 
-def length_mask(lengths: Tensor, time: int) -> Tensor:
-    """Whether each of `time` steps is one of the sample's own, (T, N, 1, 1, 1)."""
+def length_mask(lengths: Tensor, time: int, dims: int = 5) -> Tensor:
+    """Whether each of `time` steps is one of the sample's own, (T, N, 1, ...) of `dims`."""
     steps = torch.arange(time, device=lengths.device)[:, None] < lengths
-    return steps[..., None, None, None]
+    return steps.reshape(*steps.shape, *(1,) * (dims - 2))
 
 
 def last_state(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
-    """Each sample's state after its own last step, (N, C, H, W), of those of all steps.
+    """Each sample's state after its own last step, (N, ...), of those of all steps, (T, N, ...).
 
     `before` is the state before the first step.
     """
     state = recorded[(lengths - 1).clamp(min=0), torch.arange(len(lengths), device=lengths.device)]
-    return torch.where(lengths[:, None, None, None] > 0, state, before)
+    return torch.where(length_mask(lengths, 1, recorded.dim())[0], state, before)
 
 
 def hold_last(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
-    """The states of all steps, (T, N, C, H, W); padded samples repeat their last state."""
-    steps = length_mask(lengths, recorded.shape[0])
+    """The states of all steps, (T, N, ...); padded samples repeat their last state."""
+    steps = length_mask(lengths, recorded.shape[0], recorded.dim())
     return torch.where(steps, recorded, last_state(recorded, before, lengths))
 
 
 def mask_padding(x: Tensor, lengths: Tensor) -> Tensor:
     """A sequence (T, N, ...), with zeros for padded samples."""
-    steps = length_mask(lengths, x.shape[0]).flatten(1)
-    return torch.where(steps.reshape(steps.shape + (1,) * (x.dim() - 2)), x, 0)
+    return torch.where(length_mask(lengths, x.shape[0], x.dim()), x, 0)

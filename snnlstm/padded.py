@@ -19,8 +19,7 @@ def pad(out: Any, lengths: Tensor) -> Any:
     if isinstance(out, Tensor):
         return mask_padding(out, lengths)
     spk, mem = out
-    mem = hold_last(mem[..., None, None], mem.new_zeros(()), lengths)[..., 0, 0]
-    return mask_padding(spk, lengths), mem
+    return mask_padding(spk, lengths), hold_last(mem, mem.new_zeros(()), lengths)
 
 
 class Frozen:
