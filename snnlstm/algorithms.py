@@ -11,15 +11,12 @@ __all__ = ["ALGORITHMS", "algorithm", "get_algorithm", "set_algorithm"]
 ALGORITHMS = (
     "auto", "direct", "winograd", "fused", "hybrid", "cudnn", "measure", "reference",
 )  # fmt: skip
-# What takes the place of names of older versions.
-_GONE = {"resident": "fused", "pointwise": "cudnn"}
 
 
 def _checked(what: str, name: str) -> str:
     """Return the name of an algorithm; an error calls it `what`."""
     if name not in ALGORITHMS:
-        instead = f", which is now {_GONE[name]!r}" if name in _GONE else ""
-        raise ValueError(f"{what} must be one of {', '.join(ALGORITHMS)}, got {name!r}{instead}")
+        raise ValueError(f"{what} must be one of {', '.join(ALGORITHMS)}, got {name!r}")
     return name
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from copy import copy
 from typing import Any, ClassVar
@@ -17,7 +19,7 @@ from .spec import RESETS, CellSpec, Reset
 from .state import ResetSource, State
 from .surrogate import is_number
 
-__all__ = ["CellAttributes"]
+__all__ = ["CellAttributes", "never_spikes", "warn_of_threshold"]
 
 
 class CellAttributes(Base):
@@ -264,3 +266,48 @@ class CellAttributes(Base):
         nn.Module.__setstate__(self, state)
         self._remake_spec()
         register(self)
+
+
+# ---- thresholds that no mem exceeds, and that silence exceeds ------------------------------------
+
+
+def warn_of_threshold(threshold: Any) -> None:
+    """Warn of a cell that cannot spike, or spikes in silence.
+
+    The warning names the line outside of this package that makes the cell.
+    """
+    if never_spikes(threshold):
+        what = (
+            "is never exceeded: mem = o * tanh(syn) is at most 1, so this cell never spikes. Use "
+            "threshold=0.05, or learn_threshold=True"
+        )
+    elif spikes_in_silence(threshold):
+        what = (
+            "is exceeded by mem = 0, from which every neuron starts: neurons spike without input. "
+            "Use threshold=0.05"
+        )
+    else:
+        return
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"threshold={threshold} {what}, and look at snnlstm.spike_rates(net); see the "
+        "documentation's Quick start, 'Does it spike at all?'",
+        UserWarning,
+        stacklevel=level,
+    )
+
+
+def never_spikes(threshold: Any) -> bool:
+    """Whether no mem can exceed the threshold: mem = o * tanh(syn) is at most 1."""
+    if isinstance(threshold, Tensor):
+        return not threshold.is_meta and bool((threshold.detach() >= 1).all())
+    return is_number(threshold) and bool(threshold >= 1)
+
+
+def spikes_in_silence(threshold: Any) -> bool:
+    """Whether a mem of 0 exceeds a threshold, or some of a tensor of them."""
+    if isinstance(threshold, Tensor):
+        return not threshold.is_meta and bool((threshold.detach() < 0).any())
+    return is_number(threshold) and bool(threshold < 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference, spec
-from .attributes import CellAttributes
+from .attributes import CellAttributes, warn_of_threshold
 from .call import (
     Call,
     as_image,
@@ -24,7 +24,7 @@ from .lengths import checked_lengths
 from .path import EXPORT, Path, asked_every_call, dtype_source, log_fallback
 from .reference import Overrides
 from .snntorch import register
-from .spec import CellSpec, warn_of_threshold
+from .spec import CellSpec
 from .state import LastReset, ResetSource, State
 
 __all__ = ["SConv1dLSTM", "SConv2dLSTM"]

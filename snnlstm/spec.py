@@ -8,8 +8,6 @@ each once (csrc/args.h).
 
 from __future__ import annotations
 
-import sys
-import warnings
 from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 from .quant import StateQuant
 from .snntorch import recognise_quant, recognise_surrogate, recognise_traced, refuse_traced
-from .surrogate import MAKERS, NONE, Surrogate, atan, fixed, is_number
+from .surrogate import MAKERS, NONE, Surrogate, atan, fixed
 
 __all__ = ["CHECKS", "DESCRIBING", "CellSpec", "Pool", "Reset", "make_spec"]
 
@@ -230,13 +228,6 @@ def reset_of_number(value: Tensor) -> Reset | None:
     return RESETS[int(value)]
 
 
-def checkpoint_flag(value: Any) -> bool:
-    """Check `checkpoint`, a yes-or-no argument."""
-    if isinstance(value, str) and value == "gates":
-        raise TypeError("checkpoint must be a bool, got 'gates': True takes less memory")
-    return flag("checkpoint", value)
-
-
 _DEFAULT = atan()
 _OF_MAKERS = ("snnlstm.surrogate", "snntorch.surrogate")
 
@@ -302,7 +293,6 @@ def device_or_none(name: str, value: Any) -> torch.device | None:
 CHECKS: dict[str, Callable[[Any, int], Any]] = {
     "spike_grad": lambda value, _: surrogate(value),
     "state_quant": lambda value, _: quantiser(value) or False,
-    "checkpoint": lambda value, _: checkpoint_flag(value),
     "max_pool": lambda value, dims: pooling(value, 0, dims) and value,
     "avg_pool": lambda value, dims: pooling(0, value, dims) and value,
     "stride": lambda value, dims: pair("stride", value, dims)[-dims:],
@@ -312,7 +302,8 @@ CHECKS: dict[str, Callable[[Any, int], Any]] = {
 
 It takes the value and the dimensions of an image, 2 or 1.
 """
-for _name in ("surrogate_disable", "inhibition", "init_hidden", "output", "batch_first"):
+_FLAGS = "surrogate_disable", "inhibition", "init_hidden", "output", "checkpoint", "batch_first"
+for _name in _FLAGS:
     CHECKS[_name] = lambda value, _, name=_name: flag(name, value)  # type: ignore[misc]
 
 
@@ -342,7 +333,7 @@ def _make_spec(
         surrogate=surrogate,
         quant=quant,
         inhibition=flag("inhibition", inhibition),
-        checkpoint=checkpoint_flag(checkpoint),
+        checkpoint=flag("checkpoint", checkpoint),
         spiking=spiking,
     )
 
@@ -396,48 +387,3 @@ def make_spec(
         except TypeError:  # a wrong type, or one without a hash: the checks below name it
             pass
     return _make_spec(kernel_size, spike, quant, **others)
-
-
-# ---- thresholds that no mem exceeds, and that silence exceeds ------------------------------------
-
-
-def warn_of_threshold(threshold: Any) -> None:
-    """Warn of a cell that cannot spike, or spikes in silence.
-
-    The warning names the line outside of this package that makes the cell.
-    """
-    if never_spikes(threshold):
-        what = (
-            "is never exceeded: mem = o * tanh(syn) is at most 1, so this cell never spikes. Use "
-            "threshold=0.05, or learn_threshold=True"
-        )
-    elif spikes_in_silence(threshold):
-        what = (
-            "is exceeded by mem = 0, from which every neuron starts: neurons spike without input. "
-            "Use threshold=0.05"
-        )
-    else:
-        return
-    level, frame = 1, sys._getframe(0)
-    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(
-        f"threshold={threshold} {what}, and look at snnlstm.spike_rates(net); see the "
-        "documentation's Quick start, 'Does it spike at all?'",
-        UserWarning,
-        stacklevel=level,
-    )
-
-
-def never_spikes(threshold: Any) -> bool:
-    """Whether no mem can exceed the threshold: mem = o * tanh(syn) is at most 1."""
-    if isinstance(threshold, Tensor):
-        return not threshold.is_meta and bool((threshold.detach() >= 1).all())
-    return is_number(threshold) and bool(threshold >= 1)
-
-
-def spikes_in_silence(threshold: Any) -> bool:
-    """Whether a mem of 0 exceeds a threshold, or some of a tensor of them."""
-    if isinstance(threshold, Tensor):
-        return not threshold.is_meta and bool((threshold.detach() < 0).any())
-    return is_number(threshold) and bool(threshold < 0)

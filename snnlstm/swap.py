@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attributes import never_spikes
 from .leaky import PRIVATE, Leaky, replaced
 from .path import against_device
 from .sconv2dlstm import SConv1dLSTM, SConv2dLSTM
@@ -27,7 +28,7 @@ from .snntorch import (
     register,
     take_out,
 )
-from .spec import BEYOND_SNNTORCH, a_module, flag, is_default, never_spikes
+from .spec import BEYOND_SNNTORCH, a_module, flag, is_default
 
 __all__ = ["SwapReport", "accelerate", "patch", "restore", "unpatch"]
 

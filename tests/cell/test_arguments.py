@@ -356,8 +356,6 @@ SAID = {
     "threshold must be a number, got '1'": lambda: state_quant(4, threshold="1"),
     "must leave a range around": lambda: state_quant(4, uniform=False, threshold=0),
     "name must be one of auto, direct": lambda: snnlstm.set_algorithm("fft"),
-    "got 'pointwise', which is now 'cudnn'": lambda: snnlstm.set_algorithm("pointwise"),
-    "got 'gates': True takes less memory": lambda: ours(checkpoint="gates"),
     # signals
     "kernel_size must be an int or a tuple of one int": lambda: signals(2, 3, (3, 3)),
     "kernel_size must be odd, got 4": lambda: signals(2, 3, 4),
