@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import spec
 from .call import checked_call, state_tensor
-from .entry import run
+from .entry import run, run_traced
 from .lengths import checked_lengths, length_mask
 from .path import (
     EXPORT,
@@ -144,8 +144,10 @@ class ConvLSTMCell(nn.Module):
             lambda name, shape, x: state_tensor(*passed[name], shape, x, weight),
             record=record, lengths=lengths, traced=traced, name="input_tensor",
         )  # fmt: skip
-        last = {} if traced else self.__dict__
-        every, c, h, path = run(last, call, self._spec, now, overrides)
+        if traced:
+            every, c, h, path = run_traced(call, self._spec, now, overrides)
+        else:
+            every, c, h, path = run(self.__dict__, call, self._spec, now, overrides)
         if now is not EXPORT:
             object.__setattr__(self, "_path", path)  # nn.Module's would search for parameters
             if path.slow and not traced:

@@ -22,7 +22,7 @@ from .reference import Overrides
 from .spec import HALF_TYPES, CellSpec, are_ours
 from .torch_private import any_autocast, guard_of
 
-__all__ = ["Entries", "Entry", "Results", "entry_of", "run", "run_cached"]
+__all__ = ["Entries", "Entry", "Results", "entry_of", "run", "run_traced"]
 
 
 class Entry:
@@ -40,16 +40,6 @@ class Entry:
     plan : Plan or None
         Of the native kernels, once they have run.
     """
-
-    __slots__ = (
-        "_guard",
-        "_guarded_settings",
-        "fallback",
-        "in_float32",
-        "plan",
-        "spec",
-        "training",
-    )
 
     def __init__(self, call: Call, spec: CellSpec, overrides: Overrides | None = None) -> None:
         self.spec, self.fallback = spec, static_reason(call, spec, overrides)
@@ -121,11 +111,11 @@ def _operands(call: Call) -> torch.dtype | None:
     return kernels.operands_of(call, autocast_dtype(call.x.device.type))
 
 
-def entry_of(call: Call, spec: CellSpec) -> Entry:
-    """The entry of a call that was checked, looked up or made."""
+def entry_of(call: Call, spec: CellSpec, checked: bool = True) -> Any:
+    """The entry of a call, looked up, or made if the call was `checked`; else None."""
     key = _key(call, spec)
     entry = _entries.get(key)
-    if entry is None:
+    if entry is None and checked:
         entry = Entry(call, spec)
         if key is not None:
             entry.guard(call)
@@ -140,53 +130,50 @@ Results = tuple[Tensor, Tensor, Tensor, Path]
 """spk, syn and mem, and what ran."""
 
 
-def run_cached(
-    last: dict[str, Any], call: Call, spec: CellSpec, now: Path | None
-) -> Results | None:
-    """Run a call whose tensors need not be checked, because a call like it was; None if none was.
-
-    `last` holds the caller's last entry as ``_entry``, and `now` is :func:`path.reason_now`'s.
-    """
-    entry = last.get("_entry")
-    if entry is None or entry.spec is not spec or not entry.serves(call):
-        entry = _entries.get(_key(call, spec))
-        if entry is None:
-            return None
-        last["_entry"] = entry
-    return _run(call, entry, now, None)
-
-
 def run(
     last: dict[str, Any],
     call: Call,
     spec: CellSpec,
     now: Path | None,
     overrides: Overrides | None = None,
-) -> Results:
-    """Run a call that was checked, traced by torch.compile or not; see :func:`run_cached`.
+    checked: bool = True,
+) -> Any:
+    """Run a call; returns :data:`Results`.
 
-    In a trace the name of a native path says what kind of kernels run; which of them is known
-    afterwards.
+    A call that was not `checked` runs only if one like it was: otherwise None is returned.
+
+    `last` holds the caller's last entry as ``_entry``, and `now` is :func:`path.reason_now`'s.
     """
-    if torch.compiler.is_compiling():
-        path = now or static_reason(call, spec, overrides, True)
-
-        def traced(part: Call) -> tuple[Tensor, Tensor, Tensor]:
-            if path is not None:
-                return reference.run(part, spec, overrides)
-            assert kernels is not None
-            return kernels.run_operator(part, spec, algorithms.current)[:3]
-
-        segmented = spec.checkpoint and may_checkpoint()
-        foreign = _is_foreign(spec, overrides)
-        out = in_segments(call, traced, foreign, True) if segmented else traced(call)
-        return (*out, path or NATIVE_PATHS[call.x.device.type])
     if overrides is not None:  # it is like no other
         return _run(call, Entry(call, spec, overrides), now, overrides)
     entry = last.get("_entry")
     if entry is None or entry.spec is not spec or not entry.serves(call):
-        entry = last["_entry"] = entry_of(call, spec)
+        entry = entry_of(call, spec, checked)
+        if entry is None:
+            return None
+        last["_entry"] = entry
     return _run(call, entry, now, None)
+
+
+def run_traced(
+    call: Call, spec: CellSpec, now: Path | None, overrides: Overrides | None = None
+) -> Results:
+    """Run a call that torch.compile traces.
+
+    The name of a native path says what kind of kernels run; which of them is known afterwards.
+    """
+    path = now or static_reason(call, spec, overrides, True)
+
+    def traced(part: Call) -> tuple[Tensor, Tensor, Tensor]:
+        if path is not None:
+            return reference.run(part, spec, overrides)
+        assert kernels is not None
+        return kernels.run_operator(part, spec, algorithms.current)[:3]
+
+    segmented = spec.checkpoint and may_checkpoint()
+    foreign = _is_foreign(spec, overrides)
+    out = in_segments(call, traced, foreign, True) if segmented else traced(call)
+    return (*out, path or NATIVE_PATHS[call.x.device.type])
 
 
 def _run(call: Call, entry: Entry, now: Path | None, overrides: Overrides | None) -> Results:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .call import batch_before_time, stateless_call
-from .entry import run
+from .entry import run, run_traced
 from .path import reason_now
 
 __all__ = ["sconv2dlstm"]
@@ -91,6 +91,8 @@ def sconv2dlstm(
         inhibition=inhibition, stride=stride, dilation=dilation, record=record, lengths=lengths,
         checkpoint=checkpoint, batch_first=batch_first,
     )  # fmt: skip
-    traced = torch.compiler.is_compiling()
-    results = run({} if traced else _last, call, spec, reason_now(traced))
+    if torch.compiler.is_compiling():
+        results = run_traced(call, spec, reason_now(True))
+    else:
+        results = run(_last, call, spec, reason_now())
     return batch_before_time(call, batch_first, *results[:3])

@@ -19,7 +19,7 @@ from .call import (
     real_tensor,
     values,
 )
-from .entry import Results, run, run_cached
+from .entry import Results, run, run_traced
 from .lengths import checked_lengths
 from .path import EXPORT, Path, asked_every_call, dtype_source, log_fallback
 from .reference import Overrides
@@ -277,13 +277,15 @@ class SConv2dLSTM(CellAttributes):
         if overrides is None and not traced:
             call = self._unchecked(x, syn, mem, record, lengths)
             if call is not None:
-                results = run_cached(self.__dict__, call, described, now)
+                results = run(self.__dict__, call, described, now, checked=False)
         if call is None or results is None:
             call = self._checked(x, syn, mem, record, lengths, traced)
             channels = self.in_channels, self.out_channels
             now, overrides = self._asked(described, traced, channels)
-            last = {} if traced else self.__dict__
-            results = run(last, call, described, now, overrides)
+            if traced:
+                results = run_traced(call, described, now, overrides)
+            else:
+                results = run(self.__dict__, call, described, now, overrides)
         spk, syn, mem, path = results
         if self._dims == 1:
             fresh = path.native and not traced

@@ -95,7 +95,7 @@ def _forward(
     neurons: Neurons, x: Tensor, mem: Tensor, record: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`run`; the third result is the mem that the kernels read."""
-    x = x.resolve_neg() if _has_no_gaps(x, neurons.sequence) else x.contiguous()
+    x = _without_gaps(x, neurons.sequence)
     shape, strides, dtype = x.shape, x.stride(), real(x.dtype)
     if neurons.sequence:
         shape, strides = shape[1:], strides[1:]
@@ -132,21 +132,13 @@ def _fields(
     ), held  # fmt: skip
 
 
-def _has_no_gaps(x: Tensor, sequence: bool) -> bool:
-    """Whether the numbers of x fill its memory, in any order, but with time outermost."""
-    if x.is_contiguous():
-        return True
-    shape, strides, size = x.shape, x.stride(), x.numel()
-    if sequence:
-        if size and shape[0] > 1 and strides[0] != size // shape[0]:
-            return False
-        shape, strides = shape[1:], strides[1:]
-    count = 1
-    for stride, length in sorted(zip(strides, shape, strict=True)):
-        if length != 1 and stride != count:
-            return False
-        count *= length
-    return True
+def _without_gaps(x: Tensor, sequence: bool) -> Tensor:
+    """x, or a copy of it, whose numbers fill its memory, in any order but with time outermost."""
+    if not x.is_contiguous():
+        kept = torch.empty_like(x, device="meta").stride() == x.stride()  # if there are no gaps
+        if not kept or (sequence and x.stride(0) * x.shape[0] != x.numel()):
+            return x.contiguous()
+    return x.resolve_neg()
 
 
 def _laid_out(

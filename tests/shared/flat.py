@@ -45,7 +45,7 @@ def run(*arguments) -> Three:
     call, spec = call_of(arguments[:8]), arguments[7].spec
     with snnlstm.algorithm(algorithm):
         if torch.compiler.is_compiling():
-            *out, path = snnlstm.entry.run({}, call, spec, None)
+            *out, path = snnlstm.entry.run_traced(call, spec, None)
         else:
             *out, path = snnlstm.entry.run({}, call, spec, None)
             assert path.native, path
