@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ast import literal_eval
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Integral
 from typing import Any, Literal, cast
@@ -70,16 +70,7 @@ class CellSpec:
     serialized: str = field(default="", init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
-        # Every call looks its plan up by this, so the hash is computed once.
-        cached = self.__dict__.get("_hash")
-        if cached is None:
-            cached = hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))
-            object.__setattr__(self, "_hash", cached)
-        return cached
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Hashes of strings differ between processes.
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return hash(self.serialized)  # a string computes its hash once, and every call asks for it
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -113,7 +104,7 @@ class CellSpec:
         # torch.compile may take numbers for symbols: the form is made before it traces.
         if are_ours(self.surrogate, self.quant):
             spike, quant = self.surrogate, self.quant
-            surrogate = tuple(map(fixed, (spike.kind, spike.p0, spike.p1)))
+            surrogate = fixed(spike.kind), float(fixed(spike.p0)), float(fixed(spike.p1))
             numbers = (
                 self.kernel_size, self.stride, self.dilation, self.reset, self.pool, self.pool_size,
                 surrogate, self.inhibition, self.checkpoint, self.spiking,
