@@ -18,11 +18,11 @@ from typing import Any
 
 from .native import WAYS_OUT, checkout, cuda_check
 
-MISSING = "missing: "  # a fact that could not be found out is a text that starts with this
+MISSING = "missing: "  # starts the text of a fact that could not be found out
 IN_TORCH = "so that every call takes the reference path, which is slower: "
 
-# Each fact, and the module and its attribute or function that tell it. torch comes first, so that
-# snnlstm._C finds torch's OpenMP.
+# A row: a fact, a module, and its attribute or function that tells the fact. torch comes first, so
+# that snnlstm._C finds torch's OpenMP.
 FACTS = (
     ("torch", "torch", "__version__"),
     ("torch's CUDA", "torch", "version.cuda"),
@@ -123,7 +123,7 @@ def problems(facts: dict[str, Any]) -> list[str]:
         texts.append(f"torch cannot be imported ({facts['torch']}): pip install torch")
     elif is_missing(facts["GPUs"]):
         texts.append(f"torch cannot use the GPU ({facts['GPUs']})")
-    elif not is_missing(core):  # what the first call on each GPU would say
+    elif not is_missing(core):  # the first call on each GPU would say the same
         said = [attempt(partial(cuda_check.trouble, i)) for i in range(len(facts["GPUs"]))]
         reasons = dict.fromkeys(text for text in said if text)
         texts += [f"CUDA tensors take the reference path: {reason}" for reason in reasons]

@@ -95,7 +95,7 @@ class CellAttributes(Base):
     def _set_number(self, name: str, value: float) -> None:
         """Give all elements of a parameter or buffer one value."""
         tensor = getattr(self, name)
-        if isinstance(tensor, nn.Parameter):  # optimizers know this object
+        if isinstance(tensor, nn.Parameter):  # optimizers hold this very object
             with torch.no_grad():
                 tensor.fill_(value)
         else:  # a new tensor: the old one may be saved for a backward pass
@@ -184,7 +184,7 @@ class CellAttributes(Base):
         """Deprecated name of :meth:`reset_mem`."""
         return self.reset_mem()
 
-    init_sconvlstm = init_sconv2dlstm  # an older name of it
+    init_sconvlstm = init_sconv2dlstm  # snnTorch's older name of that method
 
     @classmethod
     def reset_hidden(cls) -> None:
@@ -256,7 +256,7 @@ class CellAttributes(Base):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_spec"] = state["_entry"] = state["_reset_source"] = None
-        state["_state"] = copy(self._state)  # without the graph
+        state["_state"] = copy(self._state)  # State.__getstate__ leaves the graph out
         state.pop("spk", None)  # spk hangs on the graph of the last call
         if self._adopted is not None:
             state["_adopted"] = {}  # snnTorch's closures cannot be pickled

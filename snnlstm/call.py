@@ -20,7 +20,7 @@ from .torch_private import ENDED, level_of, unwrapped
 
 __all__ = ["Call", "autocast_dtype", "checked_call", "stateless_call"]
 
-# The sizes after the channels in a shape, by the dimensions of an image.
+# A shape's sizes after the channels, by the dimensions of an image.
 SIZES = {1: "L", 2: "H, W"}
 
 
@@ -28,11 +28,12 @@ class Call(NamedTuple):
     """The tensors of one call, checked: what travels from the module to the kernels."""
 
     x: Tensor  # (N, Cin, H, W), or (T, N, Cin, H, W), a sequence
-    syn: Tensor  # (N, C, Ho, Wo), as mem: before the first step, of x's dtype and device
-    mem: Tensor
+    syn: Tensor  # (N, C, Ho, Wo), before the first step, in x's dtype and on its device
+    mem: Tensor  # as syn
     weight: Tensor  # (4C, Cin + C, kh, kw), gates in the order i, f, o, g
     bias: Tensor | None  # (4C,)
-    # These broadcast to mem's shape and to the pooled one; None in a cell that does not spike.
+    # Threshold and graded factor broadcast to mem's shape and to the pooled one; a cell that does
+    # not spike has none.
     threshold: Tensor | None
     graded: Tensor | None
     lengths: Tensor | None = None  # (N,) int64, the steps of each sample; None: all have T

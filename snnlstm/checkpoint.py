@@ -36,9 +36,9 @@ def in_segments(call: Call, run: Callable[[Call], Three], foreign: bool, traced:
         return run(part if traced else _restored(part, call, time))
 
     weight, bias, threshold, graded, lengths = call[3:8]
-    if threshold is not None:  # it may be written to before the backward pass
+    if threshold is not None:  # the user may write to the threshold before the backward pass
         threshold = threshold.clone()
-    # In state-sized tensors a step takes 5, and a boundary 2: the sum is least for these segments.
+    # A step saves 5 state-sized tensors and a boundary 2: segments of this length keep the fewest.
     steps = max(1, round((0.4 * call.x.shape[0]) ** 0.5)) if call.sequence else 1
     pieces = call.x.split(steps) if call.sequence and call.x.shape[0] else (call.x,)
     syn, mem, results = call.syn, call.mem, []

@@ -149,7 +149,7 @@ class ConvLSTMCell(nn.Module):
         else:
             every, c, h, path = run(self.__dict__, call, self._spec, now, overrides)
         if now is not EXPORT:
-            object.__setattr__(self, "_path", path)  # nn.Module's would search for parameters
+            object.__setattr__(self, "_path", path)  # nn.Module.__setattr__ is slow
             if path.slow and not traced:
                 log_fallback(path, self)
         return every, h, c

@@ -53,7 +53,7 @@ class Entry:
             assert kernels is not None
             backend = _settings(call.x)[0]
             self.in_float32 = call.x.dtype in HALF_TYPES and not backend.half_types
-            # The reference path must run where planning fails.
+            # Planning may fail, and the chosen reference path must run even then.
             if not self.in_float32 and algorithms.current != "reference":
                 reason = backend.reason_against(kernels.Sizes(call, spec, _operands(call)))
                 self.fallback = reason and Path("reference", reason, slow=True)
@@ -144,7 +144,7 @@ def run(
 
     `last` holds the caller's last entry as ``_entry``, and `now` is :func:`path.reason_now`'s.
     """
-    if overrides is not None:  # it is like no other
+    if overrides is not None:  # a call with foreign code shares no entry
         return _run(call, Entry(call, spec, overrides), now, overrides)
     entry = last.get("_entry")
     if entry is None or entry.spec is not spec or not entry.serves(call):
@@ -211,7 +211,7 @@ def _run_by(
             call, lambda step: _run_by(None, step, entry_of(step, spec), None)
         )
     plan = entry.plan
-    if plan is None:  # not made with the entry, which a transform of torch.func may have asked for
+    if plan is None:  # an entry made under a torch.func transform has no plan yet
         spec = replace(entry.spec, checkpoint=False)
         plan = entry.plan = kernels.plan_of(call, spec, _operands(call), _settings(call.x))
     spk, syn, mem, name = kernels.run(plan, call, entry.training)

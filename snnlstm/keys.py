@@ -62,7 +62,7 @@ def key_of(call: Call) -> tuple[Any, ...] | None:
             record, lengths is None, torch.is_grad_enabled(),
             autocast_dtype(device.type) if any_autocast() else None,
         )  # fmt: skip
-    except (AttributeError, RuntimeError):  # one is no tensor, or sparse
+    except (AttributeError, RuntimeError):  # an argument is no tensor, or a sparse one
         return None
 
 

@@ -25,13 +25,13 @@ PRIVATE = ("_path", "_layer_name", "_recognised", "_reset_source", "_reset")
 """The attributes of an instance that only our class has."""
 
 _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
-_CALLED = ("fire", "mem_reset", "_base_state_function", *_RESETS)  # by snnTorch's forward, not ours
+_CALLED = ("fire", "mem_reset", "_base_state_function", *_RESETS)  # snnTorch's forward calls these
 _RELEASED = {name: getattr(TheirLeaky, name, None) for name in (*_CALLED, "forward")}
 _MECHANISMS = {_RELEASED[name]: reset for name, reset in _RESETS.items()}
 _TRACED = Path("reference", "torch.compile traces plain operators")
 _PARAMETERS = ("beta", "threshold", "graded_spikes_factor")
 _TENSORS = {Tensor, nn.Parameter}
-_BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # spike_grad with surrogate_disable
+_BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # what surrogate_disable makes of spike_grad
 
 
 def replaced(layer: Any) -> str | None:
@@ -146,7 +146,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """
         hooks = tuple(self._forward_hooks.values())
         every, before = record or bool(hooks) or lengths is not None, self._buffers["mem"]
-        if lengths is not None:  # whatever the padding holds, no gradient may become NaN
+        if lengths is not None:  # a NaN in the padding must not reach a gradient
             x = mask_padding(x, lengths)
         if before.shape != x.shape[1:]:
             before = torch.zeros_like(x[0], dtype=kernels.real(x.dtype))

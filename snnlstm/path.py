@@ -120,13 +120,13 @@ NATIVE_PATHS = {
 # ---- reasons against the kernels ------------------------------------------------------------
 
 
-# What a call of a convolution goes through: its class's methods, and torch's function.
+# A call of a convolution runs these methods of its class, and one of torch's functions.
 _TORCHS = {
     kind: (kind.__call__, kind.forward, getattr(kind, "_conv_forward", None))
     for kind in (nn.Conv1d, nn.Conv2d)
 }
 _FUNCTIONS = F.conv1d, F.conv2d
-ONES = {1: (1,), 2: (1, 1)}  # by the dimensions of an image
+ONES = {1: (1,), 2: (1, 1)}  # a stride of 1, by the dimensions of an image
 
 
 HOOKS, GLOBAL_HOOKS = "carries hooks", "global module hooks are registered"
@@ -262,7 +262,7 @@ def static_reason(
     The first reason counts. Those that no user can change for the better come first.
     """
     device, threshold, graded = call.x.device, call.threshold, call.graded
-    if overrides is not None and overrides.conv is not None:  # it has any weight, or none
+    if overrides is not None and overrides.conv is not None:  # a foreign conv may have no weight
         call = call._replace(weight=call.x)
     if not traced:
         if not OF_TORCH.issuperset(map(type, call[:7])):

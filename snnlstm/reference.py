@@ -154,7 +154,7 @@ def run(
     spks, syns, mems = [], [], []
     live = None if call.lengths is None else length_mask(call.lengths, x.shape[0])
     if live is not None:
-        x = torch.where(live, x, 0)  # whatever the padding holds, no gradient may become NaN
+        x = torch.where(live, x, 0)  # a NaN in the padding must not reach a gradient
     for t, x_t in enumerate(x):
         before = syn, mem
         spk, syn, mem = _step(call, spec, overrides, x_t, syn, mem)

@@ -302,7 +302,7 @@ class SConv2dLSTM(CellAttributes):
             return None
         own, conv = self.__dict__, self._modules.get("conv")
         inside: Any = getattr(conv, "__dict__", own)
-        # What was set past nn.Module hides the parameter or buffer of its name.
+        # An attribute in __dict__ hides the parameter or buffer of its name.
         if (
             "conv" in own or "threshold" in own or "graded_spikes_factor" in own
             or "weight" in inside or "bias" in inside
@@ -330,7 +330,7 @@ class SConv2dLSTM(CellAttributes):
                 x, syn, mem, weight = map(as_image, (x, syn, mem, weight))
                 threshold, graded = as_image(threshold), as_image(graded)
         except (AttributeError, KeyError, RuntimeError):
-            return None  # one of them is no tensor, no parameter, or sparse
+            return None  # an argument is no tensor or a sparse one, or conv lacks a parameter
         return Call(x, syn, mem, weight, bias, threshold, graded, lengths, record)
 
     def _checked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool) -> Call:
@@ -361,7 +361,7 @@ class SConv2dLSTM(CellAttributes):
             fire = self._on_images(self.fire)
         if kind.mem_reset is not _MEM_RESET or "mem_reset" in attributes:
             mem_reset = LastReset(self._on_images(self.mem_reset))
-        # It may be a plain function, or set past nn.Module.
+        # The conv may be a plain function, and may lie in __dict__.
         conv: Any = attributes.get("conv") or attributes["_modules"].get("conv") or self.conv
         now, overrides = asked_every_call(
             conv, self._conv_kind, described, channels, fire, mem_reset, traced
@@ -391,13 +391,13 @@ class SConv2dLSTM(CellAttributes):
             source.follow(call.mem, threshold, described.surrogate)
         if traced:  # dynamo follows attributes, not dictionaries
             self._path, self.spk, self._reset_source = path, spk, source
-        else:  # with setattr nn.Module searches for parameters
+        else:  # nn.Module.__setattr__ is slow
             self.__dict__.update(_path=path, spk=spk, _reset_source=source)
             if path.slow:
                 log_fallback(path, self)
         if not call.record:
             self._state.store(syn, mem, traced)
-        elif syn.shape[0] > 0:  # without a step the states before it stay
+        elif syn.shape[0] > 0:  # a sequence without a step leaves the states as they were
             # The states are copies: snnTorch detaches states in place, which views refuse.
             self._state.store(syn[-1].clone(), mem[-1].clone(), traced)
 

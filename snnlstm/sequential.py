@@ -237,7 +237,7 @@ def _over_time(
     if lengths is not None:
         lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
     layers, shared = list(_layers(modules, "")), _shared_state(modules)
-    # In each step such layers have the order of the loop.
+    # A shared state changes in the order of the loop, so all layers then go step by step.
     by_step = shared and f"layer {shared} is in several places and may keep a state"
     time, out, before = x.shape[0], x, ""
     folded: torch.Size | None = None  # (T, N) while `out` has all steps as one batch
@@ -247,7 +247,7 @@ def _over_time(
         x = _first_item(before, out)
         report = _report_of(name, layer, x, x.dim() - (folded is None), time, by_step)
         if lengths is not None and not reports and report.kind != "sequence":
-            x = mask_padding(x, lengths)  # whatever the padding holds, no gradient may become NaN
+            x = mask_padding(x, lengths)  # a NaN in the padding must not reach a gradient
         if folded is not None and report.kind != "fold":
             x, folded = x.unflatten(0, folded), None
         if report.kind == "step":
@@ -288,7 +288,7 @@ def _shared_state(modules: Iterable[Named]) -> str | None:
     """Name of a layer that occurs twice and may keep a state; None if there is none."""
     seen: set[int] = set()
     for first, layer in modules:
-        without: set[int] = set()  # a state
+        without: set[int] = set()  # ids of modules that keep no state
         for name, module in layer.named_modules(prefix=first, remove_duplicate=False):
             if type(module) in SEQUENCE_NEURONS:
                 without.update(map(id, module.modules()))
@@ -378,7 +378,7 @@ def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bo
     if isinstance(layer, Leaky):
         return layer.sequence(x, last and (layer.output or not layer.init_hidden), lengths)
     cell, neuron = isinstance(layer, SConv2dLSTM), type(layer) in SEQUENCE_NEURONS
-    step = f"{layer.in_channels}, {SIZES[layer._dims]}" if cell else "C"  # without its N
+    step = f"{layer.in_channels}, {SIZES[layer._dims]}" if cell else "C"  # a step's shape without N
     if (cell or neuron) and x.dim() != step.count(",") + 3:
         raise ValueError(
             f"x must be a sequence of steps (N, {step}) for layer {name} "
@@ -387,7 +387,7 @@ def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bo
     if neuron:
         return layer(x) if lengths is None else pad(layer(mask_padding(x, lengths)), lengths)
     options: dict[str, Any] = {} if lengths is None else {"lengths": lengths}
-    if cell:  # the states of every step are recorded where they are returned
+    if cell:  # a cell that returns its states returns those of every step
         options["record"] = last and (layer.output or not layer.init_hidden)
     if layer.batch_first:
         return _exchanged(layer(_exchanged(x), **options))

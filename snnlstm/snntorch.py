@@ -52,7 +52,7 @@ def recognise_surrogate(
         if isinstance(spike_grad, types.FunctionType):
             value = _captured(spike_grad).__getitem__
         made = surrogate.make(kind.name, **{name: value(name) for name in kind.parameters})
-    except (AttributeError, KeyError, TypeError, ValueError):  # one is missing, or no finite number
+    except (AttributeError, KeyError, TypeError, ValueError):  # no such parameter, or an odd one
         return spike_grad
     points = torch.linspace(-2.9, 3.1, 21, dtype=torch.float64, device="cpu")
     points[7] = 0
@@ -134,7 +134,7 @@ def _agree(theirs: Callable[[Tensor], Tensor], ours: Any, points: Tensor) -> boo
                 out = function(x)
                 (gradient,) = torch.autograd.grad(out, x, weights.to(out.dtype))
                 found.append((out.double(), gradient))
-            except Exception as error:  # whatever a foreign callable raises
+            except Exception as error:  # a foreign callable may raise anything
                 broken = getattr(ours, "name", "") == "LSO"
                 return broken and type(error) in (TypeError, RuntimeError)
     (out, gradient), (expected, exact) = found
@@ -177,7 +177,7 @@ def recognise_quant(
 def _import_snntorch() -> types.ModuleType | None:
     try:
         import snntorch
-    except Exception as error:  # whatever a broken install raises must not break ours
+    except Exception as error:  # a broken snnTorch may raise anything
         if not isinstance(error, ModuleNotFoundError) or error.name != "snntorch":
             logger.warning("snntorch is installed but does not import: %r", error)
         return None
@@ -205,7 +205,7 @@ def _is_released(name: str) -> bool:
     return isinstance(recognise_surrogate(made), surrogate.Surrogate)
 
 
-# What torch.compiler.assume_constant_result does, whose call imports the compiler.
+# torch.compiler.assume_constant_result sets this, too, but importing it loads the compiler.
 _is_released._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -264,7 +264,7 @@ class ListEntry(weakref.ref):
     __slots__ = ()
 
     @property  # type: ignore[misc]  # writable in object
-    def __class__(self) -> type:  # what isinstance asks for
+    def __class__(self) -> type:  # isinstance asks for this attribute
         cell = self()
         return ListEntry if cell is None else type(cell)
 

@@ -52,7 +52,7 @@ class CellSpec:
     """
 
     kernel_size: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)  # of the input half; the recurrent half has stride 1
+    stride: tuple[int, int] = (1, 1)  # the input half's; the recurrent half has stride 1
     dilation: tuple[int, int] = (1, 1)
     reset: Reset = "none"
     pool: Pool = "none"
@@ -66,7 +66,7 @@ class CellSpec:
     spiking: bool = True
     padding: tuple[int, int] = field(init=False, repr=False, compare=False)
     """Zeros on each side that keep the image size, height first."""
-    # All fields, as an operator of torch.library takes them: from_text() reads it.
+    # An operator of torch.library takes all fields as this text, which from_text() reads.
     serialized: str = field(default="", init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
@@ -101,7 +101,7 @@ class CellSpec:
     def __post_init__(self) -> None:
         (kh, kw), (dh, dw) = self.kernel_size, self.dilation
         object.__setattr__(self, "padding", (dh * (kh - 1) // 2, dw * (kw - 1) // 2))
-        # torch.compile may take numbers for symbols: the form is made before it traces.
+        # A trace of torch.compile may have symbols for numbers, so the text is made outside of it.
         if are_ours(self.surrogate, self.quant):
             spike, quant = self.surrogate, self.quant
             surrogate = fixed(spike.kind), float(fixed(spike.p0)), float(fixed(spike.p1))
@@ -133,7 +133,7 @@ def flag(name: str, value: Any) -> bool:
     """Check a yes-or-no argument: a bool, or one of the ints 0 and 1."""
     if isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1)):
         return bool(value)
-    if type(value).__name__ in ("bool", "bool_"):  # NumPy's bools, whose import this spares
+    if type(value).__name__ in ("bool", "bool_"):  # NumPy's, whose import this spares
         return bool(value)
     raise TypeError(f"{name} must be a bool, got {value!r}")
 
@@ -169,7 +169,7 @@ def pair(
         raise kind(f"{name} must be an int or a tuple of {count}, got {value!r}")
     if min(both) < 1:
         raise ValueError(f"{name} must be at least 1{also}, got {value!r}")
-    if max(both) >= 2**31:  # the core's ints
+    if max(both) >= 2**31:  # the core holds sizes as 32-bit ints
         raise ValueError(f"{name} must be less than 2**31, got {value!r}")
     return int(fixed(both[0])) if dims == 2 else 1, int(fixed(both[-1]))
 
@@ -375,6 +375,6 @@ def make_spec(
         size = tuple(kernel_size) if isinstance(kernel_size, list) else kernel_size
         try:
             return _cached_spec(size, spike, quant, **hashable)
-        except TypeError:  # a wrong type, or one without a hash: the checks below name it
+        except TypeError:  # an argument has a wrong type or no hash: the checks below name it
             pass
     return _make_spec(kernel_size, spike, quant, **others)

@@ -18,7 +18,7 @@ from .torch_private import NO_LEVEL, level_of, unwrapped
 
 __all__ = ["SpikeCount", "SpikeRates", "spike_rates"]
 
-CELL = SConv2dLSTM if Base is nn.Module else Base  # the class of our cells and of snnTorch's
+CELL = SConv2dLSTM if Base is nn.Module else Base  # the base class of all cells
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class SpikeCount:
     def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         with torch.no_grad():
             mem = getattr(layer, "mem", None)
-            while isinstance(output, tuple | list):  # mem comes last, perhaps of every step
+            while isinstance(output, tuple | list):  # a tuple ends with mem
                 output, mem = output[0], output[-1]
             output = _bare(output)
             self.spikes = _bare(self.spikes + output.count_nonzero())

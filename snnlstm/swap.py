@@ -36,7 +36,7 @@ logger = logging.getLogger("snnlstm")
 
 _ITSELF = "(the model itself)"
 _SILENT = "NEVER SPIKES: no mem exceeds its threshold of 1 or more; threshold=0.05 is usual"
-_SAME = (  # arguments and attributes of both cells
+_SAME = (  # both libraries' cells have these arguments and attributes
     "in_channels", "out_channels", "kernel_size", "bias", "max_pool", "avg_pool", "init_hidden",
     "inhibition", "output", "surrogate_disable",
 )  # fmt: skip
@@ -321,7 +321,7 @@ def _adopt(old: Any) -> nn.Module:
     same = {name: getattr(old, name) for name in _SAME}
     cell = SConv2dLSTM(
         **same | {"bias": bool(old.bias)},
-        threshold=0.1,  # replaced below as all tensors are
+        threshold=0.1,  # _share replaces this tensor and all others
         spike_grad=None if old.surrogate_disable else old.spike_grad,
         state_quant=old.state_quant,
         device="meta",
@@ -382,8 +382,8 @@ def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
 # ---- wherever one is made -----------------------------------------------------------------
 
 
-_OLD_NAME = "SConvLSTM"  # of snnTorch's cell, in versions before its SConv2dLSTM
-_patch: ExitStack | None = None  # what undoes the patch that is in force
+_OLD_NAME = "SConvLSTM"  # snnTorch's cell had this name in older versions
+_patch: ExitStack | None = None  # undoes the patch that is in force
 
 
 def patch() -> AbstractContextManager[object]:

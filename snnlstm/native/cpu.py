@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
-import torch  # before the core, which uses the OpenMP runtime that torch has loaded
+import torch  # torch must load its OpenMP runtime before the core uses it
 from torch import Tensor
 
 from .. import _C
@@ -75,7 +75,7 @@ class PackedWeight:
         self.max_tile_inputs = max(
             (s for s, max_gain in self.GAINS.items() if gain <= max_gain), default=0
         )
-        # By number and name: the address, and the memory.
+        # The keys are numbers and names of layouts, the values their addresses and memory.
         self._layouts: dict[tuple[int, str], tuple[int, Tensor]] = {}
 
     def holds(self, weight: Tensor) -> bool:
@@ -98,11 +98,11 @@ class PackedWeight:
         source = self.copy.float() if self.copy.dtype in HALF_TYPES else self.copy
         layout = pool.empty((size,), torch.uint8)
         a_pass.core.pack(key[0], source.data_ptr(), layout.data_ptr())
-        # Published after packing; setdefault keeps the first of two racers.
+        # A layout is published after packing; setdefault keeps the first of two racers'.
         return self._layouts.setdefault(key, (layout.data_ptr(), layout))
 
 
-# The packed weights that live, by storage and by place: many weights may lie in one storage.
+# The living packed weights, by storage and by place: many weights may lie in one storage.
 # Tensors do not serve as keys, because torch refuses to swap the contents of tensors that have weak
 # references.
 _packed: WeakKeyDictionary[torch.UntypedStorage, BoundedDict[Any, PackedWeight]] = (
@@ -156,7 +156,7 @@ class Pass:
         self.selection, self.name = selection, f"cpu-{plan.isa}-{core.name}"
         self.run = core.backward if backward else core.forward
         self.workspace = core.backward_workspace(weight) if backward else core.forward_workspace
-        # The number and the name of each layout, and its bytes.
+        # Each layout's key, its number and name, and its bytes.
         self.layouts = tuple(
             ((number, f"{plan.isa}:{name}"), size)
             for number, name, size in core.forms(backward, grad_x)
@@ -183,7 +183,7 @@ class Plan(CommonPlan):
         self.levels_pointer = pointer(self.levels)
         # An x of few channels gains nothing from lists of nonzeros, so its zeros are not counted.
         self.counts_zeros = self.cin > 2
-        # Saves the look-up of the packed weight, 1 us of a step.
+        # This guess saves the look-up of the packed weight, 1 us of a step.
         self._last_packed: Callable[[], PackedWeight | None] = lambda: None
         self._threshold: Tensor | None = None
         self._passes: dict[Any, Pass] = {}
@@ -270,7 +270,7 @@ class Plan(CommonPlan):
         call, views, saved, grads, noise, wanted = given
         order = None if call.lengths is None else longest_first(call.lengths)
         a_pass = self._pass((tuple(selection), True, wanted[0], wanted[3]))
-        if packed is None:  # in torch.compile's graph, which keeps only tensors
+        if packed is None:  # a graph of torch.compile keeps tensors alone
             packed = packed_weight(self.restored_weight(call))
         layouts = packed.layouts(a_pass)
         threshold, graded = (None if t is None else contiguous_as(t, self.dtype) for t in call[5:7])

@@ -45,13 +45,13 @@ __all__ = ["Backend"]
 
 logger = logging.getLogger("snnlstm")
 
-# The numbers of csrc/cuda/plan.h; "direct" is "fused".
+# csrc/cuda/plan.h numbers the algorithms so; "direct" is "fused".
 _ALGORITHMS = ("auto", "fused", "hybrid", "cudnn")
 _HYBRID, _CUDNN = _ALGORITHMS.index("hybrid"), _ALGORITHMS.index("cudnn")
 _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
 
-_ROUNDS = 3  # timed runs of an algorithm, after one that is not timed; the shortest counts
+_ROUNDS = 3  # an algorithm's timed runs, of which the shortest counts, after one untimed run
 
 
 def _tf32_is_allowed() -> bool:
@@ -82,7 +82,7 @@ class Plan(CommonPlan):
         self.backend, self._tf32, self._algorithm = backend, tf32, algorithm
         self._measures = algorithm == "measure" or (benchmark and algorithm == "auto")
         self._chosen = {False: backend.core_plan(self, tf32, algorithm, False)}
-        # The fastest plans, by pass and gradients that are wanted: 65 at most.
+        # The fastest plans, at most 65, by pass and by the gradients that are wanted.
         self._measured: dict[tuple[bool, ...], Any] = {}
         self._name: str | None = None
         self.geometry = Geometry(*self._chosen[False].geometry)
@@ -91,13 +91,13 @@ class Plan(CommonPlan):
             self.work == torch.float32 and backend.device(self.device).compute_capability < 80
         )
         self.real = torch.float64 if self.dtype == torch.float64 else torch.float32
-        # Steps whose x cuDNN convolves at once, in self.real. Without tensor cores for float32 that
-        # would take half types longer.
+        # cuDNN convolves x of so many steps at once, in self.real. Without tensor cores for float32
+        # that would take longer for half types.
         sums = 4 * math.prod(self.state) * self.real.itemsize
         self.steps_at_once = min(self.time, max(torch_conv.MOST_SUMS // max(sums, 1), 1))
         if self.work.itemsize == 2 and backend.device(self.device).compute_capability < 80:
             self.steps_at_once = 1
-        # The levels stay on the host, from where each call brings them to the device.
+        # Each call brings the levels from the host to the device.
         levels = None if spec.quant is None else spec.quant.levels
         self.levels = None if levels is None else levels.to("cpu", torch.float64).contiguous()
 
@@ -108,11 +108,11 @@ class Plan(CommonPlan):
         A backward pass that is not measured is named, too, if it leaves other convolutions to
         torch.
         """
-        name = self._name = self._name or self._named()  # another thread may forget it now
+        name = self._name = self._name or self._named()  # another thread may reset it
         return name
 
     def _named(self) -> str:
-        # Autograd's thread may measure meanwhile.
+        # Autograd's thread may add to self._measured meanwhile.
         by_pass = {key[0]: core.name for key, core in self._measured.copy().items()}
         names = [by_pass[backward] for backward in (False, True) if backward in by_pass]
         if names:
@@ -131,15 +131,15 @@ class Plan(CommonPlan):
         """
         if not self._measures and backward in self._chosen:
             return self._chosen[backward]
-        self._name = None  # which may change now
+        self._name = None  # a new measurement may change the name
         key = backward, *wanted
         found = self._measured.get(key)
         if found is None and self._measures and self.backend.may_measure():
             cores = self.backend.candidates(self, self._tf32, backward)
             seconds = [self.backend.seconds(partial(run, core)) for core in cores]
-            # Another thread may have been first.
+            # setdefault keeps the first of two threads' measurements.
             found = self._measured.setdefault(key, cores[seconds.index(min(seconds))])
-        if found is None and backward not in self._chosen:  # that of the first backward pass
+        if found is None and backward not in self._chosen:  # the first backward pass makes its plan
             algorithm = self._algorithm
             self._chosen[backward] = self.backend.core_plan(self, self._tf32, algorithm, backward)
         return self._chosen[backward] if found is None else found
@@ -190,7 +190,7 @@ class Plan(CommonPlan):
             run(self._fastest(run, False))
             if call.lengths is not None and not call.record:
                 keep_empty(call, result[1:3], (call.syn, call.mem))
-            del held, bias  # the kernels are on the stream: what takes their memory comes later
+            del held, bias  # on the stream, whoever gets this memory comes after the kernels
         return result._replace(name=self.name)
 
     def _forward(
@@ -302,7 +302,7 @@ class Backend(CommonBackend):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times = []
         try:
-            run()  # kernels are loaded, and memory is allocated
+            run()  # this run loads kernels and allocates memory
             for _ in range(_ROUNDS):
                 start.record()
                 run()
@@ -311,7 +311,7 @@ class Backend(CommonBackend):
                 times.append(start.elapsed_time(end) / 1e3)
         except torch.cuda.OutOfMemoryError:
             return math.inf
-        except RuntimeError as error:  # of a kernel or of cuDNN: the others may run
+        except RuntimeError as error:  # a kernel or cuDNN refused; other candidates may run
             logger.warning("a candidate is not timed: %s", error)
             return math.inf
         return min(times)

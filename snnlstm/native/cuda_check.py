@@ -11,8 +11,8 @@ from functools import cache
 
 OLDEST = (7, 5)
 TEGRA = {72, 87, 101, 110}  # Jetson and DRIVE: 10 * major + minor
-# The first driver branch that runs code of a CUDA major version; of CUDA 11 the first that knows
-# cudaLaunchKernelExC, by which kernels are launched.
+# The first driver branch that runs code of a CUDA major version. CUDA 11's is the first one that
+# has cudaLaunchKernelExC, which launches the kernels.
 FIRST_DRIVERS = {11: 520, 12: 525, 13: 580}
 
 

@@ -57,7 +57,7 @@ def reason_against_device(device: torch.device, traced: bool) -> str | None:
     """Why no kernels can run on a device; None if they can, or if the call is traced."""
     if device.type == "cpu":
         return None
-    if _NO_CUDA or traced:  # dynamo cannot ask; the call itself will say it
+    if _NO_CUDA or traced:  # dynamo cannot ask the driver; the call itself raises
         return _NO_CUDA
     index = torch.cuda.current_device() if device.index is None else device.index
     return cuda_check.trouble(index)
@@ -154,9 +154,9 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     if grads[0] is grads[1] is grads[2] is None:
         return (None,) * 6
     try:
-        everything = ctx.saved_tensors  # asked once, which torch's checkpoint demands
+        everything = ctx.saved_tensors  # torch's checkpoint allows one read of saved tensors
     except RuntimeError as error:
-        if "a second time" in str(error):  # torch's "Trying to backward through the graph ..."
+        if "a second time" in str(error):  # torch: "Trying to backward through the graph ..."
             raise RuntimeError(f"{error} {_FORGOTTEN}") from None
         raise
     *tensors, graded, lengths, saved = everything
@@ -266,11 +266,11 @@ def layout() -> int:
     return zlib.crc32(repr(("gates, syn, winner, places", counts)).encode())
 
 
-LAYOUT = layout()  # computed here, because dynamo cannot trace a call into the core
+LAYOUT = layout()  # dynamo cannot trace a call into the core
 
 
 def _text(spec: CellSpec, dtype: torch.dtype, operands: torch.dtype | None) -> str:
-    # A graph that torch.compile keeps on disk must not serve where another layout is saved.
+    # A graph in torch.compile's cache on disk must not serve a build with another layout.
     return f"{LAYOUT}|{dtype}|{operands}|{spec.serialized}"
 
 
@@ -417,7 +417,7 @@ def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Te
     x, syn, mem, weight, bias, threshold, graded, lengths, record = call
     if x.dtype in HALF_TYPES and not BACKENDS[x.device.type].half_types:
         return in_float32(call, lambda step: run_operator(step, spec, algorithm))
-    if weight.dtype != x.dtype:  # a half precision module under autocast
+    if weight.dtype != x.dtype:  # autocast makes the states of a half-precision module float32
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     training = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, syn, mem, weight, bias, threshold)

@@ -30,7 +30,7 @@ def in_float32(call: Call, run_step: Step) -> tuple[Tensor, Tensor, Tensor, Any]
     """
     x, syn, mem, weight, bias, threshold, graded, lengths, record = call
     dtype = x.dtype
-    if call.sequence:  # so that the steps' gradients are added in float32
+    if call.sequence:  # a weight in float32 adds the steps' gradients in float32
         weight, bias = weight.float(), None if bias is None else bias.float()
     threshold, graded = (None if t is None else t.float() for t in (threshold, graded))
     results: list[tuple[Tensor, ...]] = []

@@ -135,7 +135,7 @@ def _fields(
 def _without_gaps(x: Tensor, sequence: bool) -> Tensor:
     """x, or a copy of it, whose numbers fill its memory, in any order but with time outermost."""
     if not x.is_contiguous():
-        kept = torch.empty_like(x, device="meta").stride() == x.stride()  # if there are no gaps
+        kept = torch.empty_like(x, device="meta").stride() == x.stride()  # True without gaps
         if not kept or (sequence and x.stride(0) * x.shape[0] != x.numel()):
             return x.contiguous()
     return x.resolve_neg()

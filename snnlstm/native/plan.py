@@ -31,10 +31,10 @@ class Result(NamedTuple):
     syn: Tensor
     mem: Tensor
     saved: Tensor | None = None  # a block of a SavedLayout; None in inference
-    name: str = ""  # of what ran, such as "cpu-avx2-winograd4-sparse"
-    selection: Sequence[int] = ()  # what values selected, which the backward pass is told
-    packed: Any = None  # the weight as the kernels read it, if that is kept
-    threshold: Tensor | None = None  # a copy that nobody writes to, if training has made one
+    name: str = ""  # names what ran, such as "cpu-avx2-winograd4-sparse"
+    selection: Sequence[int] = ()  # the backward pass runs what the values selected here
+    packed: Any = None  # the weight in the kernels' layouts, if a backward pass may use it
+    threshold: Tensor | None = None  # training's copy, to which nobody writes
 
 
 class Gradients(NamedTuple):
@@ -54,9 +54,9 @@ class BackwardInputs(NamedTuple):
     call: Call
     views: Sequence[Any]  # addresses and strides of x, syn and mem
     saved: Tensor
-    grads: Sequence[Tensor | None]  # of spk, syn and mem
+    grads: Sequence[Tensor | None]  # the gradients of spk, syn and mem
     noise: Tensor | None  # the stochastic surrogate's numbers
-    wanted: Sequence[bool]  # in the order of Gradients
+    wanted: Sequence[bool]  # whether each of Gradients is computed
 
 
 class Sizes:
@@ -265,7 +265,7 @@ class CommonPlan(Sizes, ABC):
         operands: torch.dtype | None,
     ) -> None:
         super().__init__(call, spec, operands)
-        self.work = operands or self.dtype  # in which torch convolves
+        self.work = operands or self.dtype  # torch convolves in this dtype
         spk, state = self.outputs()
         self.spk_memory, self.state_memory = (
             (shape, image_strides(call.x, shape)) for shape in (spk, state)
@@ -286,11 +286,11 @@ class CommonPlan(Sizes, ABC):
             )
         )  # fmt: skip
         self._saved_as = [(t.shape, self.dtype, self.device) for t in call[:3]]
-        self._guard: Any = None  # of x, syn, mem and what was saved, as they were
+        self._guard: Any = None  # knows x, syn, mem and the saved block of a call before
         self.gradient_memory = gradient_memory(call.x, self)
         self._gradient_strides = [with_time(strides) for _, strides in self.gradient_memory[:3]]
         self.threshold_stride = 0 if self.thresholds == 1 else 1
-        # Whether bias, threshold and graded factor are as the kernels read them.
+        # Bias, threshold and graded factor may already be as the kernels read them.
         self.are_contiguous = are_contiguous(call)
         self.has_spk = spec.spiking or self.sequence
         self.passes_gradient = spec.passes_gradient(self.sequence)
@@ -299,7 +299,7 @@ class CommonPlan(Sizes, ABC):
         """Memory for spk, syn and mem."""
         x, like, empty = call.x, call.mem, torch.empty_like
         try:
-            if self.results_like_mem:  # takes two thirds of new_empty_strided's time
+            if self.results_like_mem:  # empty_like takes two thirds of new_empty_strided's time
                 return empty(like), empty(like), empty(like)
             strided, spk, state = x.new_empty_strided, self.spk_memory, self.state_memory
             return strided(*spk), strided(*state), strided(*state)

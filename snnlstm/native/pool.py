@@ -35,14 +35,14 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
-SMALLEST = 256 << 10  # bytes; less comes from torch, that is, from malloc
-MAPPED = 4 << 20  # bytes; malloc gives a block of this size back to the system when it is freed
+SMALLEST = 256 << 10  # bytes; torch's malloc serves smaller tensors
+MAPPED = 4 << 20  # bytes; malloc returns a freed block of this size to the system
 LIMIT = 1 << 30  # bytes of free blocks and workspaces in the process
-LARGEST_WORKSPACE = 64 << 20  # bytes; a larger one is a block
-SMALL_WORKSPACE = 1 << 20  # bytes; its call is too short to pay 2 us for the check of the limit
+LARGEST_WORKSPACE = 64 << 20  # bytes; a larger workspace is a block
+SMALL_WORKSPACE = 1 << 20  # bytes; a check of the limit takes 2 us, much of a smaller call
 
-# Free blocks by their size, each with a number that tells its age. Between two powers of two lie
-# three sizes. All deques exist from the beginning, so that the dict never changes.
+# Free blocks, each with its age, by size. Three sizes lie between two powers of two. All deques
+# exist from the beginning, so the dict never changes.
 _free: dict[int, deque[tuple[int, Any]]] = {
     quarters << power: deque() for power in range(16, 28) for quarters in (4, 5, 6, 7)
 }
@@ -54,8 +54,8 @@ def empty_cache() -> None:
     """Give the memory that no tensor uses back to the system: free blocks, and workspaces."""
     for blocks in (*_free.values(), _workspaces):
         blocks.clear()
-    with suppress(AttributeError, OSError, TypeError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)  # of small tensors, which malloc keeps for each thread
+    with suppress(AttributeError, OSError, TypeError):  # glibc alone has malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)  # malloc keeps small blocks for each thread
 
 
 def free_bytes() -> int:
@@ -76,7 +76,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         block = _free[rounded].pop()[1]
     except (KeyError, IndexError):
         block = _allocate(rounded)
-    view = memoryview(block)  # the tensor's storage refers to it
+    view = memoryview(block)  # the tensor's storage refers to this view
     weakref.finalize(view, _give_back, block).atexit = False
     return torch.frombuffer(view, dtype=dtype, count=count).view(shape)
 
@@ -92,7 +92,7 @@ def workspace(count: int) -> Tensor:
         memory = _workspaces.pop()[1]
         if memory.nbytes >= count:
             return memory
-        del memory  # not two at a time
+        del memory  # the old and the new one must not exist at a time
     except IndexError:
         pass
     return torch.frombuffer(_allocate(max(count, 1)), dtype=torch.uint8)
@@ -153,7 +153,7 @@ def _allocate(size: int) -> mmap.mmap:
         block = mmap.mmap(-1, size, **private)
     except OSError as error:
         raise MemoryError(f"no memory for {size} bytes") from error
-    with suppress(AttributeError, OSError):  # Linux alone has it
+    with suppress(AttributeError, OSError):  # Linux alone has madvise
         block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
@@ -167,5 +167,5 @@ def _give_back(block: mmap.mmap) -> None:
 def _drop_oldest() -> None:
     """Drop the blocks that came back first, while there are more than the limit."""
     while free_bytes() > LIMIT:
-        with suppress(IndexError, ValueError):  # another thread took it
+        with suppress(IndexError, ValueError):  # another thread took the block
             min(filter(None, (*_free.values(), _workspaces)), key=lambda b: b[0][0]).popleft()

@@ -15,7 +15,7 @@ Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each part of what is saved."""
 
 
-ALIGNMENT = 64  # bytes, of a block as torch allocates it: whole vectors of every kind
+ALIGNMENT = 64  # bytes; torch aligns blocks so, and every vector is a part of it
 
 
 class SavedLayout:

@@ -111,14 +111,14 @@ def forward(
     xs, at_once = _steps(call.x, call.sequence), plan.steps_at_once
     together = at_once == 1 and geometry.stride == (1, 1)
     weight = geometry.inner(call.weight.detach().to(plan.work))
-    if not together:  # contiguous: otherwise each convolution would copy its half
+    if not together:  # each convolution would copy a half that is not contiguous
         x_weight, weight = (w.contiguous() for w in weight.split([plan.cin, plan.c], 1))
         x_weight = x_weight.to(plan.real)
     spks, last = _steps(result.spk, call.sequence), plan.time - 1
     for t, x in enumerate(xs):
         spk: Tensor | None = spks[t]
         images, x_sums = mem.to(plan.work), None
-        with torch.autocast(x.device.type, enabled=False):  # the call's counts: plan.work
+        with torch.autocast(x.device.type, enabled=False):  # plan.work decides
             if together:
                 images = torch.cat([x.to(plan.work), images], 1)
             elif t % at_once == 0:
@@ -133,9 +133,9 @@ def forward(
         out_mem = result.mem[t] if call.record else result.mem
         h_alone = not plan.spec.spiking and not call.record and call.lengths is None
         if t < last and h_alone:
-            spk, out_mem = None, spks[t]  # which are one, and the next step reads it there
+            spk, out_mem = None, spks[t]  # spk is mem, and the next step reads it there
         left = _left(call, t)
-        # With lengths the states are carried on: those of every step are wanted.
+        # With lengths the kernels must write the states of every step, which the next one reads.
         run((
             None, strided(syn), strided(mem), 0, 0, 0, *neurons, call.record or left is not None,
             *plan.saved.addresses(result.saved, t), pointer(left), 0, 0,
@@ -197,7 +197,7 @@ def steps_backward(
     d_syn = torch.empty_like(syn) if out.syn is None else out.syn
     d_threshold = None if out.threshold is None else call.x.new_empty((last + 1, c))
     live = None if call.lengths is None else length_mask(call.lengths, last + 1)
-    if live is not None:  # where padded samples keep what they were given
+    if live is not None:  # the gradients of padded samples stay as they were given
         into_syn = d_syn.zero_() if into_syn is None else d_syn.copy_(into_syn)
     for t in range(last, -1, -1):
         into_syn = _sum(into_syn, recorded_syn, t)
@@ -283,6 +283,6 @@ def _sum(carried: Tensor | None, recorded: Tensor | None, step: int) -> Tensor |
 def _convolve(plan: Any, images: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
     """Gate sums without the bias, which the kernels add."""
     geometry = plan.geometry
-    if images.device.type == "cpu":  # emulated: equal numbers in any layout have equal sums
+    if images.device.type == "cpu":  # the emulator's sums must not depend on the layout
         images, weight = images.contiguous(), weight.contiguous()
     return F.conv2d(images, weight, None, stride, geometry.padding, geometry.dilation)
