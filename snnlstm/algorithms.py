@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["ALGORITHMS", "algorithm", "get_algorithm", "set_algorithm"]
-
 ALGORITHMS = (
     "auto", "direct", "winograd", "fused", "hybrid", "cudnn", "measure", "reference",
 )  # fmt: skip

@@ -19,8 +19,6 @@ from .spec import RESETS, CellSpec, Reset
 from .state import ResetSource, State
 from .surrogate import is_number
 
-__all__ = ["CellAttributes", "never_spikes", "warn_of_threshold"]
-
 
 class CellAttributes(Base):
     """What SConv2dLSTM inherits, so that attributes and states may be read and set at any time.

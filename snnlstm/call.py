@@ -18,8 +18,6 @@ from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, flag, make_spec
 from .surrogate import is_number
 from .torch_private import ENDED, level_of, unwrapped
 
-__all__ = ["Call", "autocast_dtype", "checked_call", "stateless_call"]
-
 # A shape's sizes after the channels, by the dimensions of an image.
 SIZES = {1: "L", 2: "H, W"}
 

@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from .call import Call, restored
 from .torch_private import transforms_are_active
 
-__all__ = ["in_segments", "may_checkpoint"]
-
 Three = tuple[Tensor, Tensor, Tensor]
 
 

@@ -26,8 +26,6 @@ from .path import (
     log_once,
 )
 
-__all__ = ["ConvLSTM", "ConvLSTMCell"]
-
 States = Sequence[Tensor | None]
 """h and c, (N, C, Ho, Wo) each; None means zeros."""
 

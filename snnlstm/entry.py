@@ -22,8 +22,6 @@ from .reference import Overrides
 from .spec import HALF_TYPES, CellSpec, are_ours
 from .torch_private import any_autocast, guard_of
 
-__all__ = ["Entries", "Entry", "Results", "entry_of", "run", "run_traced"]
-
 
 class Entry:
     """What follows from all that is static of a call, each static check passed.

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from .call import Call, autocast_dtype
 from .torch_private import ENDED, any_autocast, level_of
 
-__all__ = ["OF_TORCH", "BoundedDict", "key_of"]
-
 K = TypeVar("K")
 V = TypeVar("V")
 

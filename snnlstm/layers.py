@@ -12,12 +12,7 @@ from .leaky import Leaky
 from .path import HOOKS, REPLACED, beyond_forward
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import SEQUENCE_NEURONS, Neuron, TheirLeaky
-from .spikes import CELL, SpikeCount, SpikeRates
-
-__all__ = [
-    "CELL", "PER_SAMPLE", "TAKES", "LayerReport", "SpikeCount", "SpikeRates", "changed",
-    "not_per_sample", "report_of", "unshared",
-]  # fmt: skip
+from .spikes import CELL, SpikeCount
 
 LARGEST = 128 << 10
 """The most bytes of a layer's input or output at one step with which the CPU folds the steps.

@@ -19,8 +19,6 @@ try:
 except ImportError:  # path.against_device says why
     kernels = None  # type: ignore[assignment]
 
-__all__ = ["PRIVATE", "Leaky", "replaced"]
-
 PRIVATE = ("_path", "_layer_name", "_recognised", "_reset_source", "_reset")
 """The attributes of an instance that only our class has."""
 

@@ -12,15 +12,6 @@ from torch import Tensor
 
 from .torch_private import transforms_are_active
 
-__all__ = [
-    "check_dense",
-    "checked_lengths",
-    "hold_last",
-    "last_state",
-    "length_mask",
-    "mask_padding",
-]
-
 _INTS = (
     torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint64, torch.uint32, torch.uint16, torch.uint8,

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .lengths import hold_last, mask_padding
 from .sconv2dlstm import SConv2dLSTM
 
-__all__ = ["Frozen", "pad"]
-
 
 def pad(out: Any, lengths: Tensor) -> Any:
     """What a neuron returned of all steps, spk or spk and mem, as steps with :class:`Frozen`."""

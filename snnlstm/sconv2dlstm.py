@@ -27,8 +27,6 @@ from .snntorch import register
 from .spec import CellSpec
 from .state import LastReset, ResetSource, State
 
-__all__ = ["SConv1dLSTM", "SConv2dLSTM"]
-
 
 class SConv2dLSTM(CellAttributes):
     """Spiking convolutional LSTM cell: snnTorch's, faster.

@@ -33,8 +33,6 @@ from .sconv2dlstm import SConv2dLSTM
 from .snntorch import SEQUENCE_NEURONS
 from .spec import flag
 
-__all__ = ["LayerReport", "Sequential", "unroll"]
-
 Named = tuple[str, nn.Module]  # a layer and its name
 
 # ---- how a layer goes through a sequence --------------------------------------------------------

@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from . import quant, surrogate
 from .quant import StateQuant
 
-__all__ = ["recognise_quant", "recognise_surrogate", "recognise_traced", "refuse_traced"]
-
 logger = logging.getLogger("snnlstm")
 
 

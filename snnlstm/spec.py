@@ -22,8 +22,6 @@ from .quant import StateQuant
 from .snntorch import recognise_quant, recognise_surrogate, recognise_traced, refuse_traced
 from .surrogate import MAKERS, NONE, Surrogate, atan, fixed
 
-__all__ = ["CHECKS", "DESCRIBING", "CellSpec", "Pool", "Reset", "make_spec"]
-
 Reset = Literal["subtract", "zero", "none"]
 Pool = Literal["none", "max", "avg"]
 

@@ -16,8 +16,6 @@ from .snntorch import Base, Neuron
 from .spec import a_module, pooling
 from .torch_private import NO_LEVEL, level_of, unwrapped
 
-__all__ = ["SpikeCount", "SpikeRates", "spike_rates"]
-
 CELL = SConv2dLSTM if Base is nn.Module else Base  # the base class of all cells
 
 

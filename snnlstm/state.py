@@ -27,8 +27,6 @@ from .torch_private import (
     unwrapped,
 )
 
-__all__ = ["LastReset", "ResetSource", "State"]
-
 
 class State:
     """syn and mem of one cell, (N, C, Ho, Wo), or (0,) before the first call.

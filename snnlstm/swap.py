@@ -30,8 +30,6 @@ from .snntorch import (
 )
 from .spec import BEYOND_SNNTORCH, a_module, flag, is_default
 
-__all__ = ["SwapReport", "accelerate", "patch", "restore", "unpatch"]
-
 logger = logging.getLogger("snnlstm")
 
 _ITSELF = "(the model itself)"

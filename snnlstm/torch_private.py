@@ -16,13 +16,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-__all__ = [
-    "ENDED", "NO_LEVEL", "any_autocast", "backward_pass", "current_stream", "driver_version",
-    "exporting", "forward_level", "fp32_precision", "global_hooks", "guard_of", "is_batch",
-    "is_tracing", "is_vmapped", "keeps_graph", "level_of", "multiplies_bfloat16", "opaque",
-    "recorder", "transforms_are_active", "unwrapped",
-]  # fmt: skip
-
 logger = logging.getLogger("snnlstm")
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["WAYS_OUT", "checkout"]
-
 WAYS_OUT = (
     "run Python in another folder, where it finds what `pip install .` has installed, or run "
     "`pip install -e .` in the checkout"

@@ -31,8 +31,6 @@ from .plan import (
     pointer,
 )
 
-__all__ = ["ALGORITHMS", "Backend", "PackedWeight", "packed_weight", "set_isa"]
-
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/args.h
 
 ONE_THREAD = not _C.openmp_library()

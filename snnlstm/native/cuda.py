@@ -41,8 +41,6 @@ from .plan import (
 )
 from .torch_conv import Geometry, NeuronPointers
 
-__all__ = ["Backend"]
-
 logger = logging.getLogger("snnlstm")
 
 # csrc/cuda/plan.h numbers the algorithms so; "direct" is "fused".

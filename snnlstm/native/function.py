@@ -39,8 +39,6 @@ from .plan import (
     gradient_memory,
 )
 
-__all__ = ["BACKENDS", "DEVICES", "beyond_kernels", "in_float32", "plan_of", "run", "run_operator"]
-
 # ---- backends and plans --------------------------------------------------------------------------
 
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from ..call import Call
 from ..lengths import hold_last
 
-__all__ = ["in_float32", "recorded_states"]
-
 
 def recorded_states(call: Call, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
     """Recorded states in which padded samples repeat their last one; kernels leave others there."""

@@ -21,8 +21,6 @@ from . import pool
 from .function import BACKENDS, beyond_kernels
 from .plan import contiguous_as, pointer, stochastic_noise
 
-__all__ = ["Neurons", "place", "run"]
-
 
 class Neurons(NamedTuple):
     """What a layer computes of x and mem.

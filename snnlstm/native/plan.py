@@ -21,8 +21,6 @@ from ..torch_private import guard_of
 from . import pool
 from .saved import ALIGNMENT, SavedLayout, Shapes
 
-__all__ = ["CommonBackend", "CommonPlan", "Gradients", "Result", "SavedLayout", "Sizes"]
-
 
 class Result(NamedTuple):
     """Outputs of a forward pass."""

@@ -27,11 +27,6 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = [
-    "MAPPED", "SMALLEST", "empty", "empty_cache", "empty_result", "free_bytes", "let_go",
-    "make_room", "where_it_fits", "workspace",
-]  # fmt: skip
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

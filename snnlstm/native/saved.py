@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "SavedLayout", "Shapes"]
-
 Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each part of what is saved."""
 

@@ -29,8 +29,6 @@ from ..call import Call
 from ..lengths import length_mask
 from .plan import BackwardInputs, Gradients, Result, empty_gradients, pointer, strided
 
-__all__ = ["MOST_SUMS", "backward", "forward", "steps_backward"]
-
 MOST_SUMS = 64 << 20
 """Bytes of x's gate sums that are formed at once, where these are of several steps."""
 
