@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import spec
-from .call import as_image, values
+from .call import values
 from .path import LastPath
 from .snntorch import Base, alive, clear_registries, register
 from .spec import RESETS, CellSpec, Reset
@@ -128,11 +128,6 @@ class CellAttributes(Base):
         if self.threshold.numel() == 1 and not self.threshold.is_meta:
             parts.append(f"threshold={self.threshold.item():g}")
         return ", ".join(parts)
-
-    @property
-    def _weight(self) -> Tensor:
-        """conv's weight as the kernels take it, (4C, Cin + C, kh, kw)."""
-        return self.conv.weight if self._dims == 2 else as_image(self.conv.weight)
 
     # ---- states ---------------------------------------------------------------------------
 

@@ -218,13 +218,6 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return None
 
 
-def state_dtype(weight: Tensor) -> torch.dtype:
-    """Dtype of the states and of spk: weight's, but at least float32 under autocast."""
-    if autocast_dtype(weight.device.type) is not None:
-        return torch.promote_types(weight.dtype, torch.float32)
-    return weight.dtype
-
-
 def input_tensor(
     x: Any, weight: Tensor, in_channels: int, batch_first: bool, dims: int, name: str
 ) -> Tensor:
@@ -253,12 +246,17 @@ def input_tensor(
 
 
 def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
-    """`tensor` in the dtype of the states, where the conversion loses nothing."""
+    """`tensor` in the dtype of states and spk, where the conversion loses nothing.
+
+    It is weight's dtype, but at least float32 under autocast.
+    """
     if tensor.device != weight.device:
         raise ValueError(
             f"{name} must be on weight's device {weight.device}, got one on {tensor.device}"
         )
-    dtype = state_dtype(weight)
+    dtype = weight.dtype
+    if autocast_dtype(weight.device.type) is not None:
+        dtype = torch.promote_types(dtype, torch.float32)
     if tensor.dtype != dtype:
         if not _converts(tensor.dtype, dtype):
             raise TypeError(

@@ -334,7 +334,8 @@ class SConv2dLSTM(CellAttributes):
     def _checked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool) -> Call:
         """Return the call, after a check of every argument."""
         if type(self.conv) is self._conv_kind:
-            weight, bias = self._weight, self.conv.bias
+            weight, bias = self.conv.weight, self.conv.bias
+            weight = weight if self._dims == 2 else as_image(weight)
         else:
             weight, bias = dtype_source(self.conv, x, self.graded_spikes_factor), None
         passed = {"syn": syn, "mem": mem}

@@ -341,13 +341,14 @@ def _step_by_step(
 
     All of them run for one step, then for the next.
     """
+    counts = x.device.type == "cpu" and not torch.compiler.is_compiling()
     outs: list[Any] = list(x.unbind(0))  # the gradient of each x[t] would be as large as x
     calls: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
     before = ""
     for name, layer in layers:
         first = _first_item(before, outs[0])
         report = _report_of(name, layer, first, first.dim(), 1, by_step)
-        if calls and report.reason == ONE_CALL and _is_large(first):
+        if calls and report.reason == ONE_CALL and counts and first.nbytes > LARGEST_STACKED:
             report = replace(report, kind="step", reason=TO_STACK)
         if report.kind != "step":
             break
@@ -363,12 +364,6 @@ def _step_by_step(
         for previous, layer, call in calls:
             outs[t] = call(unshared(_first_item(previous, outs[t]), layer))
     return _joined(before, outs)
-
-
-def _is_large(x: Tensor) -> bool:
-    """Whether steps like x are not worth a stack."""
-    counts = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return counts and x.nbytes > LARGEST_STACKED
 
 
 def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:

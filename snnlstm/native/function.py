@@ -267,11 +267,6 @@ def layout() -> int:
 LAYOUT = layout()  # dynamo cannot trace a call into the core
 
 
-def _text(spec: CellSpec, dtype: torch.dtype, operands: torch.dtype | None) -> str:
-    # A graph in torch.compile's cache on disk must not serve a build with another layout.
-    return f"{LAYOUT}|{dtype}|{operands}|{spec.serialized}"
-
-
 def _spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
     _, _, operands, rest = text.split("|", 3)
     return CellSpec.from_text(rest), getattr(torch, operands.removeprefix("torch."), None)
@@ -325,12 +320,6 @@ def _check_fit(call: Call, spec: CellSpec) -> None:
         raise ValueError(f"the tensors of an operator must fit each other, got shapes {shapes}")
 
 
-def _as_tensor(x: Tensor, selection: Sequence[int]) -> Tensor:
-    """The forward pass's selection by values. CUDA's are none, and a graph of CUDA's operators must
-    have no tensor on the CPU."""
-    return torch.tensor(selection, dtype=torch.int64, device=x.device)
-
-
 @torch.library.custom_op(
     "snnlstm::forward", mutates_args=(), schema=f"({_CALL}, bool training) -> {_results(5)}"
 )
@@ -344,7 +333,9 @@ def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
 def _forward_outputs(x: Tensor, r: Result) -> tuple[Tensor, ...]:
     """A forward pass's results, as its operator returns them; nothing is saved in inference."""
     saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved
-    return r.spk, r.syn, r.mem, saved, _as_tensor(x, r.selection)
+    # A graph of CUDA's operators must have no tensor on the CPU.
+    selection = torch.tensor(r.selection, dtype=torch.int64, device=x.device)
+    return r.spk, r.syn, r.mem, saved, selection
 
 
 @_forward_operator.register_fake
@@ -420,7 +411,9 @@ def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Te
     training = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, syn, mem, weight, bias, threshold)
     )
-    text = _text(spec, x.dtype, operands_of(call, autocast_dtype(x.device.type)))
+    # A graph in torch.compile's cache on disk must not serve a build with another layout.
+    operands = operands_of(call, autocast_dtype(x.device.type))
+    text = f"{LAYOUT}|{x.dtype}|{operands}|{spec.serialized}"
     tensors = x, syn, mem, weight, bias, threshold, graded, lengths
     spk, new_syn, new_mem, *_ = _forward_operator(*tensors, record, text, algorithm, training)
     if not spec.passes_gradient(call.sequence):

@@ -36,10 +36,6 @@ class Neurons(NamedTuple):
     sequence: bool = False
     """Whether x has all steps, (T, ...)."""
 
-    def wants_before(self) -> bool:
-        """Whether the backward pass reads the mem before each step."""
-        return self.reset == "zero" or self.beta.requires_grad or self.threshold.requires_grad
-
 
 def real(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the computation, of spk and of mem, for an x of `dtype`."""
@@ -172,9 +168,9 @@ class _Leaky(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Run the kernels; the tensors are those that may require a gradient."""
         spk, after, before = _forward(neurons, x, mem, True)
-        ctx.save_for_backward(
-            before if neurons.wants_before() else None, after, beta, threshold, neurons.graded
-        )
+        if neurons.reset != "zero" and not (beta.requires_grad or threshold.requires_grad):
+            before = None  # type: ignore[assignment]  # the backward pass does not read it
+        ctx.save_for_backward(before, after, beta, threshold, neurons.graded)
         ctx.neurons, ctx.dtypes, ctx.strides = neurons[:2], (x.dtype, mem.dtype), after.stride()
         ctx.sequence, ctx.shape, ctx.device = neurons.sequence, after.shape, after.device
         ctx.set_materialize_grads(False)

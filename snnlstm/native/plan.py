@@ -6,7 +6,6 @@ that its caller keeps alive while it runs.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -219,13 +218,11 @@ def empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def gradient_memory(x: Tensor, s: Sizes) -> Sequence[tuple[Any, Any]]:
     """Shapes and strides of :class:`Gradients`; the threshold's is one number a channel, (C,)."""
-    gates = 4 * s.c
-    state = s.state, s.state_strides
-    weight = gates, s.cin + s.c, *s.spec.kernel_size
-    return (
-        (tuple(x.shape), image_strides(x, tuple(x.shape))), state, state,
-        (weight, _contiguous_strides(weight)), ((gates,), (1,)), ((s.c,), (1,)),
-    )  # fmt: skip
+    gates, inputs, (kh, kw) = 4 * s.c, s.cin + s.c, s.spec.kernel_size
+    weight = (gates, inputs, kh, kw), (inputs * kh * kw, kh * kw, kw, 1)
+    shape, state = tuple(x.shape), (s.state, s.state_strides)
+    strides = image_strides(x, shape)
+    return (shape, strides), state, state, weight, ((gates,), (1,)), ((s.c,), (1,))
 
 
 @pool.where_it_fits
@@ -237,10 +234,6 @@ def empty_gradients(
     return Gradients._make(
         [empty(*layout) if want else None for layout, want in zip(memory, wanted, strict=True)]
     )
-
-
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
 
 
 class CommonPlan(Sizes, ABC):
@@ -388,10 +381,6 @@ class CommonPlan(Sizes, ABC):
     @abstractmethod
     def _backward(self, given: BackwardInputs, selection: Sequence[int], packed: Any) -> Gradients:
         """The gradients that are wanted; that of the threshold has one number a channel, (C,)."""
-
-    def empty_d_gates(self, x: Tensor) -> Tensor:
-        """Memory for the gradient of the gate sums of every step."""
-        return x.new_empty(self.d_gates_shape, dtype=self.sums_dtype)
 
 
 class CommonBackend(ABC):

@@ -154,7 +154,7 @@ def backward(
     """
     call, x, wanted = given.call, given.call.x, given.wanted
     out = empty_gradients(x, plan.gradient_memory, (*wanted[:3], False, False, wanted[5]))
-    d_gates = plan.empty_d_gates(x)
+    d_gates = x.new_empty(plan.d_gates_shape, dtype=plan.sums_dtype)
     mems = _empty_mems(call, d_gates) if wanted[3] else None
     if call.lengths is not None:
         d_gates.zero_()
