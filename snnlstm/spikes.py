@@ -14,7 +14,7 @@ from .quant import StateQuant
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron
 from .spec import a_module, pooling
-from .torch_private import NO_LEVEL, level_of, unwrapped
+from .torch_private import NO_LEVEL, exporting, level_of, unwrapped
 
 CELL = SConv2dLSTM if Base is nn.Module else Base  # the base class of all cells
 
@@ -48,6 +48,8 @@ class SpikeCount:
     compared: Tensor | None = None
 
     def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if exporting():  # tensors of an export hold no numbers
+            return
         with torch.no_grad():
             mem = getattr(layer, "mem", None)
             while isinstance(output, tuple | list):  # a tuple ends with mem
