@@ -3,8 +3,8 @@
 A call has any options, shape, dtype, memory layout, instruction set and algorithm. A sequence runs
 as one call, in steps or in chunks; the caller hands states on, or a cell keeps them. Gradients are
 asked for in unusual ways (ASKED), and hooks bring saved tensors back in other memory (KEPT). The
-checks run on poisoned memory (checks.py). Hypothesis shrinks a failure, and a script that repeats
-the failure is printed.
+checks run on poisoned memory (checks.py). Hypothesis shrinks a failure, and prints the arguments of
+:func:`check` that show it; the same --seed finds it again.
 
 With --nonsense each call of the core comes with nonsense among its arguments first, and the core
 must raise an error. Such a call is printed before it is made, so that the last line names one that
@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import hypothesis
@@ -135,44 +135,26 @@ class Calls(Kernels):
         return call
 
 
-@dataclass(frozen=True)
-class Example:
-    """An example has a case, the way to run it, and the gradients to compare."""
-
-    case: Case
-    isa: str
-    algorithm: str
-    way: str
-    chunk: int
-    outputs: tuple[str, ...]
-    wanted: tuple[str, ...]
-    pattern: int
-    asked: str = "plain"
-    kept: str = "as it is"
-
-    def script(self) -> str:
-        """Returns a program that runs this example alone."""
-        chosen = self.case.options
-        parts = [f'Options.of("{chosen.serialized}", {chosen.sequence}, {chosen.record})']
-        parts += [repr(getattr(self.case, f.name)) for f in fields(Case)[1:]]
-        rest = ", ".join(repr(getattr(self, f.name)) for f in fields(self)[1:])
-        return (
-            "import torch\nfrom tests.shared.cases import Case, Options\n"
-            "from tools.fuzz import Example, check\n"
-            f"case = Case({', '.join(parts)})\ncheck(Example(case, {rest}))\n"
-        )
-
-
-def check(example: Example) -> bool:
+def check(
+    case: Case,
+    isa: str,
+    algorithm: str,
+    way: str,
+    chunk: int = 2,
+    outputs: tuple[str, ...] = OUTPUTS,
+    wanted: tuple[str, ...] = NAMES,
+    pattern: int = NAN,
+    asked: str = "plain",
+    kept: str = "as it is",
+) -> bool:
     """Checks results and gradients; returns False if the gradients were not compared.
 
     Gradients cannot be compared if rounding led kernels and reference to different decisions, as it
     does in half types, or if the weights are so large that the recurrence is chaotic.
     """
-    case, algorithm = example.case, example.algorithm
     if algorithm == "winograd" and case.dtype != torch.float32:
         algorithm = "auto"
-    kernels = Calls(example.isa, algorithm, example.way, example.chunk, case.gain, example.kept)
+    kernels = Calls(isa, algorithm, way, chunk, case.gain, kept)
     for _ in use(kernels):
         check_results(case, kernels)
         if case.gain > 1 or case.dtype.itemsize == 2:
@@ -181,8 +163,7 @@ def check(example: Example) -> bool:
             case = replace(case, dtype=torch.float64, layouts=("contiguous",) * 4)
         if case.options.quant and case.options.pool == "avg":  # in float64 means round alike
             case = replace(case, dtype=torch.float64)
-        outputs, wanted, pattern = example.outputs, example.wanted, example.pattern
-        return check_gradients(kernels, case, outputs, wanted, pattern, ASKED[example.asked])
+        return check_gradients(kernels, case, outputs, wanted, pattern, ASKED[asked])
     raise AssertionError
 
 
@@ -236,39 +217,34 @@ def _subsets(of: tuple[str, ...]) -> st.SearchStrategy[tuple[str, ...]]:
     return st.sets(st.sampled_from(of), min_size=1).map(lambda s: tuple(sorted(s)))
 
 
-def examples() -> st.SearchStrategy[Example]:
-    return st.builds(
-        Example, st.one_of(cases(), large_cases()), _ANY_ISA,
-        st.sampled_from(native.cpu.ALGORITHMS), st.sampled_from(WAYS), st.integers(2, 5),
-        _subsets(OUTPUTS), _subsets(NAMES), st.sampled_from([NAN, HUGE]),
-        st.sampled_from([*ASKED]), st.sampled_from([*KEPT]),
-    )  # fmt: skip
+ARGUMENTS: dict[str, st.SearchStrategy] = {
+    "case": st.one_of(cases(), large_cases()),
+    "isa": _ANY_ISA,
+    "algorithm": st.sampled_from(native.cpu.ALGORITHMS),
+    "way": st.sampled_from(WAYS),
+    "chunk": st.integers(2, 5),
+    "outputs": _subsets(OUTPUTS),
+    "wanted": _subsets(NAMES),
+    "pattern": st.sampled_from([NAN, HUGE]),
+    "asked": st.sampled_from([*ASKED]),
+    "kept": st.sampled_from([*KEPT]),
+}
 
 
 def run(count: int, seed: int | None = None) -> Counter[str]:
-    """Checks `count` random examples; returns how many of each kind were compared."""
+    """Checks `count` random calls; returns how many ran in each way, or had gradients compared."""
     done: Counter[str] = Counter()
 
-    # One bug alone is reported, so that one script is printed, and its exception raised.
+    # One bug alone is reported, so that its exception is raised.
     @settings(drawing(count), report_multiple_bugs=False)
-    @given(examples())
-    def check_example(example: Example) -> None:
-        try:
-            compared = check(example)
-        except Exception:
-            print(f"A script that shows it:\n\n{example.script()}", file=sys.stderr)
-            raise
-        done["results and gradients" if compared else "results alone"] += 1
-        done[example.way] += 1
-        done[f"gradients {example.asked}"] += compared
-        done[f"saved tensors {example.kept}"] += compared
-        done[f"gradients in {example.case.dtype}"] += compared
-        done[f"gradients with checkpoint={example.case.options.checkpoint}"] += compared
-        done[f"{example.isa}, {example.algorithm}"] += 1
+    @given(**ARGUMENTS)
+    def check_call(**arguments: Any) -> None:
+        done["gradients"] += check(**arguments)
+        done[arguments["way"]] += 1
 
     if seed is not None:
-        check_example = hypothesis.seed(seed)(check_example)
-    check_example()
+        check_call = hypothesis.seed(seed)(check_call)
+    check_call()
     return done
 
 
@@ -472,9 +448,7 @@ def main() -> int:
             done += check_some(chosen.round, seed)
             seed += 1
             progress.update(chosen.round)
-    print(f"seeds {chosen.seed} to {seed - 1}")
-    for name, count in sorted(done.items()):
-        print(f"  {count:6} {name}")
+    print(f"seeds {chosen.seed} to {seed - 1}: {dict(done)}")
     return 0
 
 

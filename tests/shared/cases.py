@@ -40,11 +40,6 @@ class Options(CellSpec):
         # torch.compile cannot trace fields(), so the spec alone, as cells have it, is made here.
         object.__setattr__(self, "spec", CellSpec(**_fields_of(self)))
 
-    @classmethod
-    def of(cls, text: str, sequence: bool, record: bool) -> "Options":
-        """Returns the options with the spec of this text."""
-        return cls(**_fields_of(CellSpec.from_text(text)), sequence=sequence, record=record)
-
 
 def _fields_of(spec: CellSpec) -> dict[str, Any]:
     return {f.name: getattr(spec, f.name) for f in fields(CellSpec) if f.init}
