@@ -50,5 +50,5 @@ def tests(session: nox.Session, torch: str) -> None:
 def older_snntorch(session: nox.Session) -> None:
     """What meets snnTorch, with the release before the newest."""
     files = ["cell/test_surrogate.py", "snntorch/test_swap.py", "snntorch/test_drop_in.py"]
-    named = [f"tests/{name}" for name in [*files, "networks"]]
+    named = [f"tests/{name}" for name in [*files, "bench/test_networks.py"]]
     _run(session, ["snntorch==0.9.4", "-e", "."], *named, "-k", "not a_checkpoint_loads")

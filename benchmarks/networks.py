@@ -28,7 +28,6 @@ from torch import Tensor, nn
 import snnlstm
 from benchmarks.providers import FORMS, Form
 from snnlstm import unroll
-from snnlstm.layers import SpikeCount
 
 
 def averaged(run: Callable[..., Tensor], net: nn.Module, optimizer: Any, x: Tensor, y: Tensor):
@@ -293,31 +292,12 @@ def _fresh(net: nn.Module, x: tuple[Any, ...]) -> Any:
     return net(*x)
 
 
-class Watch(SpikeCount):
-    """Notes whether cells get whole sequences; `unroll` takes this hook for a count of spikes."""
-
-    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        self.spikes += inputs[0].dim() == 5
-
-
-def takes_sequences(net: nn.Module, x: tuple[Any, ...]) -> bool:
-    """Returns whether the network's own forward gives its cells whole sequences, (T, N, ...)."""
-    watch = Watch("", None)
-    for cell in net.modules():
-        if isinstance(cell, snnlstm.SConv2dLSTM):
-            cell.register_forward_hook(watch)
-    with torch.no_grad():
-        _fresh(net, x)
-    return watch.spikes > 0
-
-
 def from_file(place: str) -> Network:
     """Returns the network of "file.py:function"; the function is "make" where no name is given.
 
     The function takes nothing and returns a network and its input, a tensor or a tuple of
     arguments. The network has snnTorch's cells or ours: either take the place of the other. Its
-    loss is the mean square of what it returns. Our cell's form is called "sequence" if the network
-    calls `unroll` or the like, else "loop". Raises ValueError that names what is missing.
+    loss is the mean square of what it returns. Raises ValueError that names what is missing.
     """
     file, _, name = place.partition(":")
     name = name or "make"
@@ -340,8 +320,6 @@ def from_file(place: str) -> Network:
         return x if isinstance(x, tuple) else (x,)
 
     forms = {name: form for name, form in FORMS.items() if not form.sequences}
-    if takes_sequences(make(snnlstm.SConv2dLSTM), own_input()):
-        forms["sequence"] = forms.pop("loop")
     return Network(
         "your own network", make, (), squared, loop=_fresh, own_input=own_input,
         optimizer=functools.partial(torch.optim.SGD, lr=0.0), forms=forms,

@@ -63,43 +63,7 @@ def draw_quantisers() -> Any:
     return figure
 
 
-OPERATORS = ["cat", "conv", "split", "sigmoid", "tanh", "mul, add", "reset", "pool", "spike"]
-STEPS = 3
-
-
-def draw_calls() -> Any:
-    """Draw some steps: snnTorch's cell runs operators one by one, and ours one call."""
-    figure, panel = _pyplot().subplots(figsize=(9.5, 3), layout="constrained")
-
-    # Black on these pale colours is readable in the light and in the dark theme.
-    def row(bottom: float, left: str, names: list[str], colour: str) -> None:
-        panel.text(-0.1, bottom, left, ha="right", va="center", fontsize="small")
-        width = len(OPERATORS) / len(names)
-        for k, name in enumerate(names):
-            panel.barh(bottom, width - 0.1, 0.75, left=k * width, color=colour)
-            middle = (k + 0.5) * width - 0.05
-            panel.text(middle, bottom, name, ha="center", va="center", fontsize="small", color="k")
-
-    def title(bottom: float, text: str) -> None:
-        panel.text(0, bottom, text, va="center")
-
-    title(STEPS + 3, "snnTorch's cell: each step is a row of operators, with tensors between them")
-    for t in range(STEPS):
-        row(STEPS + 2 - t, f"step {t + 1}", OPERATORS, "#FFD8B0")
-    title(1.6, "snnlstm's cell: one call, in which one pass makes all of a step")
-    row(
-        0.6,
-        f"{STEPS} steps",
-        ["convolution, gates, state, reset, pool, spike"] * STEPS,
-        "#BFE5BF",
-    )
-    row(-0.5, "result", ["spk, syn, mem and gradients: the same, to rounding"], "#BBD6EC")
-    panel.set_xlim(-0.9, len(OPERATORS))
-    panel.set_axis_off()
-    return figure
-
-
-DRAWN = {"calls": draw_calls, "surrogates": draw_surrogates, "quantisers": draw_quantisers}
+DRAWN = {"surrogates": draw_surrogates, "quantisers": draw_quantisers}
 
 
 def draw(folder: Path) -> None:

@@ -92,7 +92,7 @@ def test_ones_own_network_is_timed_with_either_cell(tmp_path):
         )
         status, rows = suite(tmp_path, "--network", f"{file}:mine", "--seconds", "0.01")
         assert status == 0
-        assert set(rows.provider) == {"snntorch", "sequence" if stack == sequence else "loop"}
+        assert set(rows.provider) == {"snntorch", "loop"}
     with pytest.raises(ValueError, match=r"--network: .*: 'other'"):
         networks.from_file(f"{file}:other")
 
