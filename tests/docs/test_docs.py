@@ -80,7 +80,6 @@ def run(page: Path, seed: int | None = None) -> None:
 
 
 NEEDED = {
-    "event_files.md": ["tonic"],
     "ecosystem.md": ["lightning", "onnxscript", "onnxruntime"],
 }
 WITH_PYTHON = [page for page in PAGES if page.exists() and blocks(page, "python")]
