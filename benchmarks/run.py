@@ -1,11 +1,9 @@
 """Times layers and whole networks with snnTorch's cell and with ours, in one process.
 
-Each round runs every provider once, in a new order, and a speed-up is the ratio of two medians over
-the same rounds. With one thread times are processor time, and their ratios hold on a busy machine.
-With several threads they do not: each of snnTorch's twenty barriers a step waits for a thread that
-is not running, so that 8 times became 38 at a load of 11. The suite then prints no ratios, and its
-exit status is 3, if other programs take more than 0.3 of a core, or if the machine's peaks before
-and after a case differ by 10 %; --busy-anyway insists.
+A speed-up is the ratio of two medians over the same rounds. With one thread times are processor
+time, and their ratios hold on a busy machine. With several threads they do not (NOTES.md): the
+suite then prints no ratios, and its exit status is 3, if other programs take more than 0.3 of a
+core, or if the machine's peaks before and after a case differ by 10 %; --busy-anyway insists.
 """
 
 from __future__ import annotations
@@ -98,12 +96,11 @@ def time_interleaved(
     runners: Mapping[str, Runner],
     clock: Callable[[], float],
     seconds: float,
-    tick: Callable[[float], None] = lambda share: None,
 ) -> dict[str, list[float]]:
-    """Times runners against each other; returns the seconds of each round.
+    """Times runners against each other, in a new order each round; returns the seconds of each.
 
     Every provider runs up to four times before: torch.compile needs three to settle, caches and
-    pages one. tick is called after every round with the share of the work (0..1) that is done.
+    pages one.
     """
     timers = {
         # Freeing is not timed: in a network the next layer still holds the result.
@@ -120,9 +117,7 @@ def time_interleaved(
         order.shuffle(names)
         for name in names:
             samples[name].append(timers[name].timeit(1))
-        spent = time.perf_counter() - begin
-        tick(min(1.0, spent / max(seconds, 1e-9), done / report.FEWEST_ROUNDS))
-        if done >= report.FEWEST_ROUNDS and spent >= seconds:
+        if done >= report.FEWEST_ROUNDS and time.perf_counter() - begin >= seconds:
             break
     return samples
 
@@ -250,7 +245,7 @@ class Suite:
 
     def measure(self, name: str, case: Any, mode: str, built: dict[str, Any]) -> None:
         """Times one case in one mode."""
-        load, begin, runners = machine.Load(), self.bar.n, {}
+        load, runners = machine.Load(), {}
         for provider, one in built.items():
             try:
                 setup, run = one.prepare(mode)
@@ -260,12 +255,8 @@ class Suite:
             except (MemoryError, RuntimeError) as error:
                 self.skip(provider, name, error)
 
-        def tick(share: float) -> None:
-            self.bar.n = begin + share
-            self.bar.refresh()
-
-        samples = time_interleaved(runners, CLOCKS[self.clock], self.seconds, tick)
-        tick(1.0)
+        samples = time_interleaved(runners, CLOCKS[self.clock], self.seconds)
+        self.bar.update()
         before, self.peak = self.peak, machine.peak(self.setting)
         beside, drift = load.beside(), abs(self.peak / before - 1)
         quiet = self.clock == "processor" or (beside <= MOST_LOAD and drift <= MOST_DRIFT)
