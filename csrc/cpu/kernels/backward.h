@@ -18,7 +18,7 @@ class Backward {
   using S = Simd<T, VL>;
 
   struct BackwardScratch {
-    T* x_rows;  // of the gradient
+    T* x_rows;  // rows of the gradient of x
     TileBuffers<T> tiles;
   };
 
@@ -110,7 +110,7 @@ class Backward {
       if (of_weight && sums.due(t))
         phases.run(phase++, sums.chunks(), [&](int64_t task) { sums.fold(task, t); });
     }
-    // The gradients that are sums over all samples.
+    // The last phase writes the gradients that are sums over all samples.
     phases.run(phase, l_.Cb + (of_weight ? sums.write_tasks() : 0), [&](int64_t task) {
       if (task < l_.Cb) return neuron_.reduce(task);
       sums.write(task - l_.Cb, thread, static_cast<T*>(a_.grad_weight));

@@ -30,8 +30,8 @@ constexpr int kAccumulators = 12;
 template <int NV>
 constexpr int kMaxPixels = kAccumulators / NV < 8 ? kAccumulators / NV : 8;
 
-// What the sums of a row of pixels are added to: nothing, a bias for every pixel (pixel_stride 0),
-// or the values of the output.
+// The values to which the sums of a row of pixels are added: none (null), a bias for every pixel
+// (pixel_stride 0), or the output's own.
 template <class T>
 struct Start {
   const T* from = nullptr;

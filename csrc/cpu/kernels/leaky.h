@@ -8,7 +8,7 @@
 
 SNNLSTM_BEGIN_ISA
 
-// Computes in T, and reads x and writes its gradient as X.
+// The layer's kernels. They compute in T; x and its gradient are of type X.
 template <class T, class X>
 struct Leaky {
   static constexpr int VL = kWideBytes / sizeof(T);
@@ -45,7 +45,8 @@ struct Leaky {
     std::memcpy(p, lanes, size_t(count) * sizeof(N));
   }
 
-  // A parameter, whose neurons come in runs: all neurons of a run have one value, or each the next.
+  // beta or threshold. The neurons come in runs: either all neurons of a run share one value, or
+  // each neuron of a run has a value of its own.
   struct Parameter {
     const T* values;
     int64_t count, stride;

@@ -107,7 +107,7 @@ struct PoolWindow {
   }
 };
 
-// PassArgs::places, which is (T, N, Hp, Wp, Cp) here.
+// The numbers of the pixels that max_pool chose: PassArgs::places, (T, N, Hp, Wp, Cp) on the CPU.
 template <class M>
 class Places {
   using Mask = typename M::Mask;

@@ -65,7 +65,7 @@ SNNLSTM_INLINE __m512d lesser_of(__m512d a, __m512d b) { return _mm512_min_pd(a,
 SNNLSTM_INLINE __m512d greater_of(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 #endif
 
-// Vectors of numbers that only memory holds as such, for conversions.
+// Vectors of other numbers, which are converted when they are loaded and stored.
 template <class N, int count>
 struct VectorOf {
   typedef N type __attribute__((vector_size(count * sizeof(N))));

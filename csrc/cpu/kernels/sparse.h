@@ -56,7 +56,7 @@ class SparseInput {
   static constexpr int kShift = log2_of(kGates);
 
   struct TapGroup {
-    int64_t row, rows, column, columns;  // of the kernel
+    int64_t row, rows, column, columns;  // of the kernel's taps
   };
   struct Pixel {
     int32_t out;    // place of the pixel in the gate buffer
