@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,6 @@ LINES = {
     "accuracy": ("test accuracy", "{:.1%}"),
     "seconds": ("seconds of training,", "{:.1f}"),
     "batch_ms": ("ms per batch, median", "{:.1f}"),
-    "peak_mib": ("peak memory, MiB", "{:.0f}"),
-    "training_mib": ("  of it for training", "{:.0f}"),
 }
 Result = dict[str, Any]  # of training.run
 
@@ -33,19 +28,6 @@ EPOCHS = 12
 MINUTES = "4 to 6"
 SPREAD = "With other seeds and processors both cells reached 93.6 % to 98.1 %."
 """Twelve trainings of so many epochs had these test accuracies."""
-
-
-def train(network: str, args: argparse.Namespace) -> Result:
-    """Trains in this process, which imports both libraries: both processes start equally large."""
-    for library in COLOURS:
-        importlib.import_module(library)
-    return training.run(argparse.Namespace(**vars(args), network=network))
-
-
-def train_alone(network: str, args: argparse.Namespace) -> Result:
-    """Trains in a fresh process, whose peak of memory is the training's."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(train, network, args).result()
 
 
 def smooth(result: Result) -> pd.Series:
@@ -59,12 +41,11 @@ def furthest(reference: Result, ours: Result) -> float:
 
 
 def table(reference: Result, ours: Result) -> str:
-    """Returns accuracy, time and memory side by side, and the distance of the loss curves."""
+    """Returns accuracy and time side by side, and the distance of the loss curves."""
     text = [f"{'':36}{'snnTorch':>10}{'snnlstm':>10}{'ratio':>8}"]
     for key, (title, form) in LINES.items():
         one, other = reference[key], ours[key]
-        compared = key in ("seconds", "batch_ms", "training_mib") and other
-        ratio = f"{one / other:.2f}x" if compared else ""
+        ratio = "" if key == "accuracy" else f"{one / other:.2f}x"
         title += f" {ours['clock']}" * (key == "seconds")
         text.append(f"{title:36}{form.format(one):>10}{form.format(other):>10}{ratio:>8}")
     if ours["epochs"] == EPOCHS:
@@ -122,7 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if args.device == "cpu" and torch.cuda.is_available():
         print("There is a GPU here: --device cuda runs the demo on it.", flush=True)
-    reference, ours = (train_alone(network, args) for network in COLOURS)
+    reference, ours = (
+        training.run(argparse.Namespace(**vars(args), network=network)) for network in COLOURS
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     epochs = f"{ours['epochs']} epochs, seed {args.seed}"
     caption = f"Two-layer spiking ConvLSTM, {epochs}; {name}, torch {torch.__version__}"

@@ -2,8 +2,7 @@
 
     python training.py --epochs 4
 
-The script runs alone. The demo runs it with either library's cell, each time in a process of its
-own, so that the process's peak of memory is the training's.
+The script runs alone. The demo runs it with either library's cell.
 
 The digits are the 1797 images of 8x8 pixels that scikit-learn carries (UCI "Optical Recognition of
 Handwritten Digits", https://archive.ics.uci.edu/dataset/80), so nothing is downloaded. Each digit
@@ -28,11 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-try:
-    from benchmarks import peak_memory
-except ImportError:  # a copy of this script measures no memory
-    peak_memory = None
-
 CHANNELS = 16
 THRESHOLD = 0.05
 """The threshold is low, because mem = o * tanh(syn) is small as long as the weights are."""
@@ -45,7 +39,6 @@ EPSILON = 1e-3
 """Adam divides a gradient by its size plus epsilon. With the default of 1e-8 a gradient of the size
 of a rounding error makes as large a step as any other. Two runs of one cell, from weights that are
 1e-7 apart, then have different losses within an epoch."""
-MIB = 2**20
 EVERY = 5.0  # seconds between two lines without a terminal
 CHUNK = 64
 """So many digits are rendered at a time, which bounds the memory and changes nothing else."""
@@ -228,7 +221,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, RATE, total_steps=epochs * batches, pct_start=0.1, div_factor=5
     )
-    peaks = peak_memory.watching(args.device) if peak_memory else lambda: (0, 0)
     # Ratios of one thread's processor time hold on a busy machine.
     alone = args.device == "cpu" and args.threads == 1
     clock = time.process_time if alone else time.perf_counter
@@ -252,7 +244,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             mean = statistics.fmean(losses[-batches:])
             text = f"epoch {epoch + 1}/{epochs}  loss {mean:.3f}  {sum(seconds):.1f} s"
             tqdm.write(f"{args.network:<8}  {text}")
-    peak, beyond = peaks()
     return {
         "network": args.network,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -262,8 +253,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": sum(seconds),
         "clock": "processor time" if alone else "time",
         "batch_ms": 1000 * statistics.median(seconds),
-        "peak_mib": peak / MIB,
-        "training_mib": beyond / MIB,
         "path": model.path,
     }
 

@@ -35,11 +35,10 @@ def test_both_networks_start_alike_and_compute_alike():
 
 @pytest.fixture
 def _few_digits(monkeypatch):
-    """Gives the training 40 digits and 20 test digits, in this process."""
+    """Gives the training 40 digits and 20 test digits."""
     few = [digits[:n] for digits, n in zip(load_split(0), (40, 40, 20, 20), strict=True)]
     monkeypatch.setattr(training, "load_split", lambda seed: few)
     monkeypatch.setattr(training, "EVERY", float("inf"))  # no line depends on the clock
-    monkeypatch.setattr(demo, "train_alone", demo.train)
 
 
 @pytest.mark.usefixtures("_few_digits")
