@@ -43,6 +43,7 @@ from tests.shared.helpers import quietly
 from tests.shared.poison import HUGE, NAN
 
 WAYS = ("one call", "steps", "chunks", "a cell's calls", "a cell's chunks")
+BY_STEPS = ("steps", "a cell's calls")
 _MOST_WORK = 3_000_000  # multiply-adds of a gate, over all steps
 
 
@@ -70,10 +71,11 @@ class Calls(Kernels):
         inputs = Inputs(*tensors)
         if self.way == "one call" or not chosen.sequence:
             return super().run(*arguments)
-        call = (self._cell if "cell" in self.way else self._functional)(inputs, chosen)
+        by_cell, by_steps = "cell" in self.way and chosen.spiking, self.way in BY_STEPS
+        call = (self._cell if by_cell else self._functional)(inputs, chosen)
         spks, syns, mems = [], [], []
         syn, mem = inputs.syn, inputs.mem
-        for x in inputs.x.split(1 if self._by_steps(chosen) else self.chunk):
+        for x in inputs.x.split(1 if by_steps else self.chunk):
             spk, every_syn, every_mem = call(x, syn, mem)
             syn, mem = every_syn[-1], every_mem[-1]
             for kept, found in ((spks, spk), (syns, every_syn), (mems, every_mem)):
@@ -81,13 +83,7 @@ class Calls(Kernels):
         if chosen.record:
             syn, mem = torch.cat(syns), torch.cat(mems)
         # A step of a cell that does not spike has no spk.
-        return torch.cat(spks if chosen.spiking or not self._by_steps(chosen) else mems), syn, mem
-
-    def _by_steps(self, chosen: Options) -> bool:
-        """Returns whether each call has one step: a ConvLSTMCell takes no more."""
-        return self.way in ("steps", "a cell's calls") or (
-            "cell" in self.way and not chosen.spiking
-        )
+        return torch.cat(spks if chosen.spiking or not by_steps else mems), syn, mem
 
     def _functional(self, inputs: Inputs, chosen: Options) -> Callable[..., Any]:
         """Returns a function that runs one or several steps from given states."""
@@ -101,34 +97,23 @@ class Calls(Kernels):
 
     def _cell(self, inputs: Inputs, chosen: Options) -> Callable[..., Any]:
         """Returns a function that runs one or several steps by a cell, which keeps the states."""
-        x, syn, mem, weight, bias, threshold, graded = inputs
-        sizes = x.shape[-3], mem.shape[1], chosen.kernel_size, bias is not None
-        common = {name: getattr(chosen, name) for name in ("stride", "dilation", "checkpoint")}
-        if chosen.spiking:
-            if chosen.pool != "none":
-                common[f"{chosen.pool}_pool"] = chosen.pool_size
-            cell = quietly(
-                snnlstm.SConv2dLSTM, *sizes, spike_grad=chosen.surrogate,
-                reset_mechanism=chosen.reset, inhibition=chosen.inhibition,
-                state_quant=chosen.quant or False,
-                surrogate_disable=chosen.surrogate.kind == 0, dtype=x.dtype, **common,
-            )  # fmt: skip
-            cell._buffers["threshold"], cell._buffers["graded_spikes_factor"] = threshold, graded
-            cell.syn, cell.mem = syn, mem
-        else:
-            cell = snnlstm.ConvLSTMCell(*sizes, **common)
-        # Tensors of a graph take the place of parameters and buffers.
+        pool = {} if chosen.pool == "none" else {f"{chosen.pool}_pool": chosen.pool_size}
+        cell = quietly(
+            snnlstm.SConv2dLSTM, inputs.x.shape[-3], inputs.mem.shape[1], chosen.kernel_size,
+            inputs.bias is not None, spike_grad=chosen.surrogate, reset_mechanism=chosen.reset,
+            inhibition=chosen.inhibition, state_quant=chosen.quant or False,
+            surrogate_disable=chosen.surrogate.kind == 0, dtype=inputs.x.dtype,
+            stride=chosen.stride, dilation=chosen.dilation, checkpoint=chosen.checkpoint, **pool,
+        )  # fmt: skip
+        cell._buffers |= {"threshold": inputs.threshold, "graded_spikes_factor": inputs.graded}
+        cell.syn, cell.mem = inputs.syn, inputs.mem
+        # Tensors of a graph take the place of parameters.
         del cell.conv.weight, cell.conv.bias
-        cell.conv._parameters = {"weight": weight, "bias": bias}
+        cell.conv._parameters = {"weight": inputs.weight, "bias": inputs.bias}
 
         def call(x: Tensor, syn: Tensor, mem: Tensor) -> Any:
-            if not chosen.spiking:
-                h, c = cell(x[0], (mem, syn))
-                out = h.new_empty(1, 0), c[None], h[None]
-            elif self.way == "a cell's calls":
-                out = [o[None] for o in cell(x[0])]
-            else:
-                out = cell(x, record=True)
+            one = self.way in BY_STEPS
+            out = [o[None] for o in cell(x[0])] if one else cell(x, record=True)
             assert cell.path.native, str(cell.path)
             return out
 
