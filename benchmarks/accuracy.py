@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import snnlstm
-from snnlstm import reference
 
 LAYERS = {
     "2->16 k3": (2, 16, (3, 3)),
@@ -21,7 +20,7 @@ LAYERS = {
     "1->16 k19x3": (1, 16, (19, 3)),
 }
 SCALES = (1, 2.5, 5, 10)
-ALGORITHMS = ("torch", "direct", "winograd", "auto")
+ALGORITHMS = ("reference", "direct", "winograd", "auto")
 
 
 def layer(
@@ -36,23 +35,17 @@ def layer(
 
 
 def run(algorithm: str, tensors: list[Tensor]) -> tuple[list[Tensor], str]:
-    """Returns mem of every step with the gradients of x and weight, and the path's name.
-
-    algorithm: "torch" runs the reference path, in the tensors' type.
-    """
+    """Returns mem of every step with the gradients of x and weight, and the path's name."""
     x, weight, bias, grad = tensors
-    cout, kernel = weight.shape[0] // 4, weight.shape[2:]
-    cell = snnlstm.SConv2dLSTM(weight.shape[1] - cout, cout, tuple(kernel), threshold=0.1)
+    cout, kernel = weight.shape[0] // 4, tuple(weight.shape[2:])
+    options = {"threshold": 0.1, "dtype": weight.dtype}
+    cell = snnlstm.SConv2dLSTM(weight.shape[1] - cout, cout, kernel, **options)
     cell.conv.weight, cell.conv.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
     x = x.clone().requires_grad_()
-    if algorithm == "torch":
-        parameters = {"weight": cell.conv.weight, "bias": cell.conv.bias}
-        mem = reference.sconv2dlstm(x, **parameters, threshold=0.1, record=True)[2]
-    else:
-        with snnlstm.algorithm(algorithm):
-            mem = cell(x, record=True)[2]
+    with snnlstm.algorithm(algorithm):
+        mem = cell(x, record=True)[2]
     mem.backward(grad)
-    return [mem.detach(), x.grad, cell.conv.weight.grad], cell.path.name if cell.path else ""
+    return [mem.detach(), x.grad, cell.conv.weight.grad], cell.path.name
 
 
 def main() -> None:
@@ -65,7 +58,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, scale in itertools.product(LAYERS, SCALES):
         tensors = layer(*LAYERS[name], scale, args.steps, args.size)
-        exact, _ = run("torch", [t.double() for t in tensors])
+        exact, _ = run("reference", [t.double() for t in tensors])
         found, paths = zip(*(run(algorithm, tensors) for algorithm in ALGORITHMS), strict=True)
         ways = " / ".join(path.split("-", 2)[-1] for path in paths[2:])
         cells = []

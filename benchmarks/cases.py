@@ -341,7 +341,6 @@ def parse_case(text: str) -> Case:
 
 
 _FORM = (
-    'expected "T N Cin Cout H W k", positive, k odd as 3 or 3x5, and options of max_pool=2 or '
-    "avg_pool=2 (not larger than the image), reset=none, subtract or zero, quant=1 to 16, "
-    "threshold=0.1, density=0 to 1 or dense, lengths=True, name=mine"
+    'expected "T N Cin Cout H W k", k as 3 or 3x5, and options of max_pool=2, avg_pool=2, '
+    "reset=zero, quant=8, threshold=0.1, density=0.1 (or dense), lengths=True, name=mine"
 )

@@ -94,11 +94,6 @@ def _leaky(cell: Any, **options: Any) -> nn.Module:
     return library.Leaky(**options)
 
 
-def _reset(*layers: Any) -> None:
-    for layer in layers:
-        layer.reset_mem()
-
-
 # ---- networks as people have them ----------------------------------------------------------------
 
 
@@ -129,7 +124,8 @@ class Classifier(nn.Module):
         return torch.stack(out)
 
     def sequence(self, x: Tensor) -> Tensor:
-        _reset(*self.cells, self.lif)
+        for layer in (*self.cells, self.lif):
+            layer.reset_mem()
         return unroll(x.transpose(0, 1), *self.cells, nn.Flatten(), self.fc, self.lif)[1]
 
 

@@ -56,18 +56,8 @@ def _mend_links(app, relative_path, parent_docname, content):
 
 
 def _mend_page(app, docname, source):
-    """Put drawn pictures in, and keep lines from breaking in numbers such as "2.31 / 1.95".
-
-    A picture stands in a page as a comment, so that no link leads to a file that is not there.
-    """
+    """Put drawn pictures in: a page has a comment, so that no link leads to a missing file."""
     source[0] = re.sub(r"<!-- (\w+\.svg): (.+) -->", r"![\2](_generated/\1)", source[0])
-    pair = re.compile(r"(\d[\d.e-]*x?) / (\d[\d.e-]*)")
-    lines = source[0].split("\n")
-    for k, line in enumerate(lines):
-        if line[:1] == "|":
-            line = pair.sub("\\1\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}\\2", line)
-            lines[k] = re.sub(r"(?<=\de-)(?=\d)", "\N{WORD JOINER}", line)
-    source[0] = "\n".join(lines)
 
 
 def setup(app):

@@ -39,9 +39,6 @@ EPSILON = 1e-3
 """Adam divides a gradient by its size plus epsilon. With the default of 1e-8 a gradient of the size
 of a rounding error makes as large a step as any other. Two runs of one cell, from weights that are
 1e-7 apart, then have different losses within an epoch."""
-EVERY = 5.0  # seconds between two lines without a terminal
-CHUNK = 64
-"""So many digits are rendered at a time, which bounds the memory and changes nothing else."""
 
 
 @dataclass(frozen=True)
@@ -113,23 +110,17 @@ def render(images: Tensor, corners: Tensor, motion: Motion) -> Tensor:
     return shown.view(shape)
 
 
-def moving_digits(images: Tensor, motion: Motion, seed: int, out: Tensor | None = None) -> Tensor:
+def moving_digits(images: Tensor, motion: Motion, seed: int) -> Tensor:
     """Makes event sequences (T, n, 2, canvas, canvas), 0 or 1 in float32, of images (n, 8, 8).
 
     Channel 0 is 1 where the brightness rose by more than `contrast` since the frame before; channel
-    1 is 1 where it fell by more than that. Each image gets a random motion of its own. The events
-    are written to `out`, if it is given.
+    1 is 1 where it fell by more than that. Each image gets a random motion of its own.
     """
     generator = torch.Generator().manual_seed(seed)
-    corners = trajectories(len(images), motion, generator)
-    if out is None:
-        out = torch.empty(motion.steps, len(images), 2, motion.canvas, motion.canvas)
-    for part in torch.arange(len(images)).split(CHUNK):
-        frames = render(images[part], corners[part], motion)
-        change = frames[:, 1:] - frames[:, :-1]
-        events = torch.stack([change > motion.contrast, change < -motion.contrast], dim=2)
-        out[:, part] = events.to(out.dtype).transpose(0, 1)
-    return out
+    frames = render(images, trajectories(len(images), motion, generator), motion)
+    change = frames[:, 1:] - frames[:, :-1]
+    events = torch.stack([change > motion.contrast, change < -motion.contrast], dim=2)
+    return events.float().transpose(0, 1).contiguous()
 
 
 class Network(nn.Module):
@@ -183,17 +174,15 @@ class Data:
         images, labels, test_images, self.test_labels = load_split(seed)
         self.images, self.labels = images[:digits], labels[:digits]
         self.test = moving_digits(test_images, Motion(), 1_000_000 + seed)
-        # This tensor is filled anew in each epoch, so that training does not allocate it.
-        self.moving = moving_digits(self.images, Motion(), seed)
         self.seed = seed
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields batches of events (T, n, 2, S, S) and labels (n,)."""
         seed = 1000 * self.seed + number
-        moving_digits(self.images, Motion(), seed, out=self.moving)
+        moving = moving_digits(self.images, Motion(), seed)
         generator = torch.Generator().manual_seed(seed)
         for part in torch.randperm(len(self.images), generator=generator).split(BATCH):
-            yield self.moving[:, part], self.labels[part]
+            yield moving[:, part], self.labels[part]
 
 
 @torch.no_grad()
@@ -207,8 +196,7 @@ def accuracy(model: nn.Module, data: Data, device: str) -> float:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains and tests a network, shows the progress, and returns the results.
 
-    `args` are the arguments of :func:`main`. Without a terminal there is no bar, but a line every
-    few seconds.
+    `args` are the arguments of :func:`main`. There is no bar without a terminal.
     """
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # both networks in full float32
@@ -224,7 +212,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # Ratios of one thread's processor time hold on a busy machine.
     alone = args.device == "cpu" and args.threads == 1
     clock = time.process_time if alone else time.perf_counter
-    seconds, losses, said = [], [], time.monotonic()
+    seconds, losses = [], []
     with tqdm(desc=args.network, total=epochs * batches, unit="batch", disable=None) as bar:
         for epoch in range(epochs):
             model.train()
@@ -236,11 +224,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 schedule.step()
                 seconds.append(clock() - begin)
                 bar.update()
-                if bar.disable and time.monotonic() - said > EVERY:  # no terminal, and so no bar
-                    said = time.monotonic()
-                    print(
-                        f"{args.network:<8}  batch {len(losses)} of {epochs * batches}", flush=True
-                    )
             mean = statistics.fmean(losses[-batches:])
             text = f"epoch {epoch + 1}/{epochs}  loss {mean:.3f}  {sum(seconds):.1f} s"
             tqdm.write(f"{args.network:<8}  {text}")

@@ -38,7 +38,6 @@ def _few_digits(monkeypatch):
     """Gives the training 40 digits and 20 test digits."""
     few = [digits[:n] for digits, n in zip(load_split(0), (40, 40, 20, 20), strict=True)]
     monkeypatch.setattr(training, "load_split", lambda seed: few)
-    monkeypatch.setattr(training, "EVERY", float("inf"))  # no line depends on the clock
 
 
 @pytest.mark.usefixtures("_few_digits")

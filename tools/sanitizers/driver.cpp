@@ -297,20 +297,16 @@ void run(Cell c, const cpu::Kernels& kernels) {
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 100, seed = argc > 2 ? std::atoi(argv[2]) : 0;
   const cpu::Kernels& kernels = SNNLSTM_ISA::kernels;
-  int counts[int(CpuAlgorithm::sparse) + 1] = {}, tiled = 0;
   for (int k = 0; k < cases; ++k) {
     random_bits.seed(uint64_t(seed) * 1000003 + k);
     special = between(0, 4) == 0;
     Cell c = random_cell();
     c.dtype = one_of({DType::float32, DType::float32, DType::float64});
     choose_algorithms(c, kernels);
-    ++counts[int(c.x_algorithm)], tiled += c.tiled();
     if (c.dtype == DType::float64)
       run<double>(c, kernels);
     else
       run<float>(c, kernels);
   }
-  std::printf("%d cases; in tiles %d; input: direct %d, sparse %d, winograd %d; sum %.6g\n", cases,
-              tiled, counts[int(CpuAlgorithm::direct)], counts[int(CpuAlgorithm::sparse)],
-              counts[int(CpuAlgorithm::winograd)], total);
+  std::printf("%d cases; sum %.6g\n", cases, total);
 }
