@@ -42,3 +42,12 @@ def test_a_step_call_goes_the_way_that_the_architecture_tells():
     entered = stretches(lambda: cell(x, syn, mem))
     assert list(dict.fromkeys(entered)) == re.findall(r"^\d+\. `([^`]+)`", way, re.MULTILINE)
     assert len(entered) <= 24, entered
+
+
+def test_a_file_of_each_row_has_the_names_of_the_row():
+    for row in re.findall(r"(?m)^\|.*", (ROOT / "docs" / "architecture.md").read_text()):
+        names = re.findall(r"`([\w./-]+)`", row)
+        text = "".join((ROOT / name).read_text() for name in names if (ROOT / name).is_file())
+        for name in names:
+            if text and name.isidentifier():
+                assert re.search(rf"\b{name}\b", text), f"no {name} in the files of: {row}"
