@@ -127,7 +127,8 @@ def test_errors_and_exports_leave_nothing_behind(capsys):
     with snnlstm.spike_rates(cell, show=False) as rates:
         cell(torch.zeros(1, 2, 5, 5))
         torch.export.export(cell, (X[0],), strict=False)  # its tensors hold no numbers
-    assert list(rates) == [""] and rates[""].chances == 3 * 25
+    assert list(rates) == [""]
+    assert rates[""].chances == 3 * 25
 
 
 def test_blocks_within_blocks_count_each_for_itself():
