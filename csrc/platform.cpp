@@ -69,8 +69,8 @@ void* find_torch() {
 // absent, it is the one that the process has loaded, and if there is none, the system's.
 void* find_openmp(std::string& path) {
   const auto parallel_in = [](void* place) {
-    void* const of_gcc = dlsym(place, "GOMP_parallel");
-    return of_gcc ? of_gcc : dlsym(place, "__kmpc_fork_call");
+    void* const gomp = dlsym(place, "GOMP_parallel");
+    return gomp ? gomp : dlsym(place, "__kmpc_fork_call");
   };
   void* parallel = nullptr;
   if (void* torch = find_torch()) parallel = parallel_in(torch);
@@ -151,13 +151,15 @@ void run_team(int threads, void (*body)(void* data, int thread), void* data) {
   if (r.has_fork_call()) {
     static SourcePlace place{0, 2, 0, 0, ";snnlstm;run_team;0;0;;"};  // 2: called as by a compiler
     r.push_num_threads(&place, r.global_thread_num(&place), threads);
-    const auto member = [](int32_t*, int32_t* thread, Team* of) { of->body(of->data, *thread); };
+    const auto member = [](int32_t*, int32_t* thread, Team* team) {
+      team->body(team->data, *thread);
+    };
     r.fork_call(&place, 1, member, &team);
     return;
   }
-  const auto member = [](void* of) {
+  const auto member = [](void* team) {
     static int (*const number)() = runtime().thread_num;
-    static_cast<Team*>(of)->body(static_cast<Team*>(of)->data, number());
+    static_cast<Team*>(team)->body(static_cast<Team*>(team)->data, number());
   };
   r.parallel(member, &team, unsigned(threads), 0);
 }

@@ -15,8 +15,8 @@ constexpr int kMaxTileInputs = 8;  // along an axis
 
 // Returns how many tiles, or pixels, one reading of the weights serves: those of one image or of
 // several small ones, and at most `wanted`.
-double at_once(const Cell& c, double of_image, double wanted) {
-  return std::min(std::max(of_image, of_image * std::floor(double(c.N) / 2)), wanted);
+double at_once(const Cell& c, double in_image, double wanted) {
+  return std::min(std::max(in_image, in_image * std::floor(double(c.N) / 2)), wanted);
 }
 
 // Returns the cost of packing `values` values of each filter and, in the backward pass, of clearing

@@ -68,10 +68,10 @@ class Backward {
   }
 
   void steps(const Phases& phases, int thread) {
-    const bool of_weight = a_.grad_weight != nullptr;
+    const bool wants_weight = a_.grad_weight != nullptr;
     WeightSums<T, VL>& sums = weights_.sums();
-    const int64_t T_ = a_.cell.T, weight_tasks = of_weight ? weights_.tasks() : 0;
-    phases.run(0, tasks_.count + (of_weight ? sums.chunks() : 0), [&](int64_t task) {
+    const int64_t T_ = a_.cell.T, weight_tasks = wants_weight ? weights_.tasks() : 0;
+    phases.run(0, tasks_.count + (wants_weight ? sums.chunks() : 0), [&](int64_t task) {
       if (task < tasks_.count)
         neuron_.clear(task);
       else
@@ -107,11 +107,11 @@ class Backward {
         rows(t, tasks, task - x_count, thread);
       });
       tasks = next;
-      if (of_weight && sums.due(t))
+      if (wants_weight && sums.due(t))
         phases.run(phase++, sums.chunks(), [&](int64_t task) { sums.fold(task, t); });
     }
     // The last phase writes the gradients that are sums over all samples.
-    phases.run(phase, l_.Cb + (of_weight ? sums.write_tasks() : 0), [&](int64_t task) {
+    phases.run(phase, l_.Cb + (wants_weight ? sums.write_tasks() : 0), [&](int64_t task) {
       if (task < l_.Cb) return neuron_.reduce(task);
       sums.write(task - l_.Cb, thread, static_cast<T*>(a_.grad_weight));
     });

@@ -64,9 +64,9 @@ class EqualPixels {
     if (!any) return rows * l_.Wo;
     decide(rows, sums);
     int64_t left = 0;
-    const int64_t of_tiles = l_.whole(l_.form.h, c_.dilation_h, 1);
-    for (int64_t h = 0; h < rows; h += of_tiles)
-      left += leave(h + of_tiles < rows ? of_tiles : rows - h, sums + h * columns_);
+    const int64_t tile_rows = l_.whole(l_.form.h, c_.dilation_h, 1);
+    for (int64_t h = 0; h < rows; h += tile_rows)
+      left += leave(h + tile_rows < rows ? tile_rows : rows - h, sums + h * columns_);
     return left;
   }
 

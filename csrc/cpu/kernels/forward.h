@@ -93,14 +93,15 @@ class Forward {
     states_.allocate(workspace);
     scratch_ = workspace.take<ForwardScratch>(a_.threads);
     const int64_t points = c.tiled() ? l_.form.points() : 0;
-    const TileBlock<T> of_mem = tiles(block_, l_.Cp, 1), of_x = tiles(block_, x_channels(), 1);
+    const TileBlock<T> mem_tiles = tiles(block_, l_.Cp, 1),
+                       x_tiles = tiles(block_, x_channels(), 1);
     for (int k = 0; k < a_.threads; ++k) {
       const ForwardScratch s{
           workspace.take<RowBlock>(tasks_.most_together),
-          workspace.take<T>(points * of_mem.values_stride),
-          workspace.take<T>(c.x_algorithm == CpuAlgorithm::winograd ? points * of_x.values_stride
+          workspace.take<T>(points * mem_tiles.values_stride),
+          workspace.take<T>(c.x_algorithm == CpuAlgorithm::winograd ? points * x_tiles.values_stride
                                                                     : 0),
-          workspace.take<T>(points * of_mem.products_stride), equal_.allocate(workspace)};
+          workspace.take<T>(points * mem_tiles.products_stride), equal_.allocate(workspace)};
       for (int64_t slot = 0; slot < tasks_.most_together; ++slot) {
         const RowBlock b = allocate_block(workspace);
         if (s.blocks) s.blocks[slot] = b;
@@ -198,15 +199,15 @@ class Forward {
   // Sums a half for `rows` rows of each block, from state row `first` on. mem's half and the bias
   // are written to the block's gates, and x's half is added. in(block) is what the first row reads.
   template <class In>
-  void sweep(bool of_x, In&& in, int64_t row, int64_t pixel, int64_t first, int64_t rows,
+  void sweep(bool is_x, In&& in, int64_t row, int64_t pixel, int64_t first, int64_t rows,
              int64_t cb, const RowBlock* blocks, int64_t count) {
-    const RunList& list = of_x ? x_runs_ : mem_runs_;
+    const RunList& list = is_x ? x_runs_ : mem_runs_;
     const T* w = weight(cb);
-    list.chunks(kChunk, [&, add = of_x](const Run* chunk, int size) mutable {
+    list.chunks(kChunk, [&, add = is_x](const Run* chunk, int size) mutable {
       for (int64_t h = 0; h < rows; ++h) {
         const Run* runs = chunk;
         int number = size;
-        list.limit(runs, number, l_.met(first + h, of_x));
+        list.limit(runs, number, l_.met(first + h, is_x));
         if (add && number == 0) continue;
         for (const RowBlock* b = blocks; b < blocks + count; ++b) {
           T* out = b->gates + h * l_.Wr * kGates;
@@ -255,31 +256,32 @@ class Forward {
   // gates of one strip of rows at a time are put together and used.
   void tiled(int64_t t, int64_t together, int64_t b0, int64_t b1, const ForwardScratch& s) {
     const Cell& c = a_.cell;
-    const TileBlock<T> of_mem = tiles(b1 - b0, l_.Cp, together),
-                       of_x = tiles(b1 - b0, x_channels(), together);
+    const TileBlock<T> mem_tiles = tiles(b1 - b0, l_.Cp, together),
+                       x_tiles = tiles(b1 - b0, x_channels(), together);
     const bool x_too = c.x_algorithm == CpuAlgorithm::winograd;
     bool any = !equal_.sought();  // says whether any pixel's sums are Winograd's
     for (const RowBlock* b = s.blocks; equal_.sought() && b < s.blocks + together; ++b)
       any |= equal_.find(states_.mem_row(t, b->r, b0), b1 - b0, s.equal, b->sums) > 0;
     for (int64_t k = 0; any && k < together; ++k) {
       const RowBlock& b = s.blocks[k];
-      inputs_.run(of_mem, states_.mem_row(t, b.r, b0), l_.Wm * l_.Cp, l_.Cp,
-                  s.mem_values + k * of_mem.image_values());
+      inputs_.run(mem_tiles, states_.mem_row(t, b.r, b0), l_.Wm * l_.Cp, l_.Cp,
+                  s.mem_values + k * mem_tiles.image_values());
       if (x_too)
-        inputs_.run(of_x, b.patch, l_.Wx * c.Cin, c.Cin, s.x_values + k * of_x.image_values());
+        inputs_.run(x_tiles, b.patch, l_.Wx * c.Cin, c.Cin,
+                    s.x_values + k * x_tiles.image_values());
     }
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
       const int64_t block = cb * l_.tile_weights() * kGates;
       if (any)
-        multiply<S, 4>(of_mem, s.mem_values, static_cast<const T*>(a_.weight_mem) + block * c.C,
+        multiply<S, 4>(mem_tiles, s.mem_values, static_cast<const T*>(a_.weight_mem) + block * c.C,
                        c.C, false, s.products);
       if (any && x_too)
-        multiply<S, 4>(of_x, s.x_values, static_cast<const T*>(a_.weight_x) + block * c.Cin, c.Cin,
-                       true, s.products);
+        multiply<S, 4>(x_tiles, s.x_values, static_cast<const T*>(a_.weight_x) + block * c.Cin,
+                       c.Cin, true, s.products);
       for (int64_t h0 = b0; h0 < b1; h0 += strip_) {
         const int64_t h1 = h0 + strip_ < b1 ? h0 + strip_ : b1;
         for (int64_t k = 0; k < together; ++k) {
-          if (any) add_strip(of_mem, k, b0, h0, h1, cb, s);
+          if (any) add_strip(mem_tiles, k, b0, h0, h1, cb, s);
           if (equal_.sought()) sum_equal(t, s.blocks[k], b0, h0, h1, cb);
         }
         if (!x_too) sweep_x(b0, h0 - b0, h1 - h0, cb, s.blocks, together);

@@ -110,8 +110,8 @@ struct Layout {
   }
 
   // Returns the rows of taps that meet the state's image, or x's, from a row of the state's pixels.
-  MetTaps met(int64_t row, bool of_x) const {
-    return MetTaps(row * (of_x ? c.stride_h : 1) - ph, c.kernel_h, c.dilation_h, of_x ? c.H : Ho);
+  MetTaps met(int64_t row, bool is_x) const {
+    return MetTaps(row * (is_x ? c.stride_h : 1) - ph, c.kernel_h, c.dilation_h, is_x ? c.H : Ho);
   }
 
   // These count the values that Winograd makes of a kernel.
@@ -169,8 +169,8 @@ struct Layout {
   // than of its own.
   int64_t rows_of_tiles(const TileForm& t) const {
     const int64_t unit = whole(t.h, c.dilation_h, 1), columns = tiles(t.w, c.dilation_w, Wo);
-    const int64_t of_unit = columns * unit / t.h.tile;
-    int64_t units = (wanted_tiles(t) + of_unit - 1) / of_unit;
+    const int64_t in_unit = columns * unit / t.h.tile;
+    int64_t units = (wanted_tiles(t) + in_unit - 1) / in_unit;
     if (units < t.h.parts) units = t.h.parts;
     const int64_t rows = unit * units, all = whole(t.h, c.dilation_h, Ho);
     return rows < all ? rows : all;

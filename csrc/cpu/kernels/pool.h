@@ -115,7 +115,7 @@ class Places {
  public:
   Places(const PassArgs& a, int64_t Cp)
       : data_(a.cell.pool == Pool::max ? a.places : nullptr),
-        of_32_bits_(a.cell.place_bytes() > 1),
+        has_32_bits_(a.cell.place_bytes() > 1),
         N_(a.cell.N),
         Hp_(a.cell.Hp()),
         row_(a.cell.Wp() * Cp) {}
@@ -125,12 +125,12 @@ class Places {
   int64_t row(int64_t t, int64_t n, int64_t h) const { return ((t * N_ + n) * Hp_ + h) * row_; }
 
   SNNLSTM_INLINE void put(int64_t k, Mask places) const {
-    of_32_bits_ ? put(static_cast<int32_t*>(data_) + k, places)
-                : put(static_cast<uint8_t*>(data_) + k, places);
+    has_32_bits_ ? put(static_cast<int32_t*>(data_) + k, places)
+                 : put(static_cast<uint8_t*>(data_) + k, places);
   }
   SNNLSTM_INLINE Mask get(int64_t k) const {
-    return of_32_bits_ ? get(static_cast<const int32_t*>(data_) + k)
-                       : get(static_cast<const uint8_t*>(data_) + k);
+    return has_32_bits_ ? get(static_cast<const int32_t*>(data_) + k)
+                        : get(static_cast<const uint8_t*>(data_) + k);
   }
 
  private:
@@ -149,7 +149,7 @@ class Places {
   }
 
   void* data_;
-  bool of_32_bits_;
+  bool has_32_bits_;
   int64_t N_, Hp_, row_;
 };
 

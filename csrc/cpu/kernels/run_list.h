@@ -43,7 +43,7 @@ class RunList {
         add({i * c.dilation_h * row_stride + j * c.dilation_w * pixel_stride,
              weight_row + (i * pieces + j) * len, len},
             max_len);
-    of_row_ = count_ / c.kernel_h;
+    runs_in_row_ = count_ / c.kernel_h;
   }
   void reserve(int64_t count) {
     runs_.reset(new Run[count]);
@@ -58,13 +58,13 @@ class RunList {
   }
   int count() const { return count_; }
 
-  bool is_dense() const { return of_row_ > 0; }
+  bool is_dense() const { return runs_in_row_ > 0; }
   // Returns the row of taps that a run of a dense list belongs to.
-  int64_t row(const Run* run) const { return (run - runs_.get()) / of_row_; }
+  int64_t row(const Run* run) const { return (run - runs_.get()) / runs_in_row_; }
   // Reduces some neighbouring runs of a dense list to those of the rows [taps.first, taps.last).
   void limit(const Run*& runs, int& number, const MetTaps& taps) const {
-    const Run *end = runs + number, *first = &runs_[taps.first * of_row_],
-              *last = first + (taps.last - taps.first) * of_row_;
+    const Run *end = runs + number, *first = &runs_[taps.first * runs_in_row_],
+              *last = first + (taps.last - taps.first) * runs_in_row_;
     if (runs < first) runs = first;
     if (end > last) end = last;
     number = runs < end ? int(end - runs) : 0;
@@ -85,7 +85,7 @@ class RunList {
 
  private:
   std::unique_ptr<Run[]> runs_;
-  int count_ = 0, of_row_ = 0;  // of_row_: the runs of a row of taps, in a dense list
+  int count_ = 0, runs_in_row_ = 0;  // runs_in_row_: the runs of a row of taps, in a dense list
 };
 
 // Returns how many values of K have weights (NV * VL each) that fill about 12 KiB.

@@ -72,16 +72,16 @@ class WeightGradient {
            const TileBuffers<T>& tiles) {
     const int64_t cb = task % l_.Cb, index = task / l_.Cb % pieces(),
                   split = task / l_.Cb / pieces();
-    const int64_t of_images = split / bands_, band = split % bands_, blocks = pixel_blocks();
-    const Images images{split, N * of_images / image_splits_, N * (of_images + 1) / image_splits_,
+    const int64_t part = split / bands_, band = split % bands_, blocks = pixel_blocks();
+    const Images images{split, N * part / image_splits_, N * (part + 1) / image_splits_,
                         blocks * band / bands_ * block_rows(),
                         std::min(blocks * (band + 1) / bands_ * block_rows(), l_.Ho)};
-    const bool of_x = index < x_pieces();
-    const int64_t piece = of_x ? index : index - x_pieces();
-    if (of_x ? !x_in_tiles() : !c_.tiled())
-      directly(step, images, cb, of_x, piece, scratch_[thread]);
+    const bool is_x = index < x_pieces();
+    const int64_t piece = is_x ? index : index - x_pieces();
+    if (is_x ? !x_in_tiles() : !c_.tiled())
+      directly(step, images, cb, is_x, piece, scratch_[thread]);
     else if constexpr (kHasWinograd<T, VL>)
-      by_tiles(step, images, cb, of_x, piece, tiles);
+      by_tiles(step, images, cb, is_x, piece, tiles);
   }
 
  private:
@@ -143,15 +143,15 @@ class WeightGradient {
     return count;
   }
 
-  void by_tiles(const StepImages<T>& step, const Images& all, int64_t cb, bool of_x, int64_t piece,
+  void by_tiles(const StepImages<T>& step, const Images& all, int64_t cb, bool is_x, int64_t piece,
                 const TileBuffers<T>& tiles) {
     if (cb % kShared != 0) return;
-    const int64_t channels = of_x ? c_.Cin : c_.C, first = piece * kTilePiece;
+    const int64_t channels = is_x ? c_.Cin : c_.C, first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
     const int64_t block = l_.rows_of_tiles(l_.grad_form), stride = channels * kGates;
     each_images(all, true, [&](int64_t n, int64_t images) {
       for (int64_t h = all.top; h < all.bottom; h += block) {
-        PixelRows<T> p = pixel_rows(step, n, images, h, std::min(block, all.bottom - h), cb, of_x);
+        PixelRows<T> p = pixel_rows(step, n, images, h, std::min(block, all.bottom - h), cb, is_x);
         const TileBlock<T> b = tile_block(l_, l_.grad_form, p.rows, (len + VL - 1) / VL * VL,
                                           images, images_together(true));
         for (int64_t k = 0; k < images; ++k)
@@ -159,7 +159,7 @@ class WeightGradient {
                       tiles.values + k * b.image_values());
         for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
           weight_grad_tiles<S>(taps_, p, b, tiles.values, len, tiles.products,
-                               sums_.points(all.split, k, of_x) + first * kGates, stride);
+                               sums_.points(all.split, k, is_x) + first * kGates, stride);
       }
     });
   }
@@ -167,16 +167,16 @@ class WeightGradient {
   // Returns what the weight gradient of channel block cb sums over, in rows [h, h + rows) of some
   // images from n on.
   PixelRows<T> pixel_rows(const StepImages<T>& step, int64_t n, int64_t images, int64_t h,
-                          int64_t rows, int64_t cb, bool of_x) const {
+                          int64_t rows, int64_t cb, bool is_x) const {
     PixelRows<T> p;
     p.images = images, p.d_image = 4 * l_.mem_image();
-    p.in_image = of_x ? l_.x_image() : l_.mem_image();
+    p.in_image = is_x ? l_.x_image() : l_.mem_image();
     p.d_pixel = 4 * l_.Cp;
     p.d_row = l_.Wm * p.d_pixel;
     p.d_gates = step.d_gates + n * p.d_image + h * p.d_row + cb * kGates;
     p.rows = rows;
     p.pixels = l_.Wo;
-    if (of_x) {
+    if (is_x) {
       p.in_row = c_.stride_h * l_.Wx * c_.Cin;
       p.in_pixel = c_.stride_w * c_.Cin;
       p.in = step.x + n * l_.x_image() + h * p.in_row;
@@ -195,16 +195,16 @@ class WeightGradient {
     return rows < 1 ? 1 : rows < l_.Ho ? rows : l_.Ho;
   }
 
-  void directly(const StepImages<T>& step, const Images& images, int64_t cb, bool of_x,
+  void directly(const StepImages<T>& step, const Images& images, int64_t cb, bool is_x,
                 int64_t piece, const WeightScratch& s) {
-    T* out = sums_.rows(images.split, cb, of_x);
-    (of_x ? x_runs_ : mem_runs_).chunks(piece_rows(), [&](const Run* runs, int count) {
+    T* out = sums_.rows(images.split, cb, is_x);
+    (is_x ? x_runs_ : mem_runs_).chunks(piece_rows(), [&](const Run* runs, int count) {
       if (piece-- != 0) return;
-      if (l_.compacts_lanes()) return compactly(step, images, of_x, runs, count, s, out);
-      each_pixel_block(step, images, cb, of_x, [&](int64_t h, PixelRows<T> p) {
+      if (l_.compacts_lanes()) return compactly(step, images, is_x, runs, count, s, out);
+      each_pixel_block(step, images, cb, is_x, [&](int64_t h, PixelRows<T> p) {
         if (l_.Cb > 1) gather_pixels(p, s.d_gates);
         for (int r = 0; r < count; ++r)
-          add_run<4>(step.finite, runs[r], of_x, met_by(runs + r, of_x, h, p),
+          add_run<4>(step.finite, runs[r], is_x, met_by(runs + r, is_x, h, p),
                      out + runs[r].w * kGates);
       });
     });
@@ -213,21 +213,21 @@ class WeightGradient {
   // Adds the products of a run. If not all d gates are finite, each tap skips the pixels from which
   // it meets the border, because zero times infinity is NaN.
   template <int NV>
-  void add_run(bool finite, const Run& run, bool of_x, const PixelRows<T>& p, T* out) const {
+  void add_run(bool finite, const Run& run, bool is_x, const PixelRows<T>& p, T* out) const {
     if (finite) return weight_grad_run<S, NV>(p, run.in, run.len, out);
-    const int64_t channels = of_x ? c_.Cin : c_.C, first = run.w - (of_x ? 0 : l_.Kx);
+    const int64_t channels = is_x ? c_.Cin : c_.C, first = run.w - (is_x ? 0 : l_.Kx);
     for (int64_t k = first, n; k < first + run.len; k += n, out += n * NV * VL) {
       n = std::min(channels - k % channels, first + run.len - k);
-      weight_grad_run<S, NV>(met_by(k / channels % c_.kernel_w, of_x, p), run.in + k - first, n,
+      weight_grad_run<S, NV>(met_by(k / channels % c_.kernel_w, is_x, p), run.in + k - first, n,
                              out);
     }
   }
 
   // Returns those of the pixels, which are whole rows, from which a column of taps meets the image.
-  PixelRows<T> met_by(int64_t column, bool of_x, PixelRows<T> p) const {
-    const int64_t first = column * c_.dilation_w - l_.pw, width = of_x ? c_.W : l_.Wo;
+  PixelRows<T> met_by(int64_t column, bool is_x, PixelRows<T> p) const {
+    const int64_t first = column * c_.dilation_w - l_.pw, width = is_x ? c_.W : l_.Wo;
     const auto meets = [&](int64_t w) {
-      const int64_t at = first + w * (of_x ? c_.stride_w : 1);
+      const int64_t at = first + w * (is_x ? c_.stride_w : 1);
       return 0 <= at && at < width;
     };
     int64_t w = 0;
@@ -237,10 +237,10 @@ class WeightGradient {
   }
 
   // Returns those of the pixels, whose first row is h, from which a run meets the image.
-  PixelRows<T> met_by(const Run* run, bool of_x, int64_t h, PixelRows<T> p) const {
-    const int64_t row = (of_x ? x_runs_ : mem_runs_).row(run);
+  PixelRows<T> met_by(const Run* run, bool is_x, int64_t h, PixelRows<T> p) const {
+    const int64_t row = (is_x ? x_runs_ : mem_runs_).row(run);
     const auto meets = [&](int64_t k) {
-      const MetTaps taps = l_.met(k, of_x);
+      const MetTaps taps = l_.met(k, is_x);
       return taps.first <= row && row < taps.last;
     };
     for (; p.rows > 0 && !meets(h); ++h, --p.rows) p.in += p.in_row, p.d_gates += p.d_row;
@@ -250,12 +250,12 @@ class WeightGradient {
 
   // Calls f(first row, pixels) for the blocks of some images.
   template <class F>
-  void each_pixel_block(const StepImages<T>& step, const Images& all, int64_t cb, bool of_x,
+  void each_pixel_block(const StepImages<T>& step, const Images& all, int64_t cb, bool is_x,
                         F&& f) {
     const int64_t block = pixel_block_rows();
     each_images(all, false, [&](int64_t n, int64_t images) {
       for (int64_t h = all.top; h < all.bottom; h += block)
-        f(h, pixel_rows(step, n, images, h, std::min(block, all.bottom - h), cb, of_x));
+        f(h, pixel_rows(step, n, images, h, std::min(block, all.bottom - h), cb, is_x));
     });
   }
 
@@ -289,20 +289,20 @@ class WeightGradient {
 
   // Forms the sums of a cell with so few channels that most lanes hold none: the lanes with a
   // channel are compacted.
-  void compactly(const StepImages<T>& step, const Images& images, bool of_x, const Run* runs,
+  void compactly(const StepImages<T>& step, const Images& images, bool is_x, const Run* runs,
                  int count, const WeightScratch& s, T* out) {
     const int64_t C = c_.C, vectors = l_.few_vectors(), width = vectors * VL;
     T* const sums = s.few_sums;
     std::memset(sums, 0, kPiece * width * sizeof(T));
-    each_pixel_block(step, images, 0, of_x, [&](int64_t h, PixelRows<T> p) {
+    each_pixel_block(step, images, 0, is_x, [&](int64_t h, PixelRows<T> p) {
       gather_lanes(p, width, s.d_gates);
       T* to = sums;
       for (int r = 0; r < count; to += runs[r++].len * width) {
-        const PixelRows<T> met = met_by(runs + r, of_x, h, p);
+        const PixelRows<T> met = met_by(runs + r, is_x, h, p);
         if (vectors == 1)
-          add_run<1>(step.finite, runs[r], of_x, met, to);
+          add_run<1>(step.finite, runs[r], is_x, met, to);
         else
-          add_run<2>(step.finite, runs[r], of_x, met, to);
+          add_run<2>(step.finite, runs[r], is_x, met, to);
       }
     });
     const T* from = sums;

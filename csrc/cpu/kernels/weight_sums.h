@@ -41,15 +41,15 @@ class WeightSums {
 
   // Returns a split's sums of one half and channel block: rows of K, counted as in the packed
   // weight.
-  T* rows(int64_t split, int64_t cb, bool of_x) const {
-    T* half = sums_ + split * size_ + (of_x ? 0 : x_size_ - l_.Kx * kGates);
-    return half + cb * (of_x ? l_.Kx : l_.Km) * kGates;
+  T* rows(int64_t split, int64_t cb, bool is_x) const {
+    T* half = sums_ + split * size_ + (is_x ? 0 : x_size_ - l_.Kx * kGates);
+    return half + cb * (is_x ? l_.Kx : l_.Km) * kGates;
   }
   // Returns a split's sums of one half and channel block with Winograd, (points, parts, Cin or C,
   // 4, VL).
-  T* points(int64_t split, int64_t cb, bool of_x) const {
-    const int64_t channels = of_x ? l_.c.Cin : l_.c.C;
-    return sums_ + split * size_ + (of_x ? 0 : x_size_) + cb * l_.grad_points() * channels * kGates;
+  T* points(int64_t split, int64_t cb, bool is_x) const {
+    const int64_t channels = is_x ? l_.c.Cin : l_.c.C;
+    return sums_ + split * size_ + (is_x ? 0 : x_size_) + cb * l_.grad_points() * channels * kGates;
   }
 
   // Says whether to fold after step t; the last step comes first. If there is one split and few
@@ -70,13 +70,13 @@ class WeightSums {
   int64_t write_tasks() const { return l_.Cb * (groups(l_.c.Cin) + groups(l_.c.C)); }
   void write(int64_t task, int thread, T* grad_weight) const {
     const int64_t cb = task % l_.Cb, group = task / l_.Cb;
-    const bool of_x = group < groups(l_.c.Cin);
-    const int64_t count = of_x ? l_.c.Cin : l_.c.C, stride = count * kGates;
-    const int64_t first = (of_x ? group : group - groups(l_.c.Cin)) * P::together(l_);
+    const bool is_x = group < groups(l_.c.Cin);
+    const int64_t count = is_x ? l_.c.Cin : l_.c.C, stride = count * kGates;
+    const int64_t first = (is_x ? group : group - groups(l_.c.Cin)) * P::together(l_);
     const int64_t n = count - first < P::together(l_) ? count - first : P::together(l_);
-    const T* in = total_ + (of_x ? 0 : x_size_) + first * kGates;
-    T* const out = grad_weight + P::source(l_, cb * VL, of_x ? first : l_.c.Cin + first, 0);
-    if (!(of_x ? x_in_tiles_ : mem_in_tiles()))
+    const T* in = total_ + (is_x ? 0 : x_size_) + first * kGates;
+    T* const out = grad_weight + P::source(l_, cb * VL, is_x ? first : l_.c.Cin + first, 0);
+    if (!(is_x ? x_in_tiles_ : mem_in_tiles()))
       return write_taps(cb, n, in + cb * l_.taps * stride, {l_.taps, kGates, stride}, out);
     if constexpr (kHasWinograd<T, VL>) {
       T* const taps = taps_ + thread * taps_size();

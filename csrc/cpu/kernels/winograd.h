@@ -89,12 +89,13 @@ struct Transform {
     static constexpr int from = N, to = A;
     static constexpr bool adds = false;
     static SNNLSTM_INLINE void apply(const R (&x)[N], R (&y)[A]) {
-      constexpr double of_p = (pairs > 1 ? pp - qq : 1) * (pairs > 2 ? pp - rr : 1);
-      constexpr double of_q = (qq - pp) * (pairs > 2 ? qq - rr : 1), of_r = (rr - pp) * (rr - qq);
+      constexpr double scale_p = (pairs > 1 ? pp - qq : 1) * (pairs > 2 ? pp - rr : 1);
+      constexpr double scale_q = (qq - pp) * (pairs > 2 ? qq - rr : 1),
+                       scale_r = (rr - pp) * (rr - qq);
       y[0] = x[0];
-      pair(x, p, 0.5 / (pp * of_p), y[1], y[2]);
-      if constexpr (pairs > 1) pair(x, q, 0.5 / (qq * of_q), y[3], y[4]);
-      if constexpr (pairs > 2) pair(x, r, 0.5 / (rr * of_r), y[5], y[6]);
+      pair(x, p, 0.5 / (pp * scale_p), y[1], y[2]);
+      if constexpr (pairs > 1) pair(x, q, 0.5 / (qq * scale_q), y[3], y[4]);
+      if constexpr (pairs > 2) pair(x, r, 0.5 / (rr * scale_r), y[5], y[6]);
       if constexpr (infinite) y[A - 1] = x[N - 1];
     }
   };
