@@ -31,6 +31,7 @@ enum class Surrogate : int {
   stochastic = 9,
   leaky = 10,
 };
+constexpr int kSurrogates = int(Surrogate::leaky) + 1;
 
 // How the CPU kernels sum a convolution. Only the input half of the forward pass can be `sparse`,
 // and `automatic` leaves the choice to cpu/choose.cpp.

@@ -149,7 +149,7 @@ inline void refuse_d_gates(const BackwardArgs& a) {
 
 // ---- the cell ----
 
-constexpr int kDTypes = 4, kResets = 3, kSurrogates = int(Surrogate::leaky) + 1;
+constexpr int kDTypes = 4, kResets = 3;
 
 template <class Enum>
 Enum numbered(const char* name, int64_t number, int count) {

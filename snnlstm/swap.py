@@ -173,9 +173,9 @@ def restore(model: nn.Module) -> SwapReport:
     This undoes :func:`snnlstm.accelerate`, and also takes models that were built with ours. A layer
     keeps its parameters, buffers, submodules, state and hooks. snnTorch's own ``spike_grad``
     and ``state_quant`` come back if they were not changed since; otherwise ours stay, which work in
-    snnTorch's cell as well. A cell with an option that snnTorch's cell does not have stays as it
-    is, and the report gives the reason: ``stride``, ``dilation`` and ``checkpoint``, and, unless
-    the cell came from snnTorch, ``inhibition``, float16 and bfloat16.
+    snnTorch's cell as well. A cell with an option that snnTorch's cell does not have, such as
+    ``stride``, or, unless the cell came from snnTorch, does not follow (``inhibition``, float16,
+    bfloat16), stays as it is, and the report gives the reason.
 
     `model`, the report and the errors are those of :func:`snnlstm.accelerate`.
     """

@@ -97,14 +97,11 @@ class Calls(Kernels):
 
     def _cell(self, inputs: Inputs, chosen: Options) -> Callable[..., Any]:
         """Returns a function that runs one or several steps by a cell, which keeps the states."""
-        pool = {} if chosen.pool == "none" else {f"{chosen.pool}_pool": chosen.pool_size}
         cell = quietly(
             snnlstm.SConv2dLSTM, inputs.x.shape[-3], inputs.mem.shape[1], chosen.kernel_size,
-            inputs.bias is not None, spike_grad=chosen.surrogate, reset_mechanism=chosen.reset,
-            inhibition=chosen.inhibition, state_quant=chosen.quant or False,
-            surrogate_disable=chosen.surrogate.kind == 0, dtype=inputs.x.dtype,
-            stride=chosen.stride, dilation=chosen.dilation, checkpoint=chosen.checkpoint, **pool,
+            inputs.bias is not None, dilation=chosen.dilation, dtype=inputs.x.dtype,
         )  # fmt: skip
+        cell._spec = chosen.spec
         cell._buffers |= {"threshold": inputs.threshold, "graded_spikes_factor": inputs.graded}
         cell.syn, cell.mem = inputs.syn, inputs.mem
         # Tensors of a graph take the place of parameters.

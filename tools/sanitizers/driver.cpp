@@ -168,7 +168,7 @@ Cell random_cell() {
     c.pool_h = int(between(1, std::min<int64_t>(3, c.Ho())));
     c.pool_w = int(between(1, std::min<int64_t>(3, c.Wo())));
   }
-  c.surrogate = Surrogate(between(0, 10));
+  c.surrogate = Surrogate(between(0, kSurrogates - 1));
   c.surrogate_p0 = 0.5, c.surrogate_p1 = 0.25;
   c.inhibition = between(0, 4) == 0;
   c.num_levels = between(0, 2) == 0 ? int(between(1, 9)) : 0;
