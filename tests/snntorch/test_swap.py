@@ -104,13 +104,17 @@ class Mine(snntorch.SConv2dLSTM):
     pass
 
 
+# snnTorch has a proposal of such a cell.
+OnSignals = type("SConv1dLSTM", (snntorch.SpikingNeuron,), {})
+
+
 def test_accelerate_reports_every_cell_and_neuron_by_name(caplog):
     shared, replaced = theirs(3, 3, 3), theirs()
     replaced.forward = lambda x: x
     model = nn.ModuleDict({
         "a": nn.Sequential(theirs(surrogate_disable=True), nn.ModuleList([shared])), "b": shared,
         "mine": Mine(2, 3, 3), "even": theirs(2, 3, 2), "hand": replaced, "ours": ours(),
-        "lif": snntorch.Synaptic(0.9, 0.8), "flat": nn.Flatten(),
+        "lif": snntorch.Synaptic(0.9, 0.8), "flat": nn.Flatten(), "signals": OnSignals(1.0),
     })  # fmt: skip
     before = dict(model.named_children())
     report = snnlstm.accelerate(model)
@@ -125,6 +129,7 @@ def test_accelerate_reports_every_cell_and_neuron_by_name(caplog):
         "hand": "its forward was replaced",
         "ours": "is snnlstm's already",
         "lif": "Synaptic is another neuron; only SConv2dLSTM and Leaky have faster ones",
+        "signals": "SConv1dLSTM is another neuron; only SConv2dLSTM and Leaky have faster ones",
     }
     assert list(report.left) == list(reasons)
     assert all(report.left[name].startswith(reason) for name, reason in reasons.items())
@@ -215,37 +220,24 @@ def test_restore_undoes_accelerate(options):
             cell.zero_grad()
 
 
-def double(function):
-    return lambda *args: tuple(2 * state for state in function(*args))
-
-
-@pytest.mark.parametrize("name", ["state_function", "_base_state_function", "_base_int"])
-def test_a_cell_whose_functions_were_replaced_is_left(name):
-    model = two_cells()
-    setattr(model[0], name, double(getattr(model[0], name)))
-    expected = model(X)
-    utils.reset(model)
-    report = snnlstm.accelerate(model)
-    assert type(model[0]) is snntorch.SConv2dLSTM
-    assert f"its {name} was replaced" in str(report)
-    close(model(X), expected)
-
-
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        (snntorch.SConv2dLSTM, "forward"),
-        (snntorch.SConv2dLSTM, "_base_sub"),
+        *((None, name) for name in ("state_function", "_base_state_function", "_base_int")),
+        (snntorch.SConv2dLSTM, "forward"), (snntorch.SConv2dLSTM, "_base_sub"),
         (snntorch.SpikingNeuron, "fire"),
     ],
-)
-def test_cells_of_a_class_that_was_patched_are_left(monkeypatch, kind, name):
-    original = getattr(kind, name)
-    monkeypatch.setattr(kind, name, lambda self, *args: original(self, *args))
+)  # fmt: skip
+def test_cells_whose_functions_were_replaced_are_left(kind, name, monkeypatch):
+    """A function is replaced in one cell, or in a class."""
     model = two_cells()
+    holder = kind or model[0]
+    original = getattr(holder, name)
+    monkeypatch.setattr(holder, name, lambda *args: original(*args))
+    said = f"{'snntorch.SConv2dLSTM.' if kind else 'its '}{name} was replaced"
     report = snnlstm.accelerate(model)
-    assert all(type(cell) is snntorch.SConv2dLSTM for cell in model)
-    assert f"snntorch.SConv2dLSTM.{name} was replaced" in str(report)
+    assert list(report.left.items())[:1] == [("0", said)]
+    assert [type(cell) is snntorch.SConv2dLSTM for cell in model] == [True, kind is not None]
 
 
 @pytest.mark.parametrize("reset", ["none", "subtract"])
@@ -316,6 +308,7 @@ def replaced_forward():
          "OursToo is a subclass of snnlstm.SConv2dLSTM and may compute something else"),
         (replaced_forward, "its forward was replaced"),
         (theirs, "is snntorch's already"),
+        (lambda: snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1), "snntorch has no SConv1dLSTM"),
     ],
 )  # fmt: skip
 def test_restore_leaves_what_snntorch_cannot_do_and_says_why(make, reason):
@@ -366,7 +359,7 @@ def test_the_report_names_the_cells_that_never_spike():
     assert lines[1].startswith("  silent   swapped; NEVER SPIKES: no mem exceeds its threshold")
 
 
-def test_the_report_and_the_log_name_a_device_without_kernels(caplog):
+def test_the_report_names_a_device_without_kernels(caplog):
     model = nn.Sequential(theirs(), theirs(3, 2, 3), nn.Flatten()).to("meta")
     report = snnlstm.accelerate(model)
     assert report.slow == ("there are no kernels for device meta",)
@@ -374,17 +367,4 @@ def test_the_report_and_the_log_name_a_device_without_kernels(caplog):
         "  on the reference path, which is slower: there are no kernels for device meta"
     ]
     assert not caplog.records  # the cells that a swap makes are on meta, too
-    model[0](torch.empty(1, 2, 6, 6, device="meta"))
-    (said,) = caplog.messages
-    assert said.startswith("layer 0, SConv2dLSTM(2, 3")
-    assert said.endswith("there are no kernels for device meta")
     assert snnlstm.accelerate(nn.Sequential(theirs())).slow == ()
-
-
-def test_a_cell_on_signals_has_no_counterpart_and_is_left():
-    """snnTorch has a proposal of one, of which this is a stub."""
-    theirs = type("SConv1dLSTM", (snntorch.SpikingNeuron,), {})
-    reason = "SConv1dLSTM is another neuron; only SConv2dLSTM and Leaky have faster ones"
-    assert snnlstm.accelerate(nn.Sequential(theirs(1.0))).left == {"0": reason}
-    ours = nn.Sequential(snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1))
-    assert snnlstm.restore(ours).left == {"0": "snntorch has no SConv1dLSTM"}
