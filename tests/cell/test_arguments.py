@@ -342,6 +342,8 @@ SAID = {
         ours().state_dict() | {"reset_mechanism_val": torch.tensor(7)}
     ),
     "spike_grad must return a tensor, got NoneType": lambda: ours(spike_grad=lambda u: None)(X),
+    "got 1: shape (2, 3, 1, 7, 6)": lambda: ours(batch_first=True)(torch.zeros(2, 3, 1, 7, 6)),
+    "(N, T, 2, H, W) for a sequence, got (5, 5)": lambda: ours(batch_first=True)(X[0, 0]),
     # surrogates, quantisers, settings
     "alpha of atan must be a number, got '2'": lambda: snnlstm.surrogate.atan("2"),
     "alpha of atan must be finite, got inf": lambda: snnlstm.surrogate.atan(float("inf")),

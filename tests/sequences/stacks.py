@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import snnlstm
-from tests.shared.helpers import close, ours, same_gradients, steps
+from tests.sequences.by_length import LENGTHS, TIME, own
+from tests.shared.helpers import close, flat, ours, same_gradients, steps
 
 T, N = 4, 3
 X = steps(T, N, 2, 6, 6)
@@ -90,5 +91,52 @@ def leaky(**kwargs):
     return snntorch.Leaky(0.9, **PLAIN, **kwargs)
 
 
+SPIKES = PLAIN | {"threshold": 0.3}
+# Neurons of 5 features that take whole sequences.
+NEURONS = {
+    "StateLeaky": lambda: snntorch.StateLeaky(0.8, 5, learn_beta=True, **SPIKES),
+    "StateLeaky without spikes": lambda: snntorch.StateLeaky(0.8, 5, output=False),
+    "truncated": lambda: snntorch.StateLeaky(0.8, 5, kernel_truncation_steps=2, **SPIKES),
+    "LinearLeaky": lambda: snntorch.LinearLeaky(0.7, 5, 4, **SPIKES),
+    "AssociativeLeaky": lambda: snntorch.AssociativeLeaky(5, 2, 2, 4),
+    "LeakyParallel": lambda: snntorch.LeakyParallel(5, 4, beta=0.5, **SPIKES),
+}
+
+
+def delta_leaky(size=72):
+    neuron = snntorch.DeltaLeaky(beta=0.9, init_hidden=True, delta_threshold=0.2, **SPIKES)
+    return [nn.Flatten(), nn.Linear(size, 3), neuron]
+
+
 def hidden(*args, **kwargs):
     return ours(*args, init_hidden=True, **kwargs)
+
+
+def check_alone(layers):
+    """Compares results, states and gradients with lengths= with those of each sample alone.
+
+    The loss reads the last step of states.
+    """
+    x = steps(TIME, len(LENGTHS), 2, 6, 7).masked_fill_(~own(), float("nan"))
+    net = nn.Sequential(*layers)
+    kinds = snnlstm.SConv2dLSTM, snntorch.Leaky, snntorch.DeltaLeaky
+    stored = [layer for layer in layers if isinstance(layer, kinds)]
+    out = flat(snnlstm.unroll(x, *layers, lengths=LENGTHS))
+    (out[0].sum() + sum(part[-1].sum() for part in out[1:])).backward()
+    kept = [layer.mem for layer in stored]
+    grads = [p.grad for p in net.parameters()]
+    net.zero_grad(set_to_none=True)
+    for n, length in enumerate(LENGTHS):
+        for layer in stored:
+            layer.reset_mem()
+        assert not out[0][length:, n].any()
+        if length == 0:
+            assert not any(part[:, n].any() for part in out)
+            continue
+        by_itself = flat(snnlstm.unroll(x[:length, n : n + 1], *layers))
+        close([part[:length, n : n + 1] for part in out], by_itself, atol=1e-5)
+        for part in out[1:]:
+            close(part[length:, n], part[length - 1, n].expand_as(part[length:, n]), atol=0)
+        close([mem[n : n + 1] for mem in kept], [layer.mem for layer in stored])
+        (by_itself[0].sum() + sum(part[-1].sum() for part in by_itself[1:])).backward()
+    close(grads, [p.grad for p in net.parameters()], atol=1e-4)

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import snntorch
-import snntorch.utils
 import torch
 from torch import Tensor, nn
 
 import snnlstm
 from snnlstm import functional
 from tests.sequences.by_length import CELLS, LENGTHS, TIME, alone, check, gradients, inputs, own
+from tests.sequences.stacks import NEURONS, check_alone, delta_leaky
 from tests.shared.helpers import close, ours, same, steps
 
 
@@ -89,12 +89,12 @@ def test_wrong_lengths_are_named_and_the_state_stays(lengths, error, message):
         cell(x[0], lengths=LENGTHS)
 
 
-@pytest.mark.parametrize("bits", [16, 32, 64])
-def test_unsigned_ints_are_ints(bits):
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "int16"])
+def test_ints_of_any_type_serve(dtype):
     cell, x = cell_and_input()
     expected = cell(x, lengths=LENGTHS)
     cell.reset_mem()
-    same(cell(x, lengths=torch.tensor(LENGTHS, dtype=getattr(torch, f"uint{bits}"))), expected)
+    same(cell(x, lengths=torch.tensor(LENGTHS, dtype=getattr(torch, dtype))), expected)
 
 
 def test_lengths_follow_x_whatever_the_default_device():
@@ -103,8 +103,6 @@ def test_lengths_follow_x_whatever_the_default_device():
     cell.reset_mem()
     with torch.device("meta"):
         same(cell(x, lengths=LENGTHS, record=True), expected)
-    cell.reset_mem()
-    same(cell(x, lengths=torch.tensor(LENGTHS, dtype=torch.int16), record=True), expected)
     assert cell(x[:, :0], lengths=[])[0].shape[:2] == (TIME, 0)
     spk = cell.to("meta")(x.to("meta"), lengths=LENGTHS)[0]
     assert (spk.shape, spk.is_meta) == (expected[0].shape, True)
@@ -166,46 +164,30 @@ def network() -> list[nn.Module]:
     ]
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["layers", "steps"])
-def test_a_stack_is_for_each_sample_as_it_is_alone(shared):
-    layers, x = network(), steps(TIME, len(LENGTHS), 2, 6, 7).masked_fill_(~own(), torch.nan)
-    if shared:
-        layers.insert(5, layers[4])
-    spk, mem = snnlstm.unroll(x, *layers, lengths=LENGTHS)
-    kept = [layers[k].mem for k in (1, 4, -1)]
-    (spk.sum() + mem[-1].sum()).backward()
-    grads = [p.grad.clone() for layer in layers for p in layer.parameters()]
-    expected = 0
-    for n, length in enumerate(LENGTHS):
-        snntorch.utils.reset(nn.Sequential(*layers))
-        if length == 0:
-            assert not spk[:, n].any()
-            continue
-        one, states = snnlstm.unroll(x[:length, n : n + 1], *layers)
-        close(spk[:length, n : n + 1], one)
-        assert not spk[length:, n].any()
-        close(mem[:length, n : n + 1], states)
-        close(mem[length:, n], states[-1].expand_as(mem[length:, n]))
-        close([state[n : n + 1] for state in kept], [layers[k].mem for k in (1, 4, -1)])
-        expected = expected + one.sum() + states[-1].sum()
-    nn.Sequential(*layers).zero_grad()
-    expected.backward()
-    close(grads, [p.grad for layer in layers for p in layer.parameters()], atol=2e-5)
+def shared() -> list[nn.Module]:
+    layers = network()
+    layers.insert(5, layers[4])
+    return layers
+
+
+STACKS = {
+    "layers": network,
+    "steps": shared,
+    "no neuron at the end": lambda: [ours(init_hidden=True), nn.Flatten(), nn.Linear(126, 3)],
+    "DeltaLeaky": lambda: delta_leaky(84),
+    **{
+        name: lambda make=make: [nn.Flatten(), nn.Linear(84, 5), make()]
+        for name, make in NEURONS.items()
+    },
+}
 
 
 @pytest.mark.parametrize("largest", [0, 1 << 20], ids=["step", "fold"])
-def test_a_stack_that_ends_without_a_neuron_returns_zeros_behind_the_last_step(
-    largest, monkeypatch
-):
+@pytest.mark.parametrize("name", STACKS)
+def test_a_stack_is_for_each_sample_as_it_is_alone(name, largest, monkeypatch):
     monkeypatch.setattr(snnlstm.layers, "LARGEST", largest)
-    x = steps(TIME, len(LENGTHS), 2, 6, 7).masked_fill_(~own(), torch.nan)
-    flat = snnlstm.unroll(x, ours(init_hidden=True), nn.Flatten(), lengths=LENGTHS)
-    net = snnlstm.Sequential(ours(init_hidden=True), nn.Flatten(), nn.Linear(126, 3))
-    out = net(x, lengths=torch.tensor(LENGTHS))
-    assert out.masked_select(~own().flatten(2)).count_nonzero() == 0
-    assert out.masked_select(own().flatten(2)).all()
-    close(out.masked_fill(~own().flatten(2), 0), out)
-    assert not flat.isnan().any()
+    torch.manual_seed(2)
+    check_alone(STACKS[name]())
 
 
 def convlstm_and_input(hooked: bool) -> tuple[snnlstm.ConvLSTM, Tensor]:

@@ -3,31 +3,16 @@
 import copy
 
 import pytest
-import snntorch
 import torch
 from torch import nn
 
 import snnlstm
 from tests.sequences.by_length import LENGTHS, TIME
-from tests.sequences.stacks import equals_the_loop
-from tests.shared.helpers import close, ours, steps
+from tests.sequences.stacks import NEURONS, delta_leaky, equals_the_loop
+from tests.shared.helpers import close, flat, ours, steps
 
 N = len(LENGTHS)
 X = steps(TIME, N, 2, 6, 6)
-SPIKES = {"threshold": 0.3, "spike_grad": snnlstm.surrogate.atan()}  # snnTorch's cannot be copied
-
-NEURONS = {
-    "StateLeaky": lambda: snntorch.StateLeaky(0.8, 5, learn_beta=True, **SPIKES),
-    "StateLeaky without spikes": lambda: snntorch.StateLeaky(0.8, 5, output=False),
-    "truncated": lambda: snntorch.StateLeaky(0.8, 5, kernel_truncation_steps=2, **SPIKES),
-    "LinearLeaky": lambda: snntorch.LinearLeaky(0.7, 5, 4, **SPIKES),
-    "AssociativeLeaky": lambda: snntorch.AssociativeLeaky(5, 2, 2, 4),
-    "LeakyParallel": lambda: snntorch.LeakyParallel(5, 4, beta=0.5, **SPIKES),
-}
-
-
-def parts_of(out):
-    return out if isinstance(out, tuple) else (out,)
 
 
 def stack(make):
@@ -47,34 +32,13 @@ def test_neurons_that_take_sequences_are_called_once(make):
         results = net(X), by_hand(stepped)
         close(*results)
     for out in results:
-        sum(part.sum() for part in parts_of(out)).backward()
+        sum(part.sum() for part in flat(out)).backward()
     for actual, expected in zip(net.parameters(), stepped.parameters(), strict=True):
         close(actual.grad, expected.grad, atol=1e-4)
     assert net.report[3].kind == "sequence"
     assert net.report[3].reason == "it takes sequences"
     out = snnlstm.unroll(X.transpose(0, 1), *net, batch_first=True)
-    close([part.transpose(0, 1) for part in parts_of(out)], parts_of(by_hand(stepped)))
-
-
-@pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
-def test_with_lengths_each_sample_is_as_it_is_alone(make):
-    layers = stack(make)[2:]
-    x = torch.randn(TIME, N, 27)
-    for n, length in enumerate(LENGTHS):
-        x[length:, n] = torch.nan
-    out = parts_of(snnlstm.unroll(x, *layers, lengths=LENGTHS))
-    sum(part.sum() for part in out).backward()
-    assert not any(p.grad.isnan().any() for layer in layers for p in layer.parameters()
-                   if p.grad is not None)  # fmt: skip
-    for n, length in enumerate(LENGTHS):
-        assert not out[0][length:, n].any()
-        if length == 0:
-            assert not any(part[:, n].any() for part in out)
-            continue
-        alone = parts_of(snnlstm.unroll(x[:length, n : n + 1], *layers))
-        close([part[:length, n : n + 1] for part in out], alone, atol=1e-5)
-        for part in out[1:]:
-            close(part[length:, n], part[length - 1, n].expand_as(part[length:, n]), atol=0)
+    close([part.transpose(0, 1) for part in flat(out)], flat(by_hand(stepped)))
 
 
 @pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
@@ -85,7 +49,7 @@ def test_their_hooks_see_sequences_and_one_may_be_in_two_places(make):
     back = nn.Linear(snnlstm.unroll(x, neuron)[0].shape[-1], 5)
     seen.clear()
     net = snnlstm.Sequential(neuron, back, neuron)
-    once = parts_of(neuron(x))[0]
+    once = flat(neuron(x))[0]
     close(net(x), neuron(back(once)))
     assert seen == 4 * [x.shape]
     assert [layer.kind for layer in net.report] == ["sequence", "fold", "sequence"]
@@ -105,20 +69,5 @@ def test_errors_name_the_layer(make):
         snnlstm.unroll(X, cell, cell, nn.Flatten(), neuron)
 
 
-@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "lengths"])
-def test_delta_leaky_goes_step_by_step(lengths):
-    options = {"beta": 0.9, "init_hidden": True, "delta_threshold": 0.2, **SPIKES}
-    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 3), snntorch.DeltaLeaky(**options))
-    if lengths is None:
-        net.append(nn.Tanh())
-        equals_the_loop(net, X, "fold fold step fold")
-        return
-    spk, (mem, before) = snnlstm.unroll(X, *net, lengths=lengths)
-    for n, length in enumerate(lengths):
-        net[2].reset_mem()
-        assert not spk[length:, n].any()
-        if length:
-            alone = snnlstm.unroll(X[:length, n : n + 1], *net)
-            close((spk[:length, n : n + 1], (mem[:length, n : n + 1], before[:length, n : n + 1])),
-                  alone)  # fmt: skip
-            close(mem[length:, n], mem[length - 1, n].expand_as(mem[length:, n]))
+def test_delta_leaky_goes_step_by_step():
+    equals_the_loop(nn.Sequential(*delta_leaky(), nn.Tanh()), X, "fold fold step fold")
