@@ -9,6 +9,7 @@ import re
 
 import numpy
 import pytest
+import snntorch
 import torch
 from torch import nn
 
@@ -341,6 +342,8 @@ SAID = {
     "reset_mechanism_val must be 0, 1 or 2, got 7": lambda: ours().load_state_dict(
         ours().state_dict() | {"reset_mechanism_val": torch.tensor(7)}
     ),
+    "got a function: call it, as in atan()": lambda: ours(spike_grad=snnlstm.surrogate.atan),
+    "got a function: call it, as in SFS()": lambda: ours(spike_grad=snntorch.surrogate.SFS),
     "spike_grad must return a tensor, got NoneType": lambda: ours(spike_grad=lambda u: None)(X),
     "got 1: shape (2, 3, 1, 7, 6)": lambda: ours(batch_first=True)(torch.zeros(2, 3, 1, 7, 6)),
     "(N, T, 2, H, W) for a sequence, got (5, 5)": lambda: ours(batch_first=True)(X[0, 0]),

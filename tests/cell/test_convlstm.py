@@ -52,24 +52,20 @@ def initial(stack: snnlstm.ConvLSTM, dtype: torch.dtype = F32) -> list[tuple[Ten
     return states
 
 
-def wanting(tree):
+def leaves_of(tree, dtype: torch.dtype):
     """Returns copies of tensors, in lists and tuples, that require gradients."""
     if isinstance(tree, Tensor):
-        return tree.detach().clone().requires_grad_()
-    return [wanting(branch) for branch in tree]
-
-
-def double(tree):
-    return tree.double() if isinstance(tree, Tensor) else [double(branch) for branch in tree]
+        return tree.detach().to(dtype, copy=True).requires_grad_()
+    return [leaves_of(branch, dtype) for branch in tree]
 
 
 def compare(
     ours: nn.Module, plain: nn.Module, x: Tensor, states, error: float, of_gradients: float
 ):
     """Compares all results, and the gradients of all inputs and parameters."""
-    leaves = [wanting((x, states)), wanting(double((x, states)))]
+    leaves = [leaves_of((x, states), dtype) for dtype in (x.dtype, F64)]
     outs = [flat(m(*args)) for m, args in zip((ours, plain), leaves, strict=True)]
-    close(double(outs[0]), outs[1], atol=error, rtol=0)
+    close([out.double() for out in outs[0]], outs[1], atol=error, rtol=0)
     weights = [torch.randn_like(out) for out in outs[1]]
     for out in outs:
         sum((o * w.to(o.dtype)).sum() for o, w in zip(out, weights, strict=True)).backward()

@@ -88,6 +88,19 @@ def test_snntorchs_closures_and_objects_are_recognised(name, kwargs):
         assert ours(spike_grad=theirs_).spike_grad == spike
 
 
+ATAN = surrogate.atan()
+FOREIGN = [
+    theirs.fast_sigmoid(torch.tensor(25.0)),  # a user may learn the slope
+    theirs.atan(math.nan),
+    stand_in("ATanSurrogate", ATAN, slope=2.0),
+    stand_in("ATanSurrogate", ATAN, alpha=3.0),
+    stand_in("GaussianSurrogate", ATAN, alpha=2.0),
+    theirs.custom_surrogate(lambda x, grad, spk: grad),
+    torch.nn.ReLU(),
+    len,
+]
+
+
 @each
 def test_what_computes_something_else_stays_foreign(name, kwargs):
     spike = getattr(surrogate, name)(**kwargs)
@@ -98,22 +111,7 @@ def test_what_computes_something_else_stays_foreign(name, kwargs):
     broken = stand_in(name, spike, **attributes)
     type(broken).__call__ = lambda self, x: 1 / 0
     elsewhere = stand_in(name, spike, module="mine.surrogate", **attributes)
-    for foreign in (broken, elsewhere):
-        assert recognise_surrogate(foreign) is foreign
-
-
-def test_what_has_other_parameters_or_another_name_stays_foreign():
-    spike = surrogate.atan()
-    for foreign in (
-        theirs.fast_sigmoid(torch.tensor(25.0)),  # a user may learn the slope
-        theirs.atan(math.nan),
-        stand_in("ATanSurrogate", spike, slope=2.0),
-        stand_in("ATanSurrogate", spike, alpha=3.0),
-        stand_in("GaussianSurrogate", spike, alpha=2.0),
-        theirs.custom_surrogate(lambda x, grad, spk: grad),
-        torch.nn.ReLU(),
-        len,
-    ):
+    for foreign in (broken, elsewhere, *FOREIGN):
         assert recognise_surrogate(foreign) is foreign
 
 
@@ -208,30 +206,26 @@ def test_surrogate_disable_gives_spikes_without_gradient_but_states_with(backend
     assert not late(torch.zeros(1, 2, 5, 5))[0].requires_grad
 
 
-def test_custom_surrogate_runs_the_users_function(backend):
-    def double(x, grad, spk):
-        grad *= 2  # snnTorch's own examples work in place, too
-        return grad * spk * x.cos()
-
-    x, weights = points(), torch.linspace(-1, 1, 105)
-    close(
-        gradient(surrogate.custom_surrogate(double), x, weights),
-        gradient(theirs.custom_surrogate(double), x, weights),
-    )
-    actual, expected = twins(spike_grad=theirs.custom_surrogate(double), reset_mechanism="subtract")
-    train_alike(actual, expected, steps(2, 2, 2, 6, 7))
-    assert str(actual.path) == "reference (spike_grad is unknown to the kernels)"
+def doubled(x, grad, spk):
+    grad *= 2  # snnTorch's own examples work in place, too
+    return grad * spk * x.cos()
 
 
-def test_a_foreign_spike_grad_also_makes_the_reset(backend):
-    """snnTorch computes the reset with spike_grad itself, here with one that is never zero."""
+FOREIGN_TWINS = {
+    "custom": (surrogate.custom_surrogate(doubled), theirs.custom_surrogate(doubled)),
+    "never zero": (torch.sigmoid, torch.sigmoid),
+}
 
-    def soft(u):
-        return torch.sigmoid(4 * u)
 
-    for reset in ("subtract", "zero"):
-        cells = twins(spike_grad=soft, reset_mechanism=reset, learn_threshold=True)
-        train_alike(*cells, steps(3, 2, 2, 6, 7))
+@pytest.mark.parametrize("reset", ["subtract", "zero"])
+@pytest.mark.parametrize("name", FOREIGN_TWINS)
+def test_a_foreign_spike_grad_also_makes_the_reset(backend, name, reset):
+    options = {"reset_mechanism": reset, "learn_threshold": True}
+    mine, reference = FOREIGN_TWINS[name]
+    cell = ours(spike_grad=mine, **options)
+    expected = cell_of_snntorch(spike_grad=reference, **options)
+    train_alike(cell, expected, steps(3, 2, 2, 6, 7))
+    assert str(cell.path) == "reference (spike_grad is unknown to the kernels)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -263,9 +257,3 @@ def test_it_works_in_forward_mode_and_under_vmap(name, kwargs):
     if name != "SSO":  # vmap allows no random numbers
         batched = torch.func.vmap(torch.func.grad(lambda row: spike(row).sum()))(x.view(15, 7))
         close(batched.flatten(), gradient(spike, x)[1])
-
-
-@pytest.mark.parametrize("module", [surrogate, snntorch.surrogate], ids=["ours", "snnTorch's"])
-def test_a_surrogate_that_was_not_called_is_refused(module):
-    with pytest.raises(TypeError, match=r"call it, as in atan\(\)"):
-        snnlstm.SConv2dLSTM(2, 3, 3, spike_grad=module.atan)
