@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import snnlstm
+import snnlstm.entry
+from snnlstm.keys import BoundedDict
 from snnlstm.native import pool
 from tests.shared.cpu_kernels import native
 from tests.shared.helpers import in_threads, measures_memory, ours, same, states, steps
@@ -75,112 +78,103 @@ def test_eight_threads_that_share_a_cell():
 # ---- changes between calls ----------------------------------------------------------------------
 
 
-@contextmanager
-def trained(cell):
-    cell.requires_grad_(True)
-    yield
-    cell.requires_grad_(False)
-
-
-@contextmanager
-def doubled(cell):
-    """Gives each tensor other memory, and keeps the parameters."""
-    for tensor in cell.state_dict(keep_vars=True).values():
-        tensor.data = tensor.data.double()
-    yield
-    for tensor in cell.state_dict(keep_vars=True).values():
-        tensor.data = tensor.data.float()
-
-
-# A dtype of the cell, what changes, and what shows the change.
 F32, BF16 = torch.float32, torch.bfloat16
-CHANGES = {
-    "algorithm": (F32, lambda _: snnlstm.algorithm("winograd"), lambda cell, _: cell.path.name),
-    "autocast": (BF16, lambda _: torch.autocast("cpu", BF16), lambda _, mem: mem.dtype),
-    "grad mode": (F32, lambda _: torch.enable_grad(), lambda _, mem: mem.requires_grad),
-    "requires_grad": (F32, trained, lambda _, mem: mem.requires_grad),
-    "dtype": (F32, doubled, lambda _, mem: mem.dtype),
-}
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_change_after_a_call_is_seen_by_the_next(name):
-    """The cell then computes what a cell computes that was not called before."""
-    dtype, change, shows = CHANGES[name]
-    cell, fresh = (ours(2, 3, 3, bias=False).to(dtype) for _ in range(2))
-    tensors = [t.to(dtype) for t in (X, *START)]
-    if name == "requires_grad":
-        cell.requires_grad_(False)
-
-    def run(cell):
-        out = cell(*tensors)
-        return out, shows(cell, out[2])
-
-    with torch.set_grad_enabled(name != "grad mode"):
-        before, shown = run(cell)
-        with change(cell), change(fresh):
-            out, changed = run(cell)
-            same(out, run(fresh)[0])
-        assert changed != shown
-        out, again = run(cell)
-        same(out, before)
-        assert again == shown
+@contextmanager
+def trained(cell, given):
+    cell.requires_grad_(False)
+    yield
+    cell.requires_grad_(True)
 
 
-@pytest.mark.parametrize("which", range(3))
-def test_a_tensor_of_another_dtype_is_converted_after_like_ones_were_not(which):
-    cell, tensors = ours(), [t.bfloat16().float() for t in (X, *START)]
-    expected = cell(*tensors)
-    tensors[which] = tensors[which].bfloat16()
-    same(cell(*tensors), expected)
+def with_data(change):
+    """Returns a change that gives each tensor other memory, and keeps the parameters."""
+
+    @contextmanager
+    def changed(cell, given):
+        kept = [(tensor, tensor.data) for tensor in cell.state_dict(keep_vars=True).values()]
+        for tensor, data in kept:
+            tensor.data = change(data)
+        yield
+        for tensor, data in kept:
+            tensor.data = data
+
+    return changed
 
 
-def test_a_flag_that_equals_a_bool_is_checked_after_like_ones():
-    cell = ours()
-    expected = cell(X[None], *START, record=True)
-    for flag in (np.True_, 1):
-        same(cell(X[None], *START, record=flag), expected)
-    with pytest.raises(TypeError, match="record must be a bool"):
-        cell(X[None], *START, record=1.0)
+def passed(name, change):
+    """Returns a change of an argument."""
+
+    @contextmanager
+    def changed(cell, given):
+        before = given.get(name)
+        given[name] = change(before)
+        yield
+        given[name] = before
+
+    return changed
 
 
-@pytest.mark.parametrize("name", ["weight", "bias", "threshold", "graded_spikes_factor", "conv"])
-def test_what_is_set_past_nn_module_is_used_also_after_a_like_call(name):
+def past(name):
     """Python finds such an attribute before nn.Module finds the parameter of its name."""
-    cell, other = ours(), ours(seed=3, threshold=0.05)
-    other.graded_spikes_factor.fill_(2)
-    cell(X, *START)
-    for one, source in ((cell, other), (cell, cell)):
-        holder, of = (one.conv, source.conv) if name in ("weight", "bias") else (one, source)
-        value = getattr(of, name)
-        object.__setattr__(holder, name, value if name == "conv" else value.detach().clone())
-        fresh = ours()
-        if name in ("weight", "bias"):
-            setattr(fresh.conv, name, torch.nn.Parameter(getattr(holder, name)))
-        else:
-            setattr(fresh, name, getattr(holder, name))
-        for _ in range(2):
-            same(cell(X, *START), fresh(X, *START))
+
+    @contextmanager
+    def changed(cell, given):
+        other = ours(seed=3, threshold=0.05)
+        other.graded_spikes_factor.fill_(2)
+        holder, of = (cell.conv, other.conv) if name in ("weight", "bias") else (cell, other)
+        object.__setattr__(holder, name, getattr(of, name))
+        yield
+        object.__delattr__(holder, name)
+
+    return changed
 
 
-def test_a_weight_that_gets_another_shape_is_seen():
-    cell = ours()
-    before = cell(X, *START)
-    weight = cell.conv.weight.data
-    cell.conv.weight.data = weight[..., :1, :1].clone()
-    with pytest.raises(RuntimeError, match="must match the size"):
-        cell(X, *START)
-    cell.conv.weight.data = weight
-    same(cell(X, *START), before)
+# What changes after a call; the next one computes what a cell does that was not called before.
+CHANGES = {
+    "algorithm": lambda *_: snnlstm.algorithm("winograd"),
+    "autocast": lambda *_: torch.autocast("cpu", BF16),
+    "grad mode": lambda *_: torch.no_grad(),
+    "requires_grad": trained,
+    "dtype": with_data(Tensor.double),
+    "shape": with_data(lambda t: t[..., :1, :1].clone() if t.dim() == 4 else t),
+    **{f"{name} past nn.Module": past(name) for name in
+       ("weight", "bias", "threshold", "graded_spikes_factor", "conv")},
+    **{f"{name} on meta": passed(name, lambda t: t.to("meta")) for name in ("syn", "mem")},
+    "record is 1.0": passed("record", lambda _: 1.0),
+    "no record": passed("record", lambda _: False),
+}  # fmt: skip
+# These change no result.
+ALIKE = {
+    **{f"{name} in bfloat16": passed(name, Tensor.bfloat16) for name in ("x", "syn", "mem")},
+    "record is 1": passed("record", lambda _: 1), "record is NumPy's": passed("record", np.bool_),
+}  # fmt: skip
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("place", ["syn", "mem"])
-def test_a_tensor_on_another_device_is_refused_also_after_a_like_call(place):
-    cell, given = ours(2, 3, 3), dict(zip(("syn", "mem"), START, strict=True))
-    cell(X, **given)
-    with pytest.raises(ValueError, match=f"{place} must be on weight's device cpu"):
-        cell(X, **given | {place: given[place].to("meta")})
+def outcome(cell, given):
+    """Returns what a call computes and how, or what it raises."""
+    try:
+        out = cell(**given)
+    except Exception as error:
+        return str(error)
+    return [out[2].dtype, out[2].requires_grad, cell.path.name, *(t.tolist() for t in out)]
+
+
+@pytest.mark.parametrize("name", [*CHANGES, *ALIKE])
+def test_a_change_after_a_call_is_seen_by_the_next(name, monkeypatch):
+    dtype = BF16 if name == "autocast" else F32
+    cell, fresh = (ours(bias=name != "dtype").to(dtype) for _ in range(2))
+    x, syn, mem = (t.bfloat16().to(dtype) for t in (X, *START))
+    given = {"x": x[None], "syn": syn, "mem": mem, "record": True}
+    before = outcome(cell, given)
+    with (CHANGES | ALIKE)[name](cell, given):
+        after = outcome(cell, given)
+    assert (after != before) == (name in CHANGES)
+    assert outcome(cell, given) == before
+    monkeypatch.setattr(snnlstm.entry, "_entries", BoundedDict())  # which knows no call
+    with (CHANGES | ALIKE)[name](fresh, given):
+        assert after == outcome(fresh, given)
 
 
 # ---- blocks of memory ---------------------------------------------------------------------------
