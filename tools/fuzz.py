@@ -221,7 +221,9 @@ def run(count: int, seed: int | None = None) -> Counter[str]:
     @settings(drawing(count), report_multiple_bugs=False)
     @given(**ARGUMENTS)
     def check_call(**arguments: Any) -> None:
-        done["gradients"] += check(**arguments)
+        compared = check(**arguments)
+        for found in ("gradients", f"asked {arguments['asked']}", f"kept {arguments['kept']}"):
+            done[found] += compared
         done[arguments["way"]] += 1
 
     if seed is not None:

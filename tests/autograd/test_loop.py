@@ -188,6 +188,7 @@ ENDS = {
 # What is called, how, and what ends it.
 HELD = {
     **{f"a cell, {name}": (ours, _loop, end) for name, end in ENDS.items()},
+    "a cell, backward": (ours, _loop, lambda cell: (cell.syn + cell.mem).sum().backward()),
     "learnt": (lambda: ours(learn_threshold=True), _loop, ENDS["detach_hidden"]),
     "signals": (lambda: snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1), _loop, ENDS["reset_mem"]),
     "a ConvLSTMCell": (lambda: snnlstm.ConvLSTMCell(2, 3, 3), _convlstm_loop, id),
@@ -203,7 +204,10 @@ HELD = {
 
 @pytest.mark.parametrize("name", HELD)
 def test_nothing_that_was_saved_outlives_the_results_and_the_state(name):
-    """Only the mem before a cell's last step stays, of which its reset signal is computed."""
+    """Only the mem before a cell's last step stays, of which its reset signal is computed.
+
+    A backward pass also ends what was saved.
+    """
     make, run, end = HELD[name]
     net, x, saved = make(), steps(4, 2, 2, 6, 7), []
     x = x[..., 0] if name == "signals" else x

@@ -10,17 +10,14 @@ import pytest
 import torch
 
 import snnlstm
-from snnlstm import surrogate
 from snnlstm.quant import state_quant
 from tests.kernels.alone import ALONE, LEVELS
 from tests.shared import flat
-from tests.shared.cases import LAYOUTS, PLAIN, SURROGATES, Inputs
+from tests.shared.cases import PLAIN, SILENT, SURROGATES, Inputs
 from tests.shared.checks import check_gradients, check_results, infer
 from tests.shared.cpu_kernels import Kernels, native, one_thread
-from tests.shared.gradients import NAMES, compare, gradients
-from tests.shared.helpers import same, steps, twins
-from tests.shared.oracle import check_steps
-from tests.shared.poison import HUGE, poisoned
+from tests.shared.gradients import compare, gradients
+from tests.shared.helpers import steps, twins
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -177,35 +174,6 @@ def test_each_surrogate(isa, kind):
         assert check_gradients(Kernels(isa, "auto"), DOUBLE.but(surrogate=kind, **pool))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_the_stochastic_surrogate_draws_the_noise_of_the_reference_in_float32(kernels, layout):
-    case = PLAIN.but(surrogate=surrogate.SSO(0.1, 0.5), layouts=(layout,) * 4)
-    inputs, grads = case.inputs(), case.output_gradients()
-    actual, expected = (
-        gradients(run, inputs, case.options, grads, noise=5)
-        for run in (kernels.run, flat.reference)
-    )
-    compare(actual, expected, 10 * kernels.gradient_error(case.dtype), grads)
-    again = gradients(kernels.run, inputs, case.options, grads, noise=6)
-    assert not torch.equal(actual["weight"], again["weight"])
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_memory_layouts(kernels, layout):
-    """Equal numbers in another layout give bitwise equal results."""
-    for which in range(4):
-        layouts = ["contiguous"] * 4
-        layouts[which] = layout
-        case = PLAIN.but(time=2, batch=1, layouts=tuple(layouts))
-        inputs, grads = case.inputs(), case.output_gradients()
-        contiguous = Inputs(*(None if t is None else t.contiguous() for t in inputs))
-        same(infer(kernels, case, inputs), infer(kernels, case, contiguous))
-        actual = gradients(kernels.run, inputs, case.options, grads)
-        expected = gradients(kernels.run, contiguous, case.options, [g.contiguous() for g in grads])
-        for name in NAMES:
-            assert torch.equal(actual[name], expected[name]), name
-
-
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 3), (9, 5)], ids=str)
 def test_every_size_of_image_up_to_13(isa, kernel):
     """The images cut off their last tile of 2, 3 or 4 pixels at every place, along either axis.
@@ -213,22 +181,14 @@ def test_every_size_of_image_up_to_13(isa, kernel):
     The tiles of an axis do not depend on the other axis.
     """
     kernels = Kernels(isa, "winograd")
-    # The results have no jump, so that every size can be compared.
-    case = PLAIN.but(kernel_size=kernel, reset="none", record=False)
-    case = case.but(time=1, batch=1, in_channels=2)
+    # Without spikes nothing jumps, so that every size can be compared.
+    case = PLAIN.but(**SILENT, kernel_size=kernel, record=False, time=1, batch=1, in_channels=2)
     for height, other in itertools.product(range(1, 14), (0, 5, 8)):
         width = (height * 5 + other) % 13 + 1
         # 9 and 5 channels take whole and half vectors of AVX-512.
         sized = case.but(height=height, width=width, channels=9 if other else 5)
-        inputs = sized.inputs()
-        grads = [None, *sized.output_gradients()[1:]]
-        out = infer(kernels, sized.recorded(), inputs)
-        with poisoned(HUGE):
-            actual = gradients(kernels.run, inputs, sized.options, grads)
-        with one_thread():
-            check_steps(sized.recorded(), inputs, out, kernels.state_error(sized.dtype))
-            exact = gradients(flat.reference, inputs.double(), sized.options, grads)
-        compare(actual, exact, kernels.gradient_error(sized.dtype), grads)
+        check_results(sized, kernels)
+        assert check_gradients(kernels, sized)
 
 
 def test_long_sums_round_no_more_than_torchs(isa):
