@@ -7,6 +7,7 @@ Neither the address nor the version counter of a tensor tells of all changes of 
 import gc
 import itertools
 import pickle
+import sys
 
 import numpy
 import pytest
@@ -171,22 +172,28 @@ def test_each_instruction_set_and_algorithm_has_layouts_of_its_own():
 
 @pytest.mark.parametrize("cells", [1, 100])
 def test_threads_that_share_a_weight_or_a_storage_of_more_weights_than_are_kept(cells, monkeypatch):
-    """The cells have views of one buffer as weights."""
+    """The cells have views of one buffer as weights, and images of other sizes in each thread."""
     monkeypatch.setattr(BoundedDict.__init__, "__defaults__", (64,))
     made = [make(4) for _ in range(cells)]
     for k, cell in enumerate(made):  # equal weights have one packed form
         cell.conv.weight.data.mul_(1 + k / 100)
     buffer = torch.stack([cell.conv.weight.detach() for cell in made])
-    expected = [call(cell, image()) for cell in made]
+    images = [image()[..., : k % 4 + 4] for k in range(20)]
+    expected = [[call(cell, x) for x in images[:4]] for cell in made]
     for cell, view in zip(made, buffer, strict=True):
         cell.conv.weight.data = view
 
     def work(k: int) -> None:
         for _ in range(5):
             for n in range(k % cells, cells, 20):
-                same(call(made[n], image()), expected[n])
+                same(call(made[n], images[k]), expected[n][k % 4])
 
-    in_threads(work, 20)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        in_threads(work, 20)
+    finally:
+        sys.setswitchinterval(interval)
     assert max(map(len, cpu._packed.values()), default=0) < 64 + 20
 
 

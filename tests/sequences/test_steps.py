@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 import snnlstm
 from tests.shared.helpers import close, ours, steps
@@ -52,8 +51,10 @@ def test_gradients_of_the_first_and_the_second_order(large):
         net[1].step = -1
         return snnlstm.unroll(x, *net)
 
-    assert torch.autograd.gradcheck(run, x)
+    assert torch.autograd.gradcheck(run, x, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(run, x)
+    _, found = torch.func.jvp(run, (x,), (x,))
+    close(found, torch.autograd.functional.jvp(run, x, x)[1])
 
 
 def test_steps_without_a_gradient_among_steps_with_one():
@@ -89,18 +90,9 @@ def test_tuples_must_come_at_every_step():
             snnlstm.unroll(X, Each(lambda x, t, few=few: few(x) if t == 3 else (x, x)))
 
 
-def test_transforms_of_torch_func_and_forward_mode_see_every_step(large):
+def test_vmap_sees_every_step(large):
     layers = [nn.Conv2d(2, 2, 3), Each(lambda x, t: x.sin())]
     x = torch.rand(3, T, N, 2, 5, 5)
     expected = torch.stack([snnlstm.unroll(each, *layers) for each in x])
     with torch.no_grad():
         close(torch.func.vmap(lambda each: snnlstm.unroll(each, *layers))(x), expected)
-    tangent = torch.rand(T, N, 2, 5, 5)
-    _, found = torch.func.jvp(lambda each: snnlstm.unroll(each, *layers), (x[0],), (tangent,))
-    _, whole = torch.func.jvp(
-        lambda each: layers[0](each.flatten(0, 1)).sin().unflatten(0, (T, N)), (x[0],), (tangent,)
-    )
-    close(found, whole)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x[0].requires_grad_(), tangent)
-        close(forward_ad.unpack_dual(snnlstm.unroll(dual, *layers)).tangent, whole)

@@ -5,7 +5,6 @@ again.
 """
 
 import gc
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import snnlstm.entry
 from snnlstm.keys import BoundedDict
 from snnlstm.native import pool
 from tests.shared.cpu_kernels import native
-from tests.shared.helpers import in_threads, measures_memory, ours, same, states, steps
+from tests.shared.helpers import measures_memory, ours, states, steps
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -52,27 +51,6 @@ def test_thousands_of_shapes_take_bounded_memory(name):
         if batch in (8, 40):
             held.append(resident_bytes())
     assert held[1] - held[0] < 8 * MIB  # 3,200 plans take 24 MiB
-
-
-def test_eight_threads_that_share_a_cell():
-    """They have more shapes than entries are kept."""
-    cell, calls = ours(reset_mechanism="subtract"), []
-    for k in range(96):
-        shape = 1 + k % 2, 3 + k // 2
-        x, state = steps(1, shape[0], 2, 5, shape[1])[0], states(shape[0], 3, 5, shape[1])
-        calls.append((x, state, ours(reset_mechanism="subtract")(x, *state)))
-
-    def work(thread: int) -> None:
-        for _ in range(5):
-            for x, state, expected in calls[thread::8]:
-                same(cell(x, *state), expected)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        in_threads(work, 8)
-    finally:
-        sys.setswitchinterval(interval)
 
 
 # ---- changes between calls ----------------------------------------------------------------------

@@ -1,15 +1,13 @@
-"""The cell trains as snnTorch's does: averaged, in chunks, checkpointed, and with hooks."""
+"""The cell trains as snnTorch's does: checkpointed, with other weights, and with hooks."""
 
 import copy
 
 import pytest
-import snntorch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import snnlstm
 from tests.shared.helpers import close, ours, same_gradients, states, steps, theirs
 
 
@@ -30,59 +28,6 @@ def loop(call, x: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
         spk, syn, mem = call(x_t, syn, mem)
         loss = loss + spk.sum() + mem.sum()
     return loss
-
-
-# ---- truncated backpropagation through time -------------------------------------------------
-
-TRUNCATED = {"reset_mechanism": "subtract", "learn_threshold": True}
-
-
-def two(make, **options) -> nn.ModuleList:
-    return nn.ModuleList([make(2, 3, 3, **options), make(3, 2, 3, **options)])
-
-
-def through(cells, x: Tensor) -> tuple[Tensor, Tensor]:
-    for cell in cells:
-        x, _, mem = cell(x)
-    return x, mem
-
-
-@pytest.mark.parametrize("pattern", ["detach_hidden", "by hand", "Sequential"])
-def test_training_in_chunks_is_that_of_snntorchs_step_loop(backend, pattern):
-    """After every chunk, the optimizer steps and the graph is cut; the last chunk is shorter."""
-    hidden = {"init_hidden": True} if pattern == "Sequential" else {}
-    cells, expected = two(ours, **TRUNCATED, **hidden), two(theirs, **TRUNCATED)
-    cells[1].output = True
-    before = copy.deepcopy(cells)
-    states = [(None, None), (None, None)]
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (cells, expected)]
-    for chunk in steps(8, 2, 2, 6, 6).split(3):
-        if pattern == "Sequential":
-            spk, _, mem = snnlstm.Sequential(*cells)(chunk)
-            mem = mem[-1]
-        elif pattern == "by hand":
-            spk = chunk
-            for k, cell in enumerate(cells):
-                spk, *state = cell(spk, *states[k])
-                mem, states[k] = state[1], [s.detach() for s in state]
-        else:
-            spk, mem = through(cells, chunk)
-        spks, mems = zip(*(through(expected, x) for x in chunk), strict=True)
-        for optimizer, spikes, last in zip(
-            optimizers, (spk, torch.stack(spks)), (mem, mems[-1]), strict=True
-        ):
-            optimizer.zero_grad()
-            ((spikes.mean() - 0.3).square() + last.square().mean()).backward()
-            optimizer.step()
-        same_gradients(cells, expected)
-        snnlstm.SConv2dLSTM.detach_hidden()
-        assert not any(cell.mem.requires_grad or cell.syn.requires_grad for cell in cells)
-        snntorch.SConv2dLSTM.detach_hidden()
-    for one, other, start in zip(cells, expected, before, strict=True):
-        close((one.syn, one.mem), (other.syn, other.mem), atol=1e-4)
-        close(one.state_dict(), other.state_dict(), atol=1e-4)
-        assert not torch.equal(one.conv.weight, start.conv.weight)
-        backend.check(one.path)
 
 
 def test_a_chunk_without_detached_states_says_what_is_wrong():
