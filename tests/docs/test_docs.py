@@ -70,12 +70,11 @@ def _settings() -> Iterator[None]:
         sys.modules["tests.emulator.backend"].emulated_core().reset()
 
 
-def run(page: Path, seed: int | None = None) -> None:
-    """Runs a page's blocks in order, as one session; a seed is set before each of them."""
+def run(page: Path, seed: int) -> None:
+    """Runs a page's blocks in order, as one session; the seed is set before each of them."""
     session: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page, "python"):
-        if seed is not None:
-            torch.manual_seed(seed)
+        torch.manual_seed(seed)
         exec(compile(block, page.name, "exec"), session)
 
 
@@ -83,24 +82,6 @@ NEEDED = {
     "ecosystem.md": ["lightning", "onnxscript", "onnxruntime"],
 }
 WITH_PYTHON = [page for page in PAGES if page.exists() and blocks(page, "python")]
-
-
-@pytest.mark.usefixtures("_settings")
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: str(page.relative_to(ROOT)))
-def test_python_blocks_run_in_order(page, recwarn, capsys, monkeypatch):
-    for needed in NEEDED.get(page.name, ()):
-        pytest.importorskip(needed, reason=f"pip install {needed}")
-    if page.parent.name == "emulator" and not (snnlstm.path.kernels and shutil.which("g++")):
-        pytest.skip("no compiler, or no core")
-    monkeypatch.chdir(ROOT)
-    run(page)
-    own = [w for w in recwarn if "snnlstm" in str(w.filename) or str(w.filename) == page.name]
-    assert [str(w.message) for w in own] == []
-    if page == README:
-        printed = capsys.readouterr().out.split("\n")
-        assert printed[:3] == ["accelerate: 2 swapped, 0 left", "  0  swapped", "  3  swapped"]
-        assert re.match(r"cpu-\w+-\w+ \(.+\)", printed[3])
-        assert printed[4] == "reference (conv is a ParametrizedConv2d, not a plain nn.Conv2d)"
 
 
 @pytest.fixture
@@ -122,40 +103,49 @@ def counted(monkeypatch) -> list[tuple[torch.nn.Module, SpikeCount]]:
     return made
 
 
-SPIKING = [
-    page
-    for page in WITH_PYTHON
-    if page.parent in (ROOT, DOCS) and "SConv2dLSTM(" in "".join(blocks(page, "python"))
-]
+def check_rates(counted) -> None:
+    """Asserts that each cell and each Leaky that was called spiked."""
+    # The cell without surrogate is for exports, whose calls have no numbers.
+    rates = [c.rate for m, c in counted if c.chances and not m.surrogate_disable]
+    assert rates
+    assert all(0.005 <= rate <= 0.7 for rate in rates), rates
 
 
 @pytest.mark.usefixtures("_settings")
-@pytest.mark.parametrize("page", [*SPIKING, "snnlstm.sequential"], ids=lambda page: Path(page).stem)
-def test_each_cell_and_each_leaky_of_an_example_spikes(page, counted, monkeypatch):
-    for needed in NEEDED.get(Path(page).name, ()):
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_run_in_order_and_every_cell_spikes(
+    page, recwarn, capsys, monkeypatch, counted
+):
+    for needed in NEEDED.get(page.name, ()):
         pytest.importorskip(needed, reason=f"pip install {needed}")
+    if page.parent.name == "emulator" and not (snnlstm.path.kernels and shutil.which("g++")):
+        pytest.skip("no compiler, or no core")
     monkeypatch.chdir(ROOT)
-    for seed in range(3):
-        if isinstance(page, Path):
-            run(page, seed)
-        else:
-            torch.manual_seed(seed)
-            names = {"snnlstm": snnlstm, "torch": torch, "nn": torch.nn}
-            doctest.testmod(importlib.import_module(page), extraglobs=names)
-        # The cell without surrogate is for exports, whose calls have no numbers.
-        rates = [c.rate for m, c in counted if c.chances and not m.surrogate_disable]
-        assert rates
-        assert all(0.005 <= rate <= 0.7 for rate in rates), (seed, rates)
+    for seed in range(3 if page.parent in (ROOT, DOCS) else 1):
+        run(page, seed)
+        if "SConv2dLSTM(" in "".join(blocks(page, "python")):
+            check_rates(counted)
         counted.clear()
+    own = [w for w in recwarn if "snnlstm" in str(w.filename) or str(w.filename) == page.name]
+    assert [str(w.message) for w in own] == []
+    if page == README:
+        printed = capsys.readouterr().out.split("\n")
+        assert printed[:3] == ["accelerate: 2 swapped, 0 left", "  0  swapped", "  3  swapped"]
+        assert re.match(r"cpu-\w+-\w+ \(.+\)", printed[3])
+        assert printed[4] == "reference (conv is a ParametrizedConv2d, not a plain nn.Conv2d)"
 
 
-def test_examples_of_docstrings():
+def test_examples_of_docstrings(counted):
     names, tried = {"snnlstm": snnlstm, "torch": torch, "nn": torch.nn}, 0
     for module in pkgutil.iter_modules(snnlstm.__path__, "snnlstm."):
         if module.name not in ("snnlstm.__main__", "snnlstm._C"):
+            torch.manual_seed(0)
             found = doctest.testmod(importlib.import_module(module.name), extraglobs=names)
             assert found.failed == 0, module.name
             tried += found.attempted
+            if module.name == "snnlstm.sequential":
+                check_rates(counted)
+            counted.clear()
     assert tried
 
 

@@ -83,22 +83,16 @@ net(torch.ones(1, 2, 5, 5))
         assert said.count("`pip install -e .`") == mentions
 
 
-@pytest.mark.parametrize(
-    ("capability", "said"),
-    [
-        ((8, 9), "A GPU (8, 9): machine code of 86"),
-        ((12, 0), "A GPU (12, 0): PTX of 80"),
-        ((7, 5), "A GPU (7, 5): no code"),
-    ],
-)
-def test_gpus_are_shown_with_the_code_for_them(monkeypatch, capability, said):
+def test_gpus_are_shown_with_the_code_for_them(monkeypatch):
     build = {"cuda": "built", "cuda_version": "13.0.88", "cuda_archs": "86 80+ptx"}
+    capabilities = [(8, 9), (12, 0), (7, 5)]
     monkeypatch.setattr(snnlstm._C, "build_info", lambda: build)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    assert report.gpus() == [said]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", "card {}".format)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    codes = ("machine code of 86", "PTX of 80", "no code")
+    assert report.gpus() == [f"card {k} {capabilities[k]}: {code}" for k, code in enumerate(codes)]
 
 
 def test_a_broken_driver_is_part_of_the_report(monkeypatch):
