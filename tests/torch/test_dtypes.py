@@ -71,12 +71,6 @@ def test_thresholds_of_another_dtype_are_converted(backend):
     assert double.grad.all()
 
 
-@pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e5m2], ids=str)
-def test_inputs_of_dtypes_that_torch_does_not_promote(dtype):
-    cell, x = ours(), steps(1, 2, 2, 6, 7)[0]
-    close(cell(x.to(dtype), *states(2, 3, 6, 7)), cell(x, *states(2, 3, 6, 7)))
-
-
 @pytest.fixture
 def default_dtype(request):
     torch.set_default_dtype(request.param)
