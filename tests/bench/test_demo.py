@@ -1,4 +1,4 @@
-"""The demo's digits move as they should, its networks are equal, and its command runs."""
+"""The demo's digits move as they should, its networks train alike, and its command runs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import shutil
 import sys
 
 import pytest
-import torch
-
-from tests.shared.helpers import same
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -18,19 +15,6 @@ pytest.importorskip("matplotlib")
 from benchmarks.demo import comparison as demo
 from benchmarks.demo import training
 from benchmarks.demo.training import load_split
-
-
-def test_both_networks_start_alike_and_compute_alike():
-    nets = {}
-    for name in demo.COLOURS:
-        torch.manual_seed(0)
-        nets[name] = training.Network(name, side=16)
-    same(*(net.parameters() for net in nets.values()))
-    x = (torch.rand(4, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2).float()
-    for _ in range(2):  # the second call starts from zero states, too
-        scores = {name: net(x) for name, net in nets.items()}
-        torch.testing.assert_close(scores["snnlstm"], scores["snntorch"], atol=1e-4, rtol=1e-4)
-    assert nets["snntorch"].spikes(x).mean() > 0.01, "the test says nothing where nothing spikes"
 
 
 @pytest.fixture
