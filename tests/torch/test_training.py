@@ -1,6 +1,4 @@
-"""The cell trains as snnTorch's does: checkpointed, with other weights, and with hooks."""
-
-import copy
+"""The cell trains as snnTorch's does: checkpointed, and with weights that it is given."""
 
 import pytest
 import torch
@@ -8,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.shared.helpers import close, ours, same_gradients, states, steps, theirs
+from tests.shared.helpers import close, ours, same_gradients, states, steps
 
 
 @pytest.fixture(autouse=True)
@@ -19,15 +17,6 @@ def _one_thread(_same_start):
 def data() -> tuple[Tensor, Tensor, Tensor]:
     """Returns x of four steps, syn and mem."""
     return steps(4, 2, 2, 6, 6), *states(2, 3, 6, 6)
-
-
-def loop(call, x: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
-    """Runs `call` once a step, with the states of the step before; returns a loss of all steps."""
-    loss = 0
-    for x_t in x:
-        spk, syn, mem = call(x_t, syn, mem)
-        loss = loss + spk.sum() + mem.sum()
-    return loss
 
 
 def test_a_chunk_without_detached_states_says_what_is_wrong():
@@ -118,47 +107,12 @@ def test_checkpoint_draws_the_random_numbers_of_foreign_code_again(name):
 def test_functional_call_uses_the_weights_that_it_is_given(backend):
     cell, other = ours(learn_threshold=True), ours(seed=3, learn_threshold=True)
     given = {name: p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
-    loop(lambda *args: torch.func.functional_call(cell, given, args), *data()).backward()
+    for call in (lambda *args: torch.func.functional_call(cell, given, args), other):
+        x, *state = data()
+        for x_t in x:
+            spk, *state = call(x_t, *state)
+        (spk.sum() + state[1].sum()).backward()
     backend.check(cell.path)
-    loop(other, *data()).backward()
     for name, value in given.items():
         close(value.grad, other.get_parameter(name).grad, atol=2e-5, rtol=1e-4)
     assert all(parameter.grad is None for parameter in cell.parameters())
-
-
-# ---- state_dict hooks -----------------------------------------------------------------------
-
-
-def _method(module: nn.Module, name: str):
-    """Returns a method of `module` that torch before 2.5 names with an underscore."""
-    return getattr(module, name, None) or getattr(module, f"_{name}")
-
-
-def test_hooks_on_saving_and_loading_are_called_as_with_snntorch():
-    """The hooks lie on a cell within a network; they add and scale entries."""
-    seen = []
-    for make in (ours, theirs):
-        model, calls = nn.Sequential(nn.Identity(), make(learn_threshold=True)), []
-        cell = model[1]
-
-        def after(module, state, prefix, metadata, calls=calls):
-            calls.append(("saved", prefix))
-            state[prefix + "note"] = state[prefix + "conv.weight"] * 2
-
-        def on_load(module, state, prefix, *rest, calls=calls):
-            calls.append(("loading", prefix))
-            state[prefix + "conv.weight"] = state.pop(prefix + "note") / 4
-
-        def when_loaded(module, keys, calls=calls):
-            calls.append(("loaded", len(keys.missing_keys), len(keys.unexpected_keys)))
-
-        _method(cell, "register_state_dict_post_hook")(after)
-        _method(cell, "register_load_state_dict_pre_hook")(on_load)
-        cell.register_load_state_dict_post_hook(when_loaded)
-        weight = cell.conv.weight.detach().clone()
-        state = copy.deepcopy(dict(model.state_dict()))
-        model.load_state_dict(state)
-        close(cell.conv.weight.detach(), weight / 2)
-        seen.append((list(state), calls))
-    assert seen[0] == seen[1]
-    assert len(seen[0][1]) == 3
