@@ -1,5 +1,7 @@
 """Sequential and unroll compute what a loop over the steps computes, for any kind of layers."""
 
+import copy
+
 import pytest
 import snntorch
 import torch
@@ -7,8 +9,9 @@ from snntorch import utils
 from torch import nn
 
 import snnlstm
+from tests.sequences import stacks
 from tests.sequences.stacks import FORMS, PLAIN, N, T, X, equals_the_loop, hidden, leaky, loop
-from tests.shared.helpers import close, ours, theirs
+from tests.shared.helpers import close, flat, ours, theirs
 
 
 class Cumulative(nn.Module):
@@ -157,3 +160,64 @@ def test_unroll_registers_nothing():
     snnlstm.unroll(X, *net.values())
     assert list(net.state_dict()) == keys
     assert [name for name, _ in net.named_children()] == ["lstm", "flat", "lif"]
+
+
+# ---- snnTorch's neurons that take whole sequences, and DeltaLeaky --------------------------------
+
+
+def stack(make):
+    torch.manual_seed(2)
+    return [ours(init_hidden=True, max_pool=2), nn.Flatten(), nn.Linear(27, 5), make()]
+
+
+def by_hand(net):
+    return net[3](net[2](net[0](X).flatten(2)))
+
+
+@pytest.mark.parametrize("make", stacks.NEURONS.values(), ids=stacks.NEURONS)
+def test_neurons_that_take_sequences_are_called_once(make):
+    net = snnlstm.Sequential(*stack(make))
+    stepped = copy.deepcopy(net)
+    for _ in range(2):  # the cell goes on from its state, and the neuron starts anew
+        results = net(X), by_hand(stepped)
+        close(*results)
+    for out in results:
+        sum(part.sum() for part in flat(out)).backward()
+    for actual, expected in zip(net.parameters(), stepped.parameters(), strict=True):
+        close(actual.grad, expected.grad, atol=1e-4)
+    assert net.report[3].kind == "sequence"
+    assert net.report[3].reason == "it takes sequences"
+    out = snnlstm.unroll(X.transpose(0, 1), *net, batch_first=True)
+    close([part.transpose(0, 1) for part in flat(out)], flat(by_hand(stepped)))
+
+
+@pytest.mark.parametrize("make", stacks.NEURONS.values(), ids=stacks.NEURONS)
+def test_their_hooks_see_sequences_and_one_may_be_in_two_places(make):
+    neuron, seen = make(), []
+    neuron.register_forward_hook(lambda layer, args, out: seen.append(args[0].shape))
+    x = torch.rand(T, N, 5)
+    back = nn.Linear(snnlstm.unroll(x, neuron)[0].shape[-1], 5)
+    seen.clear()
+    net = snnlstm.Sequential(neuron, back, neuron)
+    once = flat(neuron(x))[0]
+    close(net(x), neuron(back(once)))
+    assert seen == 4 * [x.shape]
+    assert [layer.kind for layer in net.report] == ["sequence", "fold", "sequence"]
+
+
+@pytest.mark.parametrize("make", stacks.NEURONS.values(), ids=stacks.NEURONS)
+def test_errors_name_the_layer(make):
+    neuron, cell = make(), ours(2, 2, 3, init_hidden=True)
+    name = type(neuron).__name__
+    said = rf"a sequence of steps \(N, C\) for layer 1 \({name}\), got steps of shape \(3, 3, 6"
+    with pytest.raises(ValueError, match=said):
+        snnlstm.unroll(X, ours(init_hidden=True), neuron)
+    said = (
+        rf"layer 3 \({name}\) needs whole sequences, but layer 1 is in several places and may keep"
+    )
+    with pytest.raises(ValueError, match=said):
+        snnlstm.unroll(X, cell, cell, nn.Flatten(), neuron)
+
+
+def test_delta_leaky_goes_step_by_step():
+    equals_the_loop(nn.Sequential(*stacks.delta_leaky(), nn.Tanh()), X, "fold fold step fold")

@@ -4,9 +4,7 @@ A cell keeps an entry for each kind of call, like cells share plans, and blocks 
 again.
 """
 
-import gc
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from torch import Tensor
 
 import snnlstm
 import snnlstm.entry
+from benchmarks import peak_memory
 from snnlstm.keys import BoundedDict
 from snnlstm.native import pool
 from tests.shared.cpu_kernels import native
@@ -24,12 +23,6 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 X, START = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
 MIB = 1 << 20
-
-
-def resident_bytes() -> int:
-    """Returns the bytes of memory that the process holds."""
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 CALLS = {
@@ -49,7 +42,7 @@ def test_thousands_of_shapes_take_bounded_memory(name):
         for width in range(1, 101):
             CALLS[name](cell, torch.ones(batch, 1, 1, width))
         if batch in (8, 40):
-            held.append(resident_bytes())
+            held.append(peak_memory.watch())
     assert held[1] - held[0] < 8 * MIB  # 3,200 plans take 24 MiB
 
 
