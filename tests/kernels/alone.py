@@ -1,7 +1,8 @@
 """This table has a call for each option of the cell alone, and for each kind of size.
 
 test_kernels.py checks the results and gradients of each row, on every instruction set of the CPU.
-The tests of the emulated CUDA kernels take rows by their names.
+The tests of the emulated CUDA kernels take rows by their names. Every second random call of fuzz.py
+has no bias, another shape of threshold, a graded factor, or nonzeros among zeros: no row has these.
 """
 
 import torch
@@ -15,8 +16,6 @@ ALONE = {
     "last states": PLAIN.but(record=False),
     "no reset": PLAIN.but(reset="none"),
     "reset to zero": PLAIN.but(reset="zero"),
-    "one threshold": PLAIN.but(threshold="number"),
-    "a threshold a channel, 4-D": PLAIN.but(threshold="four"),
     "max_pool": PLAIN.but(pool="max", pool_size=(2, 3)),  # 7 x 10: both leave a remainder
     "avg_pool": PLAIN.but(pool="avg", pool_size=(2, 3)),
     "a window as large as the image": PLAIN.but(pool="max", pool_size=(7, 10)),
@@ -34,7 +33,6 @@ ALONE = {
     "kernel 1x1": PLAIN.but(kernel_size=(1, 1)),
     "kernel 5x5": PLAIN.but(kernel_size=(5, 5)),
     "kernel 7x7": PLAIN.but(kernel_size=(7, 7)),
-    "kernel 5x3": PLAIN.but(kernel_size=(5, 3)),
     "kernel 9x9": PLAIN.but(kernel_size=(9, 9), height=13, width=11),
     "kernel 19x3": PLAIN.but(kernel_size=(19, 3), height=19, width=23),
     "kernel 11x1": PLAIN.but(kernel_size=(11, 1), height=17, width=6),
@@ -46,8 +44,6 @@ ALONE = {
         kernel_size=(9, 3), dilation=(2, 1), height=23, width=19
     ),
     "dilation and stride": PLAIN.but(kernel_size=(5, 3), dilation=(3, 2), stride=(2, 2)),
-    "no bias": PLAIN.but(bias=False),
-    "graded": PLAIN.but(graded=0.3),
     "checkpoint": PLAIN.but(checkpoint=True, time=7),
     "checkpoint, last states": PLAIN.but(checkpoint=True, record=False, reset="zero"),
     "inhibition, last states": PLAIN.but(record=False, reset="zero", inhibition=True, channels=17),
@@ -63,7 +59,6 @@ ALONE = {
         density=0.03, spikes=True, in_channels=17, height=13, stride=(2, 3), dilation=(1, 2)
     ),
     "many spikes": PLAIN.but(density=0.6, spikes=True),
-    "sparse numbers": PLAIN.but(density=0.1, in_channels=9, channels=5, height=11),
     "nothing": PLAIN.but(density=0.0),
     "one pixel": PLAIN.but(height=1, width=1),
     "one row": PLAIN.but(height=1, width=29),
@@ -71,7 +66,6 @@ ALONE = {
     "a few columns, dilated beyond them": PLAIN.but(
         kernel_size=(5, 7), dilation=(3, 2), height=13, width=4
     ),
-    "primes": PLAIN.but(batch=3, in_channels=7, channels=11, height=13, width=17),
     "one channel": PLAIN.but(in_channels=1, channels=1),
     # A tall image gives a task several blocks of rows; one row of a wide image fills a block.
     "a tall image": PLAIN.but(time=2, batch=1, height=61, width=19, channels=5),
