@@ -1,8 +1,8 @@
 """This table has a call for each option of the cell alone, and for each kind of size.
 
 test_kernels.py checks the results and gradients of each row, on every instruction set of the CPU.
-The tests of the emulated CUDA kernels take rows by their names. Every second random call of fuzz.py
-has no bias, another shape of threshold, a graded factor, or nonzeros among zeros: no row has these.
+The tests of the emulated CUDA kernels take rows by their names. No row is of a bias, a threshold's
+shape, a graded factor or a density alone, because fuzz.py draws these for every call.
 """
 
 import torch
