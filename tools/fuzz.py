@@ -221,9 +221,7 @@ def run(count: int, seed: int | None = None) -> Counter[str]:
     @settings(drawing(count), report_multiple_bugs=False)
     @given(**ARGUMENTS)
     def check_call(**arguments: Any) -> None:
-        compared = check(**arguments)
-        for found in ("gradients", f"asked {arguments['asked']}", f"kept {arguments['kept']}"):
-            done[found] += compared
+        done["gradients"] += check(**arguments)
         done[arguments["way"]] += 1
 
     if seed is not None:

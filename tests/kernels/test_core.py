@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch  # before the core
 
-from tests.shared.cpu_kernels import native
+from tests.shared.cases import PLAIN
+from tests.shared.cpu_kernels import ISAS, native
 from tests.shared.gradients import ASKED, KEPT
 from tools import fuzz
 
@@ -80,8 +81,18 @@ def test_an_image_too_large_for_lists_of_nonzeros_has_none():
 def test_random_calls():
     done = fuzz.run(120)
     assert done["gradients"] >= 60
-    ways = [f"asked {asked}" for asked in ASKED] + [f"kept {kept}" for kept in KEPT]
-    assert all(done[way] for way in (*fuzz.WAYS, *ways))
+    assert all(done[way] for way in fuzz.WAYS)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("way", ["one call", "steps", "a cell's calls"])
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [*((asked, "as it is") for asked in ASKED), *(("plain", kept) for kept in KEPT)],
+)
+def test_gradients_that_are_asked_for_in_unusual_ways(asked, kept, way, checkpoint):
+    case = PLAIN.but(checkpoint=checkpoint)
+    assert fuzz.check(case, ISAS[-1], "auto", way, asked=asked, kept=kept)
 
 
 @pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")

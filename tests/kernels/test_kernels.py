@@ -13,11 +13,11 @@ import snnlstm
 from snnlstm.quant import state_quant
 from tests.kernels.alone import ALONE, LEVELS
 from tests.shared import flat
-from tests.shared.cases import PLAIN, SILENT, SURROGATES, Inputs
+from tests.shared.cases import LAYOUTS, PLAIN, SILENT, SURROGATES, Inputs
 from tests.shared.checks import check_gradients, check_results, infer
 from tests.shared.cpu_kernels import Kernels, native, one_thread
-from tests.shared.gradients import compare, gradients
-from tests.shared.helpers import steps, twins
+from tests.shared.gradients import NAMES, compare, gradients
+from tests.shared.helpers import same, steps, twins
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -172,6 +172,22 @@ def test_the_gradients_of_each_option_alone(kernels, name):
 def test_each_surrogate(isa, kind):
     for pool in ({}, {"pool": "max", "pool_size": (2, 2)}, {"pool": "avg", "pool_size": (2, 2)}):
         assert check_gradients(Kernels(isa, "auto"), DOUBLE.but(surrogate=kind, **pool))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layouts(kernels, layout):
+    """Equal numbers in another layout give bitwise equal results."""
+    for which in range(4):
+        layouts = ["contiguous"] * 4
+        layouts[which] = layout
+        case = PLAIN.but(time=2, batch=1, layouts=tuple(layouts))
+        inputs, grads = case.inputs(), case.output_gradients()
+        contiguous = Inputs(*(None if t is None else t.contiguous() for t in inputs))
+        same(infer(kernels, case, inputs), infer(kernels, case, contiguous))
+        actual = gradients(kernels.run, inputs, case.options, grads)
+        expected = gradients(kernels.run, contiguous, case.options, [g.contiguous() for g in grads])
+        for name in NAMES:
+            assert torch.equal(actual[name], expected[name]), name
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 3), (9, 5)], ids=str)
