@@ -190,6 +190,11 @@ def test_attributes_that_users_touch(backend):
     ):  # fmt: skip
         assert getattr(actual, name) == getattr(expected, name), name
     assert callable(actual.spike_grad)
+    entries, wanted = (
+        [(name, value.dtype, value.shape) for name, value in cell.state_dict().items()]
+        for cell in (actual, expected)
+    )
+    assert entries == wanted
     close(actual.fire(actual.mem), expected.fire(expected.mem))
     close(actual.mem_reset(actual.mem), expected.mem_reset(expected.mem))
 
