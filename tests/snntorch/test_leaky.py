@@ -74,7 +74,7 @@ def alike(ours: Any, theirs: Any, x: Tensor, through: str = "both", whole: bool 
 OF_CHANNELS, OF_FEATURES = torch.tensor([0.3, 0.6, 0.9])[:, None, None], torch.linspace(0.1, 0.9, 5)
 SHAPES = [(7,), (3, 5), (2, 3, 5), (2, 3, 4, 5), (1, 1), (33, 67), (2, 3, 40, 50)]
 # snnTorch's LSO cannot be called, and SSO draws numbers.
-SURROGATES = [kind.name for kind in KINDS[1:] if kind.name not in ("LSO", "SSO")]
+SURROGATES = {kind.name for kind in KINDS[1:]} & {*dir(snntorch.surrogate)} - {"LSO", "SSO"}
 
 
 @pytest.mark.parametrize("through", ["spk", "mem", "both"])
@@ -95,7 +95,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"beta": torch.tensor([0.7]), "threshold": torch.tensor(0.2, dtype=F64)},
     {"beta": OF_CHANNELS * 3 - 1, "threshold": OF_CHANNELS}, {"graded_spikes_factor": -0.5},
     {"surrogate_disable": True}, {"beta": OF_CHANNELS[:2, None] + 0.2},
-    *({"spike_grad": getattr(snntorch.surrogate, name)()} for name in SURROGATES),
+    *({"spike_grad": getattr(snntorch.surrogate, name)()} for name in sorted(SURROGATES)),
 ]  # fmt: skip
 LAYOUTS = {
     "contiguous": lambda x: x,
