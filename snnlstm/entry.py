@@ -139,18 +139,21 @@ def run(
     """Run a call; returns :data:`Results`.
 
     A call that was not `checked` runs only if one like it was: otherwise None is returned.
-
     `last` holds the caller's last entry as ``_entry``, and `now` is :func:`path.reason_now`'s.
     """
     if overrides is not None:  # a call with foreign code shares no entry
-        return _run(call, Entry(call, spec, overrides), now, overrides)
-    entry = last.get("_entry")
-    if entry is None or entry.spec is not spec or not entry.serves(call):
-        entry = entry_of(call, spec, checked)
-        if entry is None:
-            return None
-        last["_entry"] = entry
-    return _run(call, entry, now, None)
+        entry: Any = Entry(call, spec, overrides)
+    else:
+        entry = last.get("_entry")
+        if entry is None or entry.spec is not spec or not entry.serves(call):
+            entry = entry_of(call, spec, checked)
+            if entry is None:
+                return None
+            last["_entry"] = entry
+    path = now or entry.fallback
+    if spec.checkpoint and (entry.training or overrides) and may_checkpoint():
+        return _run_in_segments(path, call, entry, overrides)
+    return _run_by(path, call, entry, overrides)
 
 
 def run_traced(
@@ -174,11 +177,11 @@ def run_traced(
     return (*out, path or NATIVE_PATHS[call.x.device.type])
 
 
-def _run(call: Call, entry: Entry, now: Path | None, overrides: Overrides | None) -> Results:
-    """Run a call by its entry, in segments if the spec says so."""
-    path, spec = now or entry.fallback, entry.spec
-    if not (spec.checkpoint and (entry.training or overrides) and may_checkpoint()):
-        return _run_by(path, call, entry, overrides)
+def _run_in_segments(
+    path: Path | None, call: Call, entry: Entry, overrides: Overrides | None
+) -> Results:
+    """Run a call of a cell that checkpoints."""
+    spec = entry.spec
     inner, ran = replace(spec, checkpoint=False), path
 
     def segment(part: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,6 @@ from .plan import (
     Result,
     Shapes,
     Sizes,
-    check_memory,
     contiguous_as,
     empty_gradients,
     keep_empty,
@@ -186,9 +185,9 @@ class Plan(CommonPlan):
         self._threshold: Tensor | None = None
         self._passes: dict[Any, Pass] = {}
 
-    def _pass(self, key: tuple[Any, ...]) -> Pass:
-        """The pass of the arguments of :class:`Pass` after the plan, looked up or made."""
-        return self._passes.get(key) or self._passes.setdefault(key, Pass(self, *key))
+    def _new_pass(self, key: tuple[Any, ...]) -> Pass:
+        """Make the pass of the arguments of :class:`Pass` after the plan."""
+        return self._passes.setdefault(key, Pass(self, *key))
 
     def empty_results(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for spk, syn and mem; large ones lie in blocks that are used again."""
@@ -217,9 +216,7 @@ class Plan(CommonPlan):
 
     def forward(self, call: Call, training: bool) -> Result:
         x, syn, mem, weight, bias, threshold, graded, lengths, record = call
-        x_at, syn_at, mem_at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
-        if not (x_at and syn_at and mem_at and weight.data_ptr()):
-            check_memory(call)
+        x_at = x.data_ptr()
         packed = packed_weight(weight, self._last_packed())
         if packed is not self._last_packed():
             self._last_packed = ref(packed)
@@ -229,7 +226,8 @@ class Plan(CommonPlan):
             order_at = order.data_ptr()
         if self.counts_zeros:
             percent = _C.density(self.cell, (x_at, self.x_strides), lengths_at)
-        a_pass = self._pass(((percent, packed.max_tile_inputs), False, False, False))
+        key = (percent, packed.max_tile_inputs), False, False, False
+        a_pass = self._passes.get(key) or self._new_pass(key)
         layouts = packed.layouts(a_pass)
         spk, new_syn, new_mem = self.empty_results(call)
         saved = self._empty_saved(x) if training else None
@@ -240,15 +238,12 @@ class Plan(CommonPlan):
         bias_at = 0 if bias is None else bias.data_ptr()
         threshold_at = 0 if threshold is None else threshold.data_ptr()
         graded_at = 0 if graded is None else graded.data_ptr()
-        if (
-            (bias is not None and not bias_at)
-            or (threshold is not None and not threshold_at)
-            or (graded is not None and not graded_at)
-        ):
-            check_memory(call)
+        if not bias_at and bias is not None:
+            raise ValueError("bias has no memory")
         workspace = pool.workspace(a_pass.workspace)
         addresses = (
-            (x_at, self.x_strides), (syn_at, self.syn_strides), (mem_at, self.mem_strides),
+            (x_at, self.x_strides), (syn.data_ptr(), self.syn_strides),
+            (mem.data_ptr(), self.mem_strides),
             *layouts, threshold_at, self.threshold_stride, graded_at, self.levels_pointer, record,
             *self.saved.addresses(saved),
             lengths_at, order_at, workspace.data_ptr(), bias_at, None, None,
@@ -267,7 +262,8 @@ class Plan(CommonPlan):
     ) -> Gradients:
         call, views, saved, grads, noise, wanted = given
         order = None if call.lengths is None else longest_first(call.lengths)
-        a_pass = self._pass((tuple(selection), True, wanted[0], wanted[3]))
+        key = tuple(selection), True, wanted[0], wanted[3]
+        a_pass = self._passes.get(key) or self._new_pass(key)
         if packed is None:  # a graph of torch.compile keeps tensors alone
             packed = packed_weight(self.restored_weight(call))
         layouts = packed.layouts(a_pass)

@@ -171,7 +171,6 @@ class Plan(CommonPlan):
         return packed, packed + workspace, memory
 
     def forward(self, call: Call, training: bool) -> Result:
-        check_memory(call)
         x = call.x
         with self.backend.guard(x.device):
             saved = empty_bytes(self.saved.bytes, x.device) if training else None
@@ -181,6 +180,8 @@ class Plan(CommonPlan):
             neurons, held = self._neurons(call)
             bias = None if call.bias is None else contiguous_as(call.bias, self.dtype)
             bias_at = pointer(bias)
+            if not bias_at and bias is not None:
+                raise ValueError("bias has no memory")
 
             def run(core: Any) -> None:
                 self._forward(core, call, neurons, bias_at, result)
@@ -197,6 +198,7 @@ class Plan(CommonPlan):
         stream = self.stream
         run = partial(core.forward, stream)
         if core.algorithm == _CUDNN:
+            check_memory(call)
             torch_conv.forward(self, run, call, neurons, bias, result)
             return
         spk, syn, mem = result[:3]

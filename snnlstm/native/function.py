@@ -34,6 +34,7 @@ from .plan import (
     SavedLayout,
     Sizes,
     are_contiguous,
+    check_memory,
     empty_gradients,
     empty_like_images,
     gradient_memory,
@@ -95,13 +96,17 @@ def run(plan: CommonPlan, call: Call, training: bool) -> tuple[Tensor, Tensor, T
 
     The fourth result is the name of what ran, such as ``"cpu-avx2-winograd4-sparse"``.
     """
-    if not training:
-        result = plan.forward(call, False)
-        spk, syn, mem, name = result.spk, result.syn, result.mem, result.name
-    else:
-        if call.x.is_inference():  # autograd refuses to save it
-            call = call._replace(x=call.x.clone())
-        spk, syn, mem, name = _apply(plan, call, *call[:6])
+    try:
+        if not training:
+            result = plan.forward(call, False)
+            spk, syn, mem, name = result.spk, result.syn, result.mem, result.name
+        else:
+            if call.x.is_inference():  # autograd refuses to save it
+                call = call._replace(x=call.x.clone())
+            spk, syn, mem, name = _apply(plan, call, *call[:6])
+    except ValueError:  # the core refuses null addresses
+        check_memory(call)
+        raise
     if call.lengths is not None and call.record:
         syn, mem = recorded_states(call, syn, mem)
     return spk, syn, mem, name

@@ -309,13 +309,10 @@ class CommonPlan(Sizes, ABC):
             call = call._replace(lengths=lengths.contiguous())
         x, syn, mem = tensors = call[:3]
         if self._guard is not None and self._guard.check(x, syn, mem, saved):
-            at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
-            if all(at) and saved.data_ptr() % ALIGNMENT == 0:
-                return (
-                    call,
-                    saved,
-                    [*zip(at, (self.x_strides, self.syn_strides, self.mem_strides), strict=True)],
-                )
+            x_at, syn_at, mem_at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
+            if x_at and syn_at and mem_at and saved.data_ptr() % ALIGNMENT == 0:
+                at = (x_at, self.x_strides), (syn_at, self.syn_strides), (mem_at, self.mem_strides)
+                return call, saved, at
         block = restored(saved, (self.saved.bytes,), torch.uint8, self.device).contiguous()
         if block.data_ptr() % ALIGNMENT:
             block = block.clone()
