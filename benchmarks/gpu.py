@@ -18,7 +18,6 @@ after each step. The build goes to out/gpu-build and is kept.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import os
 import platform
@@ -33,7 +32,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "out" / "gpu-build"
 SHOWN = 600  # lines of a step's output, in the report
 LAST = 10.0  # seconds that a shape of the benchmark may take after it was begun
 NOT_RUN = 4  # the exit status of a benchmark whose time ended before all rows
@@ -78,7 +76,6 @@ class Place(NamedTuple):
     device: str
     capability: int
     core: Path | None  # one that is built
-    cuda: bool  # whether the core gets CUDA kernels
     out: Path
     build: Path
     work: Path
@@ -159,10 +156,11 @@ def building(place: Place) -> list[Step]:
     settings = {
         "Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir(),
         "SNNLSTM_INPLACE": "ON", "SNNLSTM_BASELINE_ALONE": "ON", "SNNLSTM_TESTING": "ON",
-        "SNNLSTM_CUDA": "ON" if place.cuda else "OFF",
-        "SNNLSTM_CUDA_ARCHS": place.capability if place.cuda else "",
+        "SNNLSTM_CUDA_ARCHS": place.capability,
         "CMAKE_CUDA_FLAGS": "-lineinfo",  # so that the sanitizers and profilers name lines
     }  # fmt: skip
+    if place.device == "cuda":  # a rehearsal compiles what it finds a compiler for
+        settings["SNNLSTM_CUDA"] = "ON"
     words = ["cmake", "-S", f"{place.tree}/csrc", "-B", str(objects), "-G", "Ninja"]
     words += [f"-D{name}={value}" for name, value in settings.items()]
     make = shlex.join(["cmake", "--build", str(objects)])
@@ -223,15 +221,12 @@ def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outco
 
 def report(place: Place, outcomes: Sequence[Outcome]) -> str:
     """Returns the report, in Markdown: machine and versions, a table of the steps, their output."""
-    import torch
-
     from benchmarks import devices, machine
     from benchmarks.providers import Setting
 
     cuda, gpu = place.device == "cuda", devices.name(place.device)
     about = machine.describe(Setting("cuda" if cuda else "cpu"))
     about["machine"] = f"{platform.platform()}, {machine.device_name('cpu')}"
-    about["CUDA of torch"] = str(torch.version.cuda)
     kind = "snnlstm" if cuda else "Rehearsal of snnlstm, without times of a GPU,"
     lines = [f"# {kind} on {gpu}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in about.items()]
@@ -292,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="after the build (default: 30, --quick: 4)")
     parser.add_argument("--core", type=Path, metavar="PATH", help="take this core, and build none")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/gpu-DATE-TIME")
-    parser.add_argument("--build", type=Path, metavar="DIR", default=BUILD, help="of the core")
+    parser.add_argument("--build", type=Path, metavar="DIR", default=ROOT / "out" / "gpu-build")
     parser.add_argument("--steps", nargs="+", metavar="NAME", help="of the report; default: all")
     parser.add_argument("--rehearse", nargs="?", const="emulator-t4", metavar="DEVICE",
         help="without a GPU, on an emulated one")  # fmt: skip
@@ -305,14 +300,11 @@ def main(arguments: list[str] | None = None) -> int:
     device = options.rehearse or "cuda"
     if device not in devices.DEVICES or (options.rehearse and "emulator" not in device):
         parser.error(f"--rehearse: {device} is none of {', '.join(devices.DEVICES[2:])}")
-    out = (options.out or Path("out") / f"gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}").resolve()
+    out = (options.out or Path("out") / time.strftime("gpu-%Y%m%d-%H%M%S")).resolve()
     out.mkdir(parents=True, exist_ok=True)
     capability = devices.capability(device)
-    # A rehearsal compiles what it finds a compiler for.
-    off = os.environ.get("SNNLSTM_CUDA", "").strip().lower() == "off" or not find("nvcc")
-    cuda, core = not (options.rehearse and off), options.core and options.core.resolve()
-    build = options.build.resolve()
-    place = Place(device, capability, core, cuda, out, build, build / "work", build / "tree")
+    core, build = options.core and options.core.resolve(), options.build.resolve()
+    place = Place(device, capability, core, out, build, build / "work", build / "tree")
     planned = steps(place, options.quick)
     if unknown := set(options.steps or ()) - {step.name for step in planned}:
         parser.error(f"--steps: {unknown} are none of {[step.name for step in planned]}")

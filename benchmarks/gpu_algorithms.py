@@ -33,29 +33,16 @@ LAYERS = ("tiny", "mnist", "dvs", "mid", "big", *_AT_BATCHES, *USERS_CASES)
 DTYPES = {75: ("float32", "float16"), 80: ("tf32", "bfloat16")}
 
 
-def seconds(run: Callable[[], object], on_gpu: bool) -> list[float]:
+def seconds(backend: Any, run: Callable[[], object], on_gpu: bool) -> list[float]:
     """Returns how long a run takes at best in a CUDA graph, and eagerly; one time without a GPU."""
     begin = time.perf_counter()
     run()  # loads kernels, which a capture may not allow
     if not on_gpu:
         return [time.perf_counter() - begin] * 2
-    torch.cuda.synchronize()
-    graph, best = torch.cuda.CUDAGraph(), []
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for way in (graph.replay, run):
-        found, count = [], 1
-        for _ in range(4):
-            start.record()
-            for _ in range(count):
-                way()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / 1e3 / count)
-            count = max(1, min(200, int(0.02 / found[-1])))
-        best.append(min(found[1:]))
-    return best
+    return [backend.seconds(way) for way in (graph.replay, run)]
 
 
 def passes(case: Case, setting: Setting) -> list[dict[str, Any]]:
@@ -91,7 +78,7 @@ def passes(case: Case, setting: Setting) -> list[dict[str, Any]]:
                 "us_a_step": "", "eager_us_a_step": "", "error": "",
             }  # fmt: skip
             try:
-                of_run = seconds(run, setting.device == "cuda")
+                of_run = seconds(plan.backend, run, setting.device == "cuda")
                 for column, taken in zip(("us_a_step", "eager_us_a_step"), of_run, strict=True):
                     row[column] = f"{1e6 * taken / case.steps:.2f}"
             except RuntimeError as error:

@@ -12,6 +12,7 @@ kernel ends all work of its process on the GPU, and a few cells again under comp
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 import snnlstm
 from benchmarks import devices
 from benchmarks.providers import TOLERANCE, Setting
-from snnlstm.reference import fire, sconv2dlstm
+from snnlstm.reference import fire
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -39,13 +40,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "channels last": {"channels_last": True},
     "lengths": {"lengths": True},
     "step loop": {"loop": True},
+    "Leaky, steps": {"leaky": True, "loop": True},
+    "Leaky, zero": {"leaky": True, "reset_mechanism": "zero", "learn_beta": True},
+    "Leaky, channels": {"leaky": True, "beta": "channels", "learn_beta": True},
 }
 SIZES = (2, 3, 6, 21, 13, 18)
 """The sizes T, N, Cin, C, H, W are no multiples of a tile's. An even width has plain steps."""
 EXACT = ("float64", "float32")
 ALGORITHMS = ("fused", "hybrid", "cudnn")
-SMOOTH = ("plain", "stride, dilation", "one window", "channels last", "lengths", "step loop")
-"""No decision of these options depends on rounding; coarse precisions run these options alone."""
+ROUNDING = ("max_pool, subtract", "avg_pool, zero", "inhibition", "quantised")
+"""Rounding changes decisions of these options; coarse precisions leave them out."""
 SPIKING, ROUNDED, DECIDING = 0.15, 0.05, 0.02
 """The share of neurons that spike; the largest shares that may spike by rounding, and whose states
 may be out of tolerance if rounding can change a decision (a reset, a level)."""
@@ -70,7 +74,7 @@ def run(
     It is not if the reference path ran, if an error was raised, or if the results are wrong.
     """
     for precision, algorithm, name in itertools.product(precisions(device), algorithms, names):
-        if precision not in EXACT and name not in SMOOTH:
+        if precision not in EXACT and name in ROUNDING:
             continue
         setting = Setting(device, precision)
         try:
@@ -81,61 +85,6 @@ def run(
         yield f"{algorithm}, {precision}, {name}: {line}", right
 
 
-LEAKY: dict[str, dict[str, Any]] = {
-    "Leaky, steps": {},
-    "Leaky, zero, sequence": {"reset_mechanism": "zero", "learn_beta": True},
-    "Leaky, channels": {"beta": torch.linspace(0.2, 0.9, 6)[:, None, None], "learn_beta": True},
-}
-
-
-def run_leaky(device: str, *_: Any) -> Iterator[tuple[str, bool]]:
-    """As :func:`run`, for Leaky, which has no algorithms and no other sizes."""
-    if device != "cpu":
-        for dtype, name in itertools.product((*EXACT, "float16", "bfloat16"), LEAKY):
-            try:
-                line, right = _leaky(Setting(device, dtype), "sequence" in name, **LEAKY[name])
-            except RuntimeError as error:
-                line, right = str(error).splitlines()[0], False
-            yield f"{dtype}, {name}: {line}", right
-
-
-def _leaky(setting: Setting, whole: bool, **options: Any) -> tuple[str, bool]:
-    """Runs a Leaky over x (T, 2, 6, 5, 7); returns what is to be said, and whether all is right."""
-    torch.manual_seed(0)
-    x = torch.randn(7, 2, 6, 5, 7).to(setting.torch_device, setting.torch_dtype)
-    weights = torch.rand(2, *x.shape, device=x.device)
-    found = []
-    for dtype in (setting.torch_dtype, torch.float64):
-        layer = snnlstm.Leaky(**{"beta": 0.9, "threshold": 0.4, "learn_threshold": True} | options)
-        layer.to(x.device, torch.float64 if dtype is torch.float64 else torch.float32)
-        leaf = x.to(dtype).requires_grad_()
-        with snnlstm.algorithm("auto" if not found else "reference"):
-            if whole and not found:
-                spk, mem = layer.sequence(leaf, True)
-            else:
-                spk, mem = map(torch.stack, zip(*map(layer, leaf), strict=True))
-        found.append((spk, mem, *torch.autograd.grad(
-            (weights[0] * spk + weights[1] * mem).sum(), (leaf, *layer.parameters())
-        ), layer))  # fmt: skip
-    (spk, mem, *grads, ours), (_, true, *exact, _) = found
-    wrong = int(((mem > ours.threshold) != spk.bool()).sum())
-    states = float((mem - true).detach().abs().max())
-    pairs = zip(grads, exact, strict=True)
-    gradients = _largest([(one.double() - other).norm() / other.norm() for one, other in pairs])
-    path, most = ours.path, 1e-12 if setting.dtype == "float64" else 1e-5
-    # snnTorch's own spikes are float32, and gradients of half types are rounded to them.
-    of_type = 1e-2 if setting.torch_dtype in (torch.float16, torch.bfloat16) else 1e-4
-    right = path.name.startswith(devices.backend(setting.device)) and wrong == 0
-    right &= states <= most and gradients <= of_type and bool(spk.any())
-    return (
-        f"{path.name}, {wrong} wrong spikes, states {states:.1e}, gradients {gradients:.1e}",
-        right,
-    )
-
-
-CHECKS = (run, run_leaky)
-
-
 class Loop(nn.Module):
     """Calls a cell once a step. A CUDA graph can hold it, since states pass in and out."""
 
@@ -143,12 +92,12 @@ class Loop(nn.Module):
         super().__init__()
         self.cell = cell
 
-    def forward(self, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, ...]:
-        """Returns spk, syn and mem of every step."""
+    def forward(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        """Returns spk and the states of every step."""
         steps = []
         for x_t in x:
-            spk, syn, mem = self.cell(x_t, syn, mem)
-            steps.append((spk, syn, mem))
+            spk, *states = self.cell(x_t, *states)
+            steps.append((spk, *states))
         return tuple(torch.stack(every) for every in zip(*steps, strict=True))
 
 
@@ -156,43 +105,51 @@ class Cell:
     """A cell with random spikes and states, which is judged by what it returns.
 
     channels_last: the layout of x. lengths: some samples end earlier. loop: steps are called one by
-    one, in a CUDA graph where there is one.
+    one, in a CUDA graph where there is one. leaky: it is a Leaky.
     """
 
     def __init__(
         self, setting: Setting, sizes: Sequence[int], channels_last: bool = False,
-        lengths: bool = False, loop: bool = False, **options: Any,
+        lengths: bool = False, loop: bool = False, leaky: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         setting.apply_precision()
         torch.manual_seed(0)
         t, n, cin, c, h, w = sizes
-        self.setting, self.loop, stride = setting, loop, options.get("stride", 1)
-        self.options = {k: (h, w) if value == "image" else value for k, value in options.items()}
-        # A number in plain cells, and otherwise one for each channel.
-        threshold = torch.zeros(c, 1, 1) if options else 0.0
-        cell = snnlstm.SConv2dLSTM(
-            cin, c, (3, 5), threshold=threshold, learn_threshold=True, **self.options
-        )
-        x = torch.rand(t, n, cin, h, w).gt(0.7)
-        x = x.movedim(2, -1).contiguous().movedim(-1, 2) if channels_last else x
-        states = torch.rand(2, n, c, -(-h // stride), -(-w // stride)).sub(0.5).mul(0.4)
+        c = cin if leaky else c
+        self.setting, self.loop, self.leaky = setting, loop, leaky
         on: Any = {"device": setting.torch_device, "dtype": setting.torch_dtype}
-        self.cell, self.inputs = cell.to(**on), [of.to(**on) for of in (x, *states)]
+        x, stride = torch.rand(t, n, cin, h, w).gt(0.7), options.get("stride", 1)
+        x = x.movedim(2, -1).contiguous().movedim(-1, 2) if channels_last else x
+        states = torch.rand(2 - leaky, n, c, -(-h // stride), -(-w // stride)).sub(0.5).mul(0.4)
+        named = {"image": (h, w), "channels": torch.linspace(0.2, 0.9, cin)[:, None, None]}
+        self.options = {k: named.get(str(value), value) for k, value in options.items()}
+        self.inputs = [of.to(**on) for of in (x, *states)]
+        if leaky:
+            on["dtype"] = torch.promote_types(torch.float32, on["dtype"])
+            of_leaky = {"beta": 0.9, "threshold": 0.0, "learn_threshold": True} | self.options
+            cell: Any = snnlstm.Leaky(**of_leaky)
+        else:
+            # A number in plain cells, and otherwise one for each channel.
+            threshold = torch.zeros(c, 1, 1) if options else 0.0
+            cell = snnlstm.SConv2dLSTM(
+                cin, c, (3, 5), threshold=threshold, learn_threshold=True, **self.options
+            )
+        self.cell = cell.to(**on)
         self.lengths = (1 + torch.arange(n, device=on["device"]) % t) if lengths else None
-        # What gets a gradient: x, syn, mem, threshold, weight and bias.
-        self.tensors = [*(of.requires_grad_() for of in self.inputs), *cell.parameters()]
         with torch.no_grad():
-            mem = self.pooled(self.exact([of.double() for of in self.tensors])[2])
-            groups = mem.movedim(2, 0).flatten(1) if options else mem.view(1, -1)
-            spiking = groups.quantile(1 - SPIKING, 1)
-            cell.threshold.copy_(spiking.view(cell.threshold.shape))
+            mem = self.pooled(self.exact()[0][-1])
+            groups = mem.movedim(2, 0).flatten(1) if cell.threshold.dim() else mem.view(1, -1)
+            # snnTorch's resets round the threshold to float32.
+            cell.threshold.copy_(groups.quantile(1 - SPIKING, 1).float().view_as(cell.threshold))
 
-    def exact(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns spk, syn and mem of every step on the reference path."""
-        *call, threshold, weight, bias = tensors
-        of_call = {"threshold": threshold, "record": True, "lengths": self.lengths}
-        with torch.autocast(self.setting.torch_device.type, enabled=False):
-            return sconv2dlstm(*call, weight, bias, **of_call, **self.options)
+    def exact(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns what :meth:`results` does, on the reference path in float64."""
+        other = copy.deepcopy(self)
+        other.cell.double()
+        other.inputs, other.loop = [of.double() for of in other.inputs], self.loop or self.leaky
+        plain = torch.autocast(self.setting.torch_device.type, enabled=False)
+        with plain, snnlstm.algorithm("reference"):
+            return other.results()
 
     def pooled(self, mem: Tensor) -> Tensor:
         """Returns mem (T, N, C, H, W) as the threshold sees it, in float64."""
@@ -202,57 +159,72 @@ class Cell:
                 return images.unflatten(0, mem.shape[:2])
         return mem.double()
 
-    def called(self) -> tuple[Tensor, ...]:
-        """Returns spk, syn and mem of every step."""
-        if not self.loop:
-            return self.cell(*self.inputs, record=True, lengths=self.lengths)
+    def called(self, record: bool = True) -> tuple[Tensor, ...]:
+        """Returns spk and the states of every step, or only the last states."""
+        if self.leaky and not (self.loop and record):
+            self.cell.mem = self.inputs[1]
+            spk = self.cell.sequence(self.inputs[0], record)
+            return spk if record else (spk, self.cell.mem)
+        if not (self.loop and record):
+            return self.cell(*self.inputs, record=record, lengths=self.lengths)
         loop: Any = Loop(self.cell)
         # A graph under autocast needs a setting of its own.
-        if self.setting.device == "cuda" and "autocast" not in self.setting.dtype:
+        plain = not self.leaky and "autocast" not in self.setting.dtype
+        if plain and self.setting.device == "cuda":
             samples = tuple(torch.zeros_like(of).requires_grad_() for of in self.inputs)
             loop = torch.cuda.make_graphed_callables(loop, samples)
         return loop(*self.inputs)
 
+    def results(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns spk and the states of every step, and the gradients of all tensors.
+
+        The loss weighs each spike differently. Where no gradients are computed there are none.
+        """
+        tensors = [*(of.requires_grad_() for of in self.inputs), *self.cell.parameters()]
+        out = spk, *states = self.called()
+        weights = torch.rand(spk.shape, generator=torch.Generator().manual_seed(1)).to(spk.device)
+        loss = (weights.double() * spk).sum() + sum(of.double().square().sum() for of in states)
+        grads = torch.autograd.grad(loss, tensors) if loss.requires_grad else ()
+        return [of.detach() for of in out], list(grads)
+
     def judged(self) -> tuple[str, bool]:
         """Runs the cell; returns what is to be said, and whether all is right."""
-        spk, syn, mem = self.called()
-        weights = torch.rand(spk.shape, generator=torch.Generator().manual_seed(1)).to(spk.device)
-        found = torch.autograd.grad(_loss(weights, spk, syn, mem), self.tensors)
-        exact = [of.detach().double().requires_grad_() for of in self.tensors]
-        true = self.exact(exact)
-        expected = torch.autograd.grad(_loss(weights, *true), exact)
+        (_, *true), expected = self.exact()
+        (spk, *states), found = self.results()
         with torch.no_grad():  # inference, without recorded states
-            last = self.cell(*self.inputs, lengths=self.lengths)
-        wrong, rounded = self.wrong_spikes(spk, mem)
-        wrong += self.wrong_spikes(last[0][-1:], last[2][None])[0]
-        rounded = max(rounded, float((last[0] != spk).double().mean()))
-        pairs = (syn, true[1]), (mem, true[2]), (last[1], true[1][-1]), (last[2], true[2][-1])
+            last_spk, *last = self.called(record=False)
+        wrong, rounded = self.wrong_spikes(spk, states[-1])
+        wrong += self.wrong_spikes(last_spk[-1:], last[-1][None])[0]
+        rounded = max(rounded, float((last_spk != spk).double().mean()))
+        pairs = zip((*states, *last), (*true, *(of[-1] for of in true)), strict=True)
         # The rest is explained by decisions that rounding changes.
         share = 1 - DECIDING * bool({"reset_mechanism", "state_quant"} & set(self.options))
-        far = [(one.double() - other).detach().abs() for one, other in pairs]
-        states = _largest([difference.flatten().quantile(share) for difference in far])
+        far = [(one.double() - other).abs() for one, other in pairs]
+        of_states = _largest([difference.flatten().quantile(share) for difference in far])
         pairs = zip(found, expected, strict=True)
         gradients = _largest([(one - other).norm() / other.norm() for one, other in pairs])
         # The tolerances of coarse types are made for longer sequences and larger layers.
         of_type = 1.0 if self.setting.dtype in EXACT else 0.2
         most, most_of_gradients = (of_type * of for of in TOLERANCE[self.setting.dtype])
+        # snnTorch's own spikes are float32.
+        most_of_gradients = max(most_of_gradients, 1e-4 * self.leaky)
         spiking, path = float(spk.ne(0).double().mean()), self.cell.path
-        assert path is not None
         right = (
-            wrong == 0 and rounded <= ROUNDED and states <= most and gradients <= most_of_gradients
+            wrong == 0 and rounded <= ROUNDED and of_states <= most
+            and gradients <= most_of_gradients
             and spiking > (0 if "inhibition" in self.options else SPIKING / 3)
             and path.name.startswith(devices.backend(self.setting.device))
         )  # fmt: skip
-        text = f"{path.name}, {wrong} wrong and {spiking:.1%} of all spike, states {states:.1e}, "
-        return f"{text}gradients {gradients:.1e}", right
+        text = f"{path.name}, {wrong} wrong and {spiking:.1%} of all spike, states {of_states:.1e}"
+        return f"{text}, gradients {gradients:.1e}", right
 
     def wrong_spikes(self, spk: Tensor, mem: Tensor) -> tuple[int, float]:
         """Counts the spikes (T, N, C, H, W) that mem of the same run does not give.
 
         Those that rounding decides are not among them: they are the second result, as a share.
         """
-        mem, threshold = mem.detach(), self.cell.threshold.detach().double()
-        pooled, one = self.pooled(mem), threshold.new_ones(())
+        threshold, pooled = self.cell.threshold.detach().double(), self.pooled(mem)
+        one = threshold.new_ones(())
         of_cell = lambda u: u > 0, None, "inhibition" in self.options
         true = torch.stack([fire(of, threshold, one, *of_cell) for of in pooled])
         if self.lengths is not None:
@@ -272,11 +244,6 @@ def _largest(numbers: list[Tensor]) -> float:
     return float(torch.stack(numbers).max())
 
 
-def _loss(weights: Tensor, spk: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
-    """Returns a loss in which each spike has a weight of its own."""
-    return (weights.double() * spk).sum() + sum(of.double().square().sum() for of in (syn, mem))
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser("python -m benchmarks.gpu_smoke", description=__doc__)
@@ -287,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     wrong, given = 0, (options.device, options.sizes, options.algorithms, options.options)
     with devices.running(options.device):
-        for line, right in itertools.chain.from_iterable(check(*given) for check in CHECKS):
+        for line, right in run(*given):
             print(line if right else f"WRONG  {line}", flush=True)
             wrong += not right
     return int(wrong > 0)

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import devices, gpu, gpu_overlap, gpu_smoke, machine, report, run
 from benchmarks.cases import Case
-from snnlstm.native import cuda
+from snnlstm.native import cuda, leaky
 
 
 @pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
@@ -69,13 +69,22 @@ def test_each_step_that_checks_spikes_fails_where_they_are_wrong(mutant, monkeyp
         MUTANTS[mutant](result.spk)
         return result
 
+    run_leaky = leaky.run
+
+    def mutated_leaky(*call):
+        spk, mem = run_leaky(*call)
+        MUTANTS[mutant](spk.detach())
+        return spk, mem
+
     monkeypatch.setattr(cuda.Plan, "forward", mutated)
+    monkeypatch.setattr(leaky, "run", mutated_leaky)
     monkeypatch.setattr(gpu_smoke, "EXACT", ())
     device = ["--device", "emulator-a100"]
     sizes = ["--sizes", *["2", "1", "3", "5", "6", "7"]]
     for algorithm in gpu_smoke.ALGORITHMS:
-        smoke = [*device, *sizes, "--options", "plain", "--algorithms", algorithm]
-        assert gpu_smoke.main(smoke) == (mutant != "none"), algorithm
+        for option in "plain", "Leaky, zero":
+            smoke = [*device, *sizes, "--options", option, "--algorithms", algorithm]
+            assert gpu_smoke.main(smoke) == (mutant != "none"), smoke
     layer = ["--shape", gpu.TINY.strip('"'), "--seconds", "0.01", "--mode", "inference"]
     wrong = run.main([*device, *layer, "--dtype", "bfloat16", "--out", str(tmp_path)])
     assert wrong == (mutant != "none")
@@ -98,7 +107,7 @@ def test_rows_without_time_are_not_run_and_their_step_has_not_passed(tmp_path, c
     order = re.findall(r"(?m)^([ab]), inference .*, (float..), ms", capsys.readouterr().out)
     assert order == [(case, dtype) for case in "ab" for dtype in ("float32", "float64")]
 
-    place = gpu.Place("emulator-t4", 75, None, True, *[tmp_path] * 4)
+    place = gpu.Place("emulator-t4", 75, None, *[tmp_path] * 4)
     verdicts = {
         0: "passed", gpu.NOT_RUN: "incomplete", 1: "failed (exit status 1)", 124: "stopped: its",
     }  # fmt: skip
