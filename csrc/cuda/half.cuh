@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #if !defined(__CUDACC__)
 #include "simt.h"
@@ -35,9 +34,7 @@ SNNLSTM_DEVICE uint32_t bits_of(float x) {
 #if defined(__CUDACC__)
   return __float_as_uint(x);
 #else
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  return u;
+  return ::simt::bits_of(x);
 #endif
 }
 
@@ -45,9 +42,7 @@ SNNLSTM_DEVICE float float_of(uint32_t u) {
 #if defined(__CUDACC__)
   return __uint_as_float(u);
 #else
-  float x;
-  std::memcpy(&x, &u, 4);
-  return x;
+  return ::simt::float_of(u);
 #endif
 }
 

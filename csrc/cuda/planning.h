@@ -90,6 +90,11 @@ MmaDepth mem_depth(const Cell& c, Multiply m);
 // How far a tile's neighbourhood reaches, and how it is read.
 MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& depth,
                        const Tiling& tiling);
+// Returns whether the rows of a tile of w columns, one after the other, lie on the shared memory's
+// banks as one long row would: then a warp's reads of 8 pixels meet no bank twice.
+bool rows_fit_banks(const MmaSegment& m, int w);
+// Returns a neighbourhood's bytes, at most 2^28: an int counts several of them.
+int64_t neighbourhood_bytes(const MmaSegment& m);
 // Returns the accesses of all threads together for a full chunk.
 int64_t chunk_accesses(const MmaSegment& m, const MmaType& type);
 

@@ -60,51 +60,36 @@ def test_nothing_waits_for_the_device(core, algorithm):
     assert record.seen & set(WAITING)
 
 
-class Noting:
-    """A plan of the core that notes the stream and the guards of each call of a kernel."""
-
-    def __init__(self, plan, guarded, calls):
-        self._plan, self._guarded, self._calls = plan, guarded, calls
-
-    def __getattr__(self, name):
-        found = getattr(self._plan, name)
-        if name not in ("pack", "store_levels", "forward", "backward"):
-            return found
-
-        def noted(*args, **kwargs):
-            stream = args[0] if name in ("forward", "backward") else args[-1]
-            self._calls.append((name, list(self._guarded), stream))
-            return found(*args, **kwargs)
-
-        return noted
-
-
 @pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
 def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypatch, algorithm):
     guarded: list[torch.device] = []
+    calls, asked = [], []
 
     @contextlib.contextmanager
-    def device(which):
+    def guard(which):
         guarded.append(which)
         yield
         guarded.pop()
-
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(cuda, "current_stream", lambda _: 77)
-    calls = []
-
-    class Noted(cuda.Backend):
-        def core_plan(self, *facts):
-            return Noting(super().core_plan(*facts), guarded, calls)
-
-    asked = []
 
     def device(number):
         asked.append(number)
         return core.module.CudaDevice(80, 108, 163 * 1024)
 
+    def note(name, place):
+        of = getattr(core.module.CudaPlan, name)
+
+        def noted(*args, **kwargs):
+            calls.append((name, list(guarded), args[place]))
+            return of(*args, **kwargs)
+
+        monkeypatch.setattr(core.module.CudaPlan, name, noted)
+
+    for name, place in {"pack": -1, "store_levels": -1, "forward": 1, "backward": 1}.items():
+        note(name, place)
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(cuda, "current_stream", lambda _: 77)
     monkeypatch.setattr(core.module, "cuda_device", device, raising=False)
-    monkeypatch.setitem(native.BACKENDS, "cpu", Noted(core.module))
+    monkeypatch.setitem(native.BACKENDS, "cpu", cuda.Backend(core.module))
     train(TRAINED, TRAINED.inputs(), algorithm)
     packed = set() if algorithm == "cudnn" else {"pack"}
     assert {name for name, *_ in calls} == {"forward", "backward", "store_levels"} | packed

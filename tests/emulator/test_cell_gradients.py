@@ -5,6 +5,8 @@ levels) agree with the reference's. Coarser products would decide otherwise here
 tried on calls without such decisions.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -57,19 +59,26 @@ def test_coarse_gradients(core, mode, case, schedule):
     assert check(core, case, ALL[mode])
 
 
-@pytest.mark.parametrize(
-    ("mode", "case"),
-    [
-        # Narrow blocks without tensor cores, and the data gradients of a stride.
-        (
-            "float32 on sm_75",
-            PLAIN.but(in_channels=20, channels=8, height=16, stride=(2, 1), time=2),
-        ),
-        ("tf32", SMOOTH["average pool"].but(time=2)),  # pooled in float32
-    ],
-)
+# One block of a call has as many pixels as blocks of large calls.
+ONE = MODES["float32 on sm_75"], replace(MODES["float32"], multiprocessors=1)
+NARROW = PLAIN.but(in_channels=20, channels=8, height=16, time=2)
+TINY = PLAIN.but(time=2, batch=1, height=4)
+TINY_MODES = ("tf32", "tf32x3", "float16 states", "bfloat16 states", "float16 on sm_75")
+FEW = [
+    # Without tensor cores: blocks of 16 and 32 columns, and the data gradients of a stride.
+    *((mode, NARROW.but(stride=(2, 1))) for mode in ONE),
+    *((mode, NARROW.but(in_channels=5, width=16, batch=1, time=1)) for mode in ONE),
+    (MODES["tf32"], SMOOTH["average pool"].but(time=2)),  # pooled in float32
+    *((MODES[name], CASES["one window"]) for name in ("float64", "tf32x3")),
+    # The blocks on tensor cores, which are of three widths, with steps that are plain or not.
+    *((MODES[name], TINY.but(in_channels=cin, channels=c, width=width)) for name in TINY_MODES
+      for cin, c, width in ((40, 8, 5), (40, 8, 6), (24, 24, 5), (3, 40, 5))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "case"), FEW)
 def test_kernels_that_few_calls_reach(core, mode, case):
-    assert check(core, case, MODES[mode]), "choose another seed"
+    assert check(core, case, mode), "choose another seed"
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("weight",), ("syn", "mem"), ("threshold", "bias")])

@@ -31,11 +31,9 @@ def overflowing(resources):
 def compiled() -> dict[Path, tuple[Path, str]]:
     """Machine code of each source for every architecture, and what ptxas said."""
     archs = gpu_tools.known_architectures()
-    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:  # the longest first
-        order = sorted(SOURCES, key=lambda p: "mma" not in p.name)
-        return dict(
-            zip(order, pool.map(lambda p: gpu_tools.compile_fatbin(p, archs), order), strict=True)
-        )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda source: gpu_tools.compile_fatbin(source, archs), SOURCES)
+        return dict(zip(SOURCES, found, strict=True))
 
 
 @needs_nvcc

@@ -14,6 +14,9 @@ CALLS = {  # T, n, dtype, reset, surrogate, count and stride of beta, of thresho
     "channels": (2, 216, BF16, NONE, ATAN, (3, 6), (6, 36), "mem0 grad_beta grad_threshold"),
     "half": (6, 524, F16, SUBTRACT, ATAN, (524, 1), (1, 1), "grad_beta"),
     "float64": (8, 258, F64, ZERO, ATAN, (3, 43), (2, 1), "grad_mem"),
+    "odd float64": (2, 35, F64, ZERO, ATAN, (1, 1), (7, 5), "grad_mem"),
+    "odd bfloat16": (2, 35, BF16, ZERO, ATAN, (1, 1), (7, 5), "grad_mem"),
+    "odd half": (2, 35, F16, ZERO, ATAN, (1, 1), (7, 5), "grad_mem"),
     "noise": (9, 520, F32, ZERO, STOCHASTIC, (1, 1), (1, 1), "grad_threshold"),
     "NaN and infinity": (7, 64, F32, SUBTRACT, ATAN, (4, 8), (1, 1), "grad_x"),
 }

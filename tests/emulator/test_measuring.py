@@ -24,7 +24,8 @@ OF_WIDE = {"mma-tf32-4x2", "mma-tf32-2x2"}
 class Clock:
     """Gives one algorithm the shortest time, and notes which are timed."""
 
-    def __init__(self, best: str = "") -> None:
+    def __init__(self, core, best: str = "") -> None:
+        core.kernels.seconds = self
         self.best = best
         self.timed: list[str] = []
 
@@ -35,11 +36,6 @@ class Clock:
         return 1.0 if plan.name == self.best else 2.0
 
 
-def timed_by(core, clock):
-    core.kernels.seconds = clock
-    return clock
-
-
 def run(cell, x):
     spk, syn, mem = cell(x, *cell.reset_mem())
     return torch.autograd.grad(spk.sum() + mem.sum(), cell.conv.weight)[0]
@@ -48,7 +44,7 @@ def run(cell, x):
 def test_forward_and_backward_are_measured_once_and_apart(core):
     cell, x = snnlstm.SConv2dLSTM(2, 6, 3, threshold=0.1), torch.rand(2, 1, 2, 4, 6)
     with MODES["tf32"].running(core), snnlstm.algorithm("measure"):
-        clock = timed_by(core, Clock("mma-tf32-2x1"))
+        clock = Clock(core, "mma-tf32-2x1")
         spk, syn, mem = cell(x, *cell.reset_mem())
         assert set(clock.timed) == FORWARD
         assert cell.path.name == "emulator-measured-mma-tf32-2x1"
@@ -79,7 +75,7 @@ def test_every_algorithm_that_may_be_chosen_is_right(core, best):
     case = MODES["tf32"].of(case.but(pool="avg", pool_size=(2, 2)))
     inputs, grads = case.inputs(), of_outputs(case)
     with MODES["tf32"].running(core):
-        clock = timed_by(core, Clock(best))
+        clock = Clock(core, best)
         actual = gradients(
             lambda *call: flat.run(*call, "measure"), inputs, case.options, grads, ("x", "weight")
         )
@@ -92,7 +88,7 @@ def test_where_nothing_may_be_timed_the_rules_decide_for_now(core, monkeypatch):
     """Torch's own switch measures, too. The rules' choice is kept if nothing is faster."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with MODES["tf32"].running(core):
-        clock = timed_by(core, Clock())
+        clock = Clock(core)
         for algorithm, may, name in (
             ("measure", False, "mma-tf32"), ("direct", True, "mma-tf32"),
             ("auto", True, "measured-mma-tf32-2x1"),
@@ -108,7 +104,7 @@ def test_where_nothing_may_be_timed_the_rules_decide_for_now(core, monkeypatch):
 def test_a_call_that_recomputes_keeps_to_its_choice(core):
     case = NARROW.but(record=False, checkpoint=True, time=5)
     with MODES["tf32"].running(core):
-        timed_by(core, Clock("mma-tf32-2x1"))
+        Clock(core, "mma-tf32-2x1")
         leaves = wanting_gradients(case.inputs())
         sum(o.sum() for o in flat.run(*leaves, case.options, "measure")).backward()
 

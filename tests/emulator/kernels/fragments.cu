@@ -1,4 +1,6 @@
 // Probes: one mma or ldmatrix on registers and tiles that the test chooses; conversions.
+#include <algorithm>
+
 #include "case.h"
 
 using namespace snnlstm::cuda;
@@ -36,17 +38,9 @@ __global__ void one_ldmatrix(const uint16_t* tiles, uint32_t* r) {
 
 ENTRY probe_mma(int type, const uint32_t* a, const uint32_t* b, const float* c, float* d) {
   return guarded([&] {
-    const Launch how{"one_mma", 1, 32};
-    switch (type) {
-      case 0:
-        return launch(how, one_mma<fp16>, a, b, c, d);
-      case 1:
-        return launch(how, one_mma<bf16>, a, b, c, d);
-      case 3:
-        return launch(how, one_mma<fp16_sm75>, a, b, c, d);
-      default:
-        return launch(how, one_mma<tf32>, a, b, c, d);
-    }
+    constexpr decltype(&one_mma<fp16>) by_type[] = {one_mma<fp16>, one_mma<bf16>, one_mma<tf32>,
+                                                    one_mma<fp16_sm75>};
+    launch(Launch{"one_mma", 1, 32}, by_type[type], a, b, c, d);
   });
 }
 
@@ -57,31 +51,18 @@ ENTRY probe_ldmatrix(int transposed, const uint16_t* tiles, uint32_t* r) {
   });
 }
 
+template <class T>
+uint32_t rounded(uint32_t x) {
+  return from_float<T>(detail::float_of(x)).bits;
+}
+template <class T>
+uint32_t widened(uint32_t x) {
+  return detail::bits_of(to_float(T{decltype(T::bits)(x)}));
+}
+
 // Converts bit patterns of float32 to those of another type, 32 bits each, or back.
 ENTRY convert(int type, int back, const uint32_t* in, uint32_t* out, int n) {
-  return guarded([&] {
-    for (int i = 0; i < n; ++i) {
-      const float x = detail::float_of(in[i]);
-      switch (type + 4 * back) {
-        case 0:
-          out[i] = from_float<fp16>(x).bits;
-          break;
-        case 1:
-          out[i] = from_float<bf16>(x).bits;
-          break;
-        case 2:
-          out[i] = from_float<tf32>(x).bits;
-          break;
-        case 4:
-          out[i] = detail::bits_of(to_float(fp16{uint16_t(in[i])}));
-          break;
-        case 5:
-          out[i] = detail::bits_of(to_float(bf16{uint16_t(in[i])}));
-          break;
-        default:
-          out[i] = detail::bits_of(to_float(tf32{in[i]}));
-          break;
-      }
-    }
-  });
+  constexpr decltype(&rounded<fp16>) by[2][3] = {{rounded<fp16>, rounded<bf16>, rounded<tf32>},
+                                                 {widened<fp16>, widened<bf16>, widened<tf32>}};
+  return guarded([&] { std::transform(in, in + n, out, by[back][type]); });
 }

@@ -47,51 +47,41 @@ std::vector<WarpLog> logs;
 // The bytes that a launch has read and those that it has written, by the number of the allocation.
 std::unordered_map<size_t, std::array<std::vector<bool>, 2>> touched;
 
+// Returns how many of the numbers differ.
+uint64_t distinct(std::vector<uintptr_t>& numbers) {
+  std::sort(numbers.begin(), numbers.end());
+  return uint64_t(std::unique(numbers.begin(), numbers.end()) - numbers.begin());
+}
+
 void count_global(const Request& r) {
-  std::array<uintptr_t, warp_size> starts;
-  size_t n = 0;
+  std::vector<uintptr_t> bytes, sectors;
   for (unsigned lane = 0; lane < warp_size; ++lane)
-    if (r.lanes >> lane & 1) starts[n++] = r.address[lane];
-  std::sort(starts.begin(), starts.begin() + n);
-  uint64_t sectors = 0, distinct = 0;
-  uintptr_t next_sector = 0, covered = 0;
-  for (size_t i = 0; i < n; ++i) {
-    const uintptr_t end = starts[i] + r.bytes;
-    distinct += end - std::min(end, std::max(starts[i], covered));
-    covered = std::max(covered, end);
-    const uintptr_t first = std::max(starts[i] / sector_bytes, next_sector);
-    const uintptr_t last = (end - 1) / sector_bytes;
-    if (last + 1 > first) sectors += last + 1 - first;
-    next_sector = std::max(next_sector, last + 1);
-  }
-  const uint64_t fewest = (distinct + sector_bytes - 1) / sector_bytes;
+    for (unsigned b = 0; b < r.bytes && (r.lanes >> lane & 1); ++b) {
+      bytes.push_back(r.address[lane] + b);
+      sectors.push_back(bytes.back() / sector_bytes);
+    }
   const std::string kind = r.kind == Access::write ? "global_write_" : "global_read_";
   ++(*now)[kind + "requests"];
-  (*now)[kind + "sectors"] += sectors;
-  (*now)[kind + "fewest"] += fewest;
-  (*now)["bytes_requested"] += n * r.bytes;
+  (*now)[kind + "sectors"] += distinct(sectors);
+  (*now)[kind + "fewest"] += (distinct(bytes) + sector_bytes - 1) / sector_bytes;
+  (*now)["bytes_requested"] += bytes.size();
 }
 
 // Half a warp accesses 8 bytes at once, a quarter of a warp 16 bytes.
 void count_shared(const Request& r) {
   const unsigned lanes_at_once = r.bytes <= 4 ? 32 : r.bytes == 8 ? 16 : 8;
   for (unsigned first = 0; first < warp_size; first += lanes_at_once) {
-    std::array<uintptr_t, 4 * banks> words;
-    size_t n = 0;
+    std::array<std::vector<uintptr_t>, banks> words;
     for (unsigned lane = first; lane < first + lanes_at_once; ++lane) {
       if (!(r.lanes >> lane & 1)) continue;
       const uintptr_t low = r.address[lane] / bank_bytes;
       const uintptr_t high = (r.address[lane] + r.bytes - 1) / bank_bytes;
-      for (uintptr_t word = low; word <= high; ++word) words[n++] = word;
+      for (uintptr_t word = low; word <= high; ++word) words[word % banks].push_back(word);
     }
-    if (n == 0) continue;
-    std::sort(words.begin(), words.begin() + n);
-    n = size_t(std::unique(words.begin(), words.begin() + n) - words.begin());
-    std::array<unsigned, banks> load{};
-    unsigned most = 0;
-    for (size_t i = 0; i < n; ++i) most = std::max(most, ++load[words[i] % banks]);
+    uint64_t most = 0;
+    for (auto& of_bank : words) most = std::max(most, distinct(of_bank));
     (*now)["shared_wavefronts"] += most;
-    (*now)["shared_fewest"] += 1;
+    (*now)["shared_fewest"] += most > 0;
   }
 }
 

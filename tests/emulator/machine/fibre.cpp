@@ -2,57 +2,33 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
-#include <cstdint>
-#include <cstdlib>
+#include <algorithm>
 #include <stdexcept>
 
-#if defined(__x86_64__) && defined(__linux__)
-#define SIMT_ASSEMBLY 1
-#else
-#include <ucontext.h>
-#endif
-
-#if defined(SIMT_ASSEMBLY)
-// In the System V ABI a callee keeps rbx, rbp, r12 to r15 and the stack pointer. All fibres have
-// the same floating point control words.
-extern "C" void simt_switch(void** save, void* next);
-extern "C" void simt_start();
-asm(R"(
-.text
-.type simt_switch,@function
-.hidden simt_switch
-.globl simt_switch
-simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size simt_switch,.-simt_switch
-.type simt_start,@function
-.hidden simt_start
-.globl simt_start
-simt_start:
-  movq %r12, %rdi
-  callq *%r13
-  ud2
-.size simt_start,.-simt_start
-)");
-#endif
-
 namespace simt {
+
+namespace {
+
+Fibre* next = nullptr;  // the one that is switched to
+void* allocating[5];    // where allocate() goes on
+
+// __builtin_longjmp may not stand beside __builtin_setjmp, nor be inlined there.
+[[noreturn]] __attribute__((noinline)) void jump(void** registers) {
+  __builtin_longjmp(registers, 1);
+}
+
+}  // namespace
+
+// The lowest function on each stack. It notes its place for allocate(), and runs what is prepared
+// whenever a jump leads there.
+void Fibre::bottom() {
+  if (__builtin_setjmp(next->bottom_) == 0) jump(allocating);
+  next->entry_(next->argument_);
+  __builtin_unreachable();
+}
 
 void Fibre::allocate(size_t bytes, size_t offset) {
   const size_t page = size_t(sysconf(_SC_PAGESIZE));
@@ -64,9 +40,15 @@ void Fibre::allocate(size_t bytes, size_t offset) {
   low_ = static_cast<char*>(p) + page;
   // Stacks that start at equal offsets of a page would compete for the same cache lines.
   high_ = static_cast<char*>(p) + all - offset % page / 64 * 64;
-#if !defined(SIMT_ASSEMBLY)
-  state_ = std::malloc(sizeof(ucontext_t));
-#endif
+  // setcontext() asks the system for the signals, so it goes to each stack once.
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = low_;
+  context.uc_stack.ss_size = size_t(high_ - low_);
+  context.uc_link = nullptr;
+  makecontext(&context, bottom, 0);
+  next = this;
+  if (__builtin_setjmp(allocating) == 0) setcontext(&context);
 }
 
 void Fibre::adopt() {
@@ -80,49 +62,14 @@ void Fibre::adopt() {
   high_ = low_ + bytes;
 }
 
-#if defined(SIMT_ASSEMBLY)
-
 void Fibre::prepare(void (*entry)(void*), void* argument) {
-  auto* stack = reinterpret_cast<void**>(high_);
-  *--stack = nullptr;  // keeps the stack pointer 16-byte aligned at simt_start's call
-  *--stack = nullptr;
-  *--stack = reinterpret_cast<void*>(simt_start);
-  *--stack = nullptr;                         // rbp
-  *--stack = nullptr;                         // rbx
-  *--stack = argument;                        // r12
-  *--stack = reinterpret_cast<void*>(entry);  // r13
-  *--stack = nullptr;                         // r14
-  *--stack = nullptr;                         // r15
-  state_ = stack;
+  entry_ = entry, argument_ = argument;
+  std::copy(bottom_, bottom_ + 5, at_);
 }
 
-static void swap(void** from, void* to) { simt_switch(from, to); }
-
-#else
-
-static void trampoline(unsigned a, unsigned b, unsigned c, unsigned d) {
-  const auto entry = reinterpret_cast<void (*)(void*)>(uintptr_t(a) | uintptr_t(b) << 32);
-  entry(reinterpret_cast<void*>(uintptr_t(c) | uintptr_t(d) << 32));
+__attribute__((noinline)) void switch_fibre(Fibre& from, Fibre& to) {
+  next = &to;
+  if (__builtin_setjmp(from.at_) == 0) jump(to.at_);
 }
-
-void Fibre::prepare(void (*entry)(void*), void* argument) {
-  auto* context = static_cast<ucontext_t*>(state_);
-  getcontext(context);
-  context->uc_stack.ss_sp = low_;
-  context->uc_stack.ss_size = size_t(high_ - low_);
-  context->uc_link = nullptr;
-  const auto e = reinterpret_cast<uintptr_t>(entry), v = reinterpret_cast<uintptr_t>(argument);
-  makecontext(context, reinterpret_cast<void (*)()>(trampoline), 4, unsigned(e), unsigned(e >> 32),
-              unsigned(v), unsigned(v >> 32));
-}
-
-static void swap(void** from, void* to) {
-  if (*from == nullptr) *from = std::malloc(sizeof(ucontext_t));  // the scheduler's own
-  swapcontext(static_cast<ucontext_t*>(*from), static_cast<ucontext_t*>(to));
-}
-
-#endif
-
-void switch_fibre(Fibre& from, Fibre& to) { swap(&from.state_, to.state_); }
 
 }  // namespace simt

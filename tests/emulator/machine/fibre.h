@@ -20,10 +20,15 @@ class Fibre {
 
  private:
   friend void switch_fibre(Fibre& from, Fibre& to);
+  using Registers = void* [5];  // of __builtin_setjmp
+
+  static void bottom();
 
   char* low_ = nullptr;
   char* high_ = nullptr;
-  void* state_ = nullptr;  // the saved stack pointer, or a ucontext_t
+  void (*entry_)(void*) = nullptr;
+  void* argument_ = nullptr;
+  Registers at_ = {}, bottom_ = {};  // where it goes on, and where it starts
 };
 
 // Continues in `to`. Returns when something switches back to `from`.

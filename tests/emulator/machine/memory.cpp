@@ -35,6 +35,12 @@ size_t zone_of(size_t bytes) { return (size_t(1) << 20) + (bytes + 4095) / 4096 
 
 size_t mapped(size_t bytes) { return zone_of(bytes) * 3; }
 
+// Returns the first array that starts behind p.
+auto behind(const char* p) {
+  return std::upper_bound(registry.begin(), registry.end(), p,
+                          [](const char* x, const Allocation& a) { return x < a.start; });
+}
+
 bool inside(const Fibre& fibre, const void* p) { return p >= fibre.low() && p < fibre.high(); }
 
 }  // namespace
@@ -54,8 +60,7 @@ Place locate(const void* p) {
     Allocation& a = registry[last_hit];
     if (size_t(c - a.start) < a.bytes) return {Space::global, size_t(c - a.start), &a};
   }
-  auto next = std::upper_bound(registry.begin(), registry.end(), c,
-                               [](const char* x, const Allocation& a) { return x < a.start; });
+  auto next = behind(c);
   if (next != registry.begin()) {
     Allocation& a = *--next;
     if (size_t(c - a.start) < a.bytes) {
@@ -78,10 +83,8 @@ void register_allocation(const void* original, size_t bytes, std::string name, b
   // malloc aligns to 16 bytes; what an address has beyond that is chance.
   char* copy = static_cast<char*>(all) + zone_of(bytes) + reinterpret_cast<uintptr_t>(from) % 16;
   std::memcpy(copy, from, bytes);
-  const auto next =
-      std::upper_bound(registry.begin(), registry.end(), copy,
-                       [](const char* x, const Allocation& a) { return x < a.start; });
-  registry.insert(next, Allocation{copy, bytes, std::move(name), writable, next_id++, from});
+  registry.insert(behind(copy),
+                  Allocation{copy, bytes, std::move(name), writable, next_id++, from});
   last_hit = 0;
 }
 

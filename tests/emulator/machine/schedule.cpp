@@ -11,9 +11,7 @@ dim3 blockDim, gridDim;
 
 namespace simt {
 
-namespace {
 constexpr size_t stack_bytes = 256 * 1024;
-}
 
 Machine the_machine;
 Settings simt_settings;
@@ -108,10 +106,7 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
   if (g.shared_bytes > most_shared_bytes)
     refuse(g.shared_bytes, " bytes of shared memory; a block has at most ", most_shared_bytes);
   if (current != nullptr) refuse("a launch inside a kernel");
-  if (simt_settings.dry) {
-    launches.push_back(g);
-    return;
-  }
+  if (simt_settings.dry) return launches.push_back(g);
 
   geometry = g;
   body_ = body;
@@ -185,20 +180,13 @@ void Machine::run_block() {
   const unsigned size = unsigned(warps.size()) * warp_size;
   while (finished < size && !failed()) {
     bool progress = false;
-    switch (simt_settings.policy) {
-      case Policy::in_order:
-        // All warps in step: each thread runs to its next collective or barrier, in order.
-        fill_pass(0, size);
-        progress = run_pass();
-        break;
-      case Policy::shuffled:
-        fill_pass(0, size);
+    if (simt_settings.policy == Policy::ahead) {
+      progress = round_ahead();
+    } else {  // all warps in step: each thread runs to its next collective or barrier
+      fill_pass(0, size);
+      if (simt_settings.policy == Policy::shuffled)
         std::shuffle(pass_.begin(), pass_.end(), random_);
-        progress = run_pass();
-        break;
-      case Policy::ahead:
-        progress = round_ahead();
-        break;
+      progress = run_pass();
     }
     if (!progress && !failed()) error = stuck();
   }

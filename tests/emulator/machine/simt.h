@@ -108,15 +108,11 @@ inline uint16_t fp16_of_float(float x) {
   return uint16_t(sign | ((a - 0x38000000u + 0x0fffu + ((a >> 13) & 1u)) >> 13));
 }
 
+// The exponent, moved to a float's place, is too small by 112, and infinity's is the largest.
 inline float float_of_fp16(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
-  const uint32_t a = h & 0x7fffu;
-  if (a >= 0x7c00u) return float_of(sign | 0x7f800000u | ((a & 0x3ffu) << 13));
-  if (a < 0x0400u) {
-    const float magnitude = float(a) * (1.0f / 16777216.0f);
-    return float_of(sign | bits_of(magnitude));
-  }
-  return float_of(sign | ((a << 13) + 0x38000000u));
+  const uint32_t magnitude = (h & 0x7fffu) << 13, sign = (h & 0x8000u) << 16;
+  const uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);
+  return float_of(sign | (magnitude < (0x7c00u << 13) ? scaled : magnitude | 0x7f800000u));
 }
 }  // namespace simt
 

@@ -1,4 +1,4 @@
-// Calls launch() on a runtime that runs nothing; test_launch.py runs this program.
+// Calls launch() on a runtime that runs nothing; test_launches.py runs this program.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
