@@ -49,7 +49,8 @@ def capability(device: str) -> int:
 
 def name(device: str) -> str:
     """Returns the name of a GPU, with its compute capability."""
-    kind = torch.cuda.get_device_name() if device == "cuda" else f"an emulated {device[5:]}"
+    gpu = device.removeprefix("emulator-")
+    kind = torch.cuda.get_device_name() if device == "cuda" else f"an emulated {gpu}"
     return f"{kind} (sm_{capability(device)})"
 
 
