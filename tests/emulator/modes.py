@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.backends import mkldnn
+from torch.backends import mkldnn, nnpack
 
 from snnlstm import surrogate
 from snnlstm.quant import state_quant
@@ -39,11 +39,12 @@ class Mode:
         card = self.compute_capability, self.multiprocessors, self.shared_bytes
         core.device(*card, tile=self.tile)
         # torch's convolution stands in for cuDNN's; oneDNN 3 with AMX would give wrong sums for
-        # bfloat16 images of one column with stride and dilation.
+        # bfloat16 images of one column with stride and dilation, and NNPACK coarse ones for 16
+        # images or more.
         (enabled, *_) = mkldnn.set_flags(False)
         autocast = torch.autocast("cpu", self.operands, enabled=self.operands is not None)
         try:
-            with core.installed(), float32_precision(self.precision), autocast:
+            with core.installed(), float32_precision(self.precision), autocast, nnpack.flags(False):
                 yield
         finally:
             mkldnn.set_flags(enabled)
