@@ -146,7 +146,7 @@ class Cell:
         """Returns what :meth:`results` does, on the reference path in float64."""
         other = copy.deepcopy(self)
         other.cell.double()
-        other.inputs, other.loop = [of.double() for of in other.inputs], self.loop or self.leaky
+        other.inputs, other.loop = [of.double() for of in other.inputs], self.leaky
         plain = torch.autocast(self.setting.torch_device.type, enabled=False)
         with plain, snnlstm.algorithm("reference"):
             return other.results()
