@@ -63,16 +63,16 @@ def test_coarse_gradients(core, mode, case, schedule):
 ONE = MODES["float32 on sm_75"], replace(MODES["float32"], multiprocessors=1)
 NARROW = PLAIN.but(in_channels=20, channels=8, height=16, time=2)
 TINY = PLAIN.but(time=2, batch=1, height=4)
-TINY_MODES = ("tf32", "tf32x3", "float16 states", "bfloat16 states", "float16 on sm_75")
 FEW = [
-    # Without tensor cores: blocks of 16 and 32 columns, and the data gradients of a stride.
+    # Without tensor cores: narrow blocks, data gradients of a stride, windows that no tile holds.
     *((mode, NARROW.but(stride=(2, 1))) for mode in ONE),
-    *((mode, NARROW.but(in_channels=5, width=16, batch=1, time=1)) for mode in ONE),
+    *((mode, NARROW.but(width=18, batch=1, time=1, pool="max", pool_size=(16, 18)))
+      for mode in (*ONE, MODES["float64"])),
     (MODES["tf32"], SMOOTH["average pool"].but(time=2)),  # pooled in float32
-    *((MODES[name], CASES["one window"]) for name in ("float64", "tf32x3")),
     # The blocks on tensor cores, which are of three widths, with steps that are plain or not.
-    *((MODES[name], TINY.but(in_channels=cin, channels=c, width=width)) for name in TINY_MODES
-      for cin, c, width in ((40, 8, 5), (40, 8, 6), (24, 24, 5), (3, 40, 5))),
+    *((MODES[name], TINY.but(in_channels=cin, channels=c, width=width))
+      for name in ("tf32", "tf32x3", *(name for name in MODES if "float16 autocast" in name))
+      for cin, c in ((40, 8), (24, 24), (3, 40)) for width in (5, 6)),
 ]  # fmt: skip
 
 
