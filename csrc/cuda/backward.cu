@@ -75,8 +75,8 @@ class Backward {
     return n;
   }
 
-  Segment transposed(const Tensor& gates, bool of_x) const {
-    Segment s = gates_segment(s_.c, of_x);
+  Segment transposed(const Tensor& gates, bool is_x) const {
+    Segment s = gates_segment(s_.c, is_x);
     s.src = gates;
     return s;
   }

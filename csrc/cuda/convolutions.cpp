@@ -19,10 +19,10 @@ Segment mem_segment(const Cell& c) {
   return s;
 }
 
-Segment gates_segment(const Cell& c, bool of_x) {
+Segment gates_segment(const Cell& c, bool is_x) {
   Segment s = mem_segment(c);
   s.channels = int(4 * Shape(c).Cp);
-  if (of_x)
+  if (is_x)
     s.dgrad_stride_h = SmallDivisor(c.stride_h), s.dgrad_stride_w = SmallDivisor(c.stride_w);
   return s;
 }

@@ -132,8 +132,8 @@ class Gemm {
       left[j] = col_[j] * s.step_w;
       from[j] = place(src, top[j], left[j]);
     });
-    with_stored<R>(src.type, [&](auto of) {
-      const auto* image = static_cast<const decltype(of)*>(image_of(src, block_.t, block_.n));
+    with_stored<R>(src.type, [&](auto stored) {
+      const auto* image = static_cast<const decltype(stored)*>(image_of(src, block_.t, block_.n));
       unrolled<kRows>([&](int k) {
         const int4 where = load<int4>(shared_.where[buffer][tid_ / T::kPixels + k * kRowStep]);
         unrolled<kPixels>([&](int j) {

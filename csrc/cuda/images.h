@@ -62,11 +62,11 @@ struct KernelTaps {
   int64_t all = 1;
 
   KernelTaps() = default;
-  explicit KernelTaps(const Cell& of) {
-    const Cell c = within_image(of);
+  explicit KernelTaps(const Cell& cell) {
+    const Cell c = within_image(cell);
     height = c.kernel_h, outer_h = c.outer_h, outer_w = c.outer_w;
-    by_width = SmallDivisor(c.kernel_w), by_all_width = SmallDivisor(of.kernel_w);
-    all = int64_t(of.kernel_h) * of.kernel_w;
+    by_width = SmallDivisor(c.kernel_w), by_all_width = SmallDivisor(cell.kernel_w);
+    all = int64_t(cell.kernel_h) * cell.kernel_w;
   }
   // Returns the place of a tap in the caller's kernel.
   SNNLSTM_BOTH int64_t place(unsigned tap) const {
@@ -129,11 +129,11 @@ inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&exten
   if (last >= int64_t(1) << 31)
     throw std::runtime_error("one image of a tensor reaches over " + std::to_string(last) +
                              " elements, accepted are less than 2^31: make it contiguous");
-  // Returns whether the address and all strides that are used, except `but`, are multiples of `of`.
-  const auto multiple = [&](int of, int but) {
-    if (reinterpret_cast<uintptr_t>(a.data) % (std::min(of * size, 16)) != 0) return false;
+  // Returns whether the address and all strides that are used, except `but`, are multiples of `divisor`.
+  const auto multiple = [&](int divisor, int but) {
+    if (reinterpret_cast<uintptr_t>(a.data) % (std::min(divisor * size, 16)) != 0) return false;
     for (int k = 0; k < 5; ++k)
-      if (k != but && extent[k] > 1 && v.stride[k] % of != 0) return false;
+      if (k != but && extent[k] > 1 && v.stride[k] % divisor != 0) return false;
     return true;
   };
   const bool c_dense = a.c == 1 || extent[2] == 1, w_dense = a.w == 1 || extent[4] == 1;

@@ -30,8 +30,8 @@ struct WeightSources {
 };
 // Sums in parts what the gradients of weight and bias, those that have an address, consist of. The
 // parts are yet to be added: p is told how.
-void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* weight, void* bias,
-                     AddGradients& p, void* stream);
+void weight_gradient(const BackwardPass& plan, const WeightSources& sources, void* weight,
+                     void* bias, AddGradients& p, void* stream);
 // type: of the sums.
 void launch_add_gradients(AddGradients p, DType type, void* stream);
 

@@ -14,8 +14,8 @@ namespace {
 template <class Args, class F>
 void launch_neurons(const char* name, const Args& a, const void* x,
                     std::initializer_list<const void*> others, void* stream, F&& with) {
-  const auto run = [&](auto of_x) {
-    using X = decltype(of_x);
+  const auto run = [&](auto zero) {
+    using X = decltype(zero);
     constexpr int kVector = 16 / sizeof(leaky::Real<X>);
     const auto aligned = [](const void* p, size_t bytes) {
       return reinterpret_cast<uintptr_t>(p) % bytes == 0;
@@ -25,8 +25,8 @@ void launch_neurons(const char* name, const Args& a, const void* x,
     const int64_t block = int64_t(leaky::kThreads) * (vectors ? kVector : 1);
     const Launch how{name, (a.n + block - 1) / block, leaky::kThreads, 0, stream};
     launch(how,
-           vectors ? with(of_x, std::integral_constant<int, kVector>{})
-                   : with(of_x, std::integral_constant<int, 1>{}),
+           vectors ? with(zero, std::integral_constant<int, kVector>{})
+                   : with(zero, std::integral_constant<int, 1>{}),
            a);
   };
   switch (a.dtype) {

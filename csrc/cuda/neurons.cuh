@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(neurons::kThreads, neurons::kBlocks<R>)
   unrolled<4>([&](int gate) {
     load_patch(p.sums[gate], at, c0 + neurons::channel(), sum[gate]);
     if (!p.x_sums[gate].present()) return;
-    R of_x[2][4];
-    load_patch(p.x_sums[gate], at, c0 + neurons::channel(), of_x);
-    unrolled<2, 4>([&](int px, int ch) { sum[gate][px][ch] += of_x[px][ch]; });
+    R xs[2][4];
+    load_patch(p.x_sums[gate], at, c0 + neurons::channel(), xs);
+    unrolled<2, 4>([&](int px, int ch) { sum[gate][px][ch] += xs[px][ch]; });
   });
   if (!fault(Fault::no_vectors_barrier)) __syncthreads();
   tile.patch(neurons::pixel(), neurons::channel(), sum, mem_tile);

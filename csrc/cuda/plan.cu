@@ -4,9 +4,10 @@
 
 namespace snnlstm::cuda {
 
-Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wanted, bool of_backward,
-           const BlockChoice& only)
-    : cell(of), matrix(numbers), algorithm(wanted), backward(of_backward), device_(device.number) {
+Plan::Plan(const Cell& given, const Device& device, Matrix numbers, Algorithm wanted,
+           bool is_backward, const BlockChoice& only)
+    : cell(given), matrix(numbers), algorithm(wanted), backward(is_backward) {
+  device_ = device.number;
   auto steps = std::make_unique<ForwardPass>(cell, device, matrix, backward ? BlockChoice() : only);
   const Cell& c = steps->s.c;
   reason_against = cuda::reason_against(c, 0);

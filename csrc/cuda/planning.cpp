@@ -24,8 +24,8 @@ std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, i
   const int64_t unit_h = windows ? c.pool_h : 1;
   const int64_t unit_w = windows && c.pool_w % 2 ? 2 * int64_t(c.pool_w) : windows ? c.pool_w : 2;
   const int64_t halo = std::min<int64_t>(2 * c.pad_h(), 1 << 16);
-  const auto count = [](int64_t all, int64_t of) {
-    return ceil_div(std::max<int64_t>(all, 1), of);
+  const auto count = [](int64_t all, int64_t size) {
+    return ceil_div(std::max<int64_t>(all, 1), size);
   };
   std::vector<TileSize> found;
   if (only.h > 0) {
@@ -141,10 +141,10 @@ ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matrix,
   plan.multiply = wanted_multiply(c, device, matrix);
   if (plan.mma()) {
     plan.tiles = c.C <= 8 ? 4 : 8;
-    for (const BlockShape& of : kForwardShapes) {
-      plan.shape = int(&of - kForwardShapes);
-      if ((only.shape >= 0 && only.shape != plan.shape) || (of.n == 2 && c.C <= 16)) continue;
-      plan.warps_m = of.m, plan.warps_n = of.n, plan.k_groups = of.k;
+    for (const BlockShape& block : kForwardShapes) {
+      plan.shape = int(&block - kForwardShapes);
+      if ((only.shape >= 0 && only.shape != plan.shape) || (block.n == 2 && c.C <= 16)) continue;
+      plan.warps_m = block.m, plan.warps_n = block.n, plan.k_groups = block.k;
       offer([&](bool any) {
         MmaBuilder builder = plan.builder();
         builder.add(x_segment(c), x_depth(c, plan.multiply), plan.tiling);
@@ -175,10 +175,10 @@ BackwardLayout::BackwardLayout(const DataPlan& plan, const MmaConv& conv, bool w
   bytes = row_sums + plan.k_groups * plan.warps_m * plan.channels() * 4;
 }
 
-std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply multiply, bool of_x,
+std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply multiply, bool is_x,
                                   bool windows, const BlockChoice& only) {
-  const int64_t height = of_x ? c.H : c.Ho(), width = of_x ? c.W : c.Wo();
-  const int64_t columns = of_x ? c.Cin : c.C, images = of_x ? c.T * c.N : c.N;
+  const int64_t height = is_x ? c.H : c.Ho(), width = is_x ? c.W : c.Wo();
+  const int64_t columns = is_x ? c.Cin : c.C, images = is_x ? c.T * c.N : c.N;
   DataPlan plan;
   Best<DataPlan> best;
   const auto offer = [&](auto&& fits) {
@@ -191,11 +191,11 @@ std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply 
     // A warp reads its pixels once for all its tiles. A product takes 384 bytes of shared memory
     // with 2 tiles, 256 with 4 and 192 with 8.
     plan.tiles = columns <= 16 ? 2 : columns <= 32 ? 4 : 8;
-    const Segment segment = gates_segment(c, of_x);
-    for (const BlockShape& of : kDataShapes) {
-      plan.shape = int(&of - kDataShapes);
+    const Segment segment = gates_segment(c, is_x);
+    for (const BlockShape& block : kDataShapes) {
+      plan.shape = int(&block - kDataShapes);
       if (only.shape >= 0 && only.shape != plan.shape) continue;
-      plan.warps_m = of.m, plan.warps_n = of.n, plan.k_groups = of.k;
+      plan.warps_m = block.m, plan.warps_n = block.n, plan.k_groups = block.k;
       offer([&](bool any) {
         MmaBuilder builder = plan.builder();
         builder.add(segment, MmaDepth(builder.type, segment), plan.tiling);
@@ -207,9 +207,9 @@ std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply 
     if (best.plan) return best.plan;
     plan = DataPlan();
   }
-  for (const int of_tile : {64, 32, 16}) {
-    if (c.dtype == DType::float64 && of_tile < 64) continue;
-    plan.columns = of_tile;
+  for (const int tile : {64, 32, 16}) {
+    if (c.dtype == DType::float64 && tile < 64) continue;
+    plan.columns = tile;
     with_tile<16>(c.dtype, plan.columns, [&](auto real, auto size) {
       plan.shared_bytes = int64_t(fma::StepShared<decltype(real), decltype(size)>::bytes(windows));
     });
@@ -244,10 +244,10 @@ PackedPart packed_mma(const StepPlan& plan, const MmaDepth& depth, Use use, int6
 }
 
 PackedPart packed_transposed(const Cell& c, const DataPlan& plan, Use use) {
-  const bool of_x = use == Use::gates_to_x;
-  const int64_t columns = of_x ? c.Cin : c.C;
-  if (!plan.mma()) return packed_fma(c, plan, gates_segment(c, of_x), use, columns);
-  const MmaDepth depth(MmaType(plan.multiply), gates_segment(c, of_x));
+  const bool is_x = use == Use::gates_to_x;
+  const int64_t columns = is_x ? c.Cin : c.C;
+  if (!plan.mma()) return packed_fma(c, plan, gates_segment(c, is_x), use, columns);
+  const MmaDepth depth(MmaType(plan.multiply), gates_segment(c, is_x));
   return packed_mma(plan, depth, use, ceil_div(columns, plan.channels()));
 }
 
@@ -292,12 +292,12 @@ int64_t blocks_of(const WeightPlan& w) {
 }
 
 // Plans one half of the weight's gradient on tensor cores, but for its splits.
-WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int most_rows,
+WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool is_x, int most_rows,
                         const TileSize& size) {
   const Shape s(c);
   const MmaType type(multiply);
-  const Segment in = of_x ? x_segment(c) : mem_segment(c);
-  const MmaDepth depth = of_x ? x_depth(c, multiply) : mem_depth(c, multiply);
+  const Segment in = is_x ? x_segment(c) : mem_segment(c);
+  const MmaDepth depth = is_x ? x_depth(c, multiply) : mem_depth(c, multiply);
   WeightPlan w;
   w.multiply = multiply;
   // Up to 12 warps: all taps of 3x3, or more rows of fewer taps.

@@ -56,7 +56,7 @@ void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns, int c
 Segment x_segment(const Cell& c);
 Segment mem_segment(const Cell& c);
 // The transposed convolution's source, d_gates; padding is the forward convolution's.
-Segment gates_segment(const Cell& c, bool of_x);
+Segment gates_segment(const Cell& c, bool is_x);
 
 // Sizes that follow from what the tensor cores multiply.
 struct MmaType {
@@ -164,7 +164,7 @@ struct DataPlan : StepPlan {
 // Plans the gradient of x or of mem like a forward step, and with `windows` in tiles of whole
 // pooling windows; returns nothing if there are none. multiply: the forward pass's, which decides
 // the gates' type. only: the blocks that may be chosen.
-std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply multiply, bool of_x,
+std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply multiply, bool is_x,
                                   bool windows, const BlockChoice& only = {});
 
 // The shared memory of a tensor core step, in bytes from its start. It begins with the convolution,

@@ -9,9 +9,9 @@ namespace {
 
 // threads: of a block of the launch, which may have more warps than the job.
 WeightGradientMma mma_job(const BackwardPass& all, const WeightPlan& plan,
-                          const WeightGradientJob& grad, bool of_x, int threads) {
+                          const WeightGradientJob& grad, bool is_x, int threads) {
   const MmaType type(plan.multiply);
-  const MmaDepth depth = of_x ? x_depth(all.s.c, plan.multiply) : mem_depth(all.s.c, plan.multiply);
+  const MmaDepth depth = is_x ? x_depth(all.s.c, plan.multiply) : mem_depth(all.s.c, plan.multiply);
   WeightGradientMma p;
   p.grad = grad;
   p.column_blocks = plan.column_blocks, p.row_blocks = plan.row_blocks();
@@ -53,18 +53,18 @@ void launch_add_gradients(AddGradients p, DType type, void* stream) {
   });
 }
 
-void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* weight, void* bias,
-                     AddGradients& add, void* stream) {
+void weight_gradient(const BackwardPass& plan, const WeightSources& sources, void* weight,
+                     void* bias, AddGradients& add, void* stream) {
   const Shape& s = plan.s;
   const Cell& c = s.c;
   SumGates sums;
-  sums.d_gates = of.d_gates, sums.type = plan.gates;
+  sums.d_gates = sources.d_gates, sums.type = plan.gates;
   sums.columns = int(4 * s.Cp);
   sums.pixels = plan.pixels(), sums.share = ceil_div(sums.pixels, plan.bias_splits);
-  sums.parts = of.bias_parts;
-  sums.lengths = of.lengths, sums.batch = c.N, sums.of_image = s.pixels;
+  sums.parts = sources.bias_parts;
+  sums.lengths = sources.lengths, sums.batch = c.N, sums.of_image = s.pixels;
   if (bias != nullptr) sums.splits = plan.bias_splits;
-  add.sums[0] = {of.bias_parts, plan.bias_splits, 4, int(s.Cp), int(c.C), bias, plan.type};
+  add.sums[0] = {sources.bias_parts, plan.bias_splits, 4, int(s.Cp), int(c.C), bias, plan.type};
 
   WeightGradientsFma plain;
   WeightGradientsMma mma;
@@ -72,21 +72,21 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* we
   auto& grad = plain.job;
   const WeightPlan* plans[2] = {&plan.weights.x, &plan.weights.mem};
   grad[0].in = x_segment(c);
-  grad[0].in.src = of.x;
+  grad[0].in.src = sources.x;
   grad[1].in = mem_segment(c);
-  grad[1].in.src = of.mem;
-  grad[1].later = of.mem_later;
+  grad[1].in.src = sources.mem;
+  grad[1].later = sources.mem_later;
   ReduceWeights& r = add.weight;
   for (int k = 0; k < 2; ++k) {
     WeightGradientJob& g = grad[k];
     const WeightPlan& part = *plans[k];
-    g.d_gates = image(of.d_gates, s, plan.gates, 4);
+    g.d_gates = image(sources.d_gates, s, plan.gates, 4);
     g.tiling = part.tiling;
     g.Ho = int(s.Ho), g.Wo = int(s.Wo);
     g.rows = int(4 * s.Cp), g.columns = int(s.taps * g.in.channels);
     g.share = part.share, g.total = part.total;
-    g.lengths = of.lengths;
-    g.parts = of.parts[plan.weights.side_by_side() ? 0 : k];
+    g.lengths = sources.lengths;
+    g.parts = sources.parts[plan.weights.side_by_side() ? 0 : k];
     g.part_rows = part.part_rows, g.part_columns = part.part_columns;
     ReduceWeight& h = r.half[k];
     h.parts = g.parts, h.splits = part.splits;
