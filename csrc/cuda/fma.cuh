@@ -150,7 +150,7 @@ class Gemm {
           real = real && inside(y, s.height) && inside(x, s.width);
           R& v = next_[j][k] = 0;
           if (!real) return;
-          if constexpr (sizeof(of) == 2)
+          if constexpr (sizeof(stored) == 2)
             v = to_float(image[int(at)]);
           else
             v = image[int(at)];
