@@ -222,10 +222,9 @@ def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outco
 def report(place: Place, outcomes: Sequence[Outcome]) -> str:
     """Returns the report, in Markdown: machine and versions, a table of the steps, their output."""
     from benchmarks import devices, machine
-    from benchmarks.providers import Setting
 
     cuda, gpu = place.device == "cuda", devices.name(place.device)
-    about = machine.describe(Setting("cuda" if cuda else "cpu"))
+    about = machine.describe("cuda" if cuda else "cpu")
     about["machine"] = f"{platform.platform()}, {machine.device_name('cpu')}"
     kind = "snnlstm" if cuda else "Rehearsal of snnlstm, without times of a GPU,"
     lines = [f"# {kind} on {gpu}", "", "| | |", "|---|---|"]

@@ -20,12 +20,12 @@ from benchmarks.providers import Setting
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def describe(setting: Setting) -> dict[str, str]:
+def describe(device: str) -> dict[str, str]:
     """Returns the fields of a row that say where it comes from, such as version and device."""
     return {
         "version": snnlstm.__version__,
         "commit": git_commit(),
-        "device": device_name(setting.device),
+        "device": device_name(device),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "snntorch": snntorch.__version__,

@@ -3,7 +3,7 @@
 A speed-up is the ratio of two medians over the same rounds. With one thread times are processor
 time, and their ratios hold on a busy machine. With several threads they do not (NOTES.md): the
 suite then prints no ratios, and its exit status is 3, if other programs take more than 0.3 of a
-core, or if the machine's peaks before and after a case differ by 10 %; --busy-anyway insists.
+core, or if the machine's peaks before and after a case differ by 10 %.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import itertools
 import math
 import random
 import sys
 import time
 import timeit
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from benchmarks import cases, devices, machine, networks, peak_memory, providers, report
 from benchmarks.cases import Case
+from benchmarks.gpu import NOT_RUN
 from benchmarks.networks import Network
 from benchmarks.providers import (
     FORMS,
     TOLERANCE,
-    Form,
     Provider,
     Runner,
     Setting,
@@ -43,7 +43,12 @@ from benchmarks.providers import (
 )
 from snnlstm import path
 
-NOT_RUN = 4  # the exit status if the time ended before all rows
+INTERRUPTED = 130  # the shell's status of a program that SIGINT ended
+# What the exit status says; the first of several counts.
+FAILURES = {
+    1: "NOT TIMED", INTERRUPTED: "interrupted", 3: "NO RATIOS, the machine was busy",
+    NOT_RUN: "no time was left for",
+}  # fmt: skip
 MOST_LOAD, MOST_DRIFT, MOST_ROUNDS = 0.3, 0.1, 400
 CLOCKS = {"processor": time.process_time, "wall": benchmark.timer}
 TABLES: dict[str, Any] = {**networks.TABLES, **cases.TABLES}
@@ -145,105 +150,104 @@ def prepared(case: Case | str, name: str, setting: Setting, mode: str, small: bo
     return Provider(network, network.forms.get(name) or find_form(name), setting).prepare(mode)
 
 
-@dataclass
 class Suite:
-    """Measures cases with one type and number of threads; prints tables as they come.
+    """Measures what the arguments ask for; prints tables as they come.
 
-    deadline: no case is begun after this time (of time.monotonic()). `rows` has the measurements so
-    far. `wrong` names the providers that compute something else than the baseline, `busy` the cases
-    without ratios, and `left_out` those that found no time.
+    `rows` has the measurements so far, and `failed` a line for each failure, by the exit status
+    that it means. Raises ValueError that names a wrong argument.
     """
 
-    cases: dict[str, Case | Network]
-    providers: list[str]
-    modes: list[str]
-    setting: Setting
-    threads: int = 1
-    seconds: float = 12.0
-    memory: bool = False
-    deadline: float = math.inf
-    busy_anyway: bool = False
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    busy: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    def __init__(self, args: argparse.Namespace) -> None:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
+        if slow := path.against_device(torch.device(devices.torch_device(args.device))):
+            raise ValueError(f"--device: {args.device} takes the reference path: {slow.reason}")
+        if "tf32" in args.dtype and args.device == "cpu":
+            raise ValueError("--dtype: tf32 needs --device cuda")
+        own = [*map(cases.parse_case, args.shape), *cases.random_cases(args.random, args.seed)]
+        names = [*(args.shapes or []), *args.network]
+        if not names and not own:
+            names = ["documentation", "mnist", "k5"] if args.quick else ["networks"]
+        listed = [name for table in names for name in TABLES.get(table, [table])]
+        self.cases = {name: find_case(name) for name in listed} | {case.name: case for case in own}
+        self.providers = {name: find_form(name) for name in (providers.BASELINE, *args.providers)}
+        self.args, self.end = args, time.monotonic() + args.limit
+        self.seconds = args.seconds or (1.5 if args.quick else 12.0)
+        self.rows: list[dict[str, Any]] = []
+        self.peaks: dict[Setting, float] = {}  # of the machine, as measured last
+        self.failed: dict[int, list[str]] = {status: [] for status in FAILURES}
 
-    @property
-    def clock(self) -> str:
-        """Returns "processor" where times are this process's processor time."""
-        return "processor" if self.setting.device == "cpu" and self.threads == 1 else "wall"
+    def run(self) -> None:
+        """Measures each case in all types before the next one, with each number of threads."""
+        args, origin = self.args, machine.describe(self.args.device)
+        settings = [Setting(args.device, dtype, args.seed) for dtype in dict.fromkeys(args.dtype)]
+        total = len(args.threads) * len(self.cases) * len(settings) * len(args.mode)
+        # With disable=None there is no bar without a terminal.
+        shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        bar = tqdm(total=total, disable=None, leave=False, dynamic_ncols=True, bar_format=shown)
+        with bar as self.bar, devices.running(args.device):
+            for threads in args.threads:
+                torch.set_num_threads(threads)
+                # This process's processor time, where one thread has all of it.
+                clock = "processor" if args.device == "cpu" and threads == 1 else "wall"
+                self.origin = origin | {"threads": threads, "clock": clock}
+                for setting in settings:
+                    text = "snnlstm {version} on {device}, threads: {threads}"
+                    tqdm.write(f"{text.format(**self.origin)}, {setting.dtype}")
+                    self.peaks[setting] = machine.peak(setting)
+                for (name, case), setting in itertools.product(self.cases.items(), settings):
+                    label = f"{name}, {setting.dtype}"
+                    if time.monotonic() > self.end:
+                        self.failed[NOT_RUN].append(label)
+                        tqdm.write(f"NOT RUN: {label}: no time was left\n")
+                        continue
+                    bar.set_description_str(f"{name}: checking")
+                    built = self.checked(label, case, setting)
+                    for mode in args.mode:
+                        bar.set_description_str(f"{name}, {mode}")
+                        self.measure(name, case, mode, setting, built)
 
-    def begin(self, bar: tqdm) -> None:
-        """Says what is measured, and measures the machine's peak; `bar` shows the progress."""
-        self.bar = bar
-        torch.set_num_threads(self.threads)
-        self.origin = machine.describe(self.setting) | {
-            "threads": self.threads, "dtype": self.setting.dtype, "clock": self.clock
-        }  # fmt: skip
-        text = "snnlstm {version} on {device}, threads: {threads}, {dtype}"
-        tqdm.write(text.format(**self.origin))
-        self.peak = machine.peak(self.setting)
-
-    def run(self, name: str, case: Case | Network) -> None:
-        """Measures a case, unless the time is over."""
-        if time.monotonic() > self.deadline:
-            self.left_out.append(f"{name}, {self.setting.dtype}")
-            tqdm.write(f"NOT RUN: {self.left_out[-1]}: no time was left\n")
-            return
-        self.bar.set_description_str(f"{name}: checking")
-        built = self.checked(name, case)
-        for mode in self.modes:
-            self.bar.set_description_str(f"{name}, {mode}")
-            self.measure(name, case, mode, built)
-
-    def forms(self, case: Any) -> dict[str, Form]:
-        """Returns the providers of a case, with the baseline first."""
-        own = getattr(case, "forms", {})
-        if not own:
-            return {name: find_form(name) for name in self.providers}
-        first = next(iter(own))
-        return {name: own[name] for name in own if name in (first, *self.providers)}
-
-    def checked(self, name: str, case: Case | Network) -> dict[str, Provider]:
+    def checked(self, label: str, case: Any, setting: Setting) -> dict[str, Provider]:
         """Returns the providers that can run a case and compute what the first computes."""
         built: dict[str, Provider] = {}
-        # The baseline's results at the threshold of the check, False, and at its own, True.
-        expected: dict[bool, dict[str, Tensor]] = {}
-        spiking = None
-        for provider, form in self.forms(case).items():
+        own = getattr(case, "forms", {})
+        shared = [name for name in own if name == next(iter(own)) or name in self.providers]
+        for name in shared or self.providers:
+            form = own.get(name) or self.providers[name]
             try:
-                one = Provider(case, form, self.setting)
-                if not built and isinstance(case, Case):
-                    spiking = one.spiking_threshold()
+                one = Provider(case, form, setting)
+                if not built:
+                    spiking = one.spiking_threshold() if isinstance(case, Case) else None
+                    expected = functools.cache(one.results)
                 # A threshold of another shape would be compiled once more, which takes a minute.
                 threshold = None if form.compiled else spiking
-                actual, own = one.results(threshold), threshold is None
-                if own not in expected:
-                    first = next(iter(built.values()), None)
-                    expected[own] = first.results() if first else actual
+                results = expected(threshold)
                 if built:
-                    compare(case, self.setting.dtype, expected[own], actual)
-                built[provider] = one
+                    compare(case, setting.dtype, results, one.results(threshold))
+                built[name] = one
             except Exception as error:  # a provider that fails must not end the run
-                self.skip(provider, name, error)
+                self.skip(name, label, error)
                 if not built:  # there is no baseline
                     break
         return built
 
-    def skip(self, provider: str, case: str, error: Exception) -> None:
+    def skip(self, provider: str, label: str, error: Exception) -> None:
         """Says why a provider is skipped. An error of ours is wrong, too, if it has memory."""
         reason, word = (str(error).strip() or type(error).__name__).splitlines()[0], "NOT TIMED"
         excused = Unavailable, MemoryError, torch.cuda.OutOfMemoryError
         if isinstance(error, Disagreement):
             reason = f"computes something else: {reason}"
+        line = f"{label}: {provider}: {reason}"
         if isinstance(error, Disagreement) or not (
             provider.startswith("snntorch") or isinstance(error, excused)
         ):
-            self.wrong.append(f"{case}: {provider}: {reason}")
+            self.failed[1].append(line)
             word = "WRONG"
-        tqdm.write(f"{word}: {case}, {self.setting.dtype}: {provider}: {reason}\n")
+        tqdm.write(f"{word}: {line}\n")
 
-    def measure(self, name: str, case: Any, mode: str, built: dict[str, Any]) -> None:
+    def measure(
+        self, name: str, case: Any, mode: str, setting: Setting, built: dict[str, Provider]
+    ) -> None:
         """Times one case in one mode."""
         load, runners = machine.Load(), {}
         for provider, one in built.items():
@@ -253,57 +257,47 @@ class Suite:
                 run()
                 runners[provider] = setup, run
             except (MemoryError, RuntimeError) as error:
-                self.skip(provider, name, error)
+                self.skip(provider, f"{name}, {setting.dtype}", error)
 
-        samples = time_interleaved(runners, CLOCKS[self.clock], self.seconds)
+        samples = time_interleaved(runners, CLOCKS[self.origin["clock"]], self.seconds)
         self.bar.update()
-        before, self.peak = self.peak, machine.peak(self.setting)
-        beside, drift = load.beside(), abs(self.peak / before - 1)
-        quiet = self.clock == "processor" or (beside <= MOST_LOAD and drift <= MOST_DRIFT)
-        ratios = quiet or self.busy_anyway or self.setting.device != "cpu"
+        before, after = self.peaks[setting], machine.peak(setting)
+        self.peaks[setting] = after
+        beside, drift = load.beside(), abs(after / before - 1)
+        alone = self.origin["clock"] == "processor"
+        quiet = alone or (beside <= MOST_LOAD and drift <= MOST_DRIFT)
+        ratios = quiet or setting.device != "cpu"
         rows: list[dict[str, Any]] = []
         first = next(iter(built), None)
         for provider, times in samples.items():
             p20, p50, p80 = (1e3 * pd.Series(times).quantile([0.2, 0.5, 0.8])).tolist()
             row = self.origin | {
-                "case": name, "title": case.title, "shape": getattr(case, "shape", ""),
-                "steps": getattr(case, "steps", None), "mode": mode, "provider": provider,
-                "path": built[provider].path, "rounds": len(times), "p20": p20, "ms": p50,
-                "p80": p80, "speedup": None, "gflops": None, "mib": None, "note": "",
-                "beside": beside, "peak": before, "peak_after": self.peak, "quiet": quiet,
+                "dtype": setting.dtype, "case": name, "title": case.title,
+                "shape": getattr(case, "shape", ""), "steps": getattr(case, "steps", None),
+                "mode": mode, "provider": provider, "path": built[provider].path,
+                "rounds": len(times), "p20": p20, "ms": p50, "p80": p80,
+                "speedup": None, "gflops": None, "mib": None, "note": "",
+                "beside": beside, "peak": before, "peak_after": after, "quiet": quiet,
             }  # fmt: skip
             if ratios and first in samples:
                 row["speedup"] = (rows[0]["ms"] if rows else p50) / p50
             if isinstance(case, Case):
                 row["gflops"] = case.flops(mode) / p50 / 1e6
-            if self.memory:
+            if self.args.memory:
                 key = case if isinstance(case, Case) else name
-                job = prepared, key, provider, self.setting, mode
-                peak = peak_memory.measure(*job, device=self.setting.device)
+                job = prepared, key, provider, setting, mode
+                peak = peak_memory.measure(*job, device=setting.device)
                 row["note" if isinstance(peak, str) else "mib"] = peak
             rows.append(row)
         self.rows += rows
         if rows:
             tqdm.write(report.block(pd.DataFrame(rows)))
         if rows and not ratios:
-            self.busy.append(f"{name}, {mode}, threads: {self.threads}")
+            self.failed[3].append(f"{name}, {mode}, threads: {self.origin['threads']}")
             tqdm.write(
                 f"No ratios: other programs took {beside:.1f} cores, and the machine's peak went "
-                f"from {before:.0f} to {self.peak:.0f} GFLOP/s.\n"
+                f"from {before:.0f} to {after:.0f} GFLOP/s.\n"
             )
-
-
-def run_together(suites: Sequence[Suite]) -> None:
-    """Runs suites of the same cases, each case in all of them before the next one."""
-    total = sum(len(suite.cases) * len(suite.modes) for suite in suites)
-    # With disable=None there is no bar without a terminal.
-    shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=total, disable=None, leave=False, dynamic_ncols=True, bar_format=shown) as bar:
-        for suite in suites:
-            suite.begin(bar)
-        for name, case in suites[0].cases.items():
-            for suite in suites:
-                suite.run(name, case)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -364,8 +358,6 @@ def parser() -> argparse.ArgumentParser:
         help="for one case in one mode, all providers together (default: 12; --quick: 1.5)")
     p.add_argument("--limit", type=float, default=math.inf, metavar="S",
         help="begin no case after S seconds")
-    p.add_argument("--busy-anyway", action="store_true",
-        help="print ratios of several threads in any case")
     p.add_argument("--out", type=Path, metavar="DIR",
         help="for rows.csv, table.md and pictures (default: out/bench-DATE-TIME)")
     p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"),
@@ -374,37 +366,10 @@ def parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
-def suites_from(args: argparse.Namespace) -> list[Suite]:
-    """Returns the suites that the arguments ask for; a ValueError names a wrong argument."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
-    if "tf32" in args.dtype and args.device == "cpu":
-        raise ValueError("--dtype: tf32 needs --device cuda")
-    own = [*map(cases.parse_case, args.shape), *cases.random_cases(args.random, args.seed)]
-    names = [*(args.shapes or []), *args.network]
-    if not names and not own:
-        names = ["documentation", "mnist", "k5"] if args.quick else ["networks"]
-    listed = [name for table in names for name in TABLES.get(table, [table])]
-    asked = {name: find_case(name) for name in listed} | {case.name: case for case in own}
-    wanted = list(dict.fromkeys([providers.BASELINE, *args.providers]))
-    for name in wanted:
-        find_form(name)
-    return [
-        Suite(
-            asked, wanted, args.mode, Setting(args.device, dtype, args.seed), count,
-            args.seconds or (1.5 if args.quick else 12.0), args.memory,
-            time.monotonic() + args.limit, args.busy_anyway,
-        )
-        for count, dtype in itertools.product(args.threads, dict.fromkeys(args.dtype))
-    ]  # fmt: skip
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status.
+    """Runs the command; returns the exit status, one of FAILURES or 0.
 
-    It is 1 if a provider computes something else, 3 if the machine was too busy for ratios, 4 if
-    the time ended before all cases, and 130 after an interruption; the rows that were measured are
-    written in any case.
+    The rows that were measured are written in any case.
     """
     p = parser()
     args = p.parse_args(arguments)
@@ -412,27 +377,16 @@ def main(arguments: list[str] | None = None) -> int:
         if args.compare:
             print(report.compare(*map(report.read, args.compare)))
             return 0
-        suites = suites_from(args)
-        if slow := path.against_device(torch.device(devices.torch_device(args.device))):
-            p.error(f"--device: {args.device} would time the reference path: {slow.reason}")
+        suite = Suite(args)
     except ValueError as error:
         p.error(str(error))
-    out, status = args.out or Path("out") / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}", 0
+    out = args.out or Path("out") / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     try:
-        for _, group in itertools.groupby(suites, lambda suite: suite.threads):
-            with devices.running(args.device):
-                run_together(list(group))
+        suite.run()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130  # the shell's status of a program that SIGINT ended
-    rows = pd.DataFrame([row for suite in suites for row in suite.rows])
-    report.write(rows, out)
-    if busy := [case for suite in suites for case in suite.busy]:
-        print(f"NO RATIOS, the machine was busy: {'; '.join(busy)}", file=sys.stderr)
-        status = status or 3
-    if any(suite.left_out for suite in suites):
-        status = status or NOT_RUN
-    if wrong := [line for suite in suites for line in suite.wrong]:
-        print("NOT TIMED:", *wrong, sep="\n  ", file=sys.stderr)
-        status = 1
-    return status
+        suite.failed[INTERRUPTED].append("the rest was not measured")
+    report.write(pd.DataFrame(suite.rows), out)
+    failed = {status: lines for status, lines in suite.failed.items() if lines}
+    for status, lines in failed.items():
+        print(f"{FAILURES[status]}:", *lines, sep="\n  ", file=sys.stderr)
+    return next(iter(failed), 0)
