@@ -6,12 +6,11 @@ import datetime
 import os
 import platform
 import subprocess
-import time
 from pathlib import Path
 
 import snntorch
 import torch
-from torch.utils.benchmark import timer
+from torch.utils.benchmark import Timer
 
 import snnlstm
 from benchmarks import devices
@@ -53,29 +52,15 @@ def device_name(device: str) -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
 
 
-class Load:
-    """Measures how many cores other programs kept busy since this object was made."""
-
-    def __init__(self) -> None:
-        self.begin = self._seconds()
-
-    def beside(self) -> float:
-        """Returns the load beside this process, in cores; 0 where the system does not tell."""
-        of_all, own, clock = (
-            after - before for after, before in zip(self._seconds(), self.begin, strict=True)
-        )
-        return max(0.0, of_all - own) / max(clock, 1e-3)
-
-    @staticmethod
-    def _seconds() -> tuple[float, float, float]:
-        """Returns the seconds of processors busy at all, and for this process, and the time."""
-        of_all, stat = 0.0, Path("/proc/stat")
-        own = sum(os.times()[:4])  # with ended children
-        if stat.exists():
-            # proc(5): user, nice, system, idle, iowait, irq, softirq, steal, in ticks
-            ticks = [int(word) for word in stat.read_text().split("\n", 1)[0].split()[1:9]]
-            of_all = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
-        return of_all, own, time.monotonic()
+def others() -> float:
+    """Returns the seconds that processors were busy for other programs; 0 if nothing tells it."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    # proc(5): user, nice, system, idle, iowait, irq, softirq, steal, in ticks
+    ticks = [int(word) for word in stat.read_text().split("\n", 1)[0].split()[1:9]]
+    busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:4])  # with ended children
 
 
 def peak(setting: Setting) -> float:
@@ -88,11 +73,7 @@ def peak(setting: Setting) -> float:
     side = 8192 if setting.device == "cuda" else 1536
     if setting.device != "cuda" and setting.torch_dtype.itemsize < 4:
         side = 384  # many CPUs have no unit for half types, and need seconds for larger products
-    a, b = torch.randn(side, side, **on), torch.randn(side, side, **on)
-    product, times = torch.empty_like(a), []
-    stop = time.perf_counter() + (1.0 if setting.device == "cpu" else 0.2)
-    while len(times) < 2 or time.perf_counter() < stop:
-        begin = timer()
-        torch.mm(a, b, out=product)
-        times.append(timer() - begin)
-    return 2 * side**3 / min(times) / 1e9
+    tensors = {name: torch.randn(side, side, **on) for name in "abc"}
+    product = Timer("torch.mm(a, b, out=c)", globals=tensors, num_threads=torch.get_num_threads())
+    seconds = 1.0 if setting.device == "cpu" else 0.2
+    return 2 * side**3 / min(product.blocked_autorange(min_run_time=seconds).times) / 1e9

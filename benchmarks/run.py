@@ -249,7 +249,7 @@ class Suite:
         self, name: str, case: Any, mode: str, setting: Setting, built: dict[str, Provider]
     ) -> None:
         """Times one case in one mode."""
-        load, runners = machine.Load(), {}
+        runners, begin, others = {}, time.monotonic(), machine.others()
         for provider, one in built.items():
             try:
                 setup, run = one.prepare(mode)
@@ -263,7 +263,8 @@ class Suite:
         self.bar.update()
         before, after = self.peaks[setting], machine.peak(setting)
         self.peaks[setting] = after
-        beside, drift = load.beside(), abs(after / before - 1)
+        beside = max(0.0, machine.others() - others) / (time.monotonic() - begin)  # in cores
+        drift = abs(after / before - 1)
         alone = self.origin["clock"] == "processor"
         quiet = alone or (beside <= MOST_LOAD and drift <= MOST_DRIFT)
         ratios = quiet or setting.device != "cpu"

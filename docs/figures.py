@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from snnlstm import quant, surrogate
 
-GREY = "#808890"  # readable on white and on black
+COLOURED = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"
+# This grey is readable on white and on black.
+STYLE = dict.fromkeys(COLOURED, "#808890") | {"svg.hashsalt": "snnlstm", "legend.framealpha": 0}
 SHOWN = {  # panels, each with curves of one scale
     "wide": [surrogate.atan(), surrogate.sigmoid(5), surrogate.spike_rate_escape(slope=1)],
     "narrow": [surrogate.atan(20), surrogate.sigmoid(), surrogate.fast_sigmoid()],
@@ -22,22 +25,10 @@ SHOWN = {  # panels, each with curves of one scale
 }
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    grey = dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY
-    )
-    pyplot.rcParams.update(grey | {"svg.hashsalt": "snnlstm", "legend.framealpha": 0})
-    return pyplot
-
-
-def draw_surrogates() -> Any:
+def draw_surrogates() -> Figure:
     """Draw d spk / d x of the surrogates over x = mem - threshold."""
-    figure, panels = _pyplot().subplots(1, 3, figsize=(9.5, 4), layout="constrained")
+    figure = Figure(figsize=(9.5, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
     x = torch.linspace(-2, 2, 801, dtype=torch.float64)
     for panel, (title, shown) in zip(panels, SHOWN.items(), strict=True):
         for one in shown:
@@ -50,9 +41,10 @@ def draw_surrogates() -> Any:
     return figure
 
 
-def draw_quantisers() -> Any:
+def draw_quantisers() -> Figure:
     """Draw two quantisers of three bits."""
-    figure, panel = _pyplot().subplots(figsize=(5, 3), layout="constrained")
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    panel = figure.subplots()
     x = torch.linspace(-1.2, 1.4, 1301)
     for uniform in (True, False):
         quantise = quant.state_quant(num_bits=3, uniform=uniform)
@@ -63,13 +55,9 @@ def draw_quantisers() -> Any:
     return figure
 
 
-DRAWN = {"surrogates": draw_surrogates, "quantisers": draw_quantisers}
-
-
 def draw(folder: Path) -> None:
     """Write all pictures into `folder`."""
     folder.mkdir(exist_ok=True)
-    for name, make in DRAWN.items():
-        figure = make()
-        figure.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
-        _pyplot().close(figure)
+    with rc_context(STYLE):
+        for name, make in (("surrogates", draw_surrogates), ("quantisers", draw_quantisers)):
+            make().savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
