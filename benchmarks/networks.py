@@ -9,12 +9,12 @@ snnTorch's documentation, and networks with the structures, sizes and batches of
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
+import math
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,15 +136,14 @@ def _layers(*channels: int, threshold: float, kernel: Any = 3, **options: Any) -
     return [dict(zip(names, (*pair, kernel, threshold), strict=True)) | options for pair in pairs]
 
 
-def _classifier(title: str, layers: list[dict], steps: int, batch: int, *image: int) -> Network:
-    """Returns a Classifier on images (C, H, W)."""
-    _, height, width = image
+def _classifier(title: str, layers: list[dict], shape: tuple[int, ...]) -> Network:
+    """Returns a Classifier on (N, T, C, H, W)."""
+    batch, steps, _, *image = shape
     for layer in layers:
         pool = layer.get("max_pool") or layer["avg_pool"]
-        rows, columns = pool if isinstance(pool, tuple) else (pool, pool)
-        height, width = height // rows, width // columns
-    make = functools.partial(Classifier, layers=layers, pixels=height * width)
-    shape = (batch, steps, *image)
+        sides = pool if isinstance(pool, tuple) else (pool, pool)
+        image = [size // side for size, side in zip(image, sides, strict=True)]
+    make = functools.partial(Classifier, layers=layers, pixels=math.prod(image))
     return Network(f"{title}; T={steps} N={batch}", make, (shape,), optimizer=torch.optim.Adam)
 
 
@@ -209,32 +208,33 @@ def hidden(cell: Any) -> nn.Module:
 
 
 def pyramid(
-    cell: Any, channels: list[int], size: int, pool: bool = True, norm: bool = False
+    cell: Any, channels: Sequence[int], side: int, pool: bool = True, norm: bool = False
 ) -> nn.Module:
     """Makes convolutions with Leaky, one for each pair of channels, then a cell, Linear and Leaky.
 
-    With `pool` each Leaky has a MaxPool2d behind it, with `norm` a BatchNorm2d before it. `size` is
-    that of the cell's images. All layers keep their states.
+    With `pool` each Leaky has a MaxPool2d behind it, with `norm` a BatchNorm2d before it. `side` is
+    that of the input's images. All layers keep their states.
     """
     grad, layers = surrogate.fast_sigmoid(slope=25), list[nn.Module]()
-    for one, other in itertools.pairwise(channels[:-1]):
+    *fronts, last = itertools.pairwise(channels)
+    for one, other in fronts:
         layers += [nn.Conv2d(one, other, 3, padding=1)]
         layers += [nn.BatchNorm2d(other)] if norm else []
         layers += [_leaky(cell, beta=0.9, threshold=0.3, init_hidden=True, spike_grad=grad)]
         layers += [nn.MaxPool2d(2)] if pool else []
-    last = channels[-1]
+        side //= 1 + pool
     return nn.Sequential(
         *layers,
-        cell(channels[-2], last, 3, threshold=0.05, init_hidden=True, max_pool=2, spike_grad=grad),
+        cell(*last, 3, threshold=0.05, init_hidden=True, max_pool=2, spike_grad=grad),
         nn.Flatten(),
-        nn.Linear(last * (size // 2) ** 2, 10),
+        nn.Linear(last[1] * (side // 2) ** 2, 10),
         _leaky(cell, beta=0.9, init_hidden=True, output=True, spike_grad=grad),
     )
 
 
-def _pyramid(title: str, shape: tuple[int, ...], size: int, *of: Any, **options: Any) -> Network:
-    """Returns a pyramid on (N, T, C, H, W)."""
-    make = functools.partial(pyramid, channels=list(of), size=size, **options)
+def _pyramid(title: str, shape: tuple[int, ...], *channels: int, **options: Any) -> Network:
+    """Returns a pyramid on (N, T, C, H, W), with the channels behind C."""
+    make = functools.partial(pyramid, channels=(shape[2], *channels), side=shape[3], **options)
     title = f"{title} {shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}"
     return Network(title, make, (shape,), loop=_outside, sequences=_unrolled)
 
@@ -324,76 +324,68 @@ def from_file(place: str) -> Network:
 
 # ---- all networks --------------------------------------------------------------------------------
 
-_CLASSIFIERS: dict[str, tuple[str, list[dict], int, int, int, int, int]] = {
-    "documentation": (
-        "1->8 28x28, max_pool 2, 8->8, avg_pool 2",
-        _layers(1, 8, threshold=0.1, max_pool=2) + _layers(8, 8, threshold=0.03, avg_pool=2),
-        10, 32, 1, 28, 28,
-    ),
-    "column": (
-        "22->16->32->64 129x1, max_pool (2, 1)",
-        _layers(22, 16, 32, threshold=0.05, max_pool=(2, 1))
-        + _layers(32, 64, threshold=0.02, max_pool=(2, 1)), 65, 128, 22, 129, 1,
-    ),
-    "spectrum": (
-        "1->16 9x9 129x33, max_pool 2",
-        _layers(1, 16, threshold=0.03, kernel=9, max_pool=2), 10, 128, 1, 129, 33,
-    ),
-    "eeg": (
-        "1->16->32->64 22x128, max_pool 2",
-        _layers(1, 16, 32, 64, threshold=0.05, max_pool=2), 10, 32, 1, 22, 128,
-    ),
-    "speech": (
-        "1->16 5x5 33x49, max_pool 2, 16->32->64, avg_pool 2",
-        _layers(1, 16, threshold=0.03, kernel=5, max_pool=2)
-        + _layers(16, 32, 64, threshold=0.03, avg_pool=2), 10, 12, 1, 33, 49,
-    ),
-    "electrodes": (
-        "1->16 19x3 19x125, 16->64 3x3, max_pool 2",
-        _layers(1, 16, threshold=0.03, kernel=(19, 3), max_pool=2)
-        + _layers(16, 64, threshold=0.05, max_pool=2), 23, 16, 1, 19, 125,
-    ),
-}  # fmt: skip
-_CAMERA = Network(
-    "convolution, Leaky, 32->1 128x128, learned threshold, autocast; T=18 N=2", Camera,
-    ((18, 2, 2, 128, 128),), truncated, seen, SGD, autocast=True,
-)  # fmt: skip
-_PYRAMIDS: dict[str, Callable[[int, int, int], Network]] = {
-    "events": lambda n, t, size: _pyramid(
-        "Conv 2->16, Leaky, pool, cell 16->32", (n, t, 2, size, size), size // 2, 2, 16, 32
-    ),
-    "events64": lambda n, t, size: _pyramid(
-        "2 x (Conv ->32, Leaky, pool), cell 32->32",
-        (n, t, 2, size, size), size // 4, 2, 32, 32, 32,
-    ),
-    "tactile": lambda n, t, size: _pyramid(
-        "3 x (Conv ->16, BatchNorm, Leaky), cell 16->16",
-        (n, t, 2, size, size), size, 2, 16, 16, 16, 16, pool=False, norm=True,
-    ),
-}  # fmt: skip
-USERS = {
-    **{name: _classifier(*of) for name, of in _CLASSIFIERS.items()},
-    "events": _PYRAMIDS["events"](16, 20, 32),
-    "events64": _PYRAMIDS["events64"](8, 10, 64),
-    "tactile": _PYRAMIDS["tactile"](8, 60, 32),
-    "camera": _CAMERA,
-}
+
+def _users(small: bool = False) -> dict[str, Network]:
+    """Returns networks as people have them; small ones have short batches of small images."""
+
+    def of(*shape: int) -> tuple[int, ...]:
+        """Returns the shape (N, T, C, H, W) of batches."""
+        return tuple(map(min, shape, (2, 3, shape[2], 14, 14))) if small else shape
+
+    return {
+        "documentation": _classifier(
+            "1->8 28x28, max_pool 2, 8->8, avg_pool 2",
+            _layers(1, 8, threshold=0.1, max_pool=2) + _layers(8, 8, threshold=0.03, avg_pool=2),
+            of(32, 10, 1, 28, 28),
+        ),
+        "column": _classifier(
+            "22->16->32->64 129x1, max_pool (2, 1)",
+            _layers(22, 16, 32, threshold=0.05, max_pool=(2, 1))
+            + _layers(32, 64, threshold=0.02, max_pool=(2, 1)), of(128, 65, 22, 129, 1),
+        ),
+        "spectrum": _classifier(
+            "1->16 9x9 129x33, max_pool 2",
+            _layers(1, 16, threshold=0.03, kernel=9, max_pool=2), of(128, 10, 1, 129, 33),
+        ),
+        "eeg": _classifier(
+            "1->16->32->64 22x128, max_pool 2",
+            _layers(1, 16, 32, 64, threshold=0.05, max_pool=2), of(32, 10, 1, 22, 128),
+        ),
+        "speech": _classifier(
+            "1->16 5x5 33x49, max_pool 2, 16->32->64, avg_pool 2",
+            _layers(1, 16, threshold=0.03, kernel=5, max_pool=2)
+            + _layers(16, 32, 64, threshold=0.03, avg_pool=2), of(12, 10, 1, 33, 49),
+        ),
+        "electrodes": _classifier(
+            "1->16 19x3 19x125, 16->64 3x3, max_pool 2",
+            _layers(1, 16, threshold=0.03, kernel=(19, 3), max_pool=2)
+            + _layers(16, 64, threshold=0.05, max_pool=2), of(16, 23, 1, 19, 125),
+        ),
+        "events": _pyramid("Conv 2->16, Leaky, pool, cell 16->32", of(16, 20, 2, 32, 32), 16, 32),
+        "events64": _pyramid(
+            "2 x (Conv ->32, Leaky, pool), cell 32->32", of(8, 10, 2, 64, 64), 32, 32, 32
+        ),
+        "tactile": _pyramid(
+            "3 x (Conv ->16, BatchNorm, Leaky), cell 16->16", of(8, 60, 2, 32, 32),
+            16, 16, 16, 16, pool=False, norm=True,
+        ),
+        "camera": Network(
+            "convolution, Leaky, 32->1 128x128, learned threshold, autocast; T=18 N=2", Camera,
+            ((10, 2, 2, 12, 12) if small else (18, 2, 2, 128, 128),), truncated, seen, SGD,
+            autocast=True,
+        ),
+    }  # fmt: skip
+
+
+USERS = _users()
 SMALL = {
     "hidden": Network(
         "2->4->4 8x8 in nn.Sequential", hidden, ((4, 5, 2, 8, 8), (2, 5, 2, 8, 8)),
         loop=_outside, sequences=_unrolled,
     ),
 }  # fmt: skip
-NETWORKS = {
-    **{
-        name: _classifier(title, layers, 3, 2, channels, min(height, 14), min(width, 14))
-        for name, (title, layers, _, _, channels, height, width) in _CLASSIFIERS.items()
-    },
-    **{name: make(2, 3, 8) for name, make in _PYRAMIDS.items()},
-    "camera": dataclasses.replace(_CAMERA, shapes=((10, 2, 2, 12, 12),)),
-    **SMALL,
-}
-"""The same networks with small images and batches, which tests train."""
+NETWORKS = _users(small=True) | SMALL
+"""These have small images and batches, and tests train them."""
 CONVLSTMS = {
     "nowcasting": _convlstm([16, 16], 3, 8, 10, 1, 48, 48),
     "video": _convlstm([32], 3, 8, 10, 16, 32, 32),
