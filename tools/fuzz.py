@@ -45,6 +45,7 @@ from tests.shared.poison import HUGE, NAN
 WAYS = ("one call", "steps", "chunks", "a cell's calls", "a cell's chunks")
 BY_STEPS = ("steps", "a cell's calls")
 _MOST_WORK = 3_000_000  # multiply-adds of a gate, over all steps
+_DTYPES = (*[torch.float32] * 4, *[torch.float64] * 2, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -62,24 +63,18 @@ class Calls(Kernels):
         return super().state_error(dtype) * max(1.0, self.gain)
 
     def run(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        back = KEPT[self.kept]
-        with saved_tensors_hooks(lambda t: t, back) if back else contextlib.nullcontext():
-            return self._run(*arguments)
-
-    def _run(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, chosen = arguments
-        inputs = Inputs(*tensors)
-        if self.way == "one call" or not chosen.sequence:
-            return super().run(*arguments)
-        by_cell, by_steps = "cell" in self.way and chosen.spiking, self.way in BY_STEPS
-        call = (self._cell if by_cell else self._functional)(inputs, chosen)
-        spks, syns, mems = [], [], []
-        syn, mem = inputs.syn, inputs.mem
-        for x in inputs.x.split(1 if by_steps else self.chunk):
-            spk, every_syn, every_mem = call(x, syn, mem)
-            syn, mem = every_syn[-1], every_mem[-1]
-            for kept, found in ((spks, spk), (syns, every_syn), (mems, every_mem)):
-                kept.append(found)
+        inputs, back = Inputs(*tensors), KEPT[self.kept]
+        with saved_tensors_hooks(lambda t: t, back) if back else contextlib.nullcontext():
+            if self.way == "one call" or not chosen.sequence:
+                return super().run(*arguments)
+            by_cell, by_steps = "cell" in self.way and chosen.spiking, self.way in BY_STEPS
+            call = (self._cell if by_cell else self._functional)(inputs, chosen)
+            found, syn, mem = [], inputs.syn, inputs.mem
+            for x in inputs.x.split(1 if by_steps else self.chunk):
+                found.append(call(x, syn, mem))
+                syn, mem = found[-1][1][-1], found[-1][2][-1]
+        spks, syns, mems = zip(*found, strict=True)
         if chosen.record:
             syn, mem = torch.cat(syns), torch.cat(mems)
         # A step of a cell that does not spike has no spk.
@@ -164,11 +159,11 @@ def large_cases(draw: Any) -> Case:
             chosen, stride=draw(far), dilation=draw(far), pool="none", pool_size=(1, 1)
         )
     case = replace(
-        draw(cases()), options=chosen, dtype=draw(_DTYPES), height=height, width=width,
+        draw(cases(_DTYPES)), options=chosen, height=height, width=width,
         time=mostly_small(40) if chosen.sequence else 1, batch=mostly_small(9),
         in_channels=mostly_small(100), channels=mostly_small(80),
         density=draw(st.sampled_from([1.0, 0.3, 0.1, 0.02, 0.0])),
-        layouts=(draw(_LAYOUTS), draw(_LAYOUTS), draw(_LAYOUTS), draw(_LAYOUTS)),
+        layouts=draw(st.tuples(*4 * [st.sampled_from([*LAYOUTS, "overlapping"])])),
         gain=draw(st.sampled_from([1.0, 1.0, 1.0, 1e-3, 0.1, 10.0, 100.0])),
     )  # fmt: skip
     while _work(case) > _MOST_WORK:  # halve the largest size, but for the image's
@@ -178,21 +173,9 @@ def large_cases(draw: Any) -> Case:
     return case
 
 
-_LAYOUTS = st.sampled_from([*LAYOUTS, "overlapping"])
-_DTYPES = st.sampled_from(
-    [torch.float32] * 4 + [torch.float64] * 2 + [torch.float16, torch.bfloat16]
-)
-
-
 def _work(case: Case) -> int:
     (kh, kw), (n, c, ho, wo) = case.options.kernel_size, case.state_shape
     return case.time * n * ho * wo * kh * kw * c * (case.in_channels + c)
-
-
-# Every processor draws the same examples, and runs those of another one by what it has.
-_ANY_ISA = st.sampled_from(["baseline", "avx2", "wide", "avx512"]).map(
-    lambda isa: isa if isa in ISAS else ISAS[-1]
-)
 
 
 def _subsets(of: tuple[str, ...]) -> st.SearchStrategy[tuple[str, ...]]:
@@ -201,7 +184,10 @@ def _subsets(of: tuple[str, ...]) -> st.SearchStrategy[tuple[str, ...]]:
 
 ARGUMENTS: dict[str, st.SearchStrategy] = {
     "case": st.one_of(cases(), large_cases()),
-    "isa": _ANY_ISA,
+    # Every processor draws the same examples, and runs those of another one by what it has.
+    "isa": st.sampled_from(["baseline", "avx2", "wide", "avx512"]).map(
+        lambda isa: isa if isa in ISAS else ISAS[-1]
+    ),
     "algorithm": st.sampled_from(native.cpu.ALGORITHMS),
     "way": st.sampled_from(WAYS),
     "chunk": st.integers(2, 5),
