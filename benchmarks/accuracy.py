@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 
 import torch
@@ -19,18 +18,17 @@ LAYERS = {
     "16->32 k9": (16, 32, (9, 9)),
     "1->16 k19x3": (1, 16, (19, 3)),
 }
+STEPS, SIDE = 100, 18
 SCALES = (1, 2.5, 5, 10)
 ALGORITHMS = ("reference", "direct", "winograd", "auto")
 
 
-def layer(
-    cin: int, cout: int, kernel: tuple[int, int], scale: float, steps: int, size: int
-) -> list[Tensor]:
+def layer(cin: int, cout: int, kernel: tuple[int, int], scale: float) -> list[Tensor]:
     """Returns x, default weight and bias times `scale`, and a random gradient of mem."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(cin + cout, 4 * cout, kernel)
-    x = torch.rand(steps, 2, cin, size, size).lt(0.1).float()
-    grad = torch.randn(steps, 2, cout, size, size)
+    x = torch.rand(STEPS, 2, cin, SIDE, SIDE).lt(0.1).float()
+    grad = torch.randn(STEPS, 2, cout, SIDE, SIDE)
     return [x, conv.weight.detach() * scale, conv.bias.detach() * scale, grad]
 
 
@@ -50,14 +48,10 @@ def run(algorithm: str, tensors: list[Tensor]) -> tuple[list[Tensor], str]:
 
 def main() -> None:
     """Prints the table."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
-    p.add_argument("--steps", type=int, default=100, help="time steps (default: %(default)s)")
-    p.add_argument("--size", type=int, default=18, help="rows and columns (default: %(default)s)")
-    args = p.parse_args()
     print("| layer | weights | Winograd / auto | mem | gradient of x | gradient of weight |")
     print("|---|---|---|---|---|---|")
     for name, scale in itertools.product(LAYERS, SCALES):
-        tensors = layer(*LAYERS[name], scale, args.steps, args.size)
+        tensors = layer(*LAYERS[name], scale)
         exact, _ = run("reference", [t.double() for t in tensors])
         found, paths = zip(*(run(algorithm, tensors) for algorithm in ALGORITHMS), strict=True)
         ways = " / ".join(path.split("-", 2)[-1] for path in paths[2:])

@@ -29,11 +29,6 @@ EMULATED = {
 DEVICES = ("cpu", "cuda", *(f"emulator-{name}" for name in EMULATED))
 
 
-def torch_device(device: str) -> str:
-    """Returns the type of the torch device that the tensors of `device` lie on."""
-    return "cuda" if device == "cuda" else "cpu"
-
-
 def backend(device: str) -> str:
     """Returns the first part of the path of a call that our kernels run on `device`."""
     return device.split("-")[0]
@@ -63,7 +58,7 @@ def emulator() -> Any:
 
 @contextlib.contextmanager
 def running(device: str) -> Iterator[None]:
-    """Within the block our kernels for `device` run on the tensors of `torch_device(device)`."""
+    """Within the block our kernels for `device` run on the tensors of a Setting."""
     if backend(device) != "emulator":
         yield
         return

@@ -9,7 +9,6 @@ where cuDNN convolves (and takes no time). The numbers are medians over alternat
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import time
@@ -26,14 +25,10 @@ from benchmarks.cases import loop
 from snnlstm import _C, entry
 from snnlstm.native import cuda, function, torch_conv
 
+ROUNDS = 10  # of 20 measurements of each row
 X = torch.rand(16, 1, 2, 15, 17)
 STATE = torch.zeros(1, 12, 15, 17)
 SUMS = torch.zeros(1, 48, 15, 17)
-
-
-def _forget_plans() -> None:
-    entry._entries.clear()
-    function._plans.clear()
 
 
 def _nothing(*_: Any) -> None:
@@ -62,16 +57,8 @@ _STUBBED_CUDA = SimpleNamespace(
 )
 
 
-class _OnTheHost(cuda.Backend):
-    """Runs the CUDA backend on CPU tensors."""
-
-    def guard(self, device: torch.device) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
-
-    def stream(self, device: torch.device) -> int:
-        return 0
-
-
+_CUDA = cuda.Backend(_STUBBED_CUDA)
+_CUDA.guard, _CUDA.stream = lambda _: contextlib.nullcontext(), lambda _: 0  # for CPU tensors
 # These stand for what torch convolves by, and compute nothing.
 CONVOLUTIONS = {
     "F": SimpleNamespace(conv2d=lambda *_: SUMS, pad=F.pad),
@@ -81,18 +68,18 @@ CONVOLUTIONS = {
 
 
 @contextlib.contextmanager
-def stubbed(backend: str, algorithm: str = "auto") -> Iterator[None]:
+def stubbed(backend: str, algorithm: str) -> Iterator[None]:
     """Within the block, cells on the CPU run a backend whose kernels do nothing."""
-    _forget_plans()
     on_cpu = mock.patch.multiple(_C.CpuPlan, forward=_nothing, backward=_nothing)
-    on_cuda = mock.patch.dict(function.BACKENDS, {"cpu": _OnTheHost(_STUBBED_CUDA)})
+    on_cuda = mock.patch.dict(function.BACKENDS, {"cpu": _CUDA})
     with (
+        mock.patch.dict(entry._entries, clear=True),
+        mock.patch.dict(function._plans, clear=True),
         on_cpu if backend == "cpu" else on_cuda,
         mock.patch.multiple(torch_conv, **CONVOLUTIONS),
         snnlstm.algorithm(algorithm),
     ):
         yield
-    _forget_plans()
 
 
 def _measure(step: Callable) -> tuple[float, float]:
@@ -106,24 +93,20 @@ def _measure(step: Callable) -> tuple[float, float]:
     return (middle - begin) * each, (time.perf_counter() - middle) * each
 
 
-def main(given: list[str] | None = None) -> None:
+def main() -> None:
     """Prints the table."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
-    p.add_argument("--rounds", type=int, default=200, help="per row (default: %(default)s)")
-    rounds = p.parse_args(given).rounds
-    ways = {"cpu": ("cpu",), "cuda": ("cuda",), "cuda, cudnn,": ("cuda", "cudnn")}
-    cells = {name: snnlstm.SConv2dLSTM(2, 12, 3, threshold=0.1) for name in ways}
-    times: dict[str, list[tuple[float, float]]] = {}
-    for _ in range(rounds // 20):
-        for name, cell in cells.items():
-            with stubbed(*ways[name]):
+    ways = ("cpu", "auto"), ("cuda", "auto"), ("cuda", "cudnn")
+    cells = {way: snnlstm.SConv2dLSTM(2, 12, 3, threshold=0.1) for way in ways}
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {way: [] for way in ways}
+    for _ in range(ROUNDS):
+        for way, cell in cells.items():
+            with stubbed(*way):
                 _measure(cell)
-                found = [_measure(cell) for _ in range(20)]
-            times.setdefault(f"snnlstm, {name} stubbed", []).extend(found)
+                times[way] += [_measure(cell) for _ in range(20)]
     print("Microseconds a step call on the host (without gradients; forward and backward)")
-    for name, found in times.items():
+    for way, found in times.items():
         one, both = map(statistics.median, zip(*found, strict=True))
-        print(f"  {name:34} {one:6.1f} {both:8.1f}")
+        print(f"  {', '.join(way):34} {one:6.1f} {both:8.1f}")
 
 
 if __name__ == "__main__":

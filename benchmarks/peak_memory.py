@@ -45,17 +45,14 @@ def watch() -> int:
 
 
 def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    _, _, behind = Path("/proc/self/status").read_text().partition(f"{field}:")
+    return int(behind.split()[0]) * 1024
 
 
-def watching(device: str) -> Callable[[], tuple[int, int]]:
-    """Returns a function that tells the peak of memory since this call, in bytes.
+def watching(device: str) -> Callable[[], int]:
+    """Returns a function that tells by how many bytes the peak exceeds the memory in use now.
 
-    The function returns the whole peak, and the peak less the memory in use at this call. On the
-    CPU the memory is the process's, on CUDA that of torch's allocator.
+    On the CPU the memory is the process's, on CUDA that of torch's allocator.
     """
     if device == "cuda":
         gc.collect()
@@ -63,7 +60,7 @@ def watching(device: str) -> Callable[[], tuple[int, int]]:
         before, read = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
         before, read = watch(), functools.partial(_status, "VmHWM")
-    return lambda: (read(), max(0, read() - before))
+    return lambda: max(0, read() - before)
 
 
 def measure(prepare: Callable[..., Any], *arguments: Any, device: str = "cpu") -> float | str:
@@ -100,10 +97,8 @@ def _peak(
         setup, run = prepare(*arguments, False)
         setup()
         snnlstm.empty_cache()  # blocks of the small run would be used again, and not be counted
-        peaks = watching(device)
-        kept = run()
-        _, beyond = peaks()
-        del kept
-        return beyond / MIB
+        grown = watching(device)
+        kept = run()  # noqa: F841
+        return grown() / MIB
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises RuntimeError
         return f"failed: {str(error).splitlines()[0]}"

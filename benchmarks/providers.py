@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import snnlstm
-from benchmarks.devices import torch_device
 
 Runner = tuple[Callable[[], object], Callable[[], object]]
 """A pair (setup, run), of which setup is not timed."""
@@ -61,7 +60,7 @@ class Setting:
     @property
     def torch_device(self) -> torch.device:
         """Returns the device of x, states and weights."""
-        return torch.device(torch_device(self.device))
+        return torch.device("cuda" if self.device == "cuda" else "cpu")
 
     def apply_precision(self) -> None:
         """Allows tensor cores for float32 under "tf32" and autocast, and forbids them otherwise."""

@@ -160,7 +160,7 @@ class Suite:
     def __init__(self, args: argparse.Namespace) -> None:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
-        if slow := path.against_device(torch.device(devices.torch_device(args.device))):
+        if slow := path.against_device(Setting(args.device).torch_device):
             raise ValueError(f"--device: {args.device} takes the reference path: {slow.reason}")
         if "tf32" in args.dtype and args.device == "cpu":
             raise ValueError("--dtype: tf32 needs --device cuda")

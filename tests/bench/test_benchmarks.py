@@ -193,10 +193,11 @@ def test_errors_name_the_argument(arguments, named, capsys):
 
 
 def test_the_other_commands_print_their_tables(capsys, monkeypatch):
-    host.main(["--rounds", "20"])
-    assert re.search(r"cpu stubbed +[\d.]+ +[\d.]+\n.*cuda stubbed", capsys.readouterr().out)
-    monkeypatch.setattr("sys.argv", ["accuracy", "--steps", "2", "--size", "6"])
-    monkeypatch.setattr(accuracy, "SCALES", (1,))
+    monkeypatch.setattr(host, "ROUNDS", 1)
+    host.main()
+    assert re.search(r"cpu, auto +[\d.]+ +[\d.]+\n.*cuda, auto ", capsys.readouterr().out)
+    for name, few in (("STEPS", 2), ("SIDE", 6), ("SCALES", (1,))):
+        monkeypatch.setattr(accuracy, name, few)
     accuracy.main()
     assert capsys.readouterr().out.count("\n| ") == len(accuracy.LAYERS)
     lines = list(gpu_smoke.run("cpu", algorithms=("direct",)))
