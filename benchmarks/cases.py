@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -280,36 +279,6 @@ TABLES = {
 CASES = {name: case for table in TABLES.values() for name, case in table.items()}
 
 
-def random_cases(count: int, seed: int) -> list[Case]:
-    """Draws layers of any sizes and options; equal seeds give equal layers.
-
-    Each order of magnitude of a size is equally likely. Images may have one pixel or one column,
-    and kernels have up to 11 taps along either axis.
-    """
-    draw = random.Random(seed)
-
-    def size(most: int) -> int:
-        return round(math.exp(draw.uniform(0, math.log(most))))
-
-    cases: list[Case] = []
-    while len(cases) < count:
-        side = draw.choice((1, 3, 3, 3, 5, 7, 9, 11))
-        other = side if draw.random() < 0.6 else draw.choice((1, 3, 5, 7, 9, 11))
-        image = size(80), size(80)
-        pool = draw.choice((0, 0, 2, 3))
-        pool = pool if pool <= min(image) else 0
-        layer = (draw.randint(1, 8), draw.randint(1, 16), size(160), size(160), *image)
-        kind = "max_pool" if draw.random() < 0.5 else "avg_pool"
-        reset = draw.choice(("none", "subtract", "zero"))
-        density = draw.choice((None, 0.01, 0.03, 0.1, 0.3))
-        case = Case(
-            f"random{len(cases)}", *layer, kernel=(side, other), reset=reset, density=density
-        )
-        if case.flops("inference") < 4e9 * case.steps:
-            cases.append(dataclasses.replace(case, **{kind: pool}))
-    return cases
-
-
 # An option of a shape is a field of Case, and reads its value.
 OPTIONS: dict[str, Callable[[str], Any]] = {
     "max_pool": int, "avg_pool": int, "reset": str, "quant": int, "threshold": float,
@@ -336,11 +305,11 @@ def parse_case(text: str) -> Case:
         if min(case.spike_shape) < 1 or not 0 <= (case.density or 0) <= 1:
             raise ValueError("a size is below 1, or the density is no share")
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"--shape: {_FORM}, got {text!r}: {error}") from None
+        raise ValueError(f"--shape: expected a layer {FORM}, got {text!r}: {error}") from None
     return case
 
 
-_FORM = (
-    'expected "T N Cin Cout H W k", k as 3 or 3x5, and options of max_pool=2, avg_pool=2, '
+FORM = (
+    'as "T N Cin Cout H W k", k as 3 or 3x5, and options of max_pool=2, avg_pool=2, '
     "reset=zero, quant=8, threshold=0.1, density=0.1 (or dense), lengths=True, name=mine"
 )

@@ -22,14 +22,15 @@ import torch
 
 from benchmarks import devices
 from benchmarks.cases import CASES, USERS_CASES, Case, parse_case
+from benchmarks.gpu import NOT_RUN
 from benchmarks.providers import FORMS, Provider, Setting
-from benchmarks.run import NOT_RUN
 from snnlstm.call import autocast_dtype, stateless_call
 from snnlstm.native import function
 
 # The suite's own layers, users' layers at their batches, and all kinds of users' layers.
 _AT_BATCHES = ("column1-n128", "column3-n128", "eeg1-n32")
 LAYERS = ("tiny", "mnist", "dvs", "mid", "big", *_AT_BATCHES, *USERS_CASES)
+COLUMNS = "layer dtype pass name tile chosen us_a_step eager_us_a_step error".split()
 DTYPES = {75: ("float32", "float16"), 80: ("tf32", "bfloat16")}
 
 
@@ -45,8 +46,8 @@ def seconds(backend: Any, run: Callable[[], object], on_gpu: bool) -> list[float
     return [backend.seconds(way) for way in (graph.replay, run)]
 
 
-def passes(case: Case, setting: Setting) -> list[dict[str, Any]]:
-    """Returns a row for each candidate of both passes of a layer, and prints it."""
+def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
+    """Returns a row of COLUMNS for each candidate of both passes of a layer, and prints it."""
     provider = Provider(case, FORMS["sequence"], setting)
     cell, x = provider.net, provider.x[0].detach()
     with setting.context():
@@ -71,19 +72,14 @@ def passes(case: Case, setting: Setting) -> list[dict[str, Any]]:
         candidates = plan.backend.candidates(plan, settings[2], bool(backward))
         for number, core in enumerate(candidates):
             plan._chosen[bool(backward)] = core
-            row = {
-                "layer": case.name, "dtype": setting.dtype,
-                "pass": ("forward", "backward")[backward], "name": core.name,
-                "tile": "x".join(map(str, core.tile)), "chosen": "*" if number == 0 else "",
-                "us_a_step": "", "eager_us_a_step": "", "error": "",
-            }  # fmt: skip
             try:
                 of_run = seconds(plan.backend, run, setting.device == "cuda")
-                for column, taken in zip(("us_a_step", "eager_us_a_step"), of_run, strict=True):
-                    row[column] = f"{1e6 * taken / case.steps:.2f}"
+                found = *(f"{1e6 * taken / case.steps:.2f}" for taken in of_run), ""
             except RuntimeError as error:
-                row["error"] = str(error).splitlines()[0]
-            print(*["WRONG"] * bool(row["error"]), *row.values(), flush=True)
+                found = "", "", str(error).splitlines()[0]
+            named = ("forward", "backward")[backward], core.name, "x".join(map(str, core.tile))
+            row = case.name, setting.dtype, *named, "*" if number == 0 else "", *found
+            print(*["WRONG"] * bool(found[-1]), *row, flush=True)
             rows.append(row)
         plan._chosen[bool(backward)] = candidates[0]
     return rows
@@ -97,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default="algorithms.csv", metavar="FILE.csv")
     parser.add_argument("--limit", type=float, default=1e9, help="begin no layer after so many s")
     options = parser.parse_args(arguments)
-    begin, rows, status = time.monotonic(), list[dict[str, Any]](), 0
+    begin, rows, status = time.monotonic(), list[tuple[str, ...]](), 0
     capability = devices.capability(options.device)
     dtypes = DTYPES[max(of for of in DTYPES if of <= capability)]
     with devices.running(options.device):
@@ -108,8 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
                 status = NOT_RUN
                 continue
             rows += passes(case, Setting(options.device, dtype))
-            pd.DataFrame(rows).to_csv(options.out, index=False)
-    return 1 if any(row["error"] for row in rows) else status
+            pd.DataFrame(rows, columns=COLUMNS).to_csv(options.out, index=False)
+    return 1 if any(row[-1] for row in rows) else status
 
 
 if __name__ == "__main__":

@@ -83,13 +83,6 @@ def _pair(rows: pd.DataFrame, provider: str, column: str, unit: str = "") -> str
     return " / ".join(number(of.get(mode), unit) for mode in rows["mode"].unique())
 
 
-def ranking(rows: pd.DataFrame) -> str:
-    """Lists the speed-ups of our forms over random shapes, the lowest first."""
-    drawn = rows[rows.case.str.startswith("random") & ~rows.provider.str.startswith("snntorch")]
-    shown = drawn.sort_values("speedup")[[*RUN, "mode", "provider", "speedup", "path", "shape"]]
-    return "" if drawn.empty else f"Random shapes:\n{shown.to_string(index=False)}"
-
-
 def compare(before: pd.DataFrame, after: pd.DataFrame) -> str:
     """Says which rows changed between two runs, and which differ by noise.
 
@@ -140,7 +133,7 @@ def write(rows: pd.DataFrame, out: Path) -> None:
     if rows.empty:
         return
     (out / "table.md").write_text(markdown(rows))
-    print("", markdown(rows), ranking(rows), sep="\n")
+    print("", markdown(rows), sep="\n")
     for path in draw(rows, out) if importlib.util.find_spec("matplotlib") else ():
         print(f"wrote {path}")
 

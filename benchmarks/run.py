@@ -164,7 +164,7 @@ class Suite:
             raise ValueError(f"--device: {args.device} takes the reference path: {slow.reason}")
         if "tf32" in args.dtype and args.device == "cpu":
             raise ValueError("--dtype: tf32 needs --device cuda")
-        own = [*map(cases.parse_case, args.shape), *cases.random_cases(args.random, args.seed)]
+        own = [cases.parse_case(shape) for shape in args.shape]
         names = [*(args.shapes or []), *args.network]
         if not names and not own:
             names = ["documentation", "mnist", "k5"] if args.quick else ["networks"]
@@ -335,13 +335,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--shapes", nargs="+", metavar="NAME",
         help="networks, layers and tables of the lists below (default: networks)")
     p.add_argument("--shape", action="append", default=[], metavar='"T N Cin Cout H W k ..."',
-        help="your own layer; options after k: max_pool=2 avg_pool=2 reset=zero quant=8 "
-        "threshold=0.1 density=0.1 (or density=dense) lengths=True name=mine")
+        help=f"your own layer, {cases.FORM}")
     p.add_argument("--network", action="append", default=[], metavar="FILE.py:FUNCTION",
         help="your own network: FUNCTION() returns the network, with snnTorch's cells or ours, and "
         "its input; both libraries' cells are timed in it")
-    p.add_argument("--random", type=int, default=0, metavar="N",
-        help="N random layers, drawn with --seed; the ratios are listed in order")
     p.add_argument("--providers", nargs="+", metavar="NAME", default=providers.DEFAULT,
         help="of the list below; snntorch is always timed (default: %(default)s)")
     p.add_argument("--mode", nargs="+", choices=providers.MODES, default=providers.MODES)

@@ -60,7 +60,9 @@ MUTANTS = {
 
 @needs_emulator
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_each_step_that_checks_spikes_fails_where_they_are_wrong(mutant, monkeypatch, tmp_path):
+def test_each_step_that_checks_spikes_fails_where_they_are_wrong(
+    mutant, monkeypatch, tmp_path, capsys
+):
     """Coarse types are the harder ones: there rounding excuses some spikes."""
     forward = cuda.Plan.forward
 
@@ -88,6 +90,10 @@ def test_each_step_that_checks_spikes_fails_where_they_are_wrong(mutant, monkeyp
     layer = ["--shape", gpu.TINY.strip('"'), "--seconds", "0.01", "--mode", "inference"]
     wrong = run.main([*device, *layer, "--dtype", "bfloat16", "--out", str(tmp_path)])
     assert wrong == (mutant != "none")
+    right = {"snntorch"} if wrong else {"snntorch", "loop", "sequence"}
+    assert set(report.read(tmp_path).provider) == right
+    said = "WRONG: tiny, bfloat16: sequence: computes something else:"
+    assert (said in capsys.readouterr().out) == wrong
 
 
 def test_the_smoke_test_sees_a_gradient_that_is_no_number(monkeypatch):
