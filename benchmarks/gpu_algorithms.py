@@ -30,7 +30,9 @@ from snnlstm.native import function
 # The suite's own layers, users' layers at their batches, and all kinds of users' layers.
 _AT_BATCHES = ("column1-n128", "column3-n128", "eeg1-n32")
 LAYERS = ("tiny", "mnist", "dvs", "mid", "big", *_AT_BATCHES, *USERS_CASES)
-COLUMNS = "layer dtype pass name tile chosen us_a_step eager_us_a_step error".split()
+COLUMNS = [
+    "layer", "dtype", "pass", "name", "tile", "chosen", "us_a_step", "eager_us_a_step", "error"
+]  # fmt: skip
 DTYPES = {75: ("float32", "float16"), 80: ("tf32", "bfloat16")}
 
 

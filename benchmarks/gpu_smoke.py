@@ -213,7 +213,7 @@ class Cell:
             wrong == 0 and rounded <= ROUNDED and of_states <= most
             and gradients <= most_of_gradients
             and spiking > (0 if "inhibition" in self.options else SPIKING / 3)
-            and path.name.startswith(devices.backend(self.setting.device))
+            and path.name.startswith(self.setting.device.split("-")[0])
         )  # fmt: skip
         text = f"{path.name}, {wrong} wrong and {spiking:.1%} of all spike, states {of_states:.1e}"
         return f"{text}, gradients {gradients:.1e}", right

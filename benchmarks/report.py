@@ -155,10 +155,10 @@ def draw(rows: pd.DataFrame, directory: Path) -> list[Path]:
             panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
             for mode, panel in zip(modes, panels, strict=True):
                 of = part[part["mode"] == mode]
-                table = of.pivot(index="case", columns="provider", values="speedup")
-                names = [name for name in part.provider.unique() if name in table]
-                table = table.reindex(part.case.unique())[names]
-                table.plot.barh(ax=panel, logx=True, width=0.8, legend=False)
+                table = of.pivot_table("speedup", "case", "provider", sort=False)
+                table.reindex(part.case.unique()).plot.barh(
+                    ax=panel, logx=True, width=0.8, legend=False
+                )
                 for bars in panel.containers:
                     panel.bar_label(bars, fmt="%.3gx", fontsize=7, padding=2)
                 panel.axvline(1, color="black", linewidth=1)

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.demo import training
-from benchmarks.demo.training import Motion
+from benchmarks.demo.training import CANVAS, DIGIT, STEPS
 
 WINDOW = 30
 """A point of the smooth loss curve is the mean of this many batches."""
@@ -90,8 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = training.parse(p, arguments)
     name = f"{machine.device_name(args.device)}, threads: {args.threads}"
     print(
-        f"Digits of {Motion.digit}x{Motion.digit} pixels move over {Motion.canvas}x{Motion.canvas} "
-        f"pixels and are seen as ON and OFF events, {Motion.steps} frames each.\n"
+        f"Digits of {DIGIT}x{DIGIT} pixels move over {CANVAS}x{CANVAS} "
+        f"pixels and are seen as ON and OFF events, {STEPS} frames each.\n"
         f"A two-layer spiking ConvLSTM learns to read them on {name}.\n",
         flush=True,
     )

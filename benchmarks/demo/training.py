@@ -19,7 +19,6 @@ import importlib
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,26 +40,16 @@ of a rounding error makes as large a step as any other. Two runs of one cell, fr
 1e-7 apart, then have different losses within an epoch."""
 
 
-@dataclass(frozen=True)
-class Motion:
-    """Says how the digits move and how the camera sees them.
-
-    canvas: the side of the square canvas, in pixels. digit: the side of the enlarged digit, in
-    pixels. steps: the number T of event frames, of T + 1 brightness frames. radius: (smallest,
-    largest) radius of a circle, in pixels. turns: how often a digit goes round in the T frames.
-    contrast: the change of brightness (of a range 0..1) above which a pixel sends an event.
-    The circle's place, the digit's start on the circle and its direction are uniformly random.
-    """
-
-    canvas: int = 24
-    digit: int = 16
-    steps: int = 8
-    radius: tuple[float, float] = (2.0, 3.5)
-    turns: float = 1.0
-    contrast: float = 0.1
+CANVAS, DIGIT, STEPS = 24, 16, 8
+"""These are the sides of the square canvas and of the enlarged digit, in pixels, and the number T
+of event frames, of T + 1 brightness frames."""
+RADIUS, TURNS, CONTRAST = (2.0, 3.5), 1.0, 0.1
+"""These are the smallest and the largest radius of a circle, in pixels, how often a digit goes
+round in the T frames, and the change of brightness (of 0..1) above which a pixel sends an event.
+The circle's place, the digit's start on it and its direction are uniformly random."""
 
 
-def load_split(seed: int, test_share: float = 0.2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def load_split(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Splits the digits at random, with every class in the same proportion on both sides.
 
     Returns train images (n, 8, 8) float32 in 0..1, train labels (n,) int64, test images, test
@@ -73,53 +62,52 @@ def load_split(seed: int, test_share: float = 0.2) -> tuple[Tensor, Tensor, Tens
     images = torch.from_numpy(digits.images).float() / 16.0  # stored as counts 0..16
     labels = torch.from_numpy(digits.target).long()
     train, test = train_test_split(
-        range(len(labels)), test_size=test_share, random_state=seed, stratify=digits.target
+        range(len(labels)), test_size=0.2, random_state=seed, stratify=digits.target
     )
     return images[train], labels[train], images[test], labels[test]
 
 
-def trajectories(count: int, motion: Motion, generator: torch.Generator) -> Tensor:
+def trajectories(count: int, generator: torch.Generator) -> Tensor:
     """Draws top-left corners (count, T + 1, 2) as (row, column), always inside the canvas."""
-    smallest, largest = motion.radius
-    room = motion.canvas - motion.digit
+    smallest, largest = RADIUS
+    room = CANVAS - DIGIT
     radius = smallest + (largest - smallest) * torch.rand(count, 1, 1, generator=generator)
     centre = radius + (room - 2 * radius) * torch.rand(count, 1, 2, generator=generator)
     start = 2 * torch.pi * torch.rand(count, 1, generator=generator)
     sense = 2.0 * torch.randint(2, (count, 1), generator=generator) - 1
-    angle = start + sense * torch.linspace(0, 2 * torch.pi * motion.turns, motion.steps + 1)
+    angle = start + sense * torch.linspace(0, 2 * torch.pi * TURNS, STEPS + 1)
     return centre + radius * torch.stack([angle.sin(), angle.cos()], dim=-1)
 
 
-def render(images: Tensor, corners: Tensor, motion: Motion) -> Tensor:
-    """Renders brightness frames (n, T + 1, canvas, canvas) in 0..1 of images (n, 8, 8) at corners.
+def render(images: Tensor, corners: Tensor) -> Tensor:
+    """Renders brightness frames (n, T + 1, CANVAS, CANVAS) in 0..1 of images (n, 8, 8) at corners.
 
     Corners are real numbers: digits are resampled bilinearly, so that they glide and do not jump
     from pixel to pixel.
     """
     n, frames, _ = corners.shape
-    size, canvas = motion.digit, motion.canvas
-    large = F.interpolate(images.unsqueeze(1), (size, size), mode="bilinear", align_corners=False)
+    large = F.interpolate(images.unsqueeze(1), (DIGIT, DIGIT), mode="bilinear", align_corners=False)
     # A pixel p of the canvas shows the digit at p - corner; grid_sample wants (x, y) in -1..1.
-    pixel = torch.arange(canvas, dtype=torch.float32)
-    local = pixel.view(1, 1, 1, -1) - corners.unsqueeze(-1)  # (n, T + 1, 2, canvas)
-    rows, columns = ((2 * local + 1) / size - 1).unbind(2)
-    shape = (n, frames, canvas, canvas)
+    pixel = torch.arange(CANVAS, dtype=torch.float32)
+    local = pixel.view(1, 1, 1, -1) - corners.unsqueeze(-1)  # (n, T + 1, 2, CANVAS)
+    rows, columns = ((2 * local + 1) / DIGIT - 1).unbind(2)
+    shape = (n, frames, CANVAS, CANVAS)
     grid = torch.stack([columns.unsqueeze(2).expand(shape), rows.unsqueeze(3).expand(shape)], -1)
     source = large.repeat_interleave(frames, dim=0)
     shown = F.grid_sample(source, grid.flatten(0, 1), padding_mode="zeros", align_corners=False)
     return shown.view(shape)
 
 
-def moving_digits(images: Tensor, motion: Motion, seed: int) -> Tensor:
-    """Makes event sequences (T, n, 2, canvas, canvas), 0 or 1 in float32, of images (n, 8, 8).
+def moving_digits(images: Tensor, seed: int) -> Tensor:
+    """Makes event sequences (T, n, 2, CANVAS, CANVAS), 0 or 1 in float32, of images (n, 8, 8).
 
-    Channel 0 is 1 where the brightness rose by more than `contrast` since the frame before; channel
+    Channel 0 is 1 where the brightness rose by more than CONTRAST since the frame before; channel
     1 is 1 where it fell by more than that. Each image gets a random motion of its own.
     """
     generator = torch.Generator().manual_seed(seed)
-    frames = render(images, trajectories(len(images), motion, generator), motion)
+    frames = render(images, trajectories(len(images), generator))
     change = frames[:, 1:] - frames[:, :-1]
-    events = torch.stack([change > motion.contrast, change < -motion.contrast], dim=2)
+    events = torch.stack([change > CONTRAST, change < -CONTRAST], dim=2)
     return events.float().transpose(0, 1).contiguous()
 
 
@@ -133,7 +121,7 @@ class Network(nn.Module):
     loop that its documentation teaches, and our cell takes the whole sequence.
     """
 
-    def __init__(self, library: str, side: int = Motion.canvas) -> None:
+    def __init__(self, library: str, side: int = CANVAS) -> None:
         super().__init__()
         self.library = library
         cell = importlib.import_module(library).SConv2dLSTM
@@ -173,13 +161,13 @@ class Data:
     def __init__(self, seed: int, digits: int | None = None) -> None:
         images, labels, test_images, self.test_labels = load_split(seed)
         self.images, self.labels = images[:digits], labels[:digits]
-        self.test = moving_digits(test_images, Motion(), 1_000_000 + seed)
+        self.test = moving_digits(test_images, 1_000_000 + seed)
         self.seed = seed
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields batches of events (T, n, 2, S, S) and labels (n,)."""
         seed = 1000 * self.seed + number
-        moving = moving_digits(self.images, Motion(), seed)
+        moving = moving_digits(self.images, seed)
         generator = torch.Generator().manual_seed(seed)
         for part in torch.randperm(len(self.images), generator=generator).split(BATCH):
             yield moving[:, part], self.labels[part]
