@@ -3,8 +3,8 @@
     python -m benchmarks.host
 
 Prints microseconds a step of a loop of step calls, without gradients and with a backward pass. The
-rows are the CPU backend, the CUDA backend (on CPU tensors, so that no GPU is needed), and the same
-where cuDNN convolves (and takes no time). The numbers are medians over alternating rounds.
+rows are the CPU backend, the CUDA backend (of tests/emulator, so that no GPU is needed), and the
+same where cuDNN convolves (and takes no time). The numbers are medians over alternating rounds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 
 import snnlstm
+from benchmarks import devices
 from benchmarks.cases import loop
 from snnlstm import _C, entry
-from snnlstm.native import cuda, function, torch_conv
+from snnlstm.native import function, torch_conv
 
 ROUNDS = 10  # of 20 measurements of each row
 X = torch.rand(16, 1, 2, 15, 17)
@@ -35,30 +36,6 @@ def _nothing(*_: Any) -> None:
     pass
 
 
-class _StubbedPlan:
-    """Stands for a plan of the core on CUDA; its kernels do nothing."""
-
-    name, reason_against = "stub", ""
-    packed_bytes = workspace = 1
-    geometry = (3, 3), (1, 1), (1, 1), (1, 1), (0, 0)
-    forward = backward = pack = store_levels = _nothing
-
-    def __init__(self, *arguments: Any, lengths: bool) -> None:
-        *_, self.algorithm, _ = arguments
-
-
-# This stands for the core with its CUDA backend.
-_STUBBED_CUDA = SimpleNamespace(
-    Cell=_C.Cell,
-    CudaPlan=_StubbedPlan,
-    cuda_device=lambda _: SimpleNamespace(compute_capability=80),
-    cuda_full_precision=lambda _: 0,
-    cuda_padded_channels=lambda channels: -(-channels // 8) * 8,
-)
-
-
-_CUDA = cuda.Backend(_STUBBED_CUDA)
-_CUDA.guard, _CUDA.stream = lambda _: contextlib.nullcontext(), lambda _: 0  # for CPU tensors
 # These stand for what torch convolves by, and compute nothing.
 CONVOLUTIONS = {
     "F": SimpleNamespace(conv2d=lambda *_: SUMS, pad=F.pad),
@@ -68,14 +45,17 @@ CONVOLUTIONS = {
 
 
 @contextlib.contextmanager
-def stubbed(backend: str, algorithm: str) -> Iterator[None]:
-    """Within the block, cells on the CPU run a backend whose kernels do nothing."""
-    on_cpu = mock.patch.multiple(_C.CpuPlan, forward=_nothing, backward=_nothing)
-    on_cuda = mock.patch.dict(function.BACKENDS, {"cpu": _CUDA})
+def stubbed(device: str, algorithm: str) -> Iterator[None]:
+    """Within the block, cells on the CPU run the backend of a device whose kernels do nothing."""
+    plan, kernels = _C.CpuPlan, ["forward", "backward"]
+    if device != "cpu":
+        plan = devices.emulator().module.CudaPlan
+        kernels += ["pack", "store_levels"]
     with (
+        devices.running(device),
         mock.patch.dict(entry._entries, clear=True),
         mock.patch.dict(function._plans, clear=True),
-        on_cpu if backend == "cpu" else on_cuda,
+        mock.patch.multiple(plan, **dict.fromkeys(kernels, _nothing)),
         mock.patch.multiple(torch_conv, **CONVOLUTIONS),
         snnlstm.algorithm(algorithm),
     ):
@@ -95,7 +75,7 @@ def _measure(step: Callable) -> tuple[float, float]:
 
 def main() -> None:
     """Prints the table."""
-    ways = ("cpu", "auto"), ("cuda", "auto"), ("cuda", "cudnn")
+    ways = ("cpu", "auto"), ("emulator-a100", "auto"), ("emulator-a100", "cudnn")
     cells = {way: snnlstm.SConv2dLSTM(2, 12, 3, threshold=0.1) for way in ways}
     times: dict[tuple[str, str], list[tuple[float, float]]] = {way: [] for way in ways}
     for _ in range(ROUNDS):

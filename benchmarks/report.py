@@ -156,9 +156,8 @@ def draw(rows: pd.DataFrame, directory: Path) -> list[Path]:
             for mode, panel in zip(modes, panels, strict=True):
                 of = part[part["mode"] == mode]
                 table = of.pivot_table("speedup", "case", "provider", sort=False)
-                table.reindex(part.case.unique()).plot.barh(
-                    ax=panel, logx=True, width=0.8, legend=False
-                )
+                table = table.reindex(part.case.unique())
+                table.plot.barh(ax=panel, logx=True, width=0.8, legend=False)
                 for bars in panel.containers:
                     panel.bar_label(bars, fmt="%.3gx", fontsize=7, padding=2)
                 panel.axvline(1, color="black", linewidth=1)

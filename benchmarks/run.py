@@ -32,15 +32,7 @@ from benchmarks import cases, devices, machine, networks, peak_memory, providers
 from benchmarks.cases import Case
 from benchmarks.gpu import NOT_RUN
 from benchmarks.networks import Network
-from benchmarks.providers import (
-    FORMS,
-    TOLERANCE,
-    Provider,
-    Runner,
-    Setting,
-    Unavailable,
-    find_form,
-)
+from benchmarks.providers import FORMS, TOLERANCE, Provider, Runner, Setting, Unavailable, find_form
 from snnlstm import path
 
 INTERRUPTED = 130  # the shell's status of a program that SIGINT ended

@@ -92,14 +92,8 @@ def loops(code: list[Instruction]) -> list[Loop]:
     """The innermost loops with HMMA."""
     blocks, graph = blocks_of(code)
     graph = graph.subgraph({0} | nx.descendants(graph, 0))
-    above = nx.immediate_dominators(graph, 0)
-
-    def dominates(one: int, other: int) -> bool:
-        while other not in (one, 0):
-            other = above[other]
-        return other == one
-
-    back = [(n, header) for n, header in graph.edges if dominates(header, n)]
+    tree = nx.DiGraph((above, n) for n, above in nx.immediate_dominators(graph, 0).items() if n)
+    back = [(n, h) for n, h in graph.edges if n == h or (n in tree and h in nx.ancestors(tree, n))]
     bodies: dict[int, set[int]] = {}
     for n, header in back:
         within = graph.subgraph(set(graph) - {header})

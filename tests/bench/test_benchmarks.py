@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 import pandas as pd
 
 import snnlstm
-from benchmarks import accuracy, gpu_smoke, host, machine, networks, peak_memory, report, run
+from benchmarks import accuracy, gpu_smoke, machine, networks, peak_memory, report, run
 from benchmarks.cases import Case, parse_case
 from benchmarks.providers import FORMS, MODES, Provider, Setting
 
@@ -176,9 +176,6 @@ def test_errors_name_the_argument(arguments, named, capsys):
 
 
 def test_the_other_commands_print_their_tables(capsys, monkeypatch):
-    monkeypatch.setattr(host, "ROUNDS", 1)
-    host.main()
-    assert re.search(r"cpu, auto +[\d.]+ +[\d.]+\n.*cuda, auto ", capsys.readouterr().out)
     for name, few in (("STEPS", 2), ("SIDE", 6), ("SCALES", (1,))):
         monkeypatch.setattr(accuracy, name, few)
     accuracy.main()

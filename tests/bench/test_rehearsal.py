@@ -14,7 +14,7 @@ pytest.importorskip("pandas")
 
 import torch
 
-from benchmarks import devices, gpu, gpu_overlap, gpu_smoke, machine, report, run
+from benchmarks import devices, gpu, gpu_overlap, gpu_smoke, host, machine, report, run
 from benchmarks.cases import Case
 from snnlstm.native import cuda, leaky
 
@@ -138,6 +138,13 @@ def test_everything_that_is_missing_is_listed_with_what_installs_it(driver, line
     assert "g++" in found["no C++ compiler"]
     assert line in found["no nvcc"]
     assert "no nvcc" not in str(gpu.lacking(core=gpu.ROOT))
+
+
+@needs_emulator
+def test_each_backend_has_its_time_on_the_host(monkeypatch, capsys):
+    monkeypatch.setattr(host, "ROUNDS", 1)
+    host.main()
+    assert len(re.findall(r"(?m)^  \S+, \w+ +[\d.]+ +[\d.]+$", capsys.readouterr().out)) == 3
 
 
 @needs_emulator
