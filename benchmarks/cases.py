@@ -86,9 +86,9 @@ class Case:
         snntorch._neurons.neurons.SpikingNeuron.instances.clear()
         return made
 
-    def batches(self, seed: int, dtype: torch.dtype) -> list[tuple[Any, Tensor]]:
+    def batches(self, dtype: torch.dtype) -> list[tuple[Any, Tensor]]:
         """Draws x and zero states, and the gradient (T, N, C, Ho, Wo) that training sends back."""
-        draw = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+        draw = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
         size = (self.steps, self.batch, self.cin, self.height, self.width)
         if self.density is None:
             x = torch.randn(size, **draw)

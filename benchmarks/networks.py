@@ -79,10 +79,6 @@ class Network:
             batches.append((x.to(like), y.to(like.device)))
         return batches
 
-    def step(self, net: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-        """Makes a training step in the loop over time; returns the loss."""
-        return self.train(self.loop, net, optimizer, x, y)
-
     def results(self, *step: Any) -> dict[str, Tensor]:
         """Returns the loss of a first training step."""
         return {"loss": self.train(*step)}

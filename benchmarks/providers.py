@@ -45,12 +45,11 @@ class Setting:
 
     device: see benchmarks/devices.py. dtype: "float32", "tf32" (float32 tensors, tensor cores),
     "autocast" (float32 tensors under torch.autocast to bfloat16), "autocast16" (to float16),
-    "float64", "bfloat16" or "float16". seed: the seed of the weights and of x.
+    "float64", "bfloat16" or "float16".
     """
 
     device: str = "cpu"
     dtype: str = "float32"
-    seed: int = 0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -116,7 +115,7 @@ def find_form(name: str) -> Form:
 class Provider:
     """A provider runs a case, that is a layer or a network, in one form.
 
-    Its weights depend on the seed alone. A case makes the module of a cell's class (`make`), has
+    Equal networks have equal weights. A case makes the module of a cell's class (`make`), has
     data (`batches`), runs it in a `loop` over time or by `sequences`, and has a training step
     (`train`), inference (`infer`) and the results to compare (`results`).
     """
@@ -132,9 +131,9 @@ class Provider:
         torch._dynamo.reset()  # graphs of the case before would count towards the recompile limit
         # In a run a default device would cost time in each call of torch.
         with torch.device("cuda") if setting.device == "cuda" else nullcontext():
-            torch.manual_seed(setting.seed)
+            torch.manual_seed(0)
             self.net = case.make(form.cell).to(setting.torch_dtype)
-            self.x, self.y = case.batches(setting.seed, setting.torch_dtype)[0]
+            self.x, self.y = case.batches(setting.torch_dtype)[0]
         for cell in self.net.modules():
             if form.compiled and isinstance(cell, snntorch.SConv2dLSTM):
                 cell.compile(dynamic=False)

@@ -172,7 +172,7 @@ class Suite:
     def run(self) -> None:
         """Measures each case in all types before the next one, with each number of threads."""
         args, origin = self.args, machine.describe(self.args.device)
-        settings = [Setting(args.device, dtype, args.seed) for dtype in dict.fromkeys(args.dtype)]
+        settings = [Setting(args.device, dtype) for dtype in dict.fromkeys(args.dtype)]
         total = len(args.threads) * len(self.cases) * len(settings) * len(args.mode)
         # With disable=None there is no bar without a terminal.
         shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -342,7 +342,6 @@ def parser() -> argparse.ArgumentParser:
         "under torch.autocast to bfloat16 and float16")
     p.add_argument("--threads", nargs="+", type=threads, default=[1], metavar="N",
         help='numbers of threads; "all": torch\'s default (default: 1)')
-    p.add_argument("--seed", type=int, default=0, help="of weights and x")
     p.add_argument("--quick", action="store_true", help="few shapes, in under two minutes")
     p.add_argument("--seconds", type=float, metavar="S",
         help="for one case in one mode, all providers together (default: 12; --quick: 1.5)")

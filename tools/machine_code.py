@@ -46,7 +46,7 @@ class Loop:
     """An innermost loop with HMMA."""
 
     code: list[Instruction]  # on all ways
-    way: Counter[str]  # instructions by name, on the way that is issued over and over
+    way: Counter[str]  # names without modifiers, on the way that is issued over and over
     hmma: int  # on that way
 
     @property
@@ -113,7 +113,7 @@ def loops(code: list[Instruction]) -> list[Loop]:
             edge["cost"] = sum(1 - 10**6 * i.is_hmma for i in blocks[n])
         *way, _ = nx.bellman_ford_path(once, header, "end", weight="cost")
         issued = [i for n in way for i in blocks[n]]
-        names = Counter(i.name for i in issued)
+        names = Counter(i.name.split(".")[0] for i in issued)
         everything = [i for n in sorted(body) for i in blocks[n]]
         found.append(Loop(everything, names, sum(i.is_hmma for i in issued)))
     return found
@@ -130,10 +130,7 @@ def table(found: dict[str, list[Loop]]) -> str:
     lines = [f"{'kernel':<52}{'HMMA':>5}{'per HMMA':>10}  most frequent, and what is slow"]
     for name, of_kernel in found.items():
         for loop in of_kernel:
-            joint: Counter[str] = Counter()
-            for key, count in loop.way.items():
-                joint[key.split(".")[0]] += count
-            often = " ".join(f"{n} {c}" for n, c in joint.most_common(7))
+            often = " ".join(f"{n} {c}" for n, c in loop.way.most_common(7))
             short = name.split("(")[0].replace("snnlstm::cuda::", "").removeprefix("void ")
             slow = " ".join(loop.slow())
             lines.append(f"{short:<52}{loop.hmma:>5}{loop.per_hmma:>10.1f}  {often}  {slow}")

@@ -25,7 +25,6 @@ LINES = {
 Result = dict[str, Any]  # of training.run
 
 EPOCHS = 12
-MINUTES = "4 to 6"
 SPREAD = "With other seeds and processors both cells reached 93.6 % to 98.1 %."
 """Twelve trainings of so many epochs had these test accuracies."""
 
@@ -97,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if not args.quick:
         print(
-            f"Both trainings together take {MINUTES} minutes on an idle core. "
+            "Both trainings together take 4 to 6 minutes on an idle core. "
             "make demo ARGS=--quick takes half a minute, and learns little.\n",
             flush=True,
         )

@@ -70,7 +70,8 @@ def train(net: nn.Module, network: Network) -> list[Tensor]:
     torch.manual_seed(1)  # dropout
     optimizer, batches, losses = network.optimizer(net.parameters()), network.batches(), []
     for index in range(STEPS):
-        losses.append(network.step(net, optimizer, *batches[index % len(batches)]).detach())
+        batch = batches[index % len(batches)]
+        losses.append(network.train(network.loop, net, optimizer, *batch).detach())
         assert all(parameter.grad.any() for parameter in net.parameters())
     return losses
 
