@@ -123,15 +123,10 @@ def random_calls(sanitizer: str, isa: str, under: str) -> int:
 def tree(name: str) -> Path:
     """Copies all that is built and tested; unchanged files keep their times."""
     to = TREES / name
-    for part in ("csrc", "snnlstm", "tests", "tools", "benchmarks", "docs"):
-        if part != "snnlstm":  # the folder snnlstm holds the core that was built
-            shutil.rmtree(to / part, ignore_errors=True)
-        shutil.copytree(
-            ROOT / part, to / part, dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns("*.so", "__pycache__", "_generated"),
-        )  # fmt: skip
-    for part in ("pyproject.toml", "Makefile", *ROOT.glob("*.md"), *ROOT.glob("LIC*")):
-        shutil.copy2(ROOT / part, to)
+    for old in {*to.glob("*")} - {to / "build", to / "snnlstm"}:  # which hold what was built
+        shutil.rmtree(old, ignore_errors=True)  # copies take the place of files
+    built = ".*", "build", "dist", "out", "*.so", "__pycache__", "_generated"
+    shutil.copytree(ROOT, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*built))
     return to
 
 
