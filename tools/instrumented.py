@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,11 +99,7 @@ def random_calls(sanitizer: str, isa: str, under: str) -> int:
     `isa` may be "all" that this processor runs, as the installed core lists them. `under` is a
     command that runs the program, such as an emulator of another processor.
     """
-    isas = [isa]
-    if isa == "all":
-        from snnlstm import _C
-
-        isas = _C.isa_names()
+    isas = import_module("snnlstm._C").isa_names() if isa == "all" else [isa]
     options = {
         "ASAN_OPTIONS": "detect_leaks=1:halt_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",

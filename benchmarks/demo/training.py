@@ -155,30 +155,20 @@ class Network(nn.Module):
         return "snntorch.SConv2dLSTM, one call a time step"
 
 
-class Data:
-    """Provides moving digits; each epoch has training digits of another order and motion."""
-
-    def __init__(self, seed: int, digits: int | None = None) -> None:
-        images, labels, test_images, self.test_labels = load_split(seed)
-        self.images, self.labels = images[:digits], labels[:digits]
-        self.test = moving_digits(test_images, 1_000_000 + seed)
-        self.seed = seed
-
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields batches of events (T, n, 2, S, S) and labels (n,)."""
-        seed = 1000 * self.seed + number
-        moving = moving_digits(self.images, seed)
-        generator = torch.Generator().manual_seed(seed)
-        for part in torch.randperm(len(self.images), generator=generator).split(BATCH):
-            yield moving[:, part], self.labels[part]
+def epoch(images: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields batches of events (T, n, 2, S, S) and labels (n,), by a seed of order and motions."""
+    moving = moving_digits(images, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for part in torch.randperm(len(images), generator=generator).split(BATCH):
+        yield moving[:, part], labels[part]
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Data, device: str) -> float:
+def accuracy(model: nn.Module, test: Tensor, labels: Tensor, device: str) -> float:
     """Returns the share of test digits whose own class gets the highest score."""
     model.eval()
-    found = [model(part.to(device)).argmax(1).cpu() for part in data.test.split(60, dim=1)]
-    return float((torch.cat(found) == data.test_labels).double().mean())
+    found = [model(part.to(device)).argmax(1).cpu() for part in test.split(60, dim=1)]
+    return float((torch.cat(found) == labels).double().mean())
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -188,12 +178,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # both networks in full float32
-    data = Data(args.seed, 128 if args.quick else None)
+    images, labels, test_images, test_labels = load_split(args.seed)
+    images = images[:128] if args.quick else images
+    test = moving_digits(test_images, 1_000_000 + args.seed)
     epochs = 1 if args.quick else args.epochs
     torch.manual_seed(args.seed)
     model = Network(args.network).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, eps=EPSILON)
-    batches = -(-len(data.images) // BATCH)
+    batches = -(-len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, RATE, total_steps=epochs * batches, pct_start=0.1, div_factor=5
     )
@@ -202,25 +194,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     clock = time.process_time if alone else time.perf_counter
     seconds, losses = [], []
     with tqdm(desc=args.network, total=epochs * batches, unit="batch", disable=None) as bar:
-        for epoch in range(epochs):
+        for number in range(epochs):
             model.train()
-            for batch in data.epoch(epoch):
-                events, labels = (tensor.to(args.device) for tensor in batch)
+            for batch in epoch(images, labels, 1000 * args.seed + number):
+                events, classes = (tensor.to(args.device) for tensor in batch)
                 begin = clock()
                 # The graph ends with `learn`, so that none is kept while the next graph is built.
-                losses.append(learn(model, optimizer, events, labels))
+                losses.append(learn(model, optimizer, events, classes))
                 schedule.step()
                 seconds.append(clock() - begin)
                 bar.update()
             mean = statistics.fmean(losses[-batches:])
-            text = f"epoch {epoch + 1}/{epochs}  loss {mean:.3f}  {sum(seconds):.1f} s"
+            text = f"epoch {number + 1}/{epochs}  loss {mean:.3f}  {sum(seconds):.1f} s"
             tqdm.write(f"{args.network:<8}  {text}")
     return {
         "network": args.network,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "epochs": epochs,
         "losses": losses,
-        "accuracy": accuracy(model, data, args.device),
+        "accuracy": accuracy(model, test, test_labels, args.device),
         "seconds": sum(seconds),
         "clock": "processor time" if alone else "time",
         "batch_ms": 1000 * statistics.median(seconds),

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from benchmarks.demo import comparison as demo
+from benchmarks.demo import __main__ as demo
 from benchmarks.demo import training
 from benchmarks.demo.training import load_split
 
