@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import torch
@@ -30,10 +29,6 @@ ROUNDS = 10  # of 20 measurements of each row
 X = torch.rand(16, 1, 2, 15, 17)
 STATE = torch.zeros(1, 12, 15, 17)
 SUMS = torch.zeros(1, 48, 15, 17)
-
-
-def _nothing(*_: Any) -> None:
-    pass
 
 
 # These stand for what torch convolves by, and compute nothing.
@@ -55,7 +50,7 @@ def stubbed(device: str, algorithm: str) -> Iterator[None]:
         devices.running(device),
         mock.patch.dict(entry._entries, clear=True),
         mock.patch.dict(function._plans, clear=True),
-        mock.patch.multiple(plan, **dict.fromkeys(kernels, _nothing)),
+        mock.patch.multiple(plan, **dict.fromkeys(kernels, lambda *_: None)),
         mock.patch.multiple(torch_conv, **CONVOLUTIONS),
         snnlstm.algorithm(algorithm),
     ):

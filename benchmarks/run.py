@@ -90,9 +90,7 @@ def compare(case: Any, dtype: str, expected: dict[str, Tensor], actual: dict[str
 
 
 def time_interleaved(
-    runners: Mapping[str, Runner],
-    clock: Callable[[], float],
-    seconds: float,
+    runners: Mapping[str, Runner], clock: Callable[[], float], seconds: float
 ) -> dict[str, list[float]]:
     """Times runners against each other, in a new order each round; returns the seconds of each.
 
@@ -225,17 +223,15 @@ class Suite:
 
     def skip(self, provider: str, label: str, error: Exception) -> None:
         """Says why a provider is skipped. An error of ours is wrong, too, if it has memory."""
-        reason, word = (str(error).strip() or type(error).__name__).splitlines()[0], "NOT TIMED"
-        excused = Unavailable, MemoryError, torch.cuda.OutOfMemoryError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        by_design = isinstance(error, (Unavailable, MemoryError, torch.cuda.OutOfMemoryError))
+        excused = by_design or provider.startswith("snntorch")
         if isinstance(error, Disagreement):
-            reason = f"computes something else: {reason}"
+            reason, excused = f"computes something else: {reason}", False
         line = f"{label}: {provider}: {reason}"
-        if isinstance(error, Disagreement) or not (
-            provider.startswith("snntorch") or isinstance(error, excused)
-        ):
+        if not excused:
             self.failed[1].append(line)
-            word = "WRONG"
-        tqdm.write(f"{word}: {line}\n")
+        tqdm.write(f"{'NOT TIMED' if excused else 'WRONG'}: {line}\n")
 
     def measure(
         self, name: str, case: Any, mode: str, setting: Setting, built: dict[str, Provider]

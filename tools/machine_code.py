@@ -114,8 +114,8 @@ def loops(code: list[Instruction]) -> list[Loop]:
         *way, _ = nx.bellman_ford_path(once, header, "end", weight="cost")
         issued = [i for n in way for i in blocks[n]]
         names = Counter(i.name.split(".")[0] for i in issued)
-        everything = [i for n in sorted(body) for i in blocks[n]]
-        found.append(Loop(everything, names, sum(i.is_hmma for i in issued)))
+        code = [i for n in sorted(body) for i in blocks[n]]
+        found.append(Loop(code, names, sum(i.is_hmma for i in issued)))
     return found
 
 

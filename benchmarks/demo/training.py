@@ -131,21 +131,19 @@ class Network(nn.Module):
         self.layer2 = cell(CHANNELS, CHANNELS, 3, **options)
         self.readout = nn.Linear(CHANNELS * (side // 4) ** 2, CLASSES)
 
-    def spikes(self, x: Tensor) -> Tensor:
-        """Returns the second layer's spikes (T, N, C, S / 4, S / 4), from zero states."""
+    def forward(self, x: Tensor) -> Tensor:
         syn1, mem1 = self.layer1.reset_mem()
         syn2, mem2 = self.layer2.reset_mem()
         if self.library == "snnlstm":
-            return self.layer2(self.layer1(x)[0])[0]
-        record = []
-        for x_t in x.unbind(0):
-            spk1, syn1, mem1 = self.layer1(x_t, syn1, mem1)
-            spk2, syn2, mem2 = self.layer2(spk1, syn2, mem2)
-            record.append(spk2)
-        return torch.stack(record)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.readout(self.spikes(x).mean(0).flatten(1))
+            spikes = self.layer2(self.layer1(x)[0])[0]
+        else:
+            record = []
+            for x_t in x.unbind(0):
+                spk1, syn1, mem1 = self.layer1(x_t, syn1, mem1)
+                spk2, syn2, mem2 = self.layer2(spk1, syn2, mem2)
+                record.append(spk2)
+            spikes = torch.stack(record)
+        return self.readout(spikes.mean(0).flatten(1))
 
     @property
     def path(self) -> str:
