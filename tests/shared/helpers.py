@@ -1,5 +1,7 @@
 """Makes cells of both libraries with equal weights, and compares their results."""
 
+import faulthandler
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -92,6 +94,38 @@ def in_threads(work: Callable[[int], Any], count: int = 4) -> None:
     """Calls `work` with a number in each of several threads, and raises the error of any thread."""
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(work, range(count)))
+
+
+def in_processes(work: Callable[..., None], *arguments: Any, count: int = 1) -> None:
+    """Calls `work` with the rank and `arguments` in each of several fresh processes.
+
+    The error of any is raised. A server imports torch once, in seconds, and forks for each process.
+    """
+    torch.multiprocessing.set_forkserver_preload(["torch", "snntorch", "pytest"])
+    torch.multiprocessing.start_processes(
+        _in_one, (work, *arguments), count, start_method="forkserver"
+    )
+
+
+def _in_one(rank: int, work: Callable[..., None], *arguments: Any) -> None:
+    faulthandler.dump_traceback_later(HANG, exit=True)  # says where it hangs
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    work(rank, *arguments)
+
+
+def in_a_process(test: Callable[..., None]) -> Callable[..., None]:
+    """Makes a test run in a process of its own, which may hang or be killed."""
+
+    @functools.wraps(test)
+    def run(**arguments: Any) -> None:
+        in_processes(_unwrapped, run, arguments)
+
+    return run
+
+
+def _unwrapped(_: int, test: Any, arguments: dict[str, Any]) -> None:
+    test.__wrapped__(**arguments)
 
 
 def train_alike(one: nn.Module, other: nn.Module, x: Tensor) -> None:

@@ -5,14 +5,10 @@ Outputs do not depend on the number of threads, either.
 
 import hashlib
 import itertools
-import json
-import os
-import subprocess
 import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import snntorch
@@ -26,7 +22,7 @@ from tests.shared import flat
 from tests.shared.cases import PLAIN, Case, wanting_gradients
 from tests.shared.cpu_kernels import Kernels, native
 from tests.shared.gradients import leaves_and_gradients, total
-from tests.shared.helpers import HANG, close, ours, same
+from tests.shared.helpers import HANG, close, in_processes, ours, same
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -85,15 +81,13 @@ def hashes() -> dict[str, str]:
     return found
 
 
+def have_the_same_bits(_: int, expected: dict[str, str]) -> None:
+    assert hashes() == expected
+
+
 def test_a_fresh_process_gives_the_same_bits():
-    code = "import json, test_threads; print(json.dumps(test_threads.hashes()))"
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    other = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
     here = hashes()
-    assert here == json.loads(other.stdout)
+    in_processes(have_the_same_bits, here)
     assert len(set(here.values())) >= len(here) / 2  # the two algorithms differ
 
 

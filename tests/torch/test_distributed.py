@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import snnlstm
 from tests.shared.cpu_kernels import native
-from tests.shared.helpers import HANG, THRESHOLD, close, ours, steps
+from tests.shared.helpers import HANG, THRESHOLD, close, in_processes, ours, steps
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -154,7 +154,6 @@ def sharded_gradients_are_those_of_one_process(rank: int, world: int) -> None:
 
 
 def _run_checks(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
         timeout=timedelta(seconds=HANG),
@@ -179,12 +178,8 @@ def _run_checks(rank: int, world: int, folder: str) -> None:
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list:
     """Returns, for each process, an empty text or a traceback for each check."""
     folder = tmp_path_factory.mktemp(f"world{request.param}")
-    # A server imports torch once and forks all processes.
-    torch.multiprocessing.set_forkserver_preload(["torch", "snntorch", "pytest"])
     with contextlib.suppress(torch.multiprocessing.ProcessExitedException):
-        torch.multiprocessing.start_processes(
-            _run_checks, (request.param, str(folder)), request.param, start_method="forkserver"
-        )
+        in_processes(_run_checks, request.param, str(folder), count=request.param)
     written = {path.stem: json.loads(path.read_text()) for path in folder.glob("rank*.json")}
     return [written.get(f"rank{rank}", {}) for rank in range(request.param)]
 
