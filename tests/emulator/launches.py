@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks.cases import CPU_CASES, GPU_CASES
 from benchmarks.cases import Case as Layer
-from tests.emulator import gpu_tools
 from tests.emulator.backend import Core
 from tests.emulator.library import Launch
-from tools import machine_code
 
 # The fields of the core's Cell, which is a small layer.
 FACTS: dict[str, Any] = {
@@ -69,28 +66,3 @@ def of_layer(core: Core, layer: Layer, mode: str) -> list[Launch]:
         core, matrix, **pooling, dtype=dtype, T=layer.steps, N=layer.batch, Cin=layer.cin,
         C=layer.cout, H=layer.height, W=layer.width, kernel=layer.kernel,
     )  # fmt: skip
-
-
-def balance(launch: Launch, multiprocessors: int) -> float:
-    """Blocks of a launch over those that it would have if each multiprocessor had as many as the
-    one with the most."""
-    each = -(-launch.blocks // multiprocessors)
-    return launch.blocks / (each * multiprocessors)
-
-
-class Compiled(NamedTuple):
-    """What nvcc makes of one kernel; per_mma: of its inner loops, the most instructions."""
-
-    barriers: int
-    per_mma: float
-
-
-def compiled(source: Path, arch: int) -> dict[str, Compiled]:
-    """The kernels of a source by name, as PTX for an architecture."""
-    code = gpu_tools.code_of_ptx(source, gpu_tools.ptx_of(arch))
-    found = {}
-    for name, instructions in zip(gpu_tools.demangle(list(code)), code.values(), strict=True):
-        loops = machine_code.loops(machine_code.parse(instructions)) if instructions else []
-        barriers = sum(i[2].startswith(("bar.", "barrier.")) for i in instructions)
-        found[name] = Compiled(barriers, max((loop.per_hmma for loop in loops), default=0.0))
-    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import re
 import subprocess
 from collections import Counter
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.emulator.builder import ROOT
+from tests.emulator.builder import ROOT, build
 
 CUDA = ROOT / "csrc" / "cuda"
 SCHEDULES = ("in_order", "shuffled", "ahead")
@@ -153,6 +154,20 @@ class Emulator:
         if isinstance(value, np.ndarray):
             return ctypes.c_void_p(self.lib.simt_copy_of(ctypes.c_void_p(value.ctypes.data)))
         return value.encode() if isinstance(value, str) else ctypes.c_int(value)
+
+
+@functools.cache
+def own_kernels() -> Emulator:
+    """Builds and loads the kernels of the emulator's own tests."""
+    return Emulator(build("own"))
+
+
+def run_case(emulator: Emulator, name: str, bad: bool = False, given=None, out=None) -> None:
+    """Runs a CASE of kernels/, on arrays of 64 or those given. A report raises EmulationError."""
+    given = np.arange(64, dtype=np.float32) if given is None else given
+    out = np.zeros(64, np.float32) if out is None else out
+    with emulator.arrays(**{"in": given, "out": (out, "w")}):
+        emulator.call("run_case", name, int(bad), given, out)
 
 
 def symbolise(text: str) -> str:

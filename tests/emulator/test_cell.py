@@ -120,14 +120,3 @@ def test_forward_of_random_calls(core, mode):
         check(core, case, ALL[mode])
 
     check_case()
-
-
-@pytest.mark.emulator_long
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16 states"])
-def test_forward_with_one_warp_ahead(core, mode, seed):
-    """Each of twenty orders of events has three of the cases."""
-    core.schedule("ahead", seed)
-    calls = list(CASES.values())
-    for k in range(3):
-        check(core, calls[(seed + 7 * k) % len(calls)], MODES[mode])

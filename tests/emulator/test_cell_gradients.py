@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from tests.emulator.modes import (
     ALL,
-    BACKWARD,
     CASES,
     JUMPING,
     MODES,
@@ -44,7 +43,7 @@ def check(core, case: Case, mode: Mode, outputs=OUTPUTS, wanted=NAMES) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(of(BACKWARD, True), JUMPING))
+@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(of(ALL, True), JUMPING))
 def test_exact_gradients(core, mode, case, schedule):
     double = ALL[mode].dtype == torch.float64
     if case is JUMPING["stochastic"] and not double:
@@ -53,7 +52,7 @@ def test_exact_gradients(core, mode, case, schedule):
     assert check(core, case, ALL[mode]), "choose another seed"
 
 
-@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(of(BACKWARD, False), SMOOTH))
+@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(of(ALL, False), SMOOTH))
 def test_coarse_gradients(core, mode, case, schedule):
     core.schedule(*schedule)
     assert check(core, case, ALL[mode])
@@ -104,7 +103,7 @@ def test_results_are_the_same_under_every_schedule(core):
 
 @pytest.mark.drawn
 @pytest.mark.emulator_long
-@pytest.mark.parametrize("mode", of(BACKWARD, True))
+@pytest.mark.parametrize("mode", of(ALL, True))
 def test_gradients_of_random_calls(core, mode):
     subsets = st.sets(st.sampled_from(NAMES), min_size=1).map(lambda s: tuple(sorted(s)))
 

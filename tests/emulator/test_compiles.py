@@ -14,6 +14,7 @@ import pytest
 
 from tests.emulator import gpu_tools
 from tests.emulator.builder import ROOT
+from tools import machine_code
 
 needs_nvcc = pytest.mark.skipif(gpu_tools.find("nvcc") is None, reason="there is no nvcc")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -57,20 +58,36 @@ def test_the_half_of_the_host_compiles(source):
     assert gpu_tools.compile_object(source).stat().st_size
 
 
+def kind_of(kernel: str) -> str:
+    if "tf32x3" in kernel:
+        return "parts"
+    return "tf32" if "<float" in kernel else "half"
+
+
+# Bounds on nvcc's output: instructions of PTX per mma in inner loops, where parts have three mma
+# for one product, and barriers of a kernel.
+MOST_PER_MMA = {"half": 10, "tf32": 13, "parts": 8}
+MOST_BARRIERS = 21  # backward: six for each of three widths, of which one runs, and three behind
+
+
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_a_kernel_multiplies_on_tensor_cores_or_traps(source, arch):
+def test_a_kernel_multiplies_on_tensor_cores_or_traps_and_does_little_else(source, arch):
     """Tensor cores of sm_75 multiply fp16_sm75 alone, others all types but that."""
-    for name, code in gpu_tools.code_of_ptx(source, arch).items():
+    kernels = gpu_tools.code_of_ptx(source, arch)
+    for name, code in zip(gpu_tools.demangle(list(kernels)), kernels.values(), strict=True):
         instructions = [what for _, _, what, _ in code]
         assert instructions != ["ret"], f"{name} is empty"
-        if "_mma" not in name or "pack_mma" in name:
-            continue
-        of_sm75 = "fp16_sm75" in name
-        wanted = "trap" if of_sm75 != (arch == 75) else "mma.sync"
-        assert any(wanted in what for what in instructions), name
+        if "_mma" in name and "pack_mma" not in name:
+            wanted = "trap" if ("fp16_sm75" in name) != (arch == 75) else "mma.sync"
+            assert any(wanted in what for what in instructions), name
+        if instructions and "double" not in name:
+            barriers = sum(what.startswith(("bar.", "barrier.")) for what in instructions)
+            assert barriers <= MOST_BARRIERS, name
+            for loop in machine_code.loops(machine_code.parse(code)):
+                assert loop.per_hmma <= MOST_PER_MMA[kind_of(name)], name
 
 
 @needs_nvcc

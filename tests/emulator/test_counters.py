@@ -3,24 +3,16 @@
 import numpy as np
 import pytest
 
-from tests.emulator import own
-from tests.emulator.own import own_kernels
+from tests.emulator.library import run_case
 
 # The emulator changes seldom.
 pytestmark = pytest.mark.emulator_long
 
 
-@pytest.fixture
-def emulator():
-    found = own_kernels()
-    found.checks(counters=True)
-    yield found
-    found.reset()
-
-
 def count(emulator, name):
+    emulator.checks(counters=True)
     emulator.reset_counters()
-    own.run_case(emulator, name, given=np.zeros(512, np.float32), out=np.zeros(128, np.float32))
+    run_case(emulator, name, given=np.zeros(512, np.float32), out=np.zeros(128, np.float32))
     return emulator.counters()[name]
 
 
@@ -71,7 +63,7 @@ def test_shared_memory(emulator, name, wavefronts, fewest):
 
 def test_mma_and_writes(emulator):
     count(emulator, "three_mma")
-    own.run_case(emulator, "three_mma", given=np.zeros(512, np.float32))
+    run_case(emulator, "three_mma", given=np.zeros(512, np.float32))
     c = emulator.counters()["three_mma"]
     assert [c[f"mma_{of}"] for of in ("fp16", "bf16", "tf32")] == [0, 4, 2]
     assert [c[f"global_write_{of}"] for of in ("requests", "sectors", "fewest")] == [2, 8, 8]

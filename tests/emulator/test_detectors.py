@@ -5,8 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from tests.emulator.library import EmulationError
-from tests.emulator.own import own_kernels, run_case
+from tests.emulator.library import EmulationError, run_case
 
 # The emulator changes seldom.
 pytestmark = pytest.mark.emulator_long
@@ -65,11 +64,9 @@ def violate(emulator, name, bad):
 
 
 @pytest.fixture
-def emulator():
-    found = own_kernels()
-    found.settings.compute_capability = 90  # only there launches overlap
-    yield found
-    found.reset()
+def emulator(emulator):
+    emulator.settings.compute_capability = 90  # only there launches overlap
+    return emulator
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -88,8 +85,8 @@ def test_the_innocent_twin_passes(emulator, name):
         assert violate(emulator, name, False) == "", schedule
 
 
-def test_a_report_names_the_thread_and_the_line():
-    report = violate(own_kernels(), "read_behind", True)
+def test_a_report_names_the_thread_and_the_line(emulator):
+    report = violate(emulator, "read_behind", True)
     assert "thread (63, 0, 0) [warp 1, lane 31] of block (0, 0, 0)" in report
     assert re.search(r"violations\.cu:\d+ \(.*read_behind", report)
 
@@ -103,9 +100,9 @@ def test_a_report_names_the_thread_and_the_line():
         (1, 1, 32, 228 * 1024, "bytes of shared memory; a block has at most"),
     ],
 )
-def test_launches_that_no_gpu_accepts(blocks, block_y, threads, shared_bytes, message):
+def test_launches_that_no_gpu_accepts(emulator, blocks, block_y, threads, shared_bytes, message):
     with pytest.raises(EmulationError, match=message):
-        own_kernels().call("launch_nothing", blocks, block_y, threads, shared_bytes)
+        emulator.call("launch_nothing", blocks, block_y, threads, shared_bytes)
 
 
 def test_a_schedule_repeats_itself(emulator):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.emulator import gpu_tools
 from tests.emulator.builder import ROOT
-from tests.emulator.test_compiles import compiled, needs_nvcc
+from tests.emulator.test_compiles import compiled, kind_of, needs_nvcc
 from tools import machine_code
 
 pytestmark = [
@@ -74,12 +74,6 @@ MOST = {"half": 8, "tf32": 10, "parts": 14}
 ABOVE = {("backward", "parts", 12): 14.5}
 # On sm_75 a product takes two HMMA, and threads carry what is copied elsewhere.
 MOST_ON_SM75 = 8
-
-
-def kind_of(kernel: str) -> str:
-    if "tf32x3" in kernel:
-        return "parts"
-    return "tf32" if "<float" in kernel else "half"
 
 
 @pytest.mark.parametrize("arch", [75, 90])

@@ -2,135 +2,104 @@
 
 import numpy as np
 import pytest
-
-from tests.emulator.own import from_bf16, own_kernels, to_bf16, to_tf32
+import torch
 
 # The emulator changes seldom.
 pytestmark = pytest.mark.emulator_long
 
-# The position of element v that a lane holds: PTX ISA, "Matrix Fragments for mma.m16n8k16 with
-# floating point type" and "... for mma.m16n8k8".
+# The rows and columns of the elements that each lane holds: PTX ISA, "Matrix Fragments for
+# mma.m16n8k16 with floating point type" and "... for mma.m16n8k8". There g is groupID, and t is
+# threadID_in_group.
+g, t = np.divmod(np.arange(32)[:, None], 4)
 
 
 def ptx_a(K):
-    def at(lane, v):
-        g, t = divmod(lane, 4)
-        if K == 16:
-            row = g if v < 2 or 4 <= v < 6 else g + 8
-            return row, 2 * t + (v & 1) + (8 if v >= 4 else 0)
-        return g + (8 if v in (1, 3) else 0), t + (4 if v >= 2 else 0)
-
-    return at
+    v = np.arange(K // 2)
+    if K == 16:
+        return np.where((v < 2) | (v == 4) | (v == 5), g, g + 8), 2 * t + v % 2 + 8 * (v >= 4)
+    return np.where((v == 0) | (v == 2), g, g + 8), t + 4 * (v >= 2)
 
 
 def ptx_b(K):
-    def at(lane, v):
-        g, t = divmod(lane, 4)
-        if K == 16:
-            return 2 * t + (v & 1) + (8 if v >= 2 else 0), g
-        return t + 4 * v, g
-
-    return at
+    v = np.arange(K // 4)
+    return (2 * t + v % 2 + 8 * (v >= 2), g) if K == 16 else (t + 4 * v, g)
 
 
-def ptx_c(lane, v):
-    g, t = divmod(lane, 4)
-    return (g if v < 2 else g + 8), 2 * t + (v & 1)
+def ptx_c():
+    v = np.arange(4)
+    return np.where(v < 2, g, g + 8), 2 * t + v % 2
 
 
-# Numbers of the probes, and K. sm_75 has K = 16 in two instructions.
-TYPES = {"fp16": (0, 16), "bf16": (1, 16), "tf32": (2, 8), "fp16_sm75": (3, 16)}
+# Numbers of the probes, types of torch, and K. sm_75 has K = 16 in two instructions.
+TYPES = {
+    "fp16": (0, torch.float16, 16), "bf16": (1, torch.bfloat16, 16), "tf32": (2, None, 8),
+    "fp16_sm75": (3, torch.float16, 16),
+}  # fmt: skip
 
 
-def encode(x, kind):
-    """The bit patterns of elements in registers, and the elements' values."""
-    if kind in ("fp16", "fp16_sm75"):
-        half = x.astype(np.float16)
-        return half.view(np.uint16).astype(np.uint32), half.astype(np.float64)
-    if kind == "bf16":
-        bits = to_bf16(x)
-        return bits.astype(np.uint32), from_bf16(bits).astype(np.float64)
-    value = to_tf32(x)
-    return value.view(np.uint32), value.astype(np.float64)
+def to_tf32(x):
+    """x, rounded to nearest, ties away from zero."""
+    return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def scatter(elements, at, per_lane, packed):
-    registers = np.zeros((32, per_lane // packed), np.uint32)
-    for lane in range(32):
-        for v in range(per_lane):
-            shift = 16 * (v % packed)
-            registers[lane, v // packed] |= np.uint32(int(elements[at(lane, v)]) << shift)
-    return registers
+def bits_of(x, dtype):
+    """The bit patterns of x in a type of 16 bits, rounded to nearest even."""
+    return torch.from_numpy(x).to(dtype).view(torch.int16).numpy().view(np.uint16)
 
 
-def run_mma(kind, at_a, at_b, at_c):
-    """(result, expected) of one mma whose operands have the given positions."""
-    number, K = TYPES[kind]
-    rng = np.random.default_rng(number)
-    a_bits, a = encode(rng.standard_normal((16, K)).astype(np.float32), kind)
-    b_bits, b = encode(rng.standard_normal((K, 8)).astype(np.float32), kind)
-    c = rng.standard_normal((16, 8)).astype(np.float32)
-    packed = 2 if K == 16 else 1
-    ra = scatter(a_bits, at_a, 4 * packed, packed)
-    rb = scatter(b_bits, at_b, 2 * packed, packed)
-    rc = scatter(c.view(np.uint32), at_c, 4, 1).view(np.float32)
-    rd = np.zeros((32, 4), np.float32)
-    emulator = own_kernels()
-    emulator.reset()
-    if kind == "fp16_sm75":
-        emulator.settings.compute_capability = 75
-    with emulator.arrays(a=ra, b=rb, c=rc, d=(rd, "w")):
-        emulator.call("probe_mma", number, ra, rb, rc, rd)
-    emulator.reset()
-    d = np.full((16, 8), np.nan)
-    for lane in range(32):
-        for v in range(4):
-            d[at_c(lane, v)] = rd[lane, v]
-    return d, a @ b + c
+def values_of(bits, dtype):
+    return torch.from_numpy(bits.view(np.int16)).view(dtype).float().numpy()
 
 
-def run_ldmatrix(transposed):
-    tiles = np.arange(256, dtype=np.uint16).reshape(4, 8, 8) + 1
-    r = np.zeros((32, 4), np.uint32)
-    emulator = own_kernels()
-    with emulator.arrays(tiles=tiles, r=(r, "w")):
-        emulator.call("probe_ldmatrix", int(transposed), tiles, r)
-    return tiles, r
+def registers(elements, at, dtype):
+    """Those of all lanes, (32, n), with the elements at these places."""
+    if dtype is None:
+        return np.ascontiguousarray(elements[at]).view(np.uint32)
+    return np.ascontiguousarray(bits_of(elements[at], dtype)).view(np.uint32)
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_mma_follows_the_ptx_isa(kind):
-    K = TYPES[kind][1]
-    result, expected = run_mma(kind, ptx_a(K), ptx_b(K), ptx_c)
-    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+def test_mma_follows_the_ptx_isa(emulator, kind):
+    number, dtype, K = TYPES[kind]
+    emulator.settings.compute_capability = 75 if kind == "fp16_sm75" else 80
+    rng = np.random.default_rng(number)
+    a, b, c = (rng.standard_normal(s).astype(np.float32) for s in ((16, K), (K, 8), (16, 8)))
+    a, b = (values_of(bits_of(x, dtype), dtype) if dtype else to_tf32(x) for x in (a, b))
+    ra, rb = registers(a, ptx_a(K), dtype), registers(b, ptx_b(K), dtype)
+    rc, rd = np.ascontiguousarray(c[ptx_c()]), np.zeros((32, 4), np.float32)
+    with emulator.arrays(a=ra, b=rb, c=rc, d=(rd, "w")):
+        emulator.call("probe_mma", number, ra, rb, rc, rd)
+    d = np.full((16, 8), np.nan)
+    d[ptx_c()] = rd
+    np.testing.assert_allclose(d, a.astype(np.float64) @ b + c, rtol=1e-5, atol=1e-5)
 
 
-def test_tf32_ignores_the_lower_bits():
+def test_tf32_ignores_the_lower_bits(emulator):
     a = np.zeros((32, 4), np.uint32)
     a[:] = np.float32(1).view(np.uint32) | 0x1FFF
     b = np.full((32, 2), np.float32(1).view(np.uint32), np.uint32)
     c, d = np.zeros((32, 4), np.float32), np.zeros((32, 4), np.float32)
-    own_kernels().call("probe_mma", 2, a, b, c, d)
+    emulator.call("probe_mma", 2, a, b, c, d)
     assert (d == 8).all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_ldmatrix_follows_the_ptx_isa(transposed):
-    tiles, r = run_ldmatrix(transposed)
-    for lane in range(32):
-        g, t = divmod(lane, 4)
-        for i in range(4):
-            tile = tiles[i].T if transposed else tiles[i]
-            assert r[lane, i] == tile[g, 2 * t] | np.uint32(tile[g, 2 * t + 1]) << 16
+def test_ldmatrix_follows_the_ptx_isa(emulator, transposed):
+    tiles = np.arange(256, dtype=np.uint16).reshape(4, 8, 8) + 1
+    r = np.zeros((32, 4), np.uint32)
+    with emulator.arrays(tiles=tiles, r=(r, "w")):
+        emulator.call("probe_ldmatrix", int(transposed), tiles, r)
+    for i, tile in enumerate(tiles.swapaxes(1, 2) if transposed else tiles):
+        pairs = tile.astype(np.uint32)
+        assert (r[:, [i]] == (pairs[g, 2 * t] | pairs[g, 2 * t + 1] << 16)).all()
 
 
 # ---- conversions --------------------------------------------------------------------------------
 
 
-def convert(kind, back, bits):
-    bits = np.ascontiguousarray(bits, np.uint32)
-    out = np.zeros_like(bits)
-    own_kernels().call("convert", TYPES[kind][0], back, bits, out, bits.size)
+def convert(emulator, kind, back, bits):
+    out = np.zeros(bits.size, np.uint32)
+    emulator.call("convert", TYPES[kind][0], back, bits, out, bits.size)
     return out
 
 
@@ -144,27 +113,21 @@ def some_floats():
     return np.concatenate([bits, near.astype(np.uint32), near.astype(np.uint32) | 0x80000000, ties])
 
 
-ALL_HALVES = np.arange(1 << 16, dtype=np.uint32)
-
-
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
-def test_16_bit_conversions(kind):
-    x = some_floats().view(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        to = {"fp16": lambda x: x.astype(np.float16).view(np.uint16), "bf16": to_bf16}[kind]
-        expected = np.where(np.isnan(x), 0x7FFF, to(x))
-    np.testing.assert_array_equal(convert(kind, 0, x.view(np.uint32)), expected)
-    values = convert(kind, 1, ALL_HALVES).view(np.float32)
-    bits = ALL_HALVES.astype(np.uint16)
-    exact = bits.view(np.float16) if kind == "fp16" else from_bf16(bits)
-    np.testing.assert_array_equal(values, exact)
+def test_16_bit_conversions(emulator, kind):
+    bits, halves, dtype = some_floats(), np.arange(1 << 16, dtype=np.uint32), TYPES[kind][1]
+    x = bits.view(np.float32)
+    expected = np.where(np.isnan(x), 0x7FFF, bits_of(x, dtype))
+    np.testing.assert_array_equal(convert(emulator, kind, 0, bits), expected)
+    values = convert(emulator, kind, 1, halves).view(np.float32)
+    np.testing.assert_array_equal(values, values_of(halves.astype(np.uint16), dtype))
 
 
-def test_tf32_conversions():
+def test_tf32_conversions(emulator):
     bits = some_floats()
     x = bits.view(np.float32)
     finite = np.isfinite(x)
-    got = convert("tf32", 0, bits).view(np.float32)
+    got = convert(emulator, "tf32", 0, bits).view(np.float32)
     assert np.isnan(got[np.isnan(x)]).all()
     assert (got.view(np.uint32) & 0x1FFF == 0).all()
     # Half a unit of the 10-bit mantissa at most; ties away from zero.

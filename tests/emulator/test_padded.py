@@ -10,24 +10,25 @@ from tests.emulator.backend import float32_precision
 from tests.sequences.by_length import CELLS, LENGTHS, check
 
 NAMES = ("plain", "pool-reset", "odd-pool", "inhibition", "segments")
-SHORT = {("fused", torch.float32, name) for name in NAMES} | {
+DTYPES = torch.float32, torch.float64
+SHORT = {
+    *(("fused", torch.float32, name) for name in NAMES),
+    *itertools.product(["sm_90"], DTYPES, ["plain", "odd-pool"]),  # where blocks wait
     ("hybrid", torch.float64, "segments"),
     ("cudnn", torch.float64, "plain"),
 }
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "dtype", "name"),
+    ("how", "dtype", "name"),
     [
         pytest.param(*row, marks=[] if row in SHORT else pytest.mark.emulator_long)
-        for row in itertools.product(
-            ("fused", "hybrid", "cudnn"), (torch.float32, torch.float64), NAMES
-        )
+        for row in itertools.product(("fused", "hybrid", "cudnn", "sm_90"), DTYPES, NAMES)
     ],
 )
-def test_each_sample_is_as_it_is_alone(core, algorithm, dtype, name):
+def test_each_sample_is_as_it_is_alone(core, how, dtype, name):
     core.schedule("ahead", seed=2)
-    core.device(compute_capability=80, algorithm=algorithm)
+    core.device(**{"compute_capability": 90} if how == "sm_90" else {"algorithm": how})
     with core.installed(), float32_precision("ieee"):
         check(dtype, name == "plain", **CELLS[name])
 
