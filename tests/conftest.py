@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,6 +116,10 @@ def fresh_compiler() -> Iterator[None]:
 def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
     torch.set_num_threads(2)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    sys.setswitchinterval(0.005)
+    snnlstm.path._logged.clear()
     # torch's default, for convolutions and RNNs alike: a test may leave the two unlike each other,
     # and then neither torch.export nor the ONNX exporter works.
     torch.backends.cudnn.allow_tf32 = True

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tests.shared.helpers import close, steps, twins
+from tests.shared.helpers import same_gradients, steps, twins
 
 STEPS = 5
 
@@ -36,20 +36,12 @@ def unroll(cell: nn.Module, x: Tensor, state=None) -> list[tuple[Tensor, Tensor,
     return out
 
 
-def gradients(cell: nn.Module) -> list[Tensor]:
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in cell.parameters()]
-
-
-def assert_same(actual: nn.Module, expected: nn.Module) -> None:
-    close(gradients(actual), gradients(expected), atol=1e-11, rtol=1e-10)
-
-
 def both(work: Callable[[nn.Module], object], **arguments) -> tuple[nn.Module, nn.Module]:
     """Calls `work` with snnTorch's cell and ours; asserts that parameters have equal gradients."""
     pair = cells(**arguments)
     for cell in pair:
         work(cell)
-    assert_same(*pair)
+    same_gradients(*pair, atol=1e-11, rtol=1e-10)
     return pair
 
 

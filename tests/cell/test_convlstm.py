@@ -2,7 +2,6 @@
 
 import functools
 import logging
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -163,10 +162,7 @@ def test_a_cell_with_more_to_it_is_called_step_by_step(caplog):
     assert "layer 0 step by step: its Doubled has hooks or a forward" in caplog.text
 
 
-def test_a_convolution_with_more_to_it_is_called(caplog, monkeypatch):
-    monkeypatch.setattr(
-        snnlstm.path, "_logged", WeakKeyDictionary()
-    )  # hooks are logged once per process
+def test_a_convolution_with_more_to_it_is_called(caplog):
     ours, plain = pair("two layers, batch first", F64)
     for stack in (ours, plain):
         nn.utils.parametrizations.weight_norm(stack.cell_list[0].conv)

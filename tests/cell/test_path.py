@@ -3,7 +3,6 @@
 import re
 from functools import partial
 from importlib import util
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -398,7 +397,6 @@ def hooked_cell():
 def test_a_fallback_is_logged_once(name, monkeypatch, caplog):
     """Tools that print summaries or count operations set hooks on every module."""
     change, make, expected = LOGGED[name]
-    monkeypatch.setattr(snnlstm.path, "_logged", WeakKeyDictionary())
     monkeypatch.setattr(snnlstm.entry, "_entries", BoundedDict())
     if change is not None:
         change(monkeypatch)

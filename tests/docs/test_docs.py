@@ -54,18 +54,11 @@ def blocks(page: Path, language: str) -> list[str]:
 def _settings() -> Iterator[None]:
     """Restores the settings of the process that examples change."""
     level = logging.getLogger("snnlstm").level
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    precision = getattr(conv, "fp32_precision", None)
-    tf32 = torch.backends.cudnn.allow_tf32 if precision is None else None
     paths = list(sys.path)
     yield
     logging.getLogger("snnlstm").setLevel(level)
     snnlstm.set_algorithm("auto")
     sys.path[:] = paths
-    if precision is not None:
-        conv.fp32_precision = precision
-    else:
-        torch.backends.cudnn.allow_tf32 = tf32
     if "tests.emulator.backend" in sys.modules:
         sys.modules["tests.emulator.backend"].emulated_core().reset()
 

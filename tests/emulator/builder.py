@@ -7,6 +7,7 @@ import os
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pybind11
 
@@ -15,8 +16,12 @@ ROOT = HERE.parent.parent
 CACHE = Path(os.environ.get("SNNLSTM_EMULATOR_CACHE", ROOT / "build" / "emulator"))
 
 
-class BuildError(RuntimeError):
-    """Has the compiler's output."""
+def run(command: list[Any], errors: bool = False, **options: Any) -> str:
+    """Returns what a program prints, with its errors if they are wanted, and raises if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stderr + done.stdout if errors else done.stdout
 
 
 def build(name: str) -> Path:
@@ -27,10 +32,5 @@ def build(name: str) -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test workers want the same objects
-        done = subprocess.run(
-            [*command, f"CACHE={CACHE}", f"INCLUDES={includes}"],
-            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    if done.returncode != 0:
-        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return Path(done.stdout.split()[-1])
+        command += [f"CACHE={CACHE}", f"INCLUDES={includes}"]
+        return Path(run(command, cwd=ROOT, env=environment).split()[-1])

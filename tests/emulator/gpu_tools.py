@@ -12,25 +12,15 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import sha1
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
-from tests.emulator.builder import CACHE, ROOT
+from tests.emulator.builder import CACHE, ROOT, run
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-
-
-class Resources(NamedTuple):
-    """What one kernel needs on one architecture. local: bytes of local memory."""
-
-    kernel: str
-    arch: int
-    local: int
 
 
 @cache
@@ -51,7 +41,7 @@ def find(tool: str) -> str | None:
 @cache
 def known_architectures() -> tuple[int, ...]:
     """The members of ARCHITECTURES that nvcc can compile for."""
-    text = _run([find("nvcc"), "--list-gpu-arch"])
+    text = run([find("nvcc"), "--list-gpu-arch"])
     return tuple(a for a in ARCHITECTURES if f"compute_{a}\n" in text)
 
 
@@ -89,7 +79,7 @@ def _compile(source: Path, what: list[str]) -> tuple[Path, str]:
     flags += [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
     build = (ROOT / "csrc" / "CMakeLists.txt").read_text()
     flags += re.findall(rf"\(cuda/{source.name} PROPERTIES COMPILE_OPTIONS (\S+)\)", build)
-    listed = _run([nvcc, *flags, "-M", str(source)]).replace("\\\n", " ").split(":", 1)[1].split()
+    listed = run([nvcc, *flags, "-M", str(source)]).replace("\\\n", " ").split(":", 1)[1].split()
     key = sha1(" ".join([nvcc, *flags, *what, str(source)]).encode())
     for name in sorted(set(listed)):
         if Path(name).resolve().is_relative_to(ROOT):
@@ -101,7 +91,7 @@ def _compile(source: Path, what: list[str]) -> tuple[Path, str]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers want the same machine code
         if not (binary.exists() and log.exists()):
             temporary = binary.with_name(f".{os.getpid()}-{binary.name}")
-            said = _run([nvcc, *flags, *what, str(source), "-o", str(temporary)], errors=True)
+            said = run([nvcc, *flags, *what, str(source), "-o", str(temporary)], errors=True)
             log.write_text(said)
             os.replace(temporary, binary)
     return binary, log.read_text()
@@ -126,25 +116,13 @@ def code_of_ptx(source: Path, arch: int) -> dict[str, list[tuple[int, str, str, 
     return found
 
 
-def resources_of_log(log: str) -> list[Resources]:
-    """Reads the output of ``ptxas -v``."""
-    pattern = re.compile(
-        r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'.*?"
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
-        re.DOTALL,
-    )
-    rows = pattern.findall(log)
-    names = demangle([name for name, *_ in rows])
-    return [
-        Resources(name, int(arch), sum(map(int, local)))
-        for name, (_, arch, *local) in zip(names, rows, strict=True)
-    ]
-
-
 def disassemble(binary: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
     """The instructions of each kernel: address, predicate or "", name with its modifiers
     ("LDG.E.128"), operands."""
-    text = _run([find("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(binary)], tools=True)
+    folders = [str(Path(tool).parent) for tool in [find("nvdisasm")] if tool]
+    path = os.pathsep.join([*folders, os.environ["PATH"]])  # cuobjdump looks for nvdisasm there
+    command = [find("cuobjdump"), "-sass", "-arch", f"sm_{arch}", binary]
+    text = run(command, env=os.environ | {"PATH": path})
     line = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
     names, code = [], []
     for kernel, body in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", text, re.DOTALL):
@@ -158,21 +136,8 @@ def demangle(names: list[str]) -> list[str]:
     tool = shutil.which("c++filt")
     if not tool or not names:
         return names
-    done = subprocess.run(
-        [tool], input="\n".join(names), capture_output=True, text=True, check=True
-    )
-    return [n.replace("(anonymous namespace)::", "") for n in done.stdout.splitlines()]
-
-
-def _run(command: list[str], tools: bool = False, errors: bool = False) -> str:
-    """What a program prints, with its errors if they are wanted."""
-    environment = dict(os.environ)
-    if tools and find("nvdisasm"):  # cuobjdump looks for it on PATH
-        environment["PATH"] = f"{Path(find('nvdisasm')).parent}:{environment.get('PATH', '')}"
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stderr + done.stdout if errors else done.stdout
+    found = run([tool], input="\n".join(names))
+    return [n.replace("(anonymous namespace)::", "") for n in found.splitlines()]
 
 
 def main() -> None:

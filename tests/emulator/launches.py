@@ -10,13 +10,8 @@ from benchmarks.cases import CPU_CASES, GPU_CASES
 from benchmarks.cases import Case as Layer
 from tests.emulator.backend import Core
 from tests.emulator.library import Launch
+from tests.shared.cases import FACTS
 
-# The fields of the core's Cell, which is a small layer.
-FACTS: dict[str, Any] = {
-    "dtype": 0, "T": 1, "N": 1, "Cin": 1, "C": 8, "H": 8, "W": 8, "kernel": (3, 3),
-    "stride": (1, 1), "dilation": (1, 1), "pool": 0, "pool_size": (1, 1), "reset": 2,
-    "surrogate": 1, "p0": 2.0, "p1": 0.0, "inhibition": False, "num_levels": 0,
-}  # fmt: skip
 LAYERS: dict[str, Layer] = {**CPU_CASES, **GPU_CASES}
 # dtype and matrix, by the numbers of csrc/args.h and csrc/cuda/plan.h.
 MODES = {"float32": (0, 0), "fp16": (2, 0), "tf32": (0, 1), "bf16": (3, 0)}

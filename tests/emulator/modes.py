@@ -135,6 +135,7 @@ CASES = {
     "quantised and pooled": PLAIN.but(
         quant=state_quant(4, uniform=False), pool="max", pool_size=(2, 2)
     ),
+    "checkpoint": PLAIN.but(checkpoint=True, time=5, record=False, reset="subtract"),
     "threshold per channel": PLAIN.but(threshold="column", bias=False, graded=0.7),
     "kernel 5x5": PLAIN.but(kernel_size=(5, 5), time=1, batch=1),
     # Taps that only ever meet the border, and images of one column, which run as one row.

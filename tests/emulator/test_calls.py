@@ -21,6 +21,7 @@ from tests.emulator.backend import float32_precision
 from tests.emulator.modes import MODES, PLAIN
 from tests.shared import flat
 from tests.shared.cases import wanting_gradients
+from tests.shared.helpers import watched
 
 TRAINED = PLAIN.but(reset="subtract", quant=state_quant(4))
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero")
@@ -142,23 +143,14 @@ def test_what_multiplies_follows_torch(
 def test_float32_without_tensor_cores_is_convolved_in_contiguous_images(
     core, monkeypatch, algorithm, capability, contiguous
 ):
-    seen = []
-
-    def note(name, *places):
-        of = getattr(cuda.torch_conv, name)
-
-        def noted(*args):
-            seen.extend(args[k] for k in places)
-            return of(*args)
-
-        monkeypatch.setattr(cuda.torch_conv, name, noted)
-
-    note("conv2d_input", 2)
-    note("conv2d_weight", 0, 2)
+    of_input, of_weight = (
+        watched(monkeypatch, cuda.torch_conv, f"conv2d_{of}") for of in ("input", "weight")
+    )
     core.device(capability)
     case = PLAIN.but(channels=8, in_channels=2, time=3)
     with core.installed(), float32_precision("ieee"):
         train(case, case.inputs(), algorithm)
+    seen = [of[2] for of, _ in of_input + of_weight] + [of[0] for of, _ in of_weight]
     of_gates = [t for t in seen if t.shape[1] == 32]
     of_mem = [t for t in seen if t.shape[1] == 8]
     assert len(of_gates) > len(of_mem) > 0
@@ -207,25 +199,13 @@ def test_every_new_value_of_a_weight_is_seen(core):
     assert not torch.equal(before[1], after[1])
 
 
-@pytest.mark.parametrize(
-    "algorithm",
-    ["direct", *(pytest.param(of, marks=pytest.mark.emulator_long) for of in ("hybrid", "cudnn"))],
-)
-def test_checkpoint_gives_the_same_gradients(core, algorithm):
-    case = TRAINED.but(time=5, record=False)
-    with MODES["float32"].running(core):
-        plain = train(case, case.inputs(), algorithm)
-        again = train(case.but(checkpoint=True), case.inputs(), algorithm)
-    torch.testing.assert_close(again, plain, atol=1e-5, rtol=1e-5)
-
-
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
 @pytest.mark.parametrize(
     "mode", ["float32", pytest.param("bfloat16 autocast", marks=pytest.mark.emulator_long)]
 )
 def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
     """The fake kernels of function.py know the sizes of what the CUDA kernels save."""
-    torch._dynamo.reset()
     case = PLAIN.but(time=2)
 
     def run(*tensors):
@@ -242,7 +222,6 @@ def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
         actual = trained(torch.compile(run, fullgraph=True, backend="aot_eager"))
         expected = trained(run)
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6, check_stride=True)
-    torch._dynamo.reset()
 
 
 def test_one_algorithm_reads_what_the_other_saved(core):

@@ -8,7 +8,7 @@ import torch
 import snnlstm
 from benchmarks import devices
 from tests.emulator.backend import float32_precision
-from tests.emulator.launches import FACTS
+from tests.shared.cases import FACTS
 
 NAMES = ("auto", "fused", "hybrid", "cudnn")
 # dtype, by csrc/args.h, and matrix, by csrc/cuda/plan.h; None: full precision.

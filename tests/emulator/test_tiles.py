@@ -12,6 +12,7 @@ import snnlstm
 from tests.emulator import test_cell, test_cell_gradients
 from tests.emulator.launches import plan
 from tests.emulator.modes import MODES, PLAIN
+from tests.shared.helpers import watched
 
 SIZES = ((23, 29), (17, 40), (40, 11), (31, 6))
 CASES = {
@@ -37,20 +38,13 @@ CASES = {
 def test_tiles_of_many_shapes(core, monkeypatch, name, mode, size):
     case, tiles = CASES[name]
     case = case.but(height=size[0], width=size[1])
-    seen = set()
-    plan_of = type(core.kernels).core_plan
-
-    def noting(kernels, sizes, tf32, algorithm, backward, **blocks):
-        plan = plan_of(kernels, sizes, tf32, algorithm, backward, **blocks)
-        seen.add((backward, plan.tile))
-        return plan
-
-    monkeypatch.setattr(type(core.kernels), "core_plan", noting)
+    planned = watched(monkeypatch, type(core.kernels), "core_plan")
     for number, tile in enumerate(tiles):
         core.schedule("ahead", number)
         forced = replace(MODES[mode], tile=tile)
         test_cell.check(core, case, forced)
         assert test_cell_gradients.check(core, case, forced), "choose another seed"
+    seen = {(backward, plan.tile) for (*_, backward), plan in planned}
     assert seen == {(backward, tile) for backward in (False, True) for tile in tiles}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch  # before the core
 
-from tests.shared.cases import PLAIN
+from tests.shared.cases import FACTS, PLAIN
 from tests.shared.cpu_kernels import ISAS, native
 from tests.shared.gradients import ASKED, KEPT
 from tools import fuzz
@@ -30,13 +30,6 @@ def test_random_calls_with_nonsense_among_the_arguments(core, count):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     last = done.stdout.strip().rpartition("\n")[2]
     assert done.returncode == 0, f"{done.returncode} at call {last}\n{done.stderr}"
-
-
-FACTS = {
-    "dtype": 0, "T": 1, "N": 1, "Cin": 2, "C": 4, "H": 5, "W": 6, "kernel": (3, 3),
-    "stride": (1, 1), "dilation": (1, 1), "pool": 0, "pool_size": (1, 1), "reset": 2,
-    "surrogate": 1, "p0": 2.0, "p1": 0.0, "inhibition": False, "num_levels": 0,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(

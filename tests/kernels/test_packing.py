@@ -181,12 +181,8 @@ def test_threads_that_share_a_weight_or_a_storage_of_more_weights_than_are_kept(
             for n in range(k % cells, cells, 20):
                 same(call(made[n], images[k]), expected[n][k % 4])
 
-    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
-    try:
-        in_threads(work, 20)
-    finally:
-        sys.setswitchinterval(interval)
+    in_threads(work, 20)
     assert max(map(len, cpu._packed.values()), default=0) < 64 + 20
 
 

@@ -203,6 +203,14 @@ SILENT: dict[str, Any] = {
 }
 
 
+# The fields of the core's Cell, which is a small layer.
+FACTS: dict[str, Any] = {
+    "dtype": 0, "T": 1, "N": 1, "Cin": 1, "C": 8, "H": 8, "W": 8, "kernel": (3, 3),
+    "stride": (1, 1), "dilation": (1, 1), "pool": 0, "pool_size": (1, 1), "reset": 2,
+    "surrogate": 1, "p0": 2.0, "p1": 0.0, "inhibition": False, "num_levels": 0,
+}  # fmt: skip
+
+
 _SIDES = st.one_of(st.integers(1, 9), st.sampled_from([11, 13, 16, 17, 19]))
 # The numbers of channels lie around one and two vectors of 4, 8 and 16 lanes.
 _CHANNELS = st.one_of(st.integers(1, 9), st.sampled_from([11, 13, 16, 17, 23, 24, 33]))

@@ -90,6 +90,18 @@ def flat(tree: Any) -> list[Tensor]:
     return [tree] if isinstance(tree, Tensor) else [t for branch in tree for t in flat(branch)]
 
 
+def watched(monkeypatch: pytest.MonkeyPatch, holder: Any, name: str) -> list[tuple[Any, Any]]:
+    """Returns a list that gets the arguments and the result of each call of a function."""
+    function, seen = getattr(holder, name), []
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args, function(*args, **kwargs)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(holder, name, noting)
+    return seen
+
+
 def in_threads(work: Callable[[int], Any], count: int = 4) -> None:
     """Calls `work` with a number in each of several threads, and raises the error of any thread."""
     with ThreadPoolExecutor(count) as pool:
@@ -136,10 +148,12 @@ def train_alike(one: nn.Module, other: nn.Module, x: Tensor) -> None:
     same_gradients(one, other, atol=1e-4)
 
 
-def same_gradients(one: nn.Module, other: nn.Module, atol: float = 2e-5) -> None:
+def same_gradients(
+    one: nn.Module, other: nn.Module, atol: float = 2e-5, rtol: float = 1e-4
+) -> None:
     """Asserts that all parameters of two modules have equal gradients."""
     pairs = dict(other.named_parameters())
     for name, parameter in one.named_parameters():
         expected = pairs[name].grad
         assert expected is not None
-        close(parameter.grad, expected, atol=atol, rtol=1e-4)
+        close(parameter.grad, expected, atol=atol, rtol=rtol)

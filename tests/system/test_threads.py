@@ -179,7 +179,6 @@ def test_cells_come_and_go_while_another_thread_resets_all():
             errors.append(error)
 
     thread = threading.Thread(target=walk)
-    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
         thread.start()
@@ -187,7 +186,6 @@ def test_cells_come_and_go_while_another_thread_resets_all():
             made = [ours(1, 1, 1) for _ in range(10)]
             del made
     finally:
-        sys.setswitchinterval(interval)
         stop.set()
         thread.join()
     assert not errors, errors

@@ -46,29 +46,19 @@ def test_thresholds_of_another_dtype_are_converted(backend):
     assert double.grad.all()
 
 
-@pytest.fixture
-def default_dtype(request):
-    torch.set_default_dtype(request.param)
-    yield request.param
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize(
-    "default_dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str, indirect=True
-)
-def test_the_default_dtype_is_that_of_a_new_cell(default_dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_the_default_dtype_is_that_of_a_new_cell(dtype):
+    torch.set_default_dtype(dtype)
     cell = ours(max_pool=2, learn_threshold=True)  # snnTorch's resets are always float32
-    assert {t.dtype for t in (*cell.parameters(), cell.syn, cell.graded_spikes_factor)} == {
-        default_dtype
-    }
-    x = steps(2, 1, 2, 6, 6).to(default_dtype)
+    assert {t.dtype for t in (*cell.parameters(), cell.syn, cell.graded_spikes_factor)} == {dtype}
+    x = steps(2, 1, 2, 6, 6).to(dtype)
     out = cell(x)
-    assert {t.dtype for t in out} == {default_dtype}
+    assert {t.dtype for t in out} == {dtype}
     (out[0].sum() + out[2].sum()).backward()
-    assert cell.conv.weight.grad.dtype == cell.threshold.grad.dtype == default_dtype
+    assert cell.conv.weight.grad.dtype == cell.threshold.grad.dtype == dtype
     single = ours(dtype=torch.float32)  # a cell may have another dtype than the default
     assert single(x.float())[1].dtype == torch.float32
-    if default_dtype == torch.float64:
+    if dtype == torch.float64:
         with torch.no_grad():
             other = theirs(max_pool=2)
             for x_t in x:
@@ -76,15 +66,9 @@ def test_the_default_dtype_is_that_of_a_new_cell(default_dtype):
             close(out[1:], reference[1:], atol=1e-12)
 
 
-@pytest.fixture
-def default_device():
-    torch.set_default_device("meta")
-    yield torch.device("meta")
-    torch.set_default_device(None)
-
-
-def test_the_default_device_is_that_of_a_new_cell_that_names_none(default_device):
+def test_the_default_device_is_that_of_a_new_cell_that_names_none():
     """Tensors on meta have no memory: a tensor that was made there by mistake raises an error."""
+    torch.set_default_device(default_device := torch.device("meta"))
     x = steps(3, 2, 2, 6, 6)
     assert x.device == default_device  # tests rely on this to run on their backend's device
     cell = ours()
@@ -104,8 +88,9 @@ def test_the_default_device_is_that_of_a_new_cell_that_names_none(default_device
         named.reset_parameters()
 
 
-def test_a_threshold_without_a_device_is_put_on_that_of_x(default_device):
+def test_a_threshold_without_a_device_is_put_on_that_of_x():
     """Lists and NumPy's arrays have no device; torch's default device need not be that of x."""
+    torch.set_default_device("meta")
     x = torch.ones(2, 2, 5, 5, device="cpu")
     weight = torch.full((12, 5, 3, 3), 0.01, device="cpu")
     expected = snnlstm.functional.sconv2dlstm(x, weight=weight, threshold=0.1)
