@@ -19,6 +19,7 @@ from snnlstm.native import function as native
 from snnlstm.quant import state_quant
 from tests.emulator.backend import float32_precision
 from tests.emulator.modes import MODES, PLAIN
+from tests.emulator.test_measuring import Clock
 from tests.shared import flat
 from tests.shared.cases import wanting_gradients
 from tests.shared.helpers import watched
@@ -242,13 +243,8 @@ def test_a_loop_of_steps_has_the_gradients_of_the_sequence(core, algorithm):
     cell = snnlstm.SConv2dLSTM(2, 5, 3, threshold=0.1)
     x = torch.rand(4, 2, 2, 7, 6)
     found = []
-
-    def clock(run):
-        run()
-        return 1.0
-
     with MODES["float32"].running(core), snnlstm.algorithm(algorithm):
-        core.kernels.seconds = clock
+        Clock(core)
         for steps in (x, x.unbind()):
             syn, mem = cell.reset_mem()
             spks = []

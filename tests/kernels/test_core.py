@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch  # before the core
 from tests.shared.cases import FACTS, PLAIN
 from tests.shared.cpu_kernels import ISAS, native
 from tests.shared.gradients import ASKED, KEPT
+from tests.shared.helpers import python
 from tools import fuzz
 
 _C = pytest.importorskip("snnlstm._C")
@@ -25,9 +24,8 @@ def test_random_calls_with_nonsense_among_the_arguments(core, count):
         pytest.skip("no GPU")
     if core == "emulator" and not ((ROOT / "csrc").exists() and shutil.which("g++")):
         pytest.skip("no sources or no compiler for the emulator")
-    command = [sys.executable, "-m", "tools.fuzz", "--nonsense", core, "--minutes", "0"]
-    command += ["--round", str(count), "--seed", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    what = f"-m tools.fuzz --nonsense {core} --minutes 0 --round {count} --seed 0"
+    done = python(*what.split(), cwd=ROOT)
     last = done.stdout.strip().rpartition("\n")[2]
     assert done.returncode == 0, f"{done.returncode} at call {last}\n{done.stderr}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 import snnlstm
 from snnlstm import __main__ as report
-from tests.shared.helpers import HANG
+from tests.shared.helpers import python
 
 
 @pytest.mark.parametrize(
@@ -53,10 +52,7 @@ def test_the_table_tells_what_is_there_and_what_is_missing(monkeypatch, absent, 
 def test_a_broken_torch_is_an_error_for_every_other_program(tmp_path, arguments, status, says):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
     paths = os.pathsep.join([str(tmp_path), str(Path(snnlstm.__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": paths}, timeout=HANG,
-    )  # fmt: skip
+    done = python(*arguments, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths})
     assert done.returncode == status
     assert says in done.stdout + done.stderr
 
@@ -72,11 +68,9 @@ net = torch.nn.Sequential(snntorch.SConv2dLSTM(2, 3, 3, init_hidden=True))
 print(snnlstm.accelerate(net))
 net(torch.ones(1, 2, 5, 5))
 """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     for program, mentions in (["-c", code], 2), (["-m", "snnlstm"], 1):
-        done = subprocess.run(
-            [sys.executable, *program], cwd=tmp_path, capture_output=True, text=True, timeout=HANG,
-            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-        )  # fmt: skip
+        done = python(*program, cwd=tmp_path, env=environment)
         said = done.stdout + done.stderr
         assert f"the checkout {tmp_path.resolve()}" in said
         assert said.count("run Python in another folder") == mentions

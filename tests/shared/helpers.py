@@ -3,6 +3,8 @@
 import faulthandler
 import functools
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +90,12 @@ def same(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
 def flat(tree: Any) -> list[Tensor]:
     """Returns the tensors in tuples and lists of them."""
     return [tree] if isinstance(tree, Tensor) else [t for branch in tree for t in flat(branch)]
+
+
+def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a fresh Python, and returns its exit status and what it prints."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG, **options)
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, holder: Any, name: str) -> list[tuple[Any, Any]]:

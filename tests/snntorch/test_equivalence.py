@@ -16,15 +16,10 @@ from hypothesis import example, given
 
 import snnlstm
 from snnlstm.surrogate import KINDS
-from tests.shared.cases import PLAIN, Case, cases, drawing
-from tests.shared.cases import SURROGATES as ALL
+from tests.shared.cases import OF_SNNTORCH, PLAIN, Case, cases, drawing
 from tests.shared.helpers import close, ours, quietly, states, steps, theirs
 from tests.shared.helpers import twins as cells
 
-# snnTorch's LSO cannot be called, and SSO draws other numbers.
-SURROGATES = [
-    s for s in ALL if s.name not in ("LSO", "SSO") and hasattr(snntorch.surrogate, s.name)
-]
 SMALL = PLAIN.but(dtype=torch.float64, in_channels=2, channels=3, height=5, width=7, reset="none")
 
 
@@ -100,7 +95,7 @@ def twins(draw: Any) -> Twins:
     case = case.but(
         kernel_size=tuple(min(k, 5) for k in case.options.kernel_size), dtype=torch.float64,
         sequence=True, record=True, stride=(1, 1), dilation=(1, 1), inhibition=False,
-        checkpoint=False, quant=None, graded=1.0, surrogate=draw(st.sampled_from(SURROGATES)),
+        checkpoint=False, quant=None, graded=1.0, surrogate=draw(st.sampled_from(OF_SNNTORCH)),
         time=draw(st.integers(1, 4)), batch=draw(st.sampled_from([1, 1, 2, 3, 0])),
         in_channels=min(case.in_channels, 4), channels=min(case.channels, 9),
         height=min(case.height, 11), width=min(case.width, 11),

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import snnlstm
 from snnlstm import surrogate
-from snnlstm.surrogate import KINDS
+from tests.shared.cases import OF_SNNTORCH, laid_out
+from tests.shared.gradients import KEPT
 from tests.shared.helpers import close, described
 
 F64 = torch.float64
@@ -73,8 +74,6 @@ def alike(ours: Any, theirs: Any, x: Tensor, through: str = "both", whole: bool 
 
 OF_CHANNELS, OF_FEATURES = torch.tensor([0.3, 0.6, 0.9])[:, None, None], torch.linspace(0.1, 0.9, 5)
 SHAPES = [(7,), (3, 5), (2, 3, 5), (2, 3, 4, 5), (1, 1), (33, 67), (2, 3, 40, 50)]
-# snnTorch's LSO cannot be called, and SSO draws numbers.
-SURROGATES = {kind.name for kind in KINDS[1:]} & {*dir(snntorch.surrogate)} - {"LSO", "SSO"}
 
 
 @pytest.mark.parametrize("through", ["spk", "mem", "both"])
@@ -95,24 +94,18 @@ OPTIONS: list[dict[str, Any]] = [
     {"beta": torch.tensor([0.7]), "threshold": torch.tensor(0.2, dtype=F64)},
     {"beta": OF_CHANNELS * 3 - 1, "threshold": OF_CHANNELS}, {"graded_spikes_factor": -0.5},
     {"surrogate_disable": True}, {"beta": OF_CHANNELS[:2, None] + 0.2},
-    *({"spike_grad": getattr(snntorch.surrogate, name)()} for name in sorted(SURROGATES)),
+    *({"spike_grad": getattr(snntorch.surrogate, spike.name)()} for spike in OF_SNNTORCH),
 ]  # fmt: skip
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "channels_last": lambda x: x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "gaps": lambda x: torch.stack([x, x], -1)[..., 0],
-}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
 @pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
 def test_options(options: dict[str, Any], reset: str, layout: str) -> None:
     learn = {f"learn_{name}": torch.is_tensor(options.get(name)) for name in ("beta", "threshold")}
     layers = twins(**options, **learn, reset_mechanism=reset)
     x = inputs(2, 3, 4, 5) / 2  # snnTorch's sigmoid is NaN for very negative inputs
-    alike(*layers, LAYOUTS[layout](x))
+    alike(*layers, laid_out(x, layout))
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["steps", "sequence"])
@@ -267,17 +260,11 @@ def test_the_graph_of_old_steps_goes_with_the_mem_that_is_returned_and_stored() 
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["steps", "sequence"])
-@pytest.mark.parametrize("change", ["clone", "strides", "double", "shape"])
+@pytest.mark.parametrize("change", [*KEPT, "shape"])
 def test_hooks_on_saved_tensors(change: str, whole: bool) -> None:
-    def unpack(saved: Tensor) -> Any:
-        if change == "strides" and saved.dim() > 1:
-            return saved.mT.contiguous().mT
-        if change == "shape" and saved.dim() > 1:
-            return saved[:1]
-        return saved.double() if change == "double" else saved.clone()
-
     layer, other = twins(**LEARN)[0], twins(**LEARN)[0]
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, unpack):
+    unpack: Any = (KEPT | {"shape": lambda t: t[:1] if t.dim() > 1 else t})[change]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack or (lambda t: t)):
         if change == "shape":
             with pytest.raises(RuntimeError, match="must keep its shape"):
                 run(layer, inputs(3, 5), whole=whole)
