@@ -116,7 +116,8 @@ def _fields(
     reset, surrogate, beta, threshold, graded, sequence = neurons
     dtype = real(x_type)
     held = [
-        t if t.dtype is dtype and t.dim() == 0 else contiguous_as(t, dtype) for t in neurons[2:5]
+        t if t.dtype is dtype and t.dim() == 0 and not t.is_neg() else contiguous_as(t, dtype)
+        for t in neurons[2:5]
     ]
     time, shape = (shape[0], shape[1:]) if sequence else (1, shape)
     return (
