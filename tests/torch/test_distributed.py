@@ -1,18 +1,13 @@
 """Cells train under DistributedDataParallel and FSDP2, in 2 and 4 processes on one machine.
 
-A fixture starts the processes once for each number of processes, and they run all checks. A test
-reads the outcome of one check.
+The processes of a group run all checks of a kind.
 """
 
-import contextlib
 import functools
 import inspect
-import json
 import os
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,14 +34,6 @@ if "_unsafe_preserve_version_counter" not in inspect.getsource(DistributedDataPa
     # DDP of an older torch writes to the buffers before each call, and autograd notices it: no
     # module with buffers, such as snnTorch's cell, can be called twice before its backward pass.
     parallel_of = functools.partial(DistributedDataParallel, broadcast_buffers=False)
-
-CHECKS: dict[str, Callable[[int, int], None]] = {}
-
-
-def check(function: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """Registers a check that every process runs, with its rank and the number of processes."""
-    CHECKS[function.__name__] = function
-    return function
 
 
 def net(**options: Any) -> nn.Sequential:
@@ -87,7 +74,6 @@ def of_one_process(x: Tensor, **options: Any) -> list[Tensor]:
     return gradients(alone)
 
 
-@check
 def states_stay_where_they_are_and_last_batches_may_differ(rank: int, world: int) -> None:
     """snnTorch's states are buffers, and those of rank 0 replace those of other ranks."""
     cell, alone = ours(), ours()
@@ -101,7 +87,6 @@ def states_stay_where_they_are_and_last_batches_may_differ(rank: int, world: int
     assert cell.mem.shape == (1 + rank, 3, 6, 6)
 
 
-@check
 def gradients_are_those_of_one_process_on_the_whole_batch(rank: int, world: int) -> None:
     """The model is called once a step, and one backward pass follows all calls."""
     x = whole_batch(world)
@@ -112,7 +97,6 @@ def gradients_are_those_of_one_process_on_the_whole_batch(rank: int, world: int)
         close(gradients(parallel), of_one_process(x, **options), atol=1e-5, rtol=1e-4)
 
 
-@check
 def ranks_with_more_batches_than_others(rank: int, world: int) -> None:
     """Under torch's Join, ranks that are done take part in what other ranks communicate."""
     parallel = parallel_of(net(learn_threshold=True))
@@ -129,7 +113,6 @@ def ranks_with_more_batches_than_others(rank: int, world: int) -> None:
     close(mine, first)
 
 
-@check
 def sharded_gradients_are_those_of_one_process(rank: int, world: int) -> None:
     """FSDP2 shards the cell, its conv, or the network as one unit."""
     x = whole_batch(world)
@@ -153,41 +136,29 @@ def sharded_gradients_are_those_of_one_process(rank: int, world: int) -> None:
         assert unit != "conv" or "conv is a FSDPConv2d" in cell.path.reason
 
 
-def _run_checks(rank: int, world: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-        timeout=timedelta(seconds=HANG),
-    )  # fmt: skip
-    said: dict[str, str] = {}
-    for name, function in CHECKS.items():
-        if fully_shard is None and "shard" in name:
-            continue
-        try:
-            function(rank, world)
-        except Exception:  # other processes may wait for this one: the test ends them
-            said[name] = traceback.format_exc()
-            break
-        said[name] = ""
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(said))
+CHECKS = {
+    "DistributedDataParallel": (
+        states_stay_where_they_are_and_last_batches_may_differ,
+        gradients_are_those_of_one_process_on_the_whole_batch,
+        ranks_with_more_batches_than_others,
+    ),
+    "FSDP2": (sharded_gradients_are_those_of_one_process,),
+}
+
+
+def _run(rank: int, world: int, store: str, name: str) -> None:
+    timeout = timedelta(seconds=HANG)
+    dist.init_process_group("gloo", f"file://{store}", timeout, world, rank)
+    for check in CHECKS[name]:
+        check(rank, world)
     # destroy_process_group may wait for gloo's threads, which wait for the GIL.
-    os._exit(any(said.values()))
+    os._exit(0)
 
 
 # Four processes are part of `make test-all`.
-@pytest.fixture(scope="module", params=[2, 4] if os.environ.get("SNNLSTM_LONG") else [2])
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list:
-    """Returns, for each process, an empty text or a traceback for each check."""
-    folder = tmp_path_factory.mktemp(f"world{request.param}")
-    with contextlib.suppress(torch.multiprocessing.ProcessExitedException):
-        in_processes(_run_checks, request.param, str(folder), count=request.param)
-    written = {path.stem: json.loads(path.read_text()) for path in folder.glob("rank*.json")}
-    return [written.get(f"rank{rank}", {}) for rank in range(request.param)]
-
-
+@pytest.mark.parametrize("world", [2, 4] if os.environ.get("SNNLSTM_LONG") else [2])
 @pytest.mark.parametrize("name", CHECKS)
-def test_processes(outcomes, name):
-    if fully_shard is None and "shard" in name:
+def test_processes(name, world, tmp_path):
+    if fully_shard is None and name == "FSDP2":
         pytest.skip("torch without FSDP2, or without it on a CPU")
-    for rank, said in enumerate(outcomes):
-        assert name in said, f"rank {rank} did not come to it"
-        assert not said[name], f"rank {rank}:\n{said[name]}"
+    in_processes(_run, world, str(tmp_path / "store"), name, count=world)
