@@ -207,6 +207,7 @@ def _run_by(
         return (*reference.run(call, entry.spec, overrides), fallback)
     assert kernels is not None
     if entry.in_float32:
+        kernels.check_memory(call)  # torch reads the tensors first
         spec = entry.spec
         return kernels.in_float32(
             call, lambda step: _run_by(None, step, entry_of(step, spec), None)

@@ -28,6 +28,7 @@ from .plan import (
     keep_empty,
     make_cell,
     pointer,
+    readable,
 )
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/args.h
@@ -63,7 +64,7 @@ class PackedWeight:
         self.copy, count = pool.empty(weight.shape, weight.dtype), weight.numel()
         self.address, self.bytes = self.copy.data_ptr(), self.copy.nbytes
         if weight.dtype in HALF_TYPES:
-            self.copy.copy_(weight.detach())
+            self.copy.copy_(readable(weight))
             squares = self.copy.double().square().sum().item()
         else:
             dtype = DTYPES.index(weight.dtype)
@@ -114,7 +115,7 @@ def packed_weight(weight: Tensor, last: PackedWeight | None = None) -> PackedWei
     packed: ``weight.data.add_(...)`` changes neither of them. So the values are compared byte for
     byte, which takes one to three hundredths of a step, or more if a wide layer has small images.
     """
-    contiguous = weight if weight.is_contiguous() else weight.detach().contiguous()
+    contiguous = weight if weight.is_contiguous() else readable(weight).contiguous()
     if last is not None and last.holds(contiguous):
         return last
     storage = weight.untyped_storage()

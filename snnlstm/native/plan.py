@@ -129,11 +129,18 @@ def make_cell(core: Any, s: Sizes) -> Any:
 # ---- tensors that the core reads ------------------------------------------------------------
 
 
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor, detached, for torch to read: a read of freed memory would end the process."""
+    if tensor.numel() and not tensor.data_ptr():
+        raise ValueError("a tensor has no memory")
+    return tensor.detach()
+
+
 def contiguous_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor, or a copy whose memory holds its numbers in order, without gaps, in `dtype`."""
     if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
-    return tensor.detach().resolve_neg().to(dtype).contiguous()
+    return readable(tensor).resolve_neg().to(dtype).contiguous()
 
 
 def are_contiguous(call: Call) -> bool:

@@ -5,6 +5,7 @@ An error leaves state, weights and random numbers as they were.
 
 import functools
 import inspect
+import itertools
 import re
 
 import numpy
@@ -265,8 +266,14 @@ UNREADABLE = {
     "syn, sparse": (lambda s: s.to_sparse(), "must be dense"),
     "mem, sparse": (lambda s: s.to_sparse(), "must be dense"),
     "mem, mkldnn": (lambda s: s.to_mkldnn(), "must be dense"),
-    "syn, zeros": (lambda s: torch._efficientzerotensor(1, 3, 5, 5), "must have memory"),
-    "mem, zeros": (lambda s: torch._efficientzerotensor(1, 3, 5, 5), "must have memory"),
+    "syn, zeros": (
+        lambda s: torch._efficientzerotensor(1, 3, 5, 5, dtype=s.dtype),
+        "must have memory",
+    ),
+    "mem, zeros": (
+        lambda s: torch._efficientzerotensor(1, 3, 5, 5, dtype=s.dtype),
+        "must have memory",
+    ),
     "x, freed": (freed, "must have memory"),
     **{f"{name}, freed": (freed, "must have memory") for name in FREED},
 }
@@ -276,19 +283,31 @@ UNREADABLE = {
     snnlstm.path.kernels is None, reason="the reference path reads what has no memory"
 )
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "known call"])
-@pytest.mark.parametrize("case", UNREADABLE)
-def test_tensors_that_no_kernel_can_read_are_named(case, warm):
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        *itertools.product(UNREADABLE, ["", "channels_last", "half"]),
+        *itertools.product(["weight, freed", "bias, freed"], ["half, autocast"]),
+    ],
+)
+def test_tensors_that_no_kernel_can_read_are_named(case, warm, how):
     name, (change, message) = case.partition(",")[0], UNREADABLE[case]
     # An x of more than two channels is searched for zeros.
     cell, given = ours(5, 3, 3), {"x": torch.ones(1, 5, 5, 5), "syn": STATE, "mem": STATE}
-    if warm:
-        cell(**given)
-    if name in FREED:
-        change(getattr(cell.conv if name in ("weight", "bias") else cell, name))
-    else:
-        given[name] = change(given[name].clone())
-    with pytest.raises((TypeError, ValueError), match=f"{name} {message}"):
-        cell(**given)
+    if how == "channels_last":
+        cell.to(memory_format=torch.channels_last)
+    elif how:
+        cell.bfloat16()
+        given = given if "autocast" in how else {k: t.bfloat16() for k, t in given.items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in how):
+        if warm:
+            cell(**given)
+        if name in FREED:
+            change(getattr(cell.conv if name in ("weight", "bias") else cell, name))
+        else:
+            given[name] = change(given[name].clone())
+        with pytest.raises((TypeError, ValueError), match=f"{name} {message}"):
+            cell(**given)
 
 
 def signals(*args, **kwargs):
