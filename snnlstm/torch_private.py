@@ -154,7 +154,11 @@ def tells_apart(guards: Any) -> bool:
         try:
             check = _guard(guards, [like]).check
             return check(like.clone()) is True and not any(map(check, others))
-        except Exception:  # this torch has no such class, or one with other arguments
+        except (
+            AttributeError,
+            RuntimeError,
+            TypeError,
+        ):  # none, or with other arguments
             return False
 
 

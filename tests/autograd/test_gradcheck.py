@@ -11,10 +11,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.functional import sconv2dlstm
-from tests.shared.cpu_kernels import native
+from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import close
 
-pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+pytestmark = needs_core
 
 # Options, and whether the call is one step. Quantisers and some surrogates jump, as no numerical
 # derivative does; tests/kernels compares those with the reference.

@@ -18,7 +18,7 @@ from snnlstm.native.plan import SavedLayout
 from tests.autograd.loops import STEPS, both, cells, events, loss_of, unroll, zeros
 from tests.shared import flat
 from tests.shared.cases import PLAIN, Inputs, wanting_gradients
-from tests.shared.cpu_kernels import native
+from tests.shared.cpu_kernels import needs_core
 from tests.shared.gradients import OUTPUTS, leaves_and_gradients, total
 from tests.shared.helpers import (
     close,
@@ -31,7 +31,7 @@ from tests.shared.helpers import (
     watched,
 )
 
-pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+pytestmark = needs_core
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from snnlstm.quant import state_quant
 from snnlstm.spec import CellSpec
 from tests.shared import cases, flat
 from tests.shared.cases import Case, wanting_gradients
-from tests.shared.cpu_kernels import native
+from tests.shared.cpu_kernels import needs_core
 from tests.shared.gradients import KEPT
 from tests.shared.helpers import close, watched
 
 pytestmark = [
-    pytest.mark.skipif(native is None, reason="the core is not built"),
+    needs_core,
     pytest.mark.usefixtures("fresh_compiler"),
 ]
 

@@ -13,7 +13,7 @@ import snnlstm
 from snnlstm import torch_private
 from snnlstm.keys import BoundedDict
 from snnlstm.path import Path, against_device
-from tests.shared.cpu_kernels import native
+from tests.shared.cpu_kernels import native, needs_core
 from tests.shared.helpers import close, described, ours, states, steps, theirs, twins
 
 X, START = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
@@ -195,7 +195,7 @@ def test_what_is_patched_for_all_convolutions_takes_effect(holder, name, monkeyp
     assert cells[0].path == Path("reference", reason, slow=True, general=hooks)
 
 
-@pytest.mark.skipif(native is None, reason="the core is not built")
+@needs_core
 def test_the_native_path_says_what_it_is():
     cell = ours(checkpoint=True)
     assert cell.path is None
@@ -206,7 +206,7 @@ def test_the_native_path_says_what_it_is():
         assert str(cell.path) == f"{cell.path.name} (the native kernels cover this call)"
 
 
-@pytest.mark.skipif(native is None, reason="the core is not built")
+@needs_core
 @pytest.mark.parametrize("algorithm", ["fused", "hybrid", "cudnn", "measure"])
 def test_algorithms_of_cuda_alone_are_auto_on_the_cpu(algorithm):
     auto, cell = ours(), ours()
@@ -226,7 +226,7 @@ RUNS = {
 }
 
 
-@pytest.mark.skipif(native is None, reason="the core is not built")
+@needs_core
 @pytest.mark.parametrize("name", RUNS)
 def test_the_user_may_choose_the_reference_path_where_plans_exist(name, monkeypatch, caplog):
     run, x = RUNS[name](), steps(3, 2, 2, 6, 7)
@@ -392,7 +392,7 @@ def hooked_cell():
     return cell
 
 
-@pytest.mark.skipif(native is None, reason="the core is not built")
+@needs_core
 @pytest.mark.parametrize("name", LOGGED)
 def test_a_fallback_is_logged_once(name, monkeypatch, caplog):
     """Tools that print summaries or count operations set hooks on every module."""
@@ -436,7 +436,7 @@ def test_a_device_without_kernels_is_logged_once_per_cell(caplog):
     assert caplog.messages == [name + said for name in who]
 
 
-@pytest.mark.skipif(native is None, reason="the core is not built")
+@needs_core
 def test_on_mps_the_reason_names_the_kernels_of_the_cpu():
     reasons = {kind: against_device(torch.device(kind)) for kind in ("cpu", "mps", "xpu")}
     assert reasons["cpu"] is None

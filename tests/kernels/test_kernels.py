@@ -15,11 +15,11 @@ from tests.kernels.alone import ALONE, LEVELS
 from tests.shared import flat
 from tests.shared.cases import LAYOUTS, PLAIN, SILENT, SURROGATES, Inputs
 from tests.shared.checks import check_gradients, check_results, infer
-from tests.shared.cpu_kernels import Kernels, native, one_thread
+from tests.shared.cpu_kernels import Kernels, native, needs_core, one_thread
 from tests.shared.gradients import NAMES, compare, gradients
 from tests.shared.helpers import same, steps, twins
 
-pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+pytestmark = needs_core
 
 CASES = ALONE | LEVELS
 DOUBLE = PLAIN.but(dtype=torch.float64)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import snnlstm
 from snnlstm.keys import BoundedDict
 from snnlstm.native import cpu
-from tests.shared.cpu_kernels import ISAS, Kernels, native, use
+from tests.shared.cpu_kernels import ISAS, Kernels, native, needs_core, use
 from tests.shared.helpers import close, in_threads, same
 
-pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+pytestmark = needs_core
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import snnlstm.path
 from tests.shared import flat
 
 native = snnlstm.path.kernels
+needs_core = pytest.mark.skipif(native is None, reason="the core is not built")
 ISAS: list[str] = snnlstm._C.isa_names() if native else []
 
 

@@ -16,10 +16,10 @@ import snnlstm.entry
 from benchmarks import peak_memory
 from snnlstm.keys import BoundedDict
 from snnlstm.native import pool
-from tests.shared.cpu_kernels import native
+from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import measures_memory, ours, states, steps
 
-pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+pytestmark = needs_core
 
 X, START = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
 MIB = 1 << 20

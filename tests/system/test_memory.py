@@ -19,10 +19,10 @@ from snnlstm.native import pool
 from snnlstm.quant import state_quant
 from tests.shared import cases
 from tests.shared.cases import Case, wanting_gradients
-from tests.shared.cpu_kernels import native
+from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import measures_memory, ours
 
-pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+pytestmark = needs_core
 
 # 16 channels are whole vectors on every instruction set, in float32 and in float64.
 PLAIN = cases.PLAIN.but(time=10, in_channels=8, channels=16, height=12, width=13, record=False)

@@ -11,11 +11,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import snnlstm
-from tests.shared.cpu_kernels import native
+from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import HANG, in_a_process, ours
 
 pytestmark = [
-    pytest.mark.skipif(native is None, reason="the core is not built"),
+    needs_core,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux"),
 ]
 

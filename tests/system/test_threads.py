@@ -20,11 +20,11 @@ import snnlstm.entry
 from snnlstm.keys import BoundedDict
 from tests.shared import flat
 from tests.shared.cases import PLAIN, Case, wanting_gradients
-from tests.shared.cpu_kernels import Kernels, native
+from tests.shared.cpu_kernels import Kernels, native, needs_core
 from tests.shared.gradients import leaves_and_gradients, total
 from tests.shared.helpers import HANG, close, in_processes, ours, same
 
-pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+pytestmark = needs_core
 
 # A step has work for seven threads: threads.h gives each thread some 200,000 products.
 LARGE = PLAIN.but(time=2, batch=4, in_channels=8, channels=16, height=16, width=18)
