@@ -261,9 +261,6 @@ class CellAttributes(Base):
         register(self)
 
 
-# ---- thresholds that no mem exceeds, and that silence exceeds ------------------------------------
-
-
 def warn_of_threshold(threshold: Any) -> None:
     """Warn of a cell that cannot spike, or spikes in silence.
 

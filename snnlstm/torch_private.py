@@ -128,13 +128,6 @@ fp32_precision: Callable[[str, str], str] | None = _find("_C._get_fp32_precision
 # ---- guards --------------------------------------------------------------------------------------
 
 
-class NoGuard:
-    """Never matches; used where torch has no TensorGuards."""
-
-    def check(self, *_: Tensor) -> bool:
-        return False
-
-
 def _guard(guards: Any, tensors: Sequence[Tensor]) -> Any:
     sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
     return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
@@ -173,6 +166,6 @@ def guard_of(tensors: Sequence[Tensor]) -> Any:
 
     They are if type, dtype, device, sizes, strides and requires_grad are equal, and what torch's
     dispatcher goes by: layout, lazy negation, autocast, torch.func, tracing. A tensor that occurs
-    twice is never like others. A torch without such a check gets one that always says no.
+    twice is never like others. A torch without such a check gets None.
     """
-    return NoGuard() if _guards is None else _guard(_guards, tensors)
+    return None if _guards is None else _guard(_guards, tensors)

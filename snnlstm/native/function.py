@@ -253,10 +253,6 @@ _CALL = (
 _FIELDS = len(Call._fields)
 
 
-def _results(count: int) -> str:
-    return f"({', '.join(['Tensor'] * count)})"
-
-
 def layout() -> int:
     """A number that changes with the shapes of what a forward pass saves.
 
@@ -326,8 +322,9 @@ def _check_fit(call: Call, spec: CellSpec) -> None:
 
 
 @torch.library.custom_op(
-    "snnlstm::forward", mutates_args=(), schema=f"({_CALL}, bool training) -> {_results(5)}"
-)
+    "snnlstm::forward", mutates_args=(),
+    schema=f"({_CALL}, bool training) -> ({', '.join(['Tensor'] * 5)})",
+)  # fmt: skip
 def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     text, algorithm, training = arguments[_FIELDS:]
     plan, call = _planned(arguments[:_FIELDS], text, algorithm)
@@ -359,7 +356,7 @@ def _(*arguments):
 @torch.library.custom_op(
     "snnlstm::backward", mutates_args=(),
     schema=f"({_CALL}, Tensor saved, Tensor selection, Tensor? grad_spk, Tensor? grad_syn, "
-    f"Tensor? grad_mem, bool[] wanted) -> {_results(6)}",
+    f"Tensor? grad_mem, bool[] wanted) -> ({', '.join(['Tensor'] * 6)})",
 )  # fmt: skip
 def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     text, algorithm, saved, selection, *grads, wanted = arguments[_FIELDS:]

@@ -129,10 +129,10 @@ def make_cell(core: Any, s: Sizes) -> Any:
 # ---- tensors that the core reads ------------------------------------------------------------
 
 
-def readable(tensor: Tensor) -> Tensor:
+def readable(tensor: Tensor, name: str = "a tensor") -> Tensor:
     """The tensor, detached, for torch to read: a read of freed memory would end the process."""
     if tensor.numel() and not tensor.data_ptr():
-        raise ValueError("a tensor has no memory")
+        raise ValueError(f"{name} must have memory, got a tensor whose storage is empty")
     return tensor.detach()
 
 
@@ -167,14 +167,9 @@ def with_time(strides: tuple[int, ...]) -> tuple[int, ...]:
 
 def check_memory(call: Call) -> None:
     """Refuse tensors with numbers but no memory: their storage was freed, or never made."""
-    names = (*Call._fields[:6], "graded_spikes_factor")
-    found = [
-        name for name, tensor in zip(names, call, strict=False)
-        if tensor is not None and tensor.numel() and not tensor.data_ptr()
-    ]  # fmt: skip
-    if found:
-        both = " and ".join(found)
-        raise ValueError(f"{both} must have memory, got a tensor whose storage is empty")
+    for name, tensor in zip((*Call._fields[:6], "graded_spikes_factor"), call[:7], strict=True):
+        if tensor is not None:
+            readable(tensor, name)
 
 
 def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:

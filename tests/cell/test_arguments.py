@@ -17,6 +17,7 @@ from torch import nn
 import snnlstm
 from snnlstm.functional import sconv2dlstm
 from snnlstm.quant import StateQuant, state_quant
+from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import close, ours, quietly, states, steps
 
 X, STATE = torch.zeros(1, 2, 5, 5), torch.zeros(1, 3, 5, 5)
@@ -261,35 +262,27 @@ def freed(tensor):
     return tensor
 
 
+def zeros(tensor):
+    return torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype)
+
+
 FREED = ("weight", "bias", "threshold", "graded_spikes_factor")
 UNREADABLE = {
     "syn, sparse": (lambda s: s.to_sparse(), "must be dense"),
     "mem, sparse": (lambda s: s.to_sparse(), "must be dense"),
     "mem, mkldnn": (lambda s: s.to_mkldnn(), "must be dense"),
-    "syn, zeros": (
-        lambda s: torch._efficientzerotensor(1, 3, 5, 5, dtype=s.dtype),
-        "must have memory",
-    ),
-    "mem, zeros": (
-        lambda s: torch._efficientzerotensor(1, 3, 5, 5, dtype=s.dtype),
-        "must have memory",
-    ),
+    "syn, zeros": (zeros, "must have memory"),
+    "mem, zeros": (zeros, "must have memory"),
     "x, freed": (freed, "must have memory"),
     **{f"{name}, freed": (freed, "must have memory") for name in FREED},
 }
+READS = [*itertools.product(UNREADABLE, ["", "channels_last", "half"])]
+READS += [("weight, freed", "half, autocast"), ("bias, freed", "half, autocast")]
 
 
-@pytest.mark.skipif(
-    snnlstm.path.kernels is None, reason="the reference path reads what has no memory"
-)
+@needs_core
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "known call"])
-@pytest.mark.parametrize(
-    ("case", "how"),
-    [
-        *itertools.product(UNREADABLE, ["", "channels_last", "half"]),
-        *itertools.product(["weight, freed", "bias, freed"], ["half, autocast"]),
-    ],
-)
+@pytest.mark.parametrize(("case", "how"), READS)
 def test_tensors_that_no_kernel_can_read_are_named(case, warm, how):
     name, (change, message) = case.partition(",")[0], UNREADABLE[case]
     # An x of more than two channels is searched for zeros.
