@@ -230,6 +230,13 @@ CPU_CASES = _named(
     dataclasses.replace(_BIG, name="big-dense", density=None),
 )
 
+# Spikes as sparse as those of trained networks, of which the kernels make lists.
+SPARSE_CASES = _named(
+    Case("sparse1", 8, 8, 64, 32, 32, 32, density=0.03),
+    Case("sparse2", 8, 8, 128, 64, 16, 16, density=0.03),
+    Case("sparse3", 8, 8, 32, 64, 16, 16, density=0.03),
+)
+
 # Users have such layers for spectrograms, EEG (channels by time, or one column), events, images.
 USERS_CASES = _named(
     Case("spectrum1", 4, 8, 1, 16, 129, 33, kernel=(9, 9)),
@@ -273,8 +280,8 @@ LENGTHS_CASES = _named(
 LONG_CASES = _named(*(Case(f"long{steps}", steps, 8, 16, 32, 32, 32) for steps in (5, 10, 20, 40)))
 
 TABLES = {
-    "cpu": CPU_CASES, "users": USERS_CASES, "gpu": GPU_CASES, "lengths": LENGTHS_CASES,
-    "long": LONG_CASES,
+    "cpu": CPU_CASES, "sparse": SPARSE_CASES, "users": USERS_CASES, "gpu": GPU_CASES,
+    "lengths": LENGTHS_CASES, "long": LONG_CASES,
 }  # fmt: skip
 CASES = {name: case for table in TABLES.values() for name, case in table.items()}
 

@@ -9,6 +9,7 @@ snnTorch's documentation, and networks with the structures, sizes and batches of
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -204,34 +205,62 @@ def hidden(cell: Any) -> nn.Module:
 
 
 def pyramid(
-    cell: Any, channels: Sequence[int], side: int, pool: bool = True, norm: bool = False
+    cell: Any,
+    channels: Sequence[int],
+    side: int,
+    pool: bool = True,
+    norm: bool = False,
+    leaky_alone: bool = False,
 ) -> nn.Module:
     """Makes convolutions with Leaky, one for each pair of channels, then a cell, Linear and Leaky.
 
-    With `pool` each Leaky has a MaxPool2d behind it, with `norm` a BatchNorm2d before it. `side` is
-    that of the input's images. All layers keep their states.
+    With `pool` each Leaky has a MaxPool2d behind it, with `norm` a BatchNorm2d before it, and with
+    `leaky_alone` a convolution with Leaky takes the cell's place. `side` is that of the input's
+    images. All layers keep their states.
     """
     grad, layers = surrogate.fast_sigmoid(slope=25), list[nn.Module]()
-    *fronts, last = itertools.pairwise(channels)
-    for one, other in fronts:
+    pairs = list(itertools.pairwise(channels))
+    for one, other in pairs if leaky_alone else pairs[:-1]:
         layers += [nn.Conv2d(one, other, 3, padding=1)]
         layers += [nn.BatchNorm2d(other)] if norm else []
         layers += [_leaky(cell, beta=0.9, threshold=0.3, init_hidden=True, spike_grad=grad)]
         layers += [nn.MaxPool2d(2)] if pool else []
         side //= 1 + pool
-    return nn.Sequential(
-        *layers,
-        cell(*last, 3, threshold=0.05, init_hidden=True, max_pool=2, spike_grad=grad),
-        nn.Flatten(),
-        nn.Linear(last[1] * (side // 2) ** 2, 10),
-        _leaky(cell, beta=0.9, init_hidden=True, output=True, spike_grad=grad),
-    )
+    if not leaky_alone:
+        options = {"threshold": 0.05, "init_hidden": True, "max_pool": 2, "spike_grad": grad}
+        layers += [cell(*pairs[-1], 3, **options)]
+        side //= 2
+    layers += [nn.Flatten(), nn.Linear(channels[-1] * side**2, 10)]
+    last = _leaky(cell, beta=0.9, init_hidden=True, output=True, spike_grad=grad)
+    return nn.Sequential(*layers, last)
 
 
 def _pyramid(title: str, shape: tuple[int, ...], *channels: int, **options: Any) -> Network:
     """Returns a pyramid on (N, T, C, H, W), with the channels behind C."""
     make = functools.partial(pyramid, channels=(shape[2], *channels), side=shape[3], **options)
-    title = f"{title} {shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}"
+    return _stack(f"{title} {shape[3]}x{shape[4]}", shape, make)
+
+
+def dense(cell: Any, sizes: Sequence[int]) -> nn.Module:
+    """Makes linear layers between these sizes, each with Leaky; all keep their states."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for one, other in itertools.pairwise(sizes):
+        last = len(layers) == 2 * len(sizes) - 3
+        lif = _leaky(cell, beta=0.9, threshold=0.3, init_hidden=True, output=last)
+        layers += [nn.Linear(one, other), lif]
+    return nn.Sequential(*layers)
+
+
+def _dense(shape: tuple[int, ...], *sizes: int) -> Network:
+    """Returns a dense network on (N, T, C, H, W), with the sizes behind that of a flat image."""
+    sizes = (math.prod(shape[2:]), *sizes)
+    make = functools.partial(dense, sizes=sizes)
+    return _stack(f"Leaky alone: Linear {'->'.join(map(str, sizes))}", shape, make)
+
+
+def _stack(title: str, shape: tuple[int, ...], make: Callable[[Any], nn.Module]) -> Network:
+    """Returns an nn.Sequential of layers that keep their states, on (N, T, C, H, W)."""
+    title = f"{title}; T={shape[1]} N={shape[0]}"
     return Network(title, make, (shape,), loop=_outside, sequences=_unrolled)
 
 
@@ -301,10 +330,11 @@ def from_file(place: str) -> Network:
 
     def make(cell: Any) -> nn.Module:
         net, _ = function()
-        swap = snnlstm.accelerate if cell is snnlstm.SConv2dLSTM else snnlstm.restore
-        report = swap(net)
-        if not any(type(module) is cell for module in report.model.modules()):
-            raise ValueError(f"--network: {name}() returns no network with an SConv2dLSTM")
+        ours = cell is snnlstm.SConv2dLSTM
+        report = (snnlstm.accelerate if ours else snnlstm.restore)(net)
+        kinds = cell, snnlstm.Leaky if ours else snn.Leaky
+        if not any(type(module) in kinds for module in report.model.modules()):
+            raise ValueError(f"--network: {name}() returns no network with SConv2dLSTM or Leaky")
         return report.model
 
     def own_input() -> tuple[Any, ...]:
@@ -370,10 +400,27 @@ def _users(small: bool = False) -> dict[str, Network]:
             ((10, 2, 2, 12, 12) if small else (18, 2, 2, 128, 128),), truncated, seen, SGD,
             autocast=True,
         ),
+        "dense": _dense(of(128, 25, 1, 28, 28), 1000, 10),
+        "leaky-conv": _pyramid(
+            "Leaky alone: 2 x (Conv, Leaky, pool) 1->12->64", of(128, 25, 1, 28, 28), 12, 64,
+            leaky_alone=True,
+        ),
+        "dense-audio": _dense(of(64, 100, 700, 1, 1), 256, 256, 20),
     }  # fmt: skip
 
 
+def _one_sample(network: Network) -> Network:
+    """Returns the network with one sample in each batch."""
+    (shape,) = network.shapes
+    title = network.title.replace(f"N={shape[0]}", "N=1")
+    return dataclasses.replace(network, title=title, shapes=((1, *shape[1:]),))
+
+
 USERS = _users()
+# As on a robot or a hearing aid: `--shapes one-sample --mode inference`.
+ONE_SAMPLE = {
+    f"{name}-n1": _one_sample(USERS[name]) for name in ("documentation", "electrodes", "eeg")
+}
 SMALL = {
     "hidden": Network(
         "2->4->4 8x8 in nn.Sequential", hidden, ((4, 5, 2, 8, 8), (2, 5, 2, 8, 8)),
@@ -387,4 +434,9 @@ CONVLSTMS = {
     "video": _convlstm([32], 3, 8, 10, 16, 32, 32),
     "convlstm5x5": _convlstm([16], 5, 8, 10, 8, 40, 40),
 }
-TABLES = {"networks": USERS, "small-networks": SMALL, "convlstm": CONVLSTMS}
+TABLES = {
+    "networks": USERS,
+    "one-sample": ONE_SAMPLE,
+    "small-networks": SMALL,
+    "convlstm": CONVLSTMS,
+}

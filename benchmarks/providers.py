@@ -151,9 +151,9 @@ class Provider:
 
     @property
     def path(self) -> str:
-        """Returns the names of what ran in cells of ours, with the reason against the kernels."""
-        cells = [m for m in self.net.modules() if isinstance(m, snnlstm.SConv2dLSTM)]
-        paths = [cell.path for cell in cells if cell.path]
+        """Returns the names of what ran in layers of ours, with the reason against the kernels."""
+        kinds = snnlstm.SConv2dLSTM, snnlstm.Leaky
+        paths = [m.path for m in self.net.modules() if isinstance(m, kinds) and m.path]
         return ", ".join(dict.fromkeys(path.name if path.native else str(path) for path in paths))
 
     def prepare(self, mode: str) -> Runner:

@@ -94,11 +94,32 @@ def test_ones_own_network_is_timed_with_either_cell(tmp_path):
         networks.from_file(f"{file}:other")
 
 
+@pytest.mark.parametrize("library", ["snntorch", "snnlstm"])
+def test_ones_own_network_may_have_leaky_alone(library, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"import torch, {library}\n"
+        "def make(neuron=None):\n"
+        f"    neuron = neuron or {library}.Leaky(beta=0.9, init_hidden=True)\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(3, 4), neuron), torch.rand(2, 3)\n"
+        "def neither(): return make(torch.nn.ReLU())\n"
+    )
+    status, rows = suite(tmp_path, "--network", f"{file}", "--seconds", "0.01")
+    assert status == 0
+    paths = dict(zip(rows.provider, rows.path, strict=True))
+    assert paths["snntorch"] == ""
+    assert paths["loop"].startswith("cpu-")
+    with pytest.raises(ValueError, match="no network with SConv2dLSTM or Leaky"):
+        networks.from_file(f"{file}:neither").make(snnlstm.SConv2dLSTM)
+
+
 def test_a_name_means_one_layer_or_network():
     assert len(run.CASES) == sum(map(len, run.TABLES.values()))
 
 
-@pytest.mark.parametrize("table", ["convlstm", "lengths", "networks", "small-networks"])
+@pytest.mark.parametrize(
+    "table", ["convlstm", "lengths", "networks", "one-sample", "small-networks", "sparse"]
+)
 def test_all_forms_of_every_case_compute_the_same(table):
     small = {
         name: dataclasses.replace(case, batch=3, steps=3, height=6, width=7)
