@@ -8,10 +8,13 @@ this median; it is missing where the machine was too busy for ratios.
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from benchmarks import history
 
 RUN = ["threads", "dtype"]
 CASE = [*RUN, "case", "mode"]
@@ -126,12 +129,17 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def write(rows: pd.DataFrame, out: Path) -> None:
-    """Writes rows.csv, table.md and, where there is Matplotlib, pictures; prints the table."""
+    """Writes rows.csv, history.csv, table.md and, where there is Matplotlib, pictures.
+
+    Prints the table. history.csv has the rows for benchmarks/results/history.csv.
+    """
     out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out / "rows.csv", index=False)
     print(f"wrote {out / 'rows.csv'}")
     if rows.empty:
         return
+    ratios = rows[rows.speedup.notna() & (rows.speedup != 1)].rename(columns=history.COLUMNS)
+    ratios[list(history.COLUMNS.values())].round(2).to_csv(out / "history.csv", index=False)
     (out / "table.md").write_text(markdown(rows))
     print("", markdown(rows), sep="\n")
     for path in draw(rows, out) if importlib.util.find_spec("matplotlib") else ():
@@ -139,38 +147,38 @@ def write(rows: pd.DataFrame, out: Path) -> None:
 
 
 def draw(rows: pd.DataFrame, directory: Path) -> list[Path]:
-    """Draws bars of speed-up, a panel for each mode; returns the files."""
+    """Draws bars of speed-up, a picture for each mode; returns the files.
+
+    A picture is as wide as a telephone's screen, and two stand side by side on a page.
+    """
     from matplotlib import style
     from matplotlib.figure import Figure  # which draws to files alone
     from matplotlib.ticker import LogLocator
 
     drawn = []
-    for (threads, dtype), part in rows[rows.speedup.notna() & (rows.speedup != 1)].groupby(RUN):
-        modes = part["mode"].unique()
-        lines = part.case.nunique() * (part.provider.nunique() + 1)
-        with style.context(STYLE):
-            size = (1.2 + 4.2 * len(modes), 1.6 + 0.14 * lines)
+    shown = rows[rows.speedup.notna() & (rows.speedup != 1)]
+    for (threads, dtype, mode), part in shown.groupby([*RUN, "mode"]):
+        table = part.pivot_table("speedup", "case", "provider", sort=False)
+        table = table.reindex(part.case.unique())
+        with style.context([STYLE, {"font.size": 9, "svg.hashsalt": "snnlstm"}]):
+            size = (3.7, 1.5 + 0.18 * len(table) * (1 + len(table.columns)))
             figure = Figure(figsize=size, layout="constrained")
-            panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
-            for mode, panel in zip(modes, panels, strict=True):
-                of = part[part["mode"] == mode]
-                table = of.pivot_table("speedup", "case", "provider", sort=False)
-                table = table.reindex(part.case.unique())
-                table.plot.barh(ax=panel, logx=True, width=0.8, legend=False)
-                for bars in panel.containers:
-                    panel.bar_label(bars, fmt="%.3gx", fontsize=7, padding=2)
-                panel.axvline(1, color="black", linewidth=1)
-                panel.set_title(mode, fontsize=10)
-                limits = 0.8 * min(1, part.speedup.min()), 1.6 * part.speedup.max()
-                panel.set(xlabel="speed-up over snnTorch eager", ylabel="", xlim=limits)
-                panel.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}x")
-                panel.minorticks_off()
-                panel.spines[["top", "right"]].set_visible(False)
-        panels[0].invert_yaxis()
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-        row = part.iloc[0]
-        origin = f"{row.device}, torch {row.torch}, snnlstm {row.version} ({row.commit})"
-        figure.suptitle(f"{origin}, {heading(part)}", fontsize=8)
-        drawn.append(directory / f"speedup-{threads}-{dtype}.png")
-        figure.savefig(drawn[-1], dpi=150)
+            panel = figure.subplots()
+            (table - 1).plot.barh(ax=panel, left=1, logx=True, width=0.8, legend=False)
+            for bars, name in zip(panel.containers, table, strict=True):
+                panel.bar_label(bars, [f"{ratio:.1f}x" for ratio in table[name]], padding=2)
+            panel.axvline(1, color="black", linewidth=1)
+            least, most = part.speedup.min(), part.speedup.max()
+            limits = 0.8 * least if least < 1 else 1, 1.5 * max(1, most)
+            panel.set(xlabel=f"speed-up over snnTorch, {mode}", ylabel="", xlim=limits)
+            panel.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}x")
+            panel.minorticks_off()
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.invert_yaxis()
+            figure.legend(loc="outside lower center", ncols=2)
+            row = part.iloc[0]
+            origin = f"{row.device}, torch {row.torch}, snnlstm {row.version} ({row.commit})"
+            figure.suptitle(textwrap.fill(f"{origin}, {heading(part)}", 66), fontsize=7)
+            drawn.append(directory / f"speedup-{threads}-{dtype}-{mode}.svg")
+            figure.savefig(drawn[-1], metadata={"Date": None})
     return drawn

@@ -8,6 +8,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from benchmarks import history
 from snnlstm import quant, surrogate
 
 COLOURED = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"
@@ -27,23 +28,22 @@ SHOWN = {  # panels, each with curves of one scale
 
 def draw_surrogates() -> Figure:
     """Draw d spk / d x of the surrogates over x = mem - threshold."""
-    figure = Figure(figsize=(9.5, 4), layout="constrained")
-    panels = figure.subplots(1, 3)
+    figure = Figure(figsize=(4.2, 10), layout="constrained")
+    panels = figure.subplots(3)
     x = torch.linspace(-2, 2, 801, dtype=torch.float64)
     for panel, (title, shown) in zip(panels, SHOWN.items(), strict=True):
         for one in shown:
             panel.plot(x, one.factor(x), label=repr(one))
         panel.set_title(title, fontsize="medium")
-        panel.set_xlabel("mem - threshold")
-        panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    panels[0].set_ylabel("derivative of spk")
+        panel.set(xlabel="mem - threshold", ylabel="derivative of spk")
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
     panels[1].set_xlim(-0.3, 0.3)
     return figure
 
 
 def draw_quantisers() -> Figure:
     """Draw two quantisers of three bits."""
-    figure = Figure(figsize=(5, 3), layout="constrained")
+    figure = Figure(figsize=(4.2, 3), layout="constrained")
     panel = figure.subplots()
     x = torch.linspace(-1.2, 1.4, 1301)
     for uniform in (True, False):
@@ -51,7 +51,7 @@ def draw_quantisers() -> Figure:
         panel.plot(x, quantise(x), label=f"num_bits=3, uniform={uniform}")
     panel.set_xlabel("state")
     panel.set_ylabel("quantised")
-    panel.legend(fontsize="small")
+    panel.legend()
     return figure
 
 
@@ -59,5 +59,8 @@ def draw(folder: Path) -> None:
     """Write all pictures into `folder`."""
     folder.mkdir(exist_ok=True)
     with rc_context(STYLE):
-        for name, make in (("surrogates", draw_surrogates), ("quantisers", draw_quantisers)):
+        drawn = {
+            "surrogates": draw_surrogates, "quantisers": draw_quantisers, "history": history.draw,
+        }  # fmt: skip
+        for name, make in drawn.items():
             make().savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})

@@ -71,7 +71,8 @@ def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeypat
     shape = rows["shape"].max()
     assert parse_case(shape).shape == shape
     assert re.search(r"\*\*small\*\*: .* \| [\d.]+ / [\d.]+ \| [\d.]+x / [\d.]+x \| ", table)
-    assert (tmp_path / "speedup-1-float32.png").stat().st_size > 10_000
+    for mode in MODES:
+        assert (tmp_path / f"speedup-1-float32-{mode}.svg").stat().st_size > 10_000
     assert run.main(["--compare", str(tmp_path), str(tmp_path)]) == 0
     assert f"{len(rows)} noise; 0 rows are in one run only." in capsys.readouterr().out
 
