@@ -13,10 +13,10 @@ CXX_CODE := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name 
 # The Python of .venv, unless the caller names one.
 HERE      = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON))
 
-.PHONY: help demo test test-all test-emulator fuzz sanitize coverage versions bench gpu core lint format docs wheel clean
+.PHONY: help demo test test-all test-emulator fuzz sanitize coverage versions bench gpu core lint format docs wheel owner clean
 
 help:  ## print this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 23
 
 demo: $(VENV)/.demo  ## train with snnTorch's cell and ours, in five minutes (ARGS=--quick: half of one)
 	$(RUN) -m benchmarks.demo $(ARGS)
@@ -63,15 +63,17 @@ lint: $(VENV)/.linters  ## ruff, mypy and clang-format, changing nothing
 	$(VENV)/lint/bin/ruff format --check .
 	$(VENV)/lint/bin/mypy
 	PYTHONPATH=. $(VENV)/lint/bin/lint-imports --no-cache
-	$(VENV)/lint/bin/clang-format --dry-run -Werror $(CXX_CODE)
+	@echo "clang-format --dry-run -Werror, for the files of C++ and CUDA"
+	@$(VENV)/lint/bin/clang-format --dry-run -Werror $(CXX_CODE)
 
 format: $(VENV)/.linters  ## let ruff and clang-format rewrite the code
 	$(VENV)/lint/bin/ruff check --fix-only .
 	$(VENV)/lint/bin/ruff format .
-	$(VENV)/lint/bin/clang-format -i $(CXX_CODE)
+	@$(VENV)/lint/bin/clang-format -i $(CXX_CODE)
 
-docs: $(VENV)/.docs  ## build the documentation into out/docs; a warning is an error
+docs: $(VENV)/.docs  ## build the documentation into out/docs; a warning or a dead link is an error
 	$(RUN) -m sphinx -W --keep-going -q docs out/docs $(ARGS)
+	$(RUN) tools/dead_links.py out/docs
 
 NVCC     = $(or $(CUDACXX),$(shell nvcc --version 2>/dev/null | grep 'release $(CUDA)'))
 LOCAL   := $(if $(filter 12 13,$(CUDA)),cu)$(CUDA)
@@ -82,6 +84,12 @@ wheel: $(VENV)/.build  ## build the wheel with both backends into dist/ (CUDA=cp
 	SNNLSTM_CUDA=$(BACKEND) SNNLSTM_LOCAL_VERSION=$(LOCAL) $(RUN) -m build --outdir build/wheel --wheel .
 	PATH=$(VENV)/bin:$$PATH $(RUN) -m auditwheel repair --wheel-dir dist build/wheel/*.whl
 	$(if $(CUDA),,$(RUN) -m build --outdir dist --sdist .)
+
+COLAB = https://colab.research.google.com/github/OWNER/snnlstm/blob/main
+owner:  ## put the repository's owner everywhere, before publishing: make owner NAME=...
+	$(if $(NAME),,$(error make owner NAME=...: the owner of the repository is missing))
+	perl -pi -e 's#\]\(benchmarks/gpu.ipynb\)#]($(COLAB)/benchmarks/gpu.ipynb)#' README.md
+	git grep -lw OWNER -- ':!.github' ':!Makefile' ':!tests' | xargs perl -pi -e 's/\bOWNER\b/$(NAME)/g'
 
 clean:  ## remove the products of builds and runs
 	rm -rf build dist out docs/_generated mutants snnlstm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,10 +1,13 @@
 """Compares the way of a call with the one that the documentation tells."""
 
+import inspect
 import re
 import sys
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
+import pytest
+import snntorch
 import torch
 
 import snnlstm
@@ -44,10 +47,33 @@ def test_a_step_call_goes_the_way_that_the_architecture_tells():
     assert len(entered) <= 24, entered
 
 
-def test_a_file_of_each_row_has_the_names_of_the_row():
-    for row in re.findall(r"(?m)^\|.*", (ROOT / "docs" / "architecture.md").read_text()):
+def test_a_file_of_each_row_or_step_has_the_names_of_it():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for row in re.findall(r"(?m)^\|.*|^\d+\. .*(?:\n   .*)*", page):
         names = re.findall(r"`([\w./-]+)`", row)
         text = "".join((ROOT / name).read_text() for name in names if (ROOT / name).is_file())
         for name in names:
             if text and name.isidentifier():
                 assert re.search(rf"\b{name}\b", text), f"no {name} in the files of: {row}"
+
+
+def added_options() -> list[str]:
+    """Returns the arguments of the cell that snnTorch's does not have, but for torch's own two."""
+    mine, reference = (
+        inspect.signature(kind).parameters for kind in (snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM)
+    )
+    return [name for name in mine if name not in (*reference, "device", "dtype")]
+
+
+@pytest.mark.parametrize(
+    ("heading", "names"),
+    [("Add an option", added_options()), ("Add a surrogate", snnlstm.surrogate.__all__)],
+)
+def test_the_documents_that_the_steps_list_name_each_option_and_surrogate(heading, names):
+    steps = (ROOT / "docs" / "architecture.md").read_text().partition(f"## {heading}\n")[2]
+    sentence = re.search(r"\*\*The documents\.\*\* (.*?)\.\s", steps)[1]
+    files = re.findall(r"`([\w/]+\.md)`", sentence)
+    assert files
+    for file, name in product(files, names):
+        text = (ROOT / file).read_text()
+        assert re.search(rf"\b{name}\b", text), f"edit {file}: it does not name {name}"

@@ -12,6 +12,7 @@ import pkgutil
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ import pytest
 import torch
 
 import snnlstm
+from benchmarks import history
 from snnlstm.layers import SpikeCount
+from tools.dead_links import dead_links
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -200,3 +203,57 @@ def test_every_public_name_is_in_the_reference():
     api = (DOCS / "api.md").read_text()
     for name in snnlstm.__all__:
         assert re.search(rf"\b{re.escape(name)}\b", api), f"docs/api.md does not name {name}"
+
+
+def run_in(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    if not shutil.which(command[0]):
+        pytest.skip(f"there is no {command[0]}")
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_one_command_puts_the_owner_everywhere(tmp_path):
+    assert "OWNER" not in README.read_text()
+    named = run_in(ROOT, "git", "grep", "-lw", "OWNER", "--", ":!tests").stdout.split()
+    if not named:
+        pytest.skip("the repository has an owner, or is no git checkout")
+    for name in {*named, "README.md"}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    run_in(tmp_path, "git", "init", "-q")
+    run_in(tmp_path, "git", "add", ".")
+    done = run_in(tmp_path, "make", "owner", "NAME=some-one")
+    assert done.returncode == 0, done.stderr
+    left = [name for name in named if "OWNER" in (tmp_path / name).read_text()]
+    assert sorted(left) == [".github/workflows/wheels.yml", "Makefile"]
+    assert (
+        "github/some-one/snnlstm/blob/main/benchmarks/gpu" in (tmp_path / "README.md").read_text()
+    )
+    assert "NAME=...: the owner" in run_in(tmp_path, "make", "owner").stderr
+
+
+def test_the_commands_are_listed_in_columns():
+    lines = run_in(ROOT, "make", "-s", "help").stdout.splitlines()
+    assert len({re.match(r"  make \S+ +", line).end() for line in lines}) == 1
+
+
+def test_dead_links_are_found_in_built_pages(tmp_path):
+    (tmp_path / "_modules").mkdir()
+    page = (
+        '<a id="top" href="#top"></a><a href="https://example.org/none"></a><img src="a%20b.svg">'
+    )
+    (tmp_path / "index.html").write_text(page)
+    (tmp_path / "a b.svg").touch()
+    links = "../index.html#top", "../index.html#accelerate", "none.html", "../index.html"
+    source = "".join(f'<a href="{link}">[docs]</a>' for link in links)
+    (tmp_path / "_modules" / "swap.html").write_text(source)
+    assert dead_links(tmp_path) == [f"_modules/swap.html: {link}" for link in links[1:3]]
+
+
+def test_the_history_of_releases_can_be_read_and_drawn(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert len(history.draw().axes) == 2
+    broken = history.FILE.read_text().replace(",", ";", 1).replace("0.1.0,", ",", 1)
+    (tmp_path / "history.csv").write_text(broken)
+    monkeypatch.setattr(history, "FILE", tmp_path / "history.csv")
+    with pytest.raises(ValueError, match=r"history\.csv:2: expected version, processor"):
+        history.read()
