@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,48 @@ print(cell.path)
     *_, problem = run(python, "-m", "snnlstm", cwd=tmp_path).splitlines()
     start = "problem: this installation has no native core, so that every call takes"
     assert problem.startswith(start)
+
+
+def torch_alone(folder: Path) -> Path:
+    """Makes a folder that has this environment's torch, what torch requires, and no more."""
+    folder.mkdir()
+    wanted, seen = ["torch"], set()
+    while wanted:
+        name = wanted.pop()
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:  # for another platform
+            continue
+        if name in seen:
+            continue
+        seen.add(name)
+        requires = [r for r in found.requires or () if "extra ==" not in r]
+        wanted += [re.match(r"[\w.-]+", r)[0] for r in requires]
+        for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(found.locate_file(top))
+    return folder
+
+
+@long
+def test_readmes_code_runs_after_readmes_own_installation(tmp_path):
+    """The environment has torch, and else only what README's command installs."""
+    text = (ROOT / "README.md").read_text()
+    command, code = (
+        re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("sh", "python")
+    )
+    program, *arguments = shlex.split(command[0], comments=True)
+    assert (program, arguments[0]) == ("pip", "install")
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(run(python, "-c", where, cwd=tmp_path).strip())
+    (site / "torch.pth").write_text(str(torch_alone(tmp_path / "torch")))
+    run(python, "-m", program, *arguments, cwd=ROOT, **COMPILED)
+    (tmp_path / "readme.py").write_text("".join(code))
+    said = run(python, tmp_path / "readme.py", cwd=tmp_path)
+    assert "accelerate: 2 swapped, 0 left\n" in said
+    assert "(the native kernels cover this call)\n" in said
 
 
 @long
