@@ -205,62 +205,52 @@ def hidden(cell: Any) -> nn.Module:
 
 
 def pyramid(
-    cell: Any,
-    channels: Sequence[int],
-    side: int,
-    pool: bool = True,
-    norm: bool = False,
-    leaky_alone: bool = False,
+    cell: Any, channels: Sequence[int], side: int, pool: bool = True, norm: bool = False
 ) -> nn.Module:
     """Makes convolutions with Leaky, one for each pair of channels, then a cell, Linear and Leaky.
 
-    With `pool` each Leaky has a MaxPool2d behind it, with `norm` a BatchNorm2d before it, and with
-    `leaky_alone` a convolution with Leaky takes the cell's place. `side` is that of the input's
-    images. All layers keep their states.
+    With `pool` each Leaky has a MaxPool2d behind it, with `norm` a BatchNorm2d before it. `side` is
+    that of the input's images. All layers keep their states.
     """
     grad, layers = surrogate.fast_sigmoid(slope=25), list[nn.Module]()
-    pairs = list(itertools.pairwise(channels))
-    for one, other in pairs if leaky_alone else pairs[:-1]:
+    *fronts, last = itertools.pairwise(channels)
+    for one, other in fronts:
         layers += [nn.Conv2d(one, other, 3, padding=1)]
         layers += [nn.BatchNorm2d(other)] if norm else []
         layers += [_leaky(cell, beta=0.9, threshold=0.3, init_hidden=True, spike_grad=grad)]
         layers += [nn.MaxPool2d(2)] if pool else []
         side //= 1 + pool
-    if not leaky_alone:
-        options = {"threshold": 0.05, "init_hidden": True, "max_pool": 2, "spike_grad": grad}
-        layers += [cell(*pairs[-1], 3, **options)]
-        side //= 2
-    layers += [nn.Flatten(), nn.Linear(channels[-1] * side**2, 10)]
-    last = _leaky(cell, beta=0.9, init_hidden=True, output=True, spike_grad=grad)
-    return nn.Sequential(*layers, last)
+    return nn.Sequential(
+        *layers,
+        cell(*last, 3, threshold=0.05, init_hidden=True, max_pool=2, spike_grad=grad),
+        nn.Flatten(),
+        nn.Linear(last[1] * (side // 2) ** 2, 10),
+        _leaky(cell, beta=0.9, init_hidden=True, output=True, spike_grad=grad),
+    )
 
 
 def _pyramid(title: str, shape: tuple[int, ...], *channels: int, **options: Any) -> Network:
     """Returns a pyramid on (N, T, C, H, W), with the channels behind C."""
     make = functools.partial(pyramid, channels=(shape[2], *channels), side=shape[3], **options)
-    return _stack(f"{title} {shape[3]}x{shape[4]}", shape, make)
+    title = f"{title} {shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}"
+    return Network(title, make, (shape,), loop=_outside, sequences=_unrolled)
 
 
 def dense(cell: Any, sizes: Sequence[int]) -> nn.Module:
     """Makes linear layers between these sizes, each with Leaky; all keep their states."""
     layers: list[nn.Module] = [nn.Flatten()]
     for one, other in itertools.pairwise(sizes):
-        last = len(layers) == 2 * len(sizes) - 3
-        lif = _leaky(cell, beta=0.9, threshold=0.3, init_hidden=True, output=last)
+        lif = _leaky(cell, beta=0.9, threshold=0.3, init_hidden=True)
         layers += [nn.Linear(one, other), lif]
+    lif.output = True
     return nn.Sequential(*layers)
 
 
 def _dense(shape: tuple[int, ...], *sizes: int) -> Network:
-    """Returns a dense network on (N, T, C, H, W), with the sizes behind that of a flat image."""
+    """Returns a network of Leaky alone on (N, T, C, H, W), with the sizes behind the input's."""
     sizes = (math.prod(shape[2:]), *sizes)
+    title = f"Leaky alone: Linear {'->'.join(map(str, sizes))}; T={shape[1]} N={shape[0]}"
     make = functools.partial(dense, sizes=sizes)
-    return _stack(f"Leaky alone: Linear {'->'.join(map(str, sizes))}", shape, make)
-
-
-def _stack(title: str, shape: tuple[int, ...], make: Callable[[Any], nn.Module]) -> Network:
-    """Returns an nn.Sequential of layers that keep their states, on (N, T, C, H, W)."""
-    title = f"{title}; T={shape[1]} N={shape[0]}"
     return Network(title, make, (shape,), loop=_outside, sequences=_unrolled)
 
 
@@ -401,26 +391,11 @@ def _users(small: bool = False) -> dict[str, Network]:
             autocast=True,
         ),
         "dense": _dense(of(128, 25, 1, 28, 28), 1000, 10),
-        "leaky-conv": _pyramid(
-            "Leaky alone: 2 x (Conv, Leaky, pool) 1->12->64", of(128, 25, 1, 28, 28), 12, 64,
-            leaky_alone=True,
-        ),
         "dense-audio": _dense(of(64, 100, 700, 1, 1), 256, 256, 20),
     }  # fmt: skip
 
 
-def _one_sample(network: Network) -> Network:
-    """Returns the network with one sample in each batch."""
-    (shape,) = network.shapes
-    title = network.title.replace(f"N={shape[0]}", "N=1")
-    return dataclasses.replace(network, title=title, shapes=((1, *shape[1:]),))
-
-
 USERS = _users()
-# As on a robot or a hearing aid: `--shapes one-sample --mode inference`.
-ONE_SAMPLE = {
-    f"{name}-n1": _one_sample(USERS[name]) for name in ("documentation", "electrodes", "eeg")
-}
 SMALL = {
     "hidden": Network(
         "2->4->4 8x8 in nn.Sequential", hidden, ((4, 5, 2, 8, 8), (2, 5, 2, 8, 8)),
@@ -429,6 +404,15 @@ SMALL = {
 }  # fmt: skip
 NETWORKS = _users(small=True) | SMALL
 """These have small images and batches, and tests train them."""
+ONE_SAMPLE = {
+    f"{name}-n1": dataclasses.replace(
+        USERS[name],
+        title=f"{USERS[name].title.partition(' N=')[0]} N=1",
+        shapes=tuple((1, *shape[1:]) for shape in USERS[name].shapes),
+    )
+    for name in ("documentation", "electrodes", "eeg")
+}
+"""A robot or a hearing aid has one sample at a time: `--mode inference --providers loop`."""
 CONVLSTMS = {
     "nowcasting": _convlstm([16, 16], 3, 8, 10, 1, 48, 48),
     "video": _convlstm([32], 3, 8, 10, 16, 32, 32),

@@ -10,16 +10,19 @@ from __future__ import annotations
 import importlib.util
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from benchmarks import history
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RUN = ["threads", "dtype"]
 CASE = [*RUN, "case", "mode"]
 TEXTS = ["path", "note", "shape"]
 KEY = [*CASE, "title", "provider"]  # what is the same measurement in two runs
+HISTORY = Path(__file__).parent / "results" / "history.csv"  # rows of releases
+RELEASE = ["version", "processor", "network", "form"]
 SMALLEST_CHANGE = 0.03
 """Clocks and the placement of pages make medians of equal programs differ by up to this share."""
 FEWEST_ROUNDS = 5
@@ -129,17 +132,15 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def write(rows: pd.DataFrame, out: Path) -> None:
-    """Writes rows.csv, history.csv, table.md and, where there is Matplotlib, pictures.
-
-    Prints the table. history.csv has the rows for benchmarks/results/history.csv.
-    """
+    """Writes rows.csv, history.csv, table.md and, with Matplotlib, pictures; prints the table."""
     out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out / "rows.csv", index=False)
     print(f"wrote {out / 'rows.csv'}")
     if rows.empty:
         return
-    ratios = rows[rows.speedup.notna() & (rows.speedup != 1)].rename(columns=history.COLUMNS)
-    ratios[list(history.COLUMNS.values())].round(2).to_csv(out / "history.csv", index=False)
+    ratios = rows[rows.speedup.notna() & (rows.speedup != 1)]
+    ratios = ratios.pivot_table("speedup", ["version", "device", "case", "provider"], "mode")
+    ratios.rename_axis(index=RELEASE).round(2).to_csv(out / "history.csv")
     (out / "table.md").write_text(markdown(rows))
     print("", markdown(rows), sep="\n")
     for path in draw(rows, out) if importlib.util.find_spec("matplotlib") else ():
@@ -147,38 +148,46 @@ def write(rows: pd.DataFrame, out: Path) -> None:
 
 
 def draw(rows: pd.DataFrame, directory: Path) -> list[Path]:
-    """Draws bars of speed-up, a picture for each mode; returns the files.
+    """Draws the speed-ups, a picture for each mode; returns the files."""
+    drawn = []
+    shown = rows[rows.speedup.notna() & (rows.speedup != 1)]
+    for (threads, dtype, mode), part in shown.groupby([*RUN, "mode"]):
+        figure = _bars(part.pivot_table("speedup", "case", "provider", sort=False), mode)
+        row = part.iloc[0]
+        origin = f"{row.device}, torch {row.torch}, snnlstm {row.version} ({row.commit})"
+        figure.suptitle(textwrap.fill(f"{origin}, {heading(part)}", 66), fontsize=7)
+        drawn.append(directory / f"speedup-{threads}-{dtype}-{mode}.svg")
+        figure.savefig(drawn[-1], metadata={"Date": None})
+    return drawn
 
-    A picture is as wide as a telephone's screen, and two stand side by side on a page.
-    """
+
+def draw_history(mode: str) -> Figure:
+    """Draws the speed-ups of all releases in a mode."""
+    rows = pd.read_csv(HISTORY).set_index("network")
+    rows["release"] = rows.version + ", " + rows.processor + ", " + rows.form
+    return _bars(rows.pivot_table(mode, "network", "release", sort=False), mode)
+
+
+def _bars(table: pd.DataFrame, mode: str) -> Figure:
+    """Draws bars that begin at 1x, a group for each row, as wide as a telephone's screen."""
     from matplotlib import style
     from matplotlib.figure import Figure  # which draws to files alone
     from matplotlib.ticker import LogLocator
 
-    drawn = []
-    shown = rows[rows.speedup.notna() & (rows.speedup != 1)]
-    for (threads, dtype, mode), part in shown.groupby([*RUN, "mode"]):
-        table = part.pivot_table("speedup", "case", "provider", sort=False)
-        table = table.reindex(part.case.unique())
-        with style.context([STYLE, {"font.size": 9, "svg.hashsalt": "snnlstm"}]):
-            size = (3.7, 1.5 + 0.18 * len(table) * (1 + len(table.columns)))
-            figure = Figure(figsize=size, layout="constrained")
-            panel = figure.subplots()
-            (table - 1).plot.barh(ax=panel, left=1, logx=True, width=0.8, legend=False)
-            for bars, name in zip(panel.containers, table, strict=True):
-                panel.bar_label(bars, [f"{ratio:.1f}x" for ratio in table[name]], padding=2)
-            panel.axvline(1, color="black", linewidth=1)
-            least, most = part.speedup.min(), part.speedup.max()
-            limits = 0.8 * least if least < 1 else 1, 1.5 * max(1, most)
-            panel.set(xlabel=f"speed-up over snnTorch, {mode}", ylabel="", xlim=limits)
-            panel.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}x")
-            panel.minorticks_off()
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.invert_yaxis()
-            figure.legend(loc="outside lower center", ncols=2)
-            row = part.iloc[0]
-            origin = f"{row.device}, torch {row.torch}, snnlstm {row.version} ({row.commit})"
-            figure.suptitle(textwrap.fill(f"{origin}, {heading(part)}", 66), fontsize=7)
-            drawn.append(directory / f"speedup-{threads}-{dtype}-{mode}.svg")
-            figure.savefig(drawn[-1], metadata={"Date": None})
-    return drawn
+    with style.context([STYLE, {"font.size": 9, "svg.hashsalt": "snnlstm"}]):
+        size = (3.7, 2 + 0.18 * len(table) * (1 + len(table.columns)))
+        figure = Figure(figsize=size, layout="constrained")
+        panel = figure.subplots()
+        (table - 1).plot.barh(ax=panel, left=1, logx=True, width=0.8, legend=False)
+        for bars, name in zip(panel.containers, table, strict=True):
+            panel.bar_label(bars, [f"{ratio:.1f}x" for ratio in table[name]], padding=2)
+        panel.axvline(1, color="gray", linewidth=1)
+        least, most = table.min(axis=None), table.max(axis=None)
+        limits = 0.8 * least if least < 1 else 1, 1.5 * max(1, most)
+        panel.set(xlabel=f"speed-up over snnTorch, {mode}", ylabel="", xlim=limits)
+        panel.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}x")
+        panel.minorticks_off()
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.invert_yaxis()
+        figure.legend(loc="outside lower center", ncols=1 + (len(max(table, key=len)) < 20))
+    return figure

@@ -41,8 +41,6 @@ nitpick_ignore_regex = [("py:.*", r"(torch|snntorch|nn|Tensor)\b.*")]
 html_theme = "furo"
 html_title = f"snnlstm {release}"
 html_copy_source = False
-html_static_path = ["static"]
-html_css_files = ["narrow.css"]
 
 # Links of the pages at the root to their neighbours, and the same links on the pages here.
 LINKS = {

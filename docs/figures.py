@@ -8,7 +8,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks import history
+from benchmarks.report import draw_history
 from snnlstm import quant, surrogate
 
 COLOURED = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"
@@ -59,8 +59,7 @@ def draw(folder: Path) -> None:
     """Write all pictures into `folder`."""
     folder.mkdir(exist_ok=True)
     with rc_context(STYLE):
-        drawn = {
-            "surrogates": draw_surrogates, "quantisers": draw_quantisers, "history": history.draw,
-        }  # fmt: skip
-        for name, make in drawn.items():
-            make().savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
+        figures = {"surrogates": draw_surrogates(), "quantisers": draw_quantisers()}
+        figures |= {f"history-{mode}": draw_history(mode) for mode in ("inference", "training")}
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})

@@ -73,6 +73,9 @@ def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeypat
     assert re.search(r"\*\*small\*\*: .* \| [\d.]+ / [\d.]+ \| [\d.]+x / [\d.]+x \| ", table)
     for mode in MODES:
         assert (tmp_path / f"speedup-1-float32-{mode}.svg").stat().st_size > 10_000
+    columns = "version,processor,network,form,inference,training\n"
+    for history in (tmp_path / "history.csv", report.HISTORY):
+        assert history.read_text().startswith(columns)
     assert run.main(["--compare", str(tmp_path), str(tmp_path)]) == 0
     assert f"{len(rows)} noise; 0 rows are in one run only." in capsys.readouterr().out
 

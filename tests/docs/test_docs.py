@@ -21,7 +21,6 @@ import pytest
 import torch
 
 import snnlstm
-from benchmarks import history
 from snnlstm.layers import SpikeCount
 from tools.dead_links import dead_links
 
@@ -231,11 +230,6 @@ def test_one_command_puts_the_owner_everywhere(tmp_path):
     assert "NAME=...: the owner" in run_in(tmp_path, "make", "owner").stderr
 
 
-def test_the_commands_are_listed_in_columns():
-    lines = run_in(ROOT, "make", "-s", "help").stdout.splitlines()
-    assert len({re.match(r"  make \S+ +", line).end() for line in lines}) == 1
-
-
 def test_dead_links_are_found_in_built_pages(tmp_path):
     (tmp_path / "_modules").mkdir()
     page = (
@@ -247,13 +241,3 @@ def test_dead_links_are_found_in_built_pages(tmp_path):
     source = "".join(f'<a href="{link}">[docs]</a>' for link in links)
     (tmp_path / "_modules" / "swap.html").write_text(source)
     assert dead_links(tmp_path) == [f"_modules/swap.html: {link}" for link in links[1:3]]
-
-
-def test_the_history_of_releases_can_be_read_and_drawn(monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
-    assert len(history.draw().axes) == 2
-    broken = history.FILE.read_text().replace(",", ";", 1).replace("0.1.0,", ",", 1)
-    (tmp_path / "history.csv").write_text(broken)
-    monkeypatch.setattr(history, "FILE", tmp_path / "history.csv")
-    with pytest.raises(ValueError, match=r"history\.csv:2: expected version, processor"):
-        history.read()

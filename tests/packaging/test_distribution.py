@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -151,21 +152,17 @@ print(cell.path)
 def torch_alone(folder: Path) -> Path:
     """Makes a folder that has this environment's torch, what torch requires, and no more."""
     folder.mkdir()
-    wanted, seen = ["torch"], set()
-    while wanted:
-        name = wanted.pop()
-        try:
+    wanted = ["torch"]
+    for name in wanted:
+        with suppress(PackageNotFoundError):  # what another platform requires
             found = distribution(name)
-        except PackageNotFoundError:  # for another platform
-            continue
-        if name in seen:
-            continue
-        seen.add(name)
-        requires = [r for r in found.requires or () if "extra ==" not in r]
-        wanted += [re.match(r"[\w.-]+", r)[0] for r in requires]
-        for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
-            if not (folder / top).exists():
-                (folder / top).symlink_to(found.locate_file(top))
+            required = [
+                re.match(r"[\w.-]+", r)[0] for r in found.requires or () if "extra" not in r
+            ]
+            wanted += [one for one in required if one not in wanted]
+            for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+                if not (folder / top).exists():
+                    (folder / top).symlink_to(found.locate_file(top))
     return folder
 
 
