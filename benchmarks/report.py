@@ -152,7 +152,8 @@ def draw(rows: pd.DataFrame, directory: Path) -> list[Path]:
     drawn = []
     shown = rows[rows.speedup.notna() & (rows.speedup != 1)]
     for (threads, dtype, mode), part in shown.groupby([*RUN, "mode"]):
-        figure = _bars(part.pivot_table("speedup", "case", "provider", sort=False), mode)
+        table = part.pivot_table("speedup", "case", "provider", sort=False)
+        figure = _bars(table.rename(index=lambda name: Path(name).name), mode)  # of a user's file
         row = part.iloc[0]
         origin = f"{row.device}, torch {row.torch}, snnlstm {row.version} ({row.commit})"
         figure.suptitle(textwrap.fill(f"{origin}, {heading(part)}", 66), fontsize=7)

@@ -60,6 +60,6 @@ def draw(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     with rc_context(STYLE):
         figures = {"surrogates": draw_surrogates(), "quantisers": draw_quantisers()}
-        figures |= {f"history-{mode}": draw_history(mode) for mode in ("inference", "training")}
+        figures |= {f"history_{mode}": draw_history(mode) for mode in ("inference", "training")}
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
