@@ -56,7 +56,10 @@ class CellAttributes(Base):
         return self._spec or self._make_spec()
 
     def _make_spec(self) -> CellSpec:
-        described = {name: getattr(self, name) for name in spec.DESCRIBING}
+        options = spec.OPTIONS.values()
+        described = {
+            option.name: getattr(self, option.name) for option in options if option.describes
+        }
         return spec.make_spec(self.kernel_size, dims=self._dims, **described)
 
     def _remake_spec(self) -> None:
@@ -77,8 +80,8 @@ class CellAttributes(Base):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("syn", "mem"):  # nn.Module would register a Parameter
             object.__setattr__(self, name, value)
-        elif name in spec.CHECKS:
-            super().__setattr__(name, spec.CHECKS[name](value, self._dims))
+        elif name in spec.OPTIONS:
+            super().__setattr__(name, spec.OPTIONS[name].check(value, self._dims))
             if "_state" in self.__dict__:  # the constructor has run
                 self._remake_spec()
         elif name in ("threshold", "graded_spikes_factor") and is_number(value):
@@ -105,10 +108,9 @@ class CellAttributes(Base):
         return self._reset_mechanism
 
     @reset_mechanism.setter
-    def reset_mechanism(self, value: str) -> None:
-        self._reset_mechanism = spec.reset_name(value)
+    def reset_mechanism(self, value: Reset) -> None:
+        self._reset_mechanism = value
         self.reset_mechanism_val = self._reset_index(self.reset_mechanism_val.device)
-        self._remake_spec()
 
     def _reset_index(self, device: torch.device) -> Tensor:
         return torch.tensor(RESETS.index(self._reset_mechanism), device=device)
@@ -123,8 +125,10 @@ class CellAttributes(Base):
     def extra_repr(self) -> str:
         """Arguments that differ from their defaults."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
-        values = ((name, getattr(self, name)) for name in spec.SHOWN)
-        parts += [f"{name}={value!r}" for name, value in values if not spec.is_default(name, value)]
+        for name, option in spec.OPTIONS.items():
+            value = getattr(self, name)
+            if option.default is not None and not option.is_default(value):  # no callable
+                parts.append(f"{name}={value!r}")
         if self.threshold.numel() == 1 and not self.threshold.is_meta:
             parts.append(f"threshold={self.threshold.item():g}")
         return ", ".join(parts)

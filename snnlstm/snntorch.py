@@ -11,9 +11,7 @@ import inspect
 import logging
 import types
 import weakref
-from collections import deque
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -259,7 +257,16 @@ class ListEntry(weakref.ref):
     it, where a weakref.proxy would raise.
     """
 
-    __slots__ = ()
+    __slots__ = ("_vacancy",)
+    _vacancy: Iterator[bool]
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__(cell)  # type: ignore[call-arg]
+        object.__setattr__(self, "_vacancy", iter((True,)))
+
+    def gives_way(self) -> bool:
+        """Whether the cell has gone; True only once, so that one thread takes its place."""
+        return self() is None and next(self._vacancy, False)
 
     @property  # type: ignore[misc]  # writable in object
     def __class__(self) -> type:  # isinstance asks for this attribute
@@ -278,10 +285,6 @@ class ListEntry(weakref.ref):
             setattr(cell, name, value)
 
 
-_vacant: deque[tuple[int, ListEntry]] = deque()
-"""Positions in snnTorch's list whose cells have gone, with the entries that are there."""
-
-
 def register(cell: nn.Module) -> None:
     """Let the classmethods of both libraries reach a cell, without keeping the cell alive.
 
@@ -289,18 +292,12 @@ def register(cell: nn.Module) -> None:
     the list never becomes shorter, and a new cell takes the place of one that has gone.
     """
     _alive[id(cell)] = cell
-    instances = _instances()
-    entry = ListEntry(cell, lambda entry: _vacant.append((position, entry)))
-    while _vacant:
-        with suppress(IndexError):  # another thread took the place, or the list is a new one
-            position, gone = _vacant.popleft()
-            if instances[position] is gone:
-                instances[position] = entry
-                return
-    position = len(instances)
+    instances, entry = _instances(), ListEntry(cell)
+    for position, other in enumerate(instances):
+        if type(other) is ListEntry and other.gives_way():
+            instances[position] = entry
+            return
     instances.append(entry)
-    while instances[position] is not entry:  # another thread appended its cell in between
-        position += 1
 
 
 def take_out(cells: Collection[nn.Module]) -> None:
@@ -311,8 +308,7 @@ def take_out(cells: Collection[nn.Module]) -> None:
     ids, instances = {id(cell) for cell in cells}, _instances()
     for position, entry in enumerate(instances):
         if id(entry() if type(entry) is ListEntry else entry) in ids:
-            instances[position] = nobody = ListEntry(nn.Module())
-            _vacant.append((position, nobody))
+            instances[position] = ListEntry(nn.Module())  # an entry whose module has gone
 
 
 def clear_registries() -> None:

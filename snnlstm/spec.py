@@ -2,18 +2,18 @@
 
 A check returns the argument in its normal form or raises: TypeError for a wrong type, ValueError
 for a wrong value. The message names the argument, what came and what is accepted. Nothing is
-modified before all checks have passed. The numbers by which the core knows options stand here too,
-each once (csrc/args.h).
+modified before all checks have passed. The core knows a reset and a pool by their position in
+:data:`RESETS` and :data:`POOLS` (csrc/args.h).
 """
 
 from __future__ import annotations
 
 from ast import literal_eval
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from numbers import Integral
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,22 +102,22 @@ class CellSpec:
         # A trace of torch.compile may have symbols for numbers, so the text is made outside of it.
         if are_ours(self.surrogate, self.quant):
             spike, quant = self.surrogate, self.quant
-            surrogate = fixed(spike.kind), float(fixed(spike.p0)), float(fixed(spike.p1))
-            numbers = (
-                self.kernel_size, self.stride, self.dilation, self.reset, self.pool, self.pool_size,
-                surrogate, self.inhibition, self.checkpoint, self.spiking,
-            )  # fmt: skip
-            object.__setattr__(self, "serialized", f"{numbers};{quant.text if quant else ''}")
+            values = {name: getattr(self, name) for name in _NAMED}
+            values["surrogate"] = fixed(spike.kind), float(fixed(spike.p0)), float(fixed(spike.p1))
+            object.__setattr__(self, "serialized", f"{values};{quant.text if quant else ''}")
 
     @staticmethod
     @lru_cache(maxsize=256)
     def from_text(text: str) -> CellSpec:
         """The spec whose :attr:`serialized` form this is."""
-        numbers, _, quant = text.partition(";")
-        *first, surrogate, inhibition, checkpoint, spiking = literal_eval(numbers)
-        levels = StateQuant.from_text(quant) if quant else None
-        values = *first, Surrogate(*surrogate), levels, inhibition, checkpoint, spiking
-        return CellSpec(*values)
+        written, _, quant = text.partition(";")
+        values = literal_eval(written)
+        values["surrogate"] = Surrogate(*values["surrogate"])
+        return CellSpec(**values, quant=StateQuant.from_text(quant) if quant else None)
+
+
+_NAMED = tuple(each.name for each in fields(CellSpec) if each.init and each.name != "quant")
+"""The fields of a spec that :attr:`CellSpec.serialized` names; the quantiser follows them."""
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -279,100 +279,95 @@ def device_or_none(name: str, value: Any) -> torch.device | None:
         ) from error
 
 
-CHECKS: dict[str, Callable[[Any, int], Any]] = {
-    "spike_grad": lambda value, _: surrogate(value),
-    "state_quant": lambda value, _: quantiser(value) or False,
-    "max_pool": lambda value, dims: pooling(value, 0, dims) and value,
-    "avg_pool": lambda value, dims: pooling(0, value, dims) and value,
-    "stride": lambda value, dims: pair("stride", value, dims)[-dims:],
-    "dilation": lambda value, dims: pair("dilation", value, dims)[-dims:],
-}
-"""The check of each attribute of a cell that may be set; it returns what is set.
-
-It takes the value and the dimensions of an image, 2 or 1.
-"""
-_FLAGS = "surrogate_disable", "inhibition", "init_hidden", "output", "checkpoint", "batch_first"
-for _name in _FLAGS:
-    CHECKS[_name] = lambda value, _, name=_name: flag(name, value)  # type: ignore[misc]
+# ---- the options --------------------------------------------------------------------------------
 
 
-def _make_spec(
-    kernel_size: Any,
-    surrogate: Surrogate | Callable[[Tensor], Tensor],
-    quant: StateQuant | Callable[[Tensor], Tensor] | None,
-    *,
-    dims: int = 2,
-    stride: Any = 1,
-    dilation: Any = 1,
-    reset_mechanism: Any = "none",
-    max_pool: Any = 0,
-    avg_pool: Any = 0,
-    inhibition: Any = False,
-    checkpoint: Any = False,
-    spiking: bool = True,
-) -> CellSpec:
-    pool, pool_size = pooling(max_pool, avg_pool, dims)
-    return CellSpec(
-        kernel_size=kernel("kernel_size", kernel_size, dims),
-        stride=pair("stride", stride, dims),
-        dilation=pair("dilation", dilation, dims),
-        reset=reset_name(reset_mechanism),
-        pool=pool,
-        pool_size=pool_size,
-        surrogate=surrogate,
-        quant=quant,
-        inhibition=flag("inhibition", inhibition),
-        checkpoint=flag("checkpoint", checkpoint),
-        spiking=spiking,
+class Option(NamedTuple):
+    """An argument of a cell that is also an attribute, which may be set at any time."""
+
+    name: str
+    default: Any
+    check: Callable[[Any, int], Any]
+    """Returns what is set, for a value and the dimensions of an image, 2 or 1."""
+    describes: bool = True
+    """Whether it says what a cell computes, so that :class:`CellSpec` depends on it."""
+    in_snntorch: bool = True
+    """Whether snnTorch's cell has it, too."""
+
+    def is_default(self, value: Any) -> bool:
+        """Whether an attribute has its default, also as a tuple."""
+        items = value if isinstance(value, tuple) else (value,)
+        return all(item == self.default for item in items)
+
+
+def _flag(name: str, describes: bool = True, in_snntorch: bool = True) -> Option:
+    return Option(name, False, lambda value, _: flag(name, value), describes, in_snntorch)
+
+
+def _size(name: str) -> Option:
+    return Option(name, 1, lambda value, dims: pair(name, value, dims)[-dims:], in_snntorch=False)
+
+
+OPTIONS = {
+    option.name: option
+    for option in (
+        Option("spike_grad", None, lambda value, _: surrogate(value)),
+        Option("state_quant", None, lambda value, _: quantiser(value) or False),
+        Option("max_pool", 0, lambda value, dims: pooling(value, 0, dims) and value),
+        Option("avg_pool", 0, lambda value, dims: pooling(0, value, dims) and value),
+        Option("reset_mechanism", "none", lambda value, _: reset_name(value)),
+        _flag("surrogate_disable"),
+        _flag("inhibition"),
+        _flag("init_hidden", describes=False),
+        _flag("output", describes=False),
+        _size("stride"),
+        _size("dilation"),
+        _flag("checkpoint", in_snntorch=False),
+        _flag("batch_first", describes=False, in_snntorch=False),
     )
-
-
-SHOWN: dict[str, Any] = {
-    "stride": 1, "dilation": 1, "max_pool": 0, "avg_pool": 0, "reset_mechanism": "none",
-    "inhibition": False, "init_hidden": False, "checkpoint": False, "batch_first": False,
-}  # fmt: skip
-"""The arguments that a cell's representation shows where they differ from these defaults."""
-
-BEYOND_SNNTORCH = ("stride", "dilation", "checkpoint")
-"""The arguments that change what a cell does, and that snnTorch's cell does not have."""
-
-
-def is_default(name: str, value: Any) -> bool:
-    """Whether an attribute of this name in :data:`SHOWN` has its default, also as a tuple."""
-    return all(item == SHOWN[name] for item in (value if isinstance(value, tuple) else (value,)))
-
-
-# The cache is typed, because stride=True, an error, must not find what stride=1 left.
-_cached_spec = lru_cache(maxsize=256, typed=True)(_make_spec)
-
-DESCRIBING = (
-    "spike_grad", "surrogate_disable", "state_quant", "stride", "dilation", "reset_mechanism",
-    "max_pool", "avg_pool", "inhibition", "checkpoint",
-)  # fmt: skip
-"""The arguments of a cell, beside its kernel size, that say what it computes."""
+}
+"""The options of a cell, by name. The callables come first, as in snnTorch's state_dict."""
 
 
 def make_spec(
-    kernel_size: Any,
-    *,
-    spike_grad: Any = None,
-    surrogate_disable: Any = False,
-    state_quant: Any = None,
-    traced: bool = False,
-    **others: Any,
+    kernel_size: Any, *, dims: int = 2, spiking: bool = True, traced: bool = False, **given: Any
 ) -> CellSpec:
-    """Check what describes a cell (:data:`DESCRIBING`), and put it into its normal form.
+    """Check the :data:`OPTIONS` that describe a cell, and put them into their normal form.
 
     `traced` says whether torch.compile traces. With a `dims` of 1 sizes are lengths. Equal
     arguments are checked once, but for foreign callables, which a cache would keep alive.
     """
-    spike = surrogate(spike_grad, flag("surrogate_disable", surrogate_disable), traced)
-    quant = quantiser(state_quant, traced)
+    disabled = flag("surrogate_disable", given.pop("surrogate_disable", False))
+    spike = surrogate(given.pop("spike_grad", None), disabled, traced)
+    quant = quantiser(given.pop("state_quant", None), traced)
+    arguments = {"dims": dims, "spiking": spiking, **given}
     if are_ours(spike, quant) and not traced:
-        hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in others.items()}
+        hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
         size = tuple(kernel_size) if isinstance(kernel_size, list) else kernel_size
         try:
             return _cached_spec(size, spike, quant, **hashable)
         except TypeError:  # an argument has a wrong type or no hash: the checks below name it
             pass
-    return _make_spec(kernel_size, spike, quant, **others)
+    return _make_spec(kernel_size, spike, quant, **arguments)
+
+
+def _make_spec(
+    kernel_size: Any, surrogate: Any, quant: Any, *, dims: int, spiking: bool, **given: Any
+) -> CellSpec:
+    max_pool, avg_pool = (given.pop(name, 0) for name in ("max_pool", "avg_pool"))
+    pool, pool_size = pooling(max_pool, avg_pool, dims)
+    if unknown := given.keys() - OPTIONS.keys():
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    checked = {name: OPTIONS[name].check(value, dims) for name, value in given.items()}
+    reset = checked.pop("reset_mechanism", "none")
+    others: dict[str, Any] = {
+        k: (1, *v)[-2:] if isinstance(v, tuple) else v for k, v in checked.items()
+    }
+    return CellSpec(
+        kernel("kernel_size", kernel_size, dims), reset=reset, pool=pool, pool_size=pool_size,
+        surrogate=surrogate, quant=quant, spiking=spiking, **others,
+    )  # fmt: skip
+
+
+# The cache is typed, because stride=True, an error, must not find what stride=1 left.
+_cached_spec = lru_cache(maxsize=256, typed=True)(_make_spec)

@@ -28,7 +28,7 @@ from .snntorch import (
     register,
     take_out,
 )
-from .spec import BEYOND_SNNTORCH, a_module, flag, is_default
+from .spec import OPTIONS, a_module, flag
 
 logger = logging.getLogger("snnlstm")
 
@@ -285,10 +285,10 @@ def _as_theirs(module: Any) -> nn.Module | str | None:
         return f"{name} is a subclass of snnlstm.SConv2dLSTM and may compute something else"
     if "forward" in module.__dict__:
         return "its forward was replaced"
-    for name in BEYOND_SNNTORCH:
-        value = getattr(module, name)
-        if not is_default(name, value):
-            return f"snntorch's cell has no {name}, and here it is {value}"
+    for option in OPTIONS.values():
+        value = getattr(module, option.name)
+        if option.describes and not option.in_snntorch and not option.is_default(value):
+            return f"snntorch's cell has no {option.name}, and here it is {value}"
     if module._adopted is None:
         if module.inhibition:
             return "snntorch's cell ignores inhibition, and here it is True"

@@ -112,6 +112,6 @@ def test_representations_name_what_is_not_as_usual():
     expected = "2, 3, kernel_size=3, checkpoint=True, batch_first=True, threshold=0.1"
     assert cell.extra_repr() == expected
     signals = snnlstm.SConv1dLSTM(2, 3, 5, threshold=0.05, stride=(2,), max_pool=2)
-    assert repr(signals).startswith("SConv1dLSTM(\n  2, 3, kernel_size=5, stride=(2,), max_pool=2")
+    assert repr(signals).startswith("SConv1dLSTM(\n  2, 3, kernel_size=5, max_pool=2, stride=(2,)")
     assert "stride=(2, 2)" in repr(snnlstm.ConvLSTM(2, 3, 3, 1, stride=2))
     assert repr(state_quant(4)) == "StateQuant(16 levels, -1 to 1.2)"
