@@ -13,6 +13,9 @@ CXX_CODE := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name 
 # The Python of .venv, unless the caller names one.
 HERE      = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON))
 
+NEW_ENOUGH = @$(1) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+  echo "snnlstm needs Python 3.10 or newer, and '$(1)' is not: make ... PYTHON=python3.12" >&2; exit 1; }
+
 .PHONY: help demo test test-all test-emulator fuzz sanitize coverage versions bench gpu core lint format docs wheel owner clean
 
 help:  ## print this list
@@ -47,8 +50,13 @@ versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Py
 bench: $(VENV)/.installed  ## measure networks of users with either library's cell
 	$(RUN) -m benchmarks $(ARGS)
 
+# The first Python whose torch sees the GPU runs it; without one $(VENV) gets such a torch.
+SEES = -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
 gpu:  ## on a machine with a GPU: build, check, test and measure in half an hour (ARGS=--quick: 4 minutes)
-	$(HERE) -m benchmarks.gpu $(ARGS)
+	$(call NEW_ENOUGH,$(HERE))
+	@for python in $(HERE) $(filter-out $(HERE),$(PYTHON)); do \
+	  if $$python $(SEES); then exec $$python -m benchmarks.gpu $(ARGS); fi; done; \
+	  exec $(HERE) -m benchmarks.gpu --venv $(VENV) $(ARGS)
 
 FOR  = $(shell command -v $(HERE))
 CORE = build/core-$(shell $(FOR) -c 'import sys; print(sys.implementation.cache_tag)')
@@ -98,8 +106,7 @@ clean:  ## remove the products of builds and runs
 
 # ---- the virtual environment ---------------------------------------------------------------------
 $(RUN):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "snnlstm needs Python 3.10 or newer, and '$(PYTHON)' is not: make ... PYTHON=python3.12" >&2; exit 1; }
+	$(call NEW_ENOUGH,$(PYTHON))
 	$(PYTHON) -m venv $(VENV)
 
 # Installed anew when the native code or the metadata changes. The build requirements stay: in isolation

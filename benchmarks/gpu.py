@@ -4,11 +4,13 @@
     python -m benchmarks.gpu --rehearse [DEVICE] [--quick]
 
 What is missing is listed first, with the lines that install it; until then the command imports only
-Python's own modules. It needs no network. The clock starts behind the build, for which --core takes
-a core that was built elsewhere. In four minutes --quick checks spikes, states and gradients, and
-launches that overlap, and times every algorithm and block of both passes, and layers beside
-snnTorch's. Without it tests, sanitizers and large layers follow, within half an hour. Each command
-has a time by which it must end, and later ones get the time that earlier ones leave.
+Python's own modules. It needs no network, unless --venv DIR is given: that installs the packages,
+with torch for the driver, into an environment, and goes on there. The clock starts behind the
+build, for which --core takes a core that was built elsewhere. In four minutes --quick checks
+spikes, states and gradients, and launches that overlap, and times every algorithm and block of both
+passes, and layers beside snnTorch's. Without it tests, sanitizers and large layers follow, within
+half an hour. Each command has a time by which it must end, and later ones get the time that earlier
+ones leave.
 
 --rehearse goes through the same steps on an emulated GPU (emulator-t4, tests/emulator), with tiny
 layers; its times mean nothing. DIR gets report.md, and results.zip with all logs and rows, anew
@@ -26,13 +28,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tools import local_version
+
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 600  # lines of a step's output, in the report
+LINES = 15  # of a failed step's output, on the console
 LAST = 10.0  # seconds that a shape of the benchmark may take after it was begun
 NOT_RUN = 4  # the exit status of a benchmark whose time ended before all rows
 MARKS = "WRONG", "NOT RUN", "FAILED", "ERROR"  # lines that begin so are shown at once
@@ -45,8 +51,11 @@ NEEDED = {
     "numpy": "numpy", "pandas": "pandas>=2", "snntorch": "snntorch==1.0.0", "tqdm": "tqdm",
     "cmake": "cmake>=3.24", "ninja": "ninja",
 }  # fmt: skip
-NVCC = '"nvidia-cuda-nvcc==13.*" "nvidia-cuda-runtime==13.*" "nvidia-cuda-cccl==13.*"'
-OLDER = "sudo apt install nvidia-cuda-toolkit, or another one from 11.8 to the driver's CUDA"
+APT = "on Debian and Ubuntu sudo apt install"
+TOOLKIT = """Either of these needs no root; then CUDA_HOME=$HOME/cuda make gpu
+    sh cuda_{0}*_linux.run --silent --toolkit --toolkitpath=$HOME/cuda
+        (the runfile is from https://developer.nvidia.com/cuda-toolkit-archive)
+    conda create -p $HOME/cuda -c conda-forge cuda-toolkit cuda-version={0}"""
 
 
 class Step(NamedTuple):
@@ -212,8 +221,10 @@ def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outco
         if not step.until:
             begin = time.monotonic()
         outcomes.append(outcome)
-        wrong = [line for line in outcome.output.splitlines() if line.startswith(MARKS)]
-        print("\n  ".join([f"{outcome.verdict} ({outcome.seconds:.0f} s)", *wrong]), flush=True)
+        lines = outcome.output.splitlines()
+        end = len(lines) - LINES * outcome.verdict.startswith("failed")
+        shown = [line for at, line in enumerate(lines) if at >= end or line.startswith(MARKS)]
+        print("\n  ".join([f"{outcome.verdict} ({outcome.seconds:.0f} s)", *shown]), flush=True)
         (place.out / "report.md").write_text(report(place, outcomes))
         shutil.make_archive(str(place.out / "results"), "zip", place.work)
     return outcomes
@@ -245,29 +256,63 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
     return [*rows, f"| all | {passed} of {len(outcomes)} passed | {seconds:.0f} |"]
 
 
-def lacking(rehearsal: bool = False, core: Path | None = None) -> list[str]:
-    """Returns a line for each thing that is missing here, with what installs it."""
-    pip, has, found = f"{sys.executable} -m pip install", importlib.util.find_spec, list[str]()
-    if packages := [f'"{of}"' for name, of in NEEDED.items() if not (has(name) or find(name))]:
-        found.append(f"missing: {pip} {' '.join(packages)}")
-    if not (core or any(map(find, (os.environ.get("CXX", "c++"), "g++", "clang++")))):
-        found.append("no C++ compiler: sudo apt install g++, or the like of another system")
-    if not has("torch"):
-        return [*found, f"no torch: {pip} torch; make gpu PYTHON=... takes another Python"]
+def lacking(rehearsal: bool = False, core: Path | None = None, fills: bool = False) -> list[str]:
+    """Returns a line for each thing that is missing, with what installs it, unless `fill` does."""
+    python, has, found = sys.executable, importlib.util.find_spec, list[str]()
+    packages = [of for name, of in NEEDED.items() if not (has(name) or find(name))]
+    if packages and not fills:
+        found.append(f"missing: {python} -m pip install {shlex.join(packages)}")
+    # nvcc compiles its host code with g++, whatever compiles the rest.
+    hosts = [os.environ.get("CUDAHOSTCXX", "g++")]
+    hosts = [os.environ.get("CXX", "c++"), "g++", "clang++"] if rehearsal else hosts
+    if not (core or any(map(find, hosts))):
+        found.append(f"no C++ compiler {hosts[0]}: {APT} g++")
+    if not (core or Path(sysconfig.get_path("include"), "Python.h").exists()):
+        found.append(f"no Python.h of {python}: {APT} python3-dev")
+    if fills and not has("ensurepip"):
+        found.append(f"no module ensurepip of {python}: {APT} python3-venv")
+    cuda, nvcc = 0.0 if rehearsal else local_version.cuda(), local_version.nvcc()
+    if not (has("torch") or fills):
+        words = shlex.join(local_version.torch_for(cuda))
+        found.append(f"no torch: {python} -m pip install {words}, or make gpu PYTHON=...")
     if rehearsal:
         return found
-    import torch
+    if has("torch") and not fills:
+        import torch
 
-    places = getattr(has("nvidia"), "submodule_search_locations", None) or ()
-    of_pip = any([*Path(place).glob("cu*/bin/nvcc")] for place in places)
-    if not (core or of_pip or find(os.environ.get("CUDACXX", "nvcc"))):
-        driver = getattr(torch._C, "_cuda_getDriverVersion", int)()  # 0 if there is none
-        found.append(f"no nvcc: {f'{pip} {NVCC}' if driver >= 13000 else OLDER}")
-    if not torch.cuda.is_available():
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        found.append(f"no GPU: torch {torch.__version__} ({built}) of {sys.executable} sees none")
-        found[-1] += '; ARGS="--rehearse" goes through the steps without one'
+        if torch.cuda.is_available():
+            cuda = cuda or float(torch.version.cuda)  # there may be no nvidia-smi
+        else:
+            built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+            found.append(f"torch {torch.__version__} ({built}) of {python} sees no GPU")
+    if not cuda:
+        found.append("no GPU with a driver from 525 on, says nvidia-smi; ")
+        found[-1] += 'ARGS="--rehearse" goes through the steps without one'
+    elif not core and (nvcc[1] > cuda if nvcc else cuda < 13):
+        newer = f"{nvcc[0]} is of CUDA {nvcc[1]}, and CUDACXX may name another one" if nvcc else ""
+        found.append(f"no nvcc for this driver: {newer or 'PyPI has none'}. {TOOLKIT.format(cuda)}")
+    elif not (core or nvcc or fills):
+        found.append(f"no nvcc: {python} -m pip install {shlex.join(local_version.PYPI_NVCC)}")
     return found
+
+
+def fill(venv: Path, core: Path | None) -> str:
+    """Installs what is missing into an environment, torch first, and returns the Python there."""
+    python, cuda = str(venv / "bin" / "python"), local_version.cuda()
+    pip, nvcc = (python, "-m", "pip", "install"), local_version.nvcc()
+
+    def run(*command: str) -> None:
+        if subprocess.run(command, check=False).returncode:
+            sys.exit(f"failed: {shlex.join(command)}")
+
+    if not venv.exists():
+        run(sys.executable, "-m", "venv", str(venv))
+    # A torch without CUDA, or of one that is newer than the driver, is replaced.
+    fits = f"import torch; assert 0 < float(torch.version.cuda or 0) < {int(cuda) + 1}"
+    if subprocess.run([python, "-c", fits], stderr=subprocess.DEVNULL, check=False).returncode:
+        run(*pip, "--force-reinstall", *local_version.torch_for(cuda))
+    run(*pip, *NEEDED.values(), "pytest-xdist", *(() if core or nvcc else local_version.PYPI_NVCC))
+    return python
 
 
 def find(program: str) -> str | None:
@@ -290,10 +335,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", nargs="+", metavar="NAME", help="of the report; default: all")
     parser.add_argument("--rehearse", nargs="?", const="emulator-t4", metavar="DEVICE",
         help="without a GPU, on an emulated one")  # fmt: skip
+    parser.add_argument("--venv", metavar="DIR", help="install what is missing there, run there")
     options = parser.parse_args(arguments)
-    if trouble := lacking(bool(options.rehearse), options.core):
+    fills = bool(options.venv and not options.rehearse)
+    if trouble := lacking(bool(options.rehearse), options.core, fills):
         print(*trouble, sep="\n", file=sys.stderr)
         return 1
+    if fills:
+        python, words = fill(Path(options.venv), options.core), arguments or sys.argv[1:]
+        os.execv(python, [python, "-m", "benchmarks.gpu", *words, "--venv="])
     from benchmarks import devices
 
     device = options.rehearse or "cuda"

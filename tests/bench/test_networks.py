@@ -91,4 +91,4 @@ def test_ten_training_steps_stay_together(name, float64):
         layers = [m for m in net.modules() if isinstance(m, snntorch.SpikingNeuron)]
         kinds = {snnlstm.SConv2dLSTM, snnlstm.Leaky} if has_cells else {snnlstm.Leaky}
         assert {type(layer) for layer in layers} == kinds
-        assert all(layer.path.native for layer in layers)
+        assert all(layer.path.native or "AMX" in layer.path.reason for layer in layers)

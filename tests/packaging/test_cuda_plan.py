@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-PLAN = Path(__file__).resolve().parents[2] / "csrc" / "cmake" / "cuda_plan.cmake"
+ROOT = Path(__file__).resolve().parents[2]
+PLAN = ROOT / "csrc" / "cmake" / "cuda_plan.cmake"
 CMAKE = shutil.which("cmake")
 pytestmark = pytest.mark.skipif(not (PLAN.exists() and CMAKE), reason="no source tree or no CMake")
 OFF = "it is switched off by SNNLSTM_CUDA or by a wheel named +cpu"
@@ -50,7 +51,21 @@ def plan(tmp_path):
     return plan
 
 
-def test_the_first_compiler_counts(add, plan, tmp_path):
+@pytest.fixture
+def in_python(tmp_path):
+    """Returns what tools/local_version.py finds on the same machine."""
+    program = "from tools import local_version as of; "
+    program += f"of.TOOLKIT = '{tmp_path}/default'; print((of.nvcc() or [''])[0])"
+
+    def in_python(**environment: str) -> str:
+        environment |= {"PATH": f"{tmp_path}/path", "PYTHONPATH": f"{tmp_path}/site"}
+        command = [sys.executable, "-c", program]
+        return subprocess.check_output(command, cwd=ROOT, env=environment, text=True).strip()
+
+    return in_python
+
+
+def test_the_first_compiler_counts(add, plan, in_python, tmp_path):
     """Of CUDACXX, CUDA_HOME, PATH, the pip package and the default place."""
     environment = {"SNNLSTM_CUDA": "on"}
     assert plan()[2] == "no CUDA compiler found"
@@ -61,23 +76,28 @@ def test_the_first_compiler_counts(add, plan, tmp_path):
         nvcc = add(f"{place}/nvcc", "release 13.0, V13.0.88")
         environment[variable or "UNUSED"] = nvcc.removesuffix("/bin/nvcc")
         assert plan(**environment) == (nvcc, ALL, nvcc)
+        assert in_python(**environment) == nvcc
     nvcc = str(tmp_path / "site/nvidia/cu13/bin/nvcc")
     assert plan(**environment | {"SNNLSTM_CUDA": "pip"}) == (nvcc, ALL, nvcc)
     assert plan(**environment | {"SNNLSTM_CUDA": "off"}) == ("", "", OFF)
+    failed = "building them failed; SNNLSTM_CUDA=on shows why"
+    assert plan(**environment | {"SNNLSTM_CUDA": "failed"})[::2] == ("", failed)
 
 
-def test_a_compiler_that_does_not_serve_is_passed_over(add, plan, tmp_path):
+def test_a_compiler_that_does_not_serve_is_passed_over(add, plan, in_python, tmp_path):
     """Ubuntu 22.04 has nvcc 11.5 on PATH; images without a compiler set CUDA_HOME all the same."""
     add("path/nvidia-smi", "8.9")
     old = add("path/nvcc", "release 11.5, V11.5.119")
     too_old = f"{old} is of CUDA 11.5, and the kernels need 11.8 or newer"
     for environment in ({}, {"CUDACXX": old}, {"CUDA_HOME": str(tmp_path / "nothing")}):
         assert plan(**environment)[::2] == ("", f"no CUDA compiler found; {too_old}")
+        assert in_python(**environment) == ""
     assert too_old in plan(SNNLSTM_CUDA="on")[2]
     broken = add("home/bin/nvcc", "cannot execute cicc")
     assert f"{broken} --version says: cannot execute cicc" in plan(CUDA_HOME=f"{tmp_path}/home")[2]
     newer = add("default/bin/nvcc", "release 11.8, V11.8.89")
     assert plan(CUDA_HOME=f"{tmp_path}/home")[:2] == (newer, "89")
+    assert in_python(CUDA_HOME=f"{tmp_path}/home") == newer
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,41 @@ print(snnlstm.__file__, snnlstm.__version__, cell.path.name)
     assert "Nothing is wrong." in report
 
 
+# The stand-in's answers: none, the version alone, and all but for the sources of the kernels.
+NVCCS = {
+    "nothing": "exit 1",
+    "version": 'test "$1" = --version && echo "release 13.0" || exit 1',
+    "no kernel": 'case "$*" in *csrc/cuda/*) exit 1 ;; esac; exec {} "$@"',
+}
+
+
+@long
+@pytest.mark.parametrize("answers", NVCCS)
+def test_where_nvcc_fails_the_cpu_core_is_built(answers, sdist, tmp_path):
+    """Driver 550 keeps pip from fetching another compiler; SNNLSTM_CUDA is not set."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if answers == "no kernel" and not Path(nvcc).exists():
+        pytest.skip("no nvcc")
+    smi = 'case "$*" in *driver*) echo 550.54 ;; *) echo 8.0 ;; esac'
+    for name, text in (("nvcc", NVCCS[answers].replace("{}", nvcc)), ("nvidia-smi", smi)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    settings = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDACXX": str(tmp_path / "nvcc"),
+        "CMAKE_ARGS": COMPILED["CMAKE_ARGS"],
+    }  # fmt: skip
+    wheel, said = built(tmp_path / "wheel", sdist, settings)
+    assert ("WITHOUT its CUDA kernels" in said) == (answers == "no kernel")
+    why = {
+        "nothing": "says:",
+        "version": "compiles no program",
+        "no kernel": "building them failed",
+    }
+    assert re.search(f"CUDA kernels: not built: .*{why[answers]}", said)
+    report = run(installed(wheel, tmp_path), "-m", "snnlstm", cwd=tmp_path)
+    assert "Nothing is wrong." in report
+
+
 @long
 def test_without_a_compiler_everything_runs_in_torch(sdist, tmp_path):
     """pip says so, the first call, once, and the report; the wheel is for every Python."""
