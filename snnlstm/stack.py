@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,16 +11,16 @@ from .native import pool
 from .path import reason_now
 
 
-def stack(steps: Sequence[Tensor]) -> Tensor:
+def stack(steps: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """torch.stack(steps); a large result lies in a block of :mod:`snnlstm.native.pool`."""
-    traced = torch.compiler.is_compiling()
-    size = 0 if traced else len(steps) * steps[0].numel() * steps[0].element_size()
-    if size >= pool.MAPPED and reason_now() is None and _are_alike(steps):
-        return _Stack.apply(*steps)
-    return torch.stack(tuple(steps))
+    if not torch.compiler.is_compiling() and reason_now() is None:
+        size = len(steps) * steps[0].numel() * steps[0].element_size()
+        if size >= pool.MAPPED and _are_alike(steps):
+            return _Stack.apply(*steps)
+    return torch.stack(steps)
 
 
-def _are_alike(steps: Sequence[Tensor]) -> bool:
+def _are_alike(steps: list[Tensor] | tuple[Tensor, ...]) -> bool:
     """Whether they are plain tensors on the CPU, in a memory layout that torch.stack keeps."""
     first = steps[0]
     return (

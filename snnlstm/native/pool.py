@@ -206,7 +206,7 @@ def _memory() -> float:
     found = [math.inf]
     with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with suppress(OSError):  # Linux alone has control groups
+    with suppress(OSError, ValueError):  # Linux alone has control groups
         for line in GROUPS.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
             for path in (group, *map(str, Path(group).parents)) if controllers in LIMITS else ():
