@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,14 +49,8 @@ LIMITS = {
     "memory": "/sys/fs/cgroup/memory{}/memory.limit_in_bytes",  # version 1
 }
 
-
-class Blocks(NamedTuple):
-    """The blocks of one size: free ones, each with its age, and an item for each one in use."""
-
-    free: deque[tuple[int, Any]]
-    used: deque[None]
-
-
+# The blocks of one size: free ones, each with its age, and an item for each one in use.
+Blocks = tuple[deque[tuple[int, Any]], deque[None]]
 _blocks: dict[int, Blocks] = {}  # by size; three sizes lie between two powers of two
 _workspaces: deque[tuple[int, Tensor]] = deque()
 _ages = itertools.count()
@@ -75,7 +69,7 @@ def empty_cache() -> None:
 
 def free_bytes() -> int:
     """Bytes in blocks that no tensor uses, and in workspaces that no call uses."""
-    blocks = sum(size * len(blocks.free) for size, blocks in _blocks.copy().items())
+    blocks = sum(size * len(free) for size, (free, _) in _blocks.copy().items())
     return blocks + sum(memory.nbytes for _, memory in _workspaces.copy())
 
 
@@ -87,7 +81,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu")
     quarter = 1 << (size.bit_length() - 3)
     rounded = -(-size // quarter) * quarter
-    free, used = _blocks.get(rounded) or _blocks.setdefault(rounded, Blocks(deque(), deque()))
+    free, used = _blocks.get(rounded) or _blocks.setdefault(rounded, (deque(), deque()))
     try:
         age, block = free.pop()
     except IndexError:
@@ -188,7 +182,7 @@ def _drop_oldest(returned: int = 0) -> None:
     `returned` bytes were in use until now. Use is at its most just before a block comes back.
     """
     global _most_used
-    used = sum(size * len(blocks.used) for size, blocks in _blocks.copy().items())
+    used = sum(size * len(used) for size, (_, used) in _blocks.copy().items())
     _most_used = max(_most_used, used + returned)
     most = max(0, min(CACHE, _most_used + SPARE - used, _memory() // 2 - used))
     while free_bytes() > most:
@@ -197,7 +191,7 @@ def _drop_oldest(returned: int = 0) -> None:
 
 
 def _queues() -> list[deque[Any]]:
-    return [_workspaces, *(blocks.free for blocks in _blocks.copy().values())]
+    return [_workspaces, *(free for free, _ in _blocks.copy().values())]
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def mebibytes(count: int) -> Tensor:
 
 
 def used_bytes() -> int:
-    return sum(size * len(blocks.used) for size, blocks in pool._blocks.items())
+    return sum(size * len(used) for size, (_, used) in pool._blocks.items())
 
 
 # ---- the bound -----------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ class Block:
         return 8 * MIB
 
     def madvise(self, option: int) -> None:
-        assert not pool._blocks[len(self)].free, "another thread may have taken the block"
+        assert not pool._blocks[len(self)][0], "another thread may have taken the block"
         self.told = option
 
 
