@@ -32,6 +32,7 @@ from .path import log_once
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import SEQUENCE_NEURONS
 from .spec import flag
+from .stack import stack
 
 Named = tuple[str, nn.Module]  # a layer and its name
 
@@ -413,7 +414,7 @@ def _joined(name: str, outs: list[Any] | tuple[Any, ...]) -> Any:
                     f"layer {name} must return tensors of one shape at every step, "
                     f"got {tuple(first.shape)} and {tuple(out.shape)}"
                 )
-        return torch.stack(outs)
+        return stack(outs)
     if all(isinstance(out, tuple | list) and len(out) == len(first) > 0 for out in outs):
         return tuple(_joined(name, items) for items in zip(*outs, strict=True))
     odd = next(out for out in outs if not isinstance(out, Tensor))

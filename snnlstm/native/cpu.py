@@ -174,8 +174,10 @@ class Plan(CommonPlan):
         _, algorithm, self.threads, self.isa = settings
         self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
         self.cell = make_cell(_C, self)
-        results = math.prod(self.spk_memory[0]), math.prod(self.state_memory[0])
-        self.largest_result = self.dtype.itemsize * max(results)
+        self.largest_result, self.largest_gradient = (
+            self.dtype.itemsize * max(math.prod(shape) for shape, _ in memory)
+            for memory in ((self.spk_memory, self.state_memory), self.gradient_memory)
+        )
         quant = spec.quant
         self.levels = None if quant is None else quant.levels.to(self.dtype).contiguous()
         self.levels_pointer = pointer(self.levels)
@@ -215,6 +217,7 @@ class Plan(CommonPlan):
             copy = self._threshold = threshold.clone()
         return copy
 
+    @pool.where_it_fits
     def forward(self, call: Call, training: bool) -> Result:
         x, syn, mem, weight, bias, threshold, graded, lengths, record = call
         x_at = x.data_ptr()
@@ -270,7 +273,8 @@ class Plan(CommonPlan):
         layouts = packed.layouts(a_pass)
         threshold, graded = (None if t is None else contiguous_as(t, self.dtype) for t in call[5:7])
         workspace = pool.workspace(a_pass.workspace)
-        out = empty_gradients(call.x, self.gradient_memory, wanted)
+        pooled = self.largest_gradient >= pool.MAPPED
+        out = empty_gradients(call.x, self.gradient_memory, wanted, pooled)
         addresses = (
             *views, *layouts,
             pointer(threshold), self.threshold_stride, pointer(graded), self.levels_pointer,

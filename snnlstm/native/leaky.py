@@ -85,6 +85,7 @@ def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[
     return _forward(neurons, x, mem, record)[:2]
 
 
+@pool.where_it_fits
 def _forward(
     neurons: Neurons, x: Tensor, mem: Tensor, record: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,6 +220,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
 _opaque_gradients = opaque(_gradients)
 
 
+@pool.where_it_fits
 def _by_kernels(
     ctx: Any,
     neurons: Neurons,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -212,7 +213,6 @@ def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-@pool.where_it_fits
 def empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An output of `shape` ending in (C, H, W), or (0,), uninitialised."""
     return x.new_empty_strided(shape, image_strides(x, shape))
@@ -227,12 +227,16 @@ def gradient_memory(x: Tensor, s: Sizes) -> Sequence[tuple[Any, Any]]:
     return (shape, strides), state, state, weight, ((gates,), (1,)), ((s.c,), (1,))
 
 
-@pool.where_it_fits
 def empty_gradients(
-    x: Tensor, memory: Sequence[tuple[Any, Any]], wanted: Sequence[bool]
+    x: Tensor, memory: Sequence[tuple[Any, Any]], wanted: Sequence[bool], pooled: bool = False
 ) -> Gradients:
-    """Memory for the gradients that are wanted, of the shapes of :func:`gradient_memory`."""
-    empty = x.new_empty_strided
+    """Memory for the gradients that are wanted, of the shapes of :func:`gradient_memory`.
+
+    Large gradients that are `pooled` lie in blocks that are used again.
+    """
+    empty: Any = x.new_empty_strided
+    if pooled:
+        empty = partial(pool.empty_result, dtype=x.dtype, device=x.device)
     return Gradients._make(
         [empty(*layout) if want else None for layout, want in zip(memory, wanted, strict=True)]
     )
@@ -291,14 +295,10 @@ class CommonPlan(Sizes, ABC):
     def empty_results(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for spk, syn and mem."""
         x, like, empty = call.x, call.mem, torch.empty_like
-        try:
-            if self.results_like_mem:  # empty_like takes two thirds of new_empty_strided's time
-                return empty(like), empty(like), empty(like)
-            strided, spk, state = x.new_empty_strided, self.spk_memory, self.state_memory
-            return strided(*spk), strided(*state), strided(*state)
-        except RuntimeError as error:
-            pool.make_room(error)
-        return self.empty_results(call)
+        if self.results_like_mem:  # empty_like takes two thirds of new_empty_strided's time
+            return empty(like), empty(like), empty(like)
+        strided, spk, state = x.new_empty_strided, self.spk_memory, self.state_memory
+        return strided(*spk), strided(*state), strided(*state)
 
     def restore(self, call: Call, saved: Tensor) -> tuple[Call, Tensor, Sequence[Any]]:
         """The call and what its forward pass saved, in their dtypes and shapes again.
@@ -349,6 +349,7 @@ class CommonPlan(Sizes, ABC):
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
 
+    @pool.where_it_fits
     def backward(
         self,
         call: Call,

@@ -3,11 +3,12 @@
 A system clears every page that it hands out, at 2 to 10 GB/s. What a training pass saves, and
 results of 4 MiB or more, would go back to it each time: training's forward pass of a cell with
 2 -> 32 channels at 32x32 takes 60 ms with these blocks and 92 ms with torch.empty. So the blocks
-that no tensor uses any more stay here, as torch does it for CUDA.
+that no tensor uses any more stay here, as torch does it for CUDA. They and those in use stay within
+the most that were in use at once plus 1 GiB.
 
 Garbage collection and signal handlers run anywhere in a thread, and a fork copies what other
-threads are doing. So there are no locks and no counters: a block comes and goes by one append to
-or pop from a deque, which are atomic.
+threads are doing. So there are no locks, and no counters, which would lose updates: a block comes
+and goes by one append to or pop from a deque, which are atomic, and the deques' lengths count.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import functools
 import itertools
 import math
 import mmap
+import os
 import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -32,30 +35,41 @@ R = TypeVar("R")
 
 SMALLEST = 256 << 10  # bytes; torch's malloc serves smaller tensors
 MAPPED = 4 << 20  # bytes; malloc returns a freed block of this size to the system
-LIMIT = 1 << 30  # bytes of free blocks and workspaces in the process
+SPARE = 1 << 30  # bytes of blocks beyond the most that were in use at once
 LARGEST_WORKSPACE = 64 << 20  # bytes; a larger workspace is a block
 SMALL_WORKSPACE = 1 << 20  # bytes; a check of the limit takes 2 us, much of a smaller call
 
-# Free blocks, each with its age, by size. Three sizes lie between two powers of two. All deques
-# exist from the beginning, so the dict never changes.
-_free: dict[int, deque[tuple[int, Any]]] = {
-    quarters << power: deque() for power in range(16, 28) for quarters in (4, 5, 6, 7)
+_text = os.environ.get("SNNLSTM_CACHE", "")
+if _text and not _text.isdecimal():
+    raise ValueError(f"SNNLSTM_CACHE must be a whole number of MiB, got {_text!r}")
+CACHE = int(_text) << 20 if _text else math.inf  # bytes of free blocks that the user allows
+GROUPS = Path("/proc/self/cgroup")  # names the control groups of this process
+LIMITS = {
+    "": "/sys/fs/cgroup{}/memory.max",
+    "memory": "/sys/fs/cgroup/memory{}/memory.limit_in_bytes",  # version 1
 }
+
+# The blocks of one size: free ones, each with its age, and an item for each one in use.
+Blocks = tuple[deque[tuple[int, Any]], deque[None]]
+_blocks: dict[int, Blocks] = {}  # by size; three sizes lie between two powers of two
 _workspaces: deque[tuple[int, Tensor]] = deque()
 _ages = itertools.count()
+_most_used = 0  # bytes in use at once; a thread may overwrite another's number
 
 
 def empty_cache() -> None:
     """Give the memory that no tensor uses back to the system: free blocks, and workspaces."""
-    for blocks in (*_free.values(), _workspaces):
-        blocks.clear()
+    global _most_used
+    _most_used = 0
+    for queue in _queues():
+        queue.clear()
     with suppress(AttributeError, OSError, TypeError):  # glibc alone has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)  # malloc keeps small blocks for each thread
 
 
 def free_bytes() -> int:
     """Bytes in blocks that no tensor uses, and in workspaces that no call uses."""
-    blocks = sum(size * len(blocks) for size, blocks in _free.items())
+    blocks = sum(size * len(free) for size, (free, _) in _blocks.copy().items())
     return blocks + sum(memory.nbytes for _, memory in _workspaces.copy())
 
 
@@ -67,12 +81,16 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu")
     quarter = 1 << (size.bit_length() - 3)
     rounded = -(-size // quarter) * quarter
+    free, used = _blocks.get(rounded) or _blocks.setdefault(rounded, (deque(), deque()))
     try:
-        block = _free[rounded].pop()[1]
-    except (KeyError, IndexError):
-        block = _allocate(rounded)
+        age, block = free.pop()
+    except IndexError:
+        age, block = None, _allocate(rounded)
     view = memoryview(block)  # the tensor's storage refers to this view
     weakref.finalize(view, _give_back, block).atexit = False
+    used.append(None)
+    if age is None:
+        _drop_oldest()
     return torch.frombuffer(view, dtype=dtype, count=count).view(shape)
 
 
@@ -96,35 +114,29 @@ def workspace(count: int) -> Tensor:
 def let_go(memory: Tensor) -> None:
     """Let the next call have a workspace."""
     size = memory.nbytes
-    if size <= LARGEST_WORKSPACE:
+    if size <= min(LARGEST_WORKSPACE, CACHE):
         _workspaces.append((next(_ages), memory))
         if size > SMALL_WORKSPACE:
             _drop_oldest()
 
 
-def make_room(error: Exception) -> None:
-    """Free what no tensor uses if `error` says that there is no memory; otherwise raise it."""
-    unrelated = isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error)
-    if unrelated or not free_bytes():
-        raise error
-    empty_cache()
-
-
 def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function that only allocates try again without free blocks if there is no memory."""
+    """Let a function try again without free blocks if there is no memory for what it allocates."""
 
     @functools.wraps(function)
     def retrying(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
-            make_room(error)
+            unrelated = isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error)
+            if unrelated or not free_bytes():
+                raise
+        empty_cache()  # after the error, whose traceback holds what the function allocated
         return function(*args, **kwargs)
 
     return retrying
 
 
-@where_it_fits
 def empty_result(
     shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -154,13 +166,44 @@ def _allocate(size: int) -> mmap.mmap:
 
 
 def _give_back(block: mmap.mmap) -> None:
-    if len(block) in _free:
-        _free[len(block)].append((next(_ages), block))
-        _drop_oldest()
+    free, used = _blocks[size := len(block)]
+    if size >= MAPPED:
+        with suppress(AttributeError, OSError):  # Windows has no madvise
+            block.madvise(mmap.MADV_FREE)  # a system that lacks memory takes the pages
+    with suppress(IndexError):  # a signal handler raised an error before the block was counted
+        used.pop()
+    free.append((next(_ages), block))
+    _drop_oldest(size)
 
 
-def _drop_oldest() -> None:
-    """Drop the blocks that came back first, while there are more than the limit."""
-    while free_bytes() > LIMIT:
+def _drop_oldest(returned: int = 0) -> None:
+    """Drop the blocks that came back first, while there are more than the limit.
+
+    `returned` bytes were in use until now. Use is at its most just before a block comes back.
+    """
+    global _most_used
+    used = sum(size * len(used) for size, (_, used) in _blocks.copy().items())
+    _most_used = max(_most_used, used + returned)
+    most = max(0, min(CACHE, _most_used + SPARE - used, _memory() // 2 - used))
+    while free_bytes() > most:
         with suppress(IndexError, ValueError):  # another thread took the block
-            min(filter(None, (*_free.values(), _workspaces)), key=lambda b: b[0][0]).popleft()
+            min(filter(None, _queues()), key=lambda queue: queue[0][0]).popleft()
+
+
+def _queues() -> list[deque[Any]]:
+    return [_workspaces, *(free for free, _ in _blocks.copy().values())]
+
+
+@functools.cache
+def _memory() -> float:
+    """Bytes of memory that the machine has, or that the process's control groups allow."""
+    found = [math.inf]
+    with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):  # Linux alone has control groups
+        for line in GROUPS.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            for path in (group, *map(str, Path(group).parents)) if controllers in LIMITS else ():
+                with suppress(OSError, ValueError):  # outside of the container; "max"
+                    found.append(int(Path(LIMITS[controllers].format(path)).read_text()))
+    return min(found)

@@ -1,0 +1,421 @@
+"""Blocks of memory are used again, within a bound that holds whatever threads and processes do."""
+
+import gc
+import mmap
+import os
+import random
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import snnlstm
+from snnlstm import surrogate
+from snnlstm.native import pool
+from snnlstm.stack import stack
+from tests.shared.cpu_kernels import needs_core
+from tests.shared.helpers import HANG, in_a_process, in_threads, ours, python, same
+
+pytestmark = needs_core
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _without_blocks():
+    gc.collect()  # blocks of other tests
+    snnlstm.empty_cache()
+    yield
+    snnlstm.empty_cache()
+
+
+def mebibytes(count: int) -> Tensor:
+    return pool.empty((count, MIB), torch.uint8)
+
+
+def used_bytes() -> int:
+    return sum(size * len(used) for size, (_, used) in pool._blocks.items())
+
+
+# ---- the bound -----------------------------------------------------------------------------------
+
+
+def test_free_blocks_and_those_in_use_stay_within_the_most_that_were_in_use(monkeypatch):
+    monkeypatch.setattr(pool, "SPARE", 8 * MIB)
+    before = used_bytes()
+    blocks = [mebibytes(8) for _ in range(4)]
+    assert pool.free_bytes() == 0
+    del blocks
+    assert (used_bytes() - before, pool.free_bytes()) == (0, 32 * MIB)
+    others = [mebibytes(6)]
+    assert pool.free_bytes() == 32 * MIB, "8 MiB may be there beside the most that were in use"
+    for count in range(2, 6):
+        others.append(mebibytes(6))
+        assert used_bytes() - before == count * 6 * MIB
+        assert pool.free_bytes() <= (40 - 6 * count) * MIB
+    assert pool.free_bytes() == 8 * MIB
+    del others
+    assert pool.free_bytes() == 38 * MIB
+
+
+def test_blocks_take_at_most_half_of_the_memory(monkeypatch):
+    half = used_bytes() + 20 * MIB
+    monkeypatch.setattr(pool, "_memory", lambda: 2 * half)
+    blocks = [mebibytes(8) for _ in range(4)]
+    assert pool.free_bytes() == 0
+    blocks.pop()
+    assert pool.free_bytes() == 0, "more than half is in use"
+    blocks.clear()
+    assert pool.free_bytes() == 16 * MIB
+
+
+GROUPS = {
+    "version 2": ("0::/a/b\n", {"v2/a/b/memory.max": "max", "v2/a/memory.max": "5242880"}),
+    "a container": ("0::/../c\n", {"v2/memory.max": "5242880\n"}),
+    "version 1": (
+        "9:name=systemd:/\n4:memory:/a/b\n3:cpu:/d\n0::/\n",
+        {
+            "v1/a/b/memory.limit_in_bytes": "5242880",
+            "v1/memory.limit_in_bytes": "9223372036854771712",
+            "v1/d/memory.limit_in_bytes": "4096",  # another group's
+        },
+    ),
+    "no limit": ("0::/a\n", {"v2/a/memory.max": "max\n"}),
+    "no memory there": ("0::/\n", {}),
+    "no such line": ("none\n", {}),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_limit_of_a_control_group_counts(name, tmp_path, monkeypatch):
+    text, files = GROUPS[name]
+    (tmp_path / "groups").write_text(text)
+    for file, limit in files.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(limit)
+    limits = {
+        "": f"{tmp_path}/v2{{}}/memory.max",
+        "memory": f"{tmp_path}/v1{{}}/memory.limit_in_bytes",
+    }
+    monkeypatch.setattr(pool, "LIMITS", {})
+    machine = pool._memory.__wrapped__()
+    monkeypatch.setattr(pool, "LIMITS", limits)
+    monkeypatch.setattr(pool, "GROUPS", tmp_path / "groups")
+    limited = "5242880" in "".join(files.values())
+    assert pool._memory.__wrapped__() == (5 * MIB if limited else machine)
+    monkeypatch.setattr(pool, "GROUPS", tmp_path / "missing")
+    assert pool._memory.__wrapped__() == machine
+
+
+KEPT = """
+import torch
+from snnlstm.native import pool
+blocks = [pool.empty((2 << 20,), torch.uint8) for _ in range(3)]
+pool.let_go(pool.workspace(100))
+del blocks
+print(pool.free_bytes() >> 20)
+"""
+
+
+@pytest.mark.parametrize(("cache", "kept"), [("", 6), ("5", 4), ("0", 0)])
+def test_the_environment_bounds_what_is_kept(cache, kept):
+    ended = python("-c", KEPT, env=os.environ | {"SNNLSTM_CACHE": cache})
+    assert ended.stdout == f"{kept}\n", ended.stderr
+
+
+@pytest.mark.parametrize("cache", ["much", "-1", "1.5"])
+def test_the_environment_must_have_a_number(cache):
+    ended = python("-c", KEPT, env=os.environ | {"SNNLSTM_CACHE": cache})
+    assert f"SNNLSTM_CACHE must be a whole number of MiB, got '{cache}'" in ended.stderr
+
+
+# ---- counting without locks ----------------------------------------------------------------------
+
+
+def lend_at_random(seed: int, count: int = 300) -> None:
+    draw, held = random.Random(seed), []
+    for _ in range(count):
+        held.append(pool.empty((draw.randrange(256 << 10, 2 << 20),), torch.uint8))
+        if len(held) > draw.randrange(1, 9):
+            del held[draw.randrange(len(held)) :]
+
+
+def test_threads_lose_no_count(monkeypatch):
+    """At most 8 blocks of 2 MiB are in use in each thread, and all of them come back."""
+    before, interval = used_bytes(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    monkeypatch.setattr(pool, "SPARE", 0)
+    try:
+        in_threads(lend_at_random)
+    finally:
+        sys.setswitchinterval(interval)
+    assert used_bytes() == before
+    assert pool._most_used <= before + 4 * 9 * 2 * MIB
+    lend_at_random(0, 1)  # the last checks of the threads may have been each other's
+    assert 0 < pool.free_bytes() <= pool._most_used - before
+
+
+def test_garbage_collection_while_a_block_comes_back(monkeypatch):
+    monkeypatch.setattr(pool, "SPARE", 2 * MIB)
+    before, threshold, cycles = used_bytes(), gc.get_threshold(), 0
+    original = pool._drop_oldest
+
+    def collecting(returned=0):
+        gc.collect(0)  # gives back the blocks of cycles, in the middle of _give_back
+        original(returned)
+
+    monkeypatch.setattr(pool, "_drop_oldest", collecting)
+    gc.set_threshold(1)
+    try:
+        for cycles in range(200):
+            cycle = [mebibytes(1 + cycles % 3)]
+            cycle.append(cycle)
+            del cycle
+            mebibytes(2)
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    assert used_bytes() == before
+    assert pool.free_bytes() <= pool._most_used - before + 2 * MIB
+    assert pool._most_used <= before + 200 * MIB
+
+
+@linux
+@in_a_process
+def test_a_fork_while_other_threads_lend_blocks():
+    """What the threads hold at the fork stays in use in the child, and the count does not grow."""
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            lend_at_random(1, 20)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    found = []
+    for _ in range(8):
+        child = os.fork()
+        if child == 0:
+            before = used_bytes()
+            for seed in range(3):
+                lend_at_random(seed, 50)
+            ok = used_bytes() == before <= 3 * 9 * 2 * MIB
+            ok = ok and pool._most_used <= before + 4 * 9 * 2 * MIB
+            os._exit(0 if ok else 3)
+        found.append(os.waitpid(child, 0)[1])
+    stop.set()
+    for thread in threads:
+        thread.join(HANG)
+    assert found == [0] * 8, found
+
+
+def test_ten_thousand_shapes_have_few_sizes(monkeypatch):
+    monkeypatch.setattr(pool, "SPARE", 4 * MIB)
+    before = used_bytes()
+    for count in range(10_000):
+        pool.empty((1, 256 + count // 10, 1 << 10, 1 + count % 10), torch.uint8)
+    assert len(pool._blocks) < 100
+    assert used_bytes() == before
+    assert pool.free_bytes() <= pool._most_used - before + 4 * MIB <= 20 * MIB
+
+
+def test_an_interrupted_allocation_counts_as_none(monkeypatch):
+    """A handler of a signal may raise an error before the block is counted, or has been lent."""
+    before = used_bytes()
+    monkeypatch.setattr(torch, "frombuffer", None)
+    with pytest.raises(TypeError):
+        mebibytes(2)
+    monkeypatch.undo()
+    assert (used_bytes(), pool.free_bytes()) == (before, 2 * MIB)
+    pool._give_back(mmap.mmap(-1, 2 * MIB))
+    assert used_bytes() <= before
+
+
+# ---- what lies in blocks -------------------------------------------------------------------------
+
+
+def with_leaky(cell: nn.Module, x: Tensor) -> Tensor:
+    return snnlstm.Leaky(beta=0.9, threshold=0.2).sequence(x, True, None)[1].sum()
+
+
+def compiled(cell: nn.Module, x: Tensor) -> Tensor:
+    return torch.compile(cell, backend="eager", fullgraph=True)(x)[0].sum()
+
+
+TRAINED = {
+    "a step": lambda cell, x: cell(x)[-1].sum(),
+    "a sequence": lambda cell, x: cell(x)[0].sum(),
+    "Leaky": with_leaky,
+    "the operator": compiled,
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_large_gradients_lie_in_blocks(name):
+    """They are no views, may be kept, and come back when nothing refers to them."""
+    shape = (2, 2, 512, 520) if name == "a step" else (1, 2, 2, 512, 520)  # 4.06 MiB
+    x = torch.rand(shape, requires_grad=True)
+    TRAINED[name](ours(), x).backward()
+    gc.collect()
+    grad, x.grad = x.grad, None
+    assert grad.isfinite().all()
+    assert not grad._is_view()
+    assert grad.stride() == x.stride()
+    free = pool.free_bytes()
+    gc.collect()
+    assert pool.free_bytes() == free, "the gradient is still there"
+    del grad
+    assert pool.free_bytes() - free == 5 * MIB
+
+
+def test_a_kept_gradient_is_summed_and_never_overwritten():
+    cell, x = ours(), torch.rand(1, 2, 2, 512, 520, requires_grad=True)
+    TRAINED["a sequence"](cell, x).backward()
+    kept, once = x.grad, x.grad.clone()
+    cell.reset_mem()
+    TRAINED["a sequence"](cell, x).backward()
+    assert x.grad is kept
+    assert torch.equal(kept, 2 * once)
+
+
+LAST, FIRST = torch.channels_last, torch.contiguous_format
+
+
+@pytest.mark.parametrize("layout", [FIRST, LAST])
+def test_a_stack_in_a_block_is_torchs(layout):
+    torch.manual_seed(0)
+    steps = [
+        torch.rand(2, 3, 512, 512).to(memory_format=layout).requires_grad_(k < 2) for k in range(3)
+    ]
+    expected = torch.stack(steps)
+    free = pool.free_bytes()
+    actual = stack(steps)
+    assert type(actual.grad_fn).__name__ == "_StackBackward"
+    same([actual], [expected])
+    assert actual.stride() == expected.stride()
+    assert not actual._is_view()
+    weights = torch.rand_like(expected)
+    grads = [
+        torch.autograd.grad((out.square() * weights).sum(), steps[:2], create_graph=True)
+        for out in (actual, expected)
+    ]
+    same(*grads)
+    second = [torch.autograd.grad(one[0].square().sum(), steps[0])[0] for one in grads]
+    same(second[:1], second[1:])
+    del actual, grads, second
+    assert pool.free_bytes() > free
+    with torch.no_grad():
+        assert not stack(steps).requires_grad
+
+
+def test_stacks_of_other_kinds_are_torchs_own():
+    """Nothing but numbers is lost: tangents, batches, dtypes, subclasses, and what records."""
+    steps = [torch.rand(2, 512, 1024) for _ in range(2)]
+    _, tangent = torch.func.jvp(lambda *both: stack(both), tuple(steps), tuple(steps))
+    same([tangent], [torch.stack(steps)])
+    batched = torch.func.vmap(lambda a, b: stack((a, b)), out_dims=1)(*steps)
+    same([batched], [torch.stack(steps)])
+    assert stack([steps[0], steps[1].double()]).dtype is torch.float64
+    assert stack([steps[0].transpose(1, 2), steps[1].transpose(1, 2)]).is_contiguous()
+    assert type(stack([step.as_subclass(Named) for step in steps])) is Named
+    traced = torch.jit.trace(lambda a, b: stack((a, b)), tuple(steps), check_trace=False)
+    same([traced(steps[1], steps[0])], [torch.stack(steps[::-1])])
+    from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+
+    with dual_level():
+        out = stack([make_dual(step, step) for step in steps])
+        same([unpack_dual(out).tangent], [torch.stack(steps)])
+
+
+class Named(Tensor):
+    """Has nothing of its own."""
+
+
+def test_unroll_stacks_steps_in_a_block():
+    net = snnlstm.Sequential(nn.BatchNorm2d(2), nn.Identity())
+    x = torch.rand(2, 2, 2, 512, 520, requires_grad=True)
+    out = net(x)
+    assert {report.kind for report in net.report} == {"step"}
+    expected = torch.stack([nn.BatchNorm2d(2)(step) for step in x])
+    torch.testing.assert_close(out, expected)
+    grads = [torch.autograd.grad(o.square().cumsum(-1).sum(), x)[0] for o in (out, expected)]
+    torch.testing.assert_close(*grads)
+    free = pool.free_bytes()
+    del out
+    assert pool.free_bytes() - free == 10 * MIB
+
+
+# ---- memory that runs out ------------------------------------------------------------------------
+
+
+@linux
+@in_a_process
+def test_torch_gets_the_memory_of_free_blocks_before_it_fails():
+    """The noise of this surrogate is torch's, which the backward pass takes first."""
+    import resource  # which Windows does not have
+
+    cell = ours(2, 8, 3, threshold=0.05, spike_grad=surrogate.SSO())
+    x = torch.rand(4, 2, 2, 96, 96)
+    cell(x)[0].sum().backward()
+    cell.reset_mem()
+    loss = cell(x)[0].sum()
+    mebibytes(512)
+    assert pool.free_bytes() > 500 * MIB
+    with open("/proc/self/statm") as pages:
+        here = int(pages.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (here, resource.RLIM_INFINITY))
+    try:
+        loss.backward()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert pool.free_bytes() < 500 * MIB
+    assert cell.conv.weight.grad.isfinite().all()
+
+
+def test_errors_of_other_kinds_and_second_ones_are_raised():
+    mebibytes(2)
+    calls = []
+
+    def failing(error: Exception) -> None:
+        calls.append(error)
+        raise error
+
+    lacking = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(RuntimeError, match="shapes"):
+        pool.where_it_fits(failing)(RuntimeError("shapes"))
+    assert len(calls) == 1
+    assert pool.free_bytes()
+    for error in (lacking, MemoryError()):
+        mebibytes(2)
+        calls.clear()
+        with pytest.raises(type(error)):
+            pool.where_it_fits(failing)(error)
+        assert (len(calls), pool.free_bytes()) == (2, 0)
+        with pytest.raises(type(error)):
+            pool.where_it_fits(failing)(error)
+        assert len(calls) == 3, "nothing was free"
+
+
+class Block:
+    """Stands for a block, and notes what the system is told of it."""
+
+    told = None
+
+    def __len__(self) -> int:
+        return 8 * MIB
+
+    def madvise(self, option: int) -> None:
+        assert not pool._blocks[len(self)][0], "another thread may have taken the block"
+        self.told = option
+
+
+@linux
+def test_the_system_may_take_the_pages_of_a_free_block():
+    block = mebibytes(8)
+    pool._give_back(one := Block())
+    assert one.told == mmap.MADV_FREE
+    del block
