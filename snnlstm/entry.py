@@ -29,8 +29,7 @@ class Entry:
     Attributes
     ----------
     spec : CellSpec
-    settings : tuple
-        Those of :func:`_settings` that the call has read.
+    settings : tuple of :func:`_settings`
     fallback : Path or None
         Why the reference path must run.
     training : bool
@@ -104,10 +103,7 @@ def _key(call: Call, spec: CellSpec, settings: Any) -> Any:
 
 
 def _settings(x: Tensor) -> Any:
-    """A device's backend or None, the algorithm, and the process's other settings for a plan.
-
-    A call reads them once, because another thread may change them meanwhile.
-    """
+    """The backend or None, the algorithm, and what else a plan depends on; read once a look-up."""
     algorithm = algorithms.current
     backend = None if kernels is None else kernels.BACKENDS.get(x.device.type)
     return (None, algorithm) if backend is None else backend.settings(algorithm)
