@@ -53,10 +53,9 @@ class Entry:
         self._guard: Any = None
         if self.fallback is None:
             assert kernels is not None
-            backend = settings[0]
-            self.in_float32 = call.x.dtype in HALF_TYPES and not backend.half_types
+            self.in_float32 = call.x.dtype in HALF_TYPES and not settings[0].half_types
             if not self.in_float32:
-                reason = backend.reason_against(kernels.Sizes(call, spec, _operands(call)))
+                reason = settings[0].reason_against(kernels.Sizes(call, spec, _operands(call)))
                 self.fallback = reason and Path("reference", reason, slow=True)
 
     def guard(self, call: Call) -> None:
