@@ -29,6 +29,7 @@ class Entry:
     Attributes
     ----------
     spec : CellSpec
+    settings : tuple of :func:`_settings`
     fallback : Path or None
         Why the reference path must run.
     training : bool
@@ -39,8 +40,11 @@ class Entry:
         Of the native kernels, once they have run.
     """
 
-    def __init__(self, call: Call, spec: CellSpec, overrides: Overrides | None = None) -> None:
-        self.spec, self.fallback = spec, static_reason(call, spec, overrides)
+    def __init__(
+        self, call: Call, spec: CellSpec, settings: Any, overrides: Overrides | None = None
+    ) -> None:
+        self.spec, self.settings = spec, settings
+        self.fallback = static_reason(call, spec, settings[1], overrides)
         self.training = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in call[:6]
         )
@@ -49,25 +53,24 @@ class Entry:
         self._guard: Any = None
         if self.fallback is None:
             assert kernels is not None
-            backend = _settings(call.x)[0]
-            self.in_float32 = call.x.dtype in HALF_TYPES and not backend.half_types
-            # Planning may fail, and the chosen reference path must run even then.
-            if not self.in_float32 and algorithms.current != "reference":
-                reason = backend.reason_against(kernels.Sizes(call, spec, _operands(call)))
+            self.in_float32 = call.x.dtype in HALF_TYPES and not settings[0].half_types
+            if not self.in_float32:
+                reason = settings[0].reason_against(kernels.Sizes(call, spec, _operands(call)))
                 self.fallback = reason and Path("reference", reason, slow=True)
 
     def guard(self, call: Call) -> None:
         """Let :meth:`serves` know calls like this one."""
         if call.lengths is None and not any_autocast():
             tensors = _present(call)
-            self._guard, self._guarded_settings = guard_of(tensors), _guarded(call, tensors)
+            self._guard = guard_of(tensors)
+            self._guarded = _guarded(call, tensors, self.settings)
 
-    def serves(self, call: Call) -> bool:
+    def serves(self, call: Call, settings: Any) -> bool:
         """Whether all that is static of a call is as in the one that was guarded."""
         if self._guard is None or call.lengths is not None:
             return False
         tensors = _present(call)
-        return _guarded(call, tensors) == self._guarded_settings and self._guard.check(*tensors)
+        return _guarded(call, tensors, settings) == self._guarded and self._guard.check(*tensors)
 
 
 class Entries(dict[Any, Any]):
@@ -84,24 +87,25 @@ def _present(call: Call) -> Sequence[Tensor]:
     return [tensor for tensor in call[:7] if tensor is not None]
 
 
-def _guarded(call: Call, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+def _guarded(call: Call, tensors: Sequence[Tensor], settings: Any) -> tuple[Any, ...]:
     """What is static of a call beside its tensors."""
-    return call.record, torch.is_grad_enabled(), _settings(call.x), len(tensors)
+    return call.record, torch.is_grad_enabled(), settings, len(tensors)
 
 
-def _key(call: Call, spec: CellSpec) -> Any:
+def _key(call: Call, spec: CellSpec, settings: Any) -> Any:
     """The key of a call, with the settings last; None if it has none.
 
     A spec with foreign callables has none: the table would keep them alive.
     """
     tensors = key_of(call) if spec.serialized else None
-    return None if tensors is None else (spec, tensors, _settings(call.x))
+    return None if tensors is None else (spec, tensors, settings)
 
 
 def _settings(x: Tensor) -> Any:
-    """The settings of the process that a plan depends on; None without kernels for the device."""
+    """The backend or None, the algorithm, and what else a plan depends on; read once a look-up."""
+    algorithm = algorithms.current
     backend = None if kernels is None else kernels.BACKENDS.get(x.device.type)
-    return None if backend is None else backend.settings(algorithms.current)
+    return (None, algorithm) if backend is None else backend.settings(algorithm)
 
 
 def _operands(call: Call) -> torch.dtype | None:
@@ -109,12 +113,12 @@ def _operands(call: Call) -> torch.dtype | None:
     return kernels.operands_of(call, autocast_dtype(call.x.device.type))
 
 
-def entry_of(call: Call, spec: CellSpec, checked: bool = True) -> Any:
+def entry_of(call: Call, spec: CellSpec, settings: Any, checked: bool = True) -> Any:
     """The entry of a call, looked up, or made if the call was `checked`; else None."""
-    key = _key(call, spec)
+    key = _key(call, spec, settings)
     entry = _entries.get(key)
     if entry is None and checked:
-        entry = Entry(call, spec)
+        entry = Entry(call, spec, settings)
         if key is not None:
             entry.guard(call)
             entry = _entries.keep(key, entry)
@@ -139,14 +143,15 @@ def run(
     """Run a call; returns :data:`Results`.
 
     A call that was not `checked` runs only if one like it was: otherwise None is returned.
-    `last` holds the caller's last entry as ``_entry``, and `now` is :func:`path.reason_now`'s.
+    `last` holds the caller's last entry as ``_entry``, and `now` is :func:`path.recorded_now`'s.
     """
+    settings = _settings(call.x)
     if overrides is not None:  # a call with foreign code shares no entry
-        entry: Any = Entry(call, spec, overrides)
+        entry: Any = Entry(call, spec, settings, overrides)
     else:
         entry = last.get("_entry")
-        if entry is None or entry.spec is not spec or not entry.serves(call):
-            entry = entry_of(call, spec, checked)
+        if entry is None or entry.spec is not spec or not entry.serves(call, settings):
+            entry = entry_of(call, spec, settings, checked)
             if entry is None:
                 return None
             last["_entry"] = entry
@@ -163,13 +168,14 @@ def run_traced(
 
     The name of a native path says what kind of kernels run; which of them is known afterwards.
     """
-    path = now or static_reason(call, spec, overrides, True)
+    algorithm = algorithms.current
+    path = now or static_reason(call, spec, algorithm, overrides, True)
 
     def traced(part: Call) -> tuple[Tensor, Tensor, Tensor]:
         if path is not None:
             return reference.run(part, spec, overrides)
         assert kernels is not None
-        return kernels.run_operator(part, spec, algorithms.current)[:3]
+        return kernels.run_operator(part, spec, algorithm)[:3]
 
     segmented = spec.checkpoint and may_checkpoint()
     foreign = _is_foreign(spec, overrides)
@@ -186,7 +192,7 @@ def _run_in_segments(
 
     def segment(part: Call) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal ran
-        segment_entry = entry if path is not None else entry_of(part, inner)
+        segment_entry = entry if path is not None else entry_of(part, inner, entry.settings)
         spk, syn, mem, ran = _run_by(path, part, segment_entry, overrides)
         return spk, syn, mem
 
@@ -208,13 +214,13 @@ def _run_by(
     assert kernels is not None
     if entry.in_float32:
         kernels.check_memory(call)  # torch reads the tensors first
-        spec = entry.spec
+        spec, settings = entry.spec, entry.settings
         return kernels.in_float32(
-            call, lambda step: _run_by(None, step, entry_of(step, spec), None)
+            call, lambda step: _run_by(None, step, entry_of(step, spec, settings), None)
         )
     plan = entry.plan
     if plan is None:  # an entry made under a torch.func transform has no plan yet
         spec = replace(entry.spec, checkpoint=False)
-        plan = entry.plan = kernels.plan_of(call, spec, _operands(call), _settings(call.x))
+        plan = entry.plan = kernels.plan_of(call, spec, _operands(call), entry.settings)
     spk, syn, mem, name = kernels.run(plan, call, entry.training)
     return spk, syn, mem, native_path(name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .call import batch_before_time, stateless_call
 from .entry import run, run_traced
-from .path import reason_now
+from .path import recorded_now
 
 __all__ = ["sconv2dlstm"]
 
@@ -92,7 +92,7 @@ def sconv2dlstm(
         checkpoint=checkpoint, batch_first=batch_first,
     )  # fmt: skip
     if torch.compiler.is_compiling():
-        results = run_traced(call, spec, reason_now(True))
+        results = run_traced(call, spec, recorded_now(True))
     else:
-        results = run(_last, call, spec, reason_now())
+        results = run(_last, call, spec, recorded_now())
     return batch_before_time(call, batch_first, *results[:3])

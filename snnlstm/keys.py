@@ -52,7 +52,7 @@ def key_of(call: Call) -> tuple[Any, ...] | None:
             x.shape, x.stride(), x.dtype, device, x.is_neg(), x.requires_grad,
             syn.shape, syn.stride(), syn.dtype, syn.device, syn.is_neg(), syn.requires_grad,
             mem.shape, mem.stride(), mem.dtype, mem.device, mem.is_neg(), mem.requires_grad,
-            weight.shape, weight.is_contiguous(), weight.dtype, weight.device, weight.is_neg(),
+            weight.shape, weight.dtype, weight.device, weight.is_neg(),
             weight.requires_grad,
             None if bias is None else _key_of_numbers(bias),
             None if threshold is None else _key_of_numbers(threshold),

@@ -19,7 +19,10 @@ _INTS = (
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Refuse sparse tensors and those of MKL-DNN."""
+    """Refuse sparse, nested and quantised tensors, and those of MKL-DNN."""
+    if tensor.is_nested or tensor.is_quantized:
+        found = "nested" if tensor.is_nested else "quantised"
+        raise TypeError(f"{name} must be a plain tensor, got a {found} one")
     if tensor.layout is not torch.strided:
         raise TypeError(
             f"{name} must be dense, as {name}.to_dense() is, got layout {tensor.layout}"

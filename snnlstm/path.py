@@ -209,7 +209,7 @@ def asked_every_call(
     mem_reset: Any = None,
     traced: bool = False,
 ) -> tuple[Path | None, Overrides | None]:
-    """What no key of a call tells: :func:`reason_now`, and the foreign code that takes part.
+    """What no key of a call tells: :func:`recorded_now`, and the foreign code that takes part.
 
     The second is None where the cell and its conv are plain. `channels`, Cin and C, are given where
     the weight's shape is not known to fit. `fire` and `mem_reset` are methods that a subclass or
@@ -220,7 +220,7 @@ def asked_every_call(
     ValueError
         If the cell has a stride, which needs a plain conv.
     """
-    now, shape = reason_now(traced), None
+    now, shape = recorded_now(traced), None
     if channels is not None:
         kernel = spec.kernel_size[-1:] if kind is nn.Conv1d else spec.kernel_size
         shape = 4 * channels[1], sum(channels), *kernel
@@ -234,16 +234,18 @@ def asked_every_call(
     return now, Overrides(None if reason is None else conv, reason, fire, mem_reset)
 
 
-def reason_now(traced: bool = False) -> Path | None:
-    """Why plain torch must run any call now: by the user's word, or because something records.
+def reason_now() -> Path | None:
+    """Why plain torch must run a call that has no key: something records it, or the user says so.
 
-    The user's choice is no fallback, so the log does not name it. It holds for every device and
-    every module of this package, and for the next call of a module that has a plan.
+    The user's choice is no fallback, so the log does not name it. It holds for every device.
     """
+    return recorded_now() or (_CHOSEN if algorithms.current == "reference" else None)
+
+
+def recorded_now(traced: bool = False) -> Path | None:
+    """Why plain torch must run any call now: because something records or transforms it."""
     if exporting():
         return EXPORT
-    if algorithms.current == "reference":
-        return _CHOSEN
     if transforms_are_active():
         return Path("reference", "a torch.func transform is active")
     if not traced:
@@ -255,12 +257,14 @@ def reason_now(traced: bool = False) -> Path | None:
 
 
 def static_reason(
-    call: Call, spec: CellSpec, overrides: Overrides | None = None, traced: bool = False
+    call: Call, spec: CellSpec, algorithm: str, overrides: Overrides | None, traced: bool = False
 ) -> Path | None:
     """Why the reference path must run a call and all like calls; None where the kernels can.
 
     The first reason counts. Those that no user can change for the better come first.
     """
+    if algorithm == "reference":
+        return _CHOSEN
     device, threshold, graded = call.x.device, call.threshold, call.graded
     if overrides is not None and overrides.conv is not None:  # a foreign conv may have no weight
         call = call._replace(weight=call.x)
@@ -292,7 +296,7 @@ def static_reason(
             reason = "graded_spikes_factor requires a gradient"
     if reason is not None:
         return Path("reference", reason, slow=True)
-    return against or _faster_in_torch(call)
+    return against or _faster_in_torch(call, algorithm)
 
 
 _AMX_CHANNELS = 32
@@ -303,7 +307,7 @@ network around 32->1 0.7 (benchmarks/NOTES.md). AMX multiplies 32 numbers of bfl
 """
 
 
-def _faster_in_torch(call: Call) -> Path | None:
+def _faster_in_torch(call: Call, algorithm: str) -> Path | None:
     """Why torch's convolutions should run, where they multiply at twice the kernels' rate or more.
 
     Any algorithm but "auto" forces the kernels.
@@ -313,7 +317,7 @@ def _faster_in_torch(call: Call) -> Path | None:
         or call.x.device.type != "cpu"
         or call.x.shape[-3] < _AMX_CHANNELS
         or autocast_dtype("cpu") is not torch.bfloat16
-        or algorithms.current != "auto"
+        or algorithm != "auto"
         or not torch.is_grad_enabled()
         or not any(tensor is not None and tensor.requires_grad for tensor in call[:6])
     ):

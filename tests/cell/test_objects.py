@@ -12,7 +12,7 @@ from torch import nn
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.quant import StateQuant, state_quant
-from tests.shared.helpers import flat, ours, same, steps, theirs
+from tests.shared.helpers import close, flat, ours, same, steps, theirs
 
 OPTIONS = {
     "spike_grad": surrogate.fast_sigmoid(5), "state_quant": state_quant(3), "dilation": 2,
@@ -115,3 +115,28 @@ def test_representations_name_what_is_not_as_usual():
     assert repr(signals).startswith("SConv1dLSTM(\n  2, 3, kernel_size=5, max_pool=2, stride=(2,)")
     assert "stride=(2, 2)" in repr(snnlstm.ConvLSTM(2, 3, 3, 1, stride=2))
     assert repr(state_quant(4)) == "StateQuant(16 levels, -1 to 1.2)"
+
+
+@pytest.mark.parametrize("lead", [(4,), (3, 4)], ids=str)
+def test_a_data_parallel_cell_without_a_gpu_is_the_cell(lead):
+    x, plain, parallel = torch.rand(*lead, 2, 6, 7), ours(), torch.nn.DataParallel(ours())
+    close(parallel(x), plain(x))
+    assert parallel.module.path == plain.path
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype")
+def test_nested_inputs_are_refused_by_name():
+    nested = torch.nested.nested_tensor([torch.rand(2, 5, 5), torch.rand(2, 6, 6)])
+    with pytest.raises(TypeError, match="x must be a plain tensor, got a nested one"):
+        ours()(nested)
+    with pytest.raises(TypeError, match="input_tensor must be a plain tensor, got a nested one"):
+        snnlstm.ConvLSTMCell(2, 3, 3)(nested)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["x", "syn", "mem"])
+def test_quantised_tensors_are_refused_by_name(name):
+    given = {"x": torch.rand(1, 2, 5, 5), **dict.fromkeys(("syn", "mem"), torch.rand(1, 3, 5, 5))}
+    quantised = torch.quantize_per_tensor(given[name], 0.1, 0, torch.quint8)
+    with pytest.raises(TypeError, match=f"{name} must be a plain tensor, got a quantised one"):
+        ours()(**given | {name: quantised})

@@ -68,6 +68,7 @@ FEW = [
     *((mode, NARROW.but(width=18, batch=1, time=1, pool="max", pool_size=(16, 18)))
       for mode in (*ONE, MODES["float64"])),
     (MODES["tf32"], SMOOTH["average pool"].but(time=2)),  # pooled in float32
+    (MODES["float64"], TINY.but(inhibition=True)),  # the winner is chosen in a kernel of its own
     # The blocks on tensor cores, which are of three widths, with steps that are plain or not.
     *((MODES[name], TINY.but(in_channels=cin, channels=c, width=width))
       for name in ("tf32", "tf32x3", *(name for name in MODES if "float16 autocast" in name))

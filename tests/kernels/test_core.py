@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch  # before the core
 
-from tests.shared.cases import FACTS, PLAIN
+from tests.shared.cases import FACTS, OF_INPUTS, PLAIN
 from tests.shared.cpu_kernels import ISAS, native
 from tests.shared.gradients import ASKED, KEPT
 from tests.shared.helpers import python
@@ -73,6 +73,8 @@ def test_random_calls():
     done = fuzz.run(120)
     assert done["gradients"] >= 60
     assert all(done[way] for way in fuzz.WAYS)
+    layouts = {f"{what} {layout}" for what in fuzz.LAID_OUT for layout in OF_INPUTS}
+    assert all(done[layout] for layout in layouts | {"gradients negated"})
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

@@ -99,6 +99,37 @@ def test_it_equals_the_loop_in_training(name, form):
     equals_the_loop(nn.Sequential(*make()), X, kinds, 2e-6, form)
 
 
+def test_in_place_layers_behind_what_was_saved_are_as_out_of_place_or_refused():
+    """The copy that a step's layer gets leaves alone what the layer before has saved."""
+    gradients = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        net = snnlstm.Sequential(ours(), nn.ReLU(), nn.ELU(inplace=inplace))
+        flat(net(X))[0].sum().backward()
+        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
+    close(*gradients)
+    folded = snnlstm.Sequential(ours(), nn.ReLU(), nn.ReLU(inplace=True))
+    for out in (flat(folded(X))[0], nn.functional.elu_(ours()(X)[0].relu())):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [leaky, lambda **_: hidden(2, 2, 3)], ids=["Leaky", "cell"])
+def test_a_layer_in_two_places_goes_through_the_steps_as_in_the_loop(kind):
+    torch.manual_seed(0)
+    layer = kind(init_hidden=True)
+    equals_the_loop(nn.Sequential(layer, nn.Conv2d(2, 2, 1), layer), X, None, 2e-6)
+
+
+def test_functional_call_uses_the_parameters_that_it_is_given():
+    net = snnlstm.Sequential(nn.Conv2d(2, 2, 3, padding=1), hidden(2, 3, 3), leaky())
+    given = {name: 1.5 * p.detach() for name, p in net.named_parameters()}
+    out = flat(torch.func.functional_call(net, given, (X,)))
+    utils.reset(net)
+    net.load_state_dict(given, strict=False)
+    close(out, flat(net(X)))
+
+
 @pytest.mark.parametrize("limit", [0, 1000])
 @pytest.mark.parametrize("name", NETS)
 def test_large_steps_run_one_by_one(name, limit, monkeypatch):

@@ -26,6 +26,8 @@ SURROGATES = (*map(unusual, surrogate.KINDS[1:]), surrogate.NONE)
 # snnTorch's LSO cannot be called, and SSO draws other numbers.
 OF_SNNTORCH = [s for s in SURROGATES if s.name in {*dir(snntorch.surrogate)} - {"LSO", "SSO"}]
 LAYOUTS = ("contiguous", "channels_last", "sliced", "strided", "transposed", "shifted", "expanded")
+OF_INPUTS = (*LAYOUTS, "overlapping")
+OF_GRADIENTS = (*OF_INPUTS, "negated")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         return values.contiguous()
     if layout == "expanded":
         return values[:1].expand_as(values)
+    if layout == "negated":  # the sign is a flag of the tensor
+        return torch._neg_view(-values)
     if layout == "channels_last":
         return values.movedim(-3, -1).contiguous().movedim(-1, -3)
     if layout == "overlapping":  # each row begins within the one before
