@@ -364,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         suite = Suite(args)
     except ValueError as error:
-        p.error(str(error))
+        p.exit(2, f"{p.prog}: error: {error}\n")  # one line, without the usage
     out = args.out or Path("out") / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     try:
         suite.run()
