@@ -12,6 +12,8 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from sklearn.datasets import load_digits
+
 from benchmarks.demo import __main__ as demo
 from benchmarks.demo import training
 from benchmarks.demo.training import load_split
@@ -48,6 +50,9 @@ def test_the_demo_trains_both_from_one_start_and_they_learn(tmp_path, capsys):
 def test_a_copy_of_the_training_runs_alone(tmp_path, monkeypatch, capsys):
     copy = str(shutil.copy2(training.__file__, tmp_path))
     monkeypatch.setitem(sys.modules, "benchmarks", None)  # which a user's folder does not have
+    digits = load_digits()
+    digits.images, digits.target = digits.images[:100], digits.target[:100]
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: digits)
     monkeypatch.setattr(sys, "argv", [copy, "--quick", "--threads", "1"])
     runpy.run_path(copy, run_name="__main__")
     assert "test accuracy" in capsys.readouterr().out
