@@ -18,7 +18,7 @@ HERE      = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHO
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-demo: $(VENV)/.demo  ## train with snnTorch's cell and ours, in five minutes (ARGS=--quick: half of one)
+demo: $(VENV)/.demo  ## train with snnTorch's cell and ours, in two minutes (ARGS=--quick: in one)
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests, on as many cores as there are (ARGS="-n 0": on one)

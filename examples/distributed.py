@@ -78,10 +78,8 @@ def main(arguments=None):
             seconds[k] += time.process_time()
     dist.all_reduce(found)
     if dist.get_rank() == 0:
-        print(
-            *(f"{share / dist.get_world_size():.0%}" for share in found),
-            "of the last batch read right",
-        )
+        right = (found / dist.get_world_size()).tolist()
+        print("share of the last batch right: snnTorch {:.0%}, snnlstm {:.0%}".format(*right))
         print(f"snnlstm trained {seconds[0] / seconds[1]:.1f} times as fast, in processor time")
     dist.destroy_process_group()
 

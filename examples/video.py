@@ -74,10 +74,9 @@ def main(arguments=None):
     optimizer = torch.optim.Adam(nn.ModuleList(net).parameters(), lr=4e-3)
     for _ in range(args.batches):
         train(*net, optimizer, films(8))
-    film = films(8)
-    times = [[train(*net, optimizer, film, loop) for loop in (True, False)] for _ in range(7)]
+    times = [[train(*net, optimizer, films(8), loop) for loop in (True, False)] for _ in range(7)]
     theirs, ours = torch.tensor(times).median(0).values
-    seen, future = film.split(STEPS, 1)
+    seen, future = films(8).split(STEPS, 1)
     made = continued(*net, seen)
     errors = [(frames - future).square().mean() for frames in (made, seen[:, -1:])]
     print("mean squared error {:.3f}; of the last frame seen {:.3f}".format(*errors))

@@ -20,6 +20,7 @@ from benchmarks.demo import training
 ROWS = Path(__file__).resolve().parents[1] / "results" / "accuracy.csv"
 LIBRARIES = ("snntorch", "snnlstm")
 WINDOW = 30
+"""A point of a smooth loss curve is the mean of this many batches."""
 
 
 def trained(library: str, seed: int) -> dict[str, Any]:
