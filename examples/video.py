@@ -15,16 +15,16 @@ from torch import nn
 
 import snnlstm
 
-SIDE, STEPS = 32, 10
+SIDE, STEPS = 24, 10
 
 
 def films(count, steps=2 * STEPS):
-    """Makes films (count, steps, 1, SIDE, SIDE) in 0..1 of balls with a radius of 4 pixels."""
-    room, (start, speed) = SIDE - 8, torch.rand(2, count, 2, 2, 1)  # of each ball and axis
-    place = (room * start + (4 * speed - 2) * torch.arange(steps)).remainder(2 * room)
-    place = 4 + room - (place - room).abs()  # balls turn at the walls
+    """Makes films (count, steps, 1, SIDE, SIDE) in 0..1 of balls with a radius of 3 pixels."""
+    room, (start, speed) = SIDE - 6, torch.rand(2, count, 2, 2, 1)  # of each ball and axis
+    place = (room * start + (3 * speed - 1.5) * torch.arange(steps)).remainder(2 * room)
+    place = 3 + room - (place - room).abs()  # balls turn at the walls
     y, x = (place[..., None] - torch.arange(SIDE)).square().unbind(2)
-    return (4.5 - (y[..., None] + x[..., None, :]).sqrt()).clamp(0, 1).amax(1)[:, :, None]
+    return (3.5 - (y[..., None] + x[..., None, :]).sqrt()).clamp(0, 1).amax(1)[:, :, None]
 
 
 def plain(lstm, x):
@@ -65,7 +65,7 @@ def continued(lstm, out, seen):
 
 def main(arguments=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--batches", type=int, default=400)
+    p.add_argument("--batches", type=int, default=300)
     args = p.parse_args(arguments)
     torch.set_num_threads(1)  # ratios of one thread's processor time hold on a busy machine
     torch.manual_seed(0)
