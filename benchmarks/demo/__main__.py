@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from benchmarks import machine
-from benchmarks.demo import seeds, training
+from benchmarks.demo import training
 from benchmarks.demo.seeds import WINDOW
 from benchmarks.demo.training import CANVAS, DIGIT, STEPS
 
@@ -22,13 +22,6 @@ LINES = {
     "batch_ms": ("ms per batch, median", "{:.1f}"),
 }
 Result = dict[str, Any]  # of training.run
-
-
-def spread(epochs: int) -> list[str]:
-    """Returns what other seeds reached in as many epochs."""
-    rows = pd.read_csv(seeds.ROWS).query(f"epochs == {epochs}").accuracy
-    text = f"With other seeds both cells reached {rows.min():.1%} to {rows.max():.1%}."
-    return ["", text] if len(rows) else []
 
 
 def smooth(result: Result) -> pd.Series:
@@ -49,11 +42,10 @@ def table(reference: Result, ours: Result) -> str:
         ratio = "" if key == "accuracy" else f"{one / other:.2f}x"
         title += f" {ours['clock']}" * (key == "seconds")
         text.append(f"{title:36}{form.format(one):>10}{form.format(other):>10}{ratio:>8}")
-    text += spread(ours["epochs"])
     apart = furthest(reference, ours)
     text += ["", f"Loss curves (means of {WINDOW} batches) are at most {apart:.3f} apart."]
     start = f"Both started from the same {ours['parameters']} weights and saw the same digits."
-    return "\n".join([*text, start, ours["path"]])
+    return "\n".join([*text, start, "docs/numerics.md shows other seeds.", ours["path"]])
 
 
 def plot(reference: Result, ours: Result, path: Path, caption: str) -> None:
@@ -97,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if not args.quick:
         print(
-            "Both trainings together take about 80 seconds on an idle core. "
+            "Both trainings together take one to two minutes on an idle core. "
             "make demo ARGS=--quick takes half of that, and learns less.\n",
             flush=True,
         )
