@@ -326,7 +326,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"your own layer, {cases.FORM}")
     p.add_argument("--network", action="append", default=[], metavar="FILE.py:FUNCTION",
         help="your own network: FUNCTION() returns the network, with snnTorch's cells or ours, its "
-        "input x, and, if it needs one, a loop run(network, x); both libraries' cells are timed in it")
+        "input x and, if you wish, a loop run(network, x); both libraries' cells are timed in it")
     p.add_argument("--providers", nargs="+", metavar="NAME", default=providers.DEFAULT,
         help="of the list below; snntorch is always timed (default: %(default)s)")
     p.add_argument("--mode", nargs="+", choices=providers.MODES, default=providers.MODES)

@@ -77,7 +77,7 @@ def test_a_copy_of_the_training_runs_alone(tmp_path, monkeypatch, capsys):
     copy = str(shutil.copy2(training.__file__, tmp_path))
     monkeypatch.setitem(sys.modules, "benchmarks", None)  # which a user's folder does not have
     digits = load_digits()
-    digits.images, digits.target = digits.images[:100], digits.target[:100]
+    digits.images, digits.target = digits.images[:200], digits.target[:200]
     monkeypatch.setattr("sklearn.datasets.load_digits", lambda: digits)
     monkeypatch.setattr(sys, "argv", [copy, "--quick", "--threads", "1"])
     runpy.run_path(copy, run_name="__main__")
