@@ -20,8 +20,9 @@ SIDE, STEPS = 24, 10
 
 def films(count, steps=2 * STEPS):
     """Makes films (count, steps, 1, SIDE, SIDE) in 0..1 of balls with a radius of 3 pixels."""
-    room, (start, speed) = SIDE - 6, torch.rand(2, count, 2, 2, 1)  # of each ball and axis
-    place = (room * start + (3 * speed - 1.5) * torch.arange(steps)).remainder(2 * room)
+    room, each = SIDE - 6, (count, 2, 2, 1)  # film, ball and axis
+    start, speed = torch.randint(2 * room, each), 2 * torch.randint(2, each) - 1
+    place = (start + speed * torch.arange(steps)).remainder(2 * room)
     place = 3 + room - (place - room).abs()  # balls turn at the walls
     y, x = (place[..., None] - torch.arange(SIDE)).square().unbind(2)
     return (3.5 - (y[..., None] + x[..., None, :]).sqrt()).clamp(0, 1).amax(1)[:, :, None]
@@ -58,7 +59,7 @@ def continued(lstm, out, seen):
     """Returns STEPS frames that follow the seen ones, each predicted from the one before."""
     frames, states = [], None
     while len(frames) < STEPS:
-        hidden, states = lstm(frames[-1] if frames else seen, states)
+        hidden, states = lstm(frames[-1].round() if frames else seen, states)
         frames.append(out(hidden[-1][:, -1]).sigmoid()[:, None])
     return torch.cat(frames, 1)
 
@@ -66,13 +67,12 @@ def continued(lstm, out, seen):
 def main(arguments=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--batches", type=int, default=300)
-    args = p.parse_args(arguments)
     torch.set_num_threads(1)  # ratios of one thread's processor time hold on a busy machine
     torch.manual_seed(0)
     lstm = snnlstm.ConvLSTM(1, [16, 16], 3, 2, batch_first=True, return_all_layers=True)
     net = lstm, nn.Conv2d(16, 1, 1)
     optimizer = torch.optim.Adam(nn.ModuleList(net).parameters(), lr=4e-3)
-    for _ in range(args.batches):
+    for _ in range(p.parse_args(arguments).batches):
         train(*net, optimizer, films(8))
     times = [[train(*net, optimizer, films(8), loop) for loop in (True, False)] for _ in range(7)]
     theirs, ours = torch.tensor(times).median(0).values
