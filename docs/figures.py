@@ -63,14 +63,14 @@ def draw_accuracy() -> Figure:
     panel = figure.subplots()
     rows = list(csv.DictReader(ROWS.read_text().splitlines()))
     batches = [name for name in rows[0] if name.isdecimal()]
-    for library, colour in (("snntorch", "#E69F00"), ("snnlstm", "#0072B2")):
+    for library, colour, width in (("snntorch", "#E69F00", 4.5), ("snnlstm", "#0072B2", 1.8)):
         own = [row for row in rows if row["library"] == library]
         curves = torch.tensor([[float(row[name]) for row in own] for name in batches])
         found = torch.tensor([100 * float(row["accuracy"]) for row in own])
         label = f"{library}: {found.mean():.1f} ± {found.std():.1f} % of test digits"
         x = [int(name) for name in batches]
         panel.plot(x, curves, color=colour, linewidth=0.7, alpha=0.5)
-        panel.plot(x, curves.mean(1), color=colour, linewidth=2.5, label=label)
+        panel.plot(x, curves.mean(1), color=colour, linewidth=width, label=label)
     panel.set(xlabel="batch", ylabel="loss, mean of 30 batches", ylim=0)
     panel.legend(fontsize="small")
     return figure
