@@ -34,7 +34,7 @@ def collate(recordings):
     for events, _ in recordings:
         step = (events["t"] - events["t"][0]) // WINDOW
         frames.append(torch.zeros(step[-1] + 1, 2, SIDE, SIDE))
-        frames[-1].numpy()[step, events["p"], events["y"], events["x"]] = 1
+        frames[-1].numpy()[step, events["p"].astype(int), events["y"], events["x"]] = 1
     return nn.utils.rnn.pad_sequence(frames), torch.tensor([*map(len, frames)]), labels
 
 

@@ -66,17 +66,17 @@ def continued(lstm, out, seen):
 
 def main(arguments=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--batches", type=int, default=300)
+    p.add_argument("--batches", type=int, default=800)
     torch.set_num_threads(1)  # ratios of one thread's processor time hold on a busy machine
     torch.manual_seed(0)
     lstm = snnlstm.ConvLSTM(1, [16, 16], 3, 2, batch_first=True, return_all_layers=True)
     net = lstm, nn.Conv2d(16, 1, 1)
-    optimizer = torch.optim.Adam(nn.ModuleList(net).parameters(), lr=4e-3)
+    optimizer = torch.optim.Adam(nn.ModuleList(net).parameters(), lr=1e-2)
     for _ in range(p.parse_args(arguments).batches):
-        train(*net, optimizer, films(8))
-    times = [[train(*net, optimizer, films(8), loop) for loop in (True, False)] for _ in range(7)]
+        train(*net, optimizer, films(4))
+    times = [[train(*net, optimizer, films(4), loop) for loop in (True, False)] for _ in range(7)]
     theirs, ours = torch.tensor(times).median(0).values
-    seen, future = films(8).split(STEPS, 1)
+    seen, future = films(4).split(STEPS, 1)
     made = continued(*net, seen)
     errors = [(frames - future).square().mean() for frames in (made, seen[:, -1:])]
     print("mean squared error {:.3f}; of the last frame seen {:.3f}".format(*errors))
