@@ -65,7 +65,7 @@ class Network:
     sequences: Callable[..., Any] = lambda net, *args: net.sequence(*args)
     autocast: bool = False
     forms: dict[str, Form] = field(default_factory=dict)
-    own_input: Callable[[], tuple[Any, ...]] | None = None
+    own_input: Callable[[], Any] | None = None
     dtypes = ()  # besides float32
 
     def batches(self, *_: Any) -> list[tuple[Any, Any]]:
@@ -298,28 +298,34 @@ def _convlstm(hidden: list[int], kernel: int, *shape: int) -> Network:
     return Network(title, make, (shape,), squared, loop=first, forms=forms)
 
 
-def _fresh(net: nn.Module, x: tuple[Any, ...]) -> Any:
-    utils.reset(net)
-    return net(*x)
+def _called(net: nn.Module, x: Any) -> Any:
+    return net(*x) if isinstance(x, tuple) else net(x)
 
 
 def from_file(place: str) -> Network:
     """Returns the network of "file.py:function"; the function is "make" where no name is given.
 
-    The function takes nothing and returns a network and its input, a tensor or a tuple of
-    arguments. The network has snnTorch's cells or ours: either take the place of the other. Its
-    loss is the mean square of what it returns. Raises ValueError that names what is missing.
+    The function takes nothing and returns a network and its input x, a tensor or a tuple of
+    arguments. It may return a function run(network, x) as a third item, such as a loop over time,
+    which is called in the place of network(x). The network has snnTorch's cells or ours: either
+    take the place of the other. Its states are reset before each run, and its loss is the mean
+    square of what it returns. Raises ValueError that names what is missing.
     """
     file, _, name = place.partition(":")
     name = name or "make"
     sys.path.insert(0, str(Path(file).resolve().parent))  # where the file finds what it imports
     try:
         function = runpy.run_path(file)[name]
-    except (OSError, KeyError) as error:
+    except OSError as error:
         raise ValueError(f"--network: expected FILE.py:FUNCTION, got {place!r}: {error}") from None
+    except KeyError:
+        raise ValueError(f"--network: {file} has no function {name!r}, as {place!r} asks") from None
+    run = _called
 
     def make(cell: Any) -> nn.Module:
-        net, _ = function()
+        nonlocal run
+        net, _, *own = function()
+        run = own[0] if own else _called
         ours = cell is snnlstm.SConv2dLSTM
         report = (snnlstm.accelerate if ours else snnlstm.restore)(net)
         kinds = cell, snnlstm.Leaky if ours else snn.Leaky
@@ -327,13 +333,13 @@ def from_file(place: str) -> Network:
             raise ValueError(f"--network: {name}() returns no network with SConv2dLSTM or Leaky")
         return report.model
 
-    def own_input() -> tuple[Any, ...]:
-        _, x = function()
-        return x if isinstance(x, tuple) else (x,)
+    def fresh(net: nn.Module, x: Any) -> Any:
+        utils.reset(net)
+        return run(net, x)
 
     forms = {name: form for name, form in FORMS.items() if not form.sequences}
     return Network(
-        "your own network", make, (), squared, loop=_fresh, own_input=own_input,
+        "your own network", make, (), squared, loop=fresh, own_input=lambda: function()[1],
         optimizer=functools.partial(torch.optim.SGD, lr=0.0), forms=forms,
     )  # fmt: skip
 

@@ -325,8 +325,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--shape", action="append", default=[], metavar='"T N Cin Cout H W k ..."',
         help=f"your own layer, {cases.FORM}")
     p.add_argument("--network", action="append", default=[], metavar="FILE.py:FUNCTION",
-        help="your own network: FUNCTION() returns the network, with snnTorch's cells or ours, and "
-        "its input; both libraries' cells are timed in it")
+        help="your own network: FUNCTION() returns the network, with snnTorch's cells or ours, its "
+        "input x and, if you wish, a loop run(network, x); both libraries' cells are timed in it")
     p.add_argument("--providers", nargs="+", metavar="NAME", default=providers.DEFAULT,
         help="of the list below; snntorch is always timed (default: %(default)s)")
     p.add_argument("--mode", nargs="+", choices=providers.MODES, default=providers.MODES)
@@ -364,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         suite = Suite(args)
     except ValueError as error:
-        p.error(str(error))
+        p.exit(2, f"{p.prog}: error: {error}\n")  # one line, without the usage
     out = args.out or Path("out") / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     try:
         suite.run()

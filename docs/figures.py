@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from benchmarks.report import draw_history
 from snnlstm import quant, surrogate
 
 COLOURED = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"
+ROWS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "accuracy.csv"
 # This grey is readable on white and on black.
 STYLE = dict.fromkeys(COLOURED, "#808890") | {"svg.hashsalt": "snnlstm", "legend.framealpha": 0}
 SHOWN = {  # panels, each with curves of one scale
@@ -55,11 +57,31 @@ def draw_quantisers() -> Figure:
     return figure
 
 
+def draw_accuracy() -> Figure:
+    """Draw the losses of the demo's trainings, thin lines for seeds and thick ones for means."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    panel = figure.subplots()
+    rows = list(csv.DictReader(ROWS.read_text().splitlines()))
+    batches = [name for name in rows[0] if name.isdecimal()]
+    for library, colour, width in (("snntorch", "#E69F00", 4.5), ("snnlstm", "#0072B2", 1.8)):
+        own = [row for row in rows if row["library"] == library]
+        curves = torch.tensor([[float(row[name]) for row in own] for name in batches])
+        found = torch.tensor([100 * float(row["accuracy"]) for row in own])
+        label = f"{library}: {found.mean():.1f} ± {found.std():.1f} % of test digits"
+        x = [int(name) for name in batches]
+        panel.plot(x, curves, color=colour, linewidth=0.7, alpha=0.5)
+        panel.plot(x, curves.mean(1), color=colour, linewidth=width, label=label)
+    panel.set(xlabel="batch", ylabel="loss, mean of 30 batches", ylim=0)
+    panel.legend(fontsize="small")
+    return figure
+
+
 def draw(folder: Path) -> None:
     """Write all pictures into `folder`."""
     folder.mkdir(exist_ok=True)
     with rc_context(STYLE):
         figures = {"surrogates": draw_surrogates(), "quantisers": draw_quantisers()}
         figures |= {f"history_{mode}": draw_history(mode) for mode in ("inference", "training")}
+        figures["accuracy"] = draw_accuracy()
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})

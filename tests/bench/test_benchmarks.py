@@ -94,8 +94,27 @@ def test_ones_own_network_is_timed_with_either_cell(tmp_path):
         status, rows = suite(tmp_path, "--network", f"{file}:mine", "--seconds", "0.01")
         assert status == 0
         assert set(rows.provider) == {"snntorch", "loop"}
-    with pytest.raises(ValueError, match=r"--network: .*: 'other'"):
-        networks.from_file(f"{file}:other")
+
+
+def test_ones_own_loop_runs_the_network_step_by_step(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch, snntorch\n"
+        "def run(net, x):\n"
+        "    assert x.dim() == 5 and not net[0].mem.any()\n"
+        "    return torch.stack([net(step) for step in x])\n"
+        "def make():\n"
+        "    cell = snntorch.SConv2dLSTM(2, 3, 3, threshold=0.05, init_hidden=True)\n"
+        "    return torch.nn.Sequential(cell), torch.rand(3, 2, 2, 5, 5), run\n"
+    )
+    status, rows = suite(tmp_path, "--network", str(file), "--seconds", "0.01")
+    assert status == 0
+    assert set(rows.provider) == {"snntorch", "loop"}
+    for wrong, said in ((f"{file}:other", "no function 'other'"), ("none.py", "No such file")):
+        with pytest.raises(SystemExit):
+            run.main(["--network", wrong])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
 
 
 @pytest.mark.parametrize("library", ["snntorch", "snnlstm"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -12,8 +13,11 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+import pandas as pd
+from sklearn.datasets import load_digits
+
 from benchmarks.demo import __main__ as demo
-from benchmarks.demo import training
+from benchmarks.demo import seeds, training
 from benchmarks.demo.training import load_split
 
 
@@ -45,9 +49,36 @@ def test_the_demo_trains_both_from_one_start_and_they_learn(tmp_path, capsys):
     assert said[-1] == f"test accuracy {reference['accuracy']:.1%}; {reference['path']}"
 
 
+@pytest.mark.usefixtures("_few_digits")
+def test_a_seed_is_trained_once_and_has_a_row(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.csv"
+    for count in (1, 2):
+        seeds.main(["--seeds", str(count), "--rows", str(rows)])
+        found = pd.read_csv(rows)
+        assert {*zip(found.library, found.seed, strict=True)} == {
+            (library, seed) for library in seeds.LIBRARIES for seed in range(count)
+        }
+    assert found.columns[4:].tolist() == ["30"]  # four epochs of three batches
+    assert found.accuracy.between(0, 1).all()
+
+
+@pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
+def test_training_reaches_the_same_accuracy_with_either_cell():
+    """The committed rows say how far seeds move an accuracy."""
+    committed = pd.read_csv(seeds.ROWS).accuracy
+    spread = committed.max() - committed.min()
+    rows = pd.DataFrame(seeds.trained(cell, seed) for seed in range(3) for cell in seeds.LIBRARIES)
+    assert rows.accuracy.min() > committed.min() - spread, rows
+    means = rows.groupby("library").accuracy.mean()
+    assert abs(means.snntorch - means.snnlstm) < spread, rows
+
+
 def test_a_copy_of_the_training_runs_alone(tmp_path, monkeypatch, capsys):
     copy = str(shutil.copy2(training.__file__, tmp_path))
     monkeypatch.setitem(sys.modules, "benchmarks", None)  # which a user's folder does not have
+    digits = load_digits()
+    digits.images, digits.target = digits.images[:200], digits.target[:200]
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: digits)
     monkeypatch.setattr(sys, "argv", [copy, "--quick", "--threads", "1"])
     runpy.run_path(copy, run_name="__main__")
     assert "test accuracy" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""The documentation's code runs, its links lead somewhere, and calls go the way that it tells."""
+"""The documentation's code and the examples run, links lead somewhere, and calls go as told."""

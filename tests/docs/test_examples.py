@@ -1,0 +1,74 @@
+"""The examples run as a user runs them, with tiny sizes, and compare equal networks."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import snntorch
+import torch
+
+import snnlstm
+from tests.shared.helpers import HANG
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+GAIN = r"snnlstm trained \d+\.\d times as fast, in processor time"
+
+
+def example(name: str) -> dict:
+    """Returns the names of an example."""
+    return runpy.run_path(str(EXAMPLES / name))
+
+
+def test_examples_are_short():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert len(lengths) == 4
+    assert max(lengths.values()) <= 90, lengths
+
+
+@pytest.mark.parametrize(
+    ("name", "tiny"), [("event_camera.py", "--recordings"), ("eeg.py", "--trials")]
+)
+def test_both_libraries_learn_from_samples_of_different_lengths(name, tiny, capsys):
+    names = example(name)
+    names["main"]([tiny, "24"])
+    assert re.search(GAIN, capsys.readouterr().out)
+    random = np.random.default_rng(0)
+    one = (lambda k: names["moving_bar"](random)) if "moving_bar" in names else (lambda k: k % 2)
+    batch = names["collate"]([one(k) for k in range(6)])
+    assert len(batch[1].unique()) > 1
+    weights = []
+    for library in (snntorch, snnlstm):
+        net = names["network"](library)
+        names["train"](net, torch.optim.SGD(net.parameters(), lr=0.1), *batch)
+        weights.append(net[-1].weight)
+    theirs, ours = weights
+    assert (theirs - ours).abs().lt(1e-4).float().mean() > 0.95  # rounding may decide a spike
+
+
+def test_the_video_is_predicted_and_drawn(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    names = example("video.py")
+    names["main"](["--batches", "2"])
+    assert "times as fast as a loop" in capsys.readouterr().out
+    assert (tmp_path / "out" / "video.png").stat().st_size > 500
+    lstm = names["snnlstm"].ConvLSTM(1, [3, 4], 3, 2, batch_first=True, return_all_layers=True)
+    film = names["films"](2, 4)
+    torch.testing.assert_close(names["plain"](lstm, film), lstm(film)[0][-1])
+
+
+@pytest.mark.slow
+def test_two_processes_train_together():
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*run, str(EXAMPLES / "distributed.py"), "--samples", "32"],
+        capture_output=True, text=True, timeout=HANG, cwd=EXAMPLES.parent, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(GAIN, done.stdout)
