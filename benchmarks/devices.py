@@ -7,7 +7,7 @@ run there. Nothing on it takes the time that it would take on a GPU.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,6 +49,27 @@ def emulator() -> Any:
     from tests.emulator.backend import emulated_core
 
     return emulated_core()
+
+
+def captured(
+    run: Callable[[], Any], setup: Callable[[], object] = lambda: None
+) -> tuple[Callable[[], None], Any]:
+    """Captures a run in a CUDA graph; returns what replays it, and what it returns.
+
+    Each replay overwrites these results. `setup` goes before each run, and is not captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels are loaded, and cuDNN chooses, before the capture
+        for _ in range(3):
+            setup()
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    setup()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    return graph.replay, found
 
 
 @contextlib.contextmanager
