@@ -85,7 +85,7 @@ class Place(NamedTuple):
 def steps(place: Place, quick: bool) -> list[Step]:
     """Returns the steps, with tiny layers and few tests in a rehearsal."""
     rehearsal, cores = place.device != "cuda", os.cpu_count() or 1
-    overlaps = not rehearsal and place.capability >= 90  # by programmatic dependent launch
+    overlaps = place.capability >= 90  # by programmatic dependent launch
     work, python = shlex.quote(str(place.work)), shlex.quote(sys.executable)
     device, small = f"--device {place.device}", " --sizes 2 1 3 5 6 7" if rehearsal else ""
     smoke = f"{python} -m benchmarks.gpu_smoke {device}{small} --algorithms"
@@ -97,8 +97,9 @@ def steps(place: Place, quick: bool) -> list[Step]:
     shapes = "" if rehearsal else "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 "
     beside = "snntorch snntorch-cudagraph loop sequence sequence-cudagraph"
     # Whether GPU and driver run what was built, and what takes its place in a rehearsal.
-    check = "import os, sys, snnlstm.native.cuda_check as of; "
-    check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(of.trouble(0))'
+    check = "import os, sys, torch, snnlstm.native.cuda_check as of; "
+    check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(of.trouble(0) or '
+    check += 'print(snnlstm.Leaky(0.5).sequence(torch.ones(8, 4, device="cuda"))))'
     check = "from benchmarks.devices import emulator; emulator()" if rehearsal else check
 
     def step(name: str, of_quick: float, of_whole: float, command: str) -> Step:
@@ -117,13 +118,14 @@ def steps(place: Place, quick: bool) -> list[Step]:
              f"env SNNLSTM_PDL=0 {timed} --layers mnist dvs --out {work}/apart.csv"),
         step("layers", 234, 700, f"{bench}{shapes}--providers {beside} --out {work}/layers"),
     ]  # fmt: skip
-    found = [of for of in found if overlaps or of.name not in ("overlap", "algorithms apart")]
+    unwanted = (["overlap"] if rehearsal else []) + ([] if overlaps else ["algorithms apart"])
+    found = [of for of in found if of.name not in unwanted]
     if quick:
         return found
     # pytest fails if it finds no test of the backend.
     workers = f"-n{min(8, max(1, cores // 2))}" if importlib.util.find_spec("xdist") else ""
     tests = "tests/cell tests/sequences tests/autograd tests/bench/test_networks.py tests/torch "
-    tests += "tests/system"
+    tests += "tests/system tests/snntorch"
     tests = "tests/cell/test_quant.py" if rehearsal else tests
     tests = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests} --backend"
     shapes = "" if rehearsal else "--shapes audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 "

@@ -18,8 +18,6 @@ import argparse
 import contextlib
 import copy
 import itertools
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -84,8 +82,6 @@ CLEAR = 3e-6
 ten times the rounding errors of float32."""
 BESIDE_TORCH = 3.0
 """The largest error of a 16-bit gradient of the weight, as a multiple of torch's own."""
-RERUNS = 2
-"""After so many errors that ended all work on the GPU, the rows end, too."""
 
 
 def precisions(device: str) -> tuple[str, ...]:
@@ -404,13 +400,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=tuple(OPTIONS))
     parser.add_argument("--sizes", nargs=6, type=int, default=SIZES, metavar="SIZE")
+    devices.add_rows(parser)
     options = parser.parse_args(arguments)
-    wrong = 0
+    wrong, planned = 0, rows(options.device, options.algorithms, options.options)
     with devices.running(options.device):
-        for row in rows(options.device, options.algorithms, options.options):
+        for number, row in enumerate(planned[slice(*options.rows)], options.rows[0]):
             line, right = judge(options.device, options.sizes, row)
             print(line if right else f"WRONG  {line}", flush=True)
             wrong += not right
+            if not (right or devices.goes_on("benchmarks.gpu_smoke", arguments, number, options)):
+                break
     return int(wrong > 0)
 
 
