@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import os
 import subprocess
 import sys
@@ -88,6 +89,26 @@ def goes_on(module: str, given: Sequence[str] | None, row: int, options: Any) ->
         subprocess.run(alone, env=os.environ | {"CUDA_LAUNCH_BLOCKING": "1"}, check=False)
         subprocess.run([*command, "--rows", str(row + 1), str(end), "--reruns", left], check=False)
     return False
+
+
+@contextlib.contextmanager
+def blocks(device: str, shapes: tuple[int, int] | None) -> Iterator[None]:
+    """Within the block, steps have these rows of kForwardShapes and kDataShapes (planning.h)."""
+    from snnlstm.native import function
+
+    before = function.BACKENDS[device]
+    other: Any = copy.copy(before)
+
+    def core_plan(sizes: Any, tf32: bool, algorithm: str, backward: bool) -> Any:
+        return before.core_plan(sizes, tf32, algorithm, backward, shape=shapes[backward])
+
+    if shapes is not None:
+        other.core_plan = core_plan
+    function.BACKENDS[device] = other
+    try:
+        yield
+    finally:
+        function.BACKENDS[device] = before
 
 
 def captured(

@@ -66,7 +66,8 @@ def hashes(device: str, layers: Sequence[Case] = LAYERS, repeats: int = 50) -> I
                     out = cell(x, lengths=lengths if way == "lengths" else None)
                 grads = torch.autograd.grad(sum(of.square().sum() for of in out), inputs)
             found.add(hash(tuple(map(hashed, (*out, *grads)))))
-        yield f"{case.name}, {dtype}, {way}: {' or '.join(f'{number:x}' for number in sorted(found))}"
+        text = " or ".join(f"{number:x}" for number in sorted(found))
+        yield f"{case.name}, {dtype}, {way}: {text}"
 
 
 def main() -> int:
