@@ -96,14 +96,16 @@ def blocks(device: str, shapes: tuple[int, int] | None) -> Iterator[None]:
     """Within the block, steps have these rows of kForwardShapes and kDataShapes (planning.h)."""
     from snnlstm.native import function
 
+    if shapes is None:
+        yield
+        return
     before = function.BACKENDS[device]
     other: Any = copy.copy(before)
 
     def core_plan(sizes: Any, tf32: bool, algorithm: str, backward: bool) -> Any:
         return before.core_plan(sizes, tf32, algorithm, backward, shape=shapes[backward])
 
-    if shapes is not None:
-        other.core_plan = core_plan
+    other.core_plan = core_plan
     function.BACKENDS[device] = other
     try:
         yield

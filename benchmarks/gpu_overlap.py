@@ -56,7 +56,7 @@ def hashes(device: str, layers: Sequence[Case] = LAYERS, repeats: int = 50) -> I
         size = case.steps, case.batch, case.cin, case.height, case.width
         x = torch.rand(size, device=setting.torch_device).lt(0.1).to(setting.torch_dtype)
         inputs = [x.requires_grad_(), *cell.parameters()]
-        lengths = torch.arange(case.batch, device=x.device) % (case.steps + 1)
+        lengths = torch.arange(1, case.batch + 1, device=x.device) % (case.steps + 1)
         for _ in range(repeats):
             cell.reset_mem()
             with snnlstm.algorithm("fused"):

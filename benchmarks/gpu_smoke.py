@@ -183,7 +183,7 @@ class Cell:
         it, until no number lies within rounding of it.
         """
         threshold = self.cell.threshold
-        for _ in range(50):
+        for number in range(50):
             mem = self.exact()[0][-1]
             compared = [self.pooled(mem), *([self.inputs[-1].double()[None], mem] * self.resets)]
             groups = [
@@ -191,17 +191,18 @@ class Cell:
                 for of in compared
             ]
             values = torch.cat(groups, 1).sort(1).values
-            if threshold.any() and (values - threshold.view(-1, 1)).abs().min() > CLEAR:
+            clear = not self.resets or (values - threshold.view(-1, 1)).abs().min() > CLEAR
+            if number > 0 and clear:
                 return
-            middles = (values[:, 1:] + values[:, :-1]) / 2
+            middles, gaps = (values[:, 1:] + values[:, :-1]) / 2, values.diff(dim=1)
             near = (groups[0].quantile(1 - SPIKING + by, 1, True) for by in (-0.05, 0.0, 0.05))
             low, middle, high = near
             inside = (low < middles) & (middles < high)
-            best = values.diff(dim=1).where(inside, -(middles - middle).abs()).argmax(1, True)
+            widths = gaps.where(inside, -(middles - middle).abs()).masked_fill(gaps == 0, -1e9)
+            best = widths.argmax(1, True)
             # snnTorch's resets round the threshold to float32.
             threshold.copy_(middles.gather(1, best).float().view_as(threshold))
-        if self.resets:
-            raise ValueError("no threshold keeps clear of all numbers")
+        raise ValueError("no threshold keeps clear of all numbers")
 
     def exact(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns what :meth:`results` does, on the reference path in float64."""
@@ -279,11 +280,10 @@ class Cell:
     def judged(self) -> tuple[str, bool]:
         """Runs the cell; returns what is to be said, and whether all is right."""
         with devices.blocks(self.setting.torch_device.type, self.blocks):
-            runs = [self.results()]
+            runs = [self.results(), *(self.replayed() for _ in range(self.captures))]
             with torch.no_grad():  # inference, without recorded states
                 last_spk, *last = self.called(record=False)
             path = self.cell.path
-            runs += [self.replayed()] if self.captures else []
         (_, *true), expected = self.exact()
         limit: Any = torch.inf
         if self.setting.dtype not in (*EXACT, "tf32") and not self.leaky:
