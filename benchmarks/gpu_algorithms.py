@@ -20,13 +20,16 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from benchmarks import devices
 from benchmarks.cases import CASES, USERS_CASES, Case, parse_case
 from benchmarks.gpu import NOT_RUN
-from benchmarks.providers import FORMS, TOLERANCE, Provider, Setting
+from benchmarks.providers import FORMS, Provider, Setting
+from benchmarks.run import compare
 from snnlstm.call import autocast_dtype, stateless_call
 from snnlstm.native import function
+from snnlstm.native.plan import Result
 
 # The suite's own layers, users' layers at their batches, and all kinds of users' layers.
 _AT_BATCHES = ("column1-n128", "column3-n128", "eeg1-n32")
@@ -37,13 +40,7 @@ COLUMNS = [
 DTYPES = {75: ("float32", "float16"), 80: ("tf32", "bfloat16")}
 
 
-DIFFER = 0.1
-"""The largest share of the spikes that may differ from the first candidate's."""
-
-
-def seconds(
-    backend: Any, run: Callable[[], tuple[Any, ...]], on_gpu: bool
-) -> tuple[list[float], list[tuple[Any, ...]]]:
+def seconds(backend: Any, run: Callable[[], Any], on_gpu: bool) -> tuple[list[float], list[Any]]:
     """Returns how long a run takes at best in a CUDA graph, and eagerly, and what both return.
 
     Without a GPU there is one time, and what the run returns.
@@ -58,17 +55,11 @@ def seconds(
     return [backend.seconds(way) for way in (replay, run)], [found, replayed]
 
 
-def difference(found: Any, first: Any, most: float, backward: bool) -> str:
-    """Returns how the results of a candidate differ from the first one's, or an empty text."""
-    for number, (one, other) in enumerate(zip(found, first, strict=True)):
-        if other is None:
-            continue
-        far, limit = (one.double() - other).norm() / other.double().norm().clamp(min=1e-9), most
-        if number == 0 and not backward:  # spikes
-            far, limit = (one != other).sum() / other.count_nonzero().clamp(min=20), DIFFER
-        if not far <= limit:
-            return f"result {number} differs by {far:.1e} from the first candidate's"
-    return ""
+def results(found: Any) -> dict[str, Tensor]:
+    """Returns what a pass has computed, as `compare` takes it."""
+    if isinstance(found, Result):
+        return {"spikes": found.spk.double(), "syn": found.syn.double(), "mem": found.mem.double()}
+    return {name: of.double() for name, of in found._asdict().items() if of is not None}
 
 
 def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
@@ -88,12 +79,10 @@ def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
     result = plan.forward(call, True)
     grads = torch.ones_like(result.spk), None, torch.ones_like(result.mem)
     wanted = case.grad_x, True, True, True, True, False
-    ways: tuple[Callable[[], Any], ...] = (
-        lambda: plan.forward(call, True)[:3],
+    ways = (
+        partial(plan.forward, call, True),
         partial(plan.backward, call, result.saved, grads, wanted, result.selection, None),
     )
-    # Tolerances are made for longer sequences; a reset that rounding changes needs them.
-    most = max(0.01, TOLERANCE[setting.dtype][1] * (0.2 if case.reset == "none" else 1.0))
     rows = []
     for backward, run in enumerate(ways):
         first: Any = None
@@ -101,10 +90,11 @@ def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
         for number, core in enumerate(candidates):
             plan._chosen[bool(backward)] = core
             try:
-                of_run, results = seconds(plan.backend, run, setting.device == "cuda")
-                first = first or results[0]
-                wrong = [difference(of, first, most, bool(backward)) for of in results]
-                found = *(f"{1e6 * taken / case.steps:.2f}" for taken in of_run), max(wrong)
+                of_run, outs = seconds(plan.backend, run, setting.device == "cuda")
+                first = first or results(outs[0])
+                for out in outs:
+                    compare(case, setting.dtype, first, results(out))
+                found = *(f"{1e6 * taken / case.steps:.2f}" for taken in of_run), ""
             except Exception as error:
                 found = "", "", f"{type(error).__name__}: {error}".splitlines()[0]
             named = ("forward", "backward")[backward], core.name, "x".join(map(str, core.tile))

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import snnlstm
-from benchmarks import devices
 from benchmarks.cases import Case
-from benchmarks.providers import Setting
+from benchmarks.gpu_smoke import precisions
+from benchmarks.providers import OPERANDS, Setting
 
 # The wide one has a reset, which reads mem, and a pool.
 LAYERS = (
@@ -37,7 +37,6 @@ def hashed(tensor: Tensor) -> int:
     return hash(tuple(int((piece * places[: len(piece)]).sum()) for piece in bits))
 
 
-DTYPES = {75: ("float32", "float16"), 80: ("float32", "tf32", "bfloat16", "float16")}
 WAYS = ("sequence", "lengths", "steps")
 
 
@@ -46,9 +45,9 @@ def hashes(device: str, layers: Sequence[Case] = LAYERS, repeats: int = 50) -> I
 
     One hash is right.
     """
-    capability = devices.capability(device)
-    dtypes = DTYPES[max(known for known in DTYPES if known <= capability)]
-    for case, dtype, way in itertools.product(layers, dtypes, WAYS):
+    for case, dtype, way in itertools.product(layers, precisions(device), WAYS):
+        if dtype in ("float64", *OPERANDS):
+            continue
         setting, found = Setting(device, dtype), set()
         setting.apply_precision()
         torch.manual_seed(0)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import snnlstm
 from benchmarks import devices
+from benchmarks.cases import widest_gap
 from benchmarks.providers import TOLERANCE, WIDE, Setting
 from snnlstm.reference import fire
 
@@ -194,14 +195,9 @@ class Cell:
             clear = not self.resets or (values - threshold.view(-1, 1)).abs().min() > CLEAR
             if number > 0 and clear:
                 return
-            middles, gaps = (values[:, 1:] + values[:, :-1]) / 2, values.diff(dim=1)
-            near = (groups[0].quantile(1 - SPIKING + by, 1, True) for by in (-0.05, 0.0, 0.05))
-            low, middle, high = near
-            inside = (low < middles) & (middles < high)
-            widths = gaps.where(inside, -(middles - middle).abs()).masked_fill(gaps == 0, -1e9)
-            best = widths.argmax(1, True)
+            gap = widest_gap(values, groups[0], 1 - SPIKING)
             # snnTorch's resets round the threshold to float32.
-            threshold.copy_(middles.gather(1, best).float().view_as(threshold))
+            threshold.copy_(gap.float().view_as(threshold))
         raise ValueError("no threshold keeps clear of all numbers")
 
     def exact(self) -> tuple[list[Tensor], list[Tensor]]:
