@@ -268,7 +268,8 @@ class Cell:
             if name == "conv.weight":
                 halves = [of.flatten(2).tensor_split([cin], 1) for of in (far, other)]
                 sizes = [[half.norm(dim=(0, 1)) for half in of] for of in halves]
-                taps += [one / other for one, other in zip(*sizes, strict=True)]
+                # A tap that meets no pixel has no gradient.
+                taps += [one / other.clamp(min=1e-30) for one, other in zip(*sizes, strict=True)]
             else:
                 others.append(far.norm() / other.norm())
         return torch.cat(taps or [far.new_zeros(0)]), torch.stack(others)
@@ -284,7 +285,7 @@ class Cell:
         limit: Any = torch.inf
         if self.setting.dtype not in (*EXACT, "tf32") and not self.leaky:
             with snnlstm.algorithm("reference"):
-                limit = self.errors(self.results()[1], expected)[0]
+                limit = self.errors(self.results()[1], expected)[0].clamp(min=1e-9)
         # The tolerances of coarse types are made for longer sequences and larger layers.
         of_type = 1.0 if self.setting.dtype in EXACT else 0.2
         most, most_of_gradients = (of_type * of for of in TOLERANCE[self.setting.dtype])
