@@ -97,9 +97,9 @@ def steps(place: Place, quick: bool) -> list[Step]:
     shapes = "" if rehearsal else "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 "
     beside = "snntorch snntorch-cudagraph loop sequence sequence-cudagraph"
     # Whether GPU and driver run what was built, and what takes its place in a rehearsal.
-    check = "import os, sys, torch, snnlstm.native.cuda_check as of; "
+    check = "import os, sys, torch, snnlstm, snnlstm.native.cuda_check as of; "
     check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(of.trouble(0) or '
-    check += 'print(snnlstm.Leaky(0.5).sequence(torch.ones(8, 4, device="cuda"))))'
+    check += 'print(snnlstm.Leaky(0.5).cuda().sequence(torch.ones(8, 4).cuda(), False)))'
     check = "from benchmarks.devices import emulator; emulator()" if rehearsal else check
 
     def step(name: str, of_quick: float, of_whole: float, command: str) -> Step:
