@@ -99,7 +99,7 @@ def steps(place: Place, quick: bool) -> list[Step]:
     # Whether GPU and driver run what was built, and what takes its place in a rehearsal.
     check = "import os, sys, torch, snnlstm, snnlstm.native.cuda_check as of; "
     check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(of.trouble(0) or '
-    check += 'print(snnlstm.Leaky(0.5).cuda().sequence(torch.ones(8, 4).cuda(), False)))'
+    check += "print(snnlstm.Leaky(0.5).cuda().sequence(torch.ones(8, 4).cuda(), False)))"
     check = "from benchmarks.devices import emulator; emulator()" if rehearsal else check
 
     def step(name: str, of_quick: float, of_whole: float, command: str) -> Step:
