@@ -27,6 +27,19 @@ def loop(step: Callable, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[list, Ten
     return spikes, syn, mem
 
 
+def widest_gap(values: Tensor, numbers: Tensor, share: float) -> Tensor:
+    """Returns the middle of the widest gap near a quantile of `numbers`, of each row.
+
+    The gap is one between two of `values`, which are sorted. If none lies within 5 % of the
+    quantile, the nearest one counts.
+    """
+    middles, gaps = (values[:, 1:] + values[:, :-1]) / 2, values.diff(dim=1)
+    low, wanted, high = (numbers.quantile(share + by, 1, True) for by in (-0.05, 0.0, 0.05))
+    inside = (low < middles) & (middles < high)
+    widths = gaps.where(inside, -(middles - wanted).abs()).masked_fill(gaps == 0, -math.inf)
+    return middles.gather(1, widths.argmax(1, True))
+
+
 @dataclass(frozen=True)
 class Case:
     """A case is one layer on one input; x is (steps, batch, cin, height, width).

@@ -6,8 +6,13 @@ run there. Nothing on it takes the time that it would take on a GPU.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-from collections.abc import Iterator
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +54,84 @@ def emulator() -> Any:
     from tests.emulator.backend import emulated_core
 
     return emulated_core()
+
+
+def lost(device: str) -> bool:
+    """Returns whether an error has ended all work of this process on the GPU."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments by which :func:`goes_on` runs the rest of the rows."""
+    parser.add_argument("--rows", nargs=2, type=int, default=(0, sys.maxsize), help="first, end")
+    parser.add_argument("--reruns", type=int, default=2, help="lost processes that end no rows")
+
+
+def goes_on(module: str, given: Sequence[str] | None, row: int, options: Any) -> bool:
+    """Returns whether this process can run another row, as no error has ended all work on the GPU.
+
+    Otherwise the row runs again in a process whose launches wait, so that the error names the
+    kernel, and the rows behind it run in another one, but not after too many such errors.
+    """
+    if not lost(options.device):
+        return True
+    end, left = options.rows[1], str(options.reruns - 1)
+    if options.reruns <= 0 and row + 1 < end:
+        print("NOT RUN: other rows, after too many errors that ended all work on the GPU")
+    if options.reruns > 0:
+        command = [sys.executable, "-m", module, *(sys.argv[1:] if given is None else given)]
+        alone = [*command, "--rows", str(row), str(row + 1), "--reruns", "0"]
+        subprocess.run(alone, env=os.environ | {"CUDA_LAUNCH_BLOCKING": "1"}, check=False)
+        subprocess.run([*command, "--rows", str(row + 1), str(end), "--reruns", left], check=False)
+    return False
+
+
+@contextlib.contextmanager
+def blocks(device: str, shapes: tuple[int, int] | None) -> Iterator[None]:
+    """Within the block, steps have these rows of kForwardShapes and kDataShapes (planning.h)."""
+    from snnlstm.native import function
+
+    if shapes is None:
+        yield
+        return
+    before = function.BACKENDS[device]
+    other: Any = copy.copy(before)
+
+    def core_plan(sizes: Any, tf32: bool, algorithm: str, backward: bool) -> Any:
+        return before.core_plan(sizes, tf32, algorithm, backward, shape=shapes[backward])
+
+    other.core_plan = core_plan
+    function.BACKENDS[device] = other
+    try:
+        yield
+    finally:
+        function.BACKENDS[device] = before
+
+
+def captured(
+    run: Callable[[], Any], setup: Callable[[], object] = lambda: None
+) -> tuple[Callable[[], None], Any]:
+    """Captures a run in a CUDA graph; returns what replays it, and what it returns.
+
+    Each replay overwrites these results. `setup` goes before each run, and is not captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels are loaded, and cuDNN chooses, before the capture
+        for _ in range(3):
+            setup()
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    setup()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    return graph.replay, found
 
 
 @contextlib.contextmanager

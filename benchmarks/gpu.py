@@ -106,8 +106,9 @@ def steps(place: Place, quick: bool) -> list[Step]:
     shapes = "" if rehearsal else "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 "
     beside = "snntorch snntorch-cudagraph loop sequence sequence-cudagraph"
     # Whether GPU and driver run what was built, and what takes its place in a rehearsal.
-    check = "import os, sys, snnlstm.native.cuda_check as of; "
-    check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(of.trouble(0))'
+    check = "import os, sys, torch, snnlstm, snnlstm.native.cuda_check as of; "
+    check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(of.trouble(0) or '
+    check += "print(snnlstm.Leaky(0.5).cuda().sequence(torch.ones(8, 4).cuda(), False)))"
     check = "from benchmarks.devices import emulator; emulator()" if rehearsal else check
 
     def step(name: str, of_quick: float, of_whole: float, command: str) -> Step:
@@ -126,13 +127,14 @@ def steps(place: Place, quick: bool) -> list[Step]:
              f"env SNNLSTM_PDL=0 {timed} --layers mnist dvs --out {work}/apart.csv"),
         step("layers", 234, 700, f"{bench}{shapes}--providers {beside} --out {work}/layers"),
     ]  # fmt: skip
-    found = [of for of in found if overlaps or of.name not in ("overlap", "algorithms apart")]
+    kept = {"overlap": not rehearsal, "algorithms apart": overlaps}
+    found = [of for of in found if kept.get(of.name, True)]
     if quick:
         return found
     # pytest fails if it finds no test of the backend.
     workers = f"-n{min(8, max(1, cores // 2))}" if importlib.util.find_spec("xdist") else ""
     tests = "tests/cell tests/sequences tests/autograd tests/bench/test_networks.py tests/torch "
-    tests += "tests/system"
+    tests += "tests/system tests/snntorch"
     tests = "tests/cell/test_quant.py" if rehearsal else tests
     tests = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests} --backend"
     shapes = "" if rehearsal else "--shapes audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 "

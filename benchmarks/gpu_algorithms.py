@@ -4,7 +4,8 @@
 
 Each pass is captured in a CUDA graph and replayed, so the host takes no time, and run eagerly, with
 the time of the host. Each row is printed, and written to FILE.csv, as it comes: layer, type, pass,
-name, tile, a star if csrc/cuda/rules.cpp chooses it, us a step in the graph and eagerly.
+name, tile, a star if csrc/cuda/rules.cpp chooses it, us a step in the graph and eagerly. What a
+candidate returns, eagerly and in the graph, must be near what the first one returns.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from benchmarks import devices
 from benchmarks.cases import CASES, USERS_CASES, Case, parse_case
 from benchmarks.gpu import NOT_RUN
 from benchmarks.providers import FORMS, Provider, Setting
+from benchmarks.run import compare
 from snnlstm.call import autocast_dtype, stateless_call
 from snnlstm.native import function
+from snnlstm.native.plan import Result
 
 # The suite's own layers, users' layers at their batches, and all kinds of users' layers.
 _AT_BATCHES = ("column1-n128", "column3-n128", "eeg1-n32")
@@ -36,16 +40,26 @@ COLUMNS = [
 DTYPES = {75: ("float32", "float16"), 80: ("tf32", "bfloat16")}
 
 
-def seconds(backend: Any, run: Callable[[], object], on_gpu: bool) -> list[float]:
-    """Returns how long a run takes at best in a CUDA graph, and eagerly; one time without a GPU."""
+def seconds(backend: Any, run: Callable[[], Any], on_gpu: bool) -> tuple[list[float], list[Any]]:
+    """Returns how long a run takes at best in a CUDA graph, and eagerly, and what both return.
+
+    Without a GPU there is one time, and what the run returns.
+    """
     begin = time.perf_counter()
-    run()  # loads kernels, which a capture may not allow
+    found = run()
     if not on_gpu:
-        return [time.perf_counter() - begin] * 2
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return [backend.seconds(way) for way in (graph.replay, run)]
+        return [time.perf_counter() - begin] * 2, [found]
+    replay, replayed = devices.captured(run)
+    for of in filter(torch.is_tensor, replayed):
+        of.zero_()
+    return [backend.seconds(way) for way in (replay, run)], [found, replayed]
+
+
+def results(found: Any) -> dict[str, Tensor]:
+    """Returns what a pass has computed, as `compare` takes it."""
+    if isinstance(found, Result):
+        return {"spikes": found.spk.double(), "syn": found.syn.double(), "mem": found.mem.double()}
+    return {name: of.double() for name, of in found._asdict().items() if of is not None}
 
 
 def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
@@ -71,14 +85,18 @@ def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
     )
     rows = []
     for backward, run in enumerate(ways):
+        first: Any = None
         candidates = plan.backend.candidates(plan, settings[2], bool(backward))
         for number, core in enumerate(candidates):
             plan._chosen[bool(backward)] = core
             try:
-                of_run = seconds(plan.backend, run, setting.device == "cuda")
+                of_run, outs = seconds(plan.backend, run, setting.device == "cuda")
+                first = first or results(outs[0])
+                for out in outs:
+                    compare(case, setting.dtype, first, results(out))
                 found = *(f"{1e6 * taken / case.steps:.2f}" for taken in of_run), ""
-            except RuntimeError as error:
-                found = "", "", str(error).splitlines()[0]
+            except Exception as error:
+                found = "", "", f"{type(error).__name__}: {error}".splitlines()[0]
             named = ("forward", "backward")[backward], core.name, "x".join(map(str, core.tile))
             row = case.name, setting.dtype, *named, "*" if number == 0 else "", *found
             print(*["WRONG"] * bool(found[-1]), *row, flush=True)
@@ -94,20 +112,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", nargs="+", default=LAYERS, help="names, or shapes")
     parser.add_argument("--out", default="algorithms.csv", metavar="FILE.csv")
     parser.add_argument("--limit", type=float, default=1e9, help="begin no layer after so many s")
+    devices.add_rows(parser)
     options = parser.parse_args(arguments)
-    begin, rows, status = time.monotonic(), list[tuple[str, ...]](), 0
+    begin, wrong, status = time.monotonic(), False, 0
+    if options.rows[0] == 0:  # a process that goes on adds its rows
+        pd.DataFrame(columns=COLUMNS).to_csv(options.out, index=False)
     capability = devices.capability(options.device)
     dtypes = DTYPES[max(of for of in DTYPES if of <= capability)]
     with devices.running(options.device):
-        for name, dtype in itertools.product(options.layers, dtypes):
+        planned = list(itertools.product(options.layers, dtypes))[slice(*options.rows)]
+        for number, (name, dtype) in enumerate(planned, options.rows[0]):
             case = CASES[name] if name in CASES else parse_case(name)
             if time.monotonic() - begin > options.limit:
                 print(f"NOT RUN: {case.name}, {dtype}: no time was left", flush=True)
                 status = NOT_RUN
                 continue
-            rows += passes(case, Setting(options.device, dtype))
-            pd.DataFrame(rows, columns=COLUMNS).to_csv(options.out, index=False)
-    return 1 if any(row[-1] for row in rows) else status
+            try:
+                rows = passes(case, Setting(options.device, dtype))
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}".splitlines()[0]
+                rows = [(case.name, dtype, *[""] * 6, text)]
+                print("WRONG", *rows[0], flush=True)
+            table = pd.DataFrame(rows)
+            table.to_csv(options.out, mode="a", header=False, index=False)
+            failed = any(row[-1] for row in rows)
+            wrong |= failed
+            if failed and not devices.goes_on(
+                "benchmarks.gpu_algorithms", arguments, number, options
+            ):
+                break
+    return 1 if wrong else status
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Compares launches that overlap with launches that do not, bit for bit, on GPUs from 9.0 on.
+"""Compares launches that overlap with launches that do not, and equal calls, bit for bit.
 
-The kernels add in a fixed order, so equal calls have equal results. A step's kernel may start while
-the step before still runs (programmatic dependent launch): without a wait it would read old states.
-So one process with SNNLSTM_PDL=0 and one with 1 run layers whose steps have several waves of
-blocks, fifty times forward and backward, and all results must have the same hash.
+The kernels add in a fixed order, so equal calls have equal results. On GPUs from 9.0 on a step's
+kernel may start while the step before still runs (programmatic dependent launch): without a wait it
+would read old states. So one process with SNNLSTM_PDL=0 and one with 1 run layers whose steps have
+several waves of blocks, fifty times forward and backward, with lengths and step by step, too, and
+all results must have the same hash.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 
 import snnlstm
 from benchmarks.cases import Case
-from benchmarks.providers import Setting
+from benchmarks.gpu_smoke import precisions
+from benchmarks.providers import OPERANDS, Setting
 
 # The wide one has a reset, which reads mem, and a pool.
 LAYERS = (
@@ -35,9 +37,17 @@ def hashed(tensor: Tensor) -> int:
     return hash(tuple(int((piece * places[: len(piece)]).sum()) for piece in bits))
 
 
+WAYS = ("sequence", "lengths", "steps")
+
+
 def hashes(device: str, layers: Sequence[Case] = LAYERS, repeats: int = 50) -> Iterator[str]:
-    """Yields a line for each layer and type: the hashes of its results, of which one is right."""
-    for case, dtype in itertools.product(layers, ("float32", "tf32", "bfloat16")):
+    """Yields a line for each layer, type and way to call it: the hashes of its results.
+
+    One hash is right.
+    """
+    for case, dtype, way in itertools.product(layers, precisions(device), WAYS):
+        if dtype in ("float64", *OPERANDS):
+            continue
         setting, found = Setting(device, dtype), set()
         setting.apply_precision()
         torch.manual_seed(0)
@@ -45,13 +55,18 @@ def hashes(device: str, layers: Sequence[Case] = LAYERS, repeats: int = 50) -> I
         size = case.steps, case.batch, case.cin, case.height, case.width
         x = torch.rand(size, device=setting.torch_device).lt(0.1).to(setting.torch_dtype)
         inputs = [x.requires_grad_(), *cell.parameters()]
+        lengths = torch.arange(1, case.batch + 1, device=x.device) % (case.steps + 1)
         for _ in range(repeats):
             cell.reset_mem()
             with snnlstm.algorithm("fused"):
-                out = cell(x)
+                if way == "steps":
+                    out = list(itertools.chain.from_iterable(map(cell, x)))
+                else:
+                    out = cell(x, lengths=lengths if way == "lengths" else None)
                 grads = torch.autograd.grad(sum(of.square().sum() for of in out), inputs)
             found.add(hash(tuple(map(hashed, (*out, *grads)))))
-        yield f"{case.name}, {dtype}: {' or '.join(f'{number:x}' for number in sorted(found))}"
+        text = " or ".join(f"{number:x}" for number in sorted(found))
+        yield f"{case.name}, {dtype}, {way}: {text}"
 
 
 def main() -> int:

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import snnlstm
 
+from . import devices
+
 Runner = tuple[Callable[[], object], Callable[[], object]]
 """A pair (setup, run), of which setup is not timed."""
 
@@ -182,23 +184,10 @@ class Provider:
             with torch.no_grad():
                 return self.within(self.case.infer, self.x)
 
-        return self.captured(setup, run) if self.form.captured else (setup, run)
-
-    def captured(self, setup: Callable[[], object], run: Callable[[], object]) -> Runner:
-        """Captures a run in a CUDA graph, and returns what replays it."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # cuDNN chooses and allocates before the capture
-            for _ in range(3):
-                setup()
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        setup()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
+        if not self.form.captured:
+            return setup, run
         # Each replay overwrites the gradients in the graph's memory, so that none is cleared.
-        return (lambda: None), graph.replay
+        return (lambda: None), devices.captured(run, setup)[0]
 
     def spiking_threshold(self) -> Tensor:
         """Returns a layer's threshold for the comparison of spikes; see :meth:`Case`."""

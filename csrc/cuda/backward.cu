@@ -62,7 +62,8 @@ class Backward {
     NeuronBackward n = neuron_backward(a_, t);
     n.spreads = plan_.spreads;
     n.gates = image(a_.saved_gates, s_, plan_.gates, 4, t);
-    if (t > 0) n.syn_prev = image(a_.saved_syn, s_, plan_.type, 1, t - 1);
+    const int64_t before = t >= 3 && fault(Fault::early_syn_backward) ? 0 : t - 1;
+    if (t > 0) n.syn_prev = image(a_.saved_syn, s_, plan_.type, 1, before);
     if (t < c.T - 1) n.d_syn_in = image(d_syn_, s_, plan_.real);
     if (t > 0)
       n.d_syn_out = image(d_syn_, s_, plan_.real);

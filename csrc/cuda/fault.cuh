@@ -50,6 +50,17 @@ enum class Fault : int {
   lost_part,
   lost_totals,
   lost_bias_row,
+  // Wrong numbers, which benchmarks/gpu_smoke.py must notice.
+  wrong_mem_buffer,
+  early_syn_forward,
+  early_syn_backward,
+  wrong_warp_column,
+  lost_mem_taps,
+  early_leaky_x,
+  early_leaky_gradient,
+  no_scalar_leaky_spikes,
+  one_leaky_threshold,
+  one_leaky_feature,
 };
 
 #if defined(SNNLSTM_FAULT_SWITCH) && !defined(__CUDACC__)

@@ -45,12 +45,13 @@ class Forward {
   bool keeps_mem() const { return a_.record || a_.spk_is_mem(); }
   Tensor mem_before(int64_t t) const {
     if (t == 0) return state(a_.mem0, 0);
-    if (!keeps_mem()) return image(mem_[t & 1], s_, plan_.type);
+    if (!keeps_mem())
+      return image(mem_[fault(Fault::wrong_mem_buffer) ? 1 : t & 1], s_, plan_.type);
     return state(a_.spk_is_mem() ? a_.spk : a_.mem, t - 1);
   }
   Tensor syn_before(int64_t t) const {
     if (t == 0) return state(a_.syn0, 0);
-    if (training()) return saved_syn(t - 1);
+    if (training()) return saved_syn(t >= 3 && fault(Fault::early_syn_forward) ? 0 : t - 1);
     return a_.record ? state(a_.syn, t - 1) : image(syn_, s_, plan_.type);
   }
   Tensor saved_syn(int64_t t) const { return image(a_.saved_syn, s_, plan_.type, 1, t); }

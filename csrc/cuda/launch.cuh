@@ -35,13 +35,17 @@ struct Launch {
 
 #if defined(__CUDACC__)
 
-// Throws the error, and clears it: CUDA would report it to a later call that goes well.
+// Throws the error, and clears it: CUDA would report it to a later call that goes well. A capture
+// refuses the first launch of a kernel, which loads its code.
 inline void check(cudaError_t status, const char* what, const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
   if (status == cudaSuccess) return;
   cudaGetLastError();
+  const bool captures =
+      status >= cudaErrorStreamCaptureUnsupported && status <= cudaErrorStreamCaptureWrongThread;
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + " (" +
-                           cudaGetErrorName(status) + ") at " + file + ":" + std::to_string(line));
+                           cudaGetErrorName(status) + ") at " + file + ":" + std::to_string(line) +
+                           (captures ? "; run the call once before the capture, to warm up" : ""));
 }
 
 // Makes a device the current one until its end. torch has chosen the device of a call by a runtime

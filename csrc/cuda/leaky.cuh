@@ -40,7 +40,8 @@ SNNLSTM_DEVICE void load_parameter(const LeakyParameter& p, int64_t vector, R (&
   if (p.count == 1) return unrolled<V>([&](int k) { v[k] = values[0]; });
   const auto i = uint64_t(vector) * V, count = uint64_t(p.count), stride = uint64_t(p.stride);
   const uint64_t run = i / stride;
-  uint64_t place = run % count, rest = i - run * stride;
+  uint64_t place = stride == 1 && fault(Fault::one_leaky_feature) ? 0 : run % count;
+  uint64_t rest = i - run * stride;
   unrolled<V>([&](int k) {
     v[k] = values[place];
     if (++rest == stride) rest = 0, place = place + 1 == count ? 0 : place + 1;
@@ -59,14 +60,15 @@ __global__ void __launch_bounds__(leaky::kThreads, leaky::kBlocks)
   if (i >= n) return;
   R beta[V], threshold[V], mem[V], x[kSteps][V], spk[V];
   load_parameter(a.beta, i, beta);
-  load_parameter(a.threshold, i, threshold);
-  const R graded = *static_cast<const R*>(a.graded_factor);
+  load_parameter(a.threshold, fault(Fault::one_leaky_threshold) ? 0 : i, threshold);
+  const bool spikes = V > 1 || !std::is_same_v<X, float> || !fault(Fault::no_scalar_leaky_spikes);
+  const R graded = spikes ? *static_cast<const R*>(a.graded_factor) : R(0);
   load_at<R>(a.mem0, i, mem);
 #pragma unroll 1
   for (int64_t first = 0; first < a.T; first += kSteps) {
     unrolled<kSteps>([&](int s) {
       const int64_t t = first + s;
-      if (t < a.T) load_at<X>(a.x, t * n + i, x[s]);
+      if (t < a.T) load_at<X>(a.x, (fault(Fault::early_leaky_x) ? s : t) * n + i, x[s]);
     });
     unrolled<kSteps>([&](int s) {
       const int64_t t = first + s;
@@ -107,7 +109,7 @@ __global__ void __launch_bounds__(leaky::kThreads, leaky::kBlocks)
       const int64_t t = last - s;
       if (t < 0) return;
       load_step(t > 0 ? a.mem : a.mem0, t > 0 ? t - 1 : 0, before[s]);
-      load_step(a.grad_spk, t, from_spk[s]);
+      load_step(a.grad_spk, fault(Fault::early_leaky_gradient) ? a.T - 1 - s : t, from_spk[s]);
       load_step(a.grad_mem, t, from_mem[s]);
     });
     unrolled<kSteps>([&](int s) {

@@ -75,8 +75,9 @@ class MmaGemm {
     warp_column_ = warp % p.warp_columns;
     warp_row_ = warp / p.warp_columns;
     if constexpr (!AnyCopy) k_group_ = warp_row_ / rows(), warp_row_ %= rows();
-    fragments_ = shared_place(pipeline_.stages() + warp_column_ * (NT / 2 * kPairBytes) +
-                              lane * 16 + k_group_ * p.unit_bytes);
+    const int column = fault(Fault::wrong_warp_column) ? 0 : warp_column_;
+    fragments_ = shared_place(pipeline_.stages() + column * (NT / 2 * kPairBytes) + lane * 16 +
+                              k_group_ * p.unit_bytes);
   }
 
   // Returns the first of the 2 neighbouring pixels that the thread holds in m16 tile mi.

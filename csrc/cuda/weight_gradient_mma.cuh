@@ -123,6 +123,10 @@ class WeightGemm {
 #pragma unroll
     for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
       if (tap >= taps_) break;
+      const int taps_w = p_.source[0].taps_w;
+      if (std::is_same_v<Element, bf16> && p_.grad.later.present() &&
+          (first_tap_ + tap) % taps_w == taps_w - 1 && fault(Fault::lost_mem_taps))
+        clear<16>(&acc_[tap][0][0][0]);
       unrolled<2, 2>([&](int mi, int r) {
         const auto &v = acc_[tap][mi][0], &w = acc_[tap][mi][1];
         const int row = first_row + (kHalf ? mi * 16 + r * 8 + g : 4 * g + 2 * mi + r);

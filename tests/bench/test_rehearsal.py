@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -13,14 +14,28 @@ import pytest
 pytest.importorskip("pandas")
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from benchmarks import devices, gpu, gpu_overlap, gpu_smoke, host, machine, report, run
+from benchmarks import (
+    devices,
+    gpu,
+    gpu_algorithms,
+    gpu_overlap,
+    gpu_smoke,
+    host,
+    machine,
+    report,
+    run,
+)
 from benchmarks.cases import Case
 from snnlstm.native import cuda, leaky
+from tests.emulator.test_core_mutations import OF_SMOKE
 from tools import local_version
 
+long = pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
 
-@pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
+
+@long
 def test_a_rehearsal_passes_every_step(tmp_path):
     """Nothing in the checkout changes. The clock is long: no verdict depends on a busy machine."""
     before = {path: path.stat().st_mtime_ns for path in gpu.ROOT.glob("*/_C*.so")}
@@ -85,7 +100,7 @@ def test_each_step_that_checks_spikes_fails_where_they_are_wrong(
     device = ["--device", "emulator-a100"]
     sizes = ["--sizes", *["2", "1", "3", "5", "6", "7"]]
     for algorithm in gpu_smoke.ALGORITHMS:
-        for option in "plain", "Leaky, zero":
+        for option in ("plain", "Leaky, zero") if algorithm == "fused" else ("plain",):
             smoke = [*device, *sizes, "--options", option, "--algorithms", algorithm]
             assert gpu_smoke.main(smoke) == (mutant != "none"), smoke
     layer = ["--shape", gpu.TINY.strip('"'), "--seconds", "0.01", "--mode", "inference"]
@@ -103,6 +118,132 @@ def test_the_smoke_test_sees_a_gradient_that_is_no_number(monkeypatch):
         gpu_smoke, "_largest", lambda numbers: largest([*numbers, numbers[0] * float("nan")])
     )
     assert not any(right for _, right in gpu_smoke.run("cpu", algorithms=("direct",)))
+
+
+CARDS = ("emulator-a100", "emulator-t4")
+SMALL = (6, 2, 3, 5, 6, 7)
+
+
+def judged(device, precision, options, algorithm="fused", sizes=gpu_smoke.SIZES):
+    """Returns what the smoke test says of some rows, and their verdicts."""
+    with pytest.MonkeyPatch.context() as patch, devices.running(device):
+        patch.setattr(gpu_smoke, "precisions", lambda device: [precision])
+        return list(gpu_smoke.run(device, sizes, [algorithm], options))
+
+
+@needs_emulator
+@long
+@pytest.mark.parametrize(
+    ("device", "algorithm", "precision"),
+    [
+        (device, algorithm, precision)
+        for device, algorithm in itertools.product(CARDS, gpu_smoke.ALGORITHMS)
+        for precision in gpu_smoke.precisions(device)
+    ],
+)
+def test_the_smoke_test_passes_right_kernels_at_its_default_sizes(device, algorithm, precision):
+    found = judged(device, precision, list(gpu_smoke.OPTIONS), algorithm)
+    assert [line for line, right in found if not right] == []
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("device", "fault", "precision", "option"),
+    [
+        pytest.param(card, fault, *row, marks=long if card == "emulator-t4" else ())
+        for card in CARDS
+        for row, names in OF_SMOKE.items()
+        for fault in names
+        if row[0] in gpu_smoke.precisions(card)
+    ],
+)
+def test_the_smoke_test_notices_wrong_kernels_at_its_default_sizes(
+    device, fault, precision, option
+):
+    devices.emulator().fault(fault)
+    ((line, right),) = judged(device, precision, [option])
+    assert not right, line
+    assert "all spike" in line  # not an error
+
+
+@needs_emulator
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize(
+    ("precision", "option"),
+    [("float32", "plain"), ("bfloat16", "step loop"), ("autocast", "plain"),
+     ("float32", "Leaky, zero"), ("float16", "Leaky, steps")],
+)  # fmt: skip
+def test_a_graph_that_replays_old_numbers_is_wrong(precision, option, right, monkeypatch):
+    def captured(run):
+        found = run()
+
+        def replay():
+            for one, other in zip(tree_leaves(found), tree_leaves(run()), strict=True):
+                one.copy_(other if right else one)
+
+        return replay, found
+
+    monkeypatch.setattr(devices, "captured", captured)
+    monkeypatch.setattr(gpu_smoke, "GRAPHS", ("emulator-a100",))
+    ((line, verdict),) = judged("emulator-a100", precision, [option], sizes=SMALL)
+    assert verdict == right, line
+    assert "; replayed 0 wrong" in line or not right
+
+
+def test_an_error_that_ends_all_work_on_the_gpu_ends_no_other_row(monkeypatch, capsys):
+    """Each process is a call here. It runs the rows up to the first error, which a second names."""
+    started = []
+
+    def begin(command, env=None, check=True):
+        assert command[1:3] == ["-m", "benchmarks.gpu_smoke"]
+        started.append((env or {}).get("CUDA_LAUNCH_BLOCKING"))
+        gpu_smoke.main(command[3:])
+
+    def judged(self):
+        raise KeyError("not even a RuntimeError")
+
+    monkeypatch.setattr(devices, "lost", lambda device: True)
+    monkeypatch.setattr(devices.subprocess, "run", begin)
+    monkeypatch.setattr(gpu_smoke.Cell, "judged", judged)
+    two = ["--device", "cpu", "--algorithms", "fused", "--options", "4 channels", "plain"]
+    assert gpu_smoke.main(two) == 1
+    printed = capsys.readouterr().out.splitlines()
+    names = ("float64, 4", "float64, 4", "float64, p", "float64, p", "float32, 4", "NOT RUN")
+    assert len(printed) == len(names)
+    assert all(name in line for name, line in zip(names, printed, strict=True))
+    assert started == ["1", None, "1", None]
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("number", "name"), [(0, "(spikes|the x) differ"), (1, "syn differ"), (2, "mem differ")]
+)
+def test_candidates_and_replays_that_differ_from_the_first_are_wrong(
+    number, name, monkeypatch, tmp_path, capsys
+):
+    seconds = gpu_algorithms.seconds
+
+    def mutated(*given):
+        taken, (found,) = seconds(*given)
+        wrong = found[number] if found[number] is None else found[number] + 1
+        return taken, [found, found._replace(**{found._fields[number]: wrong})]
+
+    layer = ["--layers", gpu.TINY.strip('"'), "--out", str(tmp_path / "rows.csv")]
+    assert gpu_algorithms.main(["--device", "emulator-t4", *layer]) == 0
+    monkeypatch.setattr(gpu_algorithms, "seconds", mutated)
+    assert gpu_algorithms.main(["--device", "emulator-t4", *layer]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert wrong
+    assert all(re.search(name, line) for line in wrong)
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) > len(wrong)
+
+
+def test_a_layer_that_raises_an_error_ends_no_other_one(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_algorithms, "passes", {}.__getitem__)
+    out = tmp_path / "rows.csv"
+    two = ["--layers", "tiny", "mid", "--out", str(out)]
+    assert gpu_algorithms.main(["--device", "emulator-t4", *two]) == 1
+    assert capsys.readouterr().out.count("WRONG") == len(out.read_text().splitlines()) - 1 == 4
 
 
 def test_rows_without_time_are_not_run_and_their_step_has_not_passed(tmp_path, capsys, monkeypatch):
@@ -239,7 +380,8 @@ def test_equal_calls_have_equal_hashes_and_every_bit_counts():
     layer = Case("layer", 3, 1, 2, 8, 6, 6, threshold=0.02, max_pool=2, reset="zero")
     with devices.running("emulator-h100"):
         lines = list(gpu_overlap.hashes("emulator-h100", [layer], repeats=2))
-    assert len({line.split(": ")[1] for line in lines}) == len(lines) == 3
+    assert len(lines) == 4 * len(gpu_overlap.WAYS)
+    assert len({line.split(": ")[1] for line in lines}) == len(lines)
     assert " or " not in "".join(lines)
     one = torch.zeros(4, 5)
     hashes = {gpu_overlap.hashed(one)}

@@ -71,7 +71,7 @@ class Emulated(cuda.Backend):
     ) -> Any:
         if self.algorithm != "auto" and algorithm in ("auto", "direct", "winograd", "measure"):
             algorithm = self.algorithm
-        return super().core_plan(sizes, tf32, algorithm, backward, tile=self.tile)
+        return super().core_plan(sizes, tf32, algorithm, backward, tile=self.tile, **blocks)
 
 
 class Core(Emulator):

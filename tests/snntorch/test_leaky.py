@@ -15,25 +15,31 @@ from torch import Tensor
 
 import snnlstm
 from snnlstm import surrogate
+from tests.conftest import _backends
 from tests.shared.cases import OF_SNNTORCH, laid_out
 from tests.shared.gradients import KEPT
 from tests.shared.helpers import close, described
 
+native = pytest.mark.parametrize(
+    "backend", [of for of in _backends() if of.native], ids=lambda of: of.name, indirect=True
+)
 F64 = torch.float64
 T = 4
 LEARN = {"learn_beta": True, "learn_threshold": True}
 
 
 def twins(**options: Any) -> list[Any]:
-    """Makes our layer and snnTorch's with equal arguments."""
+    """Makes our layer and snnTorch's with equal arguments, on torch's default device."""
     options = {"beta": 0.8, "threshold": 0.3, **options}
-    return [library.Leaky(**copy.deepcopy(options)) for library in (snnlstm, snntorch)]
+    layers = [library.Leaky(**copy.deepcopy(options)) for library in (snnlstm, snntorch)]
+    return [layer.to(torch.get_default_device()) for layer in layers]
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Draws x of T steps, whose neurons spike at some of them."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn((T, *shape), generator=generator, dtype=F64).to(dtype)
+    x = torch.randn((T, *shape), generator=generator, dtype=F64, device="cpu")
+    return x.to(torch.get_default_device(), dtype)
 
 
 def run(layer: Any, x: Tensor, through: str = "both", whole: bool = False) -> tuple[Any, Any]:
@@ -64,27 +70,35 @@ def run(layer: Any, x: Tensor, through: str = "both", whole: bool = False) -> tu
     return (spk.detach(), mem.detach(), reset), [x.grad, layer.beta.grad, layer.threshold.grad]
 
 
-def alike(ours: Any, theirs: Any, x: Tensor, through: str = "both", whole: bool = False) -> None:
+def alike(
+    backend: Any, ours: Any, theirs: Any, x: Tensor, through: str = "both", whole: bool = False
+) -> None:
     (out, grads), (expected, exact) = run(ours, x, through, whole), run(theirs, x, through)
-    assert ours.path.native, ours.path
+    backend.check(ours.path)
     close(out, expected, atol=0, rtol=0)
     assert out[0].any(), "no neuron has spiked"
     close(grads, exact, atol=1e-4, rtol=1e-4)
 
 
 OF_CHANNELS, OF_FEATURES = torch.tensor([0.3, 0.6, 0.9])[:, None, None], torch.linspace(0.1, 0.9, 5)
-SHAPES = [(7,), (3, 5), (2, 3, 5), (2, 3, 4, 5), (1, 1), (33, 67), (2, 3, 40, 50)]
+SHAPES = [(2, 3, 4, 5), (7,), (3, 5), (2, 3, 5), (1, 1), (33, 67), (2, 3, 40, 50)]
 
 
+def short(value: Any, *values: Any) -> list[Any]:
+    """Has the emulator take the first value in every run, and the others at length."""
+    return [value, *(pytest.param(of, marks=pytest.mark.emulator_long) for of in values)]
+
+
+@native
 @pytest.mark.parametrize("through", ["spk", "mem", "both"])
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
-@pytest.mark.parametrize("shape", SHAPES, ids=described)
+@pytest.mark.parametrize("shape", short(*SHAPES), ids=described)
 @pytest.mark.parametrize("whole", [False, True], ids=["steps", "sequence"])
-def test_steps(shape: tuple[int, ...], reset: str, through: str, whole: bool) -> None:
+def test_steps(backend: Any, shape: tuple[int, ...], reset: str, through: str, whole: bool) -> None:
     options: dict[str, Any] = {"reset_mechanism": reset, "learn_beta": True, "init_hidden": True}
     options["beta"] = OF_CHANNELS if len(shape) == 4 else 0.8
-    alike(*twins(**options, learn_threshold=True), inputs(*shape), through, whole)
-    alike(*twins(**options, output=True), inputs(*shape, seed=2), through, whole)
+    alike(backend, *twins(**options, learn_threshold=True), inputs(*shape), through, whole)
+    alike(backend, *twins(**options, output=True), inputs(*shape, seed=2), through, whole)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -98,20 +112,22 @@ OPTIONS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
+@native
+@pytest.mark.parametrize("layout", short("contiguous", "channels_last", "transposed", "strided"))
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
 @pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
-def test_options(options: dict[str, Any], reset: str, layout: str) -> None:
+def test_options(backend: Any, options: dict[str, Any], reset: str, layout: str) -> None:
     learn = {f"learn_{name}": torch.is_tensor(options.get(name)) for name in ("beta", "threshold")}
     layers = twins(**options, **learn, reset_mechanism=reset)
     x = inputs(2, 3, 4, 5) / 2  # snnTorch's sigmoid is NaN for very negative inputs
-    alike(*layers, laid_out(x, layout))
+    alike(backend, *layers, laid_out(x, layout))
 
 
+@native
 @pytest.mark.parametrize("whole", [False, True], ids=["steps", "sequence"])
 @pytest.mark.parametrize("dtype", [F64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
-def test_dtypes(reset: str, dtype: torch.dtype, whole: bool) -> None:
+def test_dtypes(backend: Any, reset: str, dtype: torch.dtype, whole: bool) -> None:
     """x of a half type is read as it is, and all is computed in float32."""
     real = F64 if dtype is F64 else torch.float32
     beta, threshold = torch.rand(3, 1, 1, dtype=real), torch.rand(5, dtype=real)
@@ -119,6 +135,7 @@ def test_dtypes(reset: str, dtype: torch.dtype, whole: bool) -> None:
     layer, other = twins(beta=beta, threshold=threshold, **options)
     x = inputs(2, 3, 4, 5, dtype=dtype)
     (outs, grads), (expected, exact) = run(layer, x, whole=whole), run(other, x.to(real))
+    backend.check(layer.path)
     assert all(out.dtype is real for out in outs)
     close(outs, [out.to(real) for out in expected], atol=1e-14, rtol=0)
     assert grads[0].dtype is dtype
@@ -162,15 +179,16 @@ def test_snntorch_s_own_forward_runs(reason: str, caplog: Any) -> None:
     assert [reason in message for message in caplog.messages] == [True]  # once
 
 
-def test_a_call_runs_what_state_function_says() -> None:
+@native
+def test_a_call_runs_what_state_function_says(backend: Any) -> None:
     layer, other = twins()
     for neuron in (layer, other):
         neuron.reset_mechanism = "zero"  # changes no call, as in snnTorch
-    alike(layer, other, inputs(3, 5))
+    alike(backend, layer, other, inputs(3, 5))
     for neuron in (layer, other):
         neuron.state_function = neuron._base_zero
         neuron.reset_mem()
-    alike(layer, other, inputs(3, 5))
+    alike(backend, layer, other, inputs(3, 5))
     layer.state_function = lambda x: x
     layer(inputs(3, 5)[0])
     assert layer.path.reason == "its state_function was replaced"

@@ -13,7 +13,12 @@ struct dim3 {
   dim3(unsigned x_of = 1, unsigned y_of = 1, unsigned z_of = 1) : x(x_of), y(y_of), z(z_of) {}
 };
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureWrongThread = 908
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
@@ -41,7 +46,7 @@ inline thread_local cudaError_t last = cudaSuccess;
 inline std::map<std::pair<const void*, int>, int> limits;
 inline int attribute_calls = 0, launches = 0, overlaps = 0, optin = 200 * 1024;
 inline int ptx = 80, driver = 13000;
-inline bool refuses_attributes = false;
+inline bool refuses_attributes = false, captures = false;
 
 inline cudaError_t fail() { return last = cudaErrorInvalidValue; }
 }  // namespace fake
@@ -73,6 +78,7 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
 inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* kernel,
                                        void** arguments) {
   const std::lock_guard<std::mutex> lock(fake::mutex);
+  if (fake::captures) return fake::last = cudaErrorStreamCaptureUnsupported;
   const auto found = fake::limits.find({kernel, fake::device});
   if (how->dynamicSmemBytes > size_t(found == fake::limits.end() ? 48 * 1024 : found->second))
     return fake::fail();
