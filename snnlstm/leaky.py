@@ -272,9 +272,6 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         reason = replaced(self) or self._option_against(surrogate)
         if reason is None and (x.dtype not in DTYPES or mem.dtype not in DTYPES):
             reason = f"x is of {x.dtype} and mem of {mem.dtype}"
-        wider = mem.dtype is torch.float64 and x.dtype is not torch.float64
-        if (wider or mem.device != x.device) and mem.shape == x.shape[sequence:]:
-            reason = reason or "mem is on another device, or of torch.float64, which x is not"
         parameters = beta, threshold, graded = [*map(self._parameter, _PARAMETERS)]
         if reason is None and (graded.requires_grad or graded.numel() != 1):
             reason = "graded_spikes_factor is learned, or is not a single number"
@@ -283,6 +280,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             # A number on x's device needs no closer look, which would take half a microsecond.
             if one or tensor.dim() or tensor.device != device or type(tensor) not in _TENSORS:
                 reason = reason or _parameter_against(name, tensor, x, x.shape[sequence:])
+        wider = mem.dtype is torch.float64 and x.dtype is not torch.float64
+        if (wider or mem.device != device) and mem.shape == x.shape[sequence:]:
+            reason = reason or "mem is on another device, or of torch.float64, which x is not"
         if reason is not None:
             return Path("reference", reason, slow=True)
         reset = _MECHANISMS[self.state_function.__func__]
