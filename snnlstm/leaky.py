@@ -190,7 +190,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """
         threshold, graded = self.threshold, self.graded_spikes_factor
         dtype = torch.promote_types(x.dtype, torch.float32)
-        x, surrogate = x.to(dtype), self._spikes(traced)
+        x, surrogate = x.to(dtype), self._spikes(dtype, traced)
         if mem.shape != x.shape:
             mem = torch.zeros_like(x)
         mem = mem.to(torch.promote_types(mem.dtype, torch.float32))
@@ -238,15 +238,13 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             self.__dict__["_recognised"] = cached = theirs, ours
         return cached[1]
 
-    def _spikes(self, traced: bool) -> Any:
+    def _spikes(self, dtype: torch.dtype, traced: bool) -> Any:
         """Return what computes spikes in plain torch: our surrogate, or ``spike_grad`` itself."""
         theirs = self.spike_grad
         if not traced:
             return self._surrogate() or theirs
-        try:
-            return NONE if theirs is _BYPASS else recognise_traced(theirs)
-        except TypeError:  # it holds tensors, and is traced as it is
-            return theirs
+        # The compiler traces snnTorch's closures as they are, but their gradients are of float32.
+        return recognise_traced(theirs) if dtype is torch.float64 else theirs
 
     def _parameter(self, name: str) -> Any:
         """Return a parameter or buffer; nn.Module's search takes a microsecond."""

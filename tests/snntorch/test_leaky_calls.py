@@ -285,6 +285,13 @@ def test_double_on_every_path(kind: str, reset: str, way: str) -> None:
     close(found, step_by_step(other, other, x), atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_surrogate_that_holds_a_tensor_compiles() -> None:
+    layer, other = twins(spike_grad=snntorch.surrogate.atan(alpha=torch.tensor(2.0)))
+    x = inputs(3, 5)[0]
+    close(torch.compile(layer, backend="eager", fullgraph=True)(x), other(x), atol=0)
+
+
 @pytest.mark.parametrize("how", ["eager", "aot_eager"])
 def test_a_network_in_double_compiles(how: str) -> None:
     torch.manual_seed(0)
