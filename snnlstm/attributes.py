@@ -16,7 +16,7 @@ from .call import values
 from .path import LastPath
 from .snntorch import Base, alive, clear_registries, register
 from .spec import RESETS, CellSpec, Reset
-from .state import ResetSource, State
+from .state import NO_RESET, State
 from .surrogate import is_number
 
 
@@ -37,7 +37,6 @@ class CellAttributes(Base):
     spk: Tensor | None = None
     path = LastPath()
     _state: State
-    _reset_source: ResetSource | None = None
     _reset_mechanism: Reset
     _spec: CellSpec | None
     """What the attributes say; None while they contradict each other."""
@@ -73,6 +72,8 @@ class CellAttributes(Base):
     # ---- attributes -----------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
+        if name == "reset":
+            raise AttributeError(NO_RESET)
         # snnTorch's AttributeMonitor calls this method, and nn.Module's finds no properties.
         states = name in ("syn", "mem")
         return object.__getattribute__(self, name) if states else super().__getattr__(name)
@@ -153,20 +154,6 @@ class CellAttributes(Base):
     def mem(self, value: Tensor) -> None:
         self._state.write("mem", value)
 
-    @property
-    def reset(self) -> Tensor | None:
-        """Reset signal of the last step call, 1 where mem before it spiked; (N, C, Ho, Wo).
-
-        Computed when it is read. None before the first call and after a sequence.
-
-        Raises
-        ------
-        RuntimeError
-            If the mem that was passed to the last call has been modified in place since.
-        """
-        signal = None if self._reset_source is None else self._reset_source.signal()
-        return signal if self._dims == 2 or signal is None else signal.squeeze(-2)
-
     def reset_mem(self) -> tuple[Tensor, Tensor]:
         """Set the stored states to zero and return them, syn and mem.
 
@@ -222,7 +209,6 @@ class CellAttributes(Base):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CellAttributes:
         super()._apply(fn, recurse)
         self._state.apply(fn)
-        self._reset_source = None
         return self
 
     def _load_from_state_dict(
@@ -247,12 +233,12 @@ class CellAttributes(Base):
     def _replicate_for_data_parallel(self) -> Any:
         """Give a replica of DataParallel, which shares the attributes, states of its own."""
         replica = super()._replicate_for_data_parallel()
-        replica._state, replica._reset_source = self._state.shared(), None
+        replica._state = self._state.shared()
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_spec"] = state["_entry"] = state["_reset_source"] = None
+        state["_spec"] = state["_entry"] = None
         state["_state"] = copy(self._state)  # State.__getstate__ leaves the graph out
         state.pop("spk", None)  # spk hangs on the graph of the last call
         if self._adopted is not None:

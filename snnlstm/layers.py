@@ -74,9 +74,9 @@ _LEAST_DIM: dict[type[nn.Module], int] = {
 
 
 def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, size: int) -> LayerReport:
-    """How a layer goes through a sequence, of which x is a part.
+    """How a layer goes through a sequence: x, or a step of it where x has `dim` dimensions.
 
-    A step of it has `dim` dimensions and `size` bytes, or 0 where the size does not count.
+    A step has `dim` dimensions and `size` bytes, or 0 where the size does not count.
     """
     kind, reason = "step", changed(layer)
     if isinstance(layer, SConv2dLSTM):
@@ -93,8 +93,10 @@ def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, size: int) -> La
     elif type(layer) in (Leaky, TheirLeaky):
         if type(layer) is not Leaky:
             reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
-        elif reason is None and (torch.compiler.is_compiling() or not layer.takes(x)):
-            reason = "snntorch's own forward runs, and its path says why"
+        elif reason is None and (
+            torch.compiler.is_compiling() or not layer.takes(x, x.dim() > dim)
+        ):
+            reason = "plain torch runs it, and its path says why"
         elif reason is None and size > LARGEST:
             reason = LARGE_STATE
         if reason is None:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from .lengths import hold_last, last_state, mask_padding
 from .path import LastPath, Path, against_device, log_fallback, native_path, reason_now
-from .snntorch import Neuron, TheirLeaky, recognise_surrogate
+from .reference import called, fire, reset_signal
+from .snntorch import Neuron, TheirLeaky, recognise_surrogate, recognise_traced
 from .spec import DTYPES
-from .state import ResetSource
+from .state import NO_RESET
 from .surrogate import NONE, Surrogate
 
 try:
@@ -19,11 +20,17 @@ try:
 except ImportError:  # path.against_device says why
     kernels = None  # type: ignore[assignment]
 
-PRIVATE = ("_path", "_layer_name", "_recognised", "_reset_source", "_reset")
+PRIVATE = ("_path", "_layer_name", "_recognised")
 """The attributes of an instance that only our class has."""
 
 _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
-_CALLED = ("fire", "mem_reset", "_base_state_function", *_RESETS)  # snnTorch's forward calls these
+_CALLED = (
+    "fire",
+    "fire_inhibition",
+    "mem_reset",
+    "_base_state_function",
+    *_RESETS,
+)  # snnTorch's forward calls these
 _RELEASED = {name: getattr(TheirLeaky, name, None) for name in (*_CALLED, "forward")}
 _MECHANISMS = {_RELEASED[name]: reset for name, reset in _RESETS.items()}
 _TRACED = Path("reference", "torch.compile traces plain operators")
@@ -61,11 +68,13 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     layer starts from zeros; so do ``reset_mem()``, and an x of another shape than mem's.
 
     The kernels cover x of float32, float64, float16 and bfloat16 on the CPU and on CUDA, with a
-    beta and a threshold that are numbers or vary along one dimension of x. snnTorch's own forward
-    runs all other calls, such as those with ``reset_delay=False``, ``inhibition``, ``state_quant``
-    or a surrogate of your own, and :attr:`path` says why. Three things differ from snnTorch: spk is
-    float64 where x is (snnTorch's is float32), mem is float32 where x is of a half type, also with
-    ``reset_mechanism="none"``, and an infinite threshold makes no NaN where nothing is reset.
+    beta and a threshold that are numbers or vary along one dimension of x. Plain torch runs all
+    other calls, such as those with ``reset_delay=False``, ``inhibition``, ``state_quant`` or a
+    surrogate of your own, and snnTorch's own forward those of a layer whose methods were replaced;
+    :attr:`path` says why. On every path four things differ from snnTorch: spk is float64 where x is
+    (snnTorch's is float32), mem is float32 where x is of a half type, also with
+    ``reset_mechanism="none"``, an infinite threshold makes no NaN where nothing is reset, and no
+    ``reset`` stays on the layer: ``mem_reset(mem)`` computes it from the mem before the step.
 
     Attributes
     ----------
@@ -73,8 +82,6 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         The implementation that ran the last call, and the reason.
     mem : Tensor
         The stored state, of x's shape, or (0,) before the first call.
-    reset : Tensor or None
-        The reset signal of the last step call, computed when it is read; None after a sequence.
 
     References
     ----------
@@ -83,17 +90,11 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """
 
     path = LastPath()
-    _reset: Tensor | None = None
 
-    @property
-    def reset(self) -> Tensor | None:
-        """1 where the mem before the last step exceeded the threshold, else 0; detached."""
-        source = self.__dict__.get("_reset_source")
-        return self._reset if source is None else source.signal()
-
-    @reset.setter
-    def reset(self, value: Tensor | None) -> None:
-        self._reset_source, self._reset = None, value
+    def __getattr__(self, name: str) -> Any:
+        if name == "reset":
+            raise AttributeError(NO_RESET)
+        return super().__getattr__(name)
 
     # ---- the call -------------------------------------------------------------------------
 
@@ -120,19 +121,15 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """
         if mem is not None and self.init_hidden:
             raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
-        if torch.compiler.is_compiling():
-            self._path = _TRACED
-            return super().forward(input_, mem)
         before: Any = self._buffers.get("mem") if mem is None else mem
-        neurons = self._described(input_, before, False)
+        traced = torch.compiler.is_compiling()
+        neurons: Any = _TRACED if traced else self._described(input_, before, False)
         if type(neurons) is Path:
-            return self._as_theirs(neurons, input_, mem)
+            return self._without_kernels(neurons, input_, mem)
         if before.shape != input_.shape:
             before = torch.zeros_like(input_, dtype=kernels.real(input_.dtype))
         spk, after = kernels.run(neurons, input_, before)
-        source = self.__dict__.get("_reset_source") or ResetSource()
-        source.follow(before, neurons.threshold, neurons.surrogate)
-        self._keep(input_, after, source)
+        self._keep(input_, after)
         return spk if self.init_hidden and not self.output else (spk, after)
 
     def sequence(self, x: Tensor, record: bool, lengths: Tensor | None = None) -> Any:
@@ -148,38 +145,86 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             x = mask_padding(x, lengths)
         if before.shape != x.shape[1:]:
             before = torch.zeros_like(x[0], dtype=kernels.real(x.dtype))
-        spk, mem = kernels.run(self._described(x, before, True), x, before, every)
+        neurons: Any = self._described(x, before, True)
+        spk, mem = kernels.run(neurons, x, before, every)
         after = mem[-1].clone() if mem.shape == x.shape else mem
         if lengths is not None:
             spk, after = mask_padding(spk, lengths), last_state(mem, before, lengths)
-            mem = hold_last(mem, torch.zeros_like(before), lengths)
-        self._keep(x, after, None)
+            mem = hold_last(mem, before, lengths)
+        self._keep(x, after)
         for hook in hooks:
             hook(self, (x,), (spk, mem))
         return (spk, mem) if record else spk
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether the kernels cover a sequence x (T, ...), so that :meth:`sequence` serves."""
-        return type(self._described(x, self._buffers.get("mem"), True)) is not Path
+    def takes(self, x: Tensor, sequence: bool = True) -> bool:
+        """Whether the kernels cover a sequence x (T, ...), so that :meth:`sequence` serves.
 
-    def _as_theirs(self, path: Path, x: Tensor, mem: Tensor | None) -> Any:
-        """Run snnTorch's own forward, which stores mem and reset before it is done."""
-        before = self._buffers.get("mem"), self.__dict__.get("_reset_source"), self._reset
-        try:
-            out = super().forward(x, mem)
-        except BaseException:
-            self._buffers["mem"], self._reset_source, self._reset = before
-            raise
-        self.__dict__["_path"] = path
+        Without `sequence`, x is one of its steps, (...).
+        """
+        return type(self._described(x, self._buffers.get("mem"), sequence)) is not Path
+
+    def _without_kernels(self, path: Path, x: Tensor, mem: Tensor | None) -> Any:
+        """Run a step in plain torch, or snnTorch's own forward where a method was replaced."""
+        before: Any = self._buffers.get("mem")
+        if replaced(self) is None:
+            spk, after = self._plain(x, before if mem is None else mem, path is _TRACED)
+            self.mem = after
+            out = spk if self.init_hidden and not self.output else (spk, after)
+            if path is not _TRACED:
+                self.__dict__.pop("reset", None)
+        else:
+            try:
+                out = super().forward(x, mem)
+            except BaseException:  # snnTorch stores mem before it is done
+                self._buffers["mem"] = before
+                raise
+        self._path = path
         if path.slow:
             log_fallback(path, self)
         return out
 
-    def _keep(self, x: Tensor, mem: Tensor, source: ResetSource | None) -> None:
+    def _plain(self, x: Tensor, mem: Tensor, traced: bool) -> tuple[Tensor, Tensor]:
+        """One step in the words of snnTorch 1.0.0; spk has the dtype of x, or float32.
+
+        dtypes promote as in snnTorch, whose spikes and resets are always float32.
+        """
+        threshold, graded = self.threshold, self.graded_spikes_factor
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, surrogate = x.to(dtype), self._spikes(dtype, traced)
+        if mem.shape != x.shape:
+            mem = torch.zeros_like(x)
+        mem = mem.to(torch.promote_types(mem.dtype, torch.float32))
+
+        reset = _MECHANISMS[self.state_function.__func__]
+        signal = reset_signal(mem, threshold, surrogate)
+        if reset == "zero":
+            mem = (1 - signal) * mem
+        mem = self.beta.clamp(0, 1) * mem + x
+        if reset == "subtract":
+            # A threshold may be infinite where nothing is reset: 0 * inf must not make NaN.
+            mem = mem - torch.where(signal.bool(), signal * threshold, 0)
+        if self.state_quant:
+            mem = called("state_quant", self.state_quant, mem)
+        if self.inhibition:  # along dimension 1, and without the graded factor
+            shift = mem - threshold
+            spk = called("spike_grad", surrogate, shift).to(dtype)
+            winners = torch.zeros_like(spk)
+            winners[torch.arange(len(spk), device=spk.device), shift.argmax(1)] = 1
+            spk = spk * winners
+        else:
+            spk = fire(mem, threshold, graded, surrogate, self.state_quant or None).to(dtype)
+        if not self.reset_delay:  # what has fired now, and was not reset
+            rest, said = spk / graded - signal, self.reset_mechanism_val
+            after = mem - rest * torch.where(said == 0, threshold, mem)
+            mem = torch.where(said == 2, mem, after).to(mem.dtype)
+        return spk, mem
+
+    def _keep(self, x: Tensor, mem: Tensor) -> None:
         """Keep the results of a call that succeeded."""
+        attributes = self.__dict__
         self._buffers["mem"] = mem
-        path = native_path(kernels.BACKENDS[x.device.type].name())
-        self.__dict__.update(_path=path, _reset_source=source, _reset=None)
+        attributes["_path"] = native_path(kernels.BACKENDS[x.device.type].name())
+        attributes.pop("reset", None)
 
     # ---- what the kernels can take ----------------------------------------------------------
 
@@ -188,9 +233,18 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         theirs, cached = self.spike_grad, self.__dict__.get("_recognised")
         if cached is None or cached[0] is not theirs:
             ours = NONE if theirs is _BYPASS else recognise_surrogate(theirs)
-            cached = theirs, ours if type(ours) is Surrogate else None
-            self.__dict__["_recognised"] = cached
+            if type(ours) is not Surrogate:  # nothing is kept: the attempt may have failed
+                return None
+            self.__dict__["_recognised"] = cached = theirs, ours
         return cached[1]
+
+    def _spikes(self, dtype: torch.dtype, traced: bool) -> Any:
+        """Return what computes spikes in plain torch: our surrogate, or ``spike_grad`` itself."""
+        theirs = self.spike_grad
+        if not traced:
+            return self._surrogate() or theirs
+        # The compiler traces snnTorch's closures as they are, but their gradients are of float32.
+        return recognise_traced(theirs) if dtype is torch.float64 else theirs
 
     def _parameter(self, name: str) -> Any:
         """Return a parameter or buffer; nn.Module's search takes a microsecond."""
@@ -216,16 +270,17 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         reason = replaced(self) or self._option_against(surrogate)
         if reason is None and (x.dtype not in DTYPES or mem.dtype not in DTYPES):
             reason = f"x is of {x.dtype} and mem of {mem.dtype}"
-        if reason is None and mem.device != x.device and mem.shape == x.shape[sequence:]:
-            reason = "mem is on another device"
-        beta, threshold, graded = map(self._parameter, _PARAMETERS)
+        parameters = beta, threshold, graded = [*map(self._parameter, _PARAMETERS)]
         if reason is None and (graded.requires_grad or graded.numel() != 1):
             reason = "graded_spikes_factor is learned, or is not a single number"
-        device = x.device
-        for tensor in (beta, threshold, graded):
+        device, one = x.device, x.dim() == sequence
+        for name, tensor in zip(_PARAMETERS, parameters, strict=True):
             # A number on x's device needs no closer look, which would take half a microsecond.
-            if tensor.dim() or tensor.device != device or type(tensor) not in _TENSORS:
-                reason = reason or _parameter_against(self, tensor, x, x.shape[sequence:])
+            if one or tensor.dim() or tensor.device != device or type(tensor) not in _TENSORS:
+                reason = reason or _parameter_against(name, tensor, x, x.shape[sequence:])
+        wider = mem.dtype is torch.float64 and x.dtype is not torch.float64
+        if (wider or mem.device != device) and mem.shape == x.shape[sequence:]:
+            reason = reason or "mem is on another device, or of torch.float64, which x is not"
         if reason is not None:
             return Path("reference", reason, slow=True)
         reset = _MECHANISMS[self.state_function.__func__]
@@ -241,14 +296,14 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return "the surrogate is not a known one" if surrogate is None else None
 
 
-def _parameter_against(layer: Any, tensor: Any, x: Tensor, step: torch.Size) -> str | None:
+def _parameter_against(name: str, tensor: Any, x: Tensor, step: torch.Size) -> str | None:
     """Why the kernels cannot read a parameter in a call with x; `step` is the shape of a step."""
-    name = next(name for name in _PARAMETERS if getattr(layer, name) is tensor)
     if type(tensor) not in _TENSORS or tensor.device != x.device:
         return f"{name} is on another device, or of a subclass of Tensor"
-    if tensor.dim():
-        if kernels.place(tensor, step, step) is None:
-            return f"{name} varies along more than one dimension, or does not broadcast to x"
-        if torch.promote_types(tensor.dtype, kernels.real(x.dtype)) is not kernels.real(x.dtype):
-            return f"{name} is of {tensor.dtype}, which makes results of it"
+    if kernels.place(tensor, step, step) is None:
+        return f"{name} varies along more than one dimension, is empty, or does not broadcast to x"
+    real = kernels.real(x.dtype)
+    # torch ignores the dtype of a number beside a tensor with dimensions.
+    if (tensor.dim() or not step) and torch.promote_types(tensor.dtype, real) is not real:
+        return f"{name} is of {tensor.dtype}, which makes results of it"
     return None

@@ -36,11 +36,14 @@ class Frozen:
         live = self._lengths > self._step
         before = {id(owner): _kept(owner) for owner in self._layer.modules()}
         out = self._call(x)
+        olds = {}  # what a stored state was before the call, which may return that state
         for owner in self._layer.modules():
             for name, after in _kept(owner).items():
                 if after.dim() > 1 and after.shape[0] == len(live):
-                    old = before[id(owner)].get(name)
+                    olds[id(after)] = old = before[id(owner)].get(name)
                     setattr(owner, name, _stay(live, after, old, first=False))
+        if self._returned is None and isinstance(out, tuple | list):
+            self._returned = tuple(olds.get(id(item)) for item in out)
         self._step, self._returned = self._step + 1, _stay(live, out, self._returned, True)
         return self._returned
 

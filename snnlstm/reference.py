@@ -19,7 +19,7 @@ from .lengths import length_mask
 from .spec import CellSpec
 from .surrogate import Surrogate
 
-__all__ = ["Overrides", "fire", "reset_signal", "run", "sconv2dlstm"]
+__all__ = ["Overrides", "called", "fire", "reset_signal", "run", "sconv2dlstm"]
 
 
 class Overrides(NamedTuple):
@@ -33,7 +33,7 @@ class Overrides(NamedTuple):
     mem_reset: Callable[[Tensor], Tensor] | None = None
 
 
-def _tensor_of(name: str, function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+def called(name: str, function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
     """Call a callable of the user's; its result must be a tensor."""
     out: Any = function(given)
     if not isinstance(out, Tensor):
@@ -49,7 +49,7 @@ def reset_signal(mem: Tensor, threshold: Tensor, surrogate: Callable[[Tensor], T
     """
     if type(surrogate) is Surrogate:  # dynamo need not trace its autograd.Function
         return (mem.detach() - threshold.detach() > 0).to(mem.dtype)
-    spk = _tensor_of("spike_grad", surrogate, mem - threshold)
+    spk = called("spike_grad", surrogate, mem - threshold)
     return spk.detach().to(mem.dtype, copy=True)
 
 
@@ -69,8 +69,8 @@ def fire(
     torch.argmax.
     """
     if quant is not None:
-        mem = _tensor_of("state_quant", quant, mem)
-    spk = _tensor_of("spike_grad", surrogate, mem - threshold)
+        mem = called("state_quant", quant, mem)
+    spk = called("spike_grad", surrogate, mem - threshold)
     spk = spk.to(mem.dtype)  # snnTorch's own always give float32
     if inhibition:
         flat = mem.detach().flatten(1)
@@ -123,7 +123,7 @@ def _step(
     elif spec.reset == "zero":
         mem = mem * (1 - reset)
     if quant is not None:
-        syn, mem = (_tensor_of("state_quant", quant, state) for state in (syn, mem))
+        syn, mem = (called("state_quant", quant, state) for state in (syn, mem))
 
     pooled = mem
     if spec.pool == "max":

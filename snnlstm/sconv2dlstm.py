@@ -25,7 +25,7 @@ from .path import EXPORT, Path, asked_every_call, dtype_source, log_fallback
 from .reference import Overrides
 from .snntorch import register
 from .spec import CellSpec
-from .state import LastReset, ResetSource, State
+from .state import State
 
 
 class SConv2dLSTM(CellAttributes):
@@ -289,7 +289,7 @@ class SConv2dLSTM(CellAttributes):
             fresh = path.native and not traced
             spk, syn, mem = (_of_length(result, fresh) for result in (spk, syn, mem))
         if now is not EXPORT:  # tracers must not outlive the export in the cell
-            self._keep(call, described, overrides, (spk, syn, mem, path), traced)
+            self._keep(call, (spk, syn, mem, path), traced)
         if self.batch_first:
             spk, syn, mem = batch_before_time(call, True, spk, syn, mem)
         return spk if self.init_hidden and not self.output else (spk, syn, mem)
@@ -359,7 +359,7 @@ class SConv2dLSTM(CellAttributes):
         if kind.fire is not _FIRE or "fire" in attributes:
             fire = self._on_images(self.fire)
         if kind.mem_reset is not _MEM_RESET or "mem_reset" in attributes:
-            mem_reset = LastReset(self._on_images(self.mem_reset))
+            mem_reset = self._on_images(self.mem_reset)
         # The conv may be a plain function, and may lie in __dict__.
         conv: Any = attributes.get("conv") or attributes["_modules"].get("conv") or self.conv
         now, overrides = asked_every_call(
@@ -369,30 +369,19 @@ class SConv2dLSTM(CellAttributes):
             overrides = overrides._replace(conv=self._on_images(conv))
         return now, overrides
 
-    def _keep(
-        self,
-        call: Call,
-        described: CellSpec,
-        overrides: Overrides | None,
-        results: Results,
-        traced: bool,
-    ) -> None:
+    def _keep(self, call: Call, results: Results, traced: bool) -> None:
         """Keep the results of a call that succeeded."""
-        source, threshold, (spk, syn, mem, path) = None, call.threshold, results
-        if call.x.dim() == 5:
-            spk = spk.transpose(0, 1) if self.batch_first else spk
-        elif overrides is not None and overrides.mem_reset is not None:
-            source = ResetSource(overrides.mem_reset.reset)  # type: ignore[attr-defined]
-        elif traced:
-            source = ResetSource(reference.reset_signal(call.mem, threshold, described.surrogate))
-        else:
-            source = self._reset_source or ResetSource()
-            source.follow(call.mem, threshold, described.surrogate)
+        spk, syn, mem, path = results
+        if self.batch_first and call.sequence:
+            spk = spk.transpose(0, 1)
         if traced:  # dynamo follows attributes, not dictionaries
-            self._path, self.spk, self._reset_source = path, spk, source
+            self._path, self.spk = path, spk
         else:  # nn.Module.__setattr__ is slow
-            self.__dict__.update(_path=path, spk=spk, _reset_source=source)
-            if path.slow:
+            attributes = self.__dict__
+            attributes["_path"], attributes["spk"] = path, spk
+            if path.native:
+                attributes.pop("reset", None)
+            elif path.slow:
                 log_fallback(path, self)
         if not call.record:
             self._state.store(syn, mem, traced)

@@ -244,11 +244,12 @@ def _over_time(
     while rest := layers[len(reports) :]:
         name, layer = rest[0]
         x = _first_item(before, out)
-        report = _report_of(name, layer, x, x.dim() - (folded is None), time, by_step)
+        whole = x if folded is None else x.unflatten(0, folded)
+        report = _report_of(name, layer, whole, whole.dim() - 1, time, by_step)
         if lengths is not None and not reports and report.kind != "sequence":
             x = mask_padding(x, lengths)  # a NaN in the padding must not reach a gradient
         if folded is not None and report.kind != "fold":
-            x, folded = x.unflatten(0, folded), None
+            x, folded = whole, None
         if report.kind == "step":
             out = _step_by_step(rest, x, lengths, by_step, reports)
         elif report.kind == "sequence":

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .call import state_tensor
-from .reference import reset_signal
 from .torch_private import (
     NO_LEVEL,
     backward_pass,
@@ -26,6 +25,9 @@ from .torch_private import (
     transforms_are_active,
     unwrapped,
 )
+
+NO_RESET = "no reset signal is kept: mem_reset(mem) computes it from the mem before the step"
+"""The error of the attribute ``reset`` of a cell and of a Leaky."""
 
 
 class State:
@@ -207,71 +209,3 @@ def _without_transforms(state: Tensor) -> Tensor:
             return torch.zeros(0, dtype=state.dtype, device=state.device)
         state = unwrapped(state)
     return state.detach()
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to in place; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-class LastReset:
-    """A mem_reset that a subclass overrides, and what it returned last."""
-
-    def __init__(self, mem_reset: Callable[[Tensor], Tensor]) -> None:
-        self._mem_reset = mem_reset
-        self.reset: Tensor | None = None
-
-    def __call__(self, mem: Tensor) -> Tensor:
-        self.reset = self._mem_reset(mem)
-        return self.reset
-
-
-class ResetSource:
-    """The reset signal of a cell's last step call, computed when somebody asks for it."""
-
-    __slots__ = ("copy", "mem", "reset", "surrogate", "threshold", "threshold_version", "version")
-
-    threshold: Any
-    threshold_version: int
-
-    def __init__(self, reset: Tensor | None = None) -> None:
-        """Start with a signal that is known.
-
-        It is under torch.compile, because dynamo cannot watch for modifications in place, and where
-        a subclass has a mem_reset of its own.
-        """
-        self.reset, self.threshold = reset, None
-
-    def follow(self, mem: Tensor, threshold: Any, surrogate: Any) -> None:
-        """Take what the signal of a call follows from.
-
-        While the threshold does not change, the copy of the last step serves. Neither tensor is
-        kept with its graph, which would keep alive what every earlier step has saved; a detached
-        tensor shares the version counter.
-        """
-        mem = mem.detach() if mem.requires_grad else mem
-        self.reset, self.mem, self.version, self.surrogate = None, mem, _version(mem), surrogate
-        # Optimizers, and users, write to a threshold in place.
-        threshold = threshold if threshold.is_leaf else threshold.detach()
-        threshold_version = _version(threshold)
-        if self.threshold is not threshold or self.threshold_version != threshold_version:
-            self.threshold, self.threshold_version = threshold, threshold_version
-            self.copy = threshold.detach().clone()
-
-    def signal(self) -> Tensor:
-        """Return the reset signal, of mem's shape; see :attr:`SConv2dLSTM.reset`."""
-        if self.reset is not None:
-            return self.reset
-        if _version(self.mem) != self.version:
-            raise RuntimeError(
-                "reset can no longer be computed: the mem that was passed to the last call was "
-                "modified in place; read reset before that"
-            )
-        same_version = _version(self.threshold) == self.threshold_version
-        if same_version and not torch.allclose(self.threshold, self.copy, 0, 0, equal_nan=True):
-            raise RuntimeError(
-                "reset can no longer be computed: the threshold was modified through .data, and "
-                "whether before or after the last call cannot be told"
-            )
-        with torch.no_grad():
-            return reset_signal(self.mem, self.copy, self.surrogate)

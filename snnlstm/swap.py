@@ -309,8 +309,6 @@ def _other_leaky(old: Any, kind: type[nn.Module]) -> nn.Module | str:
         return reason
     new = nn.Module.__new__(kind)
     new.__dict__ = {k: v for k, v in old.__dict__.items() if k not in (*PRIVATE, "reset")}
-    if getattr(old, "reset", None) is not None:
-        new.__dict__["_reset" if kind is Leaky else "reset"] = old.reset
     return new
 
 
@@ -351,7 +349,7 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
     for name in (*_SAME, "padding"):
         setattr(cell, name, getattr(old, name))
     ours = set(vars(type(old)(1, 1, 1, threshold=0.1, device="meta")))
-    ours |= {"_path", "_adopted", "_layer_name", "_reset_source"}
+    ours |= {"_path", "_adopted", "_layer_name", "reset"}
     _share(old, cell, ours)
     for name in _chosen(cell):
         setattr(cell, name, MethodType(getattr(cell, name).__func__, old))  # old becomes the cell

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial, reduce
 from typing import Any
 
@@ -95,11 +94,6 @@ opaque: Callable[[Any], Any] = _find(
     "_disable_dynamo", lambda function: function, "compiled autograd fails in a cell's pass"
 )
 """The function as one that torch.compile does not trace; torch.compiler.disable imports dynamo."""
-
-modes_off: Callable[[], Any] = _find(
-    "utils._python_dispatch._disable_current_modes", nullcontext, "fake tensors raise errors"
-)
-"""A context without modes that take operations over, such as FakeTensorMode."""
 
 # ---- tensors within transforms -------------------------------------------------------------------
 

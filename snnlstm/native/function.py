@@ -133,8 +133,9 @@ class _SConv2dLSTM(torch.autograd.Function):
         ctx.plan, ctx.record = plan, call.record
         ctx.selection, ctx.packed = result.selection, result.packed
         ctx.set_materialize_grads(False)
-        if not plan.passes_gradient:
-            ctx.mark_non_differentiable(result.spk)
+        constant = [] if plan.passes_gradient else [result.spk]
+        constant += [result.syn, result.mem][: _constant_states(call, plan.spec)]
+        ctx.mark_non_differentiable(*constant)
         return result.spk, result.syn, result.mem, result.name
 
     @staticmethod
@@ -142,6 +143,13 @@ class _SConv2dLSTM(torch.autograd.Function):
         # Compiled autograd traces this, and must not trace into the kernels.
         run = _opaque_gradients if torch.compiler.is_compiling() else _gradients
         return None, None, *run(ctx, grads[:3])
+
+
+def _constant_states(call: Call, spec: CellSpec) -> int:
+    """How many of syn and mem, in this order, pass no gradient on: a threshold alone wants one."""
+    if any(t is not None and t.requires_grad for t in call[:5]):
+        return 0
+    return 2 if spec.reset != "subtract" else 0 if call.sequence else 1
 
 
 _FORGOTTEN = (
@@ -420,6 +428,9 @@ def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Te
     spk, new_syn, new_mem, *_ = _forward_operator(*tensors, record, text, algorithm, training)
     if not spec.passes_gradient(call.sequence):
         spk = spk.detach()
+    constant = _constant_states(call, spec)
+    new_syn = new_syn.detach() if constant > 0 else new_syn
+    new_mem = new_mem.detach() if constant > 1 else new_mem
     if lengths is not None and record:
         new_syn, new_mem = recorded_states(call, new_syn, new_mem)
     return spk, new_syn, new_mem, None

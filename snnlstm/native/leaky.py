@@ -51,15 +51,15 @@ def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> An
     dims = parameter.dim()
     if dims == 0:
         return 1, 1
-    missing = len(shape) - dims
+    missing, count = len(shape) - dims, parameter.numel()
     if missing < 0:
         return None
-    if parameter.numel() == 1:
+    if count == 1:
         return 1, 1
     varies = [d for d, size in enumerate(parameter.shape, missing) if size != 1]
-    if len(varies) != 1 or shape[varies[0]] != parameter.numel():
+    if count == 0 or len(varies) != 1 or shape[varies[0]] != count:
         return None
-    return parameter.numel(), strides[varies[0]]
+    return count, strides[varies[0]]
 
 
 def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[Tensor, Tensor]:
@@ -82,14 +82,12 @@ def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[
         if mem.is_inference():  # autograd refuses to save it
             tensors = x, mem.clone(), *tensors[2:]
         return _apply(neurons, *tensors)
-    return _forward(neurons, x, mem, record)[:2]
+    return _forward(neurons, x, mem, record)
 
 
 @pool.where_it_fits
-def _forward(
-    neurons: Neurons, x: Tensor, mem: Tensor, record: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`run`; the third result is the mem that the kernels read."""
+def _forward(neurons: Neurons, x: Tensor, mem: Tensor, record: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`run`, without gradients."""
     x = _without_gaps(x, neurons.sequence)
     shape, strides, dtype = x.shape, x.stride(), real(x.dtype)
     if neurons.sequence:
@@ -100,7 +98,7 @@ def _forward(
     fields, _held = _fields(neurons, x.dtype, x.shape, strides, before)
     into = x.data_ptr(), spk.data_ptr(), after.data_ptr(), record
     BACKENDS[x.device.type].leaky((*fields, *into), False, x.device)
-    return spk, after, before
+    return spk, after
 
 
 def _fields(
@@ -169,15 +167,17 @@ class _Leaky(torch.autograd.Function):
         ctx: Any, neurons: Neurons, x: Tensor, mem: Tensor, beta: Tensor, threshold: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run the kernels; the tensors are those that may require a gradient."""
-        spk, after, before = _forward(neurons, x, mem, True)
-        if neurons.reset != "zero" and not (beta.requires_grad or threshold.requires_grad):
-            before = None  # type: ignore[assignment]  # the backward pass does not read it
+        spk, after = _forward(neurons, x, mem, True)
+        learned = beta.requires_grad or threshold.requires_grad
+        before = mem if learned or neurons.reset == "zero" else None  # whether it is read
         ctx.save_for_backward(before, after, beta, threshold, neurons.graded)
         ctx.neurons, ctx.dtypes, ctx.strides = neurons[:2], (x.dtype, mem.dtype), after.stride()
         ctx.sequence, ctx.shape, ctx.device = neurons.sequence, after.shape, after.device
         ctx.set_materialize_grads(False)
-        if neurons.surrogate.kind == 0:
-            ctx.mark_non_differentiable(spk)
+        constant = [spk] if neurons.surrogate.kind == 0 else []
+        if neurons.reset != "subtract" and not any(t.requires_grad for t in (x, mem, beta)):
+            constant.append(after)  # the threshold reaches spk alone
+        ctx.mark_non_differentiable(*constant)
         return spk, after
 
     @staticmethod
@@ -264,6 +264,8 @@ def _by_formula(
     spks, others = (
         [None] * len(mems) if g is None else g.unbind() if sequence else (g,) for g in grads
     )
+    if before is not None:
+        before = before.to(after.dtype)
     inside, decay = (beta >= 0) & (beta <= 1), beta.clamp(0, 1)
     carried: Any = 0
     found: list[Tensor] = []

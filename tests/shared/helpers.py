@@ -149,10 +149,10 @@ def _unwrapped(_: int, test: Any, arguments: dict[str, Any]) -> None:
 
 
 def train_alike(one: nn.Module, other: nn.Module, x: Tensor) -> None:
-    """Calls two cells once a step, and asserts equal spikes, states, resets and gradients."""
+    """Calls two cells once a step, and asserts equal spikes, states and gradients."""
     for cell in (one, other):
         sum(spk.sum() + mem.square().sum() for spk, _, mem in map(cell, x)).backward()
-    close((one.spk, one.syn, one.mem, one.reset), (other.spk, other.syn, other.mem, other.reset))
+    close((one.spk, one.syn, one.mem), (other.spk, other.syn, other.mem))
     same_gradients(one, other, atol=1e-4)
 
 

@@ -1,0 +1,417 @@
+"""Leaky in calls of all kinds: what runs them, dtypes, and what hangs on the graph."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import snntorch
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.parametrize import register_parametrization
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import snnlstm
+from snnlstm import surrogate
+from tests.shared.helpers import close, ours, quietly
+from tests.shared.helpers import twins as cells
+from tests.snntorch.test_leaky import F64, LEARN, inputs, twins
+
+RESETS = ["subtract", "zero", "none"]
+
+
+# ---- the surrogate is recognised in the first call -----------------------------------------------
+
+
+@pytest.mark.parametrize("learn", [LEARN, {}], ids=["learned", "fixed"])
+def test_a_first_call_inside_a_checkpoint(learn: dict[str, Any]) -> None:
+    found = []
+    for layer in twins(**learn):
+        x = inputs(3, 5)[0].requires_grad_()
+        out = checkpoint(layer, x, torch.ones(3, 5), use_reentrant=False)
+        sum(o.square().sum() for o in out).backward()
+        found.append((x.grad, *(p.grad for p in layer.parameters())))
+        if isinstance(layer, snnlstm.Leaky):
+            assert layer.path.native, layer.path
+    close(*found)
+
+
+AROUND: dict[str, Any] = {
+    "hooks that narrow": lambda: saved_tensors_hooks(lambda t: t.half(), lambda t: t.float()),
+    "hooks that fail": lambda: saved_tensors_hooks(lambda t: t, lambda t: 1 / 0),
+    "autocast": lambda: torch.autocast("cpu"),
+    "a dispatch mode": lambda: FlopCounterMode(display=False),
+    "a device": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "anomalies": torch.autograd.detect_anomaly,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly")
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("name", ["atan", "sigmoid", "SSO", "LSO"])
+def test_what_is_around_the_first_call_hides_no_surrogate(name: str, around: str) -> None:
+    layer = snnlstm.Leaky(0.5, spike_grad=getattr(snntorch.surrogate, name)())
+    with AROUND[around]():
+        assert layer._surrogate() == getattr(surrogate, name)()
+
+
+def test_recognition_that_failed_is_tried_again(monkeypatch: Any) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    layer, x = twins()[0], inputs(3, 5)[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.autograd, "grad", fails)
+        layer(x)
+        assert layer.path.reason == "the surrogate is not a known one"
+    layer(x)
+    assert layer.path.native
+
+
+# ---- parameters ----------------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("beta", {"beta": torch.linspace(0.1, 0.4, 5), "learn_beta": True}),
+        ("threshold", {"threshold": torch.linspace(0.1, 0.4, 5), "learn_threshold": True}),
+        ("graded_spikes_factor", {"graded_spikes_factor": torch.tensor([0.5])}),
+        ("beta", {"beta": torch.rand(3, 5), "learn_beta": True}),
+    ],
+)
+def test_parametrized_vectors(name: str, options: dict[str, Any]) -> None:
+    found = []
+    for layer in twins(**options):
+        register_parametrization(layer, name, Doubled())
+        x = inputs(3, 5).requires_grad_()
+        spk, mem = map(torch.stack, zip(*map(layer, x), strict=True))
+        grads = torch.autograd.grad(spk.sum() + mem.square().sum(), [x, *layer.parameters()][:2],
+                                    allow_unused=True)  # fmt: skip
+        found.append((spk, mem, *grads))
+        if isinstance(layer, snnlstm.Leaky):
+            assert layer.path.native == (options["beta"].dim() < 2 if "beta" in options else True)
+    close(*found, atol=1e-5)
+
+
+class Property(snnlstm.Leaky):
+    @property
+    def threshold(self) -> Tensor:
+        return torch.full((5,), 0.3)
+
+
+def test_a_property_makes_a_parameter() -> None:
+    layer = snnlstm.Leaky(0.8)
+    del layer.threshold
+    layer.__class__ = Property
+    x = inputs(3, 5)[0]
+    close(layer(x), snntorch.Leaky(0.8, threshold=torch.full((5,), 0.3))(x), atol=0)
+    assert layer.path.native
+
+
+@pytest.mark.parametrize(
+    ("beta", "shape"), [((0,), (2, 0)), ((0, 1), (0, 5)), ((0, 1, 1), (0, 5, 2))]
+)
+@pytest.mark.parametrize("name", ["beta", "threshold"])
+def test_parameters_without_numbers(name: str, beta: tuple[int, ...], shape: Any) -> None:
+    for layer in twins(**{name: torch.rand(beta), f"learn_{name}": True}):
+        x = torch.zeros(shape, requires_grad=True)
+        spk, mem = layer(x)
+        (spk.sum() + mem.sum()).backward()
+        assert spk.shape == mem.shape == shape
+        assert getattr(layer, name).grad.shape == beta
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def other_layout(mem: Tensor) -> Tensor:
+    return mem.transpose(1, 3).contiguous().transpose(1, 3)
+
+
+PASSED: dict[str, Any] = {
+    "as x": (lambda x: x, lambda mem: mem),
+    "another layout": (lambda x: x, other_layout),
+    "channels-last x": (lambda x: x.contiguous(memory_format=torch.channels_last), lambda mem: mem),
+    "half mem": (lambda x: x.float(), lambda mem: mem.half()),
+    "half x": (lambda x: x.half(), lambda mem: mem.float()),
+}
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["passed", "stored"])
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("kind", PASSED)
+def test_second_derivatives_reach_mem(kind: str, reset: str, stored: bool) -> None:
+    found = []
+    change_x, change_mem = PASSED[kind]
+    for layer in twins(**LEARN, reset_mechanism=reset):
+        numbers = inputs(2, 3, 4, 5, dtype=F64)
+        x = change_x(numbers[0].clone()).requires_grad_()
+        mem = change_mem(numbers[1].half().double()).requires_grad_()
+        given = (
+            mem
+            if isinstance(layer, snnlstm.Leaky)
+            else mem.to(torch.promote_types(x.dtype, torch.float32))
+        )
+        if stored:
+            layer.mem = given
+        spk, after = layer(x) if stored else layer(x, given)
+        leaves = [x, mem, layer.beta, layer.threshold]
+        total = spk.sum() + after.square().sum()
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        found.append([g.double() for g in (*first, *second)])
+        if isinstance(layer, snnlstm.Leaky):
+            assert layer.path.native, layer.path
+    half = "half" in kind
+    close(*found, atol=1e-2 if half else 1e-5, rtol=1e-2 if half else 1e-4)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["steps", "sequence"])
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("disable", [False, True])
+def test_only_the_threshold_is_learned(reset: str, disable: bool, whole: bool) -> None:
+    """What does not depend on it has no graph, so states may be carried over backward passes."""
+    options = {"reset_mechanism": reset, "learn_threshold": True, "surrogate_disable": disable}
+    layer, other = twins(**options)
+    x = inputs(3, 5)
+    for _ in range(2):
+        out = layer.sequence(x, True) if whole else layer(x[0])
+        expected = [map(torch.stack, zip(*map(other, x), strict=True)), other(x[0])][not whole]
+        assert layer.path.native
+        graphs = [o.requires_grad for o in out]
+        assert graphs == [o.requires_grad for o in expected] == [not disable, reset == "subtract"]
+        if any(graphs):
+            sum(o.sum() for o in out).backward(retain_graph=reset == "subtract")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("time", [0, 3], ids=["step", "sequence"])
+def test_only_the_threshold_of_a_cell_is_learned(time: int, reset: str, compiled: bool) -> None:
+    found = []
+    for cell in cells(reset_mechanism=reset, learn_threshold=True):
+        cell.conv.requires_grad_(False)
+        x = torch.rand(max(time, 1), 1, 2, 5, 5)
+        call = cell
+        if isinstance(cell, snnlstm.SConv2dLSTM):
+            x = x if time else x[0]
+            if compiled:
+                call = torch.compile(cell, backend="aot_eager")
+            out = call(x)
+        else:
+            for x_t in x:
+                out = cell(x_t)
+        found.append([o.requires_grad for o in out])
+    assert found[0] == found[1] == [True, time > 0 and reset == "subtract", reset == "subtract"]
+
+
+# ---- dtypes --------------------------------------------------------------------------------------
+
+PLAIN: dict[str, Any] = {
+    "known": {},
+    "foreign": {"spike_grad": lambda u: (u > 0).float() + 0 * u},
+    "graded": {"graded_spikes_factor": torch.tensor(0.1, dtype=F64)},
+    "several dimensions": {"beta": torch.rand(3, 5, generator=torch.Generator().manual_seed(0))},
+    "state_quant": {"state_quant": lambda mem: (mem * 8).round() / 8},
+    "inhibition": {"inhibition": True},
+    "both": {"inhibition": True, "state_quant": lambda mem: (mem * 8).round() / 8},
+    "reset_delay": {"reset_delay": False},
+    "reset_delay, graded": {"reset_delay": False, "graded_spikes_factor": 0.5},
+    "surrogate_disable": {"surrogate_disable": True, "reset_delay": False},
+    "learned": {**LEARN, "learn_graded_spikes_factor": True},
+}
+
+
+# The compiler takes a second or more, so not all mechanisms are compiled.
+WAYS = [
+    (kind, reset, way)
+    for kind in PLAIN
+    for reset in RESETS
+    for way in ("eager", "reference", "compiled")
+    if way != "compiled" or kind == "known" or reset == "zero"
+]
+
+
+def step_by_step(layer: Any, call: Any, x: Tensor) -> list[Tensor]:
+    """Runs all steps; returns spk, mem, and the gradients of x and of all parameters."""
+    leaves = [x.clone().requires_grad_(), *layer.parameters()]
+    spk, mem = map(torch.stack, zip(*map(call, leaves[0]), strict=True))
+    loss = (spk * inputs(*x.shape[1:], seed=1)).sum() + mem.square().sum()
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [spk, mem, *(g for g in grads if g is not None)]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("kind", "reset", "way"), WAYS)
+def test_plain_torch_computes_what_snntorch_does(kind: str, reset: str, way: str) -> None:
+    layer, other = quietly(twins, **PLAIN[kind], reset_mechanism=reset)
+    call = torch.compile(layer, backend="eager", fullgraph=True) if way == "compiled" else layer
+    with snnlstm.algorithm("reference" if way == "reference" else "auto"):
+        found = step_by_step(layer, call, inputs(3, 5))
+    expected = step_by_step(other, other, inputs(3, 5))
+    assert found[0].any()
+    close(found[:2], expected[:2], atol=0, rtol=0)
+    close(found[2:], expected[2:], atol=1e-5)
+    assert way == "eager" or not layer.path.native
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("kind", "reset", "way"), WAYS)
+def test_double_on_every_path(kind: str, reset: str, way: str) -> None:
+    """As snnTorch computes where its surrogate keeps the dtype."""
+    exact = {"spike_grad": surrogate.atan()}
+    layer = quietly(twins, **PLAIN[kind], reset_mechanism=reset)[0].double()
+    other = quietly(twins, **{**exact, **PLAIN[kind]}, reset_mechanism=reset)[1].double()
+    if kind == "foreign":
+        other.spike_grad = lambda u: (u > 0).to(u.dtype) + 0 * u
+    elif kind == "surrogate_disable":
+        other.spike_grad = surrogate.NONE
+    for neuron in (layer, other):
+        neuron.threshold.data.fill_(0.1)  # which float32 does not hold
+    call = torch.compile(layer, backend="eager", fullgraph=True) if way == "compiled" else layer
+    x = inputs(3, 5, dtype=F64)
+    with snnlstm.algorithm("reference" if way == "reference" else "auto"):
+        found = step_by_step(layer, call, x)
+    assert {t.dtype for t in found} == {F64}
+    close(found, step_by_step(other, other, x), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_surrogate_that_holds_a_tensor_compiles() -> None:
+    layer, other = twins(spike_grad=snntorch.surrogate.atan(alpha=torch.tensor(2.0)))
+    x = inputs(3, 5)[0]
+    close(torch.compile(layer, backend="eager", fullgraph=True)(x), other(x), atol=0)
+
+
+@pytest.mark.parametrize("how", ["eager", "aot_eager"])
+def test_a_network_in_double_compiles(how: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 5), snnlstm.Leaky(0.8, init_hidden=True), nn.Linear(5, 3))
+    net.double()
+    x = inputs(3, 5, dtype=F64)[0] * 9
+    compiled = torch.compile(net, backend=how)(x)
+    net[1].reset_mem()
+    close(compiled, net(x))
+
+
+def test_forward_mode_in_double() -> None:
+    import torch.autograd.forward_ad as fwAD
+
+    layer = twins()[0]
+    with fwAD.dual_level():
+        x = fwAD.make_dual(inputs(3, 5, dtype=F64)[0], inputs(3, 5, dtype=F64)[1])
+        spk, mem = layer(x)
+        assert spk.dtype is mem.dtype is F64
+        assert fwAD.unpack_dual(spk).tangent is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("stored", [False, True], ids=["passed", "stored"])
+@pytest.mark.parametrize("reset", RESETS)
+def test_a_mem_of_float64_stays_one(reset: str, stored: bool, dtype: torch.dtype) -> None:
+    layer, other = twins(**LEARN, reset_mechanism=reset)
+    x, mem = inputs(3, 5, dtype=dtype), inputs(3, 5, dtype=F64, seed=3)[0]
+    for neuron in (layer, other):
+        neuron.mem = mem if stored else neuron.mem
+    for x_t in x:
+        given = () if stored else (mem,)
+        out, expected = layer(x_t, *given), other(x_t.float(), *given)
+        assert [o.dtype for o in out] == [o.dtype for o in expected] == [torch.float32, F64]
+        close(out, expected, atol=0)
+        mem = out[1]
+    close(layer(x[0], torch.zeros(7, dtype=F64)), other(x[0].float(), torch.zeros(7)))
+    assert layer.mem.dtype is torch.float32  # a mem of another shape is zeros
+
+
+def test_numbers_of_float64() -> None:
+    """Beside an x without dimensions the dtype of a number counts."""
+    options = {"beta": torch.tensor(0.8, dtype=F64), "threshold": torch.tensor(0.3, dtype=F64)}
+    for layer in twins(**options):
+        spk, mem = layer(torch.tensor(0.7))
+        assert (spk.dtype, mem.dtype) == (torch.float32, F64)
+        spk, mem = layer(torch.tensor([0.7]))
+        assert (spk.dtype, mem.dtype) == (torch.float32,) * 2
+    layer = twins(**options)[0]
+    assert not layer.takes(torch.rand(4))
+    assert layer.takes(torch.rand(4, 1))
+
+
+def test_a_stack_goes_on_from_a_mem_of_float64() -> None:
+    found = []
+    for layer in twins():
+        layer.mem = inputs(3, 5, dtype=F64, seed=3)[0]
+        x = inputs(3, 5)
+        found.append((*snnlstm.unroll(x, layer, lengths=[4, 0, 2]), layer.mem))
+    close(*found, atol=0)
+    assert [t.dtype for t in found[0]] == [torch.float32, F64, F64]
+
+
+# ---- padding -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["no state", "a state"])
+def test_a_sample_without_steps_keeps_its_mem(again: bool) -> None:
+    x, lengths, found = inputs(3, 5), torch.tensor([2, 0, 4]), []
+    for layer in twins():
+        if again:
+            layer(inputs(3, 5, seed=3)[0])
+        before = layer.mem[1] if again else torch.zeros(5)
+        spk, mem = snnlstm.unroll(x, layer, lengths=lengths)
+        assert not spk[:, 1].any()
+        close((mem[:, 1], layer.mem[1]), (before.expand(4, 5), before), atol=0)
+        found.append((spk, mem, layer.mem))
+    close(*found, atol=0)
+    cell = ours()
+    cell(torch.rand(3, 2, 5, 5))
+    before = cell.mem[1]
+    mem = cell(torch.rand(4, 3, 2, 5, 5), lengths=lengths, record=True)[2]
+    close(mem[:, 1], before.expand_as(mem[:, 1]))
+
+
+# ---- no signal of the last step stays ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: twins(spike_grad=surrogate.atan())[0], ours], ids=["Leaky", "cell"]
+)
+def test_reset_is_not_kept(make: Any) -> None:
+    layer = make()
+    x = inputs(3, 5)[0] if isinstance(layer, snnlstm.Leaky) else torch.rand(1, 2, 5, 5)
+    for _ in range(2):
+        with pytest.raises(AttributeError, match=r"mem_reset\(mem\).* before the step"):
+            _ = layer.reset
+        assert not hasattr(layer, "reset")
+        with pytest.raises(AttributeError, match="has no attribute 'resets'"):
+            _ = layer.resets
+        before = layer(x)[-1]
+    layer.reset = x  # as snnTorch's own code does
+    assert layer.reset is x
+    layer(x)
+    assert "reset" not in vars(layer)
+    assert torch.equal(layer.mem_reset(before), (before > layer.threshold).float())
+    with torch.inference_mode():
+        layer(x)
+    for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert not hasattr(duplicate, "reset")
+
+
+def test_snntorch_s_own_forward_keeps_reset_until_the_next_call() -> None:
+    layer, other = twins()
+    x = inputs(3, 5)
+    layer.fire = type(layer).fire.__get__(layer)  # a replaced method
+    for x_t in x:
+        close(layer(x_t), other(x_t), atol=0)
+    assert torch.equal(layer.reset, other.reset)
+    del layer.fire
+    with snnlstm.algorithm("reference"):
+        layer(x[0])
+    assert not hasattr(layer, "reset")
