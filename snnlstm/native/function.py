@@ -129,9 +129,11 @@ class _SConv2dLSTM(torch.autograd.Function):
         ctx.threshold = threshold = call.threshold
         if threshold is not None:
             ctx.copy = threshold.clone() if result.threshold is None else result.threshold
-        ctx.save_for_backward(*call[:5], call.graded, call.lengths, result.saved)
+        packed = result.packed
+        kept = packed if isinstance(packed, Tensor) else None
+        ctx.save_for_backward(*call[:5], call.graded, call.lengths, result.saved, kept)
         ctx.plan, ctx.record = plan, call.record
-        ctx.selection, ctx.packed = result.selection, result.packed
+        ctx.selection, ctx.packed = result.selection, packed if kept is None else None
         ctx.set_materialize_grads(False)
         if not plan.passes_gradient:
             ctx.mark_non_differentiable(result.spk)
@@ -162,7 +164,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         if "a second time" in str(error):  # torch: "Trying to backward through the graph ..."
             raise RuntimeError(f"{error} {_FORGOTTEN}") from None
         raise
-    *tensors, graded, lengths, saved = everything
+    *tensors, graded, lengths, saved, kept = everything
     threshold = None if ctx.threshold is None else ctx.copy
     wanted = _reached(ctx.needs_input_grad[2:], ctx.plan.spec, grads)
     create_graph = torch.is_grad_enabled()
@@ -176,7 +178,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     call = Call._make((*tensors, threshold, graded, lengths, ctx.record))
     if create_graph or beyond_kernels(grads):
         return _by_reference(ctx.plan, call, grads, wanted, create_graph)
-    packed = ctx.packed
+    packed = ctx.packed if kept is None else kept
     if not keeps_graph():  # no other backward pass comes, so the packed weight can go
         ctx.packed = None
     grads = [grad.resolve_neg() if grad is not None and grad.is_neg() else grad for grad in grads]
