@@ -338,7 +338,7 @@ def _forward_outputs(x: Tensor, r: Result) -> tuple[Tensor, ...]:
     """A forward pass's results, as its operator returns them; nothing is saved in inference."""
     saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved
     # A graph of CUDA's operators must have no tensor on the CPU.
-    selection = torch.tensor(r.selection, dtype=torch.int64, device=x.device)
+    selection = torch.tensor(r.selection, dtype=torch.int64).to(x.device)
     return r.spk, r.syn, r.mem, saved, selection
 
 
