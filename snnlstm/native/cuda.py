@@ -288,8 +288,8 @@ class Plan(CommonPlan):
     ) -> None:
         """The kernels, for the gradients that `out` has memory for.
 
-        `kept` is the packed weight that the forward pass has saved, if it has saved that. With `d_gates` they leave the gradient of x to torch. `mems`, if given, gets mem before each
-        step but the first.
+        `kept` is the packed weight, if the forward pass has saved it. With `d_gates` they leave the
+        gradient of x to torch. `mems`, if given, gets mem before each step but the first.
         """
         if d_gates is not None:
             out = out._replace(x=None)

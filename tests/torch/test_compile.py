@@ -295,9 +295,9 @@ def test_a_cuda_graph_holds_the_whole_loop(monkeypatch):
         nodes.extend(graph.graph.nodes)
         return make_boxed_func(graph.forward)
 
-    options = {"reset_mechanism": "subtract", "learn_threshold": True, "state_quant": snnlstm.quant.state_quant(4)}
     with torch.device("meta"):
-        cell, x, state = ours(**options), torch.rand(3, 2, 2, 6, 6), torch.zeros(2, 3, 6, 6)
+        cell = ours(learn_threshold=True, state_quant=snnlstm.quant.state_quant(4))
+        x, state = torch.rand(3, 2, 2, 6, 6), torch.zeros(2, 3, 6, 6)
 
     def loop(events, syn, mem):
         for event in events:
