@@ -135,14 +135,18 @@ void bind_cuda(py::module_& m) {
       .def_property_readonly("workspace", [](const Plan& p) { return p.workspace; })
       .def(
           "pack",
-          [](const Plan& p, Address weight, Address packed, Address stream) {
+          [](const Plan& p, Address weight, Address packed, Address stream, const Plan* other,
+             Address other_packed) {
             needs(at(weight), "weight");
             if (p.packed_bytes > 0) needs(at(packed), "packed");
-            aligned({{"packed", at(packed)}});
+            if (!other != !at(other_packed))
+              throw py::value_error("other and other_packed must be given together");
+            aligned({{"packed", at(packed)}, {"other_packed", at(other_packed)}});
             py::gil_scoped_release release;
-            p.pack(at(weight), at(packed), at(stream));
+            p.pack(at(weight), at(packed), at(stream), other, at(other_packed));
           },
-          py::arg("weight"), py::arg("packed"), py::arg("stream"))
+          py::arg("weight"), py::arg("packed"), py::arg("stream"), py::arg("other") = py::none(),
+          py::arg("other_packed") = 0)
       // values: doubles on the host
       .def(
           "store_levels",

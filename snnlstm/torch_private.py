@@ -125,6 +125,9 @@ driver_version: Callable[[], int | None] = _find("_C._cuda_getDriverVersion", la
 fp32_precision: Callable[[str, str], str] | None = _find("_C._get_fp32_precision_getter", None)
 """What torch.backends.cudnn.conv.fp32_precision asks, ten times as fast; torch 2.9 and newer."""
 
+convolution: Callable[..., Tensor] | None = _find("_convolution", None)
+"""torch's convolution with its settings as arguments; without it those of the process hold."""
+
 # ---- guards --------------------------------------------------------------------------------------
 
 

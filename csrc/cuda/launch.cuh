@@ -35,17 +35,13 @@ struct Launch {
 
 #if defined(__CUDACC__)
 
-// Throws the error, and clears it: CUDA would report it to a later call that goes well. A capture
-// refuses the first launch of a kernel, which loads its code.
+// Throws the error, and clears it: CUDA would report it to a later call that goes well.
 inline void check(cudaError_t status, const char* what, const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
   if (status == cudaSuccess) return;
   cudaGetLastError();
-  const bool captures =
-      status >= cudaErrorStreamCaptureUnsupported && status <= cudaErrorStreamCaptureWrongThread;
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + " (" +
-                           cudaGetErrorName(status) + ") at " + file + ":" + std::to_string(line) +
-                           (captures ? "; run the call once before the capture, to warm up" : ""));
+                           cudaGetErrorName(status) + ") at " + file + ":" + std::to_string(line));
 }
 
 // Makes a device the current one until its end. torch has chosen the device of a call by a runtime
@@ -74,16 +70,17 @@ inline std::string describe(const Launch& how) {
          dims(how.block) + ", " + std::to_string(how.shared_bytes) + " bytes of shared memory";
 }
 
-// Once for each kernel and device: lets the kernel have as much shared memory as the current device
-// gives one block (other threads could lower a limit that followed the size of each launch), and
-// finds out whether its launches may overlap. They may if the code that the device runs waits,
-// which that from PTX of 9.0 on does, and if the driver can capture it in a graph, as of CUDA 12.3
-// on.
-inline cudaError_t prepare(const void* kernel, bool& may_overlap) {
+// Once for each kernel and device: refuses to load the kernel while a graph captures the stream,
+// lets the kernel have as much shared memory as the current device gives one block (other threads
+// could lower a limit that followed the size of each launch), and finds out whether its launches may
+// overlap. They may if the code that the device runs waits, which that from PTX of 9.0 on does, and
+// if the driver can capture it in a graph, as of CUDA 12.3 on.
+inline cudaError_t prepare(const void* kernel, cudaStream_t stream, bool& may_overlap) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, bool> prepared;
   int device = 0, most = 0, driver = 0;
   cudaFuncAttributes code;
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -91,7 +88,10 @@ inline cudaError_t prepare(const void* kernel, bool& may_overlap) {
     may_overlap = found->second;
     return cudaSuccess;
   }
-  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  status = cudaStreamIsCapturing(stream, &capture);
+  if (capture != cudaStreamCaptureStatusNone) return cudaErrorStreamCaptureUnsupported;
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (status == cudaSuccess) status = cudaFuncGetAttributes(&code, kernel);
@@ -120,9 +120,9 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
   if (how.grid.x == 0 || how.grid.y == 0 || how.grid.z == 0) return;
 #if defined(__CUDACC__)
   const auto function = reinterpret_cast<const void*>(kernel);
-  cudaError_t status = cudaSuccess;
+  const auto stream = static_cast<cudaStream_t>(how.stream);
   bool may_overlap = false;
-  if (how.overlaps || how.shared_bytes > 48 * 1024) status = prepare(function, may_overlap);
+  cudaError_t status = prepare(function, stream, may_overlap);
   if (status == cudaSuccess) {
     cudaLaunchAttribute overlap = {};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -130,7 +130,7 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
     cudaLaunchConfig_t config = {};
     config.gridDim = how.grid, config.blockDim = how.block;
     config.dynamicSmemBytes = how.shared_bytes;
-    config.stream = static_cast<cudaStream_t>(how.stream);
+    config.stream = stream;
     config.attrs = &overlap, config.numAttrs = how.overlaps && may_overlap ? 1 : 0;
     std::tuple<Params...> values(static_cast<Params>(args)...);
     std::apply(
@@ -141,7 +141,12 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
         values);
   }
   if (status == cudaSuccess) return;
-  const std::string what = describe(how) + ", or a kernel that was launched before it";
+  const std::string what =
+      describe(how) +
+      (status == cudaErrorStreamCaptureUnsupported
+           ? ", in a graph's capture; run the call once before the capture, forward "
+             "and backward, since the first launch of a kernel loads its code"
+           : ", or a kernel that was launched before it");
   check(status, what.c_str(), how.file, how.line);
 #else
   auto thread = [&] { kernel(static_cast<Params>(args)...); };

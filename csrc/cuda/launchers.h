@@ -1,6 +1,8 @@
 // The launchers, each in the file that is named after its kernels, and what they share.
 #pragma once
 
+#include <initializer_list>
+
 #include "add_gradients.cuh"
 #include "fire.cuh"
 #include "launch.cuh"
@@ -12,7 +14,13 @@ namespace snnlstm::cuda {
 struct Pass;
 struct BackwardPass;
 
-void pack_weight(const Pass& pass, const void* weight, void* packed, void* stream);
+// Memory for the packed weight of a pass.
+struct PackedFor {
+  const Pass* pass;
+  void* packed;
+};
+// Packs a weight for up to two passes of equal cells.
+void pack_weight(const void* weight, std::initializer_list<PackedFor> all, void* stream);
 
 void launch_fire(const FireStep& p, bool inhibition, void* stream);
 

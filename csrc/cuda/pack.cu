@@ -24,7 +24,8 @@ FmaPacking fma_packing_of(const Pass& pass, const PackedPart& part, const void* 
   return p;
 }
 
-MmaPacking packing_of(const Pass& pass, const PackedPart& part, const void* weight, void* packed) {
+MmaPacking mma_packing_of(const Pass& pass, const PackedPart& part, const void* weight,
+                          void* packed) {
   MmaPacking p;
   p.map = map_of(pass, weight, part.use);
   p.part = part;
@@ -35,27 +36,29 @@ MmaPacking packing_of(const Pass& pass, const PackedPart& part, const void* weig
 
 }  // namespace
 
-void pack_weight(const Pass& pass, const void* weight, void* packed, void* stream) {
-  Jobs<MmaPacking> jobs;
-  Jobs<FmaPacking> on_fma;
-  int count = 0, fma_count = 0;
-  for (const PackedPart& part : {pass.packed.x, pass.packed.mem}) {
-    if (part.mma())
-      jobs.job[count++] = packing_of(pass, part, weight, packed);
-    else
-      on_fma.job[fma_count++] = fma_packing_of(pass, part, weight, packed);
+void pack_weight(const void* weight, std::initializer_list<PackedFor> all, void* stream) {
+  Packings<MmaPacking> on_mma;
+  Packings<FmaPacking> on_fma;
+  unsigned mma_count = 0, fma_count = 0;
+  int64_t mma_blocks = 0, fma_blocks = 0;  // of the largest segment
+  for (const auto& [pass, packed] : all) {
+    for (const PackedPart& part : {pass->packed.x, pass->packed.mem}) {
+      if (part.blocks == 0) continue;  // cudnn has no packed weight
+      if (part.mma()) {
+        MmaPacking& job = on_mma.job[mma_count++] = mma_packing_of(*pass, part, weight, packed);
+        mma_blocks = std::max(mma_blocks, part.depth.chunks * job.pairs);
+      } else {
+        FmaPacking& job = on_fma.job[fma_count++] = fma_packing_of(*pass, part, weight, packed);
+        fma_blocks = std::max<int64_t>(fma_blocks, job.blocks);
+      }
+    }
   }
-  with_real(pass.type, [&](auto real) {
-    const Launch how{"pack weight (fma)", on_fma.job[0].blocks + on_fma.job[1].blocks,
-                     fma::kThreads, 0, stream};
+  with_real(all.begin()->pass->type, [&](auto real) {
+    const Launch how{"pack weight (fma)", dim3(fma_blocks, fma_count), fma::kThreads, 0, stream};
     launch(how, &pack_fma<decltype(real)>, on_fma);
   });
-  if (count == 0) return;
-  int64_t blocks = 0;
-  for (int k = 0; k < count; ++k)
-    blocks = std::max(blocks, jobs.job[k].part.depth.chunks * jobs.job[k].pairs);
-  const Launch how{"pack weight (mma)", dim3(blocks, count), kPackThreads, 0, stream};
-  launch(how, &pack_mma<kPackThreads>, jobs);
+  const Launch how{"pack weight (mma)", dim3(mma_blocks, mma_count), kPackThreads, 0, stream};
+  launch(how, &pack_mma<kPackThreads>, on_mma);
 }
 
 void Plan::store_levels(const double* values, void* levels, void* stream) const {

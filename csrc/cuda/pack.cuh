@@ -57,12 +57,17 @@ struct FmaPacking {
   int blocks = 0;   // of the launch
 };
 
-// A block packs a chunk.
+// The segments that one launch packs: the halves of x and of mem, for one pass or for both.
+template <class Packing>
+using Packings = Jobs<Packing, 4>;
+
+// A block packs a chunk. grid: (blocks, segments); blocks beyond a segment's have nothing to do.
 template <class R>
 __global__ void __launch_bounds__(fma::kThreads)
-    pack_fma(const __grid_constant__ Jobs<FmaPacking> p) {
-  int index = int(blockIdx.x);
-  const FmaPacking& job = job_of(p.job, p.job[0].blocks, index);
+    pack_fma(const __grid_constant__ Packings<FmaPacking> p) {
+  const FmaPacking& job = p.job[blockIdx.y];
+  const int index = int(blockIdx.x);
+  if (index >= job.blocks) return;
   const WeightMap& map = job.map;
   const int columns = job.columns, channels = map.depth_channels();
   const int64_t chunk = index % job.chunks;
@@ -163,10 +168,10 @@ class MmaPacker {
   int chunk_, pair_, warp_column_, block_, first_column_;
 };
 
-// Packs all segments of a call. A block has one chunk of one pair. grid: (blocks, segments); some
-// blocks of the smaller segment have nothing to do.
+// A block packs a chunk of a pair. grid: as pack_fma's.
 template <int Threads>
-__global__ void __launch_bounds__(Threads) pack_mma(const __grid_constant__ Jobs<MmaPacking> p) {
+__global__ void __launch_bounds__(Threads)
+    pack_mma(const __grid_constant__ Packings<MmaPacking> p) {
   const MmaPacking& job = p.job[blockIdx.y];
   const int chunks = int(job.part.depth.chunks);
   const int chunk = int(blockIdx.x) % chunks, pair = int(blockIdx.x) / chunks;

@@ -74,9 +74,13 @@ std::vector<Plan> Plan::candidates(const Cell& cell, const Device& device, Matri
   return found;
 }
 
-void Plan::pack(const void* weight, void* packed, void* stream) const {
+void Plan::pack(const void* weight, void* packed, void* stream, const Plan* other,
+                void* other_packed) const {
   const OnDevice on(device_);
-  if (packed_bytes > 0) pack_weight(*pass_, weight, packed, stream);
+  if (other)
+    pack_weight(weight, {{pass_.get(), packed}, {other->pass_.get(), other_packed}}, stream);
+  else
+    pack_weight(weight, {{pass_.get(), packed}}, stream);
 }
 
 void Plan::run(const ForwardArgs& args, void* stream) const {

@@ -91,8 +91,10 @@ class Plan {
   // Returns the height and width of a step's tiles.
   std::pair<int, int> tile() const;
 
-  // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous, in the cell's dtype.
-  void pack(const void* weight, void* packed, void* stream) const;
+  // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous, in the cell's dtype. other: the plan of
+  // the call's other pass, if the same launch packs its weight, too.
+  void pack(const void* weight, void* packed, void* stream, const Plan* other = nullptr,
+            void* other_packed = nullptr) const;
   // Writes the state quantiser's levels on the device, (num_levels,) in the compute type. values:
   // on the host; the caller may free them at once.
   void store_levels(const double* values, void* levels, void* stream) const;

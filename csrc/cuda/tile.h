@@ -105,10 +105,10 @@ struct Tiling {
   int64_t blocks() const { return tiles() * by_columns.value; }
 };
 
-// What one launch does twice, at different data.
-template <class Job>
+// What one launch does a few times, at different data.
+template <class Job, int Count = 2>
 struct Jobs {
-  Job job[2];
+  Job job[Count];
 };
 
 // One of the images that a convolution sums over, K = taps x channels. For output pixel (y, x), tap

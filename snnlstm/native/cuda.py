@@ -4,7 +4,9 @@ Everything is enqueued on the current stream of the tensors' device and nothing 
 that a CUDA graph can capture it. All memory comes from torch's caching allocator.
 
 Weights are packed anew in every call, in one small kernel: their values cannot be compared
-without waiting for the GPU, and neither version counters nor addresses tell of every change.
+without waiting for the GPU, and neither version counters nor addresses tell of every change. In
+training the kernel packs for the backward pass, too, and autograd saves that copy. A loop saves one
+a step, so the backward pass packs a large weight again.
 """
 
 from __future__ import annotations
@@ -48,6 +50,9 @@ _ALGORITHMS = ("auto", "fused", "hybrid", "cudnn")
 _HYBRID, _CUDNN = _ALGORITHMS.index("hybrid"), _ALGORITHMS.index("cudnn")
 _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
+
+KEPT_WEIGHT = 256 << 10
+"""Bytes of the largest packed weight that a call in training saves for its backward pass."""
 
 _ROUNDS = 3  # an algorithm's timed runs, of which the shortest counts, after one untimed run
 
@@ -137,10 +142,19 @@ class Plan(CommonPlan):
             seconds = [self.backend.seconds(partial(run, core)) for core in cores]
             # setdefault keeps the first of two threads' measurements.
             found = self._measured.setdefault(key, cores[seconds.index(min(seconds))])
-        if found is None and backward not in self._chosen:  # the first backward pass makes its plan
-            algorithm = self._algorithm
-            self._chosen[backward] = self.backend.core_plan(self, self._tf32, algorithm, backward)
-        return self._chosen[backward] if found is None else found
+        return self._chosen_for(backward) if found is None else found
+
+    def _chosen_for(self, backward: bool) -> Any:
+        """The core's plan of a pass that is not measured; the backward one is made when needed.
+
+        Each candidate for the backward pass that packs a weight packs it as this plan does.
+        """
+        if backward not in self._chosen:
+            self._name = None
+            self._chosen[backward] = self.backend.core_plan(
+                self, self._tf32, self._algorithm, backward
+            )
+        return self._chosen[backward]
 
     @property
     def stream(self) -> int:
@@ -161,20 +175,32 @@ class Plan(CommonPlan):
         neurons = pointer(threshold), self.threshold_stride, pointer(graded), pointer(levels)
         return neurons, [threshold, graded, levels]
 
-    def _memory(self, core: Any, weight: Tensor, stream: int) -> tuple[int, int, Tensor]:
-        """Addresses of the packed weight and of a workspace, and what holds both."""
+    def _memory(
+        self, core: Any, weight: Tensor, stream: int, kept: Tensor | None = None
+    ) -> tuple[int, int, Tensor]:
+        """Addresses of the packed weight and of a workspace, and what holds both.
+
+        `kept`, if given, gets the weight as the backward pass reads it.
+        """
         weight = contiguous_as(weight, self.dtype)
         workspace = -core.packed_bytes // 256 * -256
         memory = empty_bytes(workspace + core.workspace, weight.device)
         packed = memory.data_ptr()
-        core.pack(weight.data_ptr(), packed, stream)
+        other = () if kept is None else (self._chosen_for(True), kept.data_ptr())
+        core.pack(weight.data_ptr(), packed, stream, *other)
         return packed, packed + workspace, memory
+
+    def _empty_kept(self, x: Tensor) -> Tensor | None:
+        """Memory for the weight as the backward pass reads it, if a call in training saves it."""
+        size = self._chosen_for(True).packed_bytes
+        return empty_bytes(size, x.device) if 0 < size <= KEPT_WEIGHT else None
 
     def forward(self, call: Call, training: bool) -> Result:
         x = call.x
         with self.backend.guard(x.device):
             saved = empty_bytes(self.saved.bytes, x.device) if training else None
-            result = Result(*self.empty_results(call), saved)
+            kept = self._empty_kept(x) if training else None
+            result = Result(*self.empty_results(call), saved, packed=kept)
             if call.lengths is not None:
                 result.spk.zero_()  # the host does not know the lengths
             neurons, held = self._neurons(call)
@@ -186,7 +212,10 @@ class Plan(CommonPlan):
             def run(core: Any) -> None:
                 self._forward(core, call, neurons, bias_at, result)
 
-            run(self._fastest(run, False))
+            fastest = self._fastest(run, False)
+            run(fastest)
+            if fastest.algorithm == _CUDNN:  # it packs nothing
+                result = result._replace(packed=None)
             if call.lengths is not None and not call.record:
                 keep_empty(call, result[1:3], (call.syn, call.mem))
             del held, bias  # on the stream, whoever gets this memory comes after the kernels
@@ -202,7 +231,7 @@ class Plan(CommonPlan):
             torch_conv.forward(self, run, call, neurons, bias, result)
             return
         spk, syn, mem = result[:3]
-        packed, workspace, _held = self._memory(core, call.weight, stream)
+        packed, workspace, _held = self._memory(core, call.weight, stream, result.packed)
         run((
             (call.x.data_ptr(), self.x_strides), (call.syn.data_ptr(), self.syn_strides),
             (call.mem.data_ptr(), self.mem_strides), packed, 0, 0, *neurons, call.record,
@@ -211,7 +240,9 @@ class Plan(CommonPlan):
             (syn.data_ptr(), self.out_strides), (mem.data_ptr(), self.out_strides),
         ))  # fmt: skip
 
-    def _backward(self, given: BackwardInputs, selection: Sequence[int], packed: None) -> Gradients:
+    def _backward(
+        self, given: BackwardInputs, selection: Sequence[int], packed: Tensor | None
+    ) -> Gradients:
         weight = self.restored_weight(given.call)
         if weight is not given.call.weight:
             given = given._replace(call=given.call._replace(weight=weight))
@@ -219,15 +250,17 @@ class Plan(CommonPlan):
             neurons, held = self._neurons(given.call)
 
             def run(core: Any) -> Gradients:
-                return self._backward_by(core, given, neurons)
+                return self._backward_by(core, given, neurons, packed)
 
             out = run(self._fastest(run, True, *given.wanted))
             del held
         return out
 
-    def _backward_by(self, core: Any, given: BackwardInputs, neurons: NeuronPointers) -> Gradients:
+    def _backward_by(
+        self, core: Any, given: BackwardInputs, neurons: NeuronPointers, kept: Tensor | None
+    ) -> Gradients:
         call, x = given.call, given.call.x
-        steps = partial(self._run_steps, core, given, neurons)
+        steps = partial(self._run_steps, core, given, neurons, kept)
         if core.algorithm == _HYBRID:
             return torch_conv.backward(self, given, steps)
         if core.algorithm == _CUDNN:
@@ -248,20 +281,26 @@ class Plan(CommonPlan):
         core: Any,
         given: BackwardInputs,
         neurons: NeuronPointers,
+        kept: Tensor | None,
         out: Gradients,
         d_gates: Tensor | None,
         mems: Tensor | None,
     ) -> None:
         """The kernels, for the gradients that `out` has memory for.
 
-        With `d_gates` they leave the gradient of x to torch. `mems`, if given, gets mem before each
-        step but the first.
+        `kept` is the packed weight, if the forward pass has saved it. With `d_gates` they leave the
+        gradient of x to torch. `mems`, if given, gets mem before each step but the first.
         """
         if d_gates is not None:
             out = out._replace(x=None)
         call, views, saved, grads, noise, _ = given
         stream = self.stream
-        packed, workspace, _held = self._memory(core, call.weight, stream)
+        if kept is None:
+            packed, workspace, _held = self._memory(core, call.weight, stream)
+        else:
+            kept = self.restored_block(kept, core.packed_bytes)
+            _held = empty_bytes(core.workspace, kept.device)
+            packed, workspace = kept.data_ptr(), _held.data_ptr()
         core.backward(stream, (
             *views, packed, 0, 0, *neurons, call.record,
             *self.saved.addresses(saved), pointer(call.lengths), 0, workspace,

@@ -129,9 +129,11 @@ class _SConv2dLSTM(torch.autograd.Function):
         ctx.threshold = threshold = call.threshold
         if threshold is not None:
             ctx.copy = threshold.clone() if result.threshold is None else result.threshold
-        ctx.save_for_backward(*call[:5], call.graded, call.lengths, result.saved)
+        packed = result.packed
+        kept = packed if isinstance(packed, Tensor) else None
+        ctx.save_for_backward(*call[:5], call.graded, call.lengths, result.saved, kept)
         ctx.plan, ctx.record = plan, call.record
-        ctx.selection, ctx.packed = result.selection, result.packed
+        ctx.selection, ctx.packed = result.selection, packed if kept is None else None
         ctx.set_materialize_grads(False)
         constant = [] if plan.passes_gradient else [result.spk]
         constant += [result.syn, result.mem][: _constant_states(call, plan.spec)]
@@ -170,7 +172,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         if "a second time" in str(error):  # torch: "Trying to backward through the graph ..."
             raise RuntimeError(f"{error} {_FORGOTTEN}") from None
         raise
-    *tensors, graded, lengths, saved = everything
+    *tensors, graded, lengths, saved, kept = everything
     threshold = None if ctx.threshold is None else ctx.copy
     wanted = _reached(ctx.needs_input_grad[2:], ctx.plan.spec, grads)
     create_graph = torch.is_grad_enabled()
@@ -184,7 +186,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     call = Call._make((*tensors, threshold, graded, lengths, ctx.record))
     if create_graph or beyond_kernels(grads):
         return _by_reference(ctx.plan, call, grads, wanted, create_graph)
-    packed = ctx.packed
+    packed = ctx.packed if kept is None else kept
     if not keeps_graph():  # no other backward pass comes, so the packed weight can go
         ctx.packed = None
     grads = [grad.resolve_neg() if grad is not None and grad.is_neg() else grad for grad in grads]
@@ -344,7 +346,7 @@ def _forward_outputs(x: Tensor, r: Result) -> tuple[Tensor, ...]:
     """A forward pass's results, as its operator returns them; nothing is saved in inference."""
     saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved
     # A graph of CUDA's operators must have no tensor on the CPU.
-    selection = torch.tensor(r.selection, dtype=torch.int64, device=x.device)
+    selection = torch.tensor(r.selection, dtype=torch.int64).to(x.device)
     return r.spk, r.syn, r.mem, saved, selection
 
 

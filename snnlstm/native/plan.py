@@ -31,7 +31,8 @@ class Result(NamedTuple):
     saved: Tensor | None = None  # a block of a SavedLayout; None in inference
     name: str = ""  # names what ran, such as "cpu-avx2-winograd4-sparse"
     selection: Sequence[int] = ()  # the backward pass runs what the values selected here
-    packed: Any = None  # the weight in the kernels' layouts, if a backward pass may use it
+    # The weight in the kernels' layouts, if a backward pass may use it; autograd saves a tensor.
+    packed: Any = None
     threshold: Tensor | None = None  # training's copy, to which nobody writes
 
 
@@ -315,9 +316,7 @@ class CommonPlan(Sizes, ABC):
             if x_at and syn_at and mem_at and saved.data_ptr() % ALIGNMENT == 0:
                 at = (x_at, self.x_strides), (syn_at, self.syn_strides), (mem_at, self.mem_strides)
                 return call, saved, at
-        block = restored(saved, (self.saved.bytes,), torch.uint8, self.device).contiguous()
-        if block.data_ptr() % ALIGNMENT:
-            block = block.clone()
+        block = self.restored_block(saved, self.saved.bytes)
         x, syn, mem = (restored(t, *kind) for t, kind in zip(tensors, self._saved_as, strict=True))
         views = [*map(strided, (x, syn, mem))]
         strides = self.x_strides, self.syn_strides, self.mem_strides
@@ -328,6 +327,11 @@ class CommonPlan(Sizes, ABC):
         ):
             self._guard = guard_of((x, syn, mem, saved))
         return call._replace(x=x, syn=syn, mem=mem), block, views
+
+    def restored_block(self, saved: Tensor, size: int) -> Tensor:
+        """A saved block of `size` bytes, as :meth:`restore` returns tensors."""
+        block = restored(saved, (size,), torch.uint8, self.device).contiguous()
+        return block.clone() if block.data_ptr() % ALIGNMENT else block
 
     def restored_weight(self, call: Call) -> Tensor:
         """The weight that a backward pass was given, as :meth:`restore` returns tensors."""

@@ -27,6 +27,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..call import Call
 from ..lengths import length_mask
+from ..torch_private import convolution
 from .plan import BackwardInputs, Gradients, Result, empty_gradients, pointer, strided
 
 MOST_SUMS = 64 << 20
@@ -283,4 +284,13 @@ def _convolve(plan: Any, images: Tensor, weight: Tensor, stride: tuple[int, int]
     geometry = plan.geometry
     if images.device.type == "cpu":  # the emulator's sums must not depend on the layout
         images, weight = images.contiguous(), weight.contiguous()
-    return F.conv2d(images, weight, None, stride, geometry.padding, geometry.dilation)
+    given = images, weight, None, stride, geometry.padding, geometry.dilation
+    if images.dtype == plan.work or convolution is None:
+        return F.conv2d(*given)
+    # Half types in float32: tf32 holds them exactly, so it may multiply them whatever torch's
+    # setting says.
+    cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    deterministic |= cudnn.deterministic
+    return convolution(
+        *given, False, (0, 0), 1, cudnn.benchmark, deterministic, cudnn.enabled, allow_tf32=True
+    )

@@ -6,11 +6,15 @@ and outputs are noticed, or enter the graph.
 
 import gc
 import weakref
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from snntorch import AssociativeLeaky
 from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 import snnlstm
 from benchmarks import peak_memory
@@ -102,6 +106,32 @@ def test_two_backward_passes_over_one_kept_graph_at_once():
             same(torch.autograd.grad(loss, wanted, retain_graph=True), expected)
 
     in_threads(work, 3)
+
+
+WAYS = ("moved", "made again", "read twice", "differentiated again", "with another weight")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_loop_has_saved(backend, way):
+    """The packed weight of each step is among it. The kernels read no weight beside it."""
+    x, found = steps(3, 2, 2, 6, 7), []
+    for chosen in ("", way):
+        cell, loss = ours(reset_mechanism="subtract"), 0
+        step = partial(checkpoint, cell, use_reentrant=False) if chosen == "made again" else cell
+        syn, mem = cell.reset_mem()
+        with save_on_cpu() if chosen == "moved" else nullcontext():
+            for x_t in x:
+                spk, syn, mem = step(x_t, syn, mem)
+                loss = loss + spk.sum() + mem.square().sum()
+        gradients = partial(torch.autograd.grad, loss, list(cell.conv.parameters()))
+        if chosen == "read twice":
+            gradients(retain_graph=True)
+        if chosen == "with another weight":
+            cell.conv.weight.data.mul_(2)
+        found.append(gradients(create_graph=chosen == "differentiated again"))
+        backend.check(cell.path)
+    equal = all(map(partial(torch.allclose, rtol=1e-4, atol=1e-5), *found))
+    assert equal == (backend.native or way != "with another weight")
 
 
 # ---- what happens while the backward pass runs --------------------------------------------------

@@ -44,8 +44,7 @@ def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
     )  # fmt: skip
     with core.dry() as launches:
         forward, backward = (plan(core, matrix, of, **facts) for of in (False, True))
-        for packed in forward, backward:
-            packed.pack(ADDRESS, ADDRESS, 0)
+        forward.pack(ADDRESS, ADDRESS, 0, backward, ADDRESS)
         forward.forward(0, (*common, 0, None, None, *(state,) * 3))
         gradients = *(state,) * 3, x, state, state, *(ADDRESS,) * 3
         backward.backward(0, (*common, None, *gradients, 0, 0))

@@ -86,7 +86,7 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
 
         monkeypatch.setattr(core.module.CudaPlan, name, noted)
 
-    for name, place in {"pack": -1, "store_levels": -1, "forward": 1, "backward": 1}.items():
+    for name, place in {"pack": 3, "store_levels": -1, "forward": 1, "backward": 1}.items():
         note(name, place)
     monkeypatch.setattr(torch.cuda, "device", guard)
     monkeypatch.setattr(cuda, "current_stream", lambda _: 77)
@@ -169,12 +169,14 @@ def test_float32_without_tensor_cores_is_convolved_in_contiguous_images(
 )
 def test_cudnn_convolves_x_of_several_steps_at_once(core, monkeypatch, mode, steps, expected):
     """The sums are float32, because the kernels add half types' sums of mem before they round."""
-    seen = []
+    seen, half = [], mode == "bfloat16 states"
 
-    def conv2d(images, *args):
+    def conv2d(images, *args, allow_tf32=False):
         seen.append(images)
-        return F.conv2d(images, *args)
+        assert allow_tf32 == (half and images.dtype == torch.float32)  # tf32 holds bfloat16
+        return F.conv2d(images, *args[:5])
 
+    monkeypatch.setattr(cuda.torch_conv, "convolution", conv2d)
     monkeypatch.setattr(cuda.torch_conv, "F", SimpleNamespace(conv2d=conv2d, pad=F.pad))
     monkeypatch.setattr(cuda.torch_conv, "MOST_SUMS", steps * 4 * math.prod(PLAIN.state_shape) * 4)
     mode = replace(MODES[mode], algorithm="cudnn")

@@ -15,6 +15,7 @@ from tests.emulator.builder import HERE, ROOT, run
 from tests.emulator.launches import LAYERS, calls, of_layer, plan
 from tests.emulator.modes import MODES, PLAIN
 from tests.emulator.test_cell_gradients import check
+from tests.shared.cases import wanting_gradients
 
 WIDE = ("mid", "big", "wide64")
 # The least part of all multiprocessors that has work, on average over the rounds, for wide layers
@@ -48,9 +49,20 @@ def test_how_many_launches_a_sequence_takes(core, layer, card, mode, kind):
     assert sum(name.startswith("backward") for name in found) == time
     others = [n for n in found if not n.startswith(("forward", "backward", "fire", "spread"))]
     assert others == [
-        f"pack weight ({kind})", f"pack weight ({kind})", f"data gradient ({kind})",
-        f"weight gradient ({kind})", "add gradients",
+        f"pack weight ({kind})", f"data gradient ({kind})", f"weight gradient ({kind})",
+        "add gradients",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("channels", "count"), [(32, 6), (40, 7)])
+def test_how_many_launches_a_step_takes_in_training(core, channels, count):
+    """The backward pass packs the weight again if that takes more than 256 KiB."""
+    case = PLAIN.but(sequence=False, in_channels=16, channels=channels, kernel_size=(3, 3))
+    leaves = wanting_gradients(case.inputs())
+    with MODES["tf32"].running(core), core.dry() as found:
+        sum(out.sum() for out in MODES["tf32"].run(*leaves, case.options)).backward()
+    assert len(found) == count
+    assert sum("pack" in launch.kernel for launch in found) == count - 5
 
 
 @pytest.mark.parametrize("matrix", [0, 1])

@@ -1,12 +1,17 @@
 """Compiled cells and networks compute eager's numbers, without graph breaks and recompilations."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from snntorch import surrogate
 from snntorch.functional.quant import state_quant
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import fresh_inductor_cache as fresh_cache
+from torch.utils._pytree import tree_leaves
 
 import snnlstm
 from snnlstm.native import function as native
@@ -273,6 +278,41 @@ def test_a_graph_cached_on_disk_by_another_instruction_set_is_not_used(monkeypat
                 same_gradients(cell, eager)
         finally:
             native.cpu.set_isa(before)
+
+
+def test_a_cuda_graph_holds_the_whole_loop(monkeypatch):
+    """torch makes none of a graph with a tensor on the CPU, and cuts out operators with the tag.
+
+    Tensors of the meta device stand for a GPU's.
+    """
+    core = SimpleNamespace(cuda_padded_channels=lambda channels: channels + 1)
+    monkeypatch.setitem(native.BACKENDS, "meta", native.cuda.Backend(core))
+    monkeypatch.setitem(snnlstm.path.NATIVE_PATHS, "meta", snnlstm.path.native_path("cuda"))
+    monkeypatch.setattr(snnlstm.path, "against_device", lambda *_: None)
+    nodes = []
+
+    def note(graph, _):
+        nodes.extend(graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    with torch.device("meta"):
+        cell = ours(learn_threshold=True, state_quant=snnlstm.quant.state_quant(4))
+        x, state = torch.rand(3, 2, 2, 6, 6), torch.zeros(2, 3, 6, 6)
+
+    def loop(events, syn, mem):
+        for event in events:
+            spk, syn, mem = cell(event, syn, mem)
+        return spk, syn, mem
+
+    noting = aot_autograd(fw_compiler=note, bw_compiler=note)
+    out = torch.compile(loop, fullgraph=True, backend=noting)(x, state, state)
+    sum(o.sum() for o in out).backward()
+    for name in ("forward", "backward"):
+        operator = getattr(torch.ops.snnlstm, name).default
+        assert sum(node.target is operator for node in nodes) == len(x)
+        assert "cudagraph_unsafe" not in {tag.name for tag in operator.tags}
+    values = tree_leaves([node.meta.get("val") for node in nodes])
+    assert {t.device.type for t in values if isinstance(t, torch.Tensor)} == {"meta"}
 
 
 T, F = True, False

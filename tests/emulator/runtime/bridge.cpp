@@ -182,12 +182,14 @@ struct CheckedPlan : cuda::Plan {
     cuda::Plan::run(a, stream);
   }
 
-  void pack(const void* weight, void* packed, void* stream) const {
+  void pack(const void* weight, void* packed, void* stream, const CheckedPlan* other,
+            void* other_packed) const {
     Arrays arrays;
     arrays.add("weight", weight, Extents(*this).weight, reads);
     arrays.add("packed weight", packed, packed_bytes, writes);
+    if (other) arrays.add("other packed weight", other_packed, other->packed_bytes, writes);
     arrays.commit();
-    cuda::Plan::pack(weight, packed, stream);
+    cuda::Plan::pack(weight, packed, stream, other, other_packed);
   }
 
   void store_levels(const double* values, void* levels, void* stream) const {

@@ -13,12 +13,8 @@ struct dim3 {
   dim3(unsigned x_of = 1, unsigned y_of = 1, unsigned z_of = 1) : x(x_of), y(y_of), z(z_of) {}
 };
 using cudaStream_t = void*;
-enum cudaError_t {
-  cudaSuccess,
-  cudaErrorInvalidValue,
-  cudaErrorStreamCaptureUnsupported = 900,
-  cudaErrorStreamCaptureWrongThread = 908
-};
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorStreamCaptureUnsupported = 900 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
@@ -46,7 +42,7 @@ inline thread_local cudaError_t last = cudaSuccess;
 inline std::map<std::pair<const void*, int>, int> limits;
 inline int attribute_calls = 0, launches = 0, overlaps = 0, optin = 200 * 1024;
 inline int ptx = 80, driver = 13000;
-inline bool refuses_attributes = false, captures = false;
+inline bool refuses_attributes = false, capturing = false;
 
 inline cudaError_t fail() { return last = cudaErrorInvalidValue; }
 }  // namespace fake
@@ -72,13 +68,15 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void*) {
   return of->ptxVersion = fake::ptx, cudaSuccess;
 }
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  return *status = cudaStreamCaptureStatus(fake::capturing), cudaSuccess;
+}
 inline cudaError_t cudaDriverGetVersion(int* version) {
   return *version = fake::driver, cudaSuccess;
 }
 inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* kernel,
                                        void** arguments) {
   const std::lock_guard<std::mutex> lock(fake::mutex);
-  if (fake::captures) return fake::last = cudaErrorStreamCaptureUnsupported;
   const auto found = fake::limits.find({kernel, fake::device});
   if (how->dynamicSmemBytes > size_t(found == fake::limits.end() ? 48 * 1024 : found->second))
     return fake::fail();

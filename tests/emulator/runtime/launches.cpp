@@ -75,12 +75,6 @@ int main() {
   want(error_of(1024, other).empty(), "a refused attribute stays with its call");
   want(error_of(100 * 1024, other).empty(), "and is asked for again");
 
-  fake::captures = true;
-  want(error_of(0).find("run the call once before the capture") != std::string::npos,
-       "a launch that a capture refuses says to warm up");
-  fake::captures = false;
-  want(error_of(0).empty(), "which serves");
-
   const int before = fake::attribute_calls;
   std::vector<std::thread> threads;
   bool well[4] = {};
@@ -97,5 +91,9 @@ int main() {
   want(overlaps<90, 12030>() == 1, "the second of two launches overlaps");
   want(overlaps<80, 13000>() == 0, "code that does not wait does not overlap");
   want(overlaps<90, 12020>() == 0, "an old driver could not capture it");
-  want(fake::launches == 2 + 1 + 1 + 8000 + 6, "every launch but the empty one came through");
+  fake::capturing = true;
+  want(error_of(1024, step<0, 0>).find("run the call once before") != std::string::npos,
+       "a kernel's first launch within a capture says what to do");
+  want(error_of(1024).empty(), "the next launch is captured");
+  want(fake::launches == 2 + 1 + 8000 + 6 + 1, "every launch but the empty one came through");
 }
