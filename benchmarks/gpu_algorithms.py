@@ -27,7 +27,7 @@ from benchmarks.cases import CASES, USERS_CASES, Case, parse_case
 from benchmarks.gpu import NOT_RUN
 from benchmarks.providers import FORMS, Provider, Setting
 from benchmarks.run import compare
-from snnlstm.call import autocast_dtype, stateless_call
+from snnlstm.calls.call import autocast_dtype, stateless_call
 from snnlstm.native import function
 from snnlstm.native.plan import Result
 

@@ -22,8 +22,10 @@ import torch.nn.functional as F
 import snnlstm
 from benchmarks import devices
 from benchmarks.cases import loop
-from snnlstm import _C, entry
-from snnlstm.native import function, torch_conv
+from snnlstm import _C
+from snnlstm.dispatch import entry
+from snnlstm.native import cudnn as torch_conv
+from snnlstm.native import function
 
 ROUNDS = 10  # of 20 measurements of each row
 X = torch.rand(16, 1, 2, 15, 17)

@@ -107,7 +107,7 @@ def find_form(name: str) -> Form:
 
     Raises ValueError that names an unknown provider or algorithm.
     """
-    known, (name, _, algorithm) = snnlstm.path.ALGORITHMS, name.partition(":")
+    known, (name, _, algorithm) = snnlstm.calls.algorithms.ALGORITHMS, name.partition(":")
     if name not in FORMS or (algorithm and (name != "sequence" or algorithm not in known)):
         text = f"{', '.join(FORMS)}, or sequence:ALGORITHM of {', '.join(known)}"
         raise ValueError(f"--providers: {name}:{algorithm} is not known; known: {text}")

@@ -33,7 +33,7 @@ from benchmarks.cases import Case
 from benchmarks.gpu import NOT_RUN
 from benchmarks.networks import Network
 from benchmarks.providers import FORMS, TOLERANCE, Provider, Runner, Setting, Unavailable, find_form
-from snnlstm import path
+from snnlstm.dispatch import path
 
 INTERRUPTED = 130  # the shell's status of a program that SIGINT ended
 # What the exit status says; the first of several counts.

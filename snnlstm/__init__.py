@@ -7,15 +7,17 @@ from .version import __version__
 
 try:
     from . import functional, quant, reference, surrogate
-    from .convlstm import ConvLSTM, ConvLSTMCell
-    from .leaky import Leaky
+    from .calls.algorithms import algorithm, get_algorithm, set_algorithm
+    from .compat.snntorch import TheirLeaky
+    from .dispatch.path import Path
     from .native.pool import empty_cache
-    from .path import algorithm, set_algorithm
-    from .sconv2dlstm import SConv1dLSTM, SConv2dLSTM
-    from .sequential import Sequential, unroll
-    from .snntorch import TheirLeaky
-    from .spikes import spike_rates
-    from .swap import accelerate, patch, restore, unpatch
+    from .networks.layers import LayerReport
+    from .networks.sequential import Sequential, unroll
+    from .networks.spikes import SpikeCount, spike_rates
+    from .networks.swap import SwapReport, accelerate, patch, restore, unpatch
+    from .neurons.convlstm import ConvLSTM, ConvLSTMCell
+    from .neurons.leaky import Leaky
+    from .neurons.sconv2dlstm import SConv1dLSTM, SConv2dLSTM
 except Exception:
     # `python -m snnlstm` must tell what is missing or broken, be it torch itself. While the package
     # is imported, the program's name is "-m", and the module's name stands before the arguments.
@@ -25,15 +27,20 @@ except Exception:
 __all__ = [
     "ConvLSTM",
     "ConvLSTMCell",
+    "LayerReport",
     "Leaky",
+    "Path",
     "SConv1dLSTM",
     "SConv2dLSTM",
     "Sequential",
+    "SpikeCount",
+    "SwapReport",
     "__version__",
     "accelerate",
     "algorithm",
     "empty_cache",
     "functional",
+    "get_algorithm",
     "patch",
     "quant",
     "reference",

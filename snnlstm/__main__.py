@@ -36,7 +36,7 @@ FACTS = (
     ("in use", "snnlstm._C", "isa_name"),
     ("OpenMP", "snnlstm._C", "openmp_library"),
     ("used on", "snnlstm.native.function", "DEVICES"),
-    ("algorithm", "snnlstm.path", "get_algorithm"),
+    ("algorithm", "snnlstm.dispatch.path", "get_algorithm"),
     ("driver's CUDA", "snnlstm.__main__", "driver"),
     ("GPUs", "snnlstm.__main__", "gpus"),
 )

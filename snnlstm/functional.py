@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import batch_before_time, stateless_call
-from .entry import run, run_traced
-from .path import recorded_now
+from .calls.call import batch_before_time, stateless_call
+from .dispatch.entry import run, run_traced
+from .dispatch.path import recorded_now
 
 __all__ = ["sconv2dlstm"]
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call, batch_before_time, stateless_call
-from .lengths import length_mask
-from .spec import CellSpec
+from .calls.call import Call, batch_before_time, stateless_call
+from .calls.lengths import length_mask
+from .calls.spec import CellSpec
 from .surrogate import Surrogate
 
 __all__ = ["Overrides", "called", "fire", "reset_signal", "run", "sconv2dlstm"]

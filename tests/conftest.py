@@ -16,8 +16,8 @@ import pytest
 import snntorch
 import torch
 
-import snnlstm.entry
-import snnlstm.path
+import snnlstm.dispatch.entry
+import snnlstm.dispatch.path
 from tests.shared.cpu_kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ class Backend:
         """Within the block, cells on the device run this implementation."""
         if self.name == "reference":
             with pytest.MonkeyPatch.context() as patch:
-                for module in (snnlstm.path, snnlstm.entry):
+                for module in (snnlstm.dispatch.path, snnlstm.dispatch.entry):
                     patch.setattr(module, "kernels", None)
                 yield
         elif self.name == "emulator":
@@ -79,7 +79,7 @@ class Backend:
         else:
             yield
 
-    def check(self, path: "snnlstm.path.Path | None", native: bool = True) -> None:
+    def check(self, path: "snnlstm.Path | None", native: bool = True) -> None:
         """Asserts which path a call took; `native` says whether the kernels cover the call."""
         assert path is not None
         assert path.native == (self.native and native), str(path)
@@ -119,7 +119,7 @@ def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
     sys.setswitchinterval(0.005)
-    snnlstm.path._logged.clear()
+    snnlstm.dispatch.path._logged.clear()
     # torch's default, for convolutions and RNNs alike: a test may leave the two unlike each other,
     # and then neither torch.export nor the ONNX exporter works.
     torch.backends.cudnn.allow_tf32 = True

@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, default=90)
     args = parser.parse_args()
     for name in ("forward", "backward", "weight_gradient"):
-        source = ROOT / "csrc" / "cuda" / f"{name}.cu"
+        source = ROOT / "csrc" / "cuda" / "kernels" / f"{name}.cu"
         binary, _ = gpu_tools.compile_fatbin(source, (args.arch,))
         found = loops_of_binary(binary, args.arch)
         print(table({n: k for n, k in found.items() if re.search(args.pattern, n)}))

@@ -3,11 +3,11 @@
 
 #include <initializer_list>
 
-#include "add_gradients.cuh"
-#include "fire.cuh"
+#include "kernels/add_gradients.cuh"
+#include "kernels/fire.cuh"
+#include "kernels/weight_gradient.cuh"
 #include "launch.cuh"
 #include "planning.h"
-#include "weight_gradient.cuh"
 
 namespace snnlstm::cuda {
 

@@ -11,9 +11,9 @@ import torch  # torch must load its OpenMP runtime before the core uses it
 from torch import Tensor
 
 from .. import _C
-from ..call import Call
-from ..keys import BoundedDict
-from ..spec import DTYPES, HALF_TYPES, CellSpec
+from ..calls.call import Call
+from ..calls.keys import BoundedDict
+from ..calls.spec import DTYPES, HALF_TYPES, CellSpec
 from . import pool
 from .plan import (
     BackwardInputs,

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call
-from ..spec import CellSpec
-from ..torch_private import current_stream, fp32_precision
-from . import torch_conv
+from ..calls.call import Call
+from ..calls.spec import CellSpec
+from ..compat.torch_private import current_stream, fp32_precision
+from . import cudnn as torch_conv
+from .cudnn import Geometry, NeuronPointers
 from .plan import (
     BackwardInputs,
     CommonBackend,
@@ -41,7 +42,6 @@ from .plan import (
     make_cell,
     pointer,
 )
-from .torch_conv import Geometry, NeuronPointers
 
 logger = logging.getLogger("snnlstm")
 

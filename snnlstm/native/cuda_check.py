@@ -118,7 +118,7 @@ def trouble(index: int) -> str | None:
 
 def driver_version() -> int | None:
     """Newest CUDA version that the driver runs, 1000 * major + 10 * minor; None if not known."""
-    from ..torch_private import driver_version
+    from ..compat.torch_private import driver_version
 
     return driver_version() or None
 

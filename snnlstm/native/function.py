@@ -20,10 +20,16 @@ import torch
 from torch import Tensor
 
 from .. import _C, reference
-from ..call import Call, autocast_dtype, restored, state_shape, weight_tensor
-from ..keys import BoundedDict
-from ..spec import HALF_TYPES, CellSpec
-from ..torch_private import forward_level, is_batch, keeps_graph, opaque, transforms_are_active
+from ..calls.call import Call, autocast_dtype, restored, state_shape, weight_tensor
+from ..calls.keys import BoundedDict
+from ..calls.spec import HALF_TYPES, CellSpec
+from ..compat.torch_private import (
+    forward_level,
+    is_batch,
+    keeps_graph,
+    opaque,
+    transforms_are_active,
+)
 from . import cpu, cuda, cuda_check
 from .half_types import in_float32, recorded_states
 from .plan import (

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call
-from ..lengths import hold_last
+from ..calls.call import Call
+from ..calls.lengths import hold_last
 
 
 def recorded_states(call: Call, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import restored
-from ..spec import DTYPES, RESETS
+from ..calls.call import restored
+from ..calls.spec import DTYPES, RESETS
+from ..compat.torch_private import opaque
 from ..surrogate import Surrogate
-from ..torch_private import opaque
 from . import pool
 from .function import BACKENDS, beyond_kernels
 from .plan import contiguous_as, pointer, stochastic_noise

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import Call, restored
-from ..spec import DTYPES, POOLS, RESETS, CellSpec
+from ..calls.call import Call, restored
+from ..calls.spec import DTYPES, POOLS, RESETS, CellSpec
+from ..compat.torch_private import guard_of
 from ..surrogate import Surrogate
-from ..torch_private import guard_of
 from . import pool
 from .saved import ALIGNMENT, SavedLayout, Shapes
 

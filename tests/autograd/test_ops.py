@@ -10,9 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.library import opcheck
 
 from snnlstm import surrogate
+from snnlstm.calls.spec import CellSpec
 from snnlstm.native import function
 from snnlstm.quant import state_quant
-from snnlstm.spec import CellSpec
 from tests.shared import cases, flat
 from tests.shared.cases import Case, wanting_gradients
 from tests.shared.cpu_kernels import needs_core

@@ -336,7 +336,7 @@ def test_autocast_takes_a_bias_of_another_dtype_as_torch_does():
 
 def without_snntorch(function, *args):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snnlstm.swap, "Base", nn.Module)
+        patch.setattr(snnlstm.networks.swap, "Base", nn.Module)
         function(*args)
 
 
@@ -442,12 +442,12 @@ def test_errors_name_what_came_and_what_is_accepted(message):
 
 
 def test_an_algorithm_is_set_for_a_block():
-    before = snnlstm.path.get_algorithm()
+    before = snnlstm.get_algorithm()
     with snnlstm.algorithm("direct"):
-        assert snnlstm.path.get_algorithm() == "direct"
+        assert snnlstm.get_algorithm() == "direct"
         with pytest.raises(ValueError, match="name"), snnlstm.algorithm("none"):
             pass
         with pytest.raises(KeyError), snnlstm.algorithm("winograd"):
             raise KeyError
-        assert snnlstm.path.get_algorithm() == "direct"
-    assert snnlstm.path.get_algorithm() == before
+        assert snnlstm.get_algorithm() == "direct"
+    assert snnlstm.get_algorithm() == before

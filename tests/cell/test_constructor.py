@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import snnlstm
-from snnlstm.spec import RESETS
+from snnlstm.calls.spec import RESETS
 from tests.shared.helpers import (
     close,
     described,

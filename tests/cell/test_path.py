@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import snnlstm
-from snnlstm import torch_private
-from snnlstm.keys import BoundedDict
-from snnlstm.path import Path, against_device
+from snnlstm.calls.keys import BoundedDict
+from snnlstm.compat import torch_private
+from snnlstm.dispatch.path import Path, against_device
 from tests.shared.cpu_kernels import native, needs_core
 from tests.shared.helpers import close, described, ours, states, steps, theirs, twins
 
@@ -246,7 +246,7 @@ def test_the_user_may_choose_the_reference_path_where_plans_exist(name, monkeypa
 
 
 def test_a_process_starts_with_the_algorithm_of_its_environment(monkeypatch):
-    module = util.spec_from_file_location("of_another_process", snnlstm.algorithms.__file__)
+    module = util.spec_from_file_location("of_another_process", snnlstm.calls.algorithms.__file__)
     another = util.module_from_spec(module)
     for name, starts in (("reference", "reference"), ("", "auto")):
         monkeypatch.setenv("SNNLSTM_ALGORITHM", name)
@@ -362,7 +362,7 @@ def test_reasons_that_come_and_go(reason, call):
 
 
 def without_the_core(monkeypatch):
-    for module in (snnlstm.path, snnlstm.entry):
+    for module in (snnlstm.dispatch.path, snnlstm.dispatch.entry):
         monkeypatch.setattr(module, "kernels", None)
 
 
@@ -380,7 +380,7 @@ LOGGED = {
     "each cell": (None, lambda: ours(spike_grad=torch.sigmoid),
                   [f"{KNOWN} %s: spike_grad is unknown to the kernels"] * 2),
     "hooks": (None, lambda: hooked_cell(), ["SConv2dLSTM %s: conv carries hooks"]),
-    "core": (without_the_core, ours, [f"SConv2dLSTM %s: {snnlstm.path._MISSING}"]),
+    "core": (without_the_core, ours, [f"SConv2dLSTM %s: {snnlstm.dispatch.path._MISSING}"]),
     "GPU": (on_an_old_gpu, ours, ["SConv2dLSTM %s: GPU 3 is too old"]),
     "native": (None, ours, []),
 }  # fmt: skip
@@ -397,7 +397,7 @@ def hooked_cell():
 def test_a_fallback_is_logged_once(name, monkeypatch, caplog):
     """Tools that print summaries or count operations set hooks on every module."""
     change, make, expected = LOGGED[name]
-    monkeypatch.setattr(snnlstm.entry, "_entries", BoundedDict())
+    monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
     if change is not None:
         change(monkeypatch)
     for cell in [make(), make()] * 3:

@@ -10,8 +10,8 @@ from snntorch.functional.quant import state_quant as theirs
 
 import snnlstm
 from benchmarks import peak_memory
+from snnlstm.compat.snntorch import recognise_quant
 from snnlstm.quant import StateQuant, state_quant
-from snnlstm.snntorch import recognise_quant
 from tests.shared.cases import drawing
 from tests.shared.helpers import measures_memory, ours, steps, train_alike, twins
 

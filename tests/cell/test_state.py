@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import nn
 
 import snnlstm
-from snnlstm.spec import RESETS
+from snnlstm.calls.spec import RESETS
 from tests.shared.cases import drawing
 from tests.shared.helpers import close, ours, states, steps, twins
 

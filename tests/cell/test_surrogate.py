@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 import snnlstm
 from snnlstm import surrogate
-from snnlstm.snntorch import recognise_surrogate
+from snnlstm.compat.snntorch import recognise_surrogate
 from tests.shared.cases import SURROGATES
 from tests.shared.helpers import close, ours, states, steps, train_alike, twins
 from tests.shared.helpers import theirs as cell_of_snntorch

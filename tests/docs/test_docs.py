@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import snnlstm
-from snnlstm.layers import SpikeCount
+from snnlstm.networks.layers import SpikeCount
 from tools.dead_links import dead_links
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,9 @@ def test_python_blocks_run_in_order_and_every_cell_spikes(
 ):
     for needed in NEEDED.get(page.name, ()):
         pytest.importorskip(needed, reason=f"pip install {needed}")
-    if page.parent.name == "emulator" and not (snnlstm.path.kernels and shutil.which("g++")):
+    if page.parent.name == "emulator" and not (
+        snnlstm.dispatch.path.kernels and shutil.which("g++")
+    ):
         pytest.skip("no compiler, or no core")
     monkeypatch.chdir(ROOT)
     for seed in range(3 if page.parent in (ROOT, DOCS) else 1):
@@ -132,13 +134,13 @@ def test_python_blocks_run_in_order_and_every_cell_spikes(
 
 def test_examples_of_docstrings(counted):
     names, tried = {"snnlstm": snnlstm, "torch": torch, "nn": torch.nn}, 0
-    for module in pkgutil.iter_modules(snnlstm.__path__, "snnlstm."):
+    for module in pkgutil.walk_packages(snnlstm.__path__, "snnlstm."):
         if module.name not in ("snnlstm.__main__", "snnlstm._C"):
             torch.manual_seed(0)
             found = doctest.testmod(importlib.import_module(module.name), extraglobs=names)
             assert found.failed == 0, module.name
             tried += found.attempted
-            if module.name == "snnlstm.sequential":
+            if module.name == "snnlstm.networks.sequential":
                 check_rates(counted)
             counted.clear()
     assert tried

@@ -78,7 +78,7 @@ def _compile(source: Path, what: list[str]) -> tuple[Path, str]:
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads=1"]
     flags += [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
     build = (ROOT / "csrc" / "CMakeLists.txt").read_text()
-    flags += re.findall(rf"\(cuda/{source.name} PROPERTIES COMPILE_OPTIONS (\S+)\)", build)
+    flags += re.findall(rf"/{source.name} PROPERTIES COMPILE_OPTIONS (\S+)\)", build)
     listed = run([nvcc, *flags, "-M", str(source)]).replace("\\\n", " ").split(":", 1)[1].split()
     key = sha1(" ".join([nvcc, *flags, *what, str(source)]).encode())
     for name in sorted(set(listed)):
@@ -146,7 +146,7 @@ def main() -> None:
         return
     text = "nvcc is here: compiling the CUDA kernels to PTX for sm_90 takes a minute of a core."
     print(text, flush=True)
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda p: -p.stat().st_size)
+    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"), key=lambda p: -p.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda source: compile_ptx(source, 90), sources))
 

@@ -195,7 +195,7 @@ def symbolise(text: str) -> str:
 
 def fault_numbers() -> dict[str, int]:
     """The faults by name; "none" is 0."""
-    text = re.sub(r"//[^\n]*", "", (CUDA / "fault.cuh").read_text())
+    text = re.sub(r"//[^\n]*", "", (CUDA / "kernels" / "fault.cuh").read_text())
     body = re.search(r"enum class Fault : int \{(.*?)\};", text, re.DOTALL)
     assert body is not None
     return {name: number for number, name in enumerate(re.findall(r"\w+", body[1]))}
@@ -204,7 +204,7 @@ def fault_numbers() -> dict[str, int]:
 def placed_faults() -> list[str]:
     """Name of every ``fault(Fault::name)`` in the kernels."""
     found = []
-    for path in sorted(CUDA.glob("*.cu*")):
+    for path in sorted(CUDA.rglob("*.cu*")):
         code = re.sub(r"//[^\n]*", "", path.read_text())
         found += re.findall(r"\bfault\(Fault::(\w+)\)", code)
     return found

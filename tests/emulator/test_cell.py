@@ -90,7 +90,7 @@ def test_full_precision_bears_tensor_cores_that_truncate(core):
 def test_the_smoke_test_for_gpus_runs_every_kernel(core):
     """The emulator checks every access of this run."""
     launched = set()
-    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+    for source in (ROOT / "csrc" / "cuda").rglob("*.cu"):
         for how in re.findall(r"Launch how\{.*?;", source.read_text(), re.DOTALL):
             launched |= set(re.findall(r'"([^"]+)"', how))
     assert len(launched) >= 15

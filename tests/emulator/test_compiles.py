@@ -17,7 +17,7 @@ from tests.emulator.builder import ROOT
 from tools import machine_code
 
 needs_nvcc = pytest.mark.skipif(gpu_tools.find("nvcc") is None, reason="there is no nvcc")
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 # One architecture, and others at length.
 ARCHITECTURES = [*(pytest.param(arch, marks=pytest.mark.emulator_long) for arch in (75, 80)), 90]
 TUNED = (75, 80, 90)  # the architectures whose registers and shared memory were chosen with care
@@ -94,7 +94,9 @@ def test_a_kernel_multiplies_on_tensor_cores_or_traps_and_does_little_else(sourc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_leaky_rounds_each_product_and_stores_whole_vectors(arch):
-    for name, code in gpu_tools.code_of_ptx(ROOT / "csrc" / "cuda" / "leaky.cu", arch).items():
+    for name, code in gpu_tools.code_of_ptx(
+        ROOT / "csrc" / "cuda" / "kernels" / "leaky.cu", arch
+    ).items():
         instructions = [what for _, _, what, _ in code]
         if "forward" in name:  # exp, in the backward pass, has an fma of its own
             assert not any(what.startswith("fma") for what in instructions), name
@@ -109,7 +111,7 @@ def test_a_leaky_rounds_each_product_and_stores_whole_vectors(arch):
 @pytest.mark.parametrize("source", ["forward.cu", "backward.cu"])
 def test_steps_wait_for_the_launch_before_on_sm_90(source, arch):
     """Kernels that trap need not wait. Launches overlap if their code is from PTX of 9.0 on."""
-    kernels = gpu_tools.code_of_ptx(ROOT / "csrc" / "cuda" / source, arch)
+    kernels = gpu_tools.code_of_ptx(ROOT / "csrc" / "cuda" / "kernels" / source, arch)
     for name, code in kernels.items():
         instructions = [what for _, _, what, _ in code]
         waits = [what for what in instructions if what == "griddepcontrol.wait"]

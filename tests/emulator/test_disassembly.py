@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.emulator_long,
 ]
 
-CUDA = ROOT / "csrc" / "cuda"
+CUDA = ROOT / "csrc" / "cuda" / "kernels"
 
 ASYNCHRONOUS = (80, 90)
 

@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from snnlstm import _C, torch_private
+from snnlstm import _C
+from snnlstm.compat import torch_private
 from snnlstm.native import cuda_check
 
 BUILD = {

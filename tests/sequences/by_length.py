@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from snnlstm import functional, reference
-from snnlstm.lengths import length_mask
+from snnlstm.calls.lengths import length_mask
 from tests.shared.gradients import NAMES
 from tests.shared.helpers import close, states, steps
 

@@ -287,7 +287,7 @@ def test_accelerate_works_on_it_and_fallbacks_of_cells_are_logged_once(caplog):
 def large(request, monkeypatch):
     """Steps are small, or so large that they run one by one."""
     if request.param:
-        monkeypatch.setattr(snnlstm.layers, "LARGEST", 0)
+        monkeypatch.setattr(snnlstm.networks.layers, "LARGEST", 0)
     return request.param
 
 
@@ -304,7 +304,7 @@ class Each(nn.Module):
 
 
 def test_a_step_goes_through_all_layers_before_the_next(monkeypatch):
-    monkeypatch.setattr(snnlstm.layers, "LARGEST", 0)
+    monkeypatch.setattr(snnlstm.networks.layers, "LARGEST", 0)
     order = []
 
     def noted(name):

@@ -185,7 +185,7 @@ STACKS = {
 @pytest.mark.parametrize("largest", [0, 1 << 20], ids=["step", "fold"])
 @pytest.mark.parametrize("name", STACKS)
 def test_a_stack_is_for_each_sample_as_it_is_alone(name, largest, monkeypatch):
-    monkeypatch.setattr(snnlstm.layers, "LARGEST", largest)
+    monkeypatch.setattr(snnlstm.networks.layers, "LARGEST", largest)
     torch.manual_seed(2)
     check_alone(STACKS[name]())
 

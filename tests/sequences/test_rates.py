@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import snnlstm
-from snnlstm.layers import SpikeCount
+from snnlstm.networks.layers import SpikeCount
 from tests.shared.helpers import close, ours, quietly, steps, theirs
 
 X = steps(4, 2, 2, 6, 6)
@@ -100,7 +100,7 @@ def test_the_table_is_printed_as_documented_and_names_what_never_spiked(capsys):
     ends = [line.rpartition("  ")[2] for line in printed.splitlines()[2:]]
     assert re.fullmatch(r"never spiked; 5 % of mem > 0\.\d+", ends.pop(0))
     assert ends == ["not called, or compiled before"]
-    table = snnlstm.spikes.SpikeRates(nn.Identity(), show=False)
+    table = snnlstm.networks.spikes.SpikeRates(nn.Identity(), show=False)
     table["lstm1"] = SpikeCount("SConv2dLSTM", 0.1, torch.tensor(1203), 22656, torch.tensor(0.192))
     table["lstm2"] = SpikeCount("SConv2dLSTM", 1.0, torch.tensor(0), 11328, torch.tensor(0.0871))
     table["lstm2"].compared = torch.linspace(-0.8, 0.0871, 101)

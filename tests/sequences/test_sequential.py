@@ -134,7 +134,7 @@ def test_functional_call_uses_the_parameters_that_it_is_given():
 @pytest.mark.parametrize("name", NETS)
 def test_large_steps_run_one_by_one(name, limit, monkeypatch):
     make, kinds = NETS[name]
-    monkeypatch.setattr(snnlstm.layers, "LARGEST", limit)  # a step of X has 864 bytes
+    monkeypatch.setattr(snnlstm.networks.layers, "LARGEST", limit)  # a step of X has 864 bytes
     torch.manual_seed(0)
     kinds = kinds.replace("fold", "step") if limit == 0 else None
     equals_the_loop(nn.Sequential(*make()), X, kinds, atol=1e-5)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snnlstm import surrogate
+from snnlstm.calls.spec import CellSpec
 from snnlstm.quant import StateQuant, state_quant
-from snnlstm.spec import CellSpec
 
 
 def unusual(kind: surrogate.Kind) -> surrogate.Surrogate:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import snnlstm
-import snnlstm.entry
-import snnlstm.path
-from snnlstm.call import Call, autocast_dtype
+import snnlstm.dispatch.entry
+import snnlstm.dispatch.path
+from snnlstm.calls.call import Call, autocast_dtype
 
-_native = snnlstm.path.kernels
+_native = snnlstm.dispatch.path.kernels
 _last = ""
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -45,9 +45,9 @@ def run(*arguments) -> Three:
     call, spec = call_of(arguments[:8]), arguments[7].spec
     with snnlstm.algorithm(algorithm):
         if torch.compiler.is_compiling():
-            *out, path = snnlstm.entry.run_traced(call, spec, None)
+            *out, path = snnlstm.dispatch.entry.run_traced(call, spec, None)
         else:
-            *out, path = snnlstm.entry.run({}, call, spec, None)
+            *out, path = snnlstm.dispatch.entry.run({}, call, spec, None)
             assert path.native, path
             _last = path.name
     return tuple(out)

@@ -52,7 +52,7 @@ cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
 cell(torch.zeros(1, 2, 5, 5))
 snnlstm.SConv2dLSTM.reset_hidden(); snnlstm.SConv2dLSTM.detach_hidden()
 snnlstm.SConv2dLSTM.init()
-print(snnlstm.snntorch.Base.__module__)
+print(snnlstm.compat.snntorch.Base.__module__)
 net = snnlstm.Sequential(cell, nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(75, 2))
 assert net(torch.zeros(4, 2, 2, 5, 5)).shape == (4, 2, 2)
 for refused in (snnlstm.accelerate, snnlstm.restore, lambda model: snnlstm.patch()):

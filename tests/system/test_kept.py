@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import snnlstm
-import snnlstm.entry
+import snnlstm.dispatch.entry
 from benchmarks import peak_memory
-from snnlstm import torch_private
-from snnlstm.keys import BoundedDict
+from snnlstm.calls.keys import BoundedDict
+from snnlstm.compat import torch_private
 from snnlstm.native import pool
 from tests.shared.cpu_kernels import native, needs_core
 from tests.shared.helpers import measures_memory, ours, states, steps, watched
@@ -146,7 +146,7 @@ def test_a_change_after_a_call_is_seen_by_the_next(name, monkeypatch):
         after = outcome(cell, given)
     assert (after != before) == (name in CHANGES)
     assert outcome(cell, given) == before
-    monkeypatch.setattr(snnlstm.entry, "_entries", BoundedDict())  # which knows no call
+    monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())  # which knows no call
     with (CHANGES | ALIKE)[name](fresh, given):
         assert after == outcome(fresh, given)
 
@@ -182,7 +182,7 @@ def test_a_call_reads_the_algorithm_once(name, monkeypatch):
     dtype, channels, algorithms = FLIPS[name]
     x, syn, mem = (t.to(dtype) for t in (X.repeat(1, channels // 2, 1, 1), *START))
     monkeypatch.setattr(torch_private, "multiplies_bfloat16", True)
-    monkeypatch.setattr(snnlstm.algorithms, "__class__", Flipping)
+    monkeypatch.setattr(snnlstm.calls.algorithms, "__class__", Flipping)
     settings = watched(monkeypatch, native.cpu.Backend, "settings")
     autocast = torch.autocast("cpu", BF16, enabled="autocast" in name)
 
@@ -199,13 +199,13 @@ def test_a_call_reads_the_algorithm_once(name, monkeypatch):
         expected = [path(make(), algorithm) for algorithm in pair]
         assert expected[0] != expected[1]
         for at in range(8):
-            monkeypatch.setattr(snnlstm.entry, "_entries", BoundedDict())
+            monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
             monkeypatch.setattr(native, "_plans", BoundedDict())
-            cell, snnlstm.algorithms.at, snnlstm.algorithms.to = make(), at, pair[1]
+            cell, snnlstm.calls.algorithms.at, snnlstm.calls.algorithms.to = make(), at, pair[1]
             settings.clear()
             assert path(cell, pair[0]) in expected
             reads.append(len(settings))
-            rest, snnlstm.algorithms.at = snnlstm.algorithms.at, -1
+            rest, snnlstm.calls.algorithms.at = snnlstm.calls.algorithms.at, -1
             for other in (cell, make()):
                 assert [path(other, algorithm) for algorithm in pair] == expected, (pair, at)
             if rest >= 0:

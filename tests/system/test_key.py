@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import snnlstm
-import snnlstm.entry
-from snnlstm import torch_private
-from snnlstm.keys import BoundedDict
+import snnlstm.dispatch.entry
+from snnlstm.calls.keys import BoundedDict
+from snnlstm.compat import torch_private
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import ours, states, steps
 
@@ -96,7 +96,7 @@ def outcome(cell: Any, given: dict[str, Any]) -> Any:
 def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Takes an item out of the keys of calls; no guard then knows a call."""
     tensor, _, item = name.partition(".")
-    key_of, key = snnlstm.entry.key_of, snnlstm.entry._key
+    key_of, key = snnlstm.dispatch.entry.key_of, snnlstm.dispatch.entry._key
 
     def less(call: Any) -> Any:
         items = [*key_of(call)]
@@ -115,25 +115,25 @@ def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         spec, tensors, settings = key(*args)
         return None if name == "spec" else spec, tensors, None if name == "algorithm" else settings
 
-    monkeypatch.setattr(snnlstm.entry, "guard_of", lambda _: None)
-    monkeypatch.setattr(snnlstm.entry, "key_of", less)
-    monkeypatch.setattr(snnlstm.entry, "_key", key_less)
+    monkeypatch.setattr(snnlstm.dispatch.entry, "guard_of", lambda _: None)
+    monkeypatch.setattr(snnlstm.dispatch.entry, "key_of", less)
+    monkeypatch.setattr(snnlstm.dispatch.entry, "_key", key_less)
 
 
 @pytest.mark.parametrize("name", [*(f"{t}.{i}" for t in ITEMS for i in ITEMS[t]), *OTHERS])
 def test_each_item_of_a_key_is_needed(name, monkeypatch):
     # Autocast changes the path on processors that multiply bfloat16.
     monkeypatch.setattr(torch_private, "multiplies_bfloat16", True)
-    monkeypatch.setattr(snnlstm.path, "_AMX_CHANNELS", 2)
+    monkeypatch.setattr(snnlstm.dispatch.path, "_AMX_CHANNELS", 2)
     first, second = pair(name)
 
     def after_another_call():
-        monkeypatch.setattr(snnlstm.entry, "_entries", BoundedDict())
+        monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
         cell = ours()
         outcome(cell, first)
         return outcome(cell, second)
 
-    monkeypatch.setattr(snnlstm.entry, "_entries", BoundedDict())
+    monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
     expected = outcome(ours(), second)
     assert after_another_call() == expected
     without(monkeypatch, name)
@@ -148,14 +148,14 @@ GUARDED = {"record": "record", "grad mode": "grad mode", "settings": "algorithm"
 def test_each_item_of_a_guard_is_needed(name, monkeypatch):
     first, second = pair(GUARDED[name]) if name != "tensors" else (GIVEN, GIVEN | {"bias": None})
     expected = outcome(ours(), second)
-    guarded, place = snnlstm.entry._guarded, [*GUARDED].index(name)
+    guarded, place = snnlstm.dispatch.entry._guarded, [*GUARDED].index(name)
     for mutated in (False, True):
         if mutated:
             monkeypatch.setattr(
-                snnlstm.entry, "_guarded",
+                snnlstm.dispatch.entry, "_guarded",
                 lambda *args: (lambda g: (*g[:place], *g[place + 1 :]))(guarded(*args)),
             )  # fmt: skip
-        monkeypatch.setattr(snnlstm.entry, "_entries", BoundedDict())
+        monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
         cell = ours()
         outcome(cell, first)
         assert (outcome(cell, second) == expected) != mutated

@@ -168,7 +168,7 @@ def test_what_changes_after_compiling_is_followed(name):
         cell.reset_mem()
         LATER[name](cell)
     x = x.to(changed.graded_spikes_factor.dtype)
-    with snnlstm.algorithm(name if name in snnlstm.path.ALGORITHMS else "auto"):
+    with snnlstm.algorithm(name if name in snnlstm.calls.algorithms.ALGORITHMS else "auto"):
         actual, expected = compiled(x), eager(x)
     assert name != "reference" or changed.path == eager.path
     close(actual, expected)
@@ -287,8 +287,10 @@ def test_a_cuda_graph_holds_the_whole_loop(monkeypatch):
     """
     core = SimpleNamespace(cuda_padded_channels=lambda channels: channels + 1)
     monkeypatch.setitem(native.BACKENDS, "meta", native.cuda.Backend(core))
-    monkeypatch.setitem(snnlstm.path.NATIVE_PATHS, "meta", snnlstm.path.native_path("cuda"))
-    monkeypatch.setattr(snnlstm.path, "against_device", lambda *_: None)
+    monkeypatch.setitem(
+        snnlstm.dispatch.path.NATIVE_PATHS, "meta", snnlstm.dispatch.path.native_path("cuda")
+    )
+    monkeypatch.setattr(snnlstm.dispatch.path, "against_device", lambda *_: None)
     nodes = []
 
     def note(graph, _):

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from snnlstm import torch_private
+from snnlstm.compat import torch_private
 from tests.shared.helpers import ours, python, same, steps
 
 # What a guard looks at. It reads memory as the first tensor's, so it must look at all of it.

@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/primitives.cuh"
 #include "launch.cuh"
-#include "primitives.cuh"
 
 #define ENTRY extern "C" __attribute__((visibility("default"))) const char*
 

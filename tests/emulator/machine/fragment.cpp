@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "checks.h"
-#include "half.cuh"
+#include "kernels/half.cuh"
 #include "machine.h"
 
 namespace simt {

@@ -1,5 +1,5 @@
 // The part of CUDA C++ that kernels use, for g++. One host thread runs a whole grid; collectives
-// are of whole warps. csrc/cuda/primitives.cuh includes this file if the compiler is not nvcc. The
+// are of whole warps. csrc/cuda/kernels/primitives.cuh includes this file if the compiler is not nvcc. The
 // other files of this directory are the emulator behind it.
 #pragma once
 

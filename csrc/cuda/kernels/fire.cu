@@ -1,0 +1,27 @@
+#include "../launchers.h"
+#include "fire.cuh"
+
+namespace snnlstm::cuda {
+
+void launch_fire(const FireStep& p, bool inhibition, void* stream) {
+  with_real(p.fire.spk.type, [&](auto real) {
+    using R = decltype(real);
+    if (inhibition) {
+      const Launch how{"fire (inhibition)", p.N, kFireThreads, sizeof(WinnerShared<R>), stream};
+      return launch(how, &fire_winner<R>, p);
+    }
+    const int blocks = blocks_of_sample(p.fire, kFireThreads);
+    const Launch how{"fire", p.N * blocks, kFireThreads, 0, stream};
+    launch(how, &fire_windows<R>, p);
+  });
+}
+
+void launch_spread(const NeuronBackward& p, int64_t N, void* stream) {
+  with_real(p.fire.spk.type, [&](auto real) {
+    const int64_t blocks = N * blocks_of_sample(p.fire, kSpreadThreads);
+    const Launch how{"spread spikes", blocks, kSpreadThreads, 0, stream};
+    launch(how, &spread_spikes<decltype(real)>, p);
+  });
+}
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,190 @@
+// Implicit GEMM without tensor cores: for float64, for float32 and bfloat16 on sm_75, for exact
+// float32, and for every shape whose neighbourhood the tensor core kernels cannot keep in shared
+// memory.
+//
+// A block of 128 threads computes 64 pixels x 64 columns, or for few columns 128 x 32 or 256 x 16;
+// a column is an output channel, or one gate of it. K comes in chunks: a chunk of A is gathered
+// from the images, a chunk of B comes from the packed weights. Both are loaded into registers while
+// the chunk before is multiplied, and both are double buffered. A warp has 64 pixels x 16 columns,
+// a thread 8 x 4:
+//   pixels  16 i + 2 (lane % 8) + {0, 1}, i < 4      columns  4 (lane / 8) ...
+//
+// The packed weights of a segment are (column blocks, K, columns of a block) in the compute type.
+// K = taps x channels, channels fastest, filled up with zeros to a multiple of 16.
+#pragma once
+
+#include "../gemm.h"
+#include "tile.cuh"
+
+namespace snnlstm::cuda {
+
+namespace fma {
+
+// Blocks of float32 that a multiprocessor holds: on sm_75 its shared memory bounds them to 3.
+template <class R>
+constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;
+
+// The thread's first pixel of a pair, and its first column.
+template <class T>
+SNNLSTM_DEVICE int pixel_of(int pair) {
+  constexpr int warps = T::kColumns / 16;
+  return int(threadIdx.x) / 32 / warps * 64 + 16 * pair + 2 * (int(threadIdx.x) % 8);
+}
+template <class T>
+SNNLSTM_DEVICE int column_of() {
+  constexpr int warps = T::kColumns / 16;
+  return int(threadIdx.x) / 32 % warps * 16 + 4 * (int(threadIdx.x) % 32 / 8);
+}
+
+// acc[pair][pixel][column] += a * b for one chunk of K.
+template <class T, class R>
+SNNLSTM_DEVICE void multiply(const R (&a)[T::kDepth][T::kPixels],
+                             const R (&b)[T::kDepth][T::kColumns], R (&acc)[4][2][4]) {
+#pragma unroll 4
+  for (int k = 0; k < T::kDepth; ++k) {
+    R left[4][2], right[4];
+    load_vector(&b[k][column_of<T>()], right);
+    unrolled<4>([&](int i) { load_vector(&a[k][pixel_of<T>(i)], left[i]); });
+    unrolled<4, 2>([&](int i, int px) {
+      unrolled<4>([&](int c) { acc[i][px][c] += left[i][px] * right[c]; });
+    });
+  }
+}
+
+template <class R, class T>
+class Gemm {
+ public:
+  SNNLSTM_DEVICE Gemm(GemmShared<R, T>& shared, const Tiling& tiling, const BlockPlace& block)
+      : shared_(shared), block_(block), tid_(int(threadIdx.x)) {
+    unrolled<kPixels>([&](int j) {
+      unsigned row = unsigned(tid_ % (T::kPixels / kPixels) + j * kThreads);
+      col_[j] = block.x0 + int(tiling.by_w.split(row));
+      row_[j] = int(row) < tiling.h ? block.y0 + int(row) : kNowhere;
+    });
+  }
+
+  // acc[pair][pixel][column] += segment * its weights.
+  SNNLSTM_DEVICE void add(const Segment& s, R (&acc)[4][2][4]) {
+    const int chunks = int(depth(s)) / T::kDepth;
+    if (chunks == 0) return;
+    const bool strided = s.dgrad_stride_h.value > 1 || s.dgrad_stride_w.value > 1;
+    const R* weight = reinterpret_cast<const R*>(static_cast<const char*>(s.weight) +
+                                                 block_.column * s.weight_pitch);
+    tap_ = 0, channel_ = tid_;  // for locate()
+    __syncthreads();            // all threads have read the segment before
+    locate(s, 0);
+    locate(s, 1);
+    for (int chunk = -1; chunk < chunks; ++chunk) {
+      const int buffer = chunk & 1;
+      if (!fault(Fault::no_fma_chunk_barrier)) __syncthreads();
+      const bool more = chunk + 1 < chunks;
+      if (more) {
+        fetch_weights(weight + int64_t(chunk + 1) * T::kDepth * T::kColumns);
+        strided ? fetch<true>(s, buffer ^ 1) : fetch<false>(s, buffer ^ 1);
+      }
+      if (chunk >= 0) {
+        multiply<T>(shared_.a[buffer], shared_.b[buffer], acc);
+        locate(s, buffer);
+      }
+      if (more) put(fault(Fault::wrong_fma_buffer) ? buffer : buffer ^ 1);
+    }
+  }
+
+ private:
+  static constexpr int kVector = 16 / sizeof(R);                            // elements in 16 bytes
+  static constexpr int kVectors = T::kDepth * T::kColumns / kVector;        // of a chunk of B
+  static constexpr int kOwnVectors = (kVectors + kThreads - 1) / kThreads;  // of a thread
+  static constexpr int kPixels = T::kPixels > kThreads ? T::kPixels / kThreads : 1;
+  static constexpr int kRowStep = T::kPixels < kThreads ? kThreads / T::kPixels : 1;
+  static constexpr int kRows = T::kDepth / kRowStep;  // of a chunk of A that a thread gathers
+  // A row and a column that lie in no image, wherever the other summand lies.
+  static constexpr int kNowhere = -(1 << 30);
+
+  // Writes `where` for the rows of the chunk after the next: row and column of the row's tap, the
+  // offset of its channel, and of all three.
+  SNNLSTM_DEVICE void locate(const Segment& s, int buffer) {
+    if (tid_ >= T::kDepth) return;
+    while (channel_ >= s.channels && tap_ < s.taps()) channel_ -= s.channels, ++tap_;
+    const int shift = fault(Fault::wrong_fma_halo) ? 1 : 0;
+    const int y = tap_ / s.taps_w * s.dilation_h - s.pad_h;
+    const int x = tap_ % s.taps_w * s.dilation_w - s.pad_w + shift;
+    const int4 nowhere = make_int4(kNowhere, kNowhere, 0, 0);
+    const unsigned c = unsigned(channel_) * unsigned(s.src.c);
+    store(shared_.where[buffer][tid_],
+          tap_ < s.taps() ? make_int4(y, x, int(c), int(c + place(s.src, y, x))) : nowhere);
+    channel_ += T::kDepth;
+  }
+
+  // The offset of row y and column x; without a meaning if these lie outside of the image.
+  SNNLSTM_DEVICE static unsigned place(const Tensor& a, int y, int x) {
+    return unsigned(y) * unsigned(a.h) + unsigned(x) * unsigned(a.w);
+  }
+
+  // Loads the next chunk of A from global memory into registers. Strided: the convolution is the
+  // transpose of one with stride.
+  template <bool Strided>
+  SNNLSTM_DEVICE void fetch(const Segment& s, int buffer) {
+    const Tensor& src = s.src;
+    int top[kPixels], left[kPixels];
+    unsigned from[kPixels];
+    unrolled<kPixels>([&](int j) {
+      top[j] = row_[j] == kNowhere ? kNowhere : row_[j] * s.step_h;
+      left[j] = col_[j] * s.step_w;
+      from[j] = place(src, top[j], left[j]);
+    });
+    with_stored<R>(src.type, [&](auto stored) {
+      const auto* image = static_cast<const decltype(stored)*>(image_of(src, block_.t, block_.n));
+      unrolled<kRows>([&](int k) {
+        const int4 where = load<int4>(shared_.where[buffer][tid_ / T::kPixels + k * kRowStep]);
+        unrolled<kPixels>([&](int j) {
+          int y = top[j] + where.x, x = left[j] + where.y;
+          bool real = true;
+          unsigned at = from[j] + unsigned(where.w);
+          if constexpr (Strided) {
+            unsigned row = unsigned(y), col = unsigned(x);
+            real = y >= 0 && x >= 0 && s.dgrad_stride_h.split(row) == 0 &&
+                   s.dgrad_stride_w.split(col) == 0;
+            y = int(row), x = int(col);
+            at = unsigned(where.z) + place(src, y, x);
+          }
+          real = real && inside(y, s.height) && inside(x, s.width);
+          R& v = next_[j][k] = 0;
+          if (!real) return;
+          if constexpr (sizeof(stored) == 2)
+            v = to_float(image[int(at)]);
+          else
+            v = image[int(at)];
+        });
+      });
+    });
+  }
+
+  SNNLSTM_DEVICE void fetch_weights(const R* weight) {
+    unrolled<kOwnVectors>([&](int k) {
+      const int i = tid_ + k * kThreads;
+      if (i < kVectors) weights_[k] = load<uint4>(weight + i * kVector);
+    });
+  }
+
+  SNNLSTM_DEVICE void put(int buffer) {
+    unrolled<kPixels, kRows>([&](int j, int k) {
+      shared_.a[buffer][tid_ / T::kPixels + k * kRowStep]
+               [tid_ % (T::kPixels / kPixels) + j * kThreads] = next_[j][k];
+    });
+    unrolled<kOwnVectors>([&](int k) {
+      const int i = tid_ + k * kThreads;
+      if (i < kVectors) store(&shared_.b[buffer][0][0] + i * kVector, weights_[k]);
+    });
+  }
+
+  GemmShared<R, T>& shared_;
+  const BlockPlace& block_;
+  int tid_, row_[kPixels], col_[kPixels];
+  int tap_ = 0, channel_ = 0;
+  R next_[kPixels][kRows];
+  uint4 weights_[kOwnVectors];
+};
+
+}  // namespace fma
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,153 @@
+// Launches the kernels of a sequence's forward pass, and lays out their memory: one launch for
+// every step, and a second if the spikes need a whole sample or windows that cross tiles.
+//
+// The states before the first step lie apart from the others, in the caller's layout: with them in
+// front of our own images, the first step would be as the next ones, but for a copy in each call.
+#include "../launchers.h"
+#include "../passes.h"
+#include "forward.cuh"
+
+namespace snnlstm::cuda {
+
+namespace {
+
+class Forward {
+ public:
+  Forward(const ForwardPass& plan, const ForwardArgs& args, void* stream)
+      : plan_(plan), a_(args), s_(plan.s), stream_(stream), arena_(args.workspace) {
+    if (s_.c.T < 2) return;
+    // States between two steps, which the caller may not keep.
+    for (void*& mem : mem_) mem = s_.c.spiking ? take_state() : nullptr;
+    syn_ = take_state();
+  }
+
+  int64_t workspace() const { return arena_.bytes(); }
+
+  void run() const {
+    for (int64_t t = 0; t < s_.c.T; ++t) {
+      step(t);
+      if (!plan_.step.fires) fire(t);
+    }
+  }
+
+ private:
+  void* take_state() { return arena_.take(s_.state() * bytes_of(plan_.type)); }
+
+  bool training() const { return a_.saved_gates != nullptr; }
+  // Says whether the caller's states are those of all samples after step t.
+  bool writes_states(int64_t t) const {
+    return a_.record || (t == s_.c.T - 1 && (t == 0 || !a_.lengths));
+  }
+
+  Tensor state(const View& v, int64_t t) const {
+    return state_tensor(s_.c, v, t, plan_.step.channels_per_thread());
+  }
+  bool keeps_mem() const { return a_.record || a_.spk_is_mem(); }
+  Tensor mem_before(int64_t t) const {
+    if (t == 0) return state(a_.mem0, 0);
+    if (!keeps_mem())
+      return image(mem_[fault(Fault::wrong_mem_buffer) ? 1 : t & 1], s_, plan_.type);
+    return state(a_.spk_is_mem() ? a_.spk : a_.mem, t - 1);
+  }
+  Tensor syn_before(int64_t t) const {
+    if (t == 0) return state(a_.syn0, 0);
+    if (training()) return saved_syn(t >= 3 && fault(Fault::early_syn_forward) ? 0 : t - 1);
+    return a_.record ? state(a_.syn, t - 1) : image(syn_, s_, plan_.type);
+  }
+  Tensor saved_syn(int64_t t) const { return image(a_.saved_syn, s_, plan_.type, 1, t); }
+
+  NeuronForward neuron(int64_t t) const {
+    NeuronForward n = neuron_forward(a_, t, plan_.step.channels_per_thread());
+    n.fires = plan_.step.fires;
+    n.syn_in = syn_before(t), n.mem_in = mem_before(t);
+    if (!writes_states(t) && !keeps_mem()) n.own_mem = image(mem_[(t + 1) & 1], s_, plan_.type);
+    if (t + 1 < s_.c.T) {
+      if (training())
+        n.own_syn = saved_syn(t);
+      else if (!a_.record)
+        n.own_syn = image(syn_, s_, plan_.type);
+    }
+    if (training()) n.gates_out = image(a_.saved_gates, s_, plan_.gates, 4, t);
+    return n;
+  }
+
+  void step(int64_t t) const {
+    const Cell& c = s_.c;
+    const ForwardPlan& step = plan_.step;
+    const NeuronForward n = neuron(t);
+    Segment x = x_segment(c), mem = mem_segment(c);
+    x.src = tensor(a_.x, plan_.type, t, {1, c.N, c.Cin, c.H, c.W}, 4);
+    mem.src = n.mem_in;
+    if (!step.mma()) {
+      ForwardFma p;
+      p.tiling = step.tiling;
+      p.neuron = n;
+      p.x = plan_.packed.x.with_weight(x, a_.weight);
+      p.mem = plan_.packed.mem.with_weight(mem, a_.weight);
+      return with_tile<32>(plan_.type, step.columns, [&](auto real, auto tile) {
+        using R = decltype(real);
+        using T = decltype(tile);
+        const Launch how{"forward step (fma)",
+                         step.tiling.blocks(),
+                         fma::kThreads,
+                         sizeof(fma::GemmShared<R, T>),
+                         stream_,
+                         t > 0};
+        launch(how, &forward_fma<R, T>, p);
+      });
+    }
+    MmaBuilder builder = step.builder();
+    builder.add(x, plan_.packed.x.depth, step.tiling);
+    builder.add(mem, plan_.packed.mem.depth, step.tiling);
+    builder.finish(plan_.packed.x.in(a_.weight), plan_.packed.x.pitch, step.threads());
+    ForwardMma p;
+    p.tiling = step.tiling;
+    p.neuron = n;
+    p.conv = builder.conv;
+    p.mem_pitch = step.mem_pitch();
+    p.vectors = int(forward_shared_bytes(step, p.conv, c.pool != Pool::none));
+    const bool plain = is_plain(n);
+    const Launch how{plain ? "forward step (mma, plain)" : "forward step (mma)",
+                     step.tiling.blocks(),
+                     step.threads(),
+                     p.vectors + 5 * step.channels() * sizeof(float),
+                     stream_,
+                     t > 0};
+    with_element(step.multiply, [&](auto element) {
+      using E = decltype(element);
+      if (plain)
+        launch(how, step.tiles == 8 ? &forward_mma<E, 2, true> : &forward_mma<E, 1, true>, p);
+      else
+        launch(how, step.tiles == 8 ? &forward_mma<E, 2, false> : &forward_mma<E, 1, false>, p);
+    });
+  }
+
+  void fire(int64_t t) const {
+    const NeuronForward n = neuron(t);
+    const FireStep p{n.fire, n.own_mem.present() ? n.own_mem : n.mem_out, int(s_.c.N),
+                     a_.winner ? a_.winner + t * s_.c.N : nullptr};
+    launch_fire(p, s_.c.inhibition, stream_);
+  }
+
+  const ForwardPass& plan_;
+  const ForwardArgs& a_;
+  const Shape& s_;
+  void* stream_;
+  Arena arena_;
+  void *mem_[2] = {nullptr, nullptr}, *syn_ = nullptr;
+};
+
+}  // namespace
+
+ForwardPass::ForwardPass(const Cell& cell, const Device& device, Matrix matrix,
+                         const BlockChoice& only)
+    : Pass(cell, matrix), step(plan_forward(s.c, device, matrix, only)) {
+  packed = packed_forward(s.c, step);
+  workspace = Forward(*this, ForwardArgs(), nullptr).workspace();
+}
+
+void ForwardPass::forward(const ForwardArgs& args, void* stream) const {
+  Forward(*this, args, stream).run();
+}
+
+}  // namespace snnlstm::cuda

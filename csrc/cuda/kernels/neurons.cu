@@ -1,0 +1,88 @@
+// Runs the neurons of one step, behind torch's own convolution.
+#include "../launchers.h"
+#include "../passes.h"
+#include "neurons.cuh"
+
+namespace snnlstm::cuda {
+
+namespace {
+
+// Returns gate k of a tensor (1, N, 4C, Ho, Wo), if there is one.
+Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
+  if (all.data == nullptr) return {};
+  View v = all;
+  v.data = static_cast<char*>(all.data) + k * c.C * all.stride[2] * bytes_of(type);
+  return tensor(v, type, 0, {1, c.N, c.C, c.Ho(), c.Wo()}, 4);
+}
+
+}  // namespace
+
+CudnnPass::CudnnPass(const Cell& of, Matrix matrix, bool backward) : Pass(of, matrix) {
+  const Cell& c = s.c;
+  const auto sizes = [&](bool windows) {
+    return tile_sizes(c, c.Ho(), c.Wo(), neurons::kPixels, windows);
+  };
+  const std::vector<TileSize> whole = sizes(c.pool != Pool::none);
+  whole_windows = !whole.empty();
+  cut(of_step, c, c.Ho(), c.Wo(), whole_windows ? whole[0] : sizes(false)[0]);
+  cover(of_step, c, c.N, c.C, neurons::kChannels);
+  if (!backward) return;
+  sums_bytes = round_up(of_step.tiles() * pitch() * bytes_of(real), 256);
+  workspace = sums_bytes + (whole_windows ? 0 : s.state() * bytes_of(real));
+}
+
+int CudnnPass::pitch() const { return int(of_step.by_columns.value) * neurons::kChannels; }
+
+void CudnnPass::forward(const ForwardArgs& args, void* stream) const {
+  const Cell& c = s.c;
+  ForwardNeurons p;
+  p.tiling = of_step;
+  for (int k = 0; k < 4; ++k) {
+    p.sums[k] = gate_of(args.gate_sums, gates, c, k);
+    p.x_sums[k] = gate_of(args.x_sums, real, c, k);
+  }
+  p.neuron = neuron_forward(args, 0, 4);
+  p.neuron.fires = whole_windows && !c.inhibition;
+  if (args.saved_syn) p.neuron.own_syn = image(args.saved_syn, s, type);
+  if (args.saved_gates) p.neuron.gates_out = image(args.saved_gates, s, gates, 4);
+  with_real(c.dtype, [&](auto real) {
+    using R = decltype(real);
+    const Launch how{"neurons forward", p.tiling.blocks(), neurons::kThreads,
+                     sizeof(neurons::PatchShared<R>), stream};
+    launch(how, &neurons_forward<R>, p);
+  });
+  if (p.neuron.fires) return;
+  const FireStep fire{p.neuron.fire, p.neuron.mem_out, int(c.N), args.winner};
+  launch_fire(fire, c.inhibition, stream);
+}
+
+void CudnnPass::backward(const BackwardArgs& args, void* stream) const {
+  const Cell& c = s.c;
+  char* const space = static_cast<char*>(args.workspace);
+  BackwardNeurons p;
+  p.tiling = of_step;
+  NeuronBackward& n = p.neuron;
+  n = neuron_backward(args, 0);
+  n.gates = image(args.saved_gates, s, gates, 4);
+  n.d_gates = image(args.d_gates, s, gates, 4);
+  if (args.mem_after) n.own_mem = image(args.mem_after, s, gates);
+  n.grad_syn0 = tensor(args.grad_syn0, c.dtype, 0, {1, c.N, c.C, s.Ho, s.Wo}, 4);
+  n.spreads = whole_windows;
+  if (args.grad_threshold) n.sums = space;
+  if (!n.spreads && n.fire.spk.present() && n.surrogate != Surrogate::none) {
+    n.spikes_in = image(space + sums_bytes, s, real);
+    launch_spread(n, c.N, stream);
+  }
+  with_real(c.dtype, [&](auto zero) {
+    using R = decltype(zero);
+    const Launch how{"neurons backward", p.tiling.blocks(), neurons::kThreads,
+                     sizeof(neurons::PatchShared<R>), stream};
+    launch(how, &neurons_backward<R>, p);
+  });
+  if (!args.grad_threshold) return;
+  AddGradients add;
+  add.sums[1] = {space, of_step.tiles(), 1, pitch(), int(c.C), args.grad_threshold, type};
+  launch_add_gradients(add, real, stream);
+}
+
+}  // namespace snnlstm::cuda

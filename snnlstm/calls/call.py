@@ -1,0 +1,358 @@
+"""One call of a cell, and the check of each of its tensors.
+
+A check returns the tensor in its normal form or raises: TypeError for a wrong type or dtype,
+ValueError for a wrong shape, value or device. The message names the argument, what came and what
+is accepted. Nothing is modified before all checks have passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..compat.torch_private import ENDED, level_of, unwrapped
+from ..surrogate import is_number
+from .lengths import check_dense, checked_lengths
+from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, flag, make_spec
+
+# A shape's sizes after the channels, by the dimensions of an image.
+SIZES = {1: "L", 2: "H, W"}
+
+
+class Call(NamedTuple):
+    """The tensors of one call, checked: what travels from the module to the kernels."""
+
+    x: Tensor  # (N, Cin, H, W), or (T, N, Cin, H, W), a sequence
+    syn: Tensor  # (N, C, Ho, Wo), before the first step, in x's dtype and on its device
+    mem: Tensor  # as syn
+    weight: Tensor  # (4C, Cin + C, kh, kw), gates in the order i, f, o, g
+    bias: Tensor | None  # (4C,)
+    # Threshold and graded factor broadcast to mem's shape and to the pooled one; a cell that does
+    # not spike has none.
+    threshold: Tensor | None
+    graded: Tensor | None
+    lengths: Tensor | None = None  # (N,) int64, the steps of each sample; None: all have T
+    record: bool = False  # whether syn and mem of every step are returned, (T, N, C, Ho, Wo)
+
+    @property
+    def sequence(self) -> bool:
+        """Whether the call is one of a sequence, and not of one step."""
+        return self.x.dim() == 5
+
+
+def checked_call(
+    x: Any,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Any,
+    graded: Any,
+    channels: tuple[int, int],
+    spec: CellSpec,
+    state_of: Callable[[str, tuple[int, ...], Tensor], Tensor],
+    *,
+    record: Any,
+    lengths: Any,
+    traced: bool,
+    batch_first: bool = False,
+    dims: int = 2,
+    name: str = "x",
+) -> Call:
+    """Check every tensor of a call, and make it.
+
+    `channels` are Cin and C. `state_of` returns the state of a name for a shape and the checked x.
+    `traced` says whether torch.compile traces the call, and `name` is that of x in errors. With a
+    `dims` of 1 all tensors but the weight have a length L in the place of H and W.
+    """
+    if batch_first and isinstance(x, Tensor) and x.dim() == dims + 3:
+        x = x.transpose(0, 1)
+    x = input_tensor(x, weight, channels[0], batch_first, dims, name)
+    sequence = x.dim() == dims + 3
+    record = flag("record", record)
+    for argument, given in ("record=True", record), ("lengths", lengths is not None):
+        if given and not sequence:
+            raise ValueError(
+                f"{argument} needs a sequence: x of shape (T, N, Cin, {SIZES[dims]}), got one step"
+            )
+    if lengths is not None:
+        lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
+    shape = state_shape(x, channels[1], spec, dims)
+    syn, mem = state_of("syn", shape, x), state_of("mem", shape, x)
+    if spec.spiking:
+        threshold = scalar_like("threshold", threshold, x, shape, spec)
+        graded = scalar_like("graded_spikes_factor", graded, x, shape, spec)
+    if bias is not None:
+        check_bias(bias, weight, 4 * channels[1])
+    if dims == 1:
+        x, syn, mem, threshold, graded = map(as_image, (x, syn, mem, threshold, graded))
+    tensors: Any = x, syn, mem, weight, bias, threshold, graded
+    if not traced:
+        tensors = map(without_ended_transforms, tensors)
+    return Call._make((*tensors, lengths, record))
+
+
+def stateless_call(
+    x: Any,
+    syn: Any = None,
+    mem: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    threshold: Any = 1.0,
+    graded_spikes_factor: Any = 1.0,
+    record: Any = False,
+    lengths: Any = None,
+    batch_first: Any = False,
+    **described: Any,
+) -> tuple[Call, CellSpec]:
+    """Check every argument of :func:`snnlstm.functional.sconv2dlstm`, which documents them.
+
+    `described` are arguments of :func:`snnlstm.calls.spec.make_spec`.
+    """
+    traced = torch.compiler.is_compiling()
+    channels, states = weight_tensor(weight), {"syn": syn, "mem": mem}
+    spec = make_spec(tuple(weight.shape[2:]), traced=traced, **described)
+    call = checked_call(
+        x, weight, bias, threshold, graded_spikes_factor, channels, spec,
+        lambda name, shape, x: state_tensor(name, states[name], shape, x, weight),
+        record=record, lengths=lengths, batch_first=flag("batch_first", batch_first),
+        traced=traced,
+    )  # fmt: skip
+    return call, spec
+
+
+def without_ended_transforms(tensor: Tensor | None) -> Tensor | None:
+    """What torch computes with where a tensor outlived the torch.func.grad that made it."""
+    while tensor is not None and level_of(tensor) == ENDED:
+        tensor = unwrapped(tensor)
+    return tensor
+
+
+def as_image(tensor: Tensor) -> Tensor:
+    """(..., L) as images of height 1, (..., 1, L); one number, or L of them, broadcast already."""
+    return tensor.unsqueeze(-2) if tensor.dim() > 1 else tensor
+
+
+def batch_before_time(
+    call: Call, batch_first: bool, spk: Tensor, syn: Tensor, mem: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of a call, with the batch before time if the caller's sequences have it so."""
+    if not batch_first or not call.sequence:
+        return spk, syn, mem
+    if call.record:
+        syn, mem = syn.transpose(0, 1), mem.transpose(0, 1)
+    return spk.transpose(0, 1), syn, mem
+
+
+# ---- checks of single tensors -------------------------------------------------------------------
+
+
+def real_tensor(name: str, value: Any) -> Tensor:
+    """Check a number, a tensor or what torch.as_tensor takes: real, and not empty."""
+    if value is None or isinstance(value, (bool, str)):
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be a number or a tensor, got {value!r}") from error
+    if value.dtype is torch.bool or value.dtype.is_complex:
+        raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
+    if value.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(value.shape)}")
+    return value
+
+
+def values(value: Any) -> Tensor:
+    """The numbers of a checked number or tensor, detached; not on torch's default device."""
+    return (value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")).detach()
+
+
+def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    return len(shape) <= len(target) and all(
+        size == 1 or size == want
+        for size, want in zip(reversed(shape), reversed(target), strict=False)
+    )
+
+
+def channel_broadcast(name: str, shape: Sequence[int], channels: int, dims: int) -> None:
+    """Check, before any image is known, that a shape can broadcast to (N, C, H, W) or (N, C, L)."""
+    if len(shape) > dims + 2 or (len(shape) > dims and shape[-dims - 1] not in (1, channels)):
+        raise ValueError(
+            f"{name} must broadcast to mem's shape (N, {channels}, {SIZES[dims]}), "
+            f"got shape {tuple(shape)}"
+        )
+
+
+def state_broadcast(name: str, shape: Sequence[int], state: Sequence[int], spec: CellSpec) -> None:
+    """Check that a shape broadcasts to that of mem, and to that of the pooled mem."""
+    windows = spec.pool_size[4 - len(state) :]
+    pooled = (*state[:2], *(size // w for size, w in zip(state[2:], windows, strict=True)))
+    if not _broadcasts(shape, state) or not _broadcasts(shape, pooled):
+        both = f"mem's shape {tuple(state)}"
+        if spec.pool != "none":
+            both += f" and to the pooled one {pooled}"
+        raise ValueError(f"{name} must broadcast to {both}, got shape {tuple(shape)}")
+
+
+def state_shape(x: Tensor, channels: int, spec: CellSpec, dims: int) -> tuple[int, ...]:
+    """Shape of syn and mem for a checked input, into which a pooling window must fit."""
+    height, width = spec.state_size(x.shape[-2] if dims == 2 else 1, x.shape[-1])
+    size = (height, width)[-dims:]
+    if height < spec.pool_size[0] or width < spec.pool_size[1]:
+        raise ValueError(
+            f"{spec.pool}_pool must not be larger than the state, got "
+            f"{spec.pool_size[-dims:]} for a state of {' x '.join(map(str, size))}"
+        )
+    return x.shape[-dims - 2], channels, *size
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on a device type; None where autocast is off."""
+    # torch raises an error if it is asked about a device that has no autocast.
+    has_autocast = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    if has_autocast and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def input_tensor(
+    x: Any, weight: Tensor, in_channels: int, batch_first: bool, dims: int, name: str
+) -> Tensor:
+    """Check the input; returns it in the dtype of the states.
+
+    `batch_first` says that the caller gave a sequence as (N, T, ...); here x is (T, N, ...).
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_dense(name, x)
+    shape = tuple(x.shape)
+    if batch_first and x.dim() == dims + 3:
+        shape = (shape[1], shape[0], *shape[2:])
+    if x.dim() not in (dims + 2, dims + 3):
+        rest = f"{in_channels}, {SIZES[dims]}"
+        raise ValueError(
+            f"{name} must have shape (N, {rest}) for one step or "
+            f"({'N, T' if batch_first else 'T, N'}, {rest}) for a sequence, got {shape}"
+        )
+    channels = x.shape[-dims - 1]
+    if channels != in_channels:
+        raise ValueError(f"{name} must have {in_channels} channels, got {channels}: shape {shape}")
+    if x.shape[-dims] == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one pixel, got shape {shape}")
+    return _converted(name, x, weight)
+
+
+def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
+    """`tensor` in the dtype of states and spk, where the conversion loses nothing.
+
+    It is weight's dtype, but at least float32 under autocast.
+    """
+    if tensor.device != weight.device:
+        raise ValueError(
+            f"{name} must be on weight's device {weight.device}, got one on {tensor.device}"
+        )
+    dtype = weight.dtype
+    if autocast_dtype(weight.device.type) is not None:
+        dtype = torch.promote_types(dtype, torch.float32)
+    if tensor.dtype != dtype:
+        if not _converts(tensor.dtype, dtype):
+            raise TypeError(
+                f"{name} must be of {dtype}, as weight is, or convert to it without loss, "
+                f"got {tensor.dtype}"
+            )
+        tensor = tensor.to(dtype)
+    return tensor
+
+
+def _converts(dtype: torch.dtype, to: torch.dtype) -> bool:
+    """Whether numbers of `dtype` become numbers of the dtype `to` by themselves."""
+    try:
+        return torch.promote_types(dtype, to) == to
+    except RuntimeError:  # torch has no rule for float8, nor for wide unsigned integers
+        return True
+
+
+def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight: Tensor) -> Tensor:
+    """Check a state of `shape`; None, and a tensor of shape (0,), become zeros like x."""
+    if state is not None and not isinstance(state, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(state).__name__}")
+    if state is None or (state.dim() == 1 and state.shape[0] == 0):
+        return x.new_zeros(shape)
+    if tuple(state.shape) != tuple(shape):
+        sequence = x.dim() > len(shape) and tuple(state.shape) == (x.shape[0], *shape[1:])
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} (or (0,), which means zeros), "
+            f"got {tuple(state.shape)}"
+            + ("; x is read as (T, N, ...): for (N, T, ...) there is batch_first" * sequence)
+        )
+    check_dense(name, state)
+    return _converted(name, state, weight)
+
+
+def scalar_like(name: str, value: Any, x: Tensor, state: Sequence[int], spec: CellSpec) -> Tensor:
+    """Check a threshold or graded factor; returns it in x's dtype and on x's device."""
+    if is_number(value):
+        return torch.full((), float(value), dtype=x.dtype, device=x.device)
+    if isinstance(value, Tensor):
+        tensor = value
+        check_dense(name, tensor)
+    else:  # a number has no device
+        tensor = real_tensor(name, value).to(x.device)
+    if tensor.dim():
+        real_tensor(name, tensor)
+        state_broadcast(name, tensor.shape, state, spec)
+    if tensor.dtype == x.dtype and tensor.device == x.device:
+        return tensor
+    real_tensor(name, tensor)
+    if tensor.device != x.device and tensor.dim():
+        raise ValueError(f"{name} must be on x's device {x.device}, got one on {tensor.device}")
+    return tensor.to(x.device, x.dtype)
+
+
+def weight_tensor(weight: Any) -> tuple[int, int]:
+    """Check a weight; returns (Cin, C)."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {weight!r}")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"weight must be of one of {NAMES_OF_DTYPES}, got {weight.dtype}")
+    channels = weight.shape[0] // 4 if weight.dim() == 4 else 0
+    if channels == 0 or weight.shape[0] % 4 or weight.shape[1] < channels:
+        raise ValueError(f"weight must have shape (4C, Cin + C, kh, kw), got {tuple(weight.shape)}")
+    return weight.shape[1] - channels, channels
+
+
+def check_bias(bias: Any, weight: Tensor, gates: int) -> None:
+    """Check a bias, (4C,), of which `gates` is the size; autocast takes any floating dtype."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor or None, got {bias!r}")
+    check_dense("bias", bias)
+    if tuple(bias.shape) != (gates,):
+        raise ValueError(f"bias must have shape ({gates},), got {tuple(bias.shape)}")
+    casts = bias.is_floating_point() and autocast_dtype(weight.device.type) is not None
+    if bias.dtype != weight.dtype and not casts:
+        raise TypeError(f"bias must be of {weight.dtype}, as weight is, got {bias.dtype}")
+    if bias.device != weight.device:
+        raise ValueError(
+            f"bias must be on weight's device {weight.device}, got one on {bias.device}"
+        )
+
+
+# ---- tensors that autograd has saved -------------------------------------------------------------
+
+
+def restored(
+    tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A tensor that autograd has saved, in its dtype, on its device, and not lazily negated.
+
+    Hooks on saved tensors, and assignments to ``.data``, may have changed shape or memory, too.
+    """
+    if tuple(tensor.shape) != tuple(shape):
+        raise RuntimeError(
+            f"a saved tensor has come back as {tuple(tensor.shape)}, not {tuple(shape)}: what was "
+            "saved for the backward pass must keep its shape"
+        )
+    return tensor.resolve_neg().to(device, dtype)

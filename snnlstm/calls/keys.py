@@ -1,0 +1,70 @@
+"""What tells like calls apart, and the dictionaries of what follows from it."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..compat.torch_private import ENDED, any_autocast, level_of
+from .call import Call, autocast_dtype
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+OF_TORCH = {Tensor, nn.Parameter, type(None)}
+"""The types of a call's tensors that are of no subclass."""
+
+
+class BoundedDict(dict[K, V]):
+    """A dictionary that drops all of its entries before it exceeds `max_entries`.
+
+    There is no lock, which a fork or a signal handler could find taken: threads that race for a key
+    may each make a value, and all of them use the first one.
+    """
+
+    def __init__(self, max_entries: int = 1024) -> None:
+        super().__init__()
+        self.max_entries = max_entries
+
+    def keep(self, key: K, value: V) -> V:
+        """Store a value, if the key has none yet; returns the one that is stored."""
+        if len(self) >= self.max_entries:
+            self.clear()
+        return self.setdefault(key, value)
+
+
+def key_of(call: Call) -> tuple[Any, ...] | None:
+    """All that is static of a call's tensors; None if the call has no key.
+
+    Tensors of subclasses have none, because their sizes may be symbols, sparse ones, which have no
+    strides, and those of transforms that have ended, which have no memory.
+    """
+    if not OF_TORCH.issuperset(map(type, call[:7])):
+        return None
+    x, syn, mem, weight, bias, threshold, graded, lengths, record = call
+    try:
+        if ENDED in map(level_of, [t for t in call[:7] if t is not None]):
+            return None
+        device = x.device
+        return (
+            x.shape, x.stride(), x.dtype, device, x.is_neg(), x.requires_grad,
+            syn.shape, syn.stride(), syn.dtype, syn.device, syn.is_neg(), syn.requires_grad,
+            mem.shape, mem.stride(), mem.dtype, mem.device, mem.is_neg(), mem.requires_grad,
+            weight.shape, weight.dtype, weight.device, weight.is_neg(),
+            weight.requires_grad,
+            None if bias is None else _key_of_numbers(bias),
+            None if threshold is None else _key_of_numbers(threshold),
+            None if graded is None else _key_of_numbers(graded),
+            record, lengths is None, torch.is_grad_enabled(),
+            autocast_dtype(device.type) if any_autocast() else None,
+        )  # fmt: skip
+    except (AttributeError, RuntimeError):  # an argument is no tensor, or a sparse one
+        return None
+
+
+def _key_of_numbers(tensor: Tensor) -> Any:
+    """What is static of a tensor that the kernels read as contiguous numbers."""
+    contiguous, negated = tensor.is_contiguous(), tensor.is_neg()
+    return tensor.shape, tensor.dtype, tensor.device, contiguous, negated, tensor.requires_grad

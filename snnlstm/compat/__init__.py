@@ -1,0 +1,1 @@
+"""What depends on releases of snnTorch and of torch."""

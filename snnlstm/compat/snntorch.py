@@ -1,0 +1,334 @@
+"""Everything that needs snnTorch, which is optional.
+
+The base class of our cell, the recognition of snnTorch's surrogates and quantisers, and the
+registry through which snnTorch's own ``reset_hidden`` and ``detach_hidden`` reach our cells. If
+snnTorch is missing or broken, all the rest works.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import types
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import quant, surrogate
+from ..quant import StateQuant
+
+logger = logging.getLogger("snnlstm")
+
+
+def _captured(function: types.FunctionType) -> dict[str, Any]:
+    """Closure variables of a function, by name."""
+    cells = function.__closure__ or ()
+    names = function.__code__.co_freevars
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+
+
+def recognise_surrogate(
+    spike_grad: Callable[[Tensor], Tensor],
+) -> surrogate.Surrogate | Callable[[Tensor], Tensor]:
+    """Our surrogate for one of ``snntorch.surrogate``; any other callable unchanged.
+
+    snnTorch 1.0.0 makes closures, ``atan.<locals>.inner``, that hold their parameters. After it
+    come objects, such as an ``ATanSurrogate`` with the attribute ``alpha``. Either is recognised by
+    its name, by its parameters, which must be plain numbers, and by what it computes.
+    """
+    kind = None if isinstance(spike_grad, nn.Module) else _kind(spike_grad)
+    if kind is None:
+        return spike_grad
+    try:
+        value: Callable[[str], Any] = partial(getattr, spike_grad)
+        if isinstance(spike_grad, types.FunctionType):
+            value = _captured(spike_grad).__getitem__
+        made = surrogate.make(kind.name, **{name: value(name) for name in kind.parameters})
+    except (AttributeError, KeyError, TypeError, ValueError):  # no such parameter, or an odd one
+        return spike_grad
+    return made if _agree(spike_grad, made, _POINTS) else spike_grad
+
+
+def recognise_traced(
+    spike_grad: Callable[[Tensor], Tensor],
+) -> surrogate.Surrogate | Callable[[Tensor], Tensor]:
+    """What :func:`recognise_surrogate` returns of a closure, while torch.compile traces.
+
+    The compiler reads a function's code and the numbers that it holds, but no names. The function
+    was tried once for its kind, outside the trace. Closures that the traced code itself has made,
+    and objects, stay unchanged.
+    """
+    if not isinstance(spike_grad, types.FunctionType):
+        return spike_grad
+    for code, kind in _CODES:
+        if spike_grad.__code__ is code and _is_released(kind.name):
+            try:
+                held = _captured(spike_grad)
+            except AttributeError:
+                return spike_grad
+            if not all(map(surrogate.is_number, held.values())):
+                raise TypeError(
+                    f"under torch.compile snntorch.surrogate.{kind.name} must hold numbers alone: "
+                    "pass a function of your own that calls it"
+                )
+            return surrogate.make(kind.name, **{name: held[name] for name in kind.parameters})
+    return spike_grad
+
+
+def refuse_traced(state_quant: Callable[[Tensor], Tensor]) -> None:
+    """Refuse snnTorch's quantisers while torch.compile traces, which cannot go through them."""
+    if isinstance(state_quant, types.FunctionType):
+        code = state_quant.__code__
+        if code.co_freevars == ("levels",) and "StateQuant" in code.co_names:
+            raise TypeError(
+                "under torch.compile state_quant cannot be one of snntorch.functional.quant: pass "
+                "snnlstm.quant.state_quant(...), which takes the same arguments"
+            )
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace("_", "").removesuffix("surrogate")
+
+
+# The names of snnTorch's functions, and of the torch.autograd.Functions that they call.
+_LONG_NAMES = {
+    "stochasticspikeoperator": "SSO",
+    "leakyspikeoperator": "LSO",
+    "sparsefastsigmoid": "SFS",
+}
+_KINDS = {_folded(kind.name): kind for kind in surrogate.KINDS[1:]}
+_KINDS |= {long: _KINDS[_folded(short)] for long, short in _LONG_NAMES.items()}
+
+
+def _kind(function: object) -> surrogate.Kind | None:
+    """The row that a function or an instance of snnTorch's is named after."""
+    named: Any = function if isinstance(function, types.FunctionType) else type(function)
+    if str(named.__module__).partition(".")[0] != "snntorch":
+        return None
+    return _KINDS.get(_folded(named.__qualname__.partition(".")[0]))
+
+
+_POINTS = [0.0 if k == 7 else 0.3 * k - 2.9 for k in range(21)]
+
+
+def _agree(*arguments: Any) -> bool:
+    """Ask :func:`_agree_alone` in a thread, which no mode, hook or transform of ours reaches."""
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(_agree_alone, *arguments).result()
+
+
+def _agree_alone(theirs: Callable[[Tensor], Tensor], ours: Any, points: Any) -> bool:
+    """Whether two functions give the same values and gradients at some points, (n,).
+
+    Two defects of snnTorch's surrogates do not count: its sigmoid is NaN for very negative inputs,
+    and its LSO cannot be called (1.0.0), or has no gradient (its pull request 418).
+    """
+    found = []
+    if not isinstance(points, Tensor):
+        points = torch.tensor(points, dtype=torch.float64, device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        weights = torch.linspace(0.5, 1.5, len(points), dtype=torch.float64, device="cpu")
+        for function in (theirs, ours):
+            torch.default_generator.manual_seed(0)  # SSO is random
+            x = points.clone().requires_grad_()
+            try:
+                out = function(x)
+                (gradient,) = torch.autograd.grad(out, x, weights.to(out.dtype))
+                found.append((out.double(), gradient))
+            except Exception as error:  # a foreign callable may raise anything
+                broken = getattr(ours, "name", "") == "LSO"
+                return broken and type(error) in (TypeError, RuntimeError)
+    (out, gradient), (expected, exact) = found
+    gradient = torch.where(gradient.isnan(), exact, gradient)
+    return torch.equal(out, expected) and torch.allclose(gradient, exact, rtol=1e-4, atol=1e-9)
+
+
+def recognise_quant(
+    state_quant: Callable[[Tensor], Tensor],
+) -> StateQuant | Callable[[Tensor], Tensor]:
+    """Our quantiser for one of ``snntorch.functional.quant``; any other callable unchanged.
+
+    snnTorch 1.0.0 makes closures, which hold their levels. An object may hold its levels, or the
+    arguments of snnTorch's function. Either is recognised by its name and by what it computes.
+    """
+    closure = state_quant if isinstance(state_quant, types.FunctionType) else None
+    named: Any = closure or type(state_quant)
+    if isinstance(state_quant, nn.Module) or not str(named.__module__).startswith("snntorch."):
+        return state_quant
+    if "quant" not in _folded(named.__qualname__):
+        return state_quant
+    try:
+        held = _captured(closure) if closure else vars(state_quant)
+        tensors = [value for value in held.values() if isinstance(value, Tensor)]
+        if not tensors:
+            names = inspect.signature(quant.state_quant).parameters
+            tensors = [quant.state_quant(**{name: held[name] for name in names}).levels]
+        made = StateQuant(*tensors)
+    except (KeyError, TypeError, ValueError):
+        return state_quant
+    some = made.levels[:: max(1, made.levels.numel() // 64)].float()
+    middles, ends = (some[1:] + some[:-1]) / 2, torch.stack([some.min() - 1, some.max() + 1])
+    points = torch.cat([some, middles, middles * 0.999 + 1e-4, ends])
+    return made if _agree(state_quant, made, points) else state_quant
+
+
+# ---- base class and registry --------------------------------------------------------------
+
+
+def _import_snntorch() -> types.ModuleType | None:
+    try:
+        import snntorch
+    except Exception as error:  # a broken snnTorch may raise anything
+        if not isinstance(error, ModuleNotFoundError) or error.name != "snntorch":
+            logger.warning("snntorch is installed but does not import: %r", error)
+        return None
+    return snntorch
+
+
+library: Any = _import_snntorch()
+"""snnTorch itself, or None."""
+
+
+_theirs: Any = getattr(library, "surrogate", None)
+_CODES = tuple(
+    (code, kind)
+    for kind in surrogate.KINDS[1:]
+    if isinstance(factory := getattr(_theirs, kind.name, None), types.FunctionType)
+    for code in factory.__code__.co_consts
+    if isinstance(code, types.CodeType)
+)
+"""The code of each closure that a function of snnTorch makes, and its kind."""
+
+
+def _is_released(name: str) -> bool:
+    """Whether snnTorch's surrogate of this name computes what ours does."""
+    made = getattr(_theirs, name)()
+    return isinstance(recognise_surrogate(made), surrogate.Surrogate)
+
+
+# torch.compiler.assume_constant_result sets this, too, but importing it loads the compiler.
+_is_released._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _their_class(name: str) -> Any:
+    found = getattr(library, name, None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+
+
+Neuron: Any = _their_class("SpikingNeuron")
+"""snnTorch's base class of all neurons, or None."""
+
+SEQUENCE_NEURONS: tuple[type[nn.Module], ...] = tuple(
+    kind
+    for name in ("StateLeaky", "LinearLeaky", "AssociativeLeaky", "LeakyParallel")
+    if (kind := _their_class(name)) is not None
+)
+"""snnTorch's neurons that take a whole sequence, (T, N, C), and keep nothing of it."""
+
+Base: Any = _their_class("SConv2dLSTM") or nn.Module
+"""snnTorch's cell, so that isinstance, utils.reset and BPTT know ours; or nn.Module."""
+
+TheirLeaky: Any = _their_class("Leaky") or nn.Module
+"""snnTorch's leaky integrate-and-fire neuron, or nn.Module."""
+
+METHODS: dict[str, Any] = {
+    name: method if str(method.__module__).partition(".")[0] == "snntorch" else None
+    for name in (
+        "forward", "fire", "mem_reset", "_base_state_function", "_base_state_reset_zero",
+        "_base_sub", "_base_zero", "_base_int",
+    )
+    if Base is not nn.Module and (method := getattr(Base, name, None)) is not None
+}  # fmt: skip
+"""What a cell of snnTorch computes with, as it was released; None for what was replaced before."""
+
+_alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
+    """The registered cells of a class that are alive.
+
+    The list is made without a lock, which a fork or a signal handler could find taken. Other
+    threads may make and drop cells meanwhile.
+    """
+    cells = [reference() for reference in _alive.valuerefs()]
+    return [cell for cell in cells if isinstance(cell, kind)]
+
+
+class ListEntry(weakref.ref):
+    """A cell's entry in snnTorch's list, which does not keep the cell alive.
+
+    What snnTorch does to the cells of its list reaches the cell as long as the cell lives. A cell
+    may go while another thread walks the list: the entry then accepts everything that is done to
+    it, where a weakref.proxy would raise.
+    """
+
+    __slots__ = ("_vacancy",)
+    _vacancy: Iterator[bool]
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__(cell)  # type: ignore[call-arg]
+        object.__setattr__(self, "_vacancy", iter((True,)))
+
+    def gives_way(self) -> bool:
+        """Whether the cell has gone; True only once, so that one thread takes its place."""
+        return self() is None and next(self._vacancy, False)
+
+    @property  # type: ignore[misc]  # writable in object
+    def __class__(self) -> type:  # isinstance asks for this attribute
+        cell = self()
+        return ListEntry if cell is None else type(cell)
+
+    def __getattr__(self, name: str) -> Any:
+        cell = self()
+        if cell is None and name in ("syn", "mem"):
+            return torch.zeros(0, device="cpu")
+        return getattr(cell, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        cell = self()
+        if cell is not None:
+            setattr(cell, name, value)
+
+
+def register(cell: nn.Module) -> None:
+    """Let the classmethods of both libraries reach a cell, without keeping the cell alive.
+
+    snnTorch walks ``SpikingNeuron.instances`` in its reset_hidden and detach_hidden, by position:
+    the list never becomes shorter, and a new cell takes the place of one that has gone.
+    """
+    _alive[id(cell)] = cell
+    instances, entry = _instances(), ListEntry(cell)
+    for position, other in enumerate(instances):
+        if type(other) is ListEntry and other.gives_way():
+            instances[position] = entry
+            return
+    instances.append(entry)
+
+
+def take_out(cells: Collection[nn.Module]) -> None:
+    """Take cells out of snnTorch's list, which would hold its own for ever.
+
+    The list keeps its length, because another thread may be walking it by position.
+    """
+    ids, instances = {id(cell) for cell in cells}, _instances()
+    for position, entry in enumerate(instances):
+        if id(entry() if type(entry) is ListEntry else entry) in ids:
+            instances[position] = ListEntry(nn.Module())  # an entry whose module has gone
+
+
+def clear_registries() -> None:
+    """Forget every cell, as ``SpikingNeuron.init()`` does."""
+    _alive.clear()
+    if Neuron is not None:
+        Neuron.instances = []
+
+
+def _instances() -> list[Any]:
+    """snnTorch's list of neurons."""
+    instances = getattr(Neuron, "instances", None)
+    return instances if isinstance(instances, list) else []

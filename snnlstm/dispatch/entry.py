@@ -1,0 +1,227 @@
+"""The look-up of a call, and running it.
+
+All that is static of a call is its key. Behind it stands an :class:`Entry`, which has the plan of
+the native kernels, or the reason for :mod:`snnlstm.reference`. The process has one table of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..calls import algorithms
+from ..calls.call import Call, autocast_dtype
+from ..calls.keys import BoundedDict, key_of
+from ..calls.spec import HALF_TYPES, CellSpec, are_ours
+from ..compat.torch_private import any_autocast, guard_of
+from ..reference import Overrides
+from .checkpoint import in_segments, may_checkpoint
+from .path import NATIVE_PATHS, Path, kernels, native_path, static_reason
+
+
+class Entry:
+    """What follows from all that is static of a call, each static check passed.
+
+    Attributes
+    ----------
+    spec : CellSpec
+    settings : tuple of :func:`_settings`
+    fallback : Path or None
+        Why the reference path must run.
+    training : bool
+        Whether a result may require a gradient.
+    in_float32 : bool
+        Whether each step of a half type runs in float32, as a call of its own.
+    plan : Plan or None
+        Of the native kernels, once they have run.
+    """
+
+    def __init__(
+        self, call: Call, spec: CellSpec, settings: Any, overrides: Overrides | None = None
+    ) -> None:
+        self.spec, self.settings = spec, settings
+        self.fallback = static_reason(call, spec, settings[1], overrides)
+        self.training = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in call[:6]
+        )
+        self.in_float32 = False
+        self.plan: Any = None
+        self._guard: Any = None
+        if self.fallback is None:
+            assert kernels is not None
+            self.in_float32 = call.x.dtype in HALF_TYPES and not settings[0].half_types
+            if not self.in_float32:
+                reason = settings[0].reason_against(kernels.Sizes(call, spec, _operands(call)))
+                self.fallback = reason and Path("reference", reason, slow=True)
+
+    def guard(self, call: Call) -> None:
+        """Let :meth:`serves` know calls like this one."""
+        if call.lengths is None and not any_autocast():
+            tensors = _present(call)
+            self._guard = guard_of(tensors)
+            self._guarded = _guarded(call, tensors, self.settings)
+
+    def serves(self, call: Call, settings: Any) -> bool:
+        """Whether all that is static of a call is as in the one that was guarded."""
+        if self._guard is None or call.lengths is not None:
+            return False
+        tensors = _present(call)
+        return _guarded(call, tensors, settings) == self._guarded and self._guard.check(*tensors)
+
+
+class Entries(dict[Any, Any]):
+    """What cells kept of their calls before the process had one table; old pickles name it."""
+
+
+_entries: BoundedDict[Any, Entry] = BoundedDict()
+
+
+def _present(call: Call) -> Sequence[Tensor]:
+    """The tensors that a call has, without lengths."""
+    if call.bias is not None and call.threshold is not None:
+        return call[:7]  # type: ignore[return-value]
+    return [tensor for tensor in call[:7] if tensor is not None]
+
+
+def _guarded(call: Call, tensors: Sequence[Tensor], settings: Any) -> tuple[Any, ...]:
+    """What is static of a call beside its tensors."""
+    return call.record, torch.is_grad_enabled(), settings, len(tensors)
+
+
+def _key(call: Call, spec: CellSpec, settings: Any) -> Any:
+    """The key of a call, with the settings last; None if it has none.
+
+    A spec with foreign callables has none: the table would keep them alive.
+    """
+    tensors = key_of(call) if spec.serialized else None
+    return None if tensors is None else (spec, tensors, settings)
+
+
+def _settings(x: Tensor) -> Any:
+    """The backend or None, the algorithm, and what else a plan depends on; read once a look-up."""
+    algorithm = algorithms.current
+    backend = None if kernels is None else kernels.BACKENDS.get(x.device.type)
+    return (None, algorithm) if backend is None else backend.settings(algorithm)
+
+
+def _operands(call: Call) -> torch.dtype | None:
+    assert kernels is not None
+    return kernels.operands_of(call, autocast_dtype(call.x.device.type))
+
+
+def entry_of(call: Call, spec: CellSpec, settings: Any, checked: bool = True) -> Any:
+    """The entry of a call, looked up, or made if the call was `checked`; else None."""
+    key = _key(call, spec, settings)
+    entry = _entries.get(key)
+    if entry is None and checked:
+        entry = Entry(call, spec, settings)
+        if key is not None:
+            entry.guard(call)
+            entry = _entries.keep(key, entry)
+    return entry
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+
+Results = tuple[Tensor, Tensor, Tensor, Path]
+"""spk, syn and mem, and what ran."""
+
+
+def run(
+    last: dict[str, Any],
+    call: Call,
+    spec: CellSpec,
+    now: Path | None,
+    overrides: Overrides | None = None,
+    checked: bool = True,
+) -> Any:
+    """Run a call; returns :data:`Results`.
+
+    A call that was not `checked` runs only if one like it was: otherwise None is returned.
+    `last` holds the caller's last entry as ``_entry``, and `now` is :func:`path.recorded_now`'s.
+    """
+    settings = _settings(call.x)
+    if overrides is not None:  # a call with foreign code shares no entry
+        entry: Any = Entry(call, spec, settings, overrides)
+    else:
+        entry = last.get("_entry")
+        if entry is None or entry.spec is not spec or not entry.serves(call, settings):
+            entry = entry_of(call, spec, settings, checked)
+            if entry is None:
+                return None
+            last["_entry"] = entry
+    path = now or entry.fallback
+    if spec.checkpoint and (entry.training or overrides) and may_checkpoint():
+        return _run_in_segments(path, call, entry, overrides)
+    return _run_by(path, call, entry, overrides)
+
+
+def run_traced(
+    call: Call, spec: CellSpec, now: Path | None, overrides: Overrides | None = None
+) -> Results:
+    """Run a call that torch.compile traces.
+
+    The name of a native path says what kind of kernels run; which of them is known afterwards.
+    """
+    algorithm = algorithms.current
+    path = now or static_reason(call, spec, algorithm, overrides, True)
+
+    def traced(part: Call) -> tuple[Tensor, Tensor, Tensor]:
+        if path is not None:
+            return reference.run(part, spec, overrides)
+        assert kernels is not None
+        return kernels.run_operator(part, spec, algorithm)[:3]
+
+    segmented = spec.checkpoint and may_checkpoint()
+    foreign = _is_foreign(spec, overrides)
+    out = in_segments(call, traced, foreign, True) if segmented else traced(call)
+    return (*out, path or NATIVE_PATHS[call.x.device.type])
+
+
+def _run_in_segments(
+    path: Path | None, call: Call, entry: Entry, overrides: Overrides | None
+) -> Results:
+    """Run a call of a cell that checkpoints."""
+    spec = entry.spec
+    inner, ran = replace(spec, checkpoint=False), path
+
+    def segment(part: Call) -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal ran
+        segment_entry = entry if path is not None else entry_of(part, inner, entry.settings)
+        spk, syn, mem, ran = _run_by(path, part, segment_entry, overrides)
+        return spk, syn, mem
+
+    out = in_segments(call, segment, _is_foreign(spec, overrides), False)
+    return (*out, ran or NATIVE_PATHS[call.x.device.type])
+
+
+def _is_foreign(spec: CellSpec, overrides: Overrides | None) -> bool:
+    """Whether code of the user's takes part in a call."""
+    return overrides is not None or not are_ours(spec.surrogate, spec.quant)
+
+
+def _run_by(
+    fallback: Path | None, call: Call, entry: Entry, overrides: Overrides | None
+) -> Results:
+    """Run a call by the implementation that was chosen."""
+    if fallback is not None:
+        return (*reference.run(call, entry.spec, overrides), fallback)
+    assert kernels is not None
+    if entry.in_float32:
+        kernels.check_memory(call)  # torch reads the tensors first
+        spec, settings = entry.spec, entry.settings
+        return kernels.in_float32(
+            call, lambda step: _run_by(None, step, entry_of(step, spec, settings), None)
+        )
+    plan = entry.plan
+    if plan is None:  # an entry made under a torch.func transform has no plan yet
+        spec = replace(entry.spec, checkpoint=False)
+        plan = entry.plan = kernels.plan_of(call, spec, _operands(call), entry.settings)
+    spk, syn, mem, name = kernels.run(plan, call, entry.training)
+    return spk, syn, mem, native_path(name)

@@ -1,0 +1,369 @@
+"""Why the reference path runs a call, if it does.
+
+A :class:`Path` is the answer, which a module shows as ``cell.path``. What holds for all like calls
+is found once (:func:`static_reason`), and the rest is asked in every call
+(:func:`asked_every_call`). Nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..calls import algorithms
+from ..calls.call import Call, autocast_dtype
+from ..calls.keys import OF_TORCH
+from ..calls.spec import DTYPES, CellSpec
+from ..compat import torch_private
+from ..compat.torch_private import (
+    exporting,
+    forward_level,
+    global_hooks,
+    is_tracing,
+    recorder,
+    transforms_are_active,
+)
+from ..native import WAYS_OUT, checkout
+from ..reference import Overrides
+
+logger = logging.getLogger("snnlstm")
+
+
+@dataclass(frozen=True)
+class Path:
+    """The implementation that ran a call.
+
+    Parameters
+    ----------
+    name : str
+        ``"reference"``, or the name of the native kernels, such as ``"cpu-avx2-direct"``.
+    reason : str
+        Why, in plain words.
+    slow : bool, default False
+        Whether the call fell back to the reference path although the caller could expect the native
+        kernels. A cell's first such path is logged.
+    general : bool, default False
+        Whether the reason lies in the installation, the machine or hooks, which tools set on all
+        modules. Each such reason is logged once per process.
+    """
+
+    name: str
+    reason: str
+    slow: bool = False
+    general: bool = False
+
+    @property
+    def native(self) -> bool:
+        """Whether the native kernels ran."""
+        return self.name != "reference"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+class LastPath:
+    """The attribute ``path`` of a module, which tells what ran its last call.
+
+    It has no setter: a module on which the user sets a `path`, also a submodule or a tensor, keeps
+    the user's, and only the log names slow paths.
+    """
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Path | None:
+        """Return the path of the last call, None before the first."""
+        if module is None:
+            return None
+        attributes = module.__dict__
+        for kind in ("_modules", "_parameters", "_buffers"):
+            if "path" in attributes.get(kind, ()):
+                return attributes[kind]["path"]
+        return attributes.get("_path")
+
+
+_MISSING = "the compiled core is missing"
+if _folder := checkout():
+    _MISSING += f" in the checkout {_folder}: {WAYS_OUT}"
+EXPORT = Path("reference", "an export records plain operators")
+_CHOSEN = Path("reference", "set_algorithm or SNNLSTM_ALGORITHM chose it")
+_NATIVE_REASON = "the native kernels cover this call"
+
+try:
+    from ..native import function as kernels
+except ImportError as error:
+    kernels = None  # type: ignore[assignment]
+    if find_spec("snnlstm._C") is not None:
+        _MISSING = f"the compiled core does not load: {error}"
+
+
+@lru_cache(maxsize=64)
+def native_path(name: str) -> Path:
+    """Path of a call that the native kernels called `name` ran."""
+    return Path(name, _NATIVE_REASON)
+
+
+# The paths are made once, here: dynamo cannot trace a call into the core.
+NATIVE_PATHS = {
+    device: native_path(kernels.BACKENDS[device].name())
+    for device in getattr(kernels, "DEVICES", ())
+}
+
+
+# ---- reasons against the kernels ------------------------------------------------------------
+
+
+# A call of a convolution runs these methods of its class, and one of torch's functions.
+_TORCHS = {
+    kind: (kind.__call__, kind.forward, getattr(kind, "_conv_forward", None))
+    for kind in (nn.Conv1d, nn.Conv2d)
+}
+_FUNCTIONS = F.conv1d, F.conv2d
+ONES = {1: (1,), 2: (1, 1)}  # a stride of 1, by the dimensions of an image
+
+
+HOOKS, GLOBAL_HOOKS = "carries hooks", "global module hooks are registered"
+REPLACED, CONV_HOOKS = "forward was replaced", f"conv {HOOKS}"
+
+
+def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> str | None:
+    """What makes a call of the module more than its class's forward; None if nothing does.
+
+    Forward hooks of a `harmless` type do not count.
+    """
+    attributes = module.__dict__
+    hooks = attributes["_forward_hooks"]
+    if (
+        attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or (hooks and not all(isinstance(hook, harmless) for hook in hooks.values()))
+    ):
+        return HOOKS
+    if global_hooks():
+        return GLOBAL_HOOKS
+    return REPLACED if "forward" in attributes else None
+
+
+def reason_against_conv(
+    conv: nn.Module,
+    kind: type[nn.Conv1d | nn.Conv2d],
+    spec: CellSpec,
+    weight_shape: tuple[int, ...] | None = None,
+) -> str | None:
+    """Why the kernels cannot stand in for a call of the cell's `conv`; None if they can.
+
+    They can where `conv` is a plain instance of `kind` of the geometry of `spec` (and of
+    `weight_shape`, if given) whose forward was neither replaced nor hooked: only then is calling it
+    the same as using its weight.
+    """
+    if type(conv) is not kind:
+        return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
+    attributes, released = conv.__dict__, _TORCHS[kind]
+    found = beyond_forward(conv)
+    if found is not None and found is not REPLACED:
+        return CONV_HOOKS if found is HOOKS else found
+    if (
+        found is REPLACED
+        or "_conv_forward" in attributes
+        or kind.__call__ is not released[0]
+        or kind.forward is not released[1]
+        or getattr(kind, "_conv_forward", None) is not released[2]
+        or (F.conv1d, F.conv2d) != _FUNCTIONS
+    ):
+        return f"conv.{REPLACED}"
+    dims, padding = len(attributes["stride"]), attributes["padding"]
+    if (
+        attributes["stride"] != ONES[dims]
+        or padding not in (spec.padding[-dims:], "same")
+        or attributes["dilation"] != spec.dilation[-dims:]
+        or attributes["groups"] != 1
+        or attributes["padding_mode"] != "zeros"
+        or (weight_shape is not None and tuple(conv.weight.shape) != weight_shape)
+    ):
+        return "conv has another geometry than the cell"
+    return None
+
+
+def dtype_source(conv: Any, x: Any, default: Any) -> Tensor:
+    """A tensor of a foreign conv's dtype and device: a parameter, x, or `default`."""
+    for parameter in conv.parameters() if isinstance(conv, nn.Module) else ():
+        if parameter.dtype in DTYPES:
+            return parameter
+    return x if isinstance(x, Tensor) and x.dtype in DTYPES else default
+
+
+def asked_every_call(
+    conv: Any,
+    kind: type[nn.Conv1d | nn.Conv2d],
+    spec: CellSpec,
+    channels: tuple[int, int] | None = None,
+    fire: Any = None,
+    mem_reset: Any = None,
+    traced: bool = False,
+) -> tuple[Path | None, Overrides | None]:
+    """What no key of a call tells: :func:`recorded_now`, and the foreign code that takes part.
+
+    The second is None where the cell and its conv are plain. `channels`, Cin and C, are given where
+    the weight's shape is not known to fit. `fire` and `mem_reset` are methods that a subclass or
+    the cell itself overrides.
+
+    Raises
+    ------
+    ValueError
+        If the cell has a stride, which needs a plain conv.
+    """
+    now, shape = recorded_now(traced), None
+    if channels is not None:
+        kernel = spec.kernel_size[-1:] if kind is nn.Conv1d else spec.kernel_size
+        shape = 4 * channels[1], sum(channels), *kernel
+    reason = reason_against_conv(conv, kind, spec, shape)
+    if reason is not None and spec.stride != (1, 1):
+        raise ValueError(
+            f"conv must be a plain nn.{kind.__name__} without hooks where stride is not 1: {reason}"
+        )
+    if reason is None and fire is None and mem_reset is None:
+        return now, None
+    return now, Overrides(None if reason is None else conv, reason, fire, mem_reset)
+
+
+def reason_now() -> Path | None:
+    """Why plain torch must run a call that has no key: something records it, or the user says so.
+
+    The user's choice is no fallback, so the log does not name it. It holds for every device.
+    """
+    return recorded_now() or (_CHOSEN if algorithms.current == "reference" else None)
+
+
+def recorded_now(traced: bool = False) -> Path | None:
+    """Why plain torch must run any call now: because something records or transforms it."""
+    if exporting():
+        return EXPORT
+    if transforms_are_active():
+        return Path("reference", "a torch.func transform is active")
+    if not traced:
+        if is_tracing() or recorder() is not None:
+            return Path("reference", "tracing records plain operators")
+        if forward_level() >= 0:
+            return Path("reference", "forward-mode differentiation is active")
+    return None
+
+
+def static_reason(
+    call: Call, spec: CellSpec, algorithm: str, overrides: Overrides | None, traced: bool = False
+) -> Path | None:
+    """Why the reference path must run a call and all like calls; None where the kernels can.
+
+    The first reason counts. Those that no user can change for the better come first.
+    """
+    if algorithm == "reference":
+        return _CHOSEN
+    device, threshold, graded = call.x.device, call.threshold, call.graded
+    if overrides is not None and overrides.conv is not None:  # a foreign conv may have no weight
+        call = call._replace(weight=call.x)
+    if not traced:
+        if not OF_TORCH.issuperset(map(type, call[:7])):
+            return Path("reference", "a tensor is of a subclass")
+        if call.weight.layout is not torch.strided:
+            return Path("reference", "weight is not strided")
+        if any(tensor.is_neg() for tensor in call[:4]):
+            return Path("reference", "a tensor is a lazily negated view")
+    if call.x.numel() == 0:
+        return Path("reference", "x is empty")
+    if overrides is not None:
+        if overrides.fire is not None or overrides.mem_reset is not None:
+            return Path("reference", "fire or mem_reset is overridden", slow=True)
+        general = overrides.reason in (CONV_HOOKS, GLOBAL_HOOKS)
+        return Path("reference", str(overrides.reason), slow=True, general=general)
+    against = against_device(device, traced)
+    if device.type not in ("cpu", "cuda"):
+        return against
+    reason = spec.reason_against_kernels(call.x.dtype)
+    if reason is None and threshold is not None and graded is not None:
+        count, shape = threshold.numel(), threshold.shape
+        if count != 1 and not (len(shape) >= 3 and count == shape[-3]):
+            reason = "the threshold varies along the batch or the image"
+        elif graded.numel() != 1:
+            reason = "graded_spikes_factor is not a single number"
+        elif graded.requires_grad:
+            reason = "graded_spikes_factor requires a gradient"
+    if reason is not None:
+        return Path("reference", reason, slow=True)
+    return against or _faster_in_torch(call, algorithm)
+
+
+_AMX_CHANNELS = 32
+"""The fewest channels of x with which torch's training under autocast is faster on AMX.
+
+Timed on a Xeon, snnTorch's time over the kernels': 2->32 1.5, 32->64 0.9, 64->128 0.56, and a
+network around 32->1 0.7 (benchmarks/NOTES.md). AMX multiplies 32 numbers of bfloat16 at a time.
+"""
+
+
+def _faster_in_torch(call: Call, algorithm: str) -> Path | None:
+    """Why torch's convolutions should run, where they multiply at twice the kernels' rate or more.
+
+    Any algorithm but "auto" forces the kernels.
+    """
+    if (
+        not torch_private.multiplies_bfloat16
+        or call.x.device.type != "cpu"
+        or call.x.shape[-3] < _AMX_CHANNELS
+        or autocast_dtype("cpu") is not torch.bfloat16
+        or algorithm != "auto"
+        or not torch.is_grad_enabled()
+        or not any(tensor is not None and tensor.requires_grad for tensor in call[:6])
+    ):
+        return None
+    return Path(
+        "reference",
+        "torch trains this layer faster under autocast: the processor multiplies bfloat16 (AMX); "
+        'set_algorithm("direct") and "winograd" force the kernels',
+    )
+
+
+def against_device(device: torch.device, traced: bool = False) -> Path | None:
+    """Why the reference path runs all calls on a device; None where the kernels can."""
+    if device.type not in ("cpu", "cuda"):
+        also = "; the CPU has native kernels" if device.type == "mps" and kernels else ""
+        return Path("reference", f"there are no kernels for device {device.type}{also}", slow=True)
+    if kernels is None:
+        return Path("reference", _MISSING, slow=True, general=True)
+    reason = kernels.reason_against_device(device, traced)
+    return None if reason is None else Path("reference", reason, slow=True, general=True)
+
+
+# ---- the log ------------------------------------------------------------------------------------
+
+
+_logged: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""What was logged of a module, or of this package, for which :class:`Path` stands."""
+
+
+def log_once(module: nn.Module | None, topic: str, text: str, *args: Any) -> None:
+    """Log a warning, if it is the first on a topic of a module, or of this process if None."""
+    logged = _logged.setdefault(Path if module is None else module, set())
+    if topic not in logged:
+        logged.add(topic)
+        logger.warning(text, *args)
+
+
+def log_fallback(path: Path, cell: nn.Module) -> None:
+    """Log the first slow path of a cell.
+
+    A general reason says nothing about the cell and is logged once per process. Hooks that tools
+    set on every module, to count operations or to print summaries, are such a reason.
+    """
+    who, text = type(cell).__name__, "%s takes the reference path, which is slower: %s"
+    if path.general:
+        log_once(None, path.reason, text, who, path.reason)
+    elif "path" not in _logged.get(cell, ()):
+        who = f"{who}({cell.extra_repr()})"
+        if name := getattr(cell, "_layer_name", ""):
+            who = f"layer {name}, {who},"
+        log_once(cell, "path", text, who, path.reason)

@@ -1,0 +1,296 @@
+"""What cuDNN convolves of the cell on CUDA, in the place of the kernels.
+
+"cudnn": cuDNN convolves x of several steps at once, and mem step by step; the kernels do what is
+of the neurons alone.
+"hybrid": the kernels go through the steps, and cuDNN forms the gradients of x, weight and bias over
+all steps at once. Results and what is saved are laid out as those of the kernels. So is the
+gradient of the gate sums:
+
+    d_gates   (T, N, Ho * Wo, 4 Cp)
+    mems      (T, N, Ho * Wo, Cp), mem before each step
+
+Cp is C, padded to whole vectors. To torch these are channels-last images of 4 Cp and Cp channels,
+which are made contiguous where cuDNN is faster then (`plan.contiguous`). It multiplies numbers of
+the type `plan.work`. The gate sums and d_gates are of the type `plan.sums_dtype`. The host does not
+know the lengths of samples, so padded samples are convolved, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from ..calls.call import Call
+from ..calls.lengths import length_mask
+from ..compat.torch_private import convolution
+from .plan import BackwardInputs, Gradients, Result, empty_gradients, pointer, strided
+
+MOST_SUMS = 64 << 20
+"""Bytes of x's gate sums that are formed at once, where these are of several steps."""
+
+# Each `plan` here is a cuda.Plan.
+NeuronPointers = tuple[int, int, int, int]
+"""Addresses of threshold, its stride, graded factor and levels."""
+
+
+class Geometry(NamedTuple):
+    """What torch convolves: the kernel without the `outer` rows and columns of taps on either side,
+    which only ever meet the border."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int]
+    outer: tuple[int, int]
+
+    def inner(self, weight: Tensor) -> Tensor:
+        """The weight of the kernel."""
+        if self.outer == (0, 0):
+            return weight
+        for axis, outer, size in zip((2, 3), self.outer, self.kernel, strict=True):
+            weight = weight.narrow(axis, outer, size)
+        return weight.contiguous()
+
+    def whole(self, grad: Tensor) -> Tensor:
+        """The gradient of the whole weight."""
+        h, w = self.outer
+        return grad if (h, w) == (0, 0) else F.pad(grad, (w, w, h, h))
+
+
+def _steps(tensor: Tensor, sequence: bool) -> Tensor:
+    """The tensor of a sequence or of a step call, with a time axis."""
+    return tensor if sequence else tensor.unsqueeze(0)
+
+
+def images_of(pixels: Tensor, mem: Tensor) -> Tensor:
+    """(..., Ho * Wo, channels) as (..., channels, Ho, Wo), without a copy."""
+    return pixels.unflatten(-2, mem.shape[-2:]).movedim(-1, -3)
+
+
+def _ordered(plan: Any, images: Tensor) -> Tensor:
+    """The images in the type, and in the order, that cuDNN convolves fastest."""
+    images = images.to(plan.work)
+    return images.contiguous() if plan.contiguous else images
+
+
+def _part(plan: Any, weight: Tensor, d_gates: Tensor) -> Tensor:
+    """Weight (4C, ...) with zeros for the padding between gates, as d_gates have it."""
+    weight = plan.geometry.inner(weight.detach().to(plan.work)).contiguous()
+    padding = (d_gates.shape[-1] - weight.shape[0]) // 4
+    if padding == 0:
+        return weight
+    pad = (0, 0) * (weight.dim() - 1) + (0, padding)
+    return F.pad(weight.unflatten(0, (4, -1)), pad).flatten(0, 1)
+
+
+def _left(call: Call, t: int) -> Tensor | None:
+    """How many steps each sample has from step t on. The kernels skip padded samples."""
+    return None if call.lengths is None else call.lengths - t
+
+
+def forward(
+    plan: Any,
+    run: Callable[[tuple], None],
+    call: Call,
+    neurons: NeuronPointers,
+    bias: int,
+    result: Result,
+) -> None:
+    """cuDNN convolves, the kernels do the rest of each step by `run`, of one step.
+
+    x of several steps is convolved at once, in `plan.real`: of half types the kernels add x's sums
+    before they are rounded. x of one step is convolved with mem, if it has no stride.
+    """
+    syn, mem, geometry = call.syn, call.mem, plan.geometry
+    xs, at_once = _steps(call.x, call.sequence), plan.steps_at_once
+    together = at_once == 1 and geometry.stride == (1, 1)
+    weight = geometry.inner(call.weight.detach().to(plan.work))
+    if not together:  # each convolution would copy a half that is not contiguous
+        x_weight, weight = (w.contiguous() for w in weight.split([plan.cin, plan.c], 1))
+        x_weight = x_weight.to(plan.real)
+    spks, last = _steps(result.spk, call.sequence), plan.time - 1
+    for t, x in enumerate(xs):
+        spk: Tensor | None = spks[t]
+        images, x_sums = mem.to(plan.work), None
+        with torch.autocast(x.device.type, enabled=False):  # plan.work decides
+            if together:
+                images = torch.cat([x.to(plan.work), images], 1)
+            elif t % at_once == 0:
+                some = xs[t : t + at_once].to(plan.work).to(plan.real)
+                sums_of_x = _convolve(plan, some.flatten(0, 1), x_weight, geometry.stride)
+                sums_of_x = sums_of_x.unflatten(0, some.shape[:2])
+            sums = _convolve(plan, images, weight, (1, 1)).to(plan.sums_dtype)
+        if not together:
+            x_sums = sums_of_x[t % at_once]
+        # Without record the states are updated in place, each neuron by one thread.
+        out_syn = result.syn[t] if call.record else result.syn
+        out_mem = result.mem[t] if call.record else result.mem
+        h_alone = not plan.spec.spiking and not call.record and call.lengths is None
+        if t < last and h_alone:
+            spk, out_mem = None, spks[t]  # spk is mem, and the next step reads it there
+        left = _left(call, t)
+        # With lengths the kernels must write the states of every step, which the next one reads.
+        run((
+            None, strided(syn), strided(mem), 0, 0, 0, *neurons, call.record or left is not None,
+            *plan.saved.addresses(result.saved, t), pointer(left), 0, 0,
+            bias, strided(sums), strided(x_sums), strided(spk), strided(out_syn), strided(out_mem),
+        ))  # fmt: skip
+        syn, mem = out_syn, out_mem
+
+
+def backward(
+    plan: Any,
+    given: BackwardInputs,
+    run_steps: Callable[[Gradients, Tensor, Tensor | None], None],
+) -> Gradients:
+    """The wanted gradients. cuDNN forms those of x, weight and bias after the steps.
+
+    `run_steps` fills in the gradients of syn, mem and threshold, d_gates, and mems, if given, whose
+    first step is there already.
+    """
+    call, x, wanted = given.call, given.call.x, given.wanted
+    out = empty_gradients(x, plan.gradient_memory, (*wanted[:3], False, False, wanted[5]))
+    d_gates = x.new_empty(plan.d_gates_shape, dtype=plan.sums_dtype)
+    mems = _empty_mems(call, d_gates) if wanted[3] else None
+    if call.lengths is not None:
+        d_gates.zero_()
+        x = torch.where(length_mask(call.lengths, plan.time), x, 0)
+    run_steps(out, d_gates, mems)
+    if out.x is not None:
+        _data_gradient(plan, call, d_gates, out.x)
+    mem = None if mems is None else images_of(mems, call.mem)
+    weight, bias = _weight_gradient(plan, _steps(x, call.sequence), mem, d_gates, wanted[3:5])
+    return out._replace(weight=weight, bias=bias)
+
+
+def steps_backward(
+    plan: Any,
+    run: Callable[[tuple], None],
+    workspace: int,
+    given: BackwardInputs,
+    neurons: NeuronPointers,
+    out: Gradients,
+    d_gates: Tensor,
+    mems: Tensor | None,
+) -> None:
+    """The kernels do a step's neurons by `run`, last step first; cuDNN forms the gradient of mem.
+
+    `out` gets the gradients of syn, mem and threshold that it has memory for, `d_gates` and
+    `mems`, if given, what the module's docstring says.
+    """
+    call, _, saved, grads, noise, _ = given
+    syn, mem, record = call.syn, call.mem, call.record
+    saved_syn = plan.saved.part(saved, 1)
+    grad_spk, into_syn, into_mem = grads
+    recorded_syn, recorded_mem = (into_syn, into_mem) if record else (None, None)
+    if record:
+        into_syn = into_mem = None
+    noise, grad_spk = (None if t is None else _steps(t, call.sequence) for t in (noise, grad_spk))
+    c, last = mem.shape[1], plan.time - 1
+    mem_weight = _part(plan, call.weight[:, -c:], d_gates)
+    d_syn = torch.empty_like(syn) if out.syn is None else out.syn
+    d_threshold = None if out.threshold is None else call.x.new_empty((last + 1, c))
+    live = None if call.lengths is None else length_mask(call.lengths, last + 1)
+    if live is not None:  # the gradients of padded samples stay as they were given
+        into_syn = d_syn.zero_() if into_syn is None else d_syn.copy_(into_syn)
+    for t in range(last, -1, -1):
+        into_syn = _sum(into_syn, recorded_syn, t)
+        into_mem = _sum(into_mem, recorded_mem, t)
+        left = _left(call, t)
+        run((
+            None, strided(syn if t == 0 else images_of(saved_syn[t - 1], mem)[:, :c]), None,
+            0, 0, 0, *neurons, record or left is not None,
+            *plan.saved.addresses(saved, t), pointer(left), 0, workspace,
+            strided(None if noise is None else noise[t]),
+            strided(None if grad_spk is None else grad_spk[t]),
+            strided(into_syn), strided(into_mem), None, strided(d_syn), None, 0, 0,
+            pointer(None if d_threshold is None else d_threshold[t]),
+            d_gates[t].data_ptr(), 0 if mems is None or t == last else mems[t + 1].data_ptr(),
+        ))  # fmt: skip
+        into_syn, before, into_mem = d_syn, into_mem, None
+        if t > 0 or out.mem is not None:
+            step_grads = _ordered(plan, images_of(d_gates[t], mem))
+            options = 1, plan.geometry.padding, plan.geometry.dilation
+            into_mem = conv2d_input(mem.shape, mem_weight, step_grads, *options).to(mem.dtype)
+        if live is not None and into_mem is not None:
+            into_mem = torch.where(live[t], into_mem, 0 if before is None else before)
+    if out.mem is not None and into_mem is not None:
+        out.mem.copy_(into_mem)
+    if out.threshold is not None and d_threshold is not None:
+        torch.sum(d_threshold, 0, out=out.threshold)
+
+
+def _empty_mems(call: Call, d_gates: Tensor) -> Tensor:
+    """Memory for mem before each step, which holds that before the first."""
+    *shape, gates = d_gates.shape
+    new = call.mem.new_empty if call.lengths is None else call.mem.new_zeros
+    mems = new((*shape, gates // 4), dtype=d_gates.dtype)
+    images_of(mems[0], call.mem)[:, : call.mem.shape[1]].copy_(call.mem)
+    return mems
+
+
+def _data_gradient(plan: Any, call: Call, d_gates: Tensor, out: Tensor) -> None:
+    """The gradient of x at all steps, from that of the gate sums."""
+    geometry, x = plan.geometry, _steps(call.x, call.sequence)
+    x_weight = _part(plan, call.weight[:, : x.shape[2]], d_gates)
+    grads = images_of(d_gates.flatten(0, 1), call.mem)
+    shape = (len(grads), *x.shape[2:])
+    options = geometry.stride, geometry.padding, geometry.dilation
+    out.copy_(conv2d_input(shape, x_weight, _ordered(plan, grads), *options).view_as(out))
+
+
+def _weight_gradient(
+    plan: Any, x: Tensor, mem: Tensor | None, d_gates: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias over all steps, as `wanted`.
+
+    x is (T, N, Cin, H, W), and `mem`, (T, N, C or more, Ho, Wo), is that before each step, which
+    only the weight's gradient needs.
+    """
+    geometry, gates, c, dtype = plan.geometry, d_gates.shape[-1], plan.c, plan.dtype
+    d_weight = d_bias = None
+    if wanted[0]:
+        assert mem is not None
+        grads = _ordered(plan, images_of(d_gates, mem).flatten(0, 1))
+        halves = []
+        for images, stride in (x, geometry.stride), (mem, (1, 1)):
+            images = _ordered(plan, images.flatten(0, 1))
+            shape = gates, images.shape[1], *geometry.kernel
+            halves.append(
+                conv2d_weight(images, shape, grads, stride, geometry.padding, geometry.dilation)
+            )
+        both = geometry.whole(torch.cat([halves[0], halves[1][:, :c]], 1))
+        d_weight = both.unflatten(0, (4, -1))[:, :c].flatten(0, 1).to(dtype)
+    if wanted[1]:
+        sums = d_gates.sum((0, 1, 2), dtype=torch.promote_types(torch.float32, dtype))
+        d_bias = sums.unflatten(0, (4, -1))[:, :c].flatten().to(dtype)
+    return d_weight, d_bias
+
+
+def _sum(carried: Tensor | None, recorded: Tensor | None, step: int) -> Tensor | None:
+    """What reaches a recorded state: from later steps, and from the caller."""
+    if recorded is None:
+        return carried
+    return recorded[step] if carried is None else carried + recorded[step]
+
+
+def _convolve(plan: Any, images: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
+    """Gate sums without the bias, which the kernels add."""
+    geometry = plan.geometry
+    if images.device.type == "cpu":  # the emulator's sums must not depend on the layout
+        images, weight = images.contiguous(), weight.contiguous()
+    given = images, weight, None, stride, geometry.padding, geometry.dilation
+    if images.dtype == plan.work or convolution is None:
+        return F.conv2d(*given)
+    # Half types in float32: tf32 holds them exactly, so it may multiply them whatever torch's
+    # setting says.
+    cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    deterministic |= cudnn.deterministic
+    return convolution(
+        *given, False, (0, 0), 1, cudnn.benchmark, deterministic, cudnn.enabled, allow_tf32=True
+    )

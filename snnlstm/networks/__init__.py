@@ -1,0 +1,1 @@
+"""Networks over time: stacks of layers, rates of spikes, and exchanges with snnTorch."""

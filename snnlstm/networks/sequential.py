@@ -1,0 +1,437 @@
+"""A stack of layers over whole sequences, whose cells get all steps in one call."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calls.call import SIZES
+from ..calls.lengths import checked_lengths, mask_padding
+from ..calls.spec import flag
+from ..compat.snntorch import SEQUENCE_NEURONS
+from ..dispatch.path import log_once
+from ..neurons.leaky import Leaky
+from ..neurons.sconv2dlstm import SConv2dLSTM
+from .layers import (
+    CELL,
+    LARGEST_STACKED,
+    ONE_CALL,
+    PER_SAMPLE,
+    TAKES,
+    TO_STACK,
+    LayerReport,
+    changed,
+    not_per_sample,
+    report_of,
+    unshared,
+)
+from .padded import Frozen, pad
+from .stack import stack
+
+Named = tuple[str, nn.Module]  # a layer and its name
+
+# ---- how a layer goes through a sequence --------------------------------------------------------
+
+
+class Sequential(nn.Sequential):
+    """Time-distributed ``nn.Sequential``: takes and returns sequences, (T, N, ...).
+
+    The results, the gradients and the final states are those of a loop over the steps that calls
+    the layers one after the other, but each cell gets all steps in one call. After a call
+    :attr:`report` shows which of three kinds of calls each layer got:
+
+    - *sequence*: :class:`SConv2dLSTM`, :class:`Leaky` (on the CPU where a step is at most 128 KiB),
+      and snnTorch's StateLeaky, LinearLeaky, AssociativeLeaky and LeakyParallel, one call for all
+      steps. These four of snnTorch's keep no state: each call starts anew;
+    - *fold*: layers of torch that treat every sample by itself, one call with all steps as a batch:
+      Conv1d, Conv2d, Linear, Flatten, Identity, ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool1d,
+      MaxPool2d, AvgPool1d, AvgPool2d, AdaptiveAvgPool2d, GroupNorm, and in evaluation BatchNorm1d,
+      BatchNorm2d, Dropout and Dropout2d;
+    - *step*: all other layers, one call for each step: snnTorch's other neurons, batch norm in
+      training (its statistics are those of one step), dropout in training (a new mask for every
+      step), layers with hooks, modules that are not known here, and on the CPU layers whose input
+      or output at one step exceeds 128 KiB. Several such layers run together: all of them for one
+      step, then for the next.
+
+    The layers of a stack within the stack are reported one by one. If a layer returns a tuple, such
+    as ``spk, syn, mem``, the next layer gets its first item. The last layer's tuple is returned,
+    with every item stacked over time.
+
+    ``snnlstm.Sequential(*net)`` makes one from the layers of an ``nn.Sequential``; :meth:`of` also
+    keeps their names. Cells and neurons start from their stored states, as in step calls: reset
+    them before every new sequence with :meth:`SConv2dLSTM.reset_hidden`, or with
+    ``snntorch.utils.reset(net)`` after ``import snntorch.utils``.
+
+    If layers share a state, such as one cell in two places, all layers run step by step, and the
+    log names the cells. Several random layers (dropout) may draw the same random numbers in
+    another order than in the loop.
+
+    Parameters
+    ----------
+    *layers : nn.Module
+        As for an nn.Sequential; a dictionary of named layers works, too.
+    batch_first : bool, default False
+        Sequences are (N, T, ...), those that are returned too. The setting of the outermost stack
+        counts.
+
+    Attributes
+    ----------
+    report : tuple of LayerReport, or None
+        How each layer ran in the last call; None before it, and under torch.compile.
+
+    Examples
+    --------
+    >>> net = snnlstm.Sequential(
+    ...     snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.05, max_pool=2, init_hidden=True),
+    ...     nn.Flatten(),
+    ...     nn.Linear(8 * 16 * 16, 10),
+    ... )
+    >>> net(torch.rand(20, 4, 2, 32, 32)).shape  # (T, N, C, H, W) -> (T, N, 10)
+    torch.Size([20, 4, 10])
+    """
+
+    report: tuple[LayerReport, ...] | None = None
+
+    def __init__(self, *layers: Any, batch_first: bool = False) -> None:
+        one = layers[0] if len(layers) == 1 else None
+        _check_modules(one.values() if isinstance(one, dict) else layers)
+        super().__init__(*layers)
+        self.batch_first: bool = flag("batch_first", batch_first)
+
+    def __getitem__(self, index: Any) -> Any:
+        found: Any = super().__getitem__(index)
+        if isinstance(index, slice):
+            found.batch_first = self.batch_first
+        return found
+
+    def __add__(self, other: nn.Sequential) -> Sequential:
+        return type(self).of(super().__add__(other), self.batch_first)
+
+    def __mul__(self, other: int) -> Sequential:
+        return type(self).of(super().__mul__(other), self.batch_first)
+
+    def extra_repr(self) -> str:
+        """Arguments that differ from their defaults."""
+        return "batch_first=True" if self.batch_first else ""
+
+    @classmethod
+    def of(cls, net: nn.Sequential, batch_first: bool = False) -> Sequential:
+        """Make a stack with the layers, names, mode and state_dict of `net`.
+
+        Hooks on `net` itself stay behind.
+
+        Raises
+        ------
+        TypeError
+            If `net` is not an nn.Sequential, or has a forward of its own.
+        """
+        kind = type(net).__name__
+        if not isinstance(net, nn.Sequential):
+            raise TypeError(f"net must be an nn.Sequential, got {kind}")
+        if not _is_stack(net) or "forward" in net.__dict__:
+            raise TypeError(
+                f"net must have nn.Sequential's forward, got {kind} with a forward of its own, "
+                "which would be lost: Sequential(net) keeps it as one layer"
+            )
+        new = cls(OrderedDict(net._modules), batch_first=batch_first)
+        new.training = net.training
+        return new
+
+    def forward(self, x: Tensor, lengths: Any = None) -> Any:
+        """Run all layers over a sequence.
+
+        x (T, N, ...), or (N, T, ...) with `batch_first`, `lengths`, the result and the errors are
+        those of :func:`unroll`.
+        """
+        out, report = _over_time(x, self._modules.items(), self.batch_first, lengths)
+        if not torch.compiler.is_compiling():
+            self.report = report
+        return out
+
+
+def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: Any = None) -> Any:
+    """Run layers over a sequence, as :class:`Sequential` does, without making a module of them.
+
+    It serves the ``forward`` of a network that keeps its layers under its own names: nothing is
+    registered, so the network's state_dict stays the same. ::
+
+        def forward(self, x):  # (T, N, C, H, W)
+            return snnlstm.unroll(x, self.lstm1, self.lstm2, nn.Flatten(), self.fc, self.lif)
+
+    A cell or neuron goes on from its stored state, also with ``init_hidden=False``: reset it first.
+    ``unroll`` gives no report: ``snnlstm.Sequential(*layers)`` makes a module of the same layers,
+    whose :attr:`Sequential.report` tells how each of them ran.
+
+    Parameters
+    ----------
+    x : Tensor
+        (T, N, ...), or (N, T, ...) with `batch_first`; T at least 1.
+    *layers : nn.Module
+        In order. If a layer returns a tuple, the next one gets its first item.
+    batch_first : bool, default False
+        Sequences are (N, T, ...), those that are returned too.
+    lengths : Tensor or list of int, optional
+        (N,) ints, the steps of each sample, between 0 and T. After its last step a sample is
+        padded: its spikes are 0, and its states in cells and neurons stay as they are. So the mem
+        that a last Leaky returns repeats its last value, and a sum over time counts the padding:
+        ``mem * (torch.arange(T)[:, None, None] < lengths[:, None])`` masks it. Numbers on a GPU are
+        not checked, but clamped.
+
+    Returns
+    -------
+    Tensor or tuple of Tensor
+        The last layer's outputs of all steps, stacked. A layer that returns one number a step gives
+        (T,), also with `batch_first`.
+
+    Raises
+    ------
+    TypeError
+        If x is not a tensor, a layer is not a module, or a layer returns anything but tensors.
+    ValueError
+        If x has no step, or is not a sequence for a layer that takes sequences; if a layer returns
+        tensors of another shape at another step, or a neuron that takes sequences stands beside
+        layers that share a state.
+
+    Examples
+    --------
+    >>> cell = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.05, max_pool=2)
+    >>> snnlstm.unroll(torch.rand(20, 4, 2, 32, 32), cell, nn.Flatten()).shape
+    torch.Size([20, 4, 2048])
+    """
+    _check_modules(layers)
+    named = [(str(position), layer) for position, layer in enumerate(layers)]
+    return _over_time(x, named, flag("batch_first", batch_first), lengths)[0]
+
+
+def _check_modules(layers: Iterable[Any]) -> None:
+    for layer in layers:
+        if not isinstance(layer, nn.Module):
+            name = getattr(layer, "__name__", type(layer).__name__)
+            hint = "such as nn.ReLU() in the place of torch.relu"
+            if isinstance(layer, (list, tuple)):
+                hint = "each an argument of its own: a * in front of the list unpacks it"
+            raise TypeError(f"layers must be modules, {hint}, got {name}")
+
+
+# ---- running ----------------------------------------------------------------------------------
+
+
+def _over_time(
+    x: Tensor, modules: Iterable[Named], batch_first: bool, lengths: Any
+) -> tuple[Any, tuple[LayerReport, ...]]:
+    """Run the layers over a sequence; returns their results, and how each layer ran."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dim() < 2 or x.shape[1 if batch_first else 0] == 0:
+        shape = "(N, T, ...)" if batch_first else "(T, N, ...)"
+        raise ValueError(f"x must have shape {shape} with at least one step, got {tuple(x.shape)}")
+    x = x.transpose(0, 1) if batch_first else x
+    traced = torch.compiler.is_compiling()
+    if lengths is not None:
+        lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
+    layers, shared = list(_layers(modules, "")), _shared_state(modules)
+    # A shared state changes in the order of the loop, so all layers then go step by step.
+    by_step = shared and f"layer {shared} is in several places and may keep a state"
+    time, out, before = x.shape[0], x, ""
+    folded: torch.Size | None = None  # (T, N) while `out` has all steps as one batch
+    reports: list[LayerReport] = []
+    while rest := layers[len(reports) :]:
+        name, layer = rest[0]
+        x = _first_item(before, out)
+        whole = x if folded is None else x.unflatten(0, folded)
+        report = _report_of(name, layer, whole, whole.dim() - 1, time, by_step)
+        if lengths is not None and not reports and report.kind != "sequence":
+            x = mask_padding(x, lengths)  # a NaN in the padding must not reach a gradient
+        if folded is not None and report.kind != "fold":
+            x, folded = whole, None
+        if report.kind == "step":
+            out = _step_by_step(rest, x, lengths, by_step, reports)
+        elif report.kind == "sequence":
+            out = _sequence(name, layer, x, lengths, last=len(rest) == 1)
+            reports.append(report)
+        else:
+            if folded is None:
+                x, folded = x.flatten(0, 1), x.shape[:2]
+            out = layer(unshared(x, layer))
+            reports.append(report)
+        before = reports[-1].name
+    if folded is not None:
+        out = out.unflatten(0, folded)
+    if lengths is not None and reports and reports[-1].reason in PER_SAMPLE:
+        out = mask_padding(out, lengths)
+    if not traced:
+        _log_oddities(layers, reports, batch_first)
+    return (_exchanged(out) if batch_first else out), tuple(reports)
+
+
+def _layers(modules: Iterable[tuple[str, Any]], prefix: str) -> Iterator[Named]:
+    """Yield names and layers in order; the layers of a plain nn.Sequential take its place."""
+    for name, layer in modules:
+        if _is_stack(layer) and changed(layer) is None:
+            yield from _layers(layer._modules.items(), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", layer
+
+
+def _is_stack(layer: nn.Module) -> bool:
+    """Whether a call of the layer is no more than one call of each of its layers, in order."""
+    return type(layer).forward in (nn.Sequential.forward, Sequential.forward)
+
+
+def _shared_state(modules: Iterable[Named]) -> str | None:
+    """Name of a layer that occurs twice and may keep a state; None if there is none."""
+    seen: set[int] = set()
+    for first, layer in modules:
+        without: set[int] = set()  # ids of modules that keep no state
+        for name, module in layer.named_modules(prefix=first, remove_duplicate=False):
+            if type(module) in SEQUENCE_NEURONS:
+                without.update(map(id, module.modules()))
+            repeats = id(module) in seen - without
+            seen.add(id(module))
+            if repeats and not _is_stack(module) and (changed(module) or not_per_sample(module)):
+                return name
+    return None
+
+
+def _log_oddities(layers: list[Named], reports: list[LayerReport], batch_first: bool) -> None:
+    """Log, once for each cell, why it goes step by step, and that the stack exchanges its axes."""
+    for (name, layer), report in zip(layers, reports, strict=True):
+        said = []
+        if report.kind == "step" and isinstance(layer, CELL) and report.reason != TO_STACK:
+            said.append(f"runs step by step: {report.reason}")
+        if not batch_first and isinstance(layer, SConv2dLSTM) and layer.batch_first:
+            said.append(
+                "has batch_first=True, and the stack, whose setting counts, has batch_first=False: "
+                "x is read as (T, N, ...)"
+            )
+        for text in said:
+            log_once(layer, text, "layer %s (%s) of a stack %s", name, report.layer, text)
+
+
+def _report_of(
+    name: str, layer: nn.Module, x: Tensor, dim: int, steps: int, by_step: str | None
+) -> LayerReport:
+    """How a layer goes through a sequence; x has `steps` of its steps, each of `dim` dimensions.
+
+    `by_step` is the reason to take all steps one by one, if there is one.
+    """
+    if by_step is None and isinstance(layer, Sequential):  # a stack that carries hooks
+        return LayerReport(name, type(layer).__name__, "sequence", TAKES)
+    if by_step is None:
+        counts = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        return report_of(name, layer, x, dim, x.nbytes // steps if counts else 0)
+    if type(layer) in SEQUENCE_NEURONS:
+        kind = type(layer).__name__
+        raise ValueError(f"layer {name} ({kind}) needs whole sequences, but {by_step}")
+    return LayerReport(name, type(layer).__name__, "step", by_step)
+
+
+def _step_by_step(
+    layers: list[Named],
+    x: Tensor,
+    lengths: Tensor | None,
+    by_step: str | None,
+    reports: list[LayerReport],
+) -> Any:
+    """Run the first layers, as many as go step by step, over (T, N, ...).
+
+    All of them run for one step, then for the next.
+    """
+    counts = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    outs: list[Any] = list(x.unbind(0))  # the gradient of each x[t] would be as large as x
+    calls: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
+    before = ""
+    for name, layer in layers:
+        first = _first_item(before, outs[0])
+        report = _report_of(name, layer, first, first.dim(), 1, by_step)
+        if calls and report.reason == ONE_CALL and counts and first.nbytes > LARGEST_STACKED:
+            report = replace(report, kind="step", reason=TO_STACK)
+        if report.kind != "step":
+            break
+        reports.append(report)
+        call: Callable[[Tensor], Any] = layer
+        if isinstance(layer, Sequential):
+            call = partial(_one_step, layer)
+        if lengths is not None and report.reason not in PER_SAMPLE:
+            call = Frozen(layer, call, lengths)
+        calls.append((before, layer, call))
+        outs[0], before = call(unshared(first, layer)), name
+    for t in range(1, len(outs)):
+        for previous, layer, call in calls:
+            outs[t] = call(unshared(_first_item(previous, outs[t]), layer))
+    return _joined(before, outs)
+
+
+def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
+    """Call a layer that takes sequences: a cell, a neuron, or a Sequential that carries hooks."""
+    if isinstance(layer, Leaky):
+        return layer.sequence(x, last and (layer.output or not layer.init_hidden), lengths)
+    cell, neuron = isinstance(layer, SConv2dLSTM), type(layer) in SEQUENCE_NEURONS
+    step = f"{layer.in_channels}, {SIZES[layer._dims]}" if cell else "C"  # a step's shape without N
+    if (cell or neuron) and x.dim() != step.count(",") + 3:
+        raise ValueError(
+            f"x must be a sequence of steps (N, {step}) for layer {name} "
+            f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
+        )
+    if neuron:
+        return layer(x) if lengths is None else pad(layer(mask_padding(x, lengths)), lengths)
+    options: dict[str, Any] = {} if lengths is None else {"lengths": lengths}
+    if cell:  # a cell that returns its states returns those of every step
+        options["record"] = last and (layer.output or not layer.init_hidden)
+    if layer.batch_first:
+        return _exchanged(layer(_exchanged(x), **options))
+    return layer(x, **options)
+
+
+def _one_step(layer: Sequential, x: Tensor) -> Any:
+    """Call a stack that carries hooks, and so takes sequences, with one step (N, ...)."""
+    out = layer(x.unsqueeze(int(layer.batch_first)))
+    return _mapped(lambda item: item[0], _exchanged(out) if layer.batch_first else out)
+
+
+# ---- what layers return -----------------------------------------------------------------------
+
+
+def _first_item(name: str, out: Any) -> Tensor:
+    """What the next layer gets of what layer `name` returned: of a tuple, the first item."""
+    while isinstance(out, tuple | list) and out:
+        out = out[0]
+    return out if isinstance(out, Tensor) else _joined(name, [out])
+
+
+def _joined(name: str, outs: list[Any] | tuple[Any, ...]) -> Any:
+    """What layer `name` returned at all steps as one: tensors stacked, tuples item by item."""
+    first = outs[0]
+    if all(isinstance(out, Tensor) for out in outs):
+        for out in outs:
+            if out.shape != first.shape:
+                raise ValueError(
+                    f"layer {name} must return tensors of one shape at every step, "
+                    f"got {tuple(first.shape)} and {tuple(out.shape)}"
+                )
+        return stack(outs)
+    if all(isinstance(out, tuple | list) and len(out) == len(first) > 0 for out in outs):
+        return tuple(_joined(name, items) for items in zip(*outs, strict=True))
+    odd = next(out for out in outs if not isinstance(out, Tensor))
+    raise TypeError(
+        f"layer {name} must return tensors, or tuples of as many tensors, at every step, "
+        f"got {type(odd).__name__}"
+    )
+
+
+def _mapped(function: Callable[[Tensor], Tensor], out: Any) -> Any:
+    """Apply a function to a tensor, or to each tensor in tuples."""
+    if isinstance(out, Tensor):
+        return function(out)
+    return tuple(_mapped(function, item) for item in out)
+
+
+def _exchanged(out: Any) -> Any:
+    """Every tensor with its first two dimensions exchanged; (T,), a number a step, has no batch."""
+    return _mapped(lambda item: item.transpose(0, 1) if item.dim() > 1 else item, out)

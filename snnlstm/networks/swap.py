@@ -1,0 +1,446 @@
+"""Swaps snnTorch's cells and Leaky for ours, and back: in a model, or wherever one is made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calls.spec import OPTIONS, a_module, flag
+from ..compat.snntorch import (
+    METHODS,
+    Base,
+    Neuron,
+    TheirLeaky,
+    library,
+    recognise_quant,
+    recognise_surrogate,
+    register,
+    take_out,
+)
+from ..dispatch.path import against_device
+from ..neurons.attributes import never_spikes
+from ..neurons.leaky import PRIVATE, Leaky, replaced
+from ..neurons.sconv2dlstm import SConv1dLSTM, SConv2dLSTM
+
+logger = logging.getLogger("snnlstm")
+
+_ITSELF = "(the model itself)"
+_SILENT = "NEVER SPIKES: no mem exceeds its threshold of 1 or more; threshold=0.05 is usual"
+_SAME = (  # both libraries' cells have these arguments and attributes
+    "in_channels", "out_channels", "kernel_size", "bias", "max_pool", "avg_pool", "init_hidden",
+    "inhibition", "output", "surrogate_disable",
+)  # fmt: skip
+_RECOGNISE = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
+_SWAPPED = (Base, SConv2dLSTM, TheirLeaky)
+
+_ALREADY = ("is snnlstm's already", "is snntorch's already")
+_CONVLSTM = (
+    "it looks like a ConvLSTM and stays as it is; the documentation's page ConvLSTM says how "
+    "snnlstm.ConvLSTM takes its place"
+)
+
+
+@dataclass(frozen=True, repr=False)
+class SwapReport:
+    """What :func:`snnlstm.accelerate` or :func:`snnlstm.restore` did. Printed, it is a table.
+
+    Parameters
+    ----------
+    action : str
+        ``"accelerate"`` or ``"restore"``.
+    model : nn.Module
+        The model, changed in place.
+    swapped : tuple of str
+        Names of the swapped layers, as ``model.named_modules()`` gives them. A layer that occurs in
+        several places has all of its names here. The name of the model itself is "".
+    left : dict of str to str
+        Names of the cells and neurons that stay as they were, each with the reason.
+    surrogates : tuple of str
+        Names of snnTorch's other neurons that got picklable surrogates.
+    silent : tuple of str
+        Names of the cells whose threshold no mem can exceed, so that they never spike.
+    slow : tuple of str
+        Why the swapped cells take the reference path for now, such as a device without kernels.
+    """
+
+    action: str
+    model: nn.Module
+    swapped: tuple[str, ...]
+    left: dict[str, str] = field(default_factory=dict)
+    surrogates: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
+
+    @property
+    def headline(self) -> str:
+        """The first line of the table."""
+        return f"{self.action}: {len(self.swapped)} swapped, {len(self.left)} left"
+
+    def __str__(self) -> str:
+        rows = [(name, "swapped") for name in self.swapped]
+        rows += [(name, f"left: {reason}") for name, reason in self.left.items()]
+        width = max((len(name or _ITSELF) for name, _ in rows), default=0)
+        lines = [self.headline]
+        for name, what in rows:
+            what += "; its surrogate is snnlstm's now" if name in self.surrogates else ""
+            what += f"; {_SILENT}" if name in self.silent else ""
+            lines.append(f"  {name or _ITSELF:{width}}  {what}")
+        lines += [f"  on the reference path, which is slower: {reason}" for reason in self.slow]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+# ---- in a model ---------------------------------------------------------------------------
+
+
+def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
+    """Make every ``snntorch.SConv2dLSTM`` and ``snntorch.Leaky`` in a model ours, in place.
+
+    Each layer stays the same object, with its parameters, buffers, submodules, state and hooks, and
+    changes its class, so optimizers, plain lists and ``torch.compile`` keep working with it. Some
+    layers stay as they are, and the report gives the reason: instances of subclasses and layers
+    whose methods were replaced (they may compute something else), cells that snnTorch could not run
+    either, such as one with an even kernel, and other neurons. Layers are found among the model's
+    modules, but not in plain lists or other objects. The report also names modules of other classes
+    that look like a ConvLSTM without spikes.
+
+    Three settings that snnTorch's cell accepts and ignores take effect: ``inhibition``, and a
+    ``reset_mechanism`` or ``surrogate_disable`` that was changed after construction.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model, or a bare cell.
+    surrogates : bool, default False
+        Also replace the surrogates of snnTorch's other neurons, which are closures, by ours. Our
+        surrogates compute the same and can be pickled, so that ``torch.save(model)`` works.
+        :func:`snnlstm.restore` leaves them there.
+
+    Returns
+    -------
+    SwapReport
+
+    Raises
+    ------
+    ImportError
+        If snntorch is not installed.
+    TypeError
+        If `model` is not an nn.Module.
+    """
+    surrogates = flag("surrogates", surrogates)
+    report = _swap("accelerate", model, _as_ours)
+    named = list(model.named_modules(remove_duplicate=False))
+    for name, module in reversed(named):  # the first of several names stays
+        if type(module) in (SConv2dLSTM, Leaky):
+            module._layer_name = name
+    changed = {id(m) for _, m in named if surrogates and _take_our_surrogate(m)}
+    cells = [module for name, module in named if name in report.swapped]
+    paths = [against_device(cell.graded_spikes_factor.device) for cell in cells]
+    return replace(
+        report,
+        surrogates=tuple(name for name, module in named if id(module) in changed),
+        silent=tuple(name for name, module in named if _is_silent(module)),
+        slow=tuple(dict.fromkeys(path.reason for path in paths if path is not None)),
+    )
+
+
+def _take_our_surrogate(neuron: nn.Module) -> bool:
+    """Replace a surrogate of snnTorch's in another neuron; returns whether there was one."""
+    if Neuron is None or not isinstance(neuron, Neuron) or isinstance(neuron, SConv2dLSTM):
+        return False
+    before, neuron.spike_grad = neuron.spike_grad, recognise_surrogate(neuron.spike_grad)
+    return neuron.spike_grad is not before
+
+
+def _is_silent(module: Any) -> bool:
+    """Whether no mem of a cell can exceed its threshold."""
+    fixed = type(module) is SConv2dLSTM and not isinstance(module.threshold, nn.Parameter)
+    return fixed and not module.state_quant and never_spikes(module.threshold)
+
+
+def restore(model: nn.Module) -> SwapReport:
+    """Make every :class:`SConv2dLSTM` and :class:`Leaky` in a model one of snnTorch's, in place.
+
+    This undoes :func:`snnlstm.accelerate`, and also takes models that were built with ours. A layer
+    keeps its parameters, buffers, submodules, state and hooks. snnTorch's own ``spike_grad``
+    and ``state_quant`` come back if they were not changed since; otherwise ours stay, which work in
+    snnTorch's cell as well. A cell with an option that snnTorch's cell does not have, such as
+    ``stride``, or, unless the cell came from snnTorch, does not follow (``inhibition``, float16,
+    bfloat16), stays as it is, and the report gives the reason.
+
+    `model`, the report and the errors are those of :func:`snnlstm.accelerate`.
+    """
+    return _swap("restore", model, _as_theirs)
+
+
+def _require_snntorch(function: str) -> None:
+    if Base is nn.Module:
+        lacks = "which is not installed or has no SConv2dLSTM: pip install snntorch"
+        raise ImportError(f"{function}() needs snntorch, {lacks}")
+
+
+def _swap(
+    action: str, model: nn.Module, counterpart: Callable[[Any], nn.Module | str | None]
+) -> SwapReport:
+    """Make cells of one library those of the other, and report the rest.
+
+    `counterpart` returns the other library's cell for a module, the reason to leave the module, or
+    None for a module that a swap does not concern.
+    """
+    a_module("model", model)
+    _require_snntorch(action)
+    # All new cells are made before the model is changed, so that an error leaves it whole.
+    results: dict[str, Any] = {}
+    pairs: dict[nn.Module, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module not in pairs:
+            try:
+                result = counterpart(module)
+            except (TypeError, ValueError) as error:
+                result = str(error)
+            pairs[module] = result
+            theirs = isinstance(module, _SWAPPED)
+            if isinstance(result, str) and theirs and result not in _ALREADY:
+                logger.warning("%s leaves %s: %s", action, name or "the model itself", result)
+        results[name] = pairs[module]
+    report = SwapReport(
+        action,
+        model,
+        tuple(name for name, result in results.items() if isinstance(result, nn.Module)),
+        {name: result for name, result in results.items() if isinstance(result, str)},
+    )
+    swapped = [pair for pair in pairs.items() if isinstance(pair[1], nn.Module)]
+    cells = [pair for pair in swapped if not isinstance(pair[0], TheirLeaky)]
+    take_out([cell for pair in cells for cell in pair])
+    for layer, made in swapped:
+        object.__setattr__(layer, "__class__", type(made))
+        object.__setattr__(layer, "__dict__", made.__dict__)
+    for cell, _ in cells:
+        register(cell)
+    if not any(isinstance(module, _SWAPPED) for module in pairs):
+        logger.warning("%s found neither SConv2dLSTM nor Leaky in the model", action)
+    logger.info("%s", report.headline)
+    return report
+
+
+def _as_ours(module: nn.Module) -> nn.Module | str | None:
+    """Our cell for one of snnTorch's; why other cells, neurons and ConvLSTMs are left, or None."""
+    kind, name = type(module), type(module).__name__
+    if isinstance(module, SConv2dLSTM):
+        return _ALREADY[0]
+    if kind is Base:
+        reason = _why_not_as_released(module)
+        return _adopt(module) if reason is None else reason
+    if isinstance(module, Base):
+        return f"{name} is a subclass of snntorch.SConv2dLSTM and may compute something else"
+    if isinstance(module, TheirLeaky):
+        return _other_leaky(module, Leaky)
+    if Neuron is not None and isinstance(module, Neuron):
+        return f"{name} is another neuron; only SConv2dLSTM and Leaky have faster ones"
+    return _CONVLSTM if _looks_like_a_convlstm(module) else None
+
+
+def _looks_like_a_convlstm(module: nn.Module) -> bool:
+    """Whether a class of the user's is named after the LSTM and has a convolution of [x, h]."""
+    package = type(module).__module__.partition(".")[0]
+    if package in ("torch", "snnlstm", "snntorch") or "lstm" not in type(module).__name__.lower():
+        return False
+    convs = [child for child in module.children() if isinstance(child, nn.Conv2d)]
+    return any(c.out_channels % 4 == 0 and c.in_channels > c.out_channels // 4 for c in convs)
+
+
+def _why_not_as_released(cell: Any) -> str | None:
+    """Why a cell of snnTorch's class may compute other results; None if it does not."""
+    for name, released in METHODS.items():
+        if name in cell.__dict__ and name not in ("fire", "mem_reset"):  # ours calls these two
+            return f"its {name} was replaced"
+        if getattr(Base, name, None) is not released:
+            return f"snntorch.SConv2dLSTM.{name} was replaced"
+    if "state_function" in cell.__dict__:
+        chosen = getattr(cell.state_function, "__func__", None)
+        if chosen is None or METHODS.get(chosen.__name__) is not chosen:
+            return "its state_function was replaced"
+    return None
+
+
+def _as_theirs(module: Any) -> nn.Module | str | None:
+    """snnTorch's cell for one of ours; why other cells are left, or None."""
+    name = type(module).__name__
+    if isinstance(module, TheirLeaky):
+        return _other_leaky(module, TheirLeaky)
+    if not isinstance(module, SConv2dLSTM):
+        return _ALREADY[1] if type(module) is Base else None
+    if type(module) is SConv1dLSTM:
+        return f"snntorch has no {name}"
+    if type(module) is not SConv2dLSTM:
+        return f"{name} is a subclass of snnlstm.SConv2dLSTM and may compute something else"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    for option in OPTIONS.values():
+        value = getattr(module, option.name)
+        if option.describes and not option.in_snntorch and not option.is_default(value):
+            return f"snntorch's cell has no {option.name}, and here it is {value}"
+    if module._adopted is None:
+        if module.inhibition:
+            return "snntorch's cell ignores inhibition, and here it is True"
+        dtype = module.graded_spikes_factor.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            return f"snntorch's cell cannot start from zeros in {dtype}"
+    return _give_back(module)
+
+
+def _other_leaky(old: Any, kind: type[nn.Module]) -> nn.Module | str:
+    """A Leaky of a class, ours or snnTorch's, that holds what `old` holds; or why `old` stays."""
+    if type(old) is kind:
+        return _ALREADY[kind is TheirLeaky]
+    if type(old) not in (Leaky, TheirLeaky):
+        base = "snnlstm.Leaky" if isinstance(old, Leaky) else "snntorch.Leaky"
+        return f"{type(old).__name__} is a subclass of {base} and may compute something else"
+    if (reason := replaced(old)) is not None:
+        return reason
+    new = nn.Module.__new__(kind)
+    new.__dict__ = {k: v for k, v in old.__dict__.items() if k not in (*PRIVATE, "reset")}
+    return new
+
+
+def _adopt(old: Any) -> nn.Module:
+    """Make a cell that holds everything that one of snnTorch holds."""
+    same = {name: getattr(old, name) for name in _SAME}
+    cell = SConv2dLSTM(
+        **same | {"bias": bool(old.bias)},
+        threshold=0.1,  # _share replaces this tensor and all others
+        spike_grad=None if old.surrogate_disable else old.spike_grad,
+        state_quant=old.state_quant,
+        device="meta",
+    )
+    cell._adopted = {k: getattr(old, k) for k in _RECOGNISE if k not in old._modules}
+    _share(old, cell, {"reset", *_chosen(old)})
+    states = {name: cell._buffers.pop(name) for name in ("syn", "mem")}
+    cell._non_persistent_buffers_set -= set(states)
+    cell._initial_threshold = cell.threshold.detach().clone()
+    cell.syn, cell.mem = states["syn"], states["mem"]
+    cell.reset_mechanism_val = cell.reset_mechanism_val  # the setter sets what runs, too
+    return cell
+
+
+def _give_back(old: SConv2dLSTM) -> nn.Module:
+    """Make a cell of snnTorch that holds everything that one of ours holds."""
+    callables = {name: getattr(old, name) for name in _RECOGNISE}
+    for name, original in (old._adopted or {}).items():
+        if _RECOGNISE[name](original) == callables[name]:
+            callables[name] = original
+    # This cell is tiny and draws no random numbers; its tensors are replaced below. patch() does
+    # not change the constructor of subclasses.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        cell = type(Base.__name__, (Base,), {})(
+            1, 1, 1, surrogate_disable=old.surrogate_disable, reset_mechanism=old.reset_mechanism,
+            **callables,
+        )  # fmt: skip
+    object.__setattr__(cell, "__class__", Base)
+    for name in (*_SAME, "padding"):
+        setattr(cell, name, getattr(old, name))
+    ours = set(vars(type(old)(1, 1, 1, threshold=0.1, device="meta")))
+    ours |= {"_path", "_adopted", "_layer_name", "reset"}
+    _share(old, cell, ours)
+    for name in _chosen(cell):
+        setattr(cell, name, MethodType(getattr(cell, name).__func__, old))  # old becomes the cell
+    cell._buffers.update(syn=old.syn, mem=old.mem)
+    cell._non_persistent_buffers_set |= {"syn", "mem"}
+    return cell
+
+
+def _chosen(cell: nn.Module) -> set[str]:
+    """Names of attributes that are methods of the cell's class, such as state_function."""
+    methods = {k: v for k, v in cell.__dict__.items() if isinstance(v, MethodType)}
+    kind = type(cell)
+    return {k for k, v in methods.items() if v.__func__ is getattr(kind, v.__name__, None)}
+
+
+def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
+    """Give `new` all attributes of `old`, except those that only old's class needs."""
+    # The handles of hooks point to the dictionaries of hooks.
+    shared = {key for key in old.__dict__ if "hook" in key} | {"training"}
+    extra = set(old.__dict__) - set(new.__dict__) - private
+    new.__dict__.update({key: old.__dict__[key] for key in shared | extra})
+    for key in ("_parameters", "_modules", "_buffers", "_non_persistent_buffers_set"):
+        new.__dict__[key] = old.__dict__[key].copy()
+
+
+# ---- wherever one is made -----------------------------------------------------------------
+
+
+_OLD_NAME = "SConvLSTM"  # snnTorch's cell had this name in older versions
+_patch: ExitStack | None = None  # undoes the patch that is in force
+
+
+def patch() -> AbstractContextManager[object]:
+    """Let ``snntorch.SConv2dLSTM(...)`` and ``snntorch.Leaky(...)`` make ours from now on.
+
+    This holds for all code, whenever it imported the name: the class stays the same object, and a
+    call of it makes an instance of our class, a subclass of it. So ``isinstance`` and
+    ``snntorch.utils.reset`` know the layers made before and those made after. Our cell's keyword
+    arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's classes do not change,
+    and neither do layers that exist already: see :func:`snnlstm.accelerate`. A second call changes
+    nothing. The cell's old name, ``snntorch.SConvLSTM``, exists as long as the patch.
+
+    Returns
+    -------
+    context manager
+        In a ``with`` statement it undoes the patch at the end of the block, unless the patch was in
+        force before.
+
+    Raises
+    ------
+    ImportError
+        If snntorch is not installed.
+    """
+    global _patch
+    _require_snntorch("patch")
+    undo = ExitStack()
+    if _patch is not None:
+        return undo
+    _patch = ExitStack()
+    _make_ours(Base, SConv2dLSTM)
+    if TheirLeaky is not nn.Module:
+        _make_ours(TheirLeaky, Leaky)
+    if not hasattr(library, _OLD_NAME):
+        setattr(library, _OLD_NAME, Base)
+        _patch.callback(delattr, library, _OLD_NAME)
+    undo.callback(unpatch)
+    return undo
+
+
+def _make_ours(theirs: Any, ours: Any) -> None:
+    """Let a call of snnTorch's class make an instance of ours, until the patch is undone."""
+    original = theirs.__init__
+
+    @wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is theirs:
+            self.__class__ = ours
+            ours.__init__(self, *args, **kwargs)
+        else:
+            original(self, *args, **kwargs)
+
+    theirs.__init__ = init
+    _patch.callback(setattr, theirs, "__init__", original)  # type: ignore[union-attr]
+
+
+def unpatch() -> None:
+    """Undo :func:`snnlstm.patch`.
+
+    Layers made under the patch stay ours: see :func:`snnlstm.restore`.
+    """
+    global _patch
+    if _patch is not None:
+        _patch.close()
+    _patch = None

@@ -1,0 +1,1 @@
+"""The modules that users make, with their attributes and states."""

@@ -1,0 +1,297 @@
+"""What the user reads and sets on a cell: its attributes, its states, and what is saved of both."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from copy import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..calls import spec
+from ..calls.call import values
+from ..calls.spec import RESETS, CellSpec, Reset
+from ..compat.snntorch import Base, alive, clear_registries, register
+from ..dispatch.path import LastPath
+from ..surrogate import is_number
+from .state import NO_RESET, State
+
+
+class CellAttributes(Base):
+    """What SConv2dLSTM inherits, so that attributes and states may be read and set at any time.
+
+    What runs is what the attributes say, from the next call on.
+    """
+
+    _dims: ClassVar[int] = 2
+    """Dimensions of an image: 2, height and width, or 1, length."""
+
+    _conv_kind: ClassVar[Any] = nn.Conv2d
+
+    threshold: Tensor
+    graded_spikes_factor: Tensor
+    reset_mechanism_val: Tensor
+    spk: Tensor | None = None
+    path = LastPath()
+    _state: State
+    _reset_mechanism: Reset
+    _spec: CellSpec | None
+    """What the attributes say; None while they contradict each other."""
+    _entry: Any
+    """The entry of the last call."""
+    _initial_threshold: Any
+    _adopted: dict[str, Any] | None = None
+    """The callables of the snnTorch cell that this one stands in for, by their names."""
+    _layer_name: str = ""
+    """The cell's name in the network that was accelerated, for the log."""
+
+    # ---- spec -----------------------------------------------------------------------------
+
+    def _describe(self) -> CellSpec:
+        """Return what the attributes say; an error says what is contradictory."""
+        return self._spec or self._make_spec()
+
+    def _make_spec(self) -> CellSpec:
+        options = spec.OPTIONS.values()
+        described = {
+            option.name: getattr(self, option.name) for option in options if option.describes
+        }
+        return spec.make_spec(self.kernel_size, dims=self._dims, **described)
+
+    def _remake_spec(self) -> None:
+        """Make the spec anew, at once: torch.compile must find it made."""
+        self._entry = None
+        try:
+            self._spec = self._make_spec()
+        except ValueError:  # two attributes contradict each other until the second one is set
+            self._spec = None
+
+    # ---- attributes -----------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "reset":
+            raise AttributeError(NO_RESET)
+        # snnTorch's AttributeMonitor calls this method, and nn.Module's finds no properties.
+        states = name in ("syn", "mem")
+        return object.__getattribute__(self, name) if states else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("syn", "mem"):  # nn.Module would register a Parameter
+            object.__setattr__(self, name, value)
+        elif name in spec.OPTIONS:
+            super().__setattr__(name, spec.OPTIONS[name].check(value, self._dims))
+            if "_state" in self.__dict__:  # the constructor has run
+                self._remake_spec()
+        elif name in ("threshold", "graded_spikes_factor") and is_number(value):
+            self._set_number(name, float(value))
+        elif name == "reset_mechanism_val" and isinstance(value, Tensor):
+            reset = spec.reset_of_number(value)
+            super().__setattr__(name, value)
+            self._follow(reset)
+        else:
+            super().__setattr__(name, value)
+
+    def _set_number(self, name: str, value: float) -> None:
+        """Give all elements of a parameter or buffer one value."""
+        tensor = getattr(self, name)
+        if isinstance(tensor, nn.Parameter):  # optimizers hold this very object
+            with torch.no_grad():
+                tensor.fill_(value)
+        else:  # a new tensor: the old one may be saved for a backward pass
+            super().__setattr__(name, torch.full_like(tensor, value))
+
+    @property
+    def reset_mechanism(self) -> str:
+        """Name of the reset mechanism: "subtract", "zero" or "none"."""
+        return self._reset_mechanism
+
+    @reset_mechanism.setter
+    def reset_mechanism(self, value: Reset) -> None:
+        self._reset_mechanism = value
+        self.reset_mechanism_val = self._reset_index(self.reset_mechanism_val.device)
+
+    def _reset_index(self, device: torch.device) -> Tensor:
+        return torch.tensor(RESETS.index(self._reset_mechanism), device=device)
+
+    def _follow(self, reset: Reset | None) -> None:
+        """Take over the buffer's reset mechanism; None if the buffer cannot be read."""
+        if reset is not None:
+            self._reset_mechanism = reset
+            if "_state" in self.__dict__:
+                self._remake_spec()
+
+    def extra_repr(self) -> str:
+        """Arguments that differ from their defaults."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        for name, option in spec.OPTIONS.items():
+            value = getattr(self, name)
+            if option.default is not None and not option.is_default(value):  # no callable
+                parts.append(f"{name}={value!r}")
+        if self.threshold.numel() == 1 and not self.threshold.is_meta:
+            parts.append(f"threshold={self.threshold.item():g}")
+        return ", ".join(parts)
+
+    # ---- states ---------------------------------------------------------------------------
+
+    @property
+    def syn(self) -> Tensor:
+        """Stored synaptic current, (N, C, Ho, Wo), or (0,) before the first call."""
+        return self._state.read("syn")
+
+    @syn.setter
+    def syn(self, value: Tensor) -> None:
+        self._state.write("syn", value)
+
+    @property
+    def mem(self) -> Tensor:
+        """Stored membrane potential, (N, C, Ho, Wo), or (0,) before the first call."""
+        return self._state.read("mem")
+
+    @mem.setter
+    def mem(self, value: Tensor) -> None:
+        self._state.write("mem", value)
+
+    def reset_mem(self) -> tuple[Tensor, Tensor]:
+        """Set the stored states to zero and return them, syn and mem.
+
+        They have the shape of the last call's states and may be passed to the next call with an
+        input of any size. To start from other states, pass or assign them: under torch.compile
+        a change in place, of the returned tensors or of ``syn`` and ``mem`` after a reset, takes
+        effect only if the tensor is passed.
+        """
+        return self._state.reset()
+
+    def init_sconv2dlstm(self) -> tuple[Tensor, Tensor]:
+        """Deprecated name of :meth:`reset_mem`."""
+        return self.reset_mem()
+
+    init_sconvlstm = init_sconv2dlstm  # snnTorch's older name of that method
+
+    @classmethod
+    def reset_hidden(cls) -> None:
+        """Set the stored states of all living cells to zero."""
+        for cell in alive(CellAttributes):
+            cell.reset_mem()
+
+    @classmethod
+    def detach_hidden(cls) -> None:
+        """Detach the stored states of all living cells from the graph, in place.
+
+        This serves truncated backpropagation through time: the states stay, and their history goes.
+        Neurons of snnTorch have a ``detach_hidden()`` of their own class. Detach states that you
+        pass by hand yourself.
+        """
+        for cell in alive(CellAttributes):
+            cell._state.detach()
+
+    @classmethod
+    def init(cls) -> None:
+        """Forget all cells: reset_hidden and detach_hidden no longer reach them."""
+        clear_registries()
+
+    @staticmethod
+    def detach(*args: Tensor) -> None:
+        """Detach the given states from the graph, in place."""
+        for state in args:
+            state.detach_()
+
+    @staticmethod
+    def zeros(*args: Tensor) -> None:
+        """Set the given states to zero, in place, as snnTorch's documents but does not do."""
+        for state in args:
+            state.detach().zero_()
+
+    # ---- moving, saving and loading -------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CellAttributes:
+        super()._apply(fn, recurse)
+        self._state.apply(fn)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+        try:
+            self._follow(spec.reset_of_number(self.reset_mechanism_val))
+        except ValueError as error:
+            error_msgs = rest[-1]
+            error_msgs.append(str(error))
+
+    def reset_parameters(self) -> None:
+        """Reset parameters and buffers to their initial values, and the states to zero."""
+        self.conv.reset_parameters()
+        with torch.no_grad():
+            self.threshold.copy_(values(self._initial_threshold))
+            self.graded_spikes_factor.fill_(1)
+            self.reset_mechanism_val.copy_(self._reset_index(self.reset_mechanism_val.device))
+        self.reset_mem()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Give a replica of DataParallel, which shares the attributes, states of its own."""
+        replica = super()._replicate_for_data_parallel()
+        replica._state = self._state.shared()
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_spec"] = state["_entry"] = None
+        state["_state"] = copy(self._state)  # State.__getstate__ leaves the graph out
+        state.pop("spk", None)  # spk hangs on the graph of the last call
+        if self._adopted is not None:
+            state["_adopted"] = {}  # snnTorch's closures cannot be pickled
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        self._remake_spec()
+        register(self)
+
+
+def warn_of_threshold(threshold: Any) -> None:
+    """Warn of a cell that cannot spike, or spikes in silence.
+
+    The warning names the line outside of this package that makes the cell.
+    """
+    if never_spikes(threshold):
+        what = (
+            "is never exceeded: mem = o * tanh(syn) is at most 1, so this cell never spikes. Use "
+            "threshold=0.05, or learn_threshold=True"
+        )
+    elif spikes_in_silence(threshold):
+        what = (
+            "is exceeded by mem = 0, from which every neuron starts: neurons spike without input. "
+            "Use threshold=0.05"
+        )
+    else:
+        return
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__package__")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"threshold={threshold} {what}, and look at snnlstm.spike_rates(net); see the "
+        "documentation's Quick start, 'Does it spike at all?'",
+        UserWarning,
+        stacklevel=level,
+    )
+
+
+def _is_ours(package: str | None) -> bool:
+    return (package or "").partition(".")[0] == "snnlstm"
+
+
+def never_spikes(threshold: Any) -> bool:
+    """Whether no mem can exceed the threshold: mem = o * tanh(syn) is at most 1."""
+    if isinstance(threshold, Tensor):
+        return not threshold.is_meta and bool((threshold.detach() >= 1).all())
+    return is_number(threshold) and bool(threshold >= 1)
+
+
+def spikes_in_silence(threshold: Any) -> bool:
+    """Whether a mem of 0 exceeds a threshold, or some of a tensor of them."""
+    if isinstance(threshold, Tensor):
+        return not threshold.is_meta and bool((threshold.detach() < 0).any())
+    return is_number(threshold) and bool(threshold < 0)

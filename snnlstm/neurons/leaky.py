@@ -1,0 +1,309 @@
+"""snnTorch's leaky integrate-and-fire neuron, fused: ``snntorch.Leaky`` with another forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calls.lengths import hold_last, last_state, mask_padding
+from ..calls.spec import DTYPES
+from ..compat.snntorch import Neuron, TheirLeaky, recognise_surrogate, recognise_traced
+from ..dispatch.path import LastPath, Path, against_device, log_fallback, native_path, reason_now
+from ..reference import called, fire, reset_signal
+from ..surrogate import NONE, Surrogate
+from .state import NO_RESET
+
+try:
+    from ..native import leaky as kernels
+except ImportError:  # path.against_device says why
+    kernels = None  # type: ignore[assignment]
+
+PRIVATE = ("_path", "_layer_name", "_recognised")
+"""The attributes of an instance that only our class has."""
+
+_RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
+_CALLED = (
+    "fire",
+    "fire_inhibition",
+    "mem_reset",
+    "_base_state_function",
+    *_RESETS,
+)  # snnTorch's forward calls these
+_RELEASED = {name: getattr(TheirLeaky, name, None) for name in (*_CALLED, "forward")}
+_MECHANISMS = {_RELEASED[name]: reset for name, reset in _RESETS.items()}
+_TRACED = Path("reference", "torch.compile traces plain operators")
+_PARAMETERS = ("beta", "threshold", "graded_spikes_factor")
+_TENSORS = {Tensor, nn.Parameter}
+_BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # what surrogate_disable makes of spike_grad
+
+
+def replaced(layer: Any) -> str | None:
+    """What makes a layer compute something else than snnTorch's class; None if nothing does."""
+    attributes, kind = layer.__dict__, type(layer)
+    if TheirLeaky.forward is not _RELEASED["forward"] or "forward" in attributes:
+        return "its forward was replaced"
+    for name in _CALLED:
+        if name in attributes or getattr(kind, name) is not _RELEASED[name]:
+            return f"its {name} was replaced"
+    if getattr(layer.state_function, "__func__", None) not in _MECHANISMS:
+        return "its state_function was replaced"
+    return None
+
+
+class Leaky(TheirLeaky):  # type: ignore[misc]
+    """Leaky integrate-and-fire neuron: snnTorch's, in one pass over memory.
+
+    A subclass of ``snntorch.Leaky`` 1.0.0, with the same constructor, attributes, state_dict and
+    results. One step computes, with ``spike(u) = 1 where u > 0``::
+
+        reset = spike(mem - threshold)
+        mem = clamp(beta, 0, 1) * mem + x - reset * threshold    # "subtract", the default
+        mem = clamp(beta, 0, 1) * (1 - reset) * mem + x          # "zero"
+        mem = clamp(beta, 0, 1) * mem + x                        # "none"
+        spk = spike(mem - threshold) * graded_spikes_factor
+
+    **The layer is stateful**: a mem that is not passed is the one that the last call left. A new
+    layer starts from zeros; so do ``reset_mem()``, and an x of another shape than mem's.
+
+    The kernels cover x of float32, float64, float16 and bfloat16 on the CPU and on CUDA, with a
+    beta and a threshold that are numbers or vary along one dimension of x. Plain torch runs all
+    other calls, such as those with ``reset_delay=False``, ``inhibition``, ``state_quant`` or a
+    surrogate of your own, and snnTorch's own forward those of a layer whose methods were replaced;
+    :attr:`path` says why. On every path four things differ from snnTorch: spk is float64 where x is
+    (snnTorch's is float32), mem is float32 where x is of a half type, also with
+    ``reset_mechanism="none"``, an infinite threshold makes no NaN where nothing is reset, and no
+    ``reset`` stays on the layer: ``mem_reset(mem)`` computes it from the mem before the step.
+
+    Attributes
+    ----------
+    path : snnlstm.Path or None
+        The implementation that ran the last call, and the reason.
+    mem : Tensor
+        The stored state, of x's shape, or (0,) before the first call.
+
+    References
+    ----------
+    Eshraghian et al., "Training spiking neural networks using lessons from deep learning",
+    Proc. IEEE 111, 2023.
+    """
+
+    path = LastPath()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "reset":
+            raise AttributeError(NO_RESET)
+        return super().__getattr__(name)
+
+    # ---- the call -------------------------------------------------------------------------
+
+    def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
+        """Run one step.
+
+        Parameters
+        ----------
+        input_ : Tensor
+            x, of any shape.
+        mem : Tensor, optional
+            Of x's shape; another shape means zeros. None goes on from the stored state.
+
+        Returns
+        -------
+        spk, mem : Tensor
+            Of x's shape; spk alone with ``init_hidden=True`` and ``output=False``.
+
+        Raises
+        ------
+        TypeError
+            If an argument is no tensor, or mem is passed although ``init_hidden=True``. After an
+            error the stored state is as before.
+        """
+        if mem is not None and self.init_hidden:
+            raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
+        before: Any = self._buffers.get("mem") if mem is None else mem
+        traced = torch.compiler.is_compiling()
+        neurons: Any = _TRACED if traced else self._described(input_, before, False)
+        if type(neurons) is Path:
+            return self._without_kernels(neurons, input_, mem)
+        if before.shape != input_.shape:
+            before = torch.zeros_like(input_, dtype=kernels.real(input_.dtype))
+        spk, after = kernels.run(neurons, input_, before)
+        self._keep(input_, after)
+        return spk if self.init_hidden and not self.output else (spk, after)
+
+    def sequence(self, x: Tensor, record: bool, lengths: Tensor | None = None) -> Any:
+        """Run all steps of x (T, ...) in one call, where :meth:`takes` says that this can be.
+
+        The result is spk of every step, (T, ...), and with `record` also mem. `lengths` (N,) are
+        the steps of each sample of x (T, N, ...): after its last one a sample does not spike, and
+        its mem stays. The layer's forward hooks get spk and mem of all steps.
+        """
+        hooks = tuple(self._forward_hooks.values())
+        every, before = record or bool(hooks) or lengths is not None, self._buffers["mem"]
+        if lengths is not None:  # a NaN in the padding must not reach a gradient
+            x = mask_padding(x, lengths)
+        if before.shape != x.shape[1:]:
+            before = torch.zeros_like(x[0], dtype=kernels.real(x.dtype))
+        neurons: Any = self._described(x, before, True)
+        spk, mem = kernels.run(neurons, x, before, every)
+        after = mem[-1].clone() if mem.shape == x.shape else mem
+        if lengths is not None:
+            spk, after = mask_padding(spk, lengths), last_state(mem, before, lengths)
+            mem = hold_last(mem, before, lengths)
+        self._keep(x, after)
+        for hook in hooks:
+            hook(self, (x,), (spk, mem))
+        return (spk, mem) if record else spk
+
+    def takes(self, x: Tensor, sequence: bool = True) -> bool:
+        """Whether the kernels cover a sequence x (T, ...), so that :meth:`sequence` serves.
+
+        Without `sequence`, x is one of its steps, (...).
+        """
+        return type(self._described(x, self._buffers.get("mem"), sequence)) is not Path
+
+    def _without_kernels(self, path: Path, x: Tensor, mem: Tensor | None) -> Any:
+        """Run a step in plain torch, or snnTorch's own forward where a method was replaced."""
+        before: Any = self._buffers.get("mem")
+        if replaced(self) is None:
+            spk, after = self._plain(x, before if mem is None else mem, path is _TRACED)
+            self.mem = after
+            out = spk if self.init_hidden and not self.output else (spk, after)
+            if path is not _TRACED:
+                self.__dict__.pop("reset", None)
+        else:
+            try:
+                out = super().forward(x, mem)
+            except BaseException:  # snnTorch stores mem before it is done
+                self._buffers["mem"] = before
+                raise
+        self._path = path
+        if path.slow:
+            log_fallback(path, self)
+        return out
+
+    def _plain(self, x: Tensor, mem: Tensor, traced: bool) -> tuple[Tensor, Tensor]:
+        """One step in the words of snnTorch 1.0.0; spk has the dtype of x, or float32.
+
+        dtypes promote as in snnTorch, whose spikes and resets are always float32.
+        """
+        threshold, graded = self.threshold, self.graded_spikes_factor
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, surrogate = x.to(dtype), self._spikes(dtype, traced)
+        if mem.shape != x.shape:
+            mem = torch.zeros_like(x)
+        mem = mem.to(torch.promote_types(mem.dtype, torch.float32))
+
+        reset = _MECHANISMS[self.state_function.__func__]
+        signal = reset_signal(mem, threshold, surrogate)
+        if reset == "zero":
+            mem = (1 - signal) * mem
+        mem = self.beta.clamp(0, 1) * mem + x
+        if reset == "subtract":
+            # A threshold may be infinite where nothing is reset: 0 * inf must not make NaN.
+            mem = mem - torch.where(signal.bool(), signal * threshold, 0)
+        if self.state_quant:
+            mem = called("state_quant", self.state_quant, mem)
+        if self.inhibition:  # along dimension 1, and without the graded factor
+            shift = mem - threshold
+            spk = called("spike_grad", surrogate, shift).to(dtype)
+            winners = torch.zeros_like(spk)
+            winners[torch.arange(len(spk), device=spk.device), shift.argmax(1)] = 1
+            spk = spk * winners
+        else:
+            spk = fire(mem, threshold, graded, surrogate, self.state_quant or None).to(dtype)
+        if not self.reset_delay:  # what has fired now, and was not reset
+            rest, said = spk / graded - signal, self.reset_mechanism_val
+            after = mem - rest * torch.where(said == 0, threshold, mem)
+            mem = torch.where(said == 2, mem, after).to(mem.dtype)
+        return spk, mem
+
+    def _keep(self, x: Tensor, mem: Tensor) -> None:
+        """Keep the results of a call that succeeded."""
+        attributes = self.__dict__
+        self._buffers["mem"] = mem
+        attributes["_path"] = native_path(kernels.BACKENDS[x.device.type].name())
+        attributes.pop("reset", None)
+
+    # ---- what the kernels can take ----------------------------------------------------------
+
+    def _surrogate(self) -> Surrogate | None:
+        """Return our surrogate for ``spike_grad``, None if there is none; found once a function."""
+        theirs, cached = self.spike_grad, self.__dict__.get("_recognised")
+        if cached is None or cached[0] is not theirs:
+            ours = NONE if theirs is _BYPASS else recognise_surrogate(theirs)
+            if type(ours) is not Surrogate:  # nothing is kept: the attempt may have failed
+                return None
+            self.__dict__["_recognised"] = cached = theirs, ours
+        return cached[1]
+
+    def _spikes(self, dtype: torch.dtype, traced: bool) -> Any:
+        """Return what computes spikes in plain torch: our surrogate, or ``spike_grad`` itself."""
+        theirs = self.spike_grad
+        if not traced:
+            return self._surrogate() or theirs
+        # The compiler traces snnTorch's closures as they are, but their gradients are of float32.
+        return recognise_traced(theirs) if dtype is torch.float64 else theirs
+
+    def _parameter(self, name: str) -> Any:
+        """Return a parameter or buffer; nn.Module's search takes a microsecond."""
+        found = self._buffers.get(name)
+        if found is None:
+            found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found
+
+    def _described(self, x: Any, mem: Any, sequence: bool) -> Any:
+        """Describe the layer to the kernels; a Path, which says why, where they cannot run.
+
+        `sequence` says that x is one, (T, ...).
+        """
+        if type(x) not in _TENSORS or type(mem) not in _TENSORS:
+            for name, value in (("input_", x), ("mem", mem)):
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            return Path("reference", "x or mem is of a subclass of Tensor")
+        path = reason_now() or against_device(x.device)
+        if path is not None:
+            return path
+        surrogate: Any = self._surrogate()
+        reason = replaced(self) or self._option_against(surrogate)
+        if reason is None and (x.dtype not in DTYPES or mem.dtype not in DTYPES):
+            reason = f"x is of {x.dtype} and mem of {mem.dtype}"
+        parameters = beta, threshold, graded = [*map(self._parameter, _PARAMETERS)]
+        if reason is None and (graded.requires_grad or graded.numel() != 1):
+            reason = "graded_spikes_factor is learned, or is not a single number"
+        device, one = x.device, x.dim() == sequence
+        for name, tensor in zip(_PARAMETERS, parameters, strict=True):
+            # A number on x's device needs no closer look, which would take half a microsecond.
+            if one or tensor.dim() or tensor.device != device or type(tensor) not in _TENSORS:
+                reason = reason or _parameter_against(name, tensor, x, x.shape[sequence:])
+        wider = mem.dtype is torch.float64 and x.dtype is not torch.float64
+        if (wider or mem.device != device) and mem.shape == x.shape[sequence:]:
+            reason = reason or "mem is on another device, or of torch.float64, which x is not"
+        if reason is not None:
+            return Path("reference", reason, slow=True)
+        reset = _MECHANISMS[self.state_function.__func__]
+        return kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
+
+    def _option_against(self, surrogate: Surrogate | None) -> str | None:
+        if not self.reset_delay:
+            return "reset_delay is False"
+        if self.inhibition:
+            return "inhibition"
+        if self.state_quant:
+            return "state_quant"
+        return "the surrogate is not a known one" if surrogate is None else None
+
+
+def _parameter_against(name: str, tensor: Any, x: Tensor, step: torch.Size) -> str | None:
+    """Why the kernels cannot read a parameter in a call with x; `step` is the shape of a step."""
+    if type(tensor) not in _TENSORS or tensor.device != x.device:
+        return f"{name} is on another device, or of a subclass of Tensor"
+    if kernels.place(tensor, step, step) is None:
+        return f"{name} varies along more than one dimension, is empty, or does not broadcast to x"
+    real = kernels.real(x.dtype)
+    # torch ignores the dtype of a number beside a tensor with dimensions.
+    if (tensor.dim() or not step) and torch.promote_types(tensor.dtype, real) is not real:
+        return f"{name} is of {tensor.dtype}, which makes results of it"
+    return None

@@ -1,0 +1,211 @@
+"""The states of a cell: an object that owns syn and mem, and the rules by which they are kept.
+
+The states are plain attributes of that object. DistributedDataParallel would overwrite buffers of
+all ranks with the first one's, and parameters, which nn.Module makes of an nn.Parameter, would be
+trained.
+
+A cell also remembers that it was reset and not called since. torch.compile then need not look at
+the stored states, so that one compiled graph starts every sequence, whatever the last one left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calls.call import state_tensor
+from ..compat.torch_private import (
+    NO_LEVEL,
+    backward_pass,
+    is_vmapped,
+    level_of,
+    transforms_are_active,
+    unwrapped,
+)
+
+NO_RESET = "no reset signal is kept: mem_reset(mem) computes it from the mem before the step"
+"""The error of the attribute ``reset`` of a cell and of a Leaky."""
+
+
+class State:
+    """syn and mem of one cell, (N, C, Ho, Wo), or (0,) before the first call.
+
+    Attributes
+    ----------
+    restarted : bool
+        Whether syn and mem are the zeros of a reset.
+    stored_in : int
+        The backward pass in which they were stored; -1 outside of one.
+    """
+
+    __slots__ = ("mem", "restarted", "stored_in", "syn")
+
+    syn: Tensor
+    mem: Tensor
+    restarted: bool
+    stored_in: int
+
+    def __init__(self, like: Tensor) -> None:
+        """Start without a state, on the device and in the dtype of `like`."""
+        empty = like.detach().new_zeros(0)
+        self._restart(empty, empty.clone())
+
+    def _restart(self, syn: Tensor, mem: Tensor) -> None:
+        self.syn, self.mem, self.restarted = syn, mem, True
+        if not torch.compiler.is_compiling():
+            self.stored_in = backward_pass()
+
+    def shared(self) -> State:
+        """Return a replica with the same tensors; what it stores is not stored here."""
+        replica = State.__new__(State)
+        for name in self.__slots__:
+            setattr(replica, name, getattr(self, name))
+        return replica
+
+    def read(self, name: str) -> Tensor:
+        """Return syn or mem to the user."""
+        state = getattr(self, name)
+        return state if torch.compiler.is_compiling() else _without_transforms(state)
+
+    def write(self, name: str, value: Any) -> None:
+        """Take a state that the user has set."""
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {value!r}")
+        setattr(self, name, value)
+        self.restarted = False
+
+    def reset(self) -> tuple[Tensor, Tensor]:
+        """Set both to zero, and return them."""
+        self.unwrap()
+        self._restart(_zeros_like(self.syn), _zeros_like(self.mem))
+        return self.syn, self.mem
+
+    def detach(self) -> None:
+        """Detach both from the graph, in place where torch allows that."""
+        self.unwrap()
+        for name in ("syn", "mem"):
+            state = getattr(self, name)
+            if state.is_leaf or state._is_view():  # detach_ harms a leaf, and a view refuses
+                setattr(self, name, state.detach())
+            else:
+                state.detach_()
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply to both what ``nn.Module._apply`` applies to parameters."""
+        self.unwrap()
+        for name in ("syn", "mem"):
+            old = getattr(self, name)
+            new = function(old)
+            # A tensor that leaves the meta device has uninitialised memory.
+            setattr(self, name, torch.zeros_like(new) if old.is_meta else new)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the states without the graph, which can be neither copied nor pickled."""
+        self.unwrap()
+        states = {"syn": self.syn.detach(), "mem": self.mem.detach()}
+        return states | {"restarted": self.restarted, "stored_in": self.stored_in}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def unwrap(self) -> None:
+        """Replace states that have outlived the torch.func transform which made them."""
+        if not torch.compiler.is_compiling():
+            self.syn, self.mem = _without_transforms(self.syn), _without_transforms(self.mem)
+
+    def store(self, syn: Tensor, mem: Tensor, traced: bool) -> None:
+        """Keep the states after a call."""
+        self.syn, self.mem, self.restarted = syn, mem, False
+        if not traced:
+            self.stored_in = backward_pass()
+
+    def readable(self) -> bool:
+        """Whether a call may go on from the stored states: they are not of another pass."""
+        return backward_pass() in (-1, self.stored_in)
+
+    def is_current(self) -> bool:
+        """Whether the stored states may be read without a closer look."""
+        return level_of(self.syn) == level_of(self.mem) == NO_LEVEL and self.readable()
+
+    def before(
+        self,
+        name: str,
+        passed: Any,
+        shape: tuple[int, ...],
+        x: Tensor,
+        weight: Tensor,
+        traced: bool,
+    ) -> Tensor:
+        """Return the state that a call starts from: the one that was passed, or the stored one.
+
+        The states that reset_mem returned have the shape of the last input. They mean zeros for an
+        input of any shape, and so do their copies.
+        """
+        if passed is None:
+            return self._stored(name, shape, x, traced)
+        fits = isinstance(passed, Tensor) and passed.shape == shape
+        # The order matters: torch.compile compiles again when the answer to a question changes.
+        if not fits and self.restarted and passed is getattr(self, name):
+            return x.new_zeros(shape)
+        if not fits and not traced and _as_of_a_reset(passed, shape):
+            return x.new_zeros(shape)
+        return state_tensor(name, passed, shape, x, weight)
+
+    def _stored(self, name: str, shape: tuple[int, ...], x: Tensor, traced: bool) -> Tensor:
+        """Return the stored state if it fits `shape`, else zeros; in x's dtype, on its device."""
+        if traced:
+            if self.restarted:
+                return x.new_zeros(shape)
+        elif not self.readable():
+            raise RuntimeError(
+                "the cell is called in a backward pass, as torch.utils.checkpoint does, and its "
+                "stored state is a later one than in the forward pass: pass syn and mem, call "
+                "reset_mem() inside of the function that is checkpointed, or make the cell with "
+                "checkpoint=True instead"
+            )
+        else:
+            self.unwrap()
+        stored = getattr(self, name)
+        if stored.shape != shape:
+            return x.new_zeros(shape)
+        if stored.dtype == x.dtype and stored.device == x.device:
+            return stored
+        return stored.to(x.device, x.dtype)
+
+
+def _as_of_a_reset(state: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a passed state is zeros of another batch or image size, without history."""
+    if not isinstance(state, Tensor) or state.requires_grad or state.is_meta:
+        return False
+    if state.dim() != len(shape) or state.shape[1] != shape[1]:
+        return False
+    try:
+        return not state.any()
+    except RuntimeError:  # a torch.func transform hides the values
+        return False
+
+
+def _zeros_like(state: Tensor) -> Tensor:
+    if torch.jit.is_tracing():  # a trace takes in no tensor that has a history from before it
+        return torch.zeros(0, dtype=state.dtype, device=state.device)
+    return torch.zeros_like(state)
+
+
+def _without_transforms(state: Tensor) -> Tensor:
+    """What a stored state is outside of the torch.func transform that computed it.
+
+    After derivatives the state keeps its values. After vmap, where it belonged to one of many
+    samples, an empty state remains.
+    """
+    if level_of(state) == NO_LEVEL or transforms_are_active():
+        return state
+    # The wrappers come off one by one: an operator would ask for the transforms that are gone.
+    while level_of(state) != NO_LEVEL:
+        if is_vmapped(state):
+            return torch.zeros(0, dtype=state.dtype, device=state.device)
+        state = unwrapped(state)
+    return state.detach()
