@@ -1,9 +1,9 @@
-"""Trains on several processes, on one machine or many, by DistributedDataParallel.
+"""Trains in several processes, on one machine or many, with DistributedDataParallel.
 
     torchrun --nproc-per-node 2 examples/distributed.py
 
-Each process trains on its part of every batch, on a GPU of its own (nccl) where there are GPUs, and
-on the CPU (gloo) elsewhere. The states of the cells stay in their process: nothing averages them.
+Each process trains on its part of every batch, on its own GPU (nccl) if there are GPUs, and
+otherwise on the CPU (gloo). DDP averages the gradients, but not the states of the cells.
 """
 
 import argparse
@@ -22,11 +22,11 @@ import snnlstm
 
 
 class Network(nn.Module):
-    """Maps events (N, T, 2, 16, 16) to the scores (N, 4) of the classes, from zero states."""
+    """Maps events (N, T, 2, 16, 16) to class scores (N, 4), starting from zero states."""
 
     def __init__(self, library):
         super().__init__()
-        torch.manual_seed(0)  # equal weights for both libraries
+        torch.manual_seed(0)  # the same weights for both libraries
         grad = surrogate.atan(alpha=20.0)
         self.cell = library.SConv2dLSTM(2, 16, 3, threshold=0.05, max_pool=2, spike_grad=grad)
         self.readout = nn.Linear(16 * 8 * 8, 4)
@@ -44,7 +44,7 @@ class Network(nn.Module):
 
 
 def events(count):
-    """Makes noisy events of four patterns with their labels, equal in every process."""
+    """Makes noisy events of four patterns with labels, the same in every process."""
     torch.manual_seed(1)
     patterns, labels = torch.rand(4, 1, 2, 16, 16).lt(0.1), torch.randint(4, (count,))
     noise = torch.rand(count, 10, 2, 16, 16)
@@ -52,7 +52,7 @@ def events(count):
 
 
 def train(net, optimizer, x, labels):
-    """Makes a training step, in which DDP averages the gradients of all processes."""
+    """Takes a training step, in which DDP averages the gradients of all processes."""
     scores = net(x)
     optimizer.zero_grad()
     nn.functional.cross_entropy(scores, labels).backward()
@@ -79,7 +79,7 @@ def main(arguments=None):
     dist.all_reduce(found)
     if dist.get_rank() == 0:
         right = (found / dist.get_world_size()).tolist()
-        print("share of the last batch right: snnTorch {:.0%}, snnlstm {:.0%}".format(*right))
+        print("accuracy on the last batch: snnTorch {:.0%}, snnlstm {:.0%}".format(*right))
         print(f"snnlstm trained {seconds[0] / seconds[1]:.1f} times as fast, in processor time")
     dist.destroy_process_group()
 

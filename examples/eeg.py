@@ -1,10 +1,11 @@
-"""Tells left from right hand by the rhythms of EEG, in trials of different lengths.
+"""Tells the left hand from the right one by EEG rhythms, in trials of different lengths.
 
     python examples/eeg.py
 
-Moving a hand weakens the 10 Hz rhythm over the other half of the head. Such trials of 1 to 4 s are
-made here, as images of electrodes by samples, in steps of a quarter of a second. A batch is padded
-to its longest trial; `lengths` lets the kernels skip the padding, which a loop has to compute.
+Moving a hand weakens the 10 Hz rhythm over the opposite half of the head. This script makes such
+trials of 1 to 4 s. A time step is an image of electrodes by samples, a quarter of a second long.
+Each batch is padded to its longest trial. With `lengths` the kernels skip the padding, which a loop
+has to compute.
 """
 
 import argparse
@@ -17,11 +18,11 @@ from torch import nn
 
 import snnlstm
 
-ELECTRODES, RATE, SAMPLES = 22, 128, 32  # the rate in Hz, and the samples of a step
+ELECTRODES, RATE, SAMPLES = 22, 128, 32  # rate in Hz, samples per step
 
 
 def trial(label):
-    """Makes a trial (T, 1, ELECTRODES, SAMPLES); the last electrodes lie on the right."""
+    """Makes a trial (T, 1, ELECTRODES, SAMPLES); the last electrodes are on the right."""
     length = int(torch.randint(4, 17, ()))
     t = torch.arange(length * SAMPLES) / RATE
     rhythm = torch.sin(2 * torch.pi * (10 * t + torch.rand(1)))
@@ -31,14 +32,14 @@ def trial(label):
 
 
 def collate(labels):
-    """Makes a batch (T, N, 1, ELECTRODES, SAMPLES) with lengths, and returns the labels."""
+    """Makes a batch (T, N, 1, ELECTRODES, SAMPLES), with lengths and labels."""
     trials = [trial(label) for label in labels]
     lengths = torch.tensor([*map(len, trials)])
     return nn.utils.rnn.pad_sequence(trials), lengths, torch.tensor(labels)
 
 
 def network(library):
-    torch.manual_seed(0)  # equal weights for both libraries
+    torch.manual_seed(0)  # the same weights for both libraries
     options = {"spike_grad": surrogate.atan(alpha=20.0), "init_hidden": True}
     return nn.Sequential(
         library.SConv2dLSTM(1, 8, 3, threshold=0.05, max_pool=2, **options),
@@ -49,7 +50,7 @@ def network(library):
 
 
 def train(net, optimizer, x, lengths, labels):
-    """Trains on the sum over each trial's own steps; returns which labels it found."""
+    """Trains on the sum over each trial's own steps; returns which labels were predicted."""
     utils.reset(net)
     if isinstance(net[0], snnlstm.SConv2dLSTM):
         out = snnlstm.unroll(x, *net, lengths=lengths)
@@ -77,7 +78,7 @@ def main(arguments=None):
             seconds[k] -= time.process_time()
             found[k].extend(train(nets[k], optimizers[k], *batch))
             seconds[k] += time.process_time()
-    print("right of the last 160, by snnTorch and snnlstm:", *(sum(f[-160:]) for f in found))
+    print("correct among the last 160, snnTorch and snnlstm:", *(sum(f[-160:]) for f in found))
     print(f"snnlstm trained {seconds[0] / seconds[1]:.1f} times as fast, in processor time")
 
 

@@ -1,6 +1,6 @@
-"""Tells which way a bar moves before an event camera, by a convolution, Leaky and a cell.
+"""Tells which way a bar moves past an event camera, with a convolution, Leaky and a cell.
 
-python examples/event_camera.py    # --nmnist DIR: N-MNIST's digits, by `pip install tonic`
+python examples/event_camera.py    # --nmnist DIR: digits of N-MNIST, after `pip install tonic`
 """
 
 import argparse
@@ -15,11 +15,11 @@ from torch import nn
 
 import snnlstm
 
-SIDE, WINDOW = 34, 10_000  # pixels of N-MNIST's sensor, and microseconds of a frame
+SIDE, WINDOW = 34, 10_000  # pixels of N-MNIST's sensor, microseconds per frame
 
 
 def moving_bar(random):
-    """Makes a recording of 50 to 120 ms, as tonic's, and its label: right, down, left or up."""
+    """Makes a recording (50 to 120 ms) like tonic's, and its label: right, down, left or up."""
     label, t = random.integers(4), np.arange(0, WINDOW * random.integers(5, 13), 60)
     across, p = random.integers(SIDE, size=len(t)), random.integers(2, size=len(t))
     ahead = t // 4_000 + 3 * p  # ON events lead, OFF events follow
@@ -29,7 +29,7 @@ def moving_bar(random):
 
 
 def collate(recordings):
-    """Makes frames (T, N, 2, SIDE, SIDE), as tonic's ToFrame does, with lengths and labels."""
+    """Makes frames (T, N, 2, SIDE, SIDE) like tonic's ToFrame, with lengths and labels."""
     frames, labels = [], torch.tensor([label for _, label in recordings])
     for events, _ in recordings:
         step = (events["t"] - events["t"][0]) // WINDOW
@@ -39,7 +39,7 @@ def collate(recordings):
 
 
 def network(library):
-    torch.manual_seed(0)  # equal weights for both libraries
+    torch.manual_seed(0)  # the same weights for both libraries
     options = {"spike_grad": surrogate.atan(alpha=20.0), "init_hidden": True}
     return nn.Sequential(
         nn.Conv2d(2, 16, 3, stride=2, padding=1),
@@ -51,7 +51,7 @@ def network(library):
 
 
 def train(net, optimizer, frames, lengths, labels):
-    """Trains on the sum over each recording's own steps; returns which labels it found."""
+    """Trains on the sum over each recording's own steps; returns which labels were predicted."""
     utils.reset(net)
     if isinstance(net[1], snnlstm.Leaky):
         out = snnlstm.unroll(frames, *net, lengths=lengths)
@@ -67,7 +67,7 @@ def train(net, optimizer, frames, lengths, labels):
 
 def main(arguments=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--nmnist", metavar="DIR", help="train on tonic's N-MNIST, stored in DIR")
+    p.add_argument("--nmnist", metavar="DIR", help="train on N-MNIST, which tonic stores in DIR")
     p.add_argument("--recordings", type=int, default=640)
     args, random = p.parse_args(arguments), np.random.default_rng(0)
     torch.set_num_threads(1)  # ratios of one thread's processor time hold on a busy machine
@@ -82,7 +82,7 @@ def main(arguments=None):
             seconds[k] -= time.process_time()
             found[k].extend(train(nets[k], optimizers[k], *batch))
             seconds[k] += time.process_time()
-    print("right of the last 160, by snnTorch and snnlstm:", *(sum(f[-160:]) for f in found))
+    print("correct among the last 160, snnTorch and snnlstm:", *(sum(f[-160:]) for f in found))
     print(f"snnlstm trained {seconds[0] / seconds[1]:.1f} times as fast, in processor time")
 
 

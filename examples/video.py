@@ -1,4 +1,4 @@
-"""Predicts the video of two bouncing balls by a ConvLSTM, and draws the frames that it expects.
+"""Predicts a video of two bouncing balls with a ConvLSTM, and draws the predicted frames.
 
     python examples/video.py    # writes out/video.png: a film above its prediction
 
@@ -19,7 +19,7 @@ SIDE, STEPS = 24, 10
 
 
 def films(count, steps=2 * STEPS):
-    """Makes films (count, steps, 1, SIDE, SIDE) in 0..1 of balls with a radius of 3 pixels."""
+    """Makes films (count, steps, 1, SIDE, SIDE), in 0..1, of balls with a radius of 3 pixels."""
     room, each = SIDE - 6, (count, 2, 2, 1)  # film, ball and axis
     start, speed = torch.randint(2 * room, each), 2 * torch.randint(2, each) - 1
     place = (start + speed * torch.arange(steps)).remainder(2 * room)
@@ -29,7 +29,7 @@ def films(count, steps=2 * STEPS):
 
 
 def plain(lstm, x):
-    """Computes the ConvLSTM of (N, T, C, H, W) in plain torch, and returns its last layer."""
+    """Computes a ConvLSTM of x (N, T, C, H, W) in plain PyTorch; returns the last layer's h."""
     for cell in lstm.cell_list:
         h, c = cell.init_hidden(len(x), (SIDE, SIDE))
         steps = []
@@ -43,7 +43,7 @@ def plain(lstm, x):
 
 
 def train(lstm, out, optimizer, film, loop=False):
-    """Makes a training step on films (N, T, 1, H, W), and returns its processor time."""
+    """Takes a training step on films (N, T, 1, H, W), and returns its processor time."""
     begin = time.process_time()
     hidden = plain(lstm, film[:, :-1]) if loop else lstm(film[:, :-1])[0][-1]
     logits, frames = out(hidden.flatten(0, 1)), film[:, 1:].flatten(0, 1)
@@ -56,7 +56,7 @@ def train(lstm, out, optimizer, film, loop=False):
 
 @torch.no_grad()
 def continued(lstm, out, seen):
-    """Returns STEPS frames that follow the seen ones, each predicted from the one before."""
+    """Returns the next STEPS frames, each predicted from the frame before."""
     frames, states = [], None
     while len(frames) < STEPS:
         hidden, states = lstm(frames[-1].round() if frames else seen, states)
@@ -79,7 +79,7 @@ def main(arguments=None):
     seen, future = films(4).split(STEPS, 1)
     made = continued(*net, seen)
     errors = [(frames - future).square().mean() for frames in (made, seen[:, -1:])]
-    print("mean squared error {:.3f}; of the last frame seen {:.3f}".format(*errors))
+    print("mean squared error {:.3f}; repeating the last frame: {:.3f}".format(*errors))
     print(f"the ConvLSTM trained {theirs / ours:.1f} times as fast as a loop, in processor time")
     Path("out").mkdir(exist_ok=True)
     rows = torch.cat([future[0, :, 0], made[0, :, 0]], 1)

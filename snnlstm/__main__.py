@@ -1,7 +1,7 @@
-"""`python -m snnlstm`: what was built, what was found, and what is wrong with it.
+"""`python -m snnlstm` reports what was built, what was found, and what is wrong.
 
-For bug reports and for installations that behave strangely, so nothing here may fail: whatever is
-missing or broken is part of the report.
+The report is for bug reports and for broken installations. So nothing here may fail: the report
+names whatever is missing or broken.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 from .native import WAYS_OUT, checkout, cuda_check
 
-MISSING = "missing: "  # starts the text of a fact that could not be found out
+MISSING = "missing: "  # the text of a fact that could not be found begins so
 IN_TORCH = "so that every call takes the reference path, which is slower: "
 
-# A row: a fact, a module, and its attribute or function that tells the fact. torch comes first, so
-# that snnlstm._C finds torch's OpenMP.
+# A row has a fact's name, a module, and the module's attribute or function that tells the fact.
+# torch comes first, so that snnlstm._C finds torch's OpenMP.
 FACTS = (
     ("torch", "torch", "__version__"),
     ("torch's CUDA", "torch", "version.cuda"),
@@ -43,7 +43,7 @@ FACTS = (
 
 
 def attempt(probe: Callable[[], Any]) -> Any:
-    """What `probe` returns, or "missing: " and the reason where it raises."""
+    """Return what `probe` returns, or "missing: " and the reason if it raises."""
     try:
         return probe()
     except (Exception, SystemExit) as error:  # even an import may exit
@@ -55,13 +55,13 @@ def is_missing(fact: Any) -> bool:
     return isinstance(fact, str) and fact.startswith(MISSING)
 
 
-@cache  # a module that does not import is imported once: the second error would say less
+@cache  # a broken module is imported only once, because the second error would say less
 def module_of(name: str) -> Any:
     return attempt(partial(importlib.import_module, name))
 
 
 def fact_of(name: str, attribute: str) -> Any:
-    """What an attribute of a module is, or returns."""
+    """Return an attribute of a module, or what it returns if it is a function."""
     module = module_of(name)
     fact = module if is_missing(module) else attrgetter(attribute)(module)
     return fact() if callable(fact) else fact
@@ -73,7 +73,7 @@ def driver() -> Any:
 
 
 def gpus() -> list[str]:
-    """Each GPU, and what of the build it runs."""
+    """Return the name of each GPU, and which code of the build it runs."""
     torch, build = importlib.import_module("torch"), fact_of("snnlstm._C", "build_info")
     texts = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -85,8 +85,8 @@ def gpus() -> list[str]:
 
 
 def collect() -> dict[str, Any]:
-    """The report: all facts, what torch warns of, and the problems."""
-    with warnings.catch_warnings(record=True) as caught:  # a broken driver warns
+    """Return the report: all facts, torch's warnings, and the problems."""
+    with warnings.catch_warnings(record=True) as caught:  # torch warns of a broken driver
         warnings.simplefilter("always")
         facts = {name: attempt(partial(fact_of, *where)) for name, *where in FACTS}
     facts |= {
@@ -100,15 +100,15 @@ def collect() -> dict[str, Any]:
 
 
 def problems(facts: dict[str, Any]) -> list[str]:
-    """What keeps the native kernels from running here, and what to do about it."""
+    """Return what prevents the native kernels from running here, and what to do about it."""
     texts, core = [], facts["native core"]
     if core == MISSING + "ModuleNotFoundError: No module named 'snnlstm._C'":
         texts.append(
             f"the checkout {folder} has no native core, {IN_TORCH}{WAYS_OUT}"
             if (folder := checkout())
-            else f"this installation has no native core, {IN_TORCH}pip builds the core where it "
+            else f"this installation has no native core, {IN_TORCH}pip builds the core if it "
             "finds a C++17 compiler, such as GCC 9 or Clang 14 (`pip install -v` says which, or "
-            "why none served)"
+            "why not)"
         )
     elif is_missing(core):
         texts.append(f"the native core does not load, {IN_TORCH}{core}")
@@ -116,14 +116,14 @@ def problems(facts: dict[str, Any]) -> list[str]:
         texts.append(f"no instruction set could be chosen ({facts['in use']})")
     elif facts["OpenMP"] == "":
         texts.append(
-            "no OpenMP runtime of torch's was found, whose threads the kernels use: every call on "
+            "torch's OpenMP runtime, whose threads the kernels use, was not found: every call on "
             "the CPU runs on one thread"
         )
     if is_missing(facts["torch"]):
         texts.append(f"torch cannot be imported ({facts['torch']}): pip install torch")
     elif is_missing(facts["GPUs"]):
         texts.append(f"torch cannot use the GPU ({facts['GPUs']})")
-    elif not is_missing(core):  # the first call on each GPU would say the same
+    elif not is_missing(core):  # as the first call on each GPU does
         said = [attempt(partial(cuda_check.trouble, i)) for i in range(len(facts["GPUs"]))]
         reasons = dict.fromkeys(text for text in said if text)
         texts += [f"CUDA tensors take the reference path: {reason}" for reason in reasons]
@@ -131,7 +131,7 @@ def problems(facts: dict[str, Any]) -> list[str]:
 
 
 def table(facts: dict[str, Any]) -> str:
-    """The report in lines."""
+    """Return the report as lines of text."""
     lines = []
     for name, value in facts.items():
         items = value.items() if isinstance(value, dict) else [("", value)]

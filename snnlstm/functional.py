@@ -14,7 +14,7 @@ from .dispatch.path import recorded_now
 
 __all__ = ["sconv2dlstm"]
 
-_last: dict[str, Any] = {}  # holds the last entry
+_last: dict[str, Any] = {}  # the entry of the last call
 
 
 def sconv2dlstm(
@@ -40,10 +40,10 @@ def sconv2dlstm(
     checkpoint: bool = False,
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one step, or a sequence of them, of a spiking convolutional LSTM.
+    """Run one step or a sequence of steps of a spiking convolutional LSTM.
 
-    ``C`` is ``weight.shape[0] // 4`` and ``Ho, Wo`` are ``ceil(H / stride[0])`` and
-    ``ceil(W / stride[1])``. The formulas stand in :mod:`snnlstm.reference`.
+    ``C`` is ``weight.shape[0] // 4``, and ``Ho, Wo`` are ``ceil(H / stride[0])`` and
+    ``ceil(W / stride[1])``. :mod:`snnlstm.reference` has the formulas.
 
     Parameters
     ----------
@@ -54,15 +54,15 @@ def sconv2dlstm(
         (N, C, Ho, Wo), synaptic current and membrane potential before the first step, in the dtype
         of weight. None and a tensor of shape (0,) mean zeros.
     weight : Tensor
-        (4C, Cin + C, kh, kw), kh and kw odd; gates in the order i, f, o, g. Required.
+        (4C, Cin + C, kh, kw), with odd kh and kw and the gates in the order i, f, o, g. Required.
     bias : Tensor, optional
         (4C,).
     threshold, graded_spikes_factor : float or Tensor, default 1.0
-        Broadcast to (N, C, Ho, Wo) and to the pooled size; the factor multiplies spk.
-    record, lengths, batch_first
-        Those of :meth:`snnlstm.SConv2dLSTM.forward` and of the constructor.
+        They broadcast to (N, C, Ho, Wo) and to the pooled size; the factor multiplies spk.
+    record, lengths
+        As in :meth:`snnlstm.SConv2dLSTM.forward`.
     **options
-        All others are those of :class:`snnlstm.SConv2dLSTM`, with the same defaults.
+        All others are arguments of :class:`snnlstm.SConv2dLSTM`, with the same defaults.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def sconv2dlstm(
     Raises
     ------
     TypeError
-        If an argument is of the wrong type or dtype.
+        If an argument has the wrong type or dtype.
     ValueError
         If a shape, size, device or name does not fit.
 

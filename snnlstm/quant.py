@@ -1,9 +1,9 @@
 """Quantisation of the states to a fixed set of levels, with a straight-through gradient.
 
 :func:`state_quant` makes the same levels as ``snntorch.functional.quant.state_quant`` of
-snntorch 1.0.0, and the object works as ``state_quant`` of any neuron of snnTorch. snnTorch's
-needs memory for (elements x levels) numbers, and this one for little more than the result, unless
-torch compiles or traces it.
+snntorch 1.0.0, and its result works as ``state_quant`` of any neuron of snnTorch. snnTorch's
+quantiser needs memory for (elements x levels) numbers. This one needs little more than its result,
+unless torch compiles or traces it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .surrogate import finite_number
 
 __all__ = ["StateQuant", "state_quant"]
 
-_BLOCK = 1 << 17  # distances of a block: they fit a core's cache
+_BLOCK = 1 << 17  # number of distances per block, which fit a core's cache
 
 
 def _quantise(x: Tensor, levels: Tensor) -> Tensor:
-    """Nearest level for every element, with the shape and dtype of x."""
+    """Return the nearest level for every element, with the shape and dtype of x."""
     levels = levels.to(x.device)
 
     def nearest(part: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def _quantise(x: Tensor, levels: Tensor) -> Tensor:
 
 
 class _Quantise(torch.autograd.Function):
-    """Nearest level; the gradient passes unchanged, also where x is out of range."""
+    """Nearest level; the gradient passes unchanged, even where x is out of range."""
 
     generate_vmap_rule = True
 
@@ -60,7 +60,7 @@ class _Quantise(torch.autograd.Function):
 
 
 class _QuantiseForwardMode(_Quantise):
-    """_Quantise with forward-mode AD, for eager calls: dynamo refuses a Function with jvp."""
+    """_Quantise with forward-mode AD, for eager calls only: dynamo refuses a Function with jvp."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -70,29 +70,30 @@ class _QuantiseForwardMode(_Quantise):
 class StateQuant:
     """Rounds to the nearest of a set of levels.
 
-    The distances ``|level - x|`` are compared in floating point. An exact tie takes the lowest
+    It compares the distances ``|level - x|`` in floating point. An exact tie takes the lowest
     index; NaN and infinities take index 0. Two instances with the same levels are equal.
 
     Parameters
     ----------
     levels : Tensor
-        (n,), n >= 1, finite, floating. Copied to the CPU. The kernels take only ascending levels.
+        (n,), n >= 1, finite, floating point. The constructor copies it to the CPU. The kernels
+        support only ascending levels.
 
     Attributes
     ----------
     levels : Tensor
-        The levels, (n,), on the CPU. Do not write to it.
+        The levels, (n,), on the CPU. Do not write to them.
     ascending : bool
-        Whether no level is lower than the one before.
+        Whether no level is lower than the level before.
     text : str
         The levels and their dtype as text, for :meth:`from_text`.
 
     Raises
     ------
     TypeError
-        If `levels` is not a floating tensor.
+        If `levels` is not a floating point tensor.
     ValueError
-        If it is not one-dimensional, is empty or holds NaN or infinity.
+        If `levels` is not one-dimensional, is empty, or contains NaN or infinity.
     """
 
     def __init__(self, levels: Tensor) -> None:
@@ -106,20 +107,20 @@ class StateQuant:
         self.levels = levels.detach().to("cpu", copy=True).contiguous()
         self.ascending = bool((self.levels.diff() >= 0).all())
         dtype = str(self.levels.dtype).removeprefix("torch.")
-        self.text = ",".join([dtype, *map(repr, self.levels.tolist())])  # dynamo could not make it
+        self.text = ",".join([dtype, *map(repr, self.levels.tolist())])  # here: dynamo could not
 
     @classmethod
     def from_text(cls, text: str) -> StateQuant:
-        """The quantiser whose :attr:`text` this is."""
+        """Make the quantiser with this :attr:`text`."""
         dtype, *values = text.split(",")
         levels = torch.tensor([float(value) for value in values], dtype=getattr(torch, dtype))
         return cls(levels)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Nearest level for each element, with the shape, dtype and device of x."""
+        """Return the nearest level for each element, with the shape, dtype and device of x."""
         if torch.compiler.is_compiling():
             return _Quantise.apply(x, self.levels)
-        if torch.jit.is_tracing():  # a trace with a Function of Python in it cannot be saved
+        if torch.jit.is_tracing():  # a trace with a Python Function cannot be saved
             fixed = x.detach()
             straight_through = torch.where(fixed.isfinite(), x - fixed, 0)
             return _quantise(fixed, self.levels) + straight_through
@@ -136,14 +137,14 @@ class StateQuant:
         return f"StateQuant({len(values)} levels, {min(values):g} to {max(values):g})"
 
 
-# The base of the geometric spacing, by the number of bits; more than 7 bits take the last one.
+# The base of the geometric spacing for 1, 2, ... bits; more than 7 bits take the last base.
 _MULTIPLIERS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.925, 0.95)
 
 
 def _gaps(count: int, base: float, span: float) -> list[float]:
-    """`count` geometric gaps, the widest first, that add up to `span`."""
+    """Return `count` geometric gaps, the widest first, that add up to `span`."""
     # The gaps are added one by one from the smallest, and scaled by a quotient, so that the levels
-    # equal snnTorch's to the last bit. (Python's sum rounds otherwise from 3.12 on.)
+    # equal snnTorch's to the last bit. (From 3.12 on, Python's sum rounds differently.)
     total = functools.reduce(operator.add, (base**j for j in reversed(range(count))), 0.0)
     room = total / span if count else 1.0
     return [base**j / room for j in range(count)]
@@ -152,7 +153,7 @@ def _gaps(count: int, base: float, span: float) -> list[float]:
 def _geometric_levels(
     count: int, lowest: float, centre: float, highest: float, base: float
 ) -> list[float]:
-    """Levels from `lowest` to `highest` that lie densest around `centre`."""
+    """Return levels from `lowest` to `highest` that are densest around `centre`."""
     below = math.floor(count * ((centre - lowest) / (highest - lowest)))
     levels, value = [], lowest
     for gap in _gaps(below, base, centre - lowest):
@@ -174,23 +175,23 @@ def state_quant(
     upper_limit: float = 0.2,
     multiplier: float | None = None,
 ) -> StateQuant:
-    """Make a quantiser with ``2**num_bits`` levels: snnTorch's function of this name.
+    """Make a quantiser with ``2**num_bits`` levels, like snnTorch's function of this name.
 
     Parameters
     ----------
     num_bits : int, default 8
         Number of bits of a state, at least 1 and at most 16.
     uniform : bool, default True
-        Equal distances; otherwise geometric ones.
+        Whether the levels are evenly spaced; otherwise the spacing is geometric.
     thr_centered : bool, default True
-        Geometric levels lie densest around the threshold; otherwise around 0.
+        Whether geometric levels are densest around the threshold; otherwise around 0.
     threshold : float, default 1
         Sets the range, together with the limits.
     lower_limit, upper_limit : float, default 0 and 0.2
-        Levels reach from ``-threshold * (1 + lower_limit)`` to
+        The levels range from ``-threshold * (1 + lower_limit)`` to
         ``threshold * (1 + upper_limit)``.
     multiplier : float, optional
-        Base of the geometric distances; by default one that fits `num_bits`.
+        Base of the geometric spacing; by default it depends on `num_bits`.
 
     Returns
     -------
@@ -199,7 +200,7 @@ def state_quant(
     Raises
     ------
     TypeError, ValueError
-        If an argument is no number or leaves no range.
+        If an argument is not a number, or if the arguments leave no range.
     """
     if isinstance(num_bits, bool) or not isinstance(num_bits, int):
         raise TypeError(f"num_bits must be an int, got {num_bits!r}")

@@ -1,8 +1,8 @@
-"""The cell in plain torch: any device, any dtype, any order of differentiation.
+"""The cell in plain PyTorch, for any device, dtype and order of differentiation.
 
-This is the oracle of the native kernels, and the reference path: it runs every call that the
-kernels cannot run. ``_step`` computes one step in the words of snntorch 1.0.0's ``SConv2dLSTM``,
-with its defects repaired.
+This is the reference path: it runs every call that the native kernels do not cover, and tests
+compare the kernels with it. ``_step`` computes one step like snntorch 1.0.0's ``SConv2dLSTM``, with
+its defects repaired.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["Overrides", "called", "fire", "reset_signal", "run", "sconv2dlstm"]
 
 
 class Overrides(NamedTuple):
-    """Foreign code that takes part in a call."""
+    """Users' functions that replace parts of a call."""
 
     conv: Callable[[Tensor], Tensor] | None = None
-    """What is called in the place of the convolution, (N, Cin + C, H, W) to (N, 4C, H, W)."""
+    """Replaces the convolution, from (N, Cin + C, H, W) to (N, 4C, H, W)."""
     reason: str | None = None
     """Why `conv` is called."""
     fire: Callable[[Tensor], Tensor] | None = None
@@ -34,7 +34,7 @@ class Overrides(NamedTuple):
 
 
 def called(name: str, function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
-    """Call a callable of the user's; its result must be a tensor."""
+    """Call a user's function, whose result must be a tensor."""
     out: Any = function(given)
     if not isinstance(out, Tensor):
         raise TypeError(f"{name} must return a tensor, got {type(out).__name__}")
@@ -42,7 +42,7 @@ def called(name: str, function: Callable[[Tensor], Tensor], given: Tensor) -> Te
 
 
 def reset_signal(mem: Tensor, threshold: Tensor, surrogate: Callable[[Tensor], Tensor]) -> Tensor:
-    """Reset signal of a step: 1 where the ``mem`` before the step exceeds the threshold, else 0.
+    """Return a step's reset signal: 1 where ``mem`` before the step exceeds the threshold, else 0.
 
     It carries no gradient. mem is (N, C, H, W), threshold broadcasts to that shape, and `surrogate`
     is the cell's ``spike_grad``.
@@ -61,34 +61,34 @@ def fire(
     quant: Callable[[Tensor], Tensor] | None = None,
     inhibition: bool = False,
 ) -> Tensor:
-    """Spikes (N, C, H, W) for a (pooled) membrane potential of that shape, times the graded factor.
+    """Return the spikes of a (pooled) membrane potential (N, C, H, W), times the graded factor.
 
-    threshold and graded broadcast to mem's shape. `quant`, if given, is applied to mem first, and
-    `surrogate` to ``mem - threshold``. With `inhibition` only the neuron with the highest mem of
-    each sample may spike; a tie goes to the lowest index, and NaN counts as the highest, as in
-    torch.argmax.
+    threshold and graded broadcast to the shape of mem. `quant`, if given, is applied to mem first;
+    `surrogate` is applied to ``mem - threshold``. With `inhibition` only the neuron with the
+    highest mem of each sample may spike; a tie goes to the lowest index, and NaN counts as the
+    highest, as in torch.argmax.
     """
     if quant is not None:
         mem = called("state_quant", quant, mem)
     spk = called("spike_grad", surrogate, mem - threshold)
-    spk = spk.to(mem.dtype)  # snnTorch's own always give float32
+    spk = spk.to(mem.dtype)  # snnTorch's surrogates always return float32
     if inhibition:
         flat = mem.detach().flatten(1)
         winner = flat.argmax(1, keepdim=True)
-        # The mask is a product, not a selection, so that the suppressed get a zero gradient.
+        # The mask is multiplied, not selected with, so that suppressed neurons get a zero gradient.
         spk = spk * torch.zeros_like(flat).scatter(1, winner, 1).view_as(mem)
     return spk * graded
 
 
 def _gates(call: Call, spec: CellSpec, conv: Any, x: Tensor, mem: Tensor) -> Tensor:
-    """Pre-activations of the gates, (N, 4C, Ho, Wo), of one step."""
+    """Return the pre-activations of the gates of one step, (N, 4C, Ho, Wo)."""
     weight, bias = call.weight, call.bias
     if spec.stride == (1, 1):
         both = torch.cat([x, mem], 1)
         if conv is not None:
             return conv(both)
         return F.conv2d(both, weight, bias, 1, spec.padding, spec.dilation)
-    # Only the input has a stride: the recurrent half keeps the size of the state.
+    # Only the input's half has a stride, because the recurrent half keeps the size of the state.
     x_weight, mem_weight = weight.split([x.shape[1], mem.shape[1]], 1)
     return F.conv2d(x, x_weight, bias, spec.stride, spec.padding, spec.dilation) + F.conv2d(
         mem, mem_weight, None, 1, spec.padding, spec.dilation
@@ -98,18 +98,18 @@ def _gates(call: Call, spec: CellSpec, conv: Any, x: Tensor, mem: Tensor) -> Ten
 def _step(
     call: Call, spec: CellSpec, overrides: Overrides, x: Tensor, syn: Tensor, mem: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One time step; returns spk, syn and mem."""
+    """Run one time step, and return spk, syn and mem."""
     threshold: Any = call.threshold
     graded: Any = call.graded
     surrogate, quant = spec.surrogate, spec.quant
     reset: Any = None
-    # A foreign callable may draw random numbers, so it is called as often as in snnTorch.
+    # A user's function may draw random numbers, so it is called as often as in snnTorch.
     if overrides.mem_reset is not None:
         reset = overrides.mem_reset(mem)
     elif spec.reset != "none" or type(surrogate) is not Surrogate:
         reset = reset_signal(mem, threshold, surrogate)
 
-    # Under autocast the gates come in the autocast dtype; the states stay in theirs.
+    # Under autocast the gates have the autocast dtype; the states keep theirs.
     gates = _gates(call, spec, overrides.conv, x, mem).to(mem.dtype)
     i, f, o, g = gates.chunk(4, 1)
     syn = torch.sigmoid(f) * syn + torch.sigmoid(i) * torch.tanh(g)
@@ -118,7 +118,7 @@ def _step(
         return (mem if call.sequence else mem.new_empty(0)), syn, mem
 
     if spec.reset == "subtract":
-        # A threshold may be infinite where nothing is reset: 0 * inf must not make NaN.
+        # The threshold may be infinite where nothing is reset: 0 * inf must not give NaN.
         mem = mem - torch.where(reset.bool(), reset * threshold, 0)
     elif spec.reset == "zero":
         mem = mem * (1 - reset)
@@ -138,12 +138,12 @@ def _step(
 def run(
     call: Call, spec: CellSpec, overrides: Overrides | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one step or a whole sequence; returns spk, syn and mem.
+    """Run one step or a whole sequence, and return spk, syn and mem.
 
-    `overrides` are called in the place of the cell's own functions; a foreign conv needs a stride
-    of 1. spk is (N, C, Hp, Wp) or (T, N, C, Hp, Wp); syn and mem are (N, C, Ho, Wo), or
-    (T, N, C, Ho, Wo) with ``call.record``. The steps compute padded samples, too, and drop their
-    results. The results are tensors of their own, never views.
+    `overrides` replace the cell's own functions; ``overrides.conv`` needs a stride of 1. spk is
+    (N, C, Hp, Wp) or (T, N, C, Hp, Wp); syn and mem are (N, C, Ho, Wo), or (T, N, C, Ho, Wo) with
+    ``call.record``. The steps also compute padded samples, and drop their results. No result is a
+    view.
     """
     x, syn, mem = call[:3]
     overrides = overrides or Overrides()
@@ -188,7 +188,7 @@ def sconv2dlstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the cell on the reference path.
 
-    Arguments, results and errors are those of :func:`snnlstm.functional.sconv2dlstm`.
+    The arguments, results and errors are those of :func:`snnlstm.functional.sconv2dlstm`.
     """
     call, spec = stateless_call(x, syn, mem, weight, bias, **options)
     return batch_before_time(call, options.get("batch_first", False), *run(call, spec))

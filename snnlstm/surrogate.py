@@ -1,14 +1,14 @@
-"""Surrogate gradients: spikes whose derivative is replaced by a smooth one.
+"""Surrogate gradients replace the derivative of a spike, which is zero nearly everywhere.
 
-The forward pass of every surrogate is the Heaviside step ``spk = (x > 0)``; only the
-backward pass differs. A :class:`Surrogate` is an immutable description, a kind and at most
-two numbers, which the native kernels evaluate inside their own loops. It is also a plain
-callable, so the same object works as ``spike_grad`` of any neuron of snnTorch::
+The forward pass of every surrogate is the Heaviside step ``spk = (x > 0)``; only the backward
+passes differ. A :class:`Surrogate` is an immutable description: a kind and at most two numbers,
+which the native kernels evaluate in their own loops. It is also callable, so it works as
+``spike_grad`` of any neuron of snnTorch::
 
     snntorch.Leaky(beta=0.9, spike_grad=snnlstm.surrogate.atan(alpha=2.0))
 
-The formulas follow snntorch 1.0.0 (``snntorch/surrogate.py``), with two of its defects
-repaired: :func:`sigmoid` stays finite for very negative inputs and :func:`LSO` can be called.
+The formulas follow snntorch 1.0.0 (``snntorch/surrogate.py``), and repair two of its defects:
+:func:`sigmoid` stays finite for very negative inputs, and :func:`LSO` can be called.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ __all__ = [
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a real number and no bool."""
+    """Whether `value` is a real number, and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def fixed(number: float) -> float:
-    """The number itself; torch.compile, to which it may be a symbol, guards on its value here."""
+    """Return the number itself. If it is a symbol of torch.compile, this guards on its value."""
     (same,) = {number}  # the compiler allows only constants as members of a set
     return same
 
@@ -66,7 +66,7 @@ class Kind(NamedTuple):
     name: str
     parameters: tuple[str, ...]
     factor: Callable[[Tensor, float, float], Tensor]
-    """(x, p0, p1) -> what the incoming gradient is multiplied with, of x's shape and dtype."""
+    """(x, p0, p1) -> the factor of the incoming gradient, with the shape and dtype of x."""
 
 
 def _fast_sigmoid(x: Tensor, slope: float) -> Tensor:
@@ -74,7 +74,7 @@ def _fast_sigmoid(x: Tensor, slope: float) -> Tensor:
 
 
 def _noise(x: Tensor, mean: float) -> Tensor:
-    # The order is that of the dimensions, whatever the memory's: equal seeds give equal numbers.
+    # Numbers are drawn in the order of the dimensions, so equal seeds agree in every memory format.
     return torch.rand_like(x, memory_format=torch.contiguous_format) - 0.5 + mean
 
 
@@ -98,11 +98,11 @@ KINDS: tuple[Kind, ...] = (
 
 _NUMBERS = {kind.name: number for number, kind in enumerate(KINDS)}
 MAKERS = frozenset(_NUMBERS)
-"""The names of the functions here that make a surrogate when they are called."""
+"""The names of the functions of this module that make a surrogate."""
 
 
 class _Spike(torch.autograd.Function):
-    """Heaviside step with the derivative of one kind; differentiable any number of times."""
+    """Heaviside step with the derivative of its kind; differentiable any number of times."""
 
     generate_vmap_rule = True
 
@@ -122,7 +122,7 @@ class _Spike(torch.autograd.Function):
 
 
 class _SpikeForwardMode(_Spike):
-    """_Spike with forward-mode AD, for eager calls: dynamo refuses a Function with jvp."""
+    """_Spike with forward-mode AD, for eager calls only: dynamo refuses a Function with jvp."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -139,15 +139,15 @@ class _SpikeForwardMode(_Spike):
 class Surrogate:
     """A surrogate gradient, described by its kind and parameters.
 
-    Make one with the functions of this module. Instances of equal kind and parameters are equal
+    The functions of this module make instances. Instances with equal kind and parameters are equal
     and have equal hashes. They can be copied and pickled.
 
     Parameters
     ----------
     kind : int
-        Row of the table ``KINDS``; 0 is "no gradient" (``surrogate_disable``).
+        Row of the table ``KINDS``; 0 means no gradient (``surrogate_disable``).
     p0, p1 : float
-        Parameters in the order of the row; 0.0 where the kind has none.
+        Parameters in the order of the row; 0.0 if the kind has none.
     """
 
     kind: int
@@ -156,14 +156,14 @@ class Surrogate:
 
     @property
     def name(self) -> str:
-        """Name of the kind, for example ``"atan"``."""
+        """Name of the kind, such as ``"atan"``."""
         return KINDS[self.kind].name
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Spikes for x, the membrane potential minus the threshold, of any shape and float dtype.
+        """Return the spikes for x, the membrane potential minus the threshold.
 
-        The result has the shape and dtype of x. It is 1 where ``x > 0``, and 0 elsewhere, also for
-        NaN.
+        x has any shape and floating point dtype, and the result has the same. It is 1 where
+        ``x > 0``, and 0 elsewhere and for NaN.
         """
         traced = torch.compiler.is_compiling()
         if self.kind == 0 or (traced and not x.requires_grad):  # dynamo fails at such an apply()
@@ -172,7 +172,7 @@ class Surrogate:
         return spike.apply(x, self.kind, self.p0, self.p1)
 
     def factor(self, x: Tensor) -> Tensor:
-        """Return d spk / d x as the backward pass uses it, with the shape and dtype of x."""
+        """Return the backward pass's d spk / d x, with the shape and dtype of x."""
         return KINDS[self.kind].factor(x, self.p0, self.p1)
 
     def __repr__(self) -> str:
@@ -187,7 +187,7 @@ NONE = Surrogate(0)
 def make(name: str, **parameters: Any) -> Surrogate:
     """Make the surrogate called `name`.
 
-    A parameter that is no number raises TypeError; one that is infinite or NaN raises ValueError.
+    A parameter that is not a number raises TypeError; infinity and NaN raise ValueError.
     """
     numbers = [finite_number(f"{key} of {name}", value) for key, value in parameters.items()]
     return Surrogate(_NUMBERS[name], *numbers)
@@ -213,7 +213,7 @@ def fast_sigmoid(slope: float = 25) -> Surrogate:
 def sigmoid(slope: float = 25) -> Surrogate:
     r"""Derivative of the sigmoid: ``slope * s * (1 - s)`` with ``s = 1 / (1 + e^(-slope * x))``.
 
-    Zenke and Ganguli, "SuperSpike", Neural Computation 30, 2018. Finite for every finite x.
+    It is finite for every finite x. Zenke and Ganguli, "SuperSpike", Neural Computation 30, 2018.
     """
     return make("sigmoid", slope=slope)
 
@@ -245,7 +245,7 @@ def spike_rate_escape(beta: float = 1, slope: float = 25) -> Surrogate:
 
 
 def SFS(slope: float = 25, B: float = 1) -> Surrogate:
-    """Sparse fast sigmoid: the factor of :func:`fast_sigmoid` where x > B, else 0.
+    """Sparse fast sigmoid: :func:`fast_sigmoid`'s factor where x > B, else 0.
 
     Perez-Nieves and Goodman, "Sparse spiking gradient descent", NeurIPS 2021.
     """
@@ -255,8 +255,8 @@ def SFS(slope: float = 25, B: float = 1) -> Surrogate:
 def SSO(mean: float = 0, variance: float = 0.2) -> Surrogate:
     """Stochastic spike operator: 1 where x > 0, else ``(u - 0.5 + mean) * variance``.
 
-    u is drawn anew, uniformly from [0, 1), in every backward pass with torch's global
-    generator of x's device.
+    Every backward pass draws u uniformly from [0, 1), with torch's global generator for the device
+    of x.
     """
     return make("SSO", mean=mean, variance=variance)
 
@@ -275,7 +275,7 @@ class _CustomSpike(_Spike):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, spk = ctx.saved_tensors
-        # The function gets a clone, because users' functions work in place.
+        # The function gets a clone, because users' functions may work in place.
         return ctx.function(x, grad.clone(), spk), None
 
 
@@ -290,14 +290,14 @@ class _Custom:
 def custom_surrogate(
     function: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Callable[[Tensor], Tensor]:
-    """Surrogate whose backward pass is ``function(x, grad, spk)``.
+    """Make a surrogate whose backward pass is ``function(x, grad, spk)``.
 
     Parameters
     ----------
     function : callable
-        Takes the membrane potential minus threshold, the incoming gradient and the spikes,
-        all of one shape, and returns the gradient of x. It runs in Python, between the
-        kernels: a cell that uses it takes the reference path.
+        Takes the membrane potential minus the threshold, the incoming gradient and the spikes, all
+        of one shape, and returns the gradient of x. A cell with this surrogate takes the reference
+        path.
 
     Raises
     ------
