@@ -23,8 +23,8 @@ bool three_products_beat_one(int compute_capability) {
 // time. Blocks come in rounds, and the multiprocessor with the most blocks decides. A warp computes
 // equally many outputs in every kind of block. Six warps keep a multiprocessor busy: registers have
 // room for eight or more of each kernel, but shared memory may not. With fewer warps the products
-// take longer, and the neurons after them about as long. So outputs count once for the neurons, and
-// once or more for the products.
+// take longer, but the neurons after them do not. So outputs count once for the neurons, and once or
+// more for the products.
 double busiest(const Device& device, const Load& load) {
   constexpr double kBusy = 6;
   const int64_t blocks = ceil_div(load.blocks, device.multiprocessors);
