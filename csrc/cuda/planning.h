@@ -73,7 +73,7 @@ struct MmaType {
   int per_chunk() const { return mma_tile::kGroups * per_group(); }
 };
 
-// How the walk goes through a segment's K: chunks of channels; in a chunk taps; in a tap k-steps.
+// The walk through a segment's K: chunks of channels, taps in a chunk, k-steps in a tap.
 struct MmaDepth {
   bool im2col = false;
   int64_t channels = 0, taps = 1, chunks = 0;  // of the walk; im2col makes taps channels
@@ -185,7 +185,7 @@ Step planned(const std::optional<Step>& best, const BlockChoice& only) {
 
 // ---- packed weights -----------------------------------------------------------------------------
 
-// What a packed weight is for. Backward the taps are reversed.
+// The use of a packed weight. The backward pass reverses the taps.
 enum class Use : int {
   x_to_gates,    // columns: (channel, gate)   K channels: Cin
   mem_to_gates,  // columns: (channel, gate)   K channels: C
@@ -193,8 +193,8 @@ enum class Use : int {
   gates_to_mem,  // columns: C                 K channels: (gate, channel), a gate has Cp
 };
 
-// Tells where the packed weight of one convolution lies. Its blocks of columns are each in the
-// order in which the kernel walks (fma.cuh, mma.cuh).
+// Tells where the packed weight of one convolution lies. Each block of columns has the order in
+// which the kernel walks (fma.cuh, mma.cuh).
 struct PackedPart {
   Use use = Use::x_to_gates;
   Multiply multiply = Multiply::fma;

@@ -23,8 +23,8 @@ bool three_products_beat_one(int compute_capability) {
 // time. Blocks come in rounds, and the multiprocessor with the most blocks decides. A warp computes
 // equally many outputs in every kind of block. Six warps keep a multiprocessor busy: registers have
 // room for eight or more of each kernel, but shared memory may not. With fewer warps the products
-// take longer, but the neurons after them do not. So outputs count once for the neurons, and once or
-// more for the products.
+// take longer, but the neurons after them do not. So outputs count once for the neurons, and once
+// or more for the products.
 double busiest(const Device& device, const Load& load) {
   constexpr double kBusy = 6;
   const int64_t blocks = ceil_div(load.blocks, device.multiprocessors);
@@ -40,7 +40,7 @@ double busiest(const Device& device, const Load& load) {
 
 // Returns in how many parts the pixels of all steps are summed, of `blocks` blocks each. Of 2 to 8
 // rounds it takes the fewest that leave less than a tenth of the multiprocessors idle. A part has
-// at least 256 pixels, beside which the start of a block is short. There are at most 1024 parts,
+// at least 256 pixels, so that a block's start costs little. There are at most 1024 parts,
 // because they are written and read again.
 int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
   const int64_t most = std::clamp<int64_t>(pixels / 256, 1, 1024);

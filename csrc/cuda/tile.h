@@ -113,7 +113,7 @@ struct Jobs {
 
 // One of the images that a convolution sums over, K = taps x channels. For output pixel (y, x), tap
 // (i, j) reads row (y * step_h + i * dilation_h - pad_h) / dgrad_stride_h of the source, or 0 if
-// that is no whole number or lies outside of the image; likewise the column.
+// that is not an integer or lies outside the image; the column likewise.
 struct Segment {
   Tensor src;        // (T, N, channels, height, width)
   int channels = 0;  // 0: the segment is absent

@@ -3,7 +3,7 @@
 //   rows     the recurrent data gradient of step t and then, while the rows lie in cache, the
 //            neurons of step t - 1 (neuron_backward.h)
 //   inputs   the data gradient of x, if it is wanted (with Winograd the rows tasks form it too)
-//   weights  the part of step t in the weight gradient (weight_gradient.h)
+//   weights  step t's part of the weight gradient (weight_gradient.h)
 // The workspace holds two time steps of d gates, mem and x, for any T.
 #pragma once
 

@@ -146,7 +146,7 @@ class EqualPixels {
     return true;
   }
 
-  // Finds the pixels that see only values which repeat, as far as they see the second value, too.
+  // Finds the pixels whose values all repeat, except values whose counterparts they do not see.
   // Returns whether there are any.
   bool all_repeat(int64_t rows, int dh, int dw, const Scratch& s) const {
     const int64_t count = (rows - 1) * columns_ + l_.Wo;

@@ -163,8 +163,8 @@ class SparseInput {
   // KiB 0.95 and 36 KiB (all taps) 0.87. With 64 channels 72 KiB (all taps) take a fifth longer
   // than 24 KiB.
   static constexpr int64_t kWeightBytes = 40960;
-  // Neighbouring pixels often have equally many entries. Two counters take them by turns, so that
-  // an increment need not wait for the one before.
+  // Neighbouring pixels often have equally many entries. Two counters alternate, so that no
+  // increment waits for the previous one.
   static constexpr int kCounters = 2;
 
   bool shared() const { return rows_ == 1; }

@@ -54,7 +54,7 @@ struct Row {
   }
 };
 
-// Calls f(first) for squares of VL columns that cover W >= VL. The last may overlap the one before.
+// Calls f(first) for squares of VL columns that cover W >= VL. The last one may overlap another.
 template <int VL, class F>
 SNNLSTM_INLINE void each_square(int64_t W, F&& f) {
   int64_t w = 0;

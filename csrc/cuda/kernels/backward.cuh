@@ -38,7 +38,7 @@ struct DataGradientMma : DataGradient {
 };
 
 constexpr int kBackwardThreads = 128;
-// Blocks that a multiprocessor holds. In 3xTF32 each accumulator has a total beside it.
+// The number of blocks of a multiprocessor. In 3xTF32 each accumulator also has a total.
 template <class Element>
 constexpr int kBackwardBlocks = std::is_same_v<Element, tf32x3> ? 2 : 3;
 

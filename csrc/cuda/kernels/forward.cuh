@@ -23,7 +23,7 @@ struct ForwardMma {
 
 constexpr int kMmaThreads = 256;
 
-// Blocks that a multiprocessor holds. In 3xTF32 each accumulator has a total beside it.
+// The number of blocks of a multiprocessor. In 3xTF32 each accumulator also has a total.
 template <class Element>
 constexpr int kMmaBlocks = std::is_same_v<Element, tf32x3> ? 1 : 2;
 

@@ -39,7 +39,7 @@ class MmaPipeline {
 
   // Begins to load the first two chunks and the first stages.
   SNNLSTM_DEVICE void start() {
-    // Pixels without a source read these 64 bytes, behind the stages.
+    // Pixels without a source read these 64 bytes after the stages.
     if (threadIdx.x < 4) store(zeros() + 16 * threadIdx.x, make_uint4(0, 0, 0, 0));
     working_ = more_ = p_.segments > 0;
     copy_stage();

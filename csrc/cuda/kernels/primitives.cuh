@@ -11,7 +11,7 @@
 // - Shared memory is the one struct of shared_memory<T>(), whose size goes into Launch. The struct
 //   has no constructor and no initial values. A static __shared__ variable does not compile here.
 // - No thread returns before the last barrier or warp collective: threads without work take part.
-//   Collectives are of whole warps, and the block size is a multiple of 32.
+//   Whole warps run collectives, and the block size is a multiple of 32.
 // - All arguments are passed by value (pointers, numbers, plain structs). Kernels read neither
 //   __constant__ nor __device__ variables.
 // - A block neither waits for another block nor reads what another block of the launch writes.
@@ -22,7 +22,7 @@
 //   it: the emulation checks each access against the array that the address lies in.
 // - fault() marks the places at which the tests can break a kernel.
 // - `if constexpr (arch::has_mma<T>)` tells architectures apart: on sm_75 tensor cores multiply
-//   fp16_sm75 alone, on others all types but that. A kernel whose type the architecture does not
+//   only fp16_sm75, on others all other types. A kernel whose type the architecture does not
 //   multiply traps. sm_75 has no cp.async, so its threads carry those copies in registers.
 #pragma once
 
@@ -47,7 +47,7 @@ namespace snnlstm::cuda {
 constexpr unsigned full_warp = 0xffffffffu;
 
 namespace arch {
-// Whether kernels whose elements are of this type multiply on tensor cores.
+// Whether kernels whose elements have this type multiply on tensor cores.
 #if !defined(__CUDA_ARCH__)
 template <class T>
 constexpr bool has_mma = true;

@@ -231,7 +231,7 @@ class WeightGradientFma {
     });
   }
 
-  // read_one(address, elements behind it, type)
+  // read_one(address, elements after it, type)
   template <class ReadOne>
   SNNLSTM_DEVICE void fetch_sources(int chunk, ReadOne&& read_one) {
     const WeightGradientJob& own = p_.job[half_];
