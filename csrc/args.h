@@ -61,20 +61,20 @@ struct Cell {
   int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
   int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }
   bool tiled() const { return tile_h > 0; }
-  // CPU: says whether Winograd leaves pixels that may have an equal in their pooling window to
-  // direct sums (cpu/kernels/equal_pixels.h).
+  // CPU: says whether pixels that may have an equal in their pooling window are summed directly,
+  // not by Winograd (cpu/kernels/equal_pixels.h).
   bool keeps_equal() const { return tiled() && pool == Pool::max; }
   int64_t Ho() const { return (H + stride_h - 1) / stride_h; }
   int64_t Wo() const { return (W + stride_w - 1) / stride_w; }
-  // Returns the bytes of a pixel's number in its pooling window, a uint8_t or an int32_t.
+  // Returns the size in bytes of a pixel's index in its pooling window: a uint8_t or an int32_t.
   int place_bytes() const { return int64_t(pool_h) * pool_w > 256 ? 4 : 1; }
   int64_t Hp() const { return Ho() / pool_h; }
   int64_t Wp() const { return Wo() / pool_w; }
 };
 
-// Returns the cell without the taps that meet no pixel from any output: their distance to the
-// middle of the kernel is no smaller than the image. What is left of the kernel is less than twice
-// as wide as the image, and the stride is at most the image's size.
+// Returns the cell without the taps that meet no pixel from any output, because they are at least
+// as far from the middle of the kernel as the image is long. The remaining kernel is less than
+// twice as long as the image, and the stride is at most the image's size.
 inline Cell within_image(const Cell& cell) {
   Cell c = cell;
   const auto trim = [](int64_t size, int& kernel, int& stride, int& dilation, int& outer) {
@@ -89,15 +89,15 @@ inline Cell within_image(const Cell& cell) {
   return c;
 }
 
-// A tensor of the caller's. The strides are those of time, batch, channel, row and column; a tensor
+// A tensor of the caller. Its strides are those of time, batch, channel, row and column. A tensor
 // without a time axis has stride[0] = 0.
 struct View {
   void* data = nullptr;
   int64_t stride[5] = {0, 0, 0, 0, 0};
 };
 
-// The arguments that both passes take. Python gives the fields from x to workspace, and then those
-// of the pass, in this order (bindings.h).
+// The arguments of both passes. Python passes the fields from x to workspace, and then those of the
+// pass, in this order (bindings.h).
 struct PassArgs {
   Cell cell;
   View x;                            // (T, N, Cin, H, W)
@@ -114,8 +114,8 @@ struct PassArgs {
   void* saved_gates = nullptr;
   void* saved_syn = nullptr;
   int64_t* winner = nullptr;  // (T, N): place in (C, Hp, Wp) of the only neuron that may spike
-  // Training with Pool::max: the window's pixel that gets the gradient of each pooled pixel of
-  // every step, as a number that counts row by row, in the backend's layout.
+  // Training with Pool::max: for each step and pooled pixel, the row-major index in the window of
+  // the pixel that gets the gradient, in the backend's layout.
   void* places = nullptr;            // Cell::place_bytes() each
   const int64_t* lengths = nullptr;  // (N,): steps of each sample, 0 to T; null: all samples have T
   const int64_t* order = nullptr;    // CPU, with lengths: the samples, the longest first
@@ -125,8 +125,8 @@ struct PassArgs {
 
 struct ForwardArgs : PassArgs {
   const void* bias = nullptr;  // (4C,), contiguous
-  // CUDA, cudnn: torch's convolution of mem, (1, N, 4C, Ho, Wo) of the gate type, and that of x, in
-  // the compute type; or gate_sums is of cat[x, mem]. x and weight are unused.
+  // CUDA, cudnn: torch's convolutions of mem, (1, N, 4C, Ho, Wo) in the gate type, and of x, in the
+  // compute type, or only gate_sums, that of cat[x, mem]. x and weight are unused.
   View gate_sums, x_sums;
   View spk;       // (T, N, C, Hp, Wp); absent in a single step of a cell that does not spike
   View syn, mem;  // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
@@ -152,15 +152,15 @@ struct BackwardArgs : PassArgs {
 
 // ---- snntorch.Leaky ----
 
-// One number, or a number for each index along one dimension of x. Neuron i of a step, in the order
-// of memory, has values[i / stride % count].
+// One number, or one for each index along a dimension of x. Neuron i of a step, in memory order,
+// has values[i / stride % count].
 struct LeakyParameter {
   const void* values = nullptr;  // in the compute type
   int64_t count = 1, stride = 1;
 };
 
-// T steps of n neurons. Each tensor is (T, n) or (n,). All tensors have one order of memory,
-// without gaps. Python gives these fields, and then those of the pass, in this order.
+// T steps of n neurons. Each tensor is (T, n) or (n,), without gaps and in the same memory order.
+// Python passes these fields, and then those of the pass, in this order.
 struct LeakyArgs {
   DType dtype = DType::float32;  // x's and its gradient's; the other tensors have the compute type
   Reset reset = Reset::subtract;

@@ -1,4 +1,4 @@
-// What Python sees of the core: names, numbers and addresses, and the GIL released.
+// The core's Python module. It takes names, numbers and addresses, and releases the GIL.
 #include "bindings_cpu.h"
 #include "build_info.h"
 #include "platform.h"

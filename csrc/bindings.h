@@ -1,8 +1,8 @@
-// What the bindings of both backends share: they read a cell, and the arguments of a call. A call
-// comes as one tuple in the order of the structs' fields (args.h).
+// The bindings of both backends use this file to read a cell and the arguments of a call. These
+// come as one tuple, in the order of the structs' fields (args.h).
 //
-// A tensor of the caller's comes as a pair (address, strides of time, batch, channel, row and
-// column, in elements), or None. Other memory comes as its address, or 0.
+// A tensor of the caller comes as a pair (address, strides of time, batch, channel, row and column,
+// in elements) or None. Other memory comes as its address or 0.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,7 +19,7 @@ namespace py = pybind11;
 
 using Address = uintptr_t;
 
-constexpr int64_t kMostElements = int64_t(1) << 48;  // of an image or weight; no memory has as many
+constexpr int64_t kMostElements = int64_t(1) << 48;  // of an image or weight; no memory holds more
 
 inline void* at(Address address) { return reinterpret_cast<void*>(address); }
 
@@ -28,14 +28,14 @@ inline void needs(const void* given, const char* name) {
   if (!given) throw py::value_error(std::string(name) + " must be given");
 }
 
-// Refuses a number of elements or bytes that no memory has.
+// Refuses a number of elements or bytes that no memory can hold.
 inline void counted(const char* name, int64_t count, int64_t least = 0) {
   if (count < least || count > kMostElements)
     throw py::value_error(std::string(name) + " must lie between " + std::to_string(least) +
                           " and 2^48");
 }
 
-// Passes on a number of Python's, unless its conversion has failed.
+// Returns a number from Python, or throws if its conversion has failed.
 template <class N>
 N converted(N number) {
   if (number == N(-1) && PyErr_Occurred()) throw py::error_already_set();
@@ -51,10 +51,10 @@ inline View view(const py::handle& from) {
   if (from.is_none()) return v;
   PyObject* const pair = from.ptr();
   if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2)
-    throw py::value_error("a tensor is (address, strides)");
+    throw py::value_error("a tensor must be (address, strides)");
   PyObject* const strides = PyTuple_GET_ITEM(pair, 1);
   if (!PyTuple_Check(strides) || PyTuple_GET_SIZE(strides) != 5)
-    throw py::value_error("a tensor has 5 strides");
+    throw py::value_error("a tensor must have 5 strides");
   v.data = at(address_of(PyTuple_GET_ITEM(pair, 0)));
   for (int k = 0; k < 5; ++k) {
     v.stride[k] = converted(PyLong_AsLongLong(PyTuple_GET_ITEM(strides, k)));
@@ -63,13 +63,13 @@ inline View view(const py::handle& from) {
   return v;
 }
 
-// Reads the tuple of a call, field by field, after a check of its length.
+// Checks the length of a call's tuple and reads it field by field.
 class Fields {
  public:
   Fields(const py::tuple& given, Py_ssize_t count) : given_(given.ptr()) {
     const Py_ssize_t size = PyTuple_GET_SIZE(given_);
     if (size != count)
-      throw py::value_error("a call of this pass has " + std::to_string(count) + " fields, got " +
+      throw py::value_error("a call of this pass takes " + std::to_string(count) + " fields, got " +
                             std::to_string(size));
   }
 
@@ -104,7 +104,7 @@ class Fields {
 
 constexpr Py_ssize_t kPassFields = 18;
 
-// Reads a call of either pass, and refuses it if it lacks what all kernels read.
+// Reads a call of either pass. Refuses it if an argument that all kernels read is missing.
 template <class Args>
 Args pass_args(const Cell& cell, const py::tuple& given) {
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
@@ -137,7 +137,7 @@ Args pass_args(const Cell& cell, const py::tuple& given) {
   return a;
 }
 
-// These refuse memory for what another algorithm forms.
+// These refuse memory for results that only other algorithms form.
 inline void refuse_gradients(const BackwardArgs& a) {
   if (a.grad_weight || a.grad_bias)
     throw py::value_error("grad_weight and grad_bias must not be given: torch forms them");
@@ -159,21 +159,21 @@ Enum numbered(const char* name, int64_t number, int count) {
   return Enum(number);
 }
 
-// Refuses sizes below 1, except for the numbers of steps and images, which may be 0, and products
-// of sizes that the kernels' integers cannot hold.
+// Refuses sizes below 1 (the numbers of steps and images may be 0), and products of sizes that the
+// kernels' integers cannot hold.
 inline void check_sizes(const Cell& c) {
   for (const int64_t size : {c.Cin, c.C, c.H, c.W, int64_t(c.kernel_h), int64_t(c.kernel_w),
                              int64_t(c.stride_h), int64_t(c.stride_w), int64_t(c.dilation_h),
                              int64_t(c.dilation_w), int64_t(c.pool_h), int64_t(c.pool_w)})
-    if (size < 1) throw py::value_error("a size of a cell must be positive");
+    if (size < 1) throw py::value_error("every size of a cell must be positive");
   if (c.T < 0 || c.N < 0 || c.num_levels < 0)
     throw py::value_error("T, N and num_levels must not be negative");
   const double taps = double(c.kernel_h) * c.kernel_w, channels = double(c.Cin) + 4. * double(c.C);
-  // Rows and columns with a border that is no wider than the image, and room for padding.
+  // Bounds of the rows and columns: the image, a border no wider than the image, and padding.
   const double height = 3. * double(c.H) + 64, width = 3. * double(c.W) + 64;
   const double image = (channels + 64) * height * width, weight = (channels + 64) * channels * taps;
   const double images = std::max(double(c.T), 1.) * std::max(double(c.N), 1.) * image;
-  // The gradient of x has a list of taps for each place within a stride.
+  // The gradient of x has a list of taps for each offset within a stride.
   const double places =
       double(std::min<int64_t>(c.stride_h, c.H)) * double(std::min<int64_t>(c.stride_w, c.W));
   if (std::max({image, weight, images / 64}) > double(kMostElements) ||
@@ -207,7 +207,7 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
   if (c.Hp() < 1 || c.Wp() < 1) throw py::value_error("pool_size must fit into the state");
   if (!spiking && (c.reset != Reset::none || c.pool != Pool::none || inhibition || num_levels > 0 ||
                    c.surrogate != Surrogate::none))
-    throw py::value_error("a cell that does not spike has nothing that acts on spikes");
+    throw py::value_error("spiking=False excludes reset, pool, surrogate, inhibition and levels");
   return c;
 }
 

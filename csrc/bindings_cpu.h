@@ -1,4 +1,4 @@
-// The CPU backend for Python: csrc/cpu/api.h over addresses.
+// Python bindings of the CPU backend (csrc/cpu/api.h). Memory is passed by address.
 #pragma once
 
 #include <algorithm>
@@ -26,8 +26,7 @@ inline cpu::Plan make_cpu_plan(const Cell& cell, int algorithm, double density, 
                         max_tile_inputs, threads);
 }
 
-// Returns the share of nonzeros among some of x's values, which are spread over all images but
-// those of padded samples.
+// Estimates the share of nonzeros in x from values spread over all images that are not padded.
 template <class T>
 double density(const Cell& c, const View& x, const int64_t* lengths) {
   const int64_t plane = c.H * c.W, size = c.Cin * plane;
@@ -53,8 +52,8 @@ double density(const Cell& c, const View& x, const int64_t* lengths) {
   return seen ? double(nonzero) / double(seen) : 1;
 }
 
-// Calls f(chunk, begin, end) for chunks of some values or bytes, on as many threads as torch has,
-// until f returns false. Returns whether it never did.
+// Calls f(chunk, begin, end) for chunks of `count` values or bytes on all of torch's threads, until
+// f returns false. Returns whether every call returned true.
 template <class F>
 bool each_chunk(int64_t count, int64_t chunk, F&& f) {
   int64_t next = 0;
@@ -100,7 +99,7 @@ inline double copy_weight(Address weight, Address copy, int dtype, int64_t count
                                         : copy_and_square<float>(weight, copy, count);
 }
 
-// Says whether the bytes at `tensor` are those at `copy`.
+// Says whether the bytes at `tensor` equal those at `copy`.
 inline bool same_bytes(Address tensor, Address copy, int64_t bytes) {
   counted("bytes", bytes);
   if (bytes == 0) return true;
@@ -124,8 +123,8 @@ inline int percent_of(const Cell& cell, const py::handle& x, Address lengths) {
   return int(100 * part + 0.5);
 }
 
-// Returns the forms of the weight that a pass reads, each as (number, name, bytes). Forms of one
-// number differ in their names.
+// Returns the forms of the weight that a pass reads, each as (number, name, bytes). Forms with the
+// same number differ by name.
 inline py::list forms(const cpu::Plan& plan, bool backward, bool grad_x) {
   py::list found;
   const int first = int(backward ? cpu::Form::backward : cpu::Form::forward);
@@ -149,7 +148,7 @@ inline void pack(const cpu::Plan& plan, int form, Address weight, Address packed
   plan.kernels.pack_weight(cell, which, plan.threads, at(weight), at(packed));
 }
 
-// Runs a call of the plan, unless it lacks what the plan's kernels read.
+// Runs a call of the plan. Refuses it if an argument that the plan's kernels read is missing.
 template <class Args>
 void run_pass(const cpu::Plan& plan, const py::tuple& given) {
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;

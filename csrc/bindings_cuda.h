@@ -1,5 +1,5 @@
-// The CUDA backend for Python: csrc/cuda/plan.h over addresses. bindings.cpp includes this file if
-// that backend is built; the tests build it on top of the emulated kernels.
+// Python bindings of the CUDA backend (csrc/cuda/plan.h). Memory is passed by address. bindings.cpp
+// includes this file if that backend is built, and the tests build it with the emulated kernels.
 #pragma once
 
 #include "bindings.h"
@@ -7,7 +7,7 @@
 
 namespace snnlstm::bindings {
 
-// Memory that holds no tensor of the caller's. The kernels load 16 bytes of it at a time.
+// Memory that holds no tensor of the caller. The kernels load it 16 bytes at a time.
 struct Own {
   const char* name;
   const void* memory;
@@ -18,7 +18,7 @@ inline void aligned(std::initializer_list<Own> all) {
       throw py::value_error(std::string(own.name) + " must be aligned to 16 bytes");
 }
 
-// Refuses a call without what the plan's kernels read, or with memory that they cannot use.
+// Refuses a call that lacks what the plan's kernels read, or has memory that they cannot use.
 template <class Args>
 void check_pass(const Args& a, const cuda::Plan& plan) {
   constexpr bool backward = std::is_same_v<Args, BackwardArgs>;
@@ -43,7 +43,7 @@ void check_pass(const Args& a, const cuda::Plan& plan) {
     }
     if (a.d_gates == a.saved_gates)
       throw py::value_error(
-          "d_gates must not be saved_gates: a backward pass keeps what was saved");
+          "d_gates must not be saved_gates, because a backward pass keeps saved_gates");
   } else if (cudnn) {
     needs(a.gate_sums.data, "gate_sums");
   } else {
@@ -76,7 +76,7 @@ void run_leaky(const cuda::Device& device, Address stream, const py::tuple& give
   Leaky::run(device, a, at(stream));
 }
 
-// Plan and Leaky are the backend's, or the tests', which check the memory of each call.
+// The tests pass a Plan and a Leaky of their own, which check the memory of each call.
 template <class Plan = cuda::Plan, class Leaky = cuda::Leaky>
 void bind_cuda(py::module_& m) {
   py::class_<cuda::Device>(m, "CudaDevice", py::module_local())
@@ -119,8 +119,8 @@ void bind_cuda(py::module_& m) {
       .def_property_readonly("name", [](const Plan& p) { return p.name; })
       .def_property_readonly("algorithm", [](const Plan& p) { return int(p.algorithm); })
       .def_property_readonly("tile", &Plan::tile)
-      // What torch convolves: kernel, stride, dilation and padding without the taps that only meet
-      // the border, and how many of those lie on either side.
+      // The convolution that torch computes: kernel, stride, dilation and padding without the taps
+      // that only meet the border, and the number of such taps on either side.
       .def_property_readonly("geometry",
                              [](const Plan& p) {
                                const Cell c = within_image(p.cell);

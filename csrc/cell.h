@@ -1,15 +1,15 @@
 // The formulas of one neuron, forward and backward. The CPU kernels, the CUDA kernels and the
 // emulated CUDA kernels use them.
 //
-// A backend gives its arithmetic as a class M of static functions:
+// A backend provides its arithmetic as a class M of static functions:
 //   M::R            a real number, or a vector of them, with + - * / and comparisons
 //   M::splat(c)     the constant c in every lane
 //   M::where(mask, a, b)   mask: the result of a comparison of two R
 //   M::sigmoid(R), M::tanh(R), M::exp(R), M::abs(R)
 //
 // The cell is snntorch.SConv2dLSTM's: a ConvLSTM (Shi et al. 2015,
-// https://arxiv.org/abs/1506.04214) whose hidden state is thresholded; surrogate gradients as in
-// snntorch.surrogate.
+// https://arxiv.org/abs/1506.04214) whose hidden state is thresholded. Surrogate gradients are
+// those of snntorch.surrogate.
 #pragma once
 
 #include "args.h"
@@ -53,7 +53,7 @@ struct Neuron {
   // Says whether a neuron spikes. The reset calls this with the mem that the step started from.
   static SNNLSTM_HD auto fires(R mem, R threshold) { return mem - threshold > M::splat(0); }
 
-  // A neuron without a reset keeps its mem, for an infinite threshold too.
+  // A neuron without a reset keeps its mem, even if the threshold is infinite.
   template <class Mask>
   static SNNLSTM_HD R after_reset(Reset mechanism, R mem, Mask reset, R threshold) {
     switch (mechanism) {
@@ -66,9 +66,9 @@ struct Neuron {
     }
   }
 
-  // mem_grad and syn_grad: gradients with respect to mem and syn after reset and quantisation
-  // (which passes gradients straight through), with the parts of the spike and of later steps. a:
-  // activated gates. With Reset::zero a neuron that was reset passes on only NaN.
+  // mem_grad and syn_grad are the gradients of mem and syn after reset and quantisation (which
+  // passes gradients straight through), including those of the spike and of later steps. `a` has
+  // the activated gates. With Reset::zero a neuron that was reset passes on only NaN.
   template <class Mask>
   static SNNLSTM_HD NeuronGrad<R> backward(Reset mechanism, const Gates<R>& a, R syn_prev,
                                            R tanh_syn, Mask reset, R mem_grad, R syn_grad) {
@@ -84,8 +84,7 @@ struct Neuron {
     return d;
   }
 
-  // Returns d spike / d u at u = mem - threshold. noise: uniform in [0, 1), for the stochastic
-  // kind.
+  // Returns d spike / d u at u = mem - threshold. noise (stochastic) is uniform in [0, 1).
   static SNNLSTM_HD R surrogate_gradient(Surrogate kind, R u, R p0, R p1, R noise) {
     const R zero = M::splat(0), one = M::splat(1);
     switch (kind) {
@@ -127,9 +126,8 @@ struct LeakyGrad {
   R x, mem_prev, beta, threshold;
 };
 
-// The neuron of snntorch.Leaky 1.0.0. beta: the layer's parameter before its clamp to [0, 1].
-// Products and sums round one by one, as torch's operators do, if the compiler contracts no
-// expressions.
+// The neuron of snntorch.Leaky 1.0.0. beta is the layer's parameter before its clamp to [0, 1]. If
+// the compiler contracts no expressions, each product and sum rounds as torch's operators do.
 template <class M>
 struct LeakyNeuron {
   using R = typename M::R;
@@ -147,8 +145,8 @@ struct LeakyNeuron {
     return mechanism == Reset::subtract ? N::after_reset(mechanism, next, reset, threshold) : next;
   }
 
-  // spk_grad: the gradient through the spike, with respect to u = mem - threshold. mem_grad: the
-  // gradient with respect to mem after the step, with the part of later steps, without the spike's.
+  // spk_grad is the gradient through the spike with respect to u = mem - threshold. mem_grad is the
+  // gradient of mem after the step, including later steps but not the spike.
   static SNNLSTM_HD LeakyGrad<R> backward(Reset mechanism, R mem_prev, R beta, R threshold,
                                           R spk_grad, R mem_grad) {
     const R zero = M::splat(0), grad = spk_grad + mem_grad;
@@ -170,16 +168,16 @@ struct LeakyNeuron {
 };
 
 // Says whether a mem counts as the largest of a pooling window or, under inhibition, of a sample.
-// The first that counts gets the gradient. Mems that would be equal, if no convolution rounded, may
-// differ by a unit in the last place; so `unit` is that of the largest, or 0 in half types, where
-// it is larger than such differences. A NaN is the largest.
+// The first one that counts gets the gradient. Because convolutions round, equal mems may differ by
+// a unit in the last place. `unit` is that of the largest mem, or 0 in half types, whose unit is
+// larger than such differences. NaN counts as the largest.
 template <class R>
 SNNLSTM_HD auto is_largest(R mem, R largest, R unit) {
   return (mem >= largest - unit) | (mem == largest) | (mem != mem);
 }
 
-// Returns the nearest of n ascending levels by |level - x| as T rounds it. An exact tie takes the
-// lowest index, as do NaN and the infinities (all their distances are equal).
+// Returns the nearest of n ascending levels by |level - x|, rounded to T. An exact tie takes the
+// lowest index, as do NaN and the infinities, whose distances are all equal.
 template <class T>
 SNNLSTM_HD T quantise(T x, const T* levels, int n) {
   if (!(x - x == T(0))) return levels[0];
@@ -197,8 +195,8 @@ SNNLSTM_HD T quantise(T x, const T* levels, int n) {
   }
   int best = lo < n ? lo : n - 1;
   if (best > 0 && distance(best - 1) <= distance(best)) --best;
-  // Far from all levels, and where levels repeat, rounded distances tie. They never rise on the
-  // way to best, so the tied ones are a run that ends there, and its first wins.
+  // Rounded distances tie far from all levels, and where levels repeat. They never rise towards
+  // `best`, so the tied levels are a run that ends there, whose first level wins.
   if (best > 0 && distance(best - 1) == distance(best)) {
     const T shortest = distance(best);
     lo = 0, hi = best;

@@ -1,12 +1,12 @@
-// Finds torch's pool of threads, so that the process has one.
+// Finds torch's thread pool, so that the process has only one.
 //
-// torch brings its own OpenMP runtime, GCC's, LLVM's or Intel's. Its name depends on the wheel:
-// libgomp.so.1 (2.13, x86-64), libgomp-a34b3233.so.1 (2.4, x86-64), torch.libs/
-// libgomp-804f19d4.so.1.0.0 with the SONAME changed alike and loaded locally (2.4, Arm),
+// torch brings its own OpenMP runtime (GCC's, LLVM's or Intel's), whose name depends on the wheel:
+// libgomp.so.1 (2.13, x86-64), libgomp-a34b3233.so.1 (2.4, x86-64),
+// torch.libs/libgomp-804f19d4.so.1.0.0 with a matching SONAME, loaded locally (2.4, Arm),
 // libomp.dylib (macOS), libiomp5md.dll (Windows); conda builds have libiomp5 or libomp. A link to
-// any would bring a second copy into some of these processes, with a second pool of threads that
-// fight torch's over the cores. So nothing is linked and no pragma is used: the functions that a
-// compiler would call are looked up in the library that torch calls, and called by hand.
+// any of them would load a second copy into some processes, whose thread pool would compete with
+// torch's for the cores. So this file links nothing and uses no pragma. It looks up the functions
+// that a compiler would call in the library that torch uses, and calls them itself.
 #include "platform.h"
 
 #include <string>
@@ -50,7 +50,7 @@ void* find_openmp(std::string& path) {
 
 void* address_in(void* library, const char* name) { return dlsym(library, name); }
 
-// Returns torch's library where torch has been imported, or null: this never loads it.
+// Returns torch's library if torch has been imported, else null. This never loads it.
 void* find_torch() {
 #if defined(__APPLE__)
   const std::string wanted = "/libtorch_cpu.dylib";
@@ -65,8 +65,8 @@ void* find_torch() {
 #endif
 }
 
-// Returns the library that gives torch its parallel regions. If torch is built otherwise, or
-// absent, it is the one that the process has loaded, and if there is none, the system's.
+// Returns the library that runs torch's parallel regions. If torch is absent or built otherwise, it
+// is the one that the process has loaded or, if there is none, the system's.
 void* find_openmp(std::string& path) {
   const auto parallel_in = [](void* place) {
     void* const gomp = dlsym(place, "GOMP_parallel");
@@ -89,8 +89,8 @@ void* find_openmp(std::string& path) {
 
 // ---- the runtime --------------------------------------------------------------------------------
 
-// The place in a source where a region begins, for LLVM's and Intel's runtimes. (ident_t in
-// openmp/runtime/src/kmp.h)
+// The place in the source at which a region begins, for LLVM's and Intel's runtimes (ident_t in
+// openmp/runtime/src/kmp.h).
 struct SourcePlace {
   int32_t reserved_1, flags, reserved_2, reserved_3;
   const char* source;
@@ -105,9 +105,9 @@ struct Runtime {
   std::string path;
   int (*max_threads)() = nullptr;
   int (*thread_num)() = nullptr;
-  // GCC's runtime. (libgomp/parallel.c)
+  // GCC's runtime (libgomp/parallel.c).
   void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags) = nullptr;
-  // LLVM's and Intel's, which have GCC's functions too, but not on Windows. (kmp_csupport.cpp)
+  // LLVM's and Intel's, which also have GCC's functions except on Windows (kmp_csupport.cpp).
   void (*fork_call)(SourcePlace*, int32_t count, void (*)(int32_t*, int32_t*, Team*),
                     ...) = nullptr;
   int32_t (*global_thread_num)(SourcePlace*) = nullptr;
@@ -149,7 +149,7 @@ void run_team(int threads, void (*body)(void* data, int thread), void* data) {
   if (threads <= 1 || !r.serves()) return body(data, 0);
   Team team{body, data};
   if (r.has_fork_call()) {
-    static SourcePlace place{0, 2, 0, 0, ";snnlstm;run_team;0;0;;"};  // 2: called as by a compiler
+    static SourcePlace place{0, 2, 0, 0, ";snnlstm;run_team;0;0;;"};  // 2: KMP_IDENT_KMPC
     r.push_num_threads(&place, r.global_thread_num(&place), threads);
     const auto member = [](int32_t*, int32_t* thread, Team* team) {
       team->body(team->data, *thread);

@@ -1,10 +1,10 @@
-// What differs between operating systems: threads, and the OpenMP runtime.
+// Hides how operating systems differ in threads and in the OpenMP runtime.
 #pragma once
 
 namespace snnlstm {
 
-// Calls body(data, thread) on `threads` threads of torch's pool, each with its number in the team;
-// returns when all calls have returned. The pool may give fewer threads, and there is always one.
+// Calls body(data, thread) on `threads` threads of torch's pool, each with its number in the team.
+// Returns when all calls have returned. The pool may provide fewer threads, but at least one.
 void run_team(int threads, void (*body)(void* data, int thread), void* data);
 
 // Does the same for a body(thread) of any type. The functions are static, so that the linker does
@@ -22,8 +22,8 @@ static void run_team(int threads, const F& body) {
 int most_threads();
 
 // Returns the path of the OpenMP runtime in use, such as ".../torch/lib/libgomp.so.1", or "" if
-// there is none and every team has one thread. The first call looks it up for good: import torch
-// before.
+// there is none and every team has one thread. The first call decides for good, so import torch
+// before it.
 const char* openmp_library();
 
 // Gives this core to another thread, if one waits for it.

@@ -1,16 +1,16 @@
-# The CUDA kernels: machine code for those of the GPUs NVCC_ARCHS that NVCC knows, and PTX for those
-# to come. Sets WITH_CUDA, CUDA_VERSION, CUDA_ARCHS, CUDA_STATUS, CUDA_OBJECTS and CUDA_LIBRARIES.
-# nvcc may be a wrapper script in a folder of its own, or a pip package, whose libraries lie in
-# lib and not in lib64: ask nvcc itself where things are.
+# Builds the CUDA kernels: machine code for those GPUs of NVCC_ARCHS that NVCC knows, and PTX for
+# newer ones. Sets WITH_CUDA, CUDA_VERSION, CUDA_ARCHS, CUDA_STATUS, CUDA_OBJECTS and
+# CUDA_LIBRARIES. nvcc itself says where files are: it may be a wrapper script, or a pip package
+# with lib, not lib64.
 execute_process(COMMAND ${NVCC} --list-gpu-arch
                 OUTPUT_VARIABLE known RESULT_VARIABLE failed ERROR_VARIABLE trouble)
 if(failed)
   message(FATAL_ERROR "${NVCC} --list-gpu-arch failed:\n${trouble}")
 endif()
-# Translating C++ to PTX is two thirds of nvcc's time. So there is one PTX for all GPUs without
-# cp.async, one for those with it, and one for those on which launches overlap (griddepcontrol, from
-# 9.0 on); the machine code is still each GPU's own. One PTX is kept, which the driver translates
-# for GPUs that are not listed: that of 8.0 serves the most. On those the launches do not overlap.
+# Translating C++ to PTX takes two thirds of nvcc's time. Therefore GPUs without cp.async share one
+# PTX, those with it another, and those on which launches overlap (griddepcontrol, from 9.0 on) a
+# third. Each GPU still has its own machine code. The PTX of 8.0 is kept, because it serves most
+# GPUs: the driver translates it for GPUs that are not listed, on which launches do not overlap.
 string(REGEX MATCHALL "[0-9]+" known "${known}")
 list(SORT known COMPARE NATURAL)
 list(GET known -1 newest)
@@ -51,7 +51,7 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 
-# Static: importing needs no CUDA library and no driver.
+# Linked statically, so that importing needs no CUDA library and no driver.
 find_library(CUDART_STATIC cudart_static REQUIRED
              HINTS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} ${CMAKE_CUDA_COMPILER_TOOLKIT_ROOT}/lib
                    ${CMAKE_CUDA_COMPILER_TOOLKIT_ROOT}/lib64)

@@ -1,6 +1,6 @@
-# Decides whether the CUDA backend is built: sets NVCC, the compiler's path or "", NVCC_ARCHS, the
-# compute capabilities, and CUDA_WHY, the reason in words. SNNLSTM_CUDA and SNNLSTM_CUDA_ARCHS are
-# variables of CMake or of the environment, the others of the environment alone.
+# Decides whether the CUDA backend is built. Sets NVCC (the compiler's path or ""), NVCC_ARCHS (the
+# compute capabilities) and CUDA_WHY (the reason in words). SNNLSTM_CUDA and SNNLSTM_CUDA_ARCHS are
+# variables of CMake or of the environment, the others only of the environment.
 set(OLDEST_NVCC 11.8) # the first with cudaLaunchKernelExC and __grid_constant__
 set(OLDEST_ARCH 75)
 set(ALL_ARCHS 75 80 86 89 90 100 120)
@@ -16,7 +16,7 @@ if(NOT wish MATCHES "^(on|off|pip|failed|)$") # tools/backend.py sets it to fail
 endif()
 set(tag "$ENV{SNNLSTM_LOCAL_VERSION}") # such as cu13, the CUDA that a wheel is named after
 
-# ---- the compiler: the first that serves ---------------------------------------------------------
+# ---- the compiler: the first usable one ----------------------------------------------------------
 set(CUDA_WHY "no CUDA compiler found")
 set(candidates "")
 execute_process(COMMAND "${Python_EXECUTABLE}" -c "import nvidia; print(*nvidia.__path__, sep=';')"
@@ -32,13 +32,13 @@ elseif(wish STREQUAL "failed")
   set(CUDA_WHY "building them failed; SNNLSTM_CUDA=on shows why")
   set(candidates "")
 elseif(NOT CMAKE_HOST_SYSTEM_NAME STREQUAL "Linux")
-  set(CUDA_WHY "it is built on Linux alone")
+  set(CUDA_WHY "it is built only on Linux")
   set(candidates "")
 elseif(CMAKE_CUDA_COMPILER)
   set(candidates "${CMAKE_CUDA_COMPILER}")
 elseif(NOT wish STREQUAL "pip" AND NOT "$ENV{CUDACXX}" STREQUAL "")
   find_program(named "$ENV{CUDACXX}" NO_CACHE)
-  set(candidates "${named}") # alone: another one would be a surprise
+  set(candidates "${named}") # only this one: another would be a surprise
 elseif(NOT wish STREQUAL "pip")
   string(REPLACE ":" "/nvcc;" path "$ENV{PATH}/nvcc")
   list(PREPEND candidates "$ENV{CUDA_HOME}/bin/nvcc" "$ENV{CUDA_PATH}/bin/nvcc" ${path})
@@ -69,7 +69,7 @@ foreach(nvcc IN LISTS candidates)
 endforeach()
 
 # ---- for which GPUs ------------------------------------------------------------------------------
-# All take minutes, so that a plain `pip install .` builds for those of this machine.
+# All GPUs take minutes, so a plain `pip install .` builds only for those of this machine.
 set(NVCC_ARCHS "${SNNLSTM_CUDA_ARCHS}")
 if(NVCC_ARCHS STREQUAL "" AND wish)
   set(NVCC_ARCHS ${ALL_ARCHS})

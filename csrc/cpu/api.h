@@ -38,7 +38,7 @@ inline bool reads(const Cell& c, Form form, bool grad_x) {
   }
 }
 
-// Returns a name of the form's order of weights, such as "3x3:4x4". The order also depends on the
+// Returns a name for the form's order of weights, such as "3x3:4x4". The order also depends on the
 // channels and the instruction set.
 std::string form_name(const Cell& cell, Form form);
 
@@ -46,12 +46,12 @@ std::string form_name(const Cell& cell, Form form);
 struct Kernels {
   // Says whether there are Winograd kernels for the cell's type and number of channels.
   bool (*has_tiles)(const Cell&);
-  // Returns the cost of the forward pass's input half from lists of its nonzeros, over its cost in
-  // direct sums, or infinity if the image is too large for lists.
+  // Returns the cost of the forward pass's input half by lists of its nonzeros, divided by its cost
+  // by direct sums. It is infinity if the image is too large for lists.
   double (*sparse_cost)(const Cell&, double density);
 
-  // These return the bytes that a call needs as its workspace. `weight` says whether the backward
-  // pass forms the weight's gradient.
+  // These return the size of a call's workspace in bytes. `weight` says whether the backward pass
+  // forms the weight's gradient.
   int64_t (*forward_workspace)(const Cell&, int threads);
   int64_t (*backward_workspace)(const Cell&, int threads, bool weight);
 
@@ -90,8 +90,8 @@ struct Plan {
 Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int max_tile_inputs,
                int threads);
 
-// Returns the algorithms of a pass, such as "winograd4-sparse": that of the recurrent half, then
-// that of x.
+// Returns the algorithms of a pass, such as "winograd4-sparse": first that of the recurrent half,
+// then that of the input half.
 std::string algorithm_name(const Cell& cell);
 
 // isa_names() lists the compiled instruction sets that this processor can run, best last.

@@ -13,17 +13,17 @@ namespace {
 
 constexpr int kMaxTileInputs = 8;  // along an axis
 
-// Returns how many tiles, or pixels, one reading of the weights serves: those of one image or of
-// several small ones, and at most `wanted`.
+// Returns how many tiles or pixels share one read of the weights: those of one image or of several
+// small ones, and at most `wanted`.
 double at_once(const Cell& c, double in_image, double wanted) {
   return std::min(std::max(in_image, in_image * std::floor(double(c.N) / 2)), wanted);
 }
 
 // Returns the cost of packing `values` values of each filter and, in the backward pass, of clearing
 // and writing their gradient. All pixels of a call share that cost, because in training the filters
-// change from call to call. The forward pass assumes two steps for any T, so that a sequence in
-// pieces has the results of the whole. The backward pass of a step call assumes a loop of 16 steps
-// that packs the filters once; each call writes a gradient of its own.
+// change from call to call. The forward pass assumes two steps for any T, so that a sequence gives
+// the same results when it is cut into pieces. The backward pass of a step call assumes a loop of
+// 16 steps that packs the filters once; each call writes a gradient of its own.
 double filter_cost(const Cell& c, double values, double channels, bool backward) {
   const double sharing = !backward ? 2 : c.T == 1 ? 16 : double(c.T);
   const double per_pixel = values * 4 * channels / (double(c.N) * double(c.Ho() * c.Wo()));
@@ -42,9 +42,9 @@ double met_share(int kernel, int dilation, int64_t n) {
 }
 
 // Returns the cost of direct convolution or, if `lists` is not negative, of sums over lists of
-// nonzeros, which take that share of the time of all taps. Direct convolution takes one row of
-// pixels after the other, and skips the rows of taps that meet only the border. Its cost per pixel
-// is twice as high in rows of one pixel as in long rows.
+// nonzeros, which take that share of the time of all taps. Direct convolution goes through the
+// pixels row by row, and skips the rows of taps that meet only the border. Its cost per pixel is
+// twice as high in rows of one pixel as in long rows.
 double direct_cost(const Cell& c, double channels, bool backward, double lists = -1) {
   const double taps = c.kernel_h * c.kernel_w;
   const double rows = met_share(c.kernel_h, c.dilation_h, c.Ho()) * (1 + 1. / double(c.Wo()));
@@ -54,7 +54,7 @@ double direct_cost(const Cell& c, double channels, bool backward, double lists =
 }
 
 // Adds up the products, the transform of the outputs (of four gates) and the transform of the
-// inputs, which all channel blocks share. Tiles that stick out of the image count whole.
+// inputs, which all channel blocks share. Tiles that extend beyond the image count whole.
 double tile_cost(const Cell& c, const TileForm& t, double channels, bool backward) {
   const double points = t.points(), products = points * t.parts() * 4 * channels;
   const auto up = [](const Axis& a, int dilation, int64_t n) {

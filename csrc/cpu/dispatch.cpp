@@ -29,9 +29,9 @@ struct Isa {
 };
 
 #if SNNLSTM_X86
-// The vector instructions that the processor has and whose registers the system saves. (Intel's
-// manual, volume 1, chapters 14 and 15.) The compilers' own __builtin_cpu_supports needs a run-time
-// library that not all compilers bring.
+// The vector instructions that the processor has and whose registers the system saves (Intel's
+// manual, volume 1, chapters 14 and 15). The compilers' own __builtin_cpu_supports needs a run-time
+// library that not all compilers provide.
 struct Processor {
   bool avx2 = false, avx512 = false;
 
@@ -77,7 +77,7 @@ const Isa& find(const std::string& name) {
     names += (names.empty() ? "" : ", ") + std::string(isa.name);
   }
   throw std::invalid_argument("instruction set '" + name +
-                              "' is not usable here; usable: " + names);
+                              "' does not run here; accepted: " + names);
 }
 
 const Isa*& current() {

@@ -8,8 +8,8 @@
 namespace snnlstm::cpu {
 
 // Tiles of `tile` outputs along an axis. The kernel's taps are cut into `parts` parts of `part`
-// taps each, and zeros fill up the last part. Of several parts each is as long as a tile, so that
-// part k reads the inputs of the tile that lies k tiles further.
+// taps each, and zeros fill up the last part. If there are several parts, each is as long as a
+// tile, so that part k reads the inputs of the tile k tiles further on.
 struct Axis {
   int tile = 1, part = 1, parts = 1;
 
@@ -34,8 +34,7 @@ inline bool has_form(int kernel, int tile) {
   return kernel == 1 ? tile == 1 : tile == 3 || tile == 4 || (tile == 2 && kernel <= 5);
 }
 
-// Returns the tiles of the recurrent convolution. The input convolution has the same, if it is
-// tiled.
+// Returns the tiles of the recurrent convolution, and of the input convolution if it is tiled.
 inline TileForm tiling(const Cell& c) {
   return {axis(c.kernel_h, c.tile_h), axis(c.kernel_w, c.tile_w)};
 }

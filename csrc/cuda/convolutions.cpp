@@ -55,10 +55,10 @@ GlobalCopy copy_of(const Segment& s, const MmaType& type, const MmaDepth& depth)
   return s.src.type == type.type() ? GlobalCopy::cp_async : GlobalCopy::vectorized;
 }
 
-// A neighbourhood has 64 bytes for each pixel: with a longer side it fits in no shared memory.
+// A neighbourhood has 64 bytes per pixel, and one with a longer side fits in no shared memory.
 constexpr int64_t kLongestSide = 4096;
 
-// Returns whether threads bring the source in registers, while they multiply.
+// Returns whether threads copy the source through registers while they multiply.
 bool copied_in_registers(const MmaSegment& m, const MmaType& type) {
   return m.copy == GlobalCopy::gather || m.copy == GlobalCopy::vectorized ||
          (m.copy == GlobalCopy::cp_async && type.multiply == Multiply::fp16_sm75);
@@ -104,8 +104,8 @@ MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& de
   // Gathered pixels are stored 8 at a time from an even column on, which must be an even pixel.
   m.row_padding = plain && m.copy == GlobalCopy::gather ? s.pad_w & 1 : 0;
   m.pitch = int(round_up(m.halo_w + 1, 2));  // the same for all copies
-  // An m16 tile may go over the end of a row. With this pitch the next row lies on the banks on
-  // which the row would have gone on.
+  // An m16 tile may extend over the end of a row. With this pitch the next row lies on the banks on
+  // which a longer row would continue.
   if (tiling.w % 16 != 0 && plain) {
     const int wanted = m.pitch + (tiling.w - m.pitch % 16 + 32) % 16;
     if (5 * wanted <= 8 * m.halo_w) m.pitch = wanted;
@@ -139,7 +139,7 @@ void MmaBuilder::add(const Segment& s, const MmaDepth& depth, const Tiling& tili
   conv.buffer_bytes = int(std::max<int64_t>(conv.buffer_bytes, neighbourhood_bytes(m)));
 }
 
-// A stage has about 8 KiB, or 16 if the weights come in 3xTF32, or what threads carry.
+// A stage has about 8 KiB, 16 KiB in 3xTF32, or what the threads carry.
 void MmaBuilder::finish(const void* weight, int64_t pitch, int threads) {
   int bytes = 16 * type.pair_bytes();
   if (type.multiply == Multiply::fp16_sm75)
@@ -151,7 +151,7 @@ void MmaBuilder::finish(const void* weight, int64_t pitch, int threads) {
   for (int k = 0; k < conv.segments; ++k) {
     MmaSegment& m = conv.segment[k];
     if (!copied_in_registers(m, type)) continue;
-    // The chunk comes while the one before is computed, if that is a full one.
+    // The chunk is loaded while the previous one is computed, if that is a full one.
     const int64_t accesses = ceil_div(chunk_accesses(m, type), threads);
     m.accesses = int(ceil_div(accesses, std::max(2 * m.taps / conv.stage_units, 1)));
   }

@@ -1,4 +1,4 @@
-// The sizes and arguments of the convolutions' kernels that plans know, too.
+// The sizes and arguments of the convolution kernels that plans need, too.
 #pragma once
 
 #include "tile.h"
@@ -11,7 +11,7 @@ namespace fma {
 
 constexpr int kThreads = 128, kDepthUnit = 16;
 
-// The tile of a block of so many columns: 16, 32 or 64.
+// The tile of a block with 16, 32 or 64 columns.
 template <int Columns>
 struct Tile {
   static constexpr int kColumns = Columns, kPixels = 4096 / Columns;
@@ -34,13 +34,13 @@ SNNLSTM_BOTH int64_t depth(const Segment& s) {
   return (k + kDepthUnit - 1) / kDepthUnit * kDepthUnit;
 }
 
-// Of a step backward.
+// The shared memory of a backward step.
 template <class R, class T>
 struct StepShared {
   R row_sums[T::kPixels / 64 * T::kColumns];  // of each row of warps
   GemmShared<R, T> gemm;
 
-  // The mem tile takes the place of A and of what comes behind. Four channels lie on other banks.
+  // The mem tile overwrites A and what follows it. Four channels lie on different banks.
   static constexpr int kMemPitch = T::kPixels + 4;
   static constexpr size_t bytes(bool with_mem) {
     constexpr size_t before = sizeof(row_sums) + sizeof(gemm.vectors);
@@ -50,8 +50,8 @@ struct StepShared {
 };
 }  // namespace fma
 
-// Calls f(R{}, fma::Tile<columns>{}), R the compute type of float64 or of other states. Fewest: the
-// fewest columns that there are.
+// Calls f(R{}, fma::Tile<columns>{}), where R is the compute type. Fewest is the smallest number of
+// columns that occurs.
 template <int Fewest, class F>
 void with_tile(DType type, int columns, F&& f) {
   if (type == DType::float64) return f(double{}, fma::Tile<64>{});
@@ -100,8 +100,8 @@ struct MmaSegment {
   int pitch = 0;                   // pixels from one of its rows to the next, in shared memory
   int step_h = 1, step_w = 1;      // neighbourhood pixels from a tile pixel to the next
   SmallDivisor by_halo_w;
-  // gather: threads take pixels in such an order that a warp starts at a sector
-  bool whole_rows = false;      // the neighbourhood's rows are the image's: runs pass row ends
+  // gather: threads take pixels in an order in which each warp starts at a sector
+  bool whole_rows = false;      // the neighbourhood's rows are the image's, and runs pass row ends
   int align = 8;                // elements of a sector
   SmallDivisor by_run, by_col;  // threads of a group of channels, of a row
   int accesses = 1;             // of a thread in one call of advance()
@@ -150,7 +150,7 @@ constexpr int kMostGroups = 3;
 struct Tables {
   // The offset of the tile's pixel 2 i. Its place is even, so that a tap's shift can be added.
   int pair[kPixels / 2];
-  // [row_padding][tap]: what a tap adds for the first and for the second pixel of a pair.
+  // [row_padding][tap]: what a tap adds for the first and second pixel of a pair.
   int shift[2][kMostGroups * kTaps][2];
 };
 constexpr int kTableBytes = (sizeof(Tables) + 127) / 128 * 128;

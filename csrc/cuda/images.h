@@ -20,9 +20,9 @@ inline DType real_of(DType states) {
   return states == DType::float64 ? DType::float64 : DType::float32;
 }
 
-// Returns the cell as the kernels run it: without taps that only ever meet the border, an image of
-// one column as one row, since tiles have even widths, and a batch of such rows as the rows of one
-// image, so that tiles reach over samples: no tap leads to another row. Pixels keep their order.
+// Returns the cell as the kernels run it, without taps that only meet the border. Tiles have even
+// widths, so an image of one column becomes one row. A batch of such rows becomes the rows of one
+// image, so that tiles span samples: no tap leads to another row. Pixels keep their order.
 inline Cell as_run(const Cell& cell) {
   Cell c = within_image(cell);
   if (c.W <= 1) {
@@ -31,7 +31,7 @@ inline Cell as_run(const Cell& cell) {
     std::swap(c.pool_h, c.pool_w), std::swap(c.outer_h, c.outer_w);
   }
   const bool fits = double(c.N) * double(c.W) * double(4 * c.C + c.Cin + 32) < double(1 << 30);
-  const bool free = c.pool_h == 1 && !c.inhibition && !c.has_lengths;  // of what a sample has
+  const bool free = c.pool_h == 1 && !c.inhibition && !c.has_lengths;  // treats all samples alike
   if (c.H == 1 && c.N > 1 && free && fits) c.H = c.N, c.N = 1;
   return c;
 }
@@ -54,7 +54,7 @@ inline BackwardArgs as_run(BackwardArgs a, const Cell& as) {
   return a;
 }
 
-// Where the taps of the kernels lie in the caller's kernel, which has rows and columns of other
+// The place of the kernels' taps in the caller's kernel, which may have rows and columns of other
 // taps around them.
 struct KernelTaps {
   int height = 1, outer_h = 0, outer_w = 0;
@@ -127,9 +127,9 @@ inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&exten
   int64_t last = 0;
   for (int k = 2; k < 5; ++k) last += (extent[k] - 1) * std::abs(v.stride[k]);
   if (last >= int64_t(1) << 31)
-    throw std::runtime_error("one image of a tensor reaches over " + std::to_string(last) +
-                             " elements, accepted are less than 2^31: make it contiguous");
-  // Returns whether the address and all strides that are used, except `but`, are multiples of `divisor`.
+    throw std::runtime_error("one image of a tensor spans " + std::to_string(last) +
+                             " elements, but less than 2^31 are accepted: make it contiguous");
+  // Returns whether the address and all used strides except `but` are multiples of `divisor`.
   const auto multiple = [&](int divisor, int but) {
     if (reinterpret_cast<uintptr_t>(a.data) % (std::min(divisor * size, 16)) != 0) return false;
     for (int k = 0; k < 5; ++k)
@@ -162,7 +162,7 @@ inline Tensor image(const void* data, const Shape& s, DType type, int planes = 1
 // count blocks, and offsets within one image, in 31 bits.
 inline std::string reason_against(const Cell& c, int64_t blocks) {
   const Shape s(c);
-  // Bounds the rows or columns that a tile's taps reach over, times the stride: SmallDivisor.
+  // Bounds the rows or columns that a tile's taps span, times the stride, for SmallDivisor.
   const auto reach = [](int64_t size, double stride, int64_t taps, double dilation) {
     constexpr int64_t tile = 128;
     const double all = (double(size + tile) * stride + double(taps - 1) * dilation) * stride;

@@ -1,4 +1,4 @@
-// Launches a kernel, on the device or in the emulation, and checks that.
+// Launches a kernel, on the device or in the emulation, and checks the launch.
 #pragma once
 
 #include <cstddef>
@@ -26,8 +26,8 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
   void* stream = nullptr;
-  // Where kernel and driver can, blocks begin before the launch before this one in the stream is
-  // complete. The kernel then calls wait_for_launch_before().
+  // If kernel and driver can, blocks begin before the previous launch in the stream is complete.
+  // The kernel then calls wait_for_launch_before().
   bool overlaps = false;
   const char* file = __builtin_FILE();
   int line = __builtin_LINE();
@@ -35,7 +35,7 @@ struct Launch {
 
 #if defined(__CUDACC__)
 
-// Throws the error, and clears it: CUDA would report it to a later call that goes well.
+// Throws the error and clears it, because CUDA would report it again after a later, good call.
 inline void check(cudaError_t status, const char* what, const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
   if (status == cudaSuccess) return;
@@ -44,8 +44,8 @@ inline void check(cudaError_t status, const char* what, const char* file = __bui
                            cudaGetErrorName(status) + ") at " + file + ":" + std::to_string(line));
 }
 
-// Makes a device the current one until its end. torch has chosen the device of a call by a runtime
-// of its own; what that has set, the runtime that is linked here need not know.
+// Makes a device the current one during its life. torch chooses a call's device through its own
+// runtime, which does not tell the runtime that is linked here.
 class OnDevice {
  public:
   explicit OnDevice(int device) : device_(device) {
@@ -70,11 +70,11 @@ inline std::string describe(const Launch& how) {
          dims(how.block) + ", " + std::to_string(how.shared_bytes) + " bytes of shared memory";
 }
 
-// Once for each kernel and device: refuses to load the kernel while a graph captures the stream,
-// lets the kernel have as much shared memory as the current device gives one block (other threads
-// could lower a limit that followed the size of each launch), and finds out whether its launches may
-// overlap. They may if the code that the device runs waits, which that from PTX of 9.0 on does, and
-// if the driver can capture it in a graph, as of CUDA 12.3 on.
+// Runs once for each kernel and device. It refuses to load the kernel while a graph captures the
+// stream. It allows the kernel as much shared memory as the current device gives one block, because
+// other threads could lower a limit that followed the size of each launch. It finds out whether
+// launches may overlap: the code that the device runs must wait, as code from PTX of 9.0 on does,
+// and the driver must be able to capture that in a graph, as those of CUDA 12.3 on are.
 inline cudaError_t prepare(const void* kernel, cudaStream_t stream, bool& may_overlap) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, bool> prepared;

@@ -26,7 +26,7 @@ void launch_fire(const FireStep& p, bool inhibition, void* stream);
 
 void launch_spread(const NeuronBackward& p, int64_t N, void* stream);
 
-// What the gradients of weight and bias are summed from, and memory for their parts.
+// The tensors from which the gradients of weight and bias are summed, and memory for the parts.
 struct WeightSources {
   Tensor x;                             // (T, N, Cin, H, W)
   Tensor mem;                           // before the first step
@@ -36,8 +36,8 @@ struct WeightSources {
   void* bias_parts = nullptr;
   const int64_t* lengths = nullptr;  // as PassArgs::lengths
 };
-// Sums in parts what the gradients of weight and bias, those that have an address, consist of. The
-// parts are yet to be added: p is told how.
+// Sums the gradients of weight and bias, if they have an address, in parts. Sets p to how these
+// parts are to be added.
 void weight_gradient(const BackwardPass& plan, const WeightSources& sources, void* weight,
                      void* bias, AddGradients& p, void* stream);
 // type: of the sums.
@@ -87,15 +87,15 @@ inline Tensor state_tensor(const Cell& c, const View& v, int64_t t, int per_thre
   return tensor(v, c.dtype, t, {1, c.N, c.C, c.Ho(), c.Wo()}, per_thread);
 }
 
-// The states, or their gradients, that the caller has of step t, if any. If samples have lengths,
-// each step may be the last of some.
+// Returns the caller's states of step t, or their gradients, if any. If samples have lengths, each
+// step may be the last one for some.
 template <class Args>
 Tensor states_of_step(const Args& a, const View& v, int64_t t, int per_thread) {
   if (a.record) return state_tensor(a.cell, v, t, per_thread);
   return t + 1 == a.cell.T || a.lengths ? state_tensor(a.cell, v, 0, per_thread) : Tensor();
 }
 
-// Has the states before the first step, and those after step t that the caller wants.
+// Sets the states before the first step, and those after step t that the caller wants.
 inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int per_thread) {
   const Cell& c = a.cell;
   auto n = neuron_of_step<NeuronForward>(a, a.spk, t, per_thread);
@@ -107,7 +107,7 @@ inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int per_thr
   return n;
 }
 
-// Has syn before the first step, and the caller's gradients of step t.
+// Sets syn before the first step, and the caller's gradients of step t.
 inline NeuronBackward neuron_backward(const BackwardArgs& a, int64_t t) {
   const Cell& c = a.cell;
   auto n = neuron_of_step<NeuronBackward>(a, a.grad_spk, t, 4);

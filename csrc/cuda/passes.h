@@ -1,4 +1,4 @@
-// What a plan has computed for its pass: the launchers read it, and add addresses and strides.
+// What a plan has computed for its pass. The launchers add addresses and strides.
 #pragma once
 
 #include "planning.h"

@@ -1,8 +1,8 @@
-// The CUDA backend's plan, twin of csrc/cpu's: all that follows for one pass of a call from the
-// cell, the device and the algorithm. Python makes it once for each kind of call; a call adds
-// addresses and strides.
+// The CUDA backend's plan, the counterpart of csrc/cpu's: all that follows from the cell, the
+// device and the algorithm for one pass of a call. Python makes it once for each kind of call, and
+// a call adds addresses and strides.
 //
-// All memory is the caller's, on the device. No function allocates, synchronises or creates a
+// All memory belongs to the caller, on the device. No function allocates, synchronises or creates a
 // stream, so a graph can capture every call. CUDA's errors, and shapes that cannot be run, are
 // thrown as std::runtime_error.
 #pragma once
@@ -26,12 +26,12 @@ struct Device {
 // Describes the device of that number. Throws std::runtime_error if there is none.
 Device device_of(int number);
 
-// The numbers that the convolutions multiply. Sums are in float (of float64: in double).
+// The numbers that the convolutions multiply. Sums are float, or double for float64.
 enum class Matrix : int {
   exact = 0,    // the states' own type; float32 without tensor cores, 16-bit types with them
   tf32 = 1,     // float32 rounded to 10 bits of mantissa
   tf32x3 = 2,   // float32 as two tf32 numbers: full precision from tensor cores
-  float16 = 3,  // under autocast, as the next: states stay float32
+  float16 = 3,  // under autocast, like bfloat16: states stay float32
   bfloat16 = 4,
 };
 
@@ -45,7 +45,7 @@ enum class Algorithm : int {
   // fused, but the backward pass leaves d_gates and mem_after for torch, which forms the gradients
   // of the weight and the bias
   hybrid = 2,
-  cudnn = 3,  // a step behind torch's own convolution: ForwardArgs::gate_sums, d_gates
+  cudnn = 3,  // a step after torch's own convolution: ForwardArgs::gate_sums, d_gates
 };
 
 // Cp: C rounded up to whole vectors. saved_gates are (T, N, Ho, Wo, 4, Cp), saved_syn
@@ -68,8 +68,8 @@ class Plan {
   Plan& operator=(Plan&&) noexcept;
   ~Plan();
 
-  // Returns the plans of a pass that are worth timing, what the rules choose first: fused for each
-  // kind of block, and the other algorithms.
+  // Returns the plans of a pass that are worth timing, the rules' choice first: fused for each kind
+  // of block, and the other algorithms.
   static std::vector<Plan> candidates(const Cell& cell, const Device& device, Matrix matrix,
                                       bool backward);
 
@@ -83,7 +83,7 @@ class Plan {
   // Sizes in bytes. A cudnn plan has no packed weight.
   int64_t packed_bytes = 0, workspace = 0;
 
-  // Whether the backward pass leaves d_gates, and mem_after if given, and no parameters' gradients.
+  // Whether the backward pass leaves d_gates (and mem_after) instead of parameters' gradients.
   bool leaves_d_gates() const {
     return algorithm == Algorithm::hybrid || algorithm == Algorithm::cudnn;
   }
@@ -102,7 +102,7 @@ class Plan {
   void run(const BackwardArgs& args, void* stream) const;
 
  private:
-  int device_;  // on which all is launched
+  int device_;  // on which everything is launched
   std::unique_ptr<const Pass> pass_;
 };
 

@@ -40,7 +40,7 @@ std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, i
     for (int64_t h = unit_h; h * w <= pixels; h += unit_h) {
       const int64_t rows = count(height, h);
       if (h > unit_h && count(height, h - unit_h) == rows) continue;
-      // In sectors of 8 numbers. A row that goes on beyond the tile costs one more at each end.
+      // In sectors of 8 numbers. A row that continues beyond the tile costs one more at each end.
       const int64_t read = (h + halo) * (ceil_div(w, 8) + (w < width ? 2 : 0)) * 8;
       found.push_back({int(h), int(w), rows * columns * (4 * pixels + read)});
     }
@@ -99,8 +99,8 @@ struct Best {
   }
 };
 
-// Offers every tile of the plan's blocks that fits. fits(any) is of the plan. any: whether rows may
-// meet the same banks; that is asked if none fits.
+// Offers every tile of the plan's blocks that fits. fits(any) tests the plan. any: whether rows may
+// meet the same banks, which is tried if no tile fits otherwise.
 template <class Step, class Fits>
 void offer_tiles(Best<Step>& best, const Device& device, Step& plan,
                  const std::vector<TileSize>& sizes, const Cell& c, int64_t height, int64_t width,
@@ -291,7 +291,7 @@ int64_t blocks_of(const WeightPlan& w) {
                  : int64_t(w.part_rows) * w.part_columns / 4096;
 }
 
-// Plans one half of the weight's gradient on tensor cores, but for its splits.
+// Plans one half of the weight's gradient on tensor cores, except its splits.
 WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool is_x, int most_rows,
                         const TileSize& size) {
   const Shape s(c);
@@ -373,7 +373,7 @@ WeightPlans plan_weights(const Cell& c, const Device& device, Multiply multiply)
             (any || (plans.x.fits_banks && plans.mem.fits_banks)))
           return with_splits(plans);
       }
-  // The fewest rows and columns that the tiles add: of equals the widest.
+  // The tiles add the fewest rows and columns. Of equal tiles the widest wins.
   std::optional<WeightPlan> best;
   for (const int columns : {64, 32}) {
     const WeightPlan w = weight_fma(c, columns);

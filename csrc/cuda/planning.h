@@ -23,8 +23,8 @@ struct Load {
 };
 double busiest(const Device& device, const Load& load);
 
-// Blocks and tiles come with the largest blocks, and those that read the least, first. Another is
-// taken if it leaves the busiest multiprocessor 15 % less: smaller blocks read more weights.
+// The largest blocks, and the tiles that read the least, come first. Another choice must leave the
+// busiest multiprocessor 15 % less to do, because smaller blocks read more weights.
 constexpr double kClearly = 0.85;
 
 int64_t splits(const Device& device, int64_t blocks, int64_t pixels);
@@ -39,10 +39,10 @@ struct TileSize {
   int64_t cost;
 };
 
-// Returns tiles of at most `pixels` pixels, and with `windows` those of whole pooling windows, of
-// which there may be none; the least cost comes first, and none has twice that. The width is even,
-// since threads hold pairs of pixels. Of the tiles that are as many along an axis it takes the
-// smallest, and those of 16 columns or a multiple. only: the one tile that is wanted, if any.
+// Returns tiles of at most `pixels` pixels, the cheapest first and none at twice its cost. With
+// `windows` they have whole pooling windows, and there may be none. Widths are even, because
+// threads hold pairs of pixels. Of the sizes that give equally many tiles along an axis it takes
+// the smallest, and multiples of 16 columns. only: the one tile that is wanted, if any.
 std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, int pixels,
                                  bool windows, const BlockChoice& only = {});
 
@@ -73,14 +73,14 @@ struct MmaType {
   int per_chunk() const { return mma_tile::kGroups * per_group(); }
 };
 
-// How the walk goes through a segment's K: chunks of channels; in a chunk taps; in a tap k-steps.
+// The walk through a segment's K: chunks of channels, taps in a chunk, k-steps in a tap.
 struct MmaDepth {
   bool im2col = false;
   int64_t channels = 0, taps = 1, chunks = 0;  // of the walk; im2col makes taps channels
   int tail_steps = 0;
 
   MmaDepth() = default;
-  // may_im2col: if that makes fewer units.
+  // may_im2col: im2col is allowed if it makes fewer units.
   MmaDepth(const MmaType& type, const Segment& segment, bool may_im2col = false);
   int64_t units() const { return taps * (2 * (chunks - 1) + tail_steps); }
 };
@@ -143,7 +143,7 @@ struct StepPlan {
 
 // On tensor cores a warp has 8 n-tiles (16 channels) or 4 (8 channels).
 struct ForwardPlan : StepPlan {
-  bool fires = true;  // false: a kernel behind the step fires
+  bool fires = true;  // false: a kernel after the step fires
 
   int channels_per_thread() const { return mma() ? tiles / 2 : 1; }  // channels that a thread holds
   int channels() const { return mma() ? 2 * tiles * warps_n : columns / 4; }  // of a block
@@ -168,8 +168,8 @@ std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply 
                                   bool windows, const BlockChoice& only = {});
 
 // The shared memory of a tensor core step, in bytes from its start. It begins with the convolution,
-// in whose place the parked accumulators and the mem tile come; behind them lie the thresholds
-// (vectors) and the sums of their gradients (row_sums).
+// which the parked accumulators and the mem tile overwrite. The thresholds (vectors) and the sums
+// of their gradients (row_sums) follow.
 struct BackwardLayout {
   int mem_tile, mem_pitch, vectors, row_sums, bytes;
 
@@ -185,7 +185,7 @@ Step planned(const std::optional<Step>& best, const BlockChoice& only) {
 
 // ---- packed weights -----------------------------------------------------------------------------
 
-// What a packed weight is for. Backward the taps are reversed.
+// The use of a packed weight. The backward pass reverses the taps.
 enum class Use : int {
   x_to_gates,    // columns: (channel, gate)   K channels: Cin
   mem_to_gates,  // columns: (channel, gate)   K channels: C
@@ -193,8 +193,8 @@ enum class Use : int {
   gates_to_mem,  // columns: C                 K channels: (gate, channel), a gate has Cp
 };
 
-// Tells where the packed weight of one convolution lies. Its blocks of columns are each in the
-// order in which the kernel walks (fma.cuh, mma.cuh).
+// Tells where the packed weight of one convolution lies. Each block of columns has the order in
+// which the kernel walks (fma.cuh, mma.cuh).
 struct PackedPart {
   Use use = Use::x_to_gates;
   Multiply multiply = Multiply::fma;
@@ -208,7 +208,7 @@ struct PackedPart {
   int tiles = 0, warps_n = 0;  // n-tiles of a warp; warps along channels
 
   bool mma() const { return multiply != Multiply::fma; }
-  // Bytes of all blocks, and of what other parts have between them.
+  // The bytes of all blocks, including what other parts have between them.
   int64_t bytes() const { return blocks * pitch; }
   const char* in(const void* packed) const { return static_cast<const char*>(packed) + start; }
   Segment with_weight(Segment s, const void* packed) const {

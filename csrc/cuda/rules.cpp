@@ -2,8 +2,8 @@
 // blocks and tiles a step has, and in how many parts the weight's gradient is summed.
 //
 // No GPU has been timed. The rules come from counts (of PTX, machine code, rounds of blocks) and
-// from a paper model of nine cards, whose choices they keep within some 15 %, that model's own
-// error. "measure" times the candidates on the GPU at hand, the choice of these rules first.
+// from a paper model of nine cards, whose choices they match within some 15 %, the model's own
+// error. "measure" times the candidates on the GPU at hand, the rules' choice first.
 // tests/emulator/test_rules.py has the layers that decided.
 #include "planning.h"
 
@@ -11,25 +11,24 @@ namespace snnlstm::cuda {
 
 namespace rules {
 
-// Returns how float32 keeps its full precision on tensor cores of 8.0 and newer. The large chips
-// (8.0, 9.0, 10.x, 11.x) multiply tf32 at 4 to 8 times the rate of plain float32, so three products
-// are faster than one. The others (8.6, 8.7, 8.9, 12.x) multiply tf32 as fast as float32 or twice
-// as fast.
+// Says whether 3xTF32 is faster than plain float32 on tensor cores of 8.0 and newer. The large
+// chips (8.0, 9.0, 10.x, 11.x) multiply tf32 at 4 to 8 times the rate of plain float32, so three
+// products are faster than one. The others (8.6, 8.7, 8.9, 12.x) reach at most twice the rate.
 bool three_products_beat_one(int compute_capability) {
   const int major = compute_capability / 10;
   return compute_capability == 80 || (major >= 9 && major <= 11);
 }
 
-// Returns the outputs (pixels x channels) that the busiest multiprocessor computes, in the place of
-// a time. Blocks come in rounds: the multiprocessor with the most decides. A warp computes as many
-// outputs in every kind of block, and six warps keep the units of a multiprocessor busy:
-// registers have room for eight or more of each kernel, but shared memory may not. With fewer the
-// products take longer, while the neurons behind them take what they take, about as long. So
-// outputs count once for the neurons, and once or more for the products.
+// Returns the outputs (pixels x channels) that the busiest multiprocessor computes, as a measure of
+// time. Blocks come in rounds, and the multiprocessor with the most blocks decides. A warp computes
+// equally many outputs in every kind of block. Six warps keep a multiprocessor busy: registers have
+// room for eight or more of each kernel, but shared memory may not. With fewer warps the products
+// take longer, but the neurons after them do not. So outputs count once for the neurons, and once
+// or more for the products.
 double busiest(const Device& device, const Load& load) {
   constexpr double kBusy = 6;
   const int64_t blocks = ceil_div(load.blocks, device.multiprocessors);
-  // From 8.0 on the system keeps a KiB of shared memory for each block, and one of all.
+  // From 8.0 on the system reserves a KiB of shared memory for each block, and one in total.
   const int64_t kept = device.compute_capability >= 80 ? 1024 : 0;
   const int64_t warps = load.threads / 32;
   const int64_t by_shared =
@@ -39,10 +38,10 @@ double busiest(const Device& device, const Load& load) {
   return double(blocks * load.outputs) * (1 + waiting);
 }
 
-// Returns in how many parts the pixels of all steps are summed. blocks: of one part. Of 2 to 8
-// rounds of the multiprocessors it takes the fewest that leave less than a tenth of them without
-// work. A part has 256 pixels or more, beside which the start of a block is short; parts are
-// written and read again, so there are 1024 at most.
+// Returns in how many parts the pixels of all steps are summed, of `blocks` blocks each. Of 2 to 8
+// rounds it takes the fewest that leave less than a tenth of the multiprocessors idle. A part has
+// at least 256 pixels, so that a block's start costs little. There are at most 1024 parts,
+// because they are written and read again.
 int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
   const int64_t most = std::clamp<int64_t>(pixels / 256, 1, 1024);
   int64_t best = 1;
@@ -56,12 +55,12 @@ int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
   return best;
 }
 
-// Returns which algorithm runs a pass; the same rules hold forward and backward but where
-// `backward` stands. plain: the step kernels multiply without tensor cores; tf32x3: in 3xTF32.
-// share: of the pixels that their tiles compute, the part that lies in images.
+// Returns the algorithm of a pass. The same rules hold forward and backward, except where
+// `backward` is tested. plain: the step kernels multiply without tensor cores; tf32x3: in 3xTF32.
+// share: the part of their tiles' pixels that lies in images.
 //
-// "hybrid" is chosen nowhere: where the steps are better in our kernels, cuDNN's gradients of the
-// parameters gain nothing that the paper model could tell from its error.
+// "hybrid" is never chosen: where our kernels run the steps better, cuDNN's gradients of the
+// parameters gain less than the paper model's error.
 Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool plain, bool tf32x3,
                     double share, bool backward) {
   const int capability = device.compute_capability;
@@ -75,9 +74,9 @@ Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool pla
   const bool bfloat16 = c.dtype == DType::bfloat16 || matrix == Matrix::bfloat16;
   if (c.dtype == DType::float64 || (plain && bfloat16)) return Algorithm::fused;
 
-  // Behind cuDNN Python and torch take some 40 us a step, 60 backward. Our steps take fewer than
-  // these up to about so many products. A graph that replays a call takes nothing of the host, and
-  // there cuDNN is the faster one earlier; the rules do not know what will be captured.
+  // With cuDNN, Python and torch take some 40 us a step, 60 backward. Our steps take less up to
+  // about so many products. A graph that replays a call costs the host nothing, and cuDNN would win
+  // earlier there, but the rules do not know what will be captured.
   const bool large_chip = capability == 75 || three_products_beat_one(capability);
   if (products < (plain || !large_chip ? 1e6 : 2e6)) return Algorithm::fused;
 
@@ -91,18 +90,18 @@ Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool pla
   // shares a long K among blocks.
   if (neurons < 2048 && depth >= 800) return Algorithm::cudnn;
 
-  // Without tensor cores cuDNN's Winograd form of 3x3 kernels has 2.25 times fewer products,
-  // forward alone; it gains nothing by it where x has one channel or two, whose products it pads.
-  // From 8.6 on, though, a multiprocessor has 128 plain lanes, and our kernels no loads for more
-  // than 40 % of them.
+  // Without tensor cores cuDNN's Winograd form of 3x3 kernels has 2.25 times fewer products, but
+  // only forward. It gains nothing if x has one or two channels, whose products it pads. From 8.6
+  // on, though, a multiprocessor has 128 plain lanes, and our kernels' loads feed no more than 40 %
+  // of them.
   const bool winograd = !backward && c.kernel_h == 3 && c.kernel_w == 3 && c.stride_h == 1 &&
                         c.stride_w == 1 && c.dilation_h == 1 && c.dilation_w == 1;
   if (plain && c.Cin > 2 && (winograd || capability >= 80)) return Algorithm::cudnn;
 
-  // On 9.0 and 10.x mma.sync reaches half to two thirds of the rate that cuDNN has by wgmma and
-  // tcgen05. That counts where channels are many, and our products take longer than the launches
-  // around cuDNN: a multiprocessor forms 0.85 million a us in tf32, and 1.4 in half types, and 40
-  // us are as many as these. 3xTF32 beats the plain float32 that cuDNN has.
+  // On 9.0 and 10.x mma.sync reaches half to two thirds of the rate of wgmma and tcgen05, which
+  // cuDNN uses. That matters if channels are many and our products take longer than the launches
+  // around cuDNN, some 40 us: a multiprocessor forms 0.85 million products a us in tf32, and 1.4
+  // million in half types. 3xTF32 beats the plain float32 of cuDNN.
   const bool half = gate_type(c.dtype, matrix) != DType::float32;
   if (capability >= 90 && capability < 120 && channels >= 96 && !plain && !tf32x3 &&
       products > (half ? 56e6 : 34e6))

@@ -34,8 +34,8 @@ enum class Access : int {
 };
 
 // (T, N, channels, H, W), strides in elements. A tensor may have any size, but an image of it
-// reaches over less than 2^31 elements. In images of ours, (T, N, H, W, planes, Cp), the vectors of
-// every pixel are aligned.
+// spans less than 2^31 elements. In our own images, (T, N, H, W, planes, Cp), the vectors of every
+// pixel are aligned.
 struct Tensor {
   void* data = nullptr;
   int64_t t = 0, n = 0;
@@ -47,7 +47,7 @@ struct Tensor {
   SNNLSTM_BOTH bool present() const { return access != Access::none; }
 };
 
-// Divides by a number that is known at run time only, without the GPU's 20 instructions for that:
+// Divides by a number that is only known at run time, without the GPU's 20 instructions for that:
 // Granlund and Montgomery 1994, https://doi.org/10.1145/178243.178249, figure 4.1.
 struct Divisor {
   unsigned value = 1, factor = 1, shift1 = 0, shift2 = 0;
@@ -72,7 +72,7 @@ struct Divisor {
   }
 };
 
-// Divides in two instructions, rightly if n * value < 2^31: for numbers within a block.
+// Divides in two instructions, exactly if n * value < 2^31: for numbers within a block.
 struct SmallDivisor {
   unsigned value = 1, factor = 1u << 31;
 
@@ -105,7 +105,7 @@ struct Tiling {
   int64_t blocks() const { return tiles() * by_columns.value; }
 };
 
-// What one launch does a few times, at different data.
+// A few jobs of one launch, each on other data.
 template <class Job, int Count = 2>
 struct Jobs {
   Job job[Count];
@@ -113,7 +113,7 @@ struct Jobs {
 
 // One of the images that a convolution sums over, K = taps x channels. For output pixel (y, x), tap
 // (i, j) reads row (y * step_h + i * dilation_h - pad_h) / dgrad_stride_h of the source, or 0 if
-// that is no whole number or lies outside of the image; likewise the column.
+// that is not an integer or lies outside the image; the column likewise.
 struct Segment {
   Tensor src;        // (T, N, channels, height, width)
   int channels = 0;  // 0: the segment is absent

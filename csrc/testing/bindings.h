@@ -1,5 +1,5 @@
-// What only a build for tests has: cpu_evaluate(), and on machines without AVX-512 the instruction
-// set `wide`. `wide` is slow, but tests AVX-512's tiles in AVX2's instructions.
+// Only a build for tests has cpu_evaluate() and, on machines without AVX-512, the instruction set
+// `wide`, which is slow but tests AVX-512's tiles with AVX2's instructions.
 #pragma once
 
 #include "../bindings.h"

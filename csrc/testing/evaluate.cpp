@@ -1,4 +1,4 @@
-// Computes exp, sigmoid or tanh alone, as the kernels of one instruction set do.
+// Computes exp, sigmoid or tanh as the kernels of one instruction set do.
 #include "../cpu/kernels/entry.h"
 #include "../cpu/kernels/math.h"
 

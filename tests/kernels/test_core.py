@@ -34,11 +34,11 @@ def test_random_calls_with_nonsense_among_the_arguments(core, count):
     ("changed", "says"),
     [
         ({"dtype": 99}, "dtype must be less than 4, got 99"),
-        ({"C": 0}, "a size of a cell must be positive"),
+        ({"C": 0}, "every size of a cell must be positive"),
         ({"H": 2**62}, "the sizes of a cell are too large"),
         ({"kernel": (2, 3)}, "kernel must be odd"),
         ({"pool": 1, "pool_size": (9, 1)}, "pool_size must fit into the state"),
-        ({"spiking": False}, "a cell that does not spike has nothing that acts on spikes"),
+        ({"spiking": False}, "spiking=False excludes reset, pool, surrogate"),
     ],
     ids=str,
 )

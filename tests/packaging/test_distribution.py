@@ -154,7 +154,7 @@ def test_where_nvcc_fails_the_cpu_core_is_built(answers, sdist, tmp_path):
     assert ("WITHOUT its CUDA kernels" in said) == (answers == "no kernel")
     why = {
         "nothing": "says:",
-        "version": "compiles no program",
+        "version": "cannot compile a program",
         "no kernel": "building them failed",
     }
     assert re.search(f"CUDA kernels: not built: .*{why[answers]}", said)

@@ -3,7 +3,7 @@
 //   rows     the recurrent data gradient of step t and then, while the rows lie in cache, the
 //            neurons of step t - 1 (neuron_backward.h)
 //   inputs   the data gradient of x, if it is wanted (with Winograd the rows tasks form it too)
-//   weights  the part of step t in the weight gradient (weight_gradient.h)
+//   weights  step t's part of the weight gradient (weight_gradient.h)
 // The workspace holds two time steps of d gates, mem and x, for any T.
 #pragma once
 
@@ -61,7 +61,7 @@ class Backward {
  private:
   int64_t most_phases() const { return 2 * a_.cell.T + 3; }
 
-  // Counts the tasks of the data gradient of x: blocks of rows of all images that belong together.
+  // Counts the tasks of x's data gradient: blocks of rows of one image or of a group of images.
   int64_t x_tasks(const RowTasks& tasks) const {
     if (!a_.grad_x.data || l_.tiled_x()) return 0;
     return (tasks_.most_together > 1 ? tasks.groups() : tasks.images()) * x_blocks_;
@@ -90,7 +90,7 @@ class Backward {
       const int64_t groups_first = tasks.most_together > 1 && l_.exceeds_any_l2() ? groups : 0;
       const int64_t all = groups + weight_tasks + x_count,
                     with_next = all + next.count - tasks.count;
-      // The largest tasks come first, so that no thread begins a large one when the others are
+      // The largest tasks come first, so that no thread begins a large task when the others are
       // done.
       phases.run(phase++, with_next + padded(tasks), [&](int64_t task) {
         if (task >= with_next)

@@ -92,8 +92,8 @@ class DataGrad {
     constexpr int lanes = NV % 2 ? VL : Two::lanes, batches = NV * VL / lanes;
     const Plane from{t.w.inputs() * b.products_stride, b.products_stride, lanes};
     const Plane to{b.dilation_h * width_ * channels, b.dilation_w * channels, lanes};
-    const Plane cut{4 * NV * VL, NV * VL, lanes};  // for a tile that sticks out of the image
-    // Lanes of the gates without a channel hold zeros, and are left out.
+    const Plane cut{4 * NV * VL, NV * VL, lanes};  // for a tile that extends beyond the image
+    // Lanes of the gates without a channel hold zeros and are left out.
     const SummedChannels summed =
         l_.few_channels() ? SummedChannels(b.channels, VL, l_.c.C) : SummedChannels(b.channels);
     multiply<S, NV>(b, values, weight + block * VL * l_.tile_weights() * b.channels, summed, false,

@@ -1,4 +1,4 @@
-// The functions that the files of one instruction set offer, which table.cpp gathers.
+// The entry points of one instruction set, which table.cpp collects.
 #pragma once
 
 #include "simd.h"

@@ -1,16 +1,15 @@
 // Finds pixels of one pooling window whose recurrent inputs may be equal, and forms their sums
 // directly. Direct sums of equal inputs are bitwise equal, so max_pool meets exact ties and takes
-// the first pixel, as snnTorch does. Winograd rounds a pixel's sums by its neighbours in the tile
-// and by its place there, which would decide such ties by chance. Nearly silent layers, as all
-// layers are when training begins, consist of ties.
+// the first pixel, as snnTorch does. Winograd's rounding depends on a pixel's place and neighbours
+// in the tile, and would decide such ties by chance. Nearly silent layers, as all layers are when
+// training begins, consist of ties.
 //
 // Let p and q = p + d be pixels of one window. If both see the same values of mem, then each value
-// that p sees equals the value at distance d from it, if p sees both values. The search tests only
-// this condition: it reads only pixels that a block reads anyway, and its answer for a pixel does
-// not depend on the block. By induction over the steps, p and q stay equal while their inputs do,
-// in a loop of step calls as in a sequence. Distances are shorter than a kernel, and count taps if
-// the kernel is dilated. Cells with inhibition, which choose among all neurons, sum all pixels
-// directly.
+// that p sees equals the value at distance d from it, if p sees that one, too. The search tests
+// only this condition, for which a block reads no further pixels, so the answer for a pixel does
+// not depend on the block. By induction over the steps, p and q stay equal as long as their inputs
+// do, in step calls as in a sequence. Distances are shorter than a kernel, and are counted in taps
+// if it is dilated. Cells with inhibition, which choose among all neurons, sum all pixels directly.
 #pragma once
 
 #include "layout.h"
@@ -73,7 +72,7 @@ class EqualPixels {
   // Returns the decisions of a row of a block.
   const Sums* row(const Sums* sums, int64_t h) const { return sums + h * columns_; }
 
-  // Writes the bias and the recurrent sums of the pixels of some rows, except Winograd's.
+  // Writes the bias and the recurrent sums of all pixels of some rows except Winograd's.
   void write_mem(const Sums* sums, int64_t rows, const RunList& list, const T* mem, const T* weight,
                  const T* bias, T* gates) const {
     for (; rows > 0; --rows, sums += columns_, mem += l_.Wm * l_.Cp, gates += l_.Wr * kGates)
@@ -109,7 +108,7 @@ class EqualPixels {
   // Returns how many rows of mem these rows see.
   int64_t seen_rows(int64_t rows) const { return rows + 2 * l_.ph; }
 
-  // Returns a number that differs for nearly all different pixels.
+  // Returns a hash of a pixel's values.
   uint32_t key(const T* pixel) const {
     constexpr int words = (VL * sizeof(T) + 7) / sizeof(uint64_t);
     uint64_t mixed = 0;
@@ -118,13 +117,13 @@ class EqualPixels {
       std::memcpy(word, pixel + ch, VL * sizeof(T));
 #pragma GCC unroll 8
       for (int k = 0; k < words; ++k)
-        mixed = (mixed ^ word[k]) * 0x9E3779B97F4A7C15;  // the golden ratio, as random as any
+        mixed = (mixed ^ word[k]) * 0x9E3779B97F4A7C15;  // 2^64 / golden ratio
     }
     return uint32_t(mixed >> 32);
   }
 
-  // Marks the pixels of which all values repeat at the distance (dh, dw). Pixels are numbered row
-  // by row, and numbers beyond a row's last pixel do not count. Returns whether there are any.
+  // Marks the pixels whose values all repeat at the distance (dh, dw). Pixels are numbered row by
+  // row, and numbers beyond a row's last pixel do not count. Returns whether there are any.
   bool look(const T* mem, int64_t rows, int dh, int dw, const Scratch& s, uint8_t* marks) const {
     const int64_t down = dh * c_.dilation_h, right = dw * c_.dilation_w;
     const int64_t away = down * columns_ + right, seen = seen_rows(rows) * columns_ - away;
@@ -147,8 +146,8 @@ class EqualPixels {
     return true;
   }
 
-  // Finds the pixels for which each value repeats whose counterpart they see too. Returns whether
-  // there are any.
+  // Finds the pixels whose values all repeat, except values whose counterparts they do not see.
+  // Returns whether there are any.
   bool all_repeat(int64_t rows, int dh, int dw, const Scratch& s) const {
     const int64_t count = (rows - 1) * columns_ + l_.Wo;
     uint8_t* const __restrict places = s.places;

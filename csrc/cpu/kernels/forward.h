@@ -196,8 +196,8 @@ class Forward {
                  Pixels{c.W, row, c.Cin}, c.Cin);
   }
 
-  // Sums a half for `rows` rows of each block, from state row `first` on. mem's half and the bias
-  // are written to the block's gates, and x's half is added. in(block) is what the first row reads.
+  // Sums a half for `rows` rows of each block, from state row `first` on. The half of mem and the
+  // bias overwrite the block's gates, the half of x is added. in(block) is the first row's input.
   template <class In>
   void sweep(bool is_x, In&& in, int64_t row, int64_t pixel, int64_t first, int64_t rows,
              int64_t cb, const RowBlock* blocks, int64_t count) {
@@ -252,8 +252,8 @@ class Forward {
     }
   }
 
-  // Forms the recurrent half by Winograd, and the input half too if x_algorithm is Winograd. The
-  // gates of one strip of rows at a time are put together and used.
+  // Forms the recurrent half by Winograd, and the input half, too, if x_algorithm is Winograd. The
+  // gates are assembled and used one strip of rows at a time.
   void tiled(int64_t t, int64_t together, int64_t b0, int64_t b1, const ForwardScratch& s) {
     const Cell& c = a_.cell;
     const TileBlock<T> mem_tiles = tiles(b1 - b0, l_.Cp, together),

@@ -1,5 +1,5 @@
-// Vectors of float16 and bfloat16 in memory, which become float32 in registers. They need no
-// instructions for half types, which AVX2 alone does not have.
+// Vectors of float16 and bfloat16 in memory, which become float32 in registers. The conversions use
+// no instructions for half types, because AVX2 alone has none.
 #pragma once
 
 #include "math.h"

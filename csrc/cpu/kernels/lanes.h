@@ -15,14 +15,13 @@ struct Lanes {
 };
 
 // Narrow vectors are better if one holds all channels. With AVX-512 they are also better if they
-// hold the channels with fewer zeros: products merge them in pairs, so that only the rest of the
-// work gets slower.
+// leave fewer lanes empty: products merge them in pairs, so only the rest of the work gets slower.
 inline bool narrow_is_better(int64_t channels, int64_t narrow, int64_t wide) {
   const auto padded = [&](int64_t lanes) { return (channels + lanes - 1) / lanes * lanes; };
   return channels <= narrow || (kNarrowBytes >= 32 && padded(narrow) < padded(wide));
 }
 
-// With AVX one vector holds the four float32 gates of so few channels.
+// With AVX one vector holds the four float32 gates of this many channels.
 constexpr int kFewChannels = kNativeBytes >= 32 ? kNativeBytes / 16 : 0;
 
 // Calls f(Lanes<T, VL>) with the vectors in which a cell is computed.

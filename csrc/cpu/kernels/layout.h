@@ -1,4 +1,4 @@
-// How data lies in memory between the caller's tensors, and how it is cut into tasks.
+// The memory layout of the data between the caller's tensors, and how it is cut into tasks.
 //
 // Images are channels-last, so that a vector holds neighbouring channels and a tap's inputs lie
 // side by side. Channels are counted in blocks of VL: Cb blocks, Cp = Cb * VL channels, of which
@@ -36,8 +36,8 @@ struct VectorBlock {
 };
 
 // Returns the block of vector v, of `vectors` vectors of `bytes` bytes each. Blocks have four
-// vectors, and the last block has the rest. A rest of three short vectors becomes a pair, which one
-// of the processor's longer vectors holds (Merged), and one.
+// vectors, and the last block has the rest. A rest of three short vectors is split into one vector
+// and a pair, which one of the processor's longer vectors holds (Merged).
 inline VectorBlock vector_block(int64_t vectors, int64_t v, int bytes) {
   const int64_t whole = vectors / 4 * 4, rest = vectors - whole;
   if (v < whole) return {v / 4 * 4, 4};
@@ -94,7 +94,7 @@ struct Layout {
   static int64_t tiles(const Axis& a, int64_t dilation, int64_t n) {
     return whole(a, dilation, n) / a.tile;
   }
-  // Adds to n pixels the border that direct convolution, or the tiles of either form, read.
+  // Adds to n pixels the border that direct convolution, or the tiles of either form, reads.
   int64_t bordered(int kernel, const Axis& a, const Axis& b, int64_t dilation, int64_t n) const {
     if (!c.tiled()) return n + dilation * (kernel - 1);
     const int64_t most_a = whole(a, dilation, n) + dilation * (a.taps() - 1);
@@ -114,7 +114,7 @@ struct Layout {
     return MetTaps(row * (is_x ? c.stride_h : 1) - ph, c.kernel_h, c.dilation_h, is_x ? c.H : Ho);
   }
 
-  // These count the values that Winograd makes of a kernel.
+  // These count the values of a kernel after Winograd's transform.
   int64_t tile_weights() const { return form.points() * form.parts(); }
   int64_t grad_points() const { return grad_form.points() * grad_form.parts(); }
 
@@ -133,8 +133,8 @@ struct Layout {
   int64_t state_image() const { return pixels * Cp; }
   // Returns the place of a row of an image of saved syn. Saved gates take four times as much.
   int64_t state_row(int64_t image, int64_t h) const { return image * state_image() + h * Wo * Cp; }
-  // Writes the thresholds of Cp channels. A lane without a channel, and a cell that does not spike,
-  // have 1.
+  // Writes the thresholds of Cp channels, which are 1 in lanes without a channel and in cells that
+  // do not spike.
   void write_thresholds(const PassArgs& a, T* to) const {
     const T* threshold = static_cast<const T*>(a.threshold);
     for (int64_t ch = 0; ch < Cp; ++ch)
@@ -147,7 +147,7 @@ struct Layout {
   int64_t packed_backward() const { return (x_blocks + (c.tiled() ? 0 : Cb)) * Kg * VL; }
 
   // These say whether the weights of one step exceed a small L2, or any processor's L2. If they do,
-  // each reading of the weights serves many pixels.
+  // many pixels share each read of the weights.
   bool exceeds_l2() const { return weight_bytes() > 512 << 10; }
   bool exceeds_any_l2() const { return weight_bytes() > 2 << 20; }
   int64_t weight_bytes() const {
@@ -185,10 +185,10 @@ struct Layout {
     return tiles(t.h, c.dilation_h, Ho) * tiles(t.w, c.dilation_w, Wo);
   }
 
-  // Returns how many small images one thread takes together, so that the weights which it reads
-  // serve all of them. Every thread has at least two such groups, or one if the weights exceed L2.
-  // If the groups are `even`, and always if the weights exceed any L2, all threads have equally
-  // many, with at most a third more images than wanted.
+  // Returns how many small images one thread takes together, so that all of them share the weights
+  // that it reads. Every thread has at least two such groups, or one if the weights exceed L2. If
+  // the groups are `even`, and always if the weights exceed any L2, all threads have equally many,
+  // with at most a third more images than wanted.
   int64_t images_together(int threads, bool even) const {
     if (block_rows() < Hr || c.N == 0) return 1;
     const int64_t images = c.tiled() ? images_of(form) : (exceeds_l2() ? 128 : 64) / pixels;
@@ -205,7 +205,7 @@ struct Layout {
     return (exceeds_l2() ? wanted_tiles(t) : 16) / image_tiles(t);
   }
 
-  // Returns how many rows of a block have their gates of one channel block put together in L1.
+  // Returns how many rows of a block have their gates of one channel block in L1 at a time.
   int64_t strip_rows() const {
     if (!c.tiled()) return block_rows();
     const int64_t unit = whole(form.h, c.dilation_h, 1);
@@ -213,9 +213,9 @@ struct Layout {
     return rows < unit ? unit : rows < block_rows() ? rows : block_rows();
   }
 
-  // Returns how many rows one task takes: a block, or less so that every thread has tasks, in whole
-  // pooling windows and tiles. A task of a call of one step also reads the rows around its own; it
-  // takes several blocks, as long as their states fit in L2.
+  // Returns how many rows one task takes, in whole pooling windows and tiles: a block, or less if
+  // the threads would lack tasks. In a call of one step a task also reads the rows around its own,
+  // so it takes several blocks as long as their states fit in L2.
   int64_t task_rows(int threads) const {
     int64_t rows = block_rows();
     const int64_t wanted = 4 * threads;

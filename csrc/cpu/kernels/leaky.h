@@ -8,7 +8,7 @@
 
 SNNLSTM_BEGIN_ISA
 
-// The layer's kernels. They compute in T; x and its gradient are of type X.
+// The layer's kernels. They compute in T; x and its gradient have the type X.
 template <class T, class X>
 struct Leaky {
   static constexpr int VL = kWideBytes / sizeof(T);

@@ -1,5 +1,5 @@
-// The vectors of neighbouring pixels side by side in one longer vector, for the work on single
-// neurons. If the processor's vectors are longer than a cell's, that takes half or a quarter of the
+// Joins the vectors of neighbouring pixels into one longer vector, for the work on single neurons.
+// If the processor's vectors are longer than a cell's, this takes half or a quarter of the
 // instructions.
 #pragma once
 
@@ -7,8 +7,8 @@
 
 SNNLSTM_BEGIN_ISA
 
-// P pixels, which lie `stride` apart in memory. Four pixels lie side by side, because vectors that
-// are so short hold all channels (lanes.h).
+// P pixels, which lie `stride` apart in memory. Four pixels lie side by side, because vectors so
+// short hold all channels (lanes.h).
 template <class T, int VL, int P>
 struct Neighbours : Math<T, P * VL> {
   using M = Math<T, P * VL>;
@@ -90,8 +90,8 @@ struct Neighbours : Math<T, P * VL> {
   }
 };
 
-// How many pixels fill one of the processor's vectors. GCC has __builtin_shufflevector since
-// version 12.
+// The number of pixels that fill one of the processor's vectors. GCC before version 12 has no
+// __builtin_shufflevector.
 #if defined(__clang__) || __GNUC__ >= 12
 template <class T, int VL>
 constexpr int kNeighbours =

@@ -38,7 +38,7 @@ struct Packing {
       backward_half(l, threads, weight, l.c.Cin, l.c.C, l.Cb, packed + l.x_blocks * l.Kg * VL);
   }
 
-  // Makes Winograd's weights from the input channels [first, first + count) to the gates.
+  // Transforms the weights from input channels [first, first + count) to the gates for Winograd.
   static void forward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             T* packed) {
     const TapVectors taps(l, threads, 4 * together(l));
@@ -55,8 +55,8 @@ struct Packing {
                  });
   }
 
-  // Makes Winograd's weights of the data gradient, from the gates to `vectors` vectors of the input
-  // channels [first, first + count).
+  // Transforms the weights of the data gradient for Winograd, from the gates to `vectors` vectors
+  // of the input channels [first, first + count).
   static void backward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                              int64_t vectors, T* packed) {
     const TapVectors taps(l, threads, 1);

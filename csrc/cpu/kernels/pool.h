@@ -6,7 +6,7 @@
 SNNLSTM_BEGIN_ISA
 
 // Quantises all lanes as cell.h's quantise() does. All lanes take the steps of one binary search,
-// without branches. quantise() itself does the lanes that tie or are not finite.
+// without branches. Lanes that tie or are not finite call quantise() itself.
 template <class M>
 __attribute__((noinline)) typename M::R quantise_lanes(typename M::R v,
                                                        const typename M::Scalar* levels, int n) {
@@ -52,7 +52,7 @@ struct PoolWindow {
   using R = typename M::R;
   using Mask = typename M::Mask;
 
-  // Returns the maximum; a NaN is the largest.
+  // Returns the maximum. NaN counts as the largest.
   static SNNLSTM_INLINE R max(const Cell& c, const T* mem, int64_t row, int64_t pixel) {
     R best = M::load(mem);
     for (int i = 0; i < c.pool_h; ++i)

@@ -88,7 +88,7 @@ class RunList {
   int count_ = 0, runs_in_row_ = 0;  // runs_in_row_: the runs of a row of taps, in a dense list
 };
 
-// Returns how many values of K have weights (NV * VL each) that fill about 12 KiB.
+// Returns for how many values of K the weights of `outputs` outputs fill about 12 KiB.
 template <class T>
 constexpr int64_t chunk_length(int64_t outputs) {
   return 12288 / (outputs * int64_t(sizeof(T)));

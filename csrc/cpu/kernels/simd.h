@@ -1,6 +1,6 @@
-// Vectors of VL numbers of type T, by GCC's and Clang's vector extensions: the same source for
-// every instruction set. This header is compiled once per set, into a namespace of its own, and
-// everything is inlined: code of one set must never be linked into another's.
+// Vectors of VL numbers of type T, written with GCC's and Clang's vector extensions, from the same
+// source for every instruction set. Each set compiles this header into a namespace of its own.
+// Everything is inlined, because code of one set must never be linked into another's.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,7 @@ constexpr int kNativeBytes = 16, kWideBytes = 16;
 #endif
 constexpr int kNarrowBytes = kWideBytes > 16 ? kWideBytes / 2 : 16;
 
-// x86-64 has one instruction for each of these, which compilers do not find if NaN must be kept.
+// x86-64 has one instruction for each of these, which compilers miss if NaN must be kept.
 template <class R>
 SNNLSTM_INLINE R lesser_of(R a, R b) {
   return a < b ? a : b;
@@ -121,7 +121,7 @@ struct Simd {
   static SNNLSTM_INLINE R interleave(R a, R b, std::integer_sequence<int, lane...>) {
 #if defined(__clang__)
     return __builtin_shufflevector(a, b, (lane % 2 * VL + lane / 2 + from)...);
-#else  // GCC has the other function since version 12
+#else  // GCC before version 12 has only this function
     return __builtin_shuffle(a, b, Mask{(lane % 2 * VL + lane / 2 + from)...});
 #endif
   }

@@ -1,4 +1,4 @@
-// The input half for an x of mostly zeros, as spikes are. The sums go over lists of nonzero values.
+// The input half for an x of mostly zeros, such as spikes, by sums over lists of nonzero values.
 //
 // An output pixel sums some thirty entries (3 x 3 taps, 32 channels, 10 % dense). Their arithmetic
 // costs less than the mispredicted ends of loops of varying length. So the pixels are visited in
@@ -9,8 +9,8 @@
 
 SNNLSTM_BEGIN_ISA
 
-// Loads four values at once and splats each in its turn. That saves a load for each value, if one
-// instruction of the processor spreads a lane over a vector.
+// Loads four values at once and splats them one by one. That saves loads, if one instruction of the
+// processor spreads a lane over a vector.
 template <class S>
 struct Quad {
   using T = typename S::Scalar;
@@ -107,10 +107,10 @@ class SparseInput {
 
   // cycles() estimates what the input half takes per output pixel and channel block, lists
   // included, at `density` nonzeros per value, and direct_cycles() what the direct sweep takes
-  // (conv_row). Zen 3 with AVX2 was measured, per vector of 32 bytes. Direct: 2.15 per value and
-  // pixel. Sparse: 2.75 per nonzero; 18 per pixel for its gates and the ends of loops; 5 per 8
-  // values listed and row; 12 per pixel sorted. Two loads a cycle are the bound: a nonzero loads 4
-  // vectors of weights, 1/2 of a label and 1/4 to 1 of a value.
+  // (conv_row). Measured on Zen 3 with AVX2, in cycles per vector of 32 bytes: direct 2.15 per
+  // value and pixel; sparse 2.75 per nonzero, 18 per pixel for its gates and the ends of loops, 5
+  // per 8 values listed and row, 12 per pixel sorted. Two loads a cycle are the bound: a nonzero
+  // loads 4 vectors of weights, 1/2 of a label and 1/4 to 1 of a value.
   double cycles(double density) const {
     const double values = double(l_.Kx), listed = shared() ? 1 + 2.0 / block_rows_ : c_.kernel_h;
     const double lists = 10 + listed * (5 + 5 * ((c_.Cin + 7) / 8)) + 12.0 * groups();
@@ -163,8 +163,8 @@ class SparseInput {
   // KiB 0.95 and 36 KiB (all taps) 0.87. With 64 channels 72 KiB (all taps) take a fifth longer
   // than 24 KiB.
   static constexpr int64_t kWeightBytes = 40960;
-  // Neighbouring pixels often have equally many entries. Two counters take them by turns, so that
-  // an increment need not wait for the one before.
+  // Neighbouring pixels often have equally many entries. Two counters alternate, so that no
+  // increment waits for the previous one.
   static constexpr int kCounters = 2;
 
   bool shared() const { return rows_ == 1; }

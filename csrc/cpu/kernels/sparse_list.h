@@ -52,8 +52,7 @@ SNNLSTM_INLINE int64_t append_nonzeros(const T* x, int64_t count, int32_t first,
   return n;
 }
 
-// The instructions for a vector, which are the unit of the cost estimates: short vectors are
-// merged.
+// The cost of a vector's instructions, in which costs are estimated. Short vectors are merged.
 template <class T, int VL>
 constexpr double kVectorCost = VL * int(sizeof(T)) / double(kNativeBytes);
 

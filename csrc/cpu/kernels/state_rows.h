@@ -1,8 +1,8 @@
 // The states in the forward pass, channels-last: syn, and two images of mem with borders, which
-// hold mem before and after a step by turns. A sequence has memory for the states of all samples.
-// In a call of one step each task copies its rows, and the rows around them that the kernel reads,
-// into memory of its thread, and writes its results from there. `slot` counts the tasks that a
-// thread works on together.
+// alternately hold mem before and after a step. A sequence has memory for the states of all
+// samples. In a call of one step each task copies its rows, and the rows around them that the
+// kernel reads, into memory of its thread, and writes its results from there. `slot` counts the
+// tasks that a thread works on together.
 #pragma once
 
 #include "row_tasks.h"
@@ -109,7 +109,7 @@ class StateRows {
     if (begin < end) import_rows(a_.mem0, r.n, begin, end, mem_inner(0, r, begin), l_.Wm * l_.Cp);
   }
 
-  // Writes zeros on both sides of a row of mem, or all along it.
+  // Writes zeros on both sides of a row of mem, or, outside the image, into the whole row.
   void clear_border(T* row, bool image) const {
     const int64_t all = l_.Wm * l_.Cp, left = image ? l_.pw * l_.Cp : all;
     std::memset(row, 0, left * sizeof(T));

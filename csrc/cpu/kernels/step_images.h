@@ -1,6 +1,6 @@
 // The images from which a time step's gradients are formed: d gates, mem before the step and x,
-// channels-last with a zero border (layout.h). The steps take two buffers by turns: while the tasks
-// of one step read one buffer, others write the images of the step before into the other.
+// channels-last with a zero border (layout.h). The steps alternate between two buffers: while the
+// tasks of one step read one buffer, others write the images of the step before into the other.
 #pragma once
 
 #include "row_tasks.h"

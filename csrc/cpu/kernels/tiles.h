@@ -53,8 +53,8 @@ struct TileBlock {
   }
 };
 
-// Describes `rows` rows, at most those of a block, with `channels` input channels, of some of
-// most_images images.
+// Describes a block of `rows` rows (at most rows_of_tiles()) and `channels` input channels in
+// `images` images, with memory for most_images.
 template <class T, int VL>
 TileBlock<T> tile_block(const Layout<T, VL>& l, const TileForm& form, int64_t rows,
                         int64_t channels, int64_t images, int64_t most_images) {
@@ -74,7 +74,7 @@ TileBlock<T> tile_block(const Layout<T, VL>& l, const TileForm& form, int64_t ro
   return b;
 }
 
-// Counts the pixels of a tile along an axis, one of every `dilation`, among the `left` last pixels.
+// Counts the pixels of a tile along an axis, one of every `dilation`, among the last `left` pixels.
 inline int64_t pixels_inside(int64_t left, int64_t dilation, int64_t tile) {
   const int64_t count = left > 0 ? (left + dilation - 1) / dilation : 0;
   return count < tile ? count : tile;
@@ -86,8 +86,8 @@ struct TileBuffers {
   T *values, *products;
 };
 
-// The elements of TileBuffers for a form's tiles of some images with `channels` input channels, or
-// 0 for a cell without tiles.
+// The number of elements of TileBuffers for a form's tiles of some images with `channels` input
+// channels. It is 0 for a cell without tiles.
 struct TileSizes {
   int64_t values = 0, products = 0;
 

@@ -54,7 +54,7 @@ struct Row {
   }
 };
 
-// Calls f(first) for squares of VL columns that cover W >= VL. The last may overlap the one before.
+// Calls f(first) for squares of VL columns that cover W >= VL. The last one may overlap another.
 template <int VL, class F>
 SNNLSTM_INLINE void each_square(int64_t W, F&& f) {
   int64_t w = 0;
@@ -104,8 +104,8 @@ void load_row(const T* src, int64_t stride_c, int64_t stride_w, int64_t W, int64
   }
 }
 
-// Says whether to take `rows` rows of the caller's tensor as one row: if their pixels follow each
-// other without a gap and, unless our pixels are equally far apart, that saves a fifth of the
+// Says whether to take `rows` rows of the caller's tensor as one row. Their pixels must follow each
+// other without a gap. Unless our pixels are equally far apart, this must also save a fifth of the
 // squares.
 template <int VL>
 bool one_row(const Pixels& ours, int64_t rows, int64_t stride_h, int64_t stride_w) {

@@ -65,8 +65,8 @@ class WeightGradient {
 
   WeightSums<T, VL>& sums() { return sums_; }
 
-  // Adds a step's part, of its first N images. A task has a split, a piece of K and a channel
-  // block. No other thread may use the tile buffers at the same time.
+  // Adds a step's part of the first N images. A task has a split, a piece of K and a channel block.
+  // No other thread may use the tile buffers at the same time.
   int64_t tasks() const { return splits() * pieces() * l_.Cb; }
   void add(const StepImages<T>& step, int64_t N, int64_t task, int thread,
            const TileBuffers<T>& tiles) {
@@ -90,8 +90,8 @@ class WeightGradient {
     int64_t split, first, last, top, bottom;
   };
 
-  // Returns how many splits give all threads tasks, but no more than pay for their sums. If there
-  // are more splits than images, each image has several bands of rows.
+  // Returns how many splits give all threads tasks, if each split is worth its sums. If there are
+  // more splits than images, each image has several bands of rows.
   int64_t count_splits() const {
     const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
     const int64_t worth = (c_.T * c_.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
@@ -223,7 +223,7 @@ class WeightGradient {
     }
   }
 
-  // Returns those of the pixels, which are whole rows, from which a column of taps meets the image.
+  // Returns the pixels, in whole rows, from which a column of taps meets the image.
   PixelRows<T> met_by(int64_t column, bool is_x, PixelRows<T> p) const {
     const int64_t first = column * c_.dilation_w - l_.pw, width = is_x ? c_.W : l_.Wo;
     const auto meets = [&](int64_t w) {
@@ -236,7 +236,7 @@ class WeightGradient {
     return p;
   }
 
-  // Returns those of the pixels, whose first row is h, from which a run meets the image.
+  // Returns the pixels, from row h on, from which a run meets the image.
   PixelRows<T> met_by(const Run* run, bool is_x, int64_t h, PixelRows<T> p) const {
     const int64_t row = (is_x ? x_runs_ : mem_runs_).row(run);
     const auto meets = [&](int64_t k) {

@@ -1,7 +1,7 @@
 // The sums of the weight gradient. Each split of the batch has sums of its own for either half:
 // rows of K or, with Winograd, the points of the tiles. Blocks of pixels are added one after the
-// other, so that rounding errors would grow with the sequence. So from time to time all splits are
-// folded into the total, and begin again at zero.
+// other, so rounding errors would grow with the sequence. Therefore all splits are folded into the
+// total from time to time, and begin again at zero.
 #pragma once
 
 #include "pack.h"

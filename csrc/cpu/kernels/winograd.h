@@ -9,12 +9,12 @@
 //   outputs = ATh [ (BTh inputs BTw') * (Gh taps Gw') ] ATw'      sums over channels inside [ ]
 //
 // The interpolation points are 0, infinity and +-1 for A = 4, +-2/3, +-3/2 for A = 6, +-1/2, +-1,
-// +-2 for A = 8; A = 5 and 7 are those of 6 and 8 without infinity. So the transforms are the same
-// few sums for every M and R: AT and G are Vandermonde matrices of the points, G's rows scaled.
-// Pairs +-p share their even and odd sums. Reciprocal points near 1 keep the entries of all three
-// matrices small: for A = 6 the error is less than half of that of the usual 0, +-1, +-2
-// (benchmarks/NOTES.md). The weight gradient has Rh x Rw outputs, and takes the gradients of a tile
-// in the place of the taps.
+// +-2 for A = 8. A = 5 and 7 have the points of 6 and 8 without infinity. So the transforms are the
+// same few sums for every M and R: AT and G are Vandermonde matrices of the points, G's rows
+// scaled. Pairs +-p share their even and odd sums. Reciprocal points near 1 keep the entries of all
+// three matrices small: for A = 6 the error is less than half of that of the usual 0, +-1, +-2
+// (benchmarks/NOTES.md). The weight gradient has Rh x Rw outputs, and takes a tile's gradients
+// instead of the taps.
 //
 // A transform takes one axis at a time and is a loop over lines, so that code for nine lengths of
 // line serves every pair of forms.
@@ -106,7 +106,7 @@ struct Transform {
     minus = even - odd;
   }
 
-  // Returns (z^2 - a) (z^2 - b) with x[k], x[k - 2] and x[k - 4] in the places of z^4, z^2 and 1.
+  // Returns (z^2 - a) (z^2 - b) with x[k], x[k - 2] and x[k - 4] as z^4, z^2 and 1.
   static SNNLSTM_INLINE R quartic(const R (&x)[A], int k, double a, double b) {
     return x[k] - T(a + b) * x[k - 2] + T(a * b) * x[k - 4];
   }
@@ -115,7 +115,7 @@ struct Transform {
   template <int M>
   static SNNLSTM_INLINE void add_pair(R plus, R minus, double z, R (&out)[M]) {
     const R even = plus + minus, odd = plus - minus;
-    double power = 1;  // a loop, because Clang leaves calls of a recursive function in the code
+    double power = 1;  // a loop, because Clang does not inline a recursive function
     for (int k = 0; k < M; ++k, power *= z) out[k] += T(power) * (k % 2 ? odd : even);
   }
 
@@ -250,7 +250,7 @@ class PlaneTransform {
   int from_h_ = 1, to_h_ = 1, from_w_ = 1, to_w_ = 1;
 };
 
-// Winograd is compiled only for float32: float64 serves accuracy.
+// Winograd is compiled only for float32, because users choose float64 for its accuracy.
 template <class T, int VL>
 constexpr bool kHasWinograd = sizeof(T) == 4;
 

@@ -8,8 +8,8 @@
 
 SNNLSTM_BEGIN_ISA
 
-// AddressSanitizer lets nobody touch the fences between pieces, which only its build has
-// (tools/instrumented.py).
+// Only the build with AddressSanitizer (tools/instrumented.py) has fences between pieces, which no
+// code may touch.
 #if SNNLSTM_FENCES
 constexpr int64_t kFence = 128;
 inline void fence(void* begin, int64_t bytes) { __asan_poison_memory_region(begin, size_t(bytes)); }

@@ -1,5 +1,5 @@
-// Adds the parts that blocks have written, in order: of the gradients of weight, bias and
-// threshold, in one launch.
+// Adds the parts of the gradients of weight, bias and threshold that blocks have written, in order
+// and in one launch.
 #pragma once
 
 #include "../images.h"
@@ -31,7 +31,7 @@ struct ReduceWeights {
 };
 
 // A block adds the parts of one of 4C rows, for a chunk of input channels of x or of mem. The sums
-// pass through shared memory, (chunk, pitch), since the parts have the channels innermost and the
+// pass through shared memory, (chunk, pitch), because the parts have the channels innermost but the
 // gradient has the taps.
 template <class R>
 SNNLSTM_DEVICE void reduce_weight(const ReduceWeights& p, int index) {
@@ -103,7 +103,7 @@ SNNLSTM_DEVICE void reduce_sums(const ReduceSums& p, int index) {
   write(p.out, p.type, k * p.columns + c, sum);
 }
 
-// What is to be added. A gradient without an address, or a weight without blocks, is absent.
+// The sums to be formed. A gradient without an address, or a weight without blocks, is absent.
 struct AddGradients {
   ReduceWeights weight;
   int of_weight = 0;   // blocks

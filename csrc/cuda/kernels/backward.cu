@@ -53,7 +53,7 @@ class Backward {
     return plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels();
   }
 
-  // The memory for mem after each step, or null if nobody wants that.
+  // Returns the memory for mem after each step, or null if it is not needed.
   void* own_mem() const { return a_.grad_weight || plan_.hybrid ? mem_ : nullptr; }
 
   Tensor d_gates(int64_t t) const { return image(from_.d_gates, s_, plan_.gates, 4, t); }
@@ -102,7 +102,7 @@ class Backward {
     return builder.conv;
   }
 
-  // If s has no channels, it is the last step: there is nothing to convolve or to overlap.
+  // If s has no channels, this is the last step, which has nothing to convolve or to overlap.
   void run_step(const Segment& s, const NeuronBackward& n) const {
     const DataPlan& plan = plan_.to_mem;
     const bool overlaps = s.channels > 0;
@@ -187,7 +187,7 @@ class Backward {
       const Launch how{"data gradient (fma)", blocks(fma), fma::kThreads, fma_bytes, stream_};
       launch(how, &data_gradient_fma<R>, fma);
     });
-    static_assert(sizeof(mma) <= 4096, "a kernel's arguments take no more");
+    static_assert(sizeof(mma) <= 4096, "a kernel takes at most 4096 bytes of arguments");
     const Launch how{"data gradient (mma)", blocks(mma), kBackwardThreads, size_t(bytes), stream_};
     with_element(multiply,
                  [&](auto element) { launch(how, &data_gradient_mma<decltype(element)>, mma); });
@@ -202,7 +202,7 @@ class Backward {
   WeightSources from_;
 };
 
-// A tile of whole pooling windows, if there are any.
+// Plans tiles of whole pooling windows, if possible.
 DataPlan plan_to_mem(const Cell& c, const Device& device, Multiply multiply,
                      const BlockChoice& only, bool& spreads) {
   const auto whole = plan_data(c, device, multiply, false, c.pool != Pool::none, only);

@@ -38,12 +38,12 @@ struct DataGradientMma : DataGradient {
 };
 
 constexpr int kBackwardThreads = 128;
-// Blocks that a multiprocessor holds. In 3xTF32 each accumulator has a total beside it.
+// The number of blocks of a multiprocessor. In 3xTF32 each accumulator also has a total.
 template <class Element>
 constexpr int kBackwardBlocks = std::is_same_v<Element, tf32x3> ? 2 : 3;
 
 // A block's sums of a convolution in shared memory, in patches of 2 pixels x 4 channels. If there
-// are two groups of warps, each sums over one half of K, and then goes on with one of the m16
+// are two groups of warps, each sums over one half of K, and then continues with one of the m16
 // tiles.
 struct ParkedSums {
   const float* parked;
@@ -100,7 +100,7 @@ SNNLSTM_DEVICE ParkedSums sums_of(int tiles, const MmaConv& conv, unsigned char*
   return park_sums<Element, Strided, 2>(conv, shared, tiling, block);
 }
 
-// A kernel has the convolutions of all widths, and its epilogue once. plain: see is_plain().
+// A kernel has the convolutions of all widths, but only one epilogue. plain: see is_plain().
 template <class Element, bool plain>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     backward_mma(const __grid_constant__ BackwardMma p) {
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     auto* shared = &shared_memory<unsigned char>();
     const ParkedSums sums =
         sums_of<Element, true>(p.tiles, p.conv, shared, p.tiling, block_of(p.tiling, index));
-    const BlockPlace block = block_of(p.tiling, index);  // kept from above it would be spilled
+    const BlockPlace block = block_of(p.tiling, index);  // computed again to avoid a spill
 #pragma unroll 1
     for (int pair = 0; pair < sums.pairs; ++pair)
 #pragma unroll 1

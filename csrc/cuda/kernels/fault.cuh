@@ -1,11 +1,11 @@
-// Seeded faults: the tests break a kernel at such a place on purpose, and must notice it.
+// Seeded faults: the tests break a kernel at such a place on purpose and must notice it.
 //
 //   if (!fault(Fault::no_stage_wait)) cp_async_wait<0>();
 //   const int row = y + dy - pad + (fault(Fault::wrong_mma_halo) ? 1 : 0);
 //
-// fault() is the constant `false` in every build but the emulation's with -DSNNLSTM_FAULT_SWITCH,
-// which chooses one fault at run time; so it stands in `if` and `?:`, not in `if constexpr`. Each
-// fault has one place.
+// fault() is the constant `false` in every build except the emulation with -DSNNLSTM_FAULT_SWITCH,
+// which chooses one fault at run time. Therefore it stands in `if` and `?:`, not in `if constexpr`.
+// Each fault has one place.
 #pragma once
 
 namespace snnlstm::cuda {

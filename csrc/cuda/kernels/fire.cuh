@@ -1,5 +1,5 @@
-// Kernels for spikes that a step's tiles cannot make: pooling windows may cross the tiles, and
-// inhibition looks at a whole sample.
+// Kernels for spikes that a step's tiles cannot form, because pooling windows may cross the tiles
+// and inhibition looks at a whole sample.
 #pragma once
 
 #include "neuron_backward.cuh"
@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(kFireThreads) fire_windows(const __grid_consta
         spike_of(f, thresholded_mem<R>(p, n, at), threshold_of<R>(f, at.c)));
 }
 
-// Under inhibition only the neuron with the highest (pooled) mem may spike: of those that count as
-// the highest the one with the lowest index in (C, Hp, Wp).
+// Under inhibition only the neuron with the highest (pooled) mem may spike. Of the neurons that
+// count as the highest, the lowest index in (C, Hp, Wp) wins.
 template <class R>
 struct Winner {
   R mem = 0;
@@ -123,12 +123,12 @@ __global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_cons
 
 // ---- the backward pass --------------------------------------------------------------------------
 //
-// If pooling windows cross the tiles of the step, a kernel of its own brings the gradients of the
-// spikes to the mem that they were made from.
+// If pooling windows cross the step's tiles, a separate kernel passes the gradients of the spikes
+// to the mem that they came from.
 
 constexpr int kSpreadThreads = 128;
 
-// Writes p.spikes_in inside of whole windows. A thread has one window of one channel, a block one
+// Writes p.spikes_in inside whole windows. A thread has one window of one channel, a block one
 // sample; grid: blocks_of_sample() for each sample.
 template <class R>
 __global__ void __launch_bounds__(kSpreadThreads)

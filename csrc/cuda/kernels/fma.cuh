@@ -4,8 +4,8 @@
 //
 // A block of 128 threads computes 64 pixels x 64 columns, or for few columns 128 x 32 or 256 x 16;
 // a column is an output channel, or one gate of it. K comes in chunks: a chunk of A is gathered
-// from the images, a chunk of B comes from the packed weights. Both are loaded into registers while
-// the chunk before is multiplied, and both are double buffered. A warp has 64 pixels x 16 columns,
+// from the images, a chunk of B comes from the packed weights. Both are double buffered, and are
+// loaded into registers while the previous chunk is multiplied. A warp has 64 pixels x 16 columns,
 // a thread 8 x 4:
 //   pixels  16 i + 2 (lane % 8) + {0, 1}, i < 4      columns  4 (lane / 8) ...
 //
@@ -20,7 +20,7 @@ namespace snnlstm::cuda {
 
 namespace fma {
 
-// Blocks of float32 that a multiprocessor holds: on sm_75 its shared memory bounds them to 3.
+// The number of float32 blocks of a multiprocessor. On sm_75 its shared memory limits them to 3.
 template <class R>
 constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;
 
@@ -71,7 +71,7 @@ class Gemm {
     const R* weight = reinterpret_cast<const R*>(static_cast<const char*>(s.weight) +
                                                  block_.column * s.weight_pitch);
     tap_ = 0, channel_ = tid_;  // for locate()
-    __syncthreads();            // all threads have read the segment before
+    __syncthreads();            // all threads have read the previous segment
     locate(s, 0);
     locate(s, 1);
     for (int chunk = -1; chunk < chunks; ++chunk) {
@@ -97,7 +97,7 @@ class Gemm {
   static constexpr int kPixels = T::kPixels > kThreads ? T::kPixels / kThreads : 1;
   static constexpr int kRowStep = T::kPixels < kThreads ? kThreads / T::kPixels : 1;
   static constexpr int kRows = T::kDepth / kRowStep;  // of a chunk of A that a thread gathers
-  // A row and a column that lie in no image, wherever the other summand lies.
+  // A row or column that lies outside every image, whatever is added to it.
   static constexpr int kNowhere = -(1 << 30);
 
   // Writes `where` for the rows of the chunk after the next: row and column of the row's tap, the
@@ -115,7 +115,7 @@ class Gemm {
     channel_ += T::kDepth;
   }
 
-  // The offset of row y and column x; without a meaning if these lie outside of the image.
+  // Returns the offset of row y and column x, which is meaningless outside the image.
   SNNLSTM_DEVICE static unsigned place(const Tensor& a, int y, int x) {
     return unsigned(y) * unsigned(a.h) + unsigned(x) * unsigned(a.w);
   }

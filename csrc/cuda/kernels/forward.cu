@@ -1,8 +1,8 @@
 // Launches the kernels of a sequence's forward pass, and lays out their memory: one launch for
 // every step, and a second if the spikes need a whole sample or windows that cross tiles.
 //
-// The states before the first step lie apart from the others, in the caller's layout: with them in
-// front of our own images, the first step would be as the next ones, but for a copy in each call.
+// The states before the first step stay in the caller's layout, apart from the others. In front of
+// our own images they would make all steps alike, but would need a copy in each call.
 #include "../launchers.h"
 #include "../passes.h"
 #include "forward.cuh"
@@ -16,7 +16,7 @@ class Forward {
   Forward(const ForwardPass& plan, const ForwardArgs& args, void* stream)
       : plan_(plan), a_(args), s_(plan.s), stream_(stream), arena_(args.workspace) {
     if (s_.c.T < 2) return;
-    // States between two steps, which the caller may not keep.
+    // States between two steps, which the caller may not ask for.
     for (void*& mem : mem_) mem = s_.c.spiking ? take_state() : nullptr;
     syn_ = take_state();
   }

@@ -23,7 +23,7 @@ struct ForwardMma {
 
 constexpr int kMmaThreads = 256;
 
-// Blocks that a multiprocessor holds. In 3xTF32 each accumulator has a total beside it.
+// The number of blocks of a multiprocessor. In 3xTF32 each accumulator also has a total.
 template <class Element>
 constexpr int kMmaBlocks = std::is_same_v<Element, tf32x3> ? 1 : 2;
 
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
   if constexpr (arch::has_mma<Element>) {
     constexpr int kTiles = 4 * Tiles, kPerThread = 2 * Tiles, kChannels = 8 * Tiles;
     auto* shared = &shared_memory<unsigned char>();
-    // The place is computed twice: one that is kept from here on makes ptxas spill on sm_90.
+    // The place is computed twice, because ptxas spills on sm_90 if it is kept from here on.
     if (!plain && p.neuron.fire.is_padded(block_of(p.tiling, blockIdx.x).n))
       return wait_for_launch_before();
     const BlockPlace block = block_of(p.tiling, blockIdx.x);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
     forward_fma(const __grid_constant__ ForwardFma p) {
   constexpr int kChannels = T::kColumns / 4;
   static_assert(kChannels * T::kMemPitch * sizeof(R) <= sizeof(fma::GemmShared<R, T>::a),
-                "the mem tile takes the place of A");
+                "the mem tile overwrites A");
   auto& shared = shared_memory<fma::GemmShared<R, T>>();
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
   if (p.neuron.fire.is_padded(block.n)) return wait_for_launch_before();

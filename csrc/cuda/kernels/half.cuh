@@ -16,8 +16,8 @@ struct alignas(2) fp16 {  // IEEE binary16: 1 + 5 + 10 bits
 struct alignas(2) bf16 {  // the upper half of a float: 1 + 8 + 7 bits
   uint16_t bits;
 };
-// An fp16 that GPUs of sm_75 multiply: their tensor cores take K = 8 at a time, and their copies to
-// shared memory are not asynchronous.
+// fp16 for GPUs of sm_75, whose tensor cores take K = 8 at a time and whose copies to shared memory
+// are not asynchronous.
 struct alignas(2) fp16_sm75 {
   uint16_t bits;
 };

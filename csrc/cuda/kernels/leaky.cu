@@ -9,8 +9,8 @@ namespace snnlstm::cuda {
 namespace {
 
 // Launches a pass's kernel with(X{}, V) for the dtype of x and for V neurons a thread: 16 bytes of
-// them in the compute type, or one if that many are not aligned. x: that, or its gradient; others:
-// the call's other memory, but for the parameters'.
+// them in the compute type, or one if they are not so aligned. `x` is x or its gradient, and
+// `others` is the call's other memory except the parameters'.
 template <class Args, class F>
 void launch_neurons(const char* name, const Args& a, const void* x,
                     std::initializer_list<const void*> others, void* stream, F&& with) {

@@ -1,6 +1,6 @@
-// snntorch.Leaky, twin of csrc/cpu/kernels/leaky.h. A thread takes its neurons through all steps:
-// mem, what a step's gradient hands to the step before, and the sums of the parameters' gradients
-// stay in registers.
+// snntorch.Leaky, the counterpart of csrc/cpu/kernels/leaky.h. A thread takes its neurons through
+// all steps. mem, the gradient that a step hands to the step before, and the sums of the
+// parameters' gradients stay in registers.
 #pragma once
 
 #include "math.cuh"
@@ -10,12 +10,12 @@ namespace snnlstm::cuda {
 namespace leaky {
 
 constexpr int kThreads = 128;
-// Blocks that a multiprocessor holds at least: ptxas may take 128 registers, and spills nothing.
+// The fewest blocks of a multiprocessor: ptxas may use 128 registers, and spills none.
 constexpr int kBlocks = 4;
-// Steps whose memory a thread loads at once, since it waits for a load longer than it computes.
+// The steps that a thread loads at once, because a load takes longer than a step's arithmetic.
 constexpr int kSteps = 4;
 
-// The type that kernels compute in, X that of x.
+// The type in which kernels compute if x has the type X.
 template <class X>
 using Real = std::conditional_t<std::is_same_v<X, double>, double, float>;
 
@@ -32,8 +32,8 @@ SNNLSTM_DEVICE void store_at(void* array, int64_t place, const R (&v)[V]) {
   store_vector(static_cast<Elements<T, V>*>(array)[place].number, v);
 }
 
-// Loads the values of a vector's neurons. One division serves all of them, and is of 32 bits if
-// those suffice: nvcc's code tests that.
+// Loads the values of a vector's neurons. One division serves all of them, of 32 bits if those
+// suffice, which nvcc's code tests.
 template <class R, int V>
 SNNLSTM_DEVICE void load_parameter(const LeakyParameter& p, int64_t vector, R (&v)[V]) {
   const R* values = static_cast<const R*>(p.values);

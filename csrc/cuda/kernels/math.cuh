@@ -55,7 +55,7 @@ SNNLSTM_DEVICE R rounded(DType type, R x) {
 }
 
 // Returns the unit in the last place of a number of `type`: 0 for 0, for subnormal numbers and in
-// half types, and infinity's is infinity.
+// half types, and infinity for infinity.
 template <class R>
 SNNLSTM_DEVICE R last_place(DType type, R x) {
   if constexpr (sizeof(R) == 8) {
@@ -76,7 +76,7 @@ SNNLSTM_DEVICE void clear(R* v) {
   unrolled<count>([&](int i) { v[i] = 0; });
 }
 
-// What a kernel knows of tensors when it is compiled: the type of their elements, or AnyType, and
+// What a kernel knows about tensors at compile time: the type of their elements, or AnyType, and
 // the narrowest way in which one is accessed.
 template <class T, Access narrowest>
 struct Known {
@@ -85,11 +85,11 @@ struct Known {
 };
 struct AnyType {};
 using Unknown = Known<AnyType, Access::scalar>;
-// The same of images of ours. (nvcc's code for the host loses a namespace in front of Known.)
+// The same for our own images. (nvcc's host code loses a namespace in front of Known.)
 template <class Other>
 using Ours = Known<typename Other::Type, Access::channels>;
 
-// Calls f(T{}), T the type of an array's elements: the known one, or what `type` says.
+// Calls f(T{}) for the type T of an array's elements: the known one, or what `type` says.
 template <class R, class Known = Unknown, class F>
 SNNLSTM_DEVICE void with_stored(DType type, F&& f) {
   using T = typename Known::Type;
@@ -150,7 +150,7 @@ SNNLSTM_DEVICE void read_vector(const void* array, DType type, int64_t i, R (&v)
 }
 
 #if defined(__CUDA_ARCH__)
-// These are long in double precision: they are called, since a kernel would inline 24 of them.
+// Double precision makes these long. They are called, because a kernel would inline 24 of them.
 __device__ __noinline__ double exp_double(double x) { return exp(x); }
 __device__ __noinline__ double tanh_double(double x) { return tanh(x); }
 #endif

@@ -22,18 +22,18 @@ namespace mma_gemm {
 constexpr int kWarpPixels = 32;
 constexpr uint32_t kTf32Bits = 0xffffe000u;  // the bits of a float that the tensor core uses
 
-// Rounds a float for the tensor core, which drops all but the first 10 bits of the mantissa: adds
-// about half a unit of the last of these bits. That is one instruction (cvt.rna: two or three).
-// NaN, infinity and numbers that are exact in tf32 keep their values. The error is at most 0.71
-// units, and 0 on average over mantissas.
+// Rounds a float for the tensor core, which drops all but the first 10 bits of the mantissa, by
+// adding about half a unit of the last of these bits. That takes one instruction (cvt.rna: two or
+// three). NaN, infinity and numbers that are exact in tf32 keep their values. The error is at most
+// 0.71 units, and 0 on average over mantissas.
 SNNLSTM_DEVICE uint32_t rounds_to_tf32(uint32_t bits) {
   const float x = detail::float_of(bits);
   return detail::bits_of(fmaf(x, 3.4526698e-4f, x));  // 2^-11.5
 }
 
-// Splits floats into two tf32 numbers each. The tensor core itself cuts `v` off behind the first 10
-// bits of its mantissa; `small` becomes the rest, of which the tensor core cuts off at most two
-// bits: 7.5e-8 of the number on average, towards zero. Returns the bits that are set in any rest.
+// Splits floats into two tf32 numbers each. The tensor core itself truncates `v` after the first 10
+// bits of its mantissa. `small` becomes the rest, of which the tensor core drops at most two bits:
+// 7.5e-8 of the number on average, towards zero. Returns the bits that are set in any rest.
 template <int N>
 SNNLSTM_DEVICE uint32_t split_tf32x3(const uint32_t (&v)[N], uint32_t (&small)[N]) {
   uint32_t seen = 0;
@@ -162,7 +162,7 @@ class MmaGemm {
       } else {
         if (stride > 1 || step % 2 == 0) {
           unrolled<2>([&](int mi) { row[mi] = row_of_transposed(seg, mi, tap_h, tap_w); });
-          __syncwarp();  // lanes have gone different ways
+          __syncwarp();  // lanes have diverged
           if (++tap_w == seg.taps_w) tap_w = 0, ++tap_h;
         }
         step += stride;
@@ -179,7 +179,7 @@ class MmaGemm {
     const int odd = fault(Fault::wrong_fragment_row) ? 0 : lane >> 3 & 1;
     int m = warp_row_ * mma_gemm::kWarpPixels + mi * 16 + 2 * (lane % 8) + odd;
     const int pixels = tiling_.h * tiling_.w;
-    if (m >= pixels) m &= 15;  // some pixel, on the same banks
+    if (m >= pixels) m &= 15;  // any pixel on the same banks
     y = unsigned(m < pixels ? m : m & 1);
     x = int(tiling_.by_w.split(y));
     return int(y) * seg.step_h * seg.pitch + x * seg.step_w + seg.row_padding +
@@ -192,7 +192,7 @@ class MmaGemm {
                         (int(threadIdx.x) % 32 >> 4) * 16);
   }
 
-  // The same for the transpose of a convolution with stride, in which not every pixel has a source.
+  // The same for the transpose of a convolution with stride, where not every pixel has a source.
   SNNLSTM_DEVICE SharedPlace row_of_transposed(const MmaSegment& seg, int mi, int tap_h,
                                                int tap_w) const {
     const Segment& s = seg.s;

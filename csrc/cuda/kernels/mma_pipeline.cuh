@@ -1,5 +1,5 @@
-// Brings what a convolution multiplies through shared memory: the neighbourhood of a tile, a chunk
-// of channels at a time (mma_source.cuh), and the weights, a stream of units, through a ring of
+// Loads the operands of a convolution into shared memory: the neighbourhood of a tile, a chunk of
+// channels at a time (mma_source.cuh), and the weights, a stream of units, through a ring of
 // stages. A block's loop is
 //
 //   for (pipeline.start(); pipeline.working(); pipeline.end_chunk()) {
@@ -9,10 +9,10 @@
 //   }
 //   pipeline.finish();
 //
-// and all threads run it. The next chunk is on its way while one is multiplied.
+// and all threads run it. The next chunk is loaded while one is multiplied.
 //
-// The launch before this one may write the last segment's source. It is waited for when that is
-// first read; the rest is loaded before.
+// The previous launch may write the last segment's source, so the first read of that source waits
+// for the launch. Everything else is loaded before.
 //
 //   neighbourhood, 2 buffers       weights, kStages stages of a few units
 //     pixel | 4 groups of 16 B       unit: [warp column][pair of n-tiles][lane][16 bytes]
@@ -39,7 +39,7 @@ class MmaPipeline {
 
   // Begins to load the first two chunks and the first stages.
   SNNLSTM_DEVICE void start() {
-    // Pixels without a source read these 64 bytes, behind the stages.
+    // Pixels without a source read these 64 bytes after the stages.
     if (threadIdx.x < 4) store(zeros() + 16 * threadIdx.x, make_uint4(0, 0, 0, 0));
     working_ = more_ = p_.segments > 0;
     copy_stage();
@@ -54,8 +54,8 @@ class MmaPipeline {
   }
   SNNLSTM_DEVICE bool working() const { return working_; }
 
-  // Waits until all threads may read the chunk and nobody reads the other buffer, to which the next
-  // chunk begins to come. (The second chunk is there from the start.)
+  // Waits until all threads may read the chunk and none reads the other buffer, and begins to load
+  // the next chunk there. (start() has begun to load the second chunk.)
   SNNLSTM_DEVICE void begin_chunk() {
     if (!fault(Fault::no_chunk_wait)) {
       if (first_) {
@@ -71,7 +71,7 @@ class MmaPipeline {
     stages_since_load_ = loading_ ? 0 : mma_gemm::kStages;
     if (loading_) {
       load_chunk(buffer_ ^ 1, loaded_.chunk < 2);
-      __syncwarp();  // lanes have gone different ways
+      __syncwarp();  // lanes have diverged
     }
   }
   SNNLSTM_DEVICE void end_chunk() {
@@ -88,8 +88,8 @@ class MmaPipeline {
   }
   SNNLSTM_DEVICE void end_step(int bytes) { weights_at_ += bytes; }
 
-  // Waits until no copy is on its way and no thread reads: shared memory is the caller's again. The
-  // launch before this one is complete, too, even if there was nothing to load.
+  // Waits until no copy is under way and no thread reads, so that the caller may use the shared
+  // memory. The previous launch is complete, too, even if there was nothing to load.
   SNNLSTM_DEVICE void finish() const {
     wait_for_launch_before();
     cp_async_wait<0>();
@@ -118,8 +118,8 @@ class MmaPipeline {
     int segment = 0, chunk = 0;
   };
 
-  // A single segment's number is known when the kernel is compiled: constant memory, where the
-  // segments lie, is then an operand.
+  // The number of a single segment is known at compile time, so that constant memory, where the
+  // segments lie, becomes an operand.
   static constexpr bool kOneSegment = !AnyCopy;
   SNNLSTM_DEVICE const MmaSegment& segment_of(const Cursor& c) const {
     return p_.segment[kOneSegment ? 0 : c.segment];
@@ -130,7 +130,7 @@ class MmaPipeline {
     c.chunk = 0;
     return ++c.segment < p_.segments;
   }
-  // Returns the segment of the chunk that is on its way.
+  // Returns the segment of the chunk that is being loaded.
   SNNLSTM_DEVICE const MmaSegment& next() const { return segment_of(more_ ? loaded_ : Cursor()); }
   SNNLSTM_DEVICE unsigned char* buffer_at(int buffer) const {
     return shared_ + buffer * p_.buffer_bytes;
@@ -143,8 +143,8 @@ class MmaPipeline {
     source_.start(next(), loaded_.chunk, buffer_at(buffer), border);
   }
 
-  // Begins to copy the next stage. A thread that carries lays down the stage that it has, and takes
-  // the next.
+  // Begins to copy the next stage. A thread that carries stores its stage, and then loads the next
+  // one.
   SNNLSTM_DEVICE void copy_stage() {
     const int from = copied_ * p_.stage_units;
     const int bytes = min(p_.stage_units, p_.units - from) * p_.unit_bytes;
@@ -183,21 +183,21 @@ class MmaPipeline {
     ++stages_since_load_;
     if (loading_) {
       source_.advance(next());
-      __syncwarp();  // lanes have gone different ways
+      __syncwarp();  // lanes have diverged
     }
   }
 
   const MmaConv& p_;
   unsigned char *shared_, *stages_;
   const unsigned char* weight_;
-  Cursor at_, loaded_;  // the chunk that is multiplied; the first that is not there or on its way
+  Cursor at_, loaded_;  // the chunk being multiplied; the first chunk not yet loading
   int buffer_ = 0;
   bool first_ = true, more_ = false, working_ = false, loading_ = false;
   int copied_ = 0;      // stages so far
   int weights_at_ = 0;  // the next unit in the ring, in bytes
   int stage_end_ = 0;   // end of that unit's stage
   int stages_since_load_ = 0;
-  // The stage that the thread carries: where it comes to, and how long it is.
+  // The stage that the thread carries: its place and its length.
   uint4 carried_[kCarries<Element> ? mma_gemm::kCarried : 1];
   unsigned char* carried_to_ = nullptr;
   int carried_bytes_ = 0;

@@ -1,4 +1,4 @@
-// Brings a convolution's source into shared memory for the tensor cores: the neighbourhood of a
+// Loads a convolution's source into shared memory for the tensor cores: the neighbourhood of a
 // tile, 64 bytes of channels (a chunk) at a time.
 //
 //     pixel 0 | 4 groups of 16 bytes
@@ -16,15 +16,15 @@
 
 namespace snnlstm::cuda {
 
-// Whether threads carry to shared memory, in registers, what cp_async() brings elsewhere.
+// Whether threads carry in registers what cp_async() copies on other GPUs.
 template <class Element>
 constexpr bool kCarries = std::is_same_v<Element, fp16_sm75>;
 
 // Element: of shared memory, float (which tf32 rounds when it is read), tf32x3, fp16, bf16 or
-// fp16_sm75. AnyCopy: false if all sources are our own images (GlobalCopy::cp_async). Chunks: so
-// many come at once, to buffers side by side.
+// fp16_sm75. AnyCopy: false if all sources are our own images (GlobalCopy::cp_async). Chunks: the
+// number of chunks that are loaded at once, to buffers side by side.
 //
-// Its users call start(), then advance() now and then between their products, and finish().
+// Users call start(), then advance() now and then between their products, and finish().
 template <class Element, bool AnyCopy, int Chunks = 1>
 class MmaSource {
  public:
@@ -35,7 +35,7 @@ class MmaSource {
 
   SNNLSTM_DEVICE explicit MmaSource(const Tiling& tiling) : tiling_(tiling) {}
 
-  // Sets the tile that is read for; its t may differ from the block's.
+  // Sets the tile whose source is loaded. Its t may differ from the block's.
   SNNLSTM_DEVICE void move_to(const BlockPlace& at) { at_ = at; }
 
   // Returns a source coordinate of the neighbourhood's first pixel.
@@ -51,10 +51,9 @@ class MmaSource {
     return origin(at_.x0, s.step_w, s.pad_w, s.dgrad_stride_w);
   }
 
-  // Begins to load the chunks from `chunk` on. cp_async brings them if it can; else calls of
-  // advance() and then finish() bring them. border: the zeros around the image are written, too;
-  // they stay while other chunks of the same tile come to the buffer. pitch: bytes from one buffer
-  // to the next.
+  // Begins to load the chunks from `chunk` on, by cp_async if possible, else in calls of advance()
+  // and then finish(). border: the zeros around the image are written, too; they stay while other
+  // chunks of the same tile are loaded into the buffer. pitch: bytes from one buffer to the next.
   SNNLSTM_DEVICE void start(const MmaSegment& seg, int chunk, unsigned char* buffer, bool border,
                             int pitch = 0) {
     chunk_ = chunk, last_ = chunk + Chunks - 1, buffer_ = buffer, pitch_ = pitch;
@@ -71,7 +70,7 @@ class MmaSource {
     }
   }
 
-  // Ends the loads of the last call, and begins the next: a load has the time between calls.
+  // Completes the loads of the last call and begins the next, which have the time between calls.
   SNNLSTM_DEVICE void advance(const MmaSegment& seg) {
     if constexpr (kAdvances) {
 #pragma unroll 1
@@ -85,8 +84,8 @@ class MmaSource {
     }
   }
 
-  // Ends the loads, and brings at once what is left, Count elements at a time; im2col always comes
-  // like this.
+  // Completes the loads, and loads the rest at once, Count elements at a time. im2col always loads
+  // this way.
   template <int Count>
   SNNLSTM_DEVICE void finish(const MmaSegment& seg) {
     if constexpr (kAdvances) {
@@ -110,7 +109,7 @@ class MmaSource {
   // Returns the chunk's 16-byte groups.
   SNNLSTM_DEVICE int groups(const MmaSegment& seg, int chunk) const { return 2 * seg.steps(chunk); }
 
-  // Returns the accesses of a chunk, of all threads together.
+  // Returns the number of accesses to a chunk, by all threads together.
   SNNLSTM_DEVICE int items(const MmaSegment& seg, int chunk) const {
     const int pixels = seg.halo_h * seg.halo_w;
     return groups(seg, chunk) * (seg.copy == GlobalCopy::cp_async     ? pixels
@@ -118,7 +117,7 @@ class MmaSource {
                                                                       : int(seg.by_run.value));
   }
 
-  // Goes on to the next chunk, if there is one.
+  // Moves on to the next chunk, if there is one.
   SNNLSTM_DEVICE bool next_chunk(const MmaSegment& seg) {
     if (Chunks == 1 || items_ == 0 || chunk_ == last_) return false;
     ++chunk_, buffer_ += pitch_;
@@ -126,8 +125,8 @@ class MmaSource {
     return next_item_ < items_;
   }
 
-  // What one access brings: 16 bytes of one pixel, or 4 channels of GlobalCopy::vectorized. What
-  // cp_async() would bring has its bits in the first 4 values.
+  // What one access loads: 16 bytes of one pixel, or 4 channels for GlobalCopy::vectorized. What
+  // cp_async() would copy has its bits in the first 4 values.
   struct Item {
     int target = -1;  // bytes from the buffer's start; -1: nothing to do
     float value[kPerGroup];
@@ -235,7 +234,7 @@ class MmaSource {
     if constexpr (kHalf)
       return pack<Element>(lo, hi);
     else
-      return 0;  // nobody asks
+      return 0;  // unused
   }
 
   SNNLSTM_DEVICE void copy_async(const MmaSegment& seg, int chunk, unsigned char* buffer) const {
@@ -247,8 +246,8 @@ class MmaSource {
     }
   }
 
-  // Where a group of 16 bytes of GlobalCopy::cp_async comes to, in bytes, and from, in elements of
-  // the image. real: false if it lies outside of the image, or behind the last channel.
+  // The target, in bytes, and the source, in elements of the image, of a group of 16 bytes for
+  // cp_async(). real: false if the group lies outside the image or after the last channel.
   struct Group {
     int target, from;
     bool real;
@@ -283,7 +282,7 @@ class MmaSource {
 
   const Tiling& tiling_;
   BlockPlace at_;
-  int chunk_ = 0, last_ = 0, next_item_ = 0, items_ = 0, pitch_ = 0;  // of what is under way
+  int chunk_ = 0, last_ = 0, next_item_ = 0, items_ = 0, pitch_ = 0;  // of the load under way
   int top_ = 0, left_ = 0;  // the first pixel of its neighbourhood, in the source
   unsigned char* buffer_ = nullptr;
   Item in_flight_;

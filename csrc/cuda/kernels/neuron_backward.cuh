@@ -1,7 +1,6 @@
-// The neurons of the backward pass of one time step: spike, pooling, reset, LSTM. All
-// backward kernels share this; they differ in how they form the recurrent gradient of mem. The
-// forward pass has saved the activated gates and syn before the step, from which this part computes
-// mem anew.
+// The neurons of the backward pass of one time step: spike, pooling, reset, LSTM. All backward
+// kernels share this; they differ in how they form the recurrent gradient of mem. The forward pass
+// has saved the activated gates and syn before the step, from which this part recomputes mem.
 //   d_gates   (T, N, Ho, Wo, 4, Cp)  gradient of the gates before activation, for the convolutions
 //   own_mem  (T, N, Ho, Wo, Cp)     mem after the step, for the weight gradient
 //   d_syn     (N, Ho, Wo, Cp)        in the compute type, passed from step to step
@@ -23,15 +22,15 @@ struct NeuronBackward : NeuronStep {
   bool at_ends = false;        // these are for the states after each sample's own last step
   Tensor spikes_in;            // gradient of mem through the spikes, in the compute type
   Tensor d_syn_in, d_syn_out;  // may be the same
-  Tensor grad_syn0;            // present: takes the place of d_syn_out
+  Tensor grad_syn0;            // if present, replaces d_syn_out
   Tensor d_gates, own_mem;
   // (blocks of pixels, columns * channels): the threshold's gradient, summed over the block's
-  // pixels and over the launches so far. Null: nobody wants it.
+  // pixels and over the launches so far. Null if it is not needed.
   void* sums = nullptr;
-  bool first_sums = true;  // the launch sets the sums, and does not add to them
+  bool first_sums = true;  // the launch sets the sums instead of adding to them
 };
 
-// The surrogate of a plain step is the usual one, too.
+// A plain step also has the default surrogate.
 inline bool is_plain(const NeuronBackward& n) {
   return n.surrogate == Surrogate::atan && n.winner == nullptr &&
          is_plain(n.fire, {&n.syn_prev, &n.grad_syn, &n.grad_mem, &n.grad_syn0});
@@ -47,8 +46,8 @@ struct FromShared {
   }
 };
 
-// Where the threshold's gradient of a row of warps is summed: (channels,) in shared memory, over
-// the lanes that differ in the three bits from `bit` on. set: it does not add to what is there.
+// The sums of the threshold's gradient of a row of warps: (channels,) in shared memory, over the
+// lanes that differ in the three bits from `bit` on. set: overwrites the old sums.
 template <class R>
 struct RowSums {
   R* sums;
@@ -73,7 +72,7 @@ class BackwardTile {
       vectors_[i] = threshold_of<R>(p_.fire, c0_ + i);
   }
 
-  // Says whether the block's step lies behind its sample's last one. Then the gradients are
+  // Says whether the block's step comes after its sample's last one. Then the gradients are
   // skipped, but a launch that sets the threshold's sums sets them to 0.
   SNNLSTM_DEVICE bool is_padded() const {
     const bool padded = !plain && p_.fire.is_padded(block_.n);
@@ -88,8 +87,8 @@ class BackwardTile {
     return !plain && spikes() && p_.fire.pool != Pool::none && p_.spreads;
   }
 
-  // Returns the gradient that a spike passes to the mem that it was made from. u: mem - threshold;
-  // y, x: row and column of the (pooled) mem.
+  // Returns the gradient that a spike passes to the mem that it came from. u: mem - threshold; y,
+  // x: row and column of the (pooled) mem.
   SNNLSTM_DEVICE R spike_gradient(int c, int y, int x, R u, R grad) const {
     const Fire& f = p_.fire;
     R noise = 0;
@@ -275,7 +274,7 @@ class BackwardTile {
   SNNLSTM_DEVICE void differentiate(Patch& p, const R (&spike)[2][4], const R (&d_mem)[2][4],
                                     R (&d_syn)[2][4], R (&of_threshold)[2][4]) const {
     unrolled<2>([&](int px) {
-      // Pixels behind the last whole window are in no window.
+      // Pixels after the last whole window are in no window.
       const bool pooled =
           plain || p_.fire.pool == Pool::none ||
           (p.at.y[px] < p_.fire.Hp * p_.fire.pool_h && p.at.x[px] < p_.fire.Wp * p_.fire.pool_w);
@@ -306,7 +305,7 @@ class BackwardTile {
                     [&](int i, int j, R grad) { at(i, j) = grad; });
     });
   }
-  // Sums over 8 lanes. The first two exchanges each halve the channels that a lane goes on with.
+  // Sums over 8 lanes. The first two exchanges each halve the channels that a lane keeps.
   SNNLSTM_DEVICE void reduce(const R (&sum)[4], int first, const RowSums<R>& to) const {
     const int bit = to.bit;
     const bool upper = (int(threadIdx.x) & bit) != 0, odd = (int(threadIdx.x) & 2 * bit) != 0;

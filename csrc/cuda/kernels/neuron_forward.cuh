@@ -13,7 +13,7 @@
 
 namespace snnlstm::cuda {
 
-// How spikes are made from mem.
+// How spikes are formed from mem.
 struct Fire {
   bool spiking = true;  // false: spk, if present, gets mem itself
   int C = 0, Hp = 0, Wp = 0;
@@ -29,7 +29,7 @@ struct Fire {
   const int64_t* lengths = nullptr;  // (N,) steps of each sample, or null
   int step = 0;                      // number of the step
 
-  // Says whether the step lies behind sample n's last one, and whether it is the last one itself.
+  // Says whether the step comes after sample n's last one, and is_last() whether it is that one.
   SNNLSTM_DEVICE bool is_padded(int n) const {
     return lengths != nullptr && int(lengths[n]) <= step;
   }
@@ -43,19 +43,19 @@ struct Fire {
   SNNLSTM_DEVICE bool wide_places() const { return pool_h * pool_w > 256; }
 };
 
-// What the neurons' kernels of both passes take.
+// The arguments that the neurons' kernels of both passes share.
 struct NeuronStep {
   int C = 0, Cp = 0, Ho = 0, Wo = 0;
   Reset reset = Reset::none;
-  Fire fire;  // backward its spk is the gradient of the spikes, or absent
+  Fire fire;  // backward: spk is the gradient of the spikes, or absent
 };
 
 struct NeuronForward : NeuronStep {
-  bool fires = true;           // false: a kernel behind the step fires
+  bool fires = true;           // false: a kernel after the step fires
   const void* bias = nullptr;  // (4C,)
   Tensor syn_in, mem_in;       // states before the step; mem_in is for the reset
   Tensor syn_out, mem_out;     // the caller's
-  Tensor own_syn, own_mem;     // ours, in the place of the caller's or beside them
+  Tensor own_syn, own_mem;     // ours, instead of the caller's or beside them
   Tensor gates_out;            // in training
 };
 
@@ -71,8 +71,8 @@ inline bool is_plain(const NeuronForward& n) {
   return n.fires && is_plain(n.fire, {&n.syn_in, &n.mem_in, &n.syn_out, &n.mem_out});
 }
 
-// What kernels know that multiply Elements: gates are of their type, and where these are floats,
-// states are float32; so are the states of plain steps.
+// What a kernel that multiplies Elements knows: gates have that type. States are float32 if
+// Elements are floats, and in plain steps.
 template <class Element, bool plain>
 using KnownStates = Known<std::conditional_t<plain || sizeof(Element) == 4, float, AnyType>,
                           plain ? Access::rows : Access::scalar>;
@@ -142,8 +142,8 @@ SNNLSTM_DEVICE R mean_of_window(const Fire& f, At&& at) {
   return rounded(f.spk.type, sum / R(f.pool_h * f.pool_w));
 }
 
-// Returns the mem that the threshold looks at: pooled, or at(0, 0) itself. In training it keeps the
-// place of a window's maximum, at f.place_at(...) = place. A NaN is the maximum.
+// Returns the mem that is compared with the threshold: pooled, or at(0, 0) itself. In training it
+// keeps the place of a window's maximum, at f.place_at(...) = place. NaN is the maximum.
 template <class R, class At>
 SNNLSTM_DEVICE R thresholded(const Fire& f, int64_t place, At&& at) {
   if (f.pool == Pool::none) return at(0, 0);
@@ -212,7 +212,7 @@ struct MemTile {
 };
 
 // The block's channels are c0 ... c0 + channels - 1, channels a power of two. OfStates, OfGates:
-// what is known of the states and of the saved gates. plain: see is_plain().
+// what is known about the states and the saved gates. plain: see is_plain().
 template <class R, bool plain = false, class OfStates = Unknown, class OfGates = Unknown>
 class ForwardTile {
  public:

@@ -1,4 +1,4 @@
-// Runs the neurons of one step, behind torch's own convolution.
+// Runs the neurons of one step after torch's own convolution.
 #include "../launchers.h"
 #include "../passes.h"
 #include "neurons.cuh"

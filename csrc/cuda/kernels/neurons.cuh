@@ -1,4 +1,4 @@
-// The neurons of one step, forward and backward, behind a convolution that torch has computed. A
+// The neurons of one step, forward and backward, after a convolution that torch has computed. A
 // thread has a patch of 2 pixels x 4 channels, a block 64 pixels x 16 channels.
 #pragma once
 
@@ -9,7 +9,7 @@ namespace snnlstm::cuda {
 namespace neurons {
 constexpr int kThreads = 128, kPixels = 64, kChannels = 16;
 constexpr int kMemPitch = kPixels + 2;
-// Blocks that a multiprocessor holds. Without this number ptxas aims at 6 on sm_90, and spills.
+// The number of blocks of a multiprocessor. Without it ptxas aims at 6 on sm_90, and spills.
 template <class R>
 constexpr int kBlocks = sizeof(R) == 4 ? 4 : 1;
 
@@ -27,7 +27,7 @@ SNNLSTM_DEVICE int channel() { return 4 * (int(threadIdx.x) % 4); }
 
 struct ForwardNeurons {
   Tiling tiling;
-  // Of each gate, (1, N, C, Ho, Wo) in any layout: of mem and of x, or of both without x_sums.
+  // Each gate, (1, N, C, Ho, Wo) in any layout: sums of mem and of x, or of both (without x_sums).
   Tensor sums[4], x_sums[4];
   NeuronForward neuron;
 };

@@ -1,5 +1,5 @@
-// Launches the kernels that bring the weight and the quantiser's levels into the form that the
-// others read.
+// Launches the kernels that convert the weight and the quantiser's levels to the form that the
+// other kernels read.
 #include "../launchers.h"
 #include "../passes.h"
 #include "pack.cuh"

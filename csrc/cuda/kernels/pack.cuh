@@ -1,4 +1,4 @@
-// Brings the quantiser's levels and the convolution's weight into the form that the kernels read.
+// Converts the quantiser's levels and the convolution's weight to the form that the kernels read.
 #pragma once
 
 #include "../planning.h"
@@ -6,7 +6,7 @@
 
 namespace snnlstm::cuda {
 
-// Levels come as a kernel's argument, in the stream's order: streams and graphs share no memory.
+// A kernel's argument passes the levels in stream order, so streams and graphs share no memory.
 struct StoreLevels {
   static constexpr int kMost = 256;
   double value[kMost];

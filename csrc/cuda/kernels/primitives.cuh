@@ -11,7 +11,7 @@
 // - Shared memory is the one struct of shared_memory<T>(), whose size goes into Launch. The struct
 //   has no constructor and no initial values. A static __shared__ variable does not compile here.
 // - No thread returns before the last barrier or warp collective: threads without work take part.
-//   Collectives are of whole warps, and the block size is a multiple of 32.
+//   Whole warps run collectives, and the block size is a multiple of 32.
 // - All arguments are passed by value (pointers, numbers, plain structs). Kernels read neither
 //   __constant__ nor __device__ variables.
 // - A block neither waits for another block nor reads what another block of the launch writes.
@@ -22,8 +22,8 @@
 //   it: the emulation checks each access against the array that the address lies in.
 // - fault() marks the places at which the tests can break a kernel.
 // - `if constexpr (arch::has_mma<T>)` tells architectures apart: on sm_75 tensor cores multiply
-//   fp16_sm75 alone, on others all types but that. A kernel whose type the architecture does not
-//   multiply traps. sm_75 has no cp.async: threads carry what others copy so, in registers.
+//   only fp16_sm75, on others all other types. A kernel whose type the architecture does not
+//   multiply traps. sm_75 has no cp.async, so its threads carry those copies in registers.
 #pragma once
 
 #include <cstddef>
@@ -47,7 +47,7 @@ namespace snnlstm::cuda {
 constexpr unsigned full_warp = 0xffffffffu;
 
 namespace arch {
-// Whether kernels whose elements are of this type multiply on tensor cores.
+// Whether kernels whose elements have this type multiply on tensor cores.
 #if !defined(__CUDA_ARCH__)
 template <class T>
 constexpr bool has_mma = true;
@@ -57,19 +57,19 @@ constexpr bool has_mma = std::is_same_v<T, fp16_sm75> == (__CUDA_ARCH__ < 800);
 #endif
 }  // namespace arch
 
-// Ends a kernel whose code the architecture has no instructions for. An empty kernel would succeed,
-// and leave the results as they were.
+// Ends a kernel for which the architecture has no instructions. An empty kernel would succeed, and
+// leave the results as they were.
 SNNLSTM_DEVICE void trap_without_mma() {
 #if defined(__CUDA_ARCH__)
   __trap();
 #endif
 }
 
-// Waits until the launch before this one in the stream is complete and its writes are visible; then
-// lets the launch behind this one begin. A kernel of a launch that overlaps (Launch::overlaps)
-// calls it in every thread: until then the thread reads nothing that the launch before writes, and
-// writes nothing. Since each launch waits before the next may begin, two launches overlap at most.
-// Further calls do nothing. Source: PTX ISA, "griddepcontrol".
+// Waits until the previous launch in the stream is complete and its writes are visible, and then
+// lets the next launch begin. In a launch that overlaps (Launch::overlaps) every thread calls this.
+// Before the call it reads nothing that the previous launch writes, and writes nothing. Each launch
+// waits before the next may begin, so at most two launches overlap. Further calls do nothing.
+// Source: PTX ISA, "griddepcontrol".
 SNNLSTM_DEVICE void wait_for_launch_before() {
 #if !defined(__CUDACC__)
   ::simt::wait_for_launch_before();
@@ -89,7 +89,7 @@ SNNLSTM_DEVICE T& shared_memory() {
 #endif
 }
 
-// The same number, which stays in a register: the compiler may not compute it anew in a loop.
+// Returns the number, kept in a register: the compiler may not recompute it in a loop.
 SNNLSTM_DEVICE int kept(int number) {
 #if defined(__CUDACC__)
   asm volatile("" : "+r"(number));
@@ -97,7 +97,7 @@ SNNLSTM_DEVICE int kept(int number) {
   return number;
 }
 
-// Calls f(i) for each i < N, or f(i, j) for each j < M in turn: N, or N * M, times its code.
+// Calls f(i) for each i < N, or f(i, j) for each j < M in turn, with the loops unrolled.
 template <int N, class F>
 SNNLSTM_DEVICE void unrolled(F&& f) {
 #pragma unroll
@@ -127,9 +127,9 @@ inline SharedPlace shared_place(const void* p) { return static_cast<SharedPlace>
 
 // ---- asynchronous copies -----------------------------------------------------------------------
 
-// Copies 16 bytes from global to shared memory, past L1; both addresses are aligned to 16 bytes. If
-// `real` is false, the target becomes zero and the source is not touched. The calling thread sees
-// the data after cp_async_wait(), other threads after a barrier behind that.
+// Copies 16 bytes from global to shared memory, bypassing L1; both addresses are aligned to 16
+// bytes. If `real` is false, the target becomes zero and the source is not touched. The calling
+// thread sees the data after cp_async_wait(), other threads after a barrier that follows it.
 SNNLSTM_DEVICE void cp_async(void* shared, const void* global, bool real = true) {
 #if !defined(__CUDACC__)
   ::simt::cp_async(shared, global, real);
@@ -164,7 +164,7 @@ SNNLSTM_DEVICE void cp_async_wait() {
 
 // ---- fragments ---------------------------------------------------------------------------------
 
-// Loads 4 tiles of 8 rows x 8 elements of 16 bits. Lane l hands over the address of row l % 8 of
+// Loads 4 tiles of 8 rows x 8 elements of 16 bits. Lane l passes the address of row l % 8 of
 // tile l / 8, 16-byte aligned. Register i receives from tile i the elements [lane / 4][2 * (lane %
 // 4)] (bits 0 to 15) and [..][.. + 1]. All 32 lanes take part.
 //
@@ -244,7 +244,7 @@ SNNLSTM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4],
 
 // ---- vectors -----------------------------------------------------------------------------------
 
-// One access of sizeof(V) bytes, at most 16, to global or shared memory; V and p are so aligned.
+// One access of sizeof(V) bytes, at most 16, to global or shared memory. V and p are aligned to it.
 template <class V>
 SNNLSTM_DEVICE V load(const void* p) {
 #if defined(__CUDACC__)
@@ -257,7 +257,7 @@ SNNLSTM_DEVICE V load(const void* p) {
 }
 
 #if defined(__CUDACC__)
-// The same of 16 bytes of shared memory.
+// The same for 16 bytes of shared memory.
 template <class V>
 SNNLSTM_DEVICE V load(SharedPlace p) {
   static_assert(std::is_same_v<V, uint4>);

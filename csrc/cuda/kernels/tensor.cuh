@@ -36,7 +36,7 @@ SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, int
   if (c0 >= a.channels) return;
   with_stored<R, Known>(a.type, [&](auto of) {
     auto* p = static_cast<decltype(of)*>(image_of(a, at.t, at.n));
-    const auto place = [&](int px) {  // our images alone have planes
+    const auto place = [&](int px) {  // only our images have planes
       return channels ? plane * a.plane + c0 + offset(a, 0, at.y[px], at.x[px])
                       : offset(a, c0, at.y[px], at.x[px]);
     };
@@ -63,7 +63,7 @@ SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, int
   });
 }
 
-// Loads v[pixel][channel] of channels c0, c0 + 1, ...; values outside of the tensor are 0.
+// Loads v[pixel][channel] of channels c0, c0 + 1, ...; values outside the tensor are 0.
 template <class Known = Unknown, class R, int CH>
 SNNLSTM_DEVICE void load_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH],
                                int plane = 0) {

@@ -1,4 +1,4 @@
-// What a block and its threads have of a tile (tile.h).
+// The part of a tile (tile.h) that a block and its threads have.
 #pragma once
 
 #include "tensor.cuh"
@@ -21,7 +21,7 @@ SNNLSTM_DEVICE BlockPlace block_of(const Tiling& tiling, unsigned index) {
   return b;
 }
 
-// Says whether the block's step lies behind its sample's last one. lengths: (N,), or null.
+// Says whether the block's step comes after its sample's last one. lengths: (N,), or null.
 SNNLSTM_DEVICE bool is_padded(const int64_t* lengths, const BlockPlace& b) {
   return lengths != nullptr && lengths[b.n] <= b.t;
 }

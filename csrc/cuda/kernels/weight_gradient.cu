@@ -25,8 +25,8 @@ WeightGradientMma mma_job(const BackwardPass& all, const WeightPlan& plan,
   Segment in = grad.in;
   for (MmaSegment& m : p.source) {
     m = mma_segment(in, type, depth, plan.tiling);
-    m.tail_steps = 2;  // warps read whole chunks: zeros come behind the last channel
-    // A tile's one or two chunks come during the 4 k-blocks of the tile before.
+    m.tail_steps = 2;  // warps read whole chunks: zeros follow the last channel
+    // A tile's one or two chunks are loaded during the 4 k-blocks of the previous tile.
     const int64_t k_blocks = 8 / type.element;
     m.accesses = int(ceil_div(ceil_div(chunk_accesses(m, type), threads), k_blocks));
     if (grad.later.present()) in.src = grad.later;
@@ -107,7 +107,7 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& sources, voi
       const WeightGradientMma& job = mma.job[k];
       if (weight != nullptr) mma.blocks += job.column_blocks * job.row_blocks * job.splits;
     }
-    static_assert(sizeof(mma) <= 4096, "a kernel's arguments take no more");
+    static_assert(sizeof(mma) <= 4096, "a kernel takes at most 4096 bytes of arguments");
     const Launch how{"weight gradient (mma)", mma.blocks + mma.bias.blocks(), threads,
                      size_t(plan.weights.shared_bytes()), stream};
     with_element(x.multiply,

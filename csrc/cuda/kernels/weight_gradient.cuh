@@ -1,7 +1,7 @@
 // The weight gradient of one of the two convolutions, over all time steps at once:
 //   dW[(gate, c)][tap][ci] = sum over t, n, y, x of d_gates[t, n, y, x, gate, c] * in[.. + tap, ci]
-// This is a GEMM whose K are the pixels of the whole sequence. K is split: each block writes a part
-// of the sum, and a second kernel adds the parts in order, so that results repeat themselves.
+// This is a GEMM whose K counts the pixels of the whole sequence. K is split: each block writes a
+// part of the sum, and a second kernel adds the parts in order, so that results are reproducible.
 //   parts  (splits, rows, columns): rows (gate, c) of 4 Cp, columns (tap, ci), each filled up to
 //          the kernel's tiles
 #pragma once
@@ -31,14 +31,14 @@ struct WeightGradientJob {
 
 // ---- the gradient of the bias -------------------------------------------------------------------
 
-// The gradient of the bias is the sum of d_gates over pixels. Blocks behind those of the weight
+// The gradient of the bias is the sum of d_gates over pixels. The blocks after those of the weight
 // write parts of it, each for 32 columns.
 struct SumGates {
   const void* d_gates = nullptr;  // (pixels, columns), contiguous
   DType type = DType::float32;
   int64_t pixels = 0, share = 0;     // in all steps; in a part
   int columns = 0;                   // 4 Cp
-  int splits = 0;                    // 0: nobody wants the sums
+  int splits = 0;                    // 0: the sums are not needed
   void* parts = nullptr;             // (splits, columns) in the compute type
   const int64_t* lengths = nullptr;  // (batch,) steps of each sample, or null
   int64_t batch = 1, of_image = 1;   // images of a step; pixels of an image
@@ -88,8 +88,8 @@ SNNLSTM_DEVICE void sum_gates(const SumGates& p, int index) {
 // columns of the gradient, where fma::multiply() has columns and pixels: 64 x 64, or 32 x 128.
 
 namespace fma {
-// A pixel of the sequence: where both sources have it at tap 0, 0 and channel 0, were there no
-// padding; row and column (kNowhere if there is no such pixel); whether it has t > 0.
+// A pixel of the sequence: its place in both sources at tap 0, 0 and channel 0, if there were no
+// padding; its row and column (kNowhere if there is no such pixel); whether it has t > 0.
 struct alignas(16) SourcePixel {
   const char* source[2];
   int y, x, later, unused;
@@ -231,7 +231,7 @@ class WeightGradientFma {
     });
   }
 
-  // read_one(address, elements behind it, type)
+  // read_one(address, elements after it, type)
   template <class ReadOne>
   SNNLSTM_DEVICE void fetch_sources(int chunk, ReadOne&& read_one) {
     const WeightGradientJob& own = p_.job[half_];

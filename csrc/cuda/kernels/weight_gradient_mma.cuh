@@ -67,7 +67,7 @@ class WeightGemm {
     const int first = column % groups * taps_of_block;
     first_tap_ = first + group * weight_tile::kTaps;
     taps_ = p.source[0].taps - first_tap_;
-    if (group >= p.tap_groups) taps_ = 0;  // the other job needs this warp
+    if (group >= p.tap_groups) taps_ = 0;  // only the other job needs this warp
     first_shifts_ = shifts_ = tables_.shift[0] + group % p.tap_groups * weight_tile::kTaps;
     fill_tables(first);
     address_lane();
@@ -76,15 +76,15 @@ class WeightGemm {
   SNNLSTM_DEVICE void run() {
     clear<weight_tile::kSums>(&acc_[0][0][0][0]);
     unrolled<weight_tile::kSums / 4>([&](int i) { store(total(i), make_float4(0, 0, 0, 0)); });
-    // If samples have lengths, the splits take tiles round robin, so that each has as many to
-    // compute.
+    // If samples have lengths, the splits take tiles round robin, so that all compute about equally
+    // many.
     const bool round_robin = p_.grad.lengths != nullptr;
     const int all = int(p_.grad.total), first = split_ * int(p_.grad.share);
     const int end = round_robin ? all : min(first + int(p_.grad.share), all);
     int tile = running_tile(round_robin ? split_ : first, end);
     int folded = 0;  // tiles since the last fold
 #pragma unroll 1
-    for (int round = -1;; ++round) {  // computes a tile, and fetches the next one
+    for (int round = -1;; ++round) {  // computes a tile and fetches the next one
       const int buffer = round & 1;
       if (!fault(Fault::no_weight_tile_wait)) cp_async_wait<0>();
       if (!fault(Fault::no_weight_tile_barrier)) __syncthreads();
@@ -148,7 +148,7 @@ class WeightGemm {
   // 64 * tap_groups threads.
   static constexpr int kPieces = kCarries<Element> ? 4 : 1;
 
-  // Returns the first of the split's tiles from i on whose sample is not padded; or end or more.
+  // Returns the split's first tile from i on whose sample is not padded, or at least `end`.
   SNNLSTM_DEVICE int running_tile(int i, int end) const {
     if (p_.grad.lengths != nullptr)
       while (i < end && is_padded(p_.grad.lengths, block_of(p_.grad.tiling, unsigned(i))))
@@ -180,7 +180,7 @@ class WeightGemm {
     return gates(buffer) + p_.planes * weight_tile::kPlaneBytes;
   }
 
-  // Begins to bring a tile. Gathered elements of its source come while another is multiplied.
+  // Begins to load a tile. Its gathered elements are loaded while another tile is multiplied.
   SNNLSTM_DEVICE void fetch(const MmaSegment& next, const BlockPlace& at, int buffer) {
     copy_gates(at, buffer);
     source_.move_to({p_.grad.source_time(at.t), at.n, at.y0, at.x0, 0, 0});
@@ -188,10 +188,10 @@ class WeightGemm {
     cp_async_commit();
   }
 
-  // Multiplies the tile in a buffer. more: another one is on its way, from `next`.
+  // Multiplies the tile in a buffer. more: another tile is being loaded, from `next`.
   SNNLSTM_DEVICE void multiply_tile(const MmaSegment& next, bool more, int buffer) {
     Place a = place(gates(buffer) + a_offset_), b = place(neighbourhood(buffer) + b_offset_);
-    __syncwarp();  // lanes have gone different ways
+    __syncwarp();  // lanes have diverged
     unrolled<weight_tile::kTaps>([&](int tap) {
       const int2 shift = load<int2>(&shifts_[tap][0]);
       shift_[tap][0] = !kHalf || lane_ / 8 % 2 == 0 ? shift.x : shift.y;
@@ -211,8 +211,8 @@ class WeightGemm {
     }
   }
 
-  // Begins to copy the tile's d_gates of the block's rows, with zeros outside of the image and
-  // behind the last row. A thread that carries takes its pieces, and lay_down() ends that.
+  // Begins to copy the tile's d_gates of the block's rows, with zeros outside the image and after
+  // the last row. A thread that carries loads its pieces, and lay_down() stores them.
   SNNLSTM_DEVICE void copy_gates(const BlockPlace& at, int buffer) {
     const auto* image = static_cast<const Element*>(image_of(p_.grad.d_gates, at.t, at.n));
     const int pieces = weight_tile::kPixels << p_.unit_bits;
@@ -238,7 +238,7 @@ class WeightGemm {
     });
   }
 
-  // Where 16 bytes of d_gates come to, in bytes, and from, in elements of the image.
+  // The target of 16 bytes of d_gates, in bytes, and the source, in elements of the image.
   struct Piece {
     int target, from;
     bool real;
@@ -263,7 +263,7 @@ class WeightGemm {
     const int pixels = tiling.h * tiling.w;
     for (int i = int(threadIdx.x); i < weight_tile::kPixels / 2; i += int(blockDim.x)) {
       int m = 2 * i;
-      if (m >= pixels) m &= 15;  // its d_gates are 0: some pixel, on the same banks
+      if (m >= pixels) m &= 15;  // its d_gates are 0: any pixel on the same banks
       unsigned y = unsigned(m < pixels ? m : 0);
       const int x = int(tiling.by_w.split(y));
       tables_.pair[i] = mma_tile::row_offset(int(y) * s.step_h * s.pitch + x * s.step_w);
@@ -306,7 +306,7 @@ class WeightGemm {
       return p;
   }
 
-  // Full: the warp has all of its taps, and the code no branch for fewer.
+  // Full: the warp has all of its taps, so that the code needs no branch for fewer.
   template <bool Full>
   SNNLSTM_DEVICE void multiply(Place a, Place b, int k_block) {
     if constexpr (kHalf)
