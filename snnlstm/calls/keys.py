@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..compat.torch_private import ENDED, any_autocast, level_of
+from ..compat.torch_private import any_autocast
 from .call import Call, autocast_dtype
 
 K = TypeVar("K")
@@ -38,15 +38,13 @@ class BoundedDict(dict[K, V]):
 def key_of(call: Call) -> tuple[Any, ...] | None:
     """All that is static of a call's tensors; None if the call has no key.
 
-    Tensors of subclasses have none, because their sizes may be symbols, sparse ones, which have no
-    strides, and those of transforms that have ended, which have no memory.
+    Tensors of subclasses have none, because their sizes may be symbols, and sparse ones, which have
+    no strides.
     """
     if not OF_TORCH.issuperset(map(type, call[:7])):
         return None
     x, syn, mem, weight, bias, threshold, graded, lengths, record = call
     try:
-        if ENDED in map(level_of, [t for t in call[:7] if t is not None]):
-            return None
         device = x.device
         return (
             x.shape, x.stride(), x.dtype, device, x.is_neg(), x.requires_grad,

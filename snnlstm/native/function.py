@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import _C, reference
 from ..calls.call import Call, autocast_dtype, restored, state_shape, weight_tensor
 from ..calls.keys import BoundedDict
+from ..calls.lengths import recorded_states
 from ..calls.spec import HALF_TYPES, CellSpec
 from ..compat.torch_private import (
     forward_level,
@@ -31,7 +32,7 @@ from ..compat.torch_private import (
     transforms_are_active,
 )
 from . import cpu, cuda, cuda_check
-from .half_types import in_float32, recorded_states
+from .half_types import in_float32
 from .plan import (
     CommonBackend,
     CommonPlan,

@@ -139,7 +139,7 @@ class CellAttributes(Base):
     @property
     def syn(self) -> Tensor:
         """Stored synaptic current, (N, C, Ho, Wo), or (0,) before the first call."""
-        return self._state.read("syn")
+        return self._state.syn
 
     @syn.setter
     def syn(self, value: Tensor) -> None:
@@ -148,7 +148,7 @@ class CellAttributes(Base):
     @property
     def mem(self) -> Tensor:
         """Stored membrane potential, (N, C, Ho, Wo), or (0,) before the first call."""
-        return self._state.read("mem")
+        return self._state.mem
 
     @mem.setter
     def mem(self, value: Tensor) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import spec
-from ..calls.call import checked_call, state_tensor
-from ..calls.lengths import checked_lengths, length_mask
+from ..calls.call import checked_call, checked_lengths, state_tensor
+from ..calls.lengths import length_mask
 from ..dispatch.entry import run, run_traced
 from ..dispatch.path import (
     EXPORT,

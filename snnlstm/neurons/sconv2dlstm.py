@@ -16,10 +16,10 @@ from ..calls.call import (
     batch_before_time,
     channel_broadcast,
     checked_call,
+    checked_lengths,
     real_tensor,
     values,
 )
-from ..calls.lengths import checked_lengths
 from ..calls.spec import CellSpec
 from ..compat.snntorch import register
 from ..dispatch.entry import Results, run, run_traced
