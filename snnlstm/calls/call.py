@@ -1,8 +1,7 @@
 """One call of a cell, and the check of each of its tensors.
 
-A check returns the tensor in its normal form or raises: TypeError for a wrong type or dtype,
-ValueError for a wrong shape, value or device. The message names the argument, what came and what
-is accepted. Nothing is modified before all checks have passed.
+The checks keep the rules of :mod:`snnlstm.calls.spec`; a dtype is of a tensor's type, and shape and
+device are of its value.
 """
 
 from __future__ import annotations
@@ -348,6 +347,13 @@ def check_bias(bias: Any, weight: Tensor, gates: int) -> None:
         )
 
 
+class CheckedLengths(NamedTuple):
+    """Lengths that were checked for sequences of `time` steps: what a stack gives its layers."""
+
+    lengths: Tensor
+    time: int
+
+
 def checked_lengths(
     lengths: Any, time: int, batch: int, device: torch.device, traced: bool
 ) -> Tensor:
@@ -356,6 +362,10 @@ def checked_lengths(
     Only numbers that the host has can be checked: on a GPU, and where torch.compile traces or a
     transform is active, they are clamped.
     """
+    if type(lengths) is CheckedLengths:
+        lengths, before = lengths
+        if before == time and lengths.shape == (batch,) and lengths.device == device:
+            return lengths
     given = lengths
     if not isinstance(given, Tensor):
         try:

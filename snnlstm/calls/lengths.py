@@ -6,6 +6,8 @@ them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,23 @@ def hold_last(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
     """The states of all steps, (T, N, ...); padded samples repeat their last state."""
     steps = length_mask(lengths, recorded.shape[0], recorded.dim())
     return torch.where(steps, recorded, last_state(recorded, before, lengths))
+
+
+def held(own: Tensor, new: Any, old: Any, first: bool = False) -> Any:
+    """What a step returned, `new`, with `old` for the samples that it is not `own` to, (N,).
+
+    Tuples are taken item by item. Those samples get 0 if there is nothing of before, and for the
+    `first` item of a tuple.
+    """
+    if isinstance(new, tuple | list):
+        olds = old if isinstance(old, tuple | list) else (None,) * len(new)
+        pairs = enumerate(zip(new, olds, strict=True))
+        return tuple(held(own, *pair, first and k == 0) for k, pair in pairs)
+    if not isinstance(new, Tensor):
+        return new
+    if first or old is None or old.shape != new.shape:
+        old = torch.zeros_like(new)
+    return torch.where(own.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
 
 
 def mask_padding(x: Tensor, lengths: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def recognise_surrogate(
         made = surrogate.make(kind.name, **{name: value(name) for name in kind.parameters})
     except (AttributeError, KeyError, TypeError, ValueError):  # no such parameter, or an odd one
         return spike_grad
-    return made if _agree(spike_grad, made, _POINTS) else spike_grad
+    return made if _alone(_agree, spike_grad, made, _POINTS) else spike_grad
 
 
 def recognise_traced(
@@ -116,13 +116,13 @@ def _kind(function: object) -> surrogate.Kind | None:
 _POINTS = [0.0 if k == 7 else 0.3 * k - 2.9 for k in range(21)]
 
 
-def _agree(*arguments: Any) -> bool:
-    """Ask :func:`_agree_alone` in a thread, which no mode, hook or transform of ours reaches."""
-    with ThreadPoolExecutor(1) as alone:
-        return alone.submit(_agree_alone, *arguments).result()
+def _alone(function: Callable[..., bool], *arguments: Any) -> bool:
+    """Call a function in a thread, which no mode, hook or transform of the caller's reaches."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
 
 
-def _agree_alone(theirs: Callable[[Tensor], Tensor], ours: Any, points: Any) -> bool:
+def _agree(theirs: Callable[[Tensor], Tensor], ours: Any, points: Any) -> bool:
     """Whether two functions give the same values and gradients at some points, (n,).
 
     Two defects of snnTorch's surrogates do not count: its sigmoid is NaN for very negative inputs,
@@ -174,7 +174,7 @@ def recognise_quant(
     some = made.levels[:: max(1, made.levels.numel() // 64)].float()
     middles, ends = (some[1:] + some[:-1]) / 2, torch.stack([some.min() - 1, some.max() + 1])
     points = torch.cat([some, middles, middles * 0.999 + 1e-4, ends])
-    return made if _agree(state_quant, made, points) else state_quant
+    return made if _alone(_agree, state_quant, made, points) else state_quant
 
 
 # ---- base class and registry --------------------------------------------------------------
@@ -236,15 +236,74 @@ Base: Any = _their_class("SConv2dLSTM") or nn.Module
 TheirLeaky: Any = _their_class("Leaky") or nn.Module
 """snnTorch's leaky integrate-and-fire neuron, or nn.Module."""
 
-METHODS: dict[str, Any] = {
-    name: method if str(method.__module__).partition(".")[0] == "snntorch" else None
-    for name in (
-        "forward", "fire", "mem_reset", "_base_state_function", "_base_state_reset_zero",
-        "_base_sub", "_base_zero", "_base_int",
-    )
-    if Base is not nn.Module and (method := getattr(Base, name, None)) is not None
-}  # fmt: skip
-"""What a cell of snnTorch computes with, as it was released; None for what was replaced before."""
+STATE_FUNCTIONS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
+"""The methods that compute a reset, and its name; ``state_function`` is one of them."""
+
+
+def _released(kind: Any) -> dict[str, Any]:
+    """What a class computes with, as it was released; None for what was replaced before."""
+    names = (
+        "forward", "fire", "fire_inhibition", "mem_reset", "_base_state_function",
+        "_base_state_reset_zero", *STATE_FUNCTIONS,
+    )  # fmt: skip
+    methods = {name: getattr(kind, name, None) for name in names}
+    return {
+        name: method if str(method.__module__).partition(".")[0] == "snntorch" else None
+        for name, method in methods.items()
+        if method is not None
+    }
+
+
+_RELEASED: dict[Any, dict[str, Any]] = {kind: _released(kind) for kind in (Base, TheirLeaky)}
+_follows: dict[Any, Callable[[], bool]] = {}
+
+
+def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
+    """Why a layer computes something else than `kind` of snnTorch 1.0.0 did; None if it does not.
+
+    `called` are methods that ours calls, too: a layer may have its own.
+    """
+    own, released = layer.__dict__, _RELEASED[kind]
+    for name, method in released.items():
+        holder = kind if name == "forward" else type(layer)
+        if (name in own and name not in called) or getattr(holder, name, None) is not method:
+            return f"its {name} was replaced"
+    if "state_function" in own:
+        chosen = getattr(own["state_function"], "__func__", None)
+        if chosen is None or chosen not in map(released.get, STATE_FUNCTIONS):
+            return "its state_function was replaced"
+    if not _follows[kind]():
+        return f"the installed snntorch computes another {kind.__name__} than snntorch 1.0.0"
+    return None
+
+
+def compared_with(kind: Any) -> Callable[[Callable[[str], Any]], None]:
+    """Let :func:`replaced` compare snnTorch's class with ours on a few numbers, once.
+
+    The function below returns the results of both for the name of a reset mechanism. It runs alone,
+    and torch.compile takes the answer for a constant.
+    """
+
+    def keep(results: Callable[[str], Any]) -> None:
+        def agree() -> bool:
+            try:
+                both = map(results, STATE_FUNCTIONS.values())
+                pairs = [pair for each in both for pair in zip(*each, strict=True)]
+            except Exception:  # another release may raise anything
+                return False
+            return all(torch.allclose(a.double(), b.double()) for a, b in pairs)
+
+        def ask() -> bool:
+            if not answers:
+                answers.append(_alone(agree))
+            return answers[0]
+
+        answers: list[bool] = []
+        ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        _follows[kind] = ask
+
+    return keep
+
 
 _alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calls.spec import a_module, pooling
-from ..compat.snntorch import Base, Neuron
+from ..compat.snntorch import Neuron
 from ..compat.torch_private import exporting, transforms_are_active
+from ..neurons.attributes import CELL
 from ..neurons.sconv2dlstm import SConv2dLSTM
 from ..quant import StateQuant
-
-CELL = SConv2dLSTM if Base is nn.Module else Base  # the base class of all cells
 
 
 @dataclass(eq=False)

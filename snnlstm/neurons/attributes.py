@@ -251,6 +251,10 @@ class CellAttributes(Base):
         register(self)
 
 
+CELL: Any = CellAttributes if Base is nn.Module else Base
+"""The class of all cells, ours and snnTorch's."""
+
+
 def warn_of_threshold(threshold: Any) -> None:
     """Warn of a cell that cannot spike, or spikes in silence.
 
