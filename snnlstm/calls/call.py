@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..compat.torch_private import transforms_are_active
 from ..surrogate import is_number
@@ -317,6 +317,14 @@ def scalar_like(name: str, value: Any, x: Tensor, state: Sequence[int], spec: Ce
     if tensor.device != x.device and tensor.dim():
         raise ValueError(f"{name} must be on x's device {x.device}, got one on {tensor.device}")
     return tensor.to(x.device, x.dtype)
+
+
+def dtype_source(conv: Any, x: Any, default: Any) -> Tensor:
+    """A tensor of a foreign conv's dtype and device: a parameter, x, or `default`."""
+    for parameter in conv.parameters() if isinstance(conv, nn.Module) else ():
+        if parameter.dtype in DTYPES:
+            return parameter
+    return x if isinstance(x, Tensor) and x.dtype in DTYPES else default
 
 
 def weight_tensor(weight: Any) -> tuple[int, int]:

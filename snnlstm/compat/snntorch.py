@@ -240,22 +240,20 @@ STATE_FUNCTIONS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "
 """The methods that compute a reset, and its name; ``state_function`` is one of them."""
 
 
-def _released(kind: Any) -> dict[str, Any]:
-    """What a class computes with, as it was released; None for what was replaced before."""
-    names = (
-        "forward", "fire", "fire_inhibition", "mem_reset", "_base_state_function",
-        "_base_state_reset_zero", *STATE_FUNCTIONS,
-    )  # fmt: skip
-    methods = {name: getattr(kind, name, None) for name in names}
-    return {
-        name: method if str(method.__module__).partition(".")[0] == "snntorch" else None
-        for name, method in methods.items()
-        if method is not None
-    }
+_METHODS = (
+    "forward", "fire", "fire_inhibition", "mem_reset", "_base_state_function",
+    "_base_state_reset_zero", *STATE_FUNCTIONS,
+)  # fmt: skip
+_RELEASED: dict[Any, dict[str, Any]] = {
+    kind: {name: getattr(kind, name) for name in _METHODS if hasattr(kind, name)}
+    for kind in (Base, TheirLeaky)
+}
+"""What each class computes with, as it was when this package was imported."""
 
+COMPARED: dict[Any, Callable[[str], Any]] = {}
+"""For each class what both libraries return, of a few numbers and for the name of a reset."""
 
-_RELEASED: dict[Any, dict[str, Any]] = {kind: _released(kind) for kind in (Base, TheirLeaky)}
-_follows: dict[Any, Callable[[], bool]] = {}
+_follow: dict[Any, bool] = {}
 
 
 def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
@@ -272,37 +270,27 @@ def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
         chosen = getattr(own["state_function"], "__func__", None)
         if chosen is None or chosen not in map(released.get, STATE_FUNCTIONS):
             return "its state_function was replaced"
-    if not _follows[kind]():
+    if not _follows(kind):
         return f"the installed snntorch computes another {kind.__name__} than snntorch 1.0.0"
     return None
 
 
-def compared_with(kind: Any) -> Callable[[Callable[[str], Any]], None]:
-    """Let :func:`replaced` compare snnTorch's class with ours on a few numbers, once.
+def _follows(kind: Any) -> bool:
+    """Whether the installed class computes what 1.0.0's did, and ours does; asked once."""
+    if kind not in _follow:
+        _follow[kind] = _alone(_results_agree, COMPARED[kind])
+    return _follow[kind]
 
-    The function below returns the results of both for the name of a reset mechanism. It runs alone,
-    and torch.compile takes the answer for a constant.
-    """
 
-    def keep(results: Callable[[str], Any]) -> None:
-        def agree() -> bool:
-            try:
-                both = map(results, STATE_FUNCTIONS.values())
-                pairs = [pair for each in both for pair in zip(*each, strict=True)]
-            except Exception:  # another release may raise anything
-                return False
-            return all(torch.allclose(a.double(), b.double()) for a, b in pairs)
+_follows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-        def ask() -> bool:
-            if not answers:
-                answers.append(_alone(agree))
-            return answers[0]
 
-        answers: list[bool] = []
-        ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
-        _follows[kind] = ask
-
-    return keep
+def _results_agree(results: Callable[[str], Any]) -> bool:
+    try:
+        both = [zip(*results(reset), strict=True) for reset in STATE_FUNCTIONS.values()]
+        return all(torch.allclose(a.double(), b.double()) for each in both for a, b in each)
+    except Exception:  # another release may raise anything
+        return False
 
 
 _alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()

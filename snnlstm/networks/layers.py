@@ -123,7 +123,7 @@ def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | N
             reason = LARGE
         if reason is None:
             kind, reason = "fold", ALONE
-    return LayerReport(name, type(layer).__name__, kind, reason)
+    return LayerReport(name, type(layer).__name__, kind, str(reason))
 
 
 def counted_bytes(x: Tensor) -> int:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calls.spec import OPTIONS, a_module, flag
+from ..calls.spec import OPTIONS, a_module, flag, never_spikes
 from ..compat.snntorch import (
+    COMPARED,
     Base,
     Neuron,
     TheirLeaky,
-    compared_with,
     library,
     recognise_quant,
     recognise_surrogate,
@@ -27,7 +27,6 @@ from ..compat.snntorch import (
     take_out,
 )
 from ..dispatch.path import against_device
-from ..neurons.attributes import never_spikes
 from ..neurons.leaky import PRIVATE, Leaky
 from ..neurons.sconv2dlstm import SConv1dLSTM, SConv2dLSTM
 from ..reference import sconv2dlstm
@@ -260,7 +259,6 @@ def _looks_like_a_convlstm(module: nn.Module) -> bool:
     return any(c.out_channels % 4 == 0 and c.in_channels > c.out_channels // 4 for c in convs)
 
 
-@compared_with(Base)
 def _results(reset: str) -> tuple[Any, Any]:
     """What a step of snnTorch's cell and of ours returns."""
     cell = _their_cell(threshold=0.25, reset_mechanism=reset)
@@ -269,6 +267,9 @@ def _results(reset: str) -> tuple[Any, Any]:
     x, syn, mem = torch.tensor([[-1, 0.5, 2]] * 3, device="cpu").reshape(3, 1, 1, 1, 3)
     ours = sconv2dlstm(x, syn, mem, weight, bias, threshold=0.25, reset_mechanism=reset)
     return Base.forward(cell, x, syn, mem), ours
+
+
+COMPARED[Base] = _results
 
 
 def _their_cell(**options: Any) -> Any:

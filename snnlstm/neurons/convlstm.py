@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import spec
-from ..calls.call import CheckedLengths, checked_call, checked_lengths, state_tensor
+from ..calls.call import (
+    CheckedLengths,
+    checked_call,
+    checked_lengths,
+    dtype_source,
+    state_tensor,
+)
 from ..calls.lengths import held, mask_padding
 from ..dispatch.entry import run, run_traced
 from ..dispatch.path import (
@@ -21,7 +27,6 @@ from ..dispatch.path import (
     LastPath,
     asked_every_call,
     beyond_forward,
-    dtype_source,
     log_fallback,
     log_once,
 )

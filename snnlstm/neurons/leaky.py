@@ -288,10 +288,12 @@ def _parameter_against(name: str, tensor: Any, x: Tensor, step: torch.Size) -> s
     return None
 
 
-@snntorch.compared_with(TheirLeaky)
 def _results(reset: str) -> tuple[Any, Any]:
-    """What snnTorch's forward and ours return; spikes and resets are among the results."""
+    """What a step of snnTorch's layer and of ours returns."""
     layer = Leaky(0.5, threshold=0.5, reset_mechanism=reset)
     snntorch.take_out([layer])
     x, mem = torch.tensor([[-1, 0.25, 0.5, 1], [0.25, 0.75, 1.5, -0.5]], device="cpu")
     return TheirLeaky.forward(layer, x, mem), layer._plain(x, mem, False)
+
+
+snntorch.COMPARED[TheirLeaky] = _results

@@ -104,7 +104,8 @@ class State:
         """Whether the states belong to a transform of torch.func that has ended."""
         if torch.compiler.is_compiling():
             return False
-        return _has_ended(self.syn) or _has_ended(self.mem)
+        ended, last = sorted((level_of(self.syn), level_of(self.mem)))
+        return ended < NO_LEVEL or (last > NO_LEVEL and not transforms_are_active())
 
     def forget_ended(self) -> None:
         """Empty the states if :meth:`has_ended`; they have no values of their own any more."""
@@ -193,9 +194,3 @@ def _zeros_like(state: Tensor) -> Tensor:
     if torch.jit.is_tracing():  # a trace takes in no tensor that has a history from before it
         return torch.zeros(0, dtype=state.dtype, device=state.device)
     return torch.zeros_like(state)
-
-
-def _has_ended(state: Tensor) -> bool:
-    """Whether the transform of torch.func that computed a state has ended."""
-    level = level_of(state)
-    return level < NO_LEVEL or (level > NO_LEVEL and not transforms_are_active())
