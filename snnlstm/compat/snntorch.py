@@ -241,11 +241,11 @@ STATE_FUNCTIONS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "
 
 
 _METHODS = (
-    "forward", "fire", "fire_inhibition", "mem_reset", "_base_state_function",
-    "_base_state_reset_zero", *STATE_FUNCTIONS,
+    "fire", "fire_inhibition", "mem_reset", "_base_state_function", "_base_state_reset_zero",
+    *STATE_FUNCTIONS,
 )  # fmt: skip
-_RELEASED: dict[Any, dict[str, Any]] = {
-    kind: {name: getattr(kind, name) for name in _METHODS if hasattr(kind, name)}
+_RELEASED: dict[Any, tuple[Any, dict[str, Any]]] = {
+    kind: (kind.forward, {name: getattr(kind, name) for name in _METHODS if hasattr(kind, name)})
     for kind in (Base, TheirLeaky)
 }
 """What each class computes with, as it was when this package was imported."""
@@ -261,14 +261,18 @@ def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
 
     `called` are methods that ours calls, too: a layer may have its own.
     """
-    own, released = layer.__dict__, _RELEASED[kind]
+    own, ours, (forward, released) = layer.__dict__, type(layer), _RELEASED[kind]
+    if kind.forward is not forward or "forward" in own:
+        return "its forward was replaced"
     for name, method in released.items():
-        holder = kind if name == "forward" else type(layer)
-        if (name in own and name not in called) or getattr(holder, name, None) is not method:
+        if (name in own and name not in called) or getattr(ours, name, None) is not method:
             return f"its {name} was replaced"
-    if "state_function" in own:
-        chosen = getattr(own["state_function"], "__func__", None)
-        if chosen is None or chosen not in map(released.get, STATE_FUNCTIONS):
+    chosen = own.get("state_function")
+    if chosen is not None:
+        name = getattr(chosen, "__name__", "")
+        if name not in STATE_FUNCTIONS or (
+            released.get(name) is not getattr(chosen, "__func__", None)
+        ):
             return "its state_function was replaced"
     if not _follows(kind):
         return f"the installed snntorch computes another {kind.__name__} than snntorch 1.0.0"
