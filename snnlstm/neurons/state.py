@@ -34,13 +34,6 @@ class State:
         The backward pass in which they were stored; -1 outside of one.
     """
 
-    __slots__ = ("mem", "restarted", "stored_in", "syn")
-
-    syn: Tensor
-    mem: Tensor
-    restarted: bool
-    stored_in: int
-
     def __init__(self, like: Tensor) -> None:
         """Start without a state, on the device and in the dtype of `like`."""
         empty = like.detach().new_zeros(0)
@@ -54,8 +47,7 @@ class State:
     def shared(self) -> State:
         """Return a replica with the same tensors; what it stores is not stored here."""
         replica = State.__new__(State)
-        for name in self.__slots__:
-            setattr(replica, name, getattr(self, name))
+        replica.__dict__.update(self.__dict__)
         return replica
 
     def write(self, name: str, value: Any) -> None:
@@ -95,10 +87,6 @@ class State:
         self.forget_ended()
         states = {"syn": self.syn.detach(), "mem": self.mem.detach()}
         return states | {"restarted": self.restarted, "stored_in": self.stored_in}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
 
     def has_ended(self) -> bool:
         """Whether the states belong to a transform of torch.func that has ended."""
