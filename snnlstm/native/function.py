@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .. import _C, reference
 from ..calls.call import Call, autocast_dtype, restored, state_shape, weight_tensor
-from ..calls.keys import BoundedDict
+from ..calls.keys import BoundedDict, plan_key
+from ..calls.lengths import recorded_states
 from ..calls.spec import HALF_TYPES, CellSpec
 from ..compat.torch_private import (
     forward_level,
@@ -31,7 +32,7 @@ from ..compat.torch_private import (
     transforms_are_active,
 )
 from . import cpu, cuda, cuda_check
-from .half_types import in_float32, recorded_states
+from .half_types import in_float32
 from .plan import (
     CommonBackend,
     CommonPlan,
@@ -39,7 +40,6 @@ from .plan import (
     Result,
     SavedLayout,
     Sizes,
-    are_contiguous,
     check_memory,
     empty_gradients,
     empty_like_images,
@@ -81,12 +81,7 @@ def plan_of(
 
     `settings` are those of the backend for an algorithm.
     """
-    x, syn, mem, threshold = call.x, call.syn, call.mem, call.threshold
-    key = (
-        spec, operands, settings, call.record, call.lengths is None, x.shape, x.stride(), x.dtype,
-        x.device, syn.stride(), mem.shape, mem.stride(),
-        None if threshold is None else threshold.numel(), are_contiguous(call),
-    )  # fmt: skip
+    key = plan_key(call, spec, operands, settings)
     plan = _plans.get(key)
     if plan is None:
         backend = settings[0]

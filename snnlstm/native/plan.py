@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..calls.call import Call, restored
+from ..calls.keys import are_contiguous
 from ..calls.spec import DTYPES, POOLS, RESETS, CellSpec
 from ..compat.torch_private import guard_of
 from ..surrogate import Surrogate
@@ -143,11 +144,6 @@ def contiguous_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return readable(tensor).resolve_neg().to(dtype).contiguous()
-
-
-def are_contiguous(call: Call) -> bool:
-    """Whether the core can read bias, threshold and graded factor where they lie."""
-    return all(t is None or contiguous_as(t, call.x.dtype) is t for t in call[4:7])
 
 
 def pointer(tensor: Tensor | None) -> int:
