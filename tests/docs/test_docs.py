@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import snnlstm
-from snnlstm.networks.layers import SpikeCount
+from snnlstm import SpikeCount
 from tools.dead_links import dead_links
 
 ROOT = Path(__file__).resolve().parents[2]
