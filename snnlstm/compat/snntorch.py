@@ -1,8 +1,8 @@
-"""Everything that needs snnTorch, which is optional.
+"""What the package takes from snnTorch, which is optional.
 
-The base class of our cell, the recognition of snnTorch's surrogates and quantisers, and the
-registry through which snnTorch's own ``reset_hidden`` and ``detach_hidden`` reach our cells. If
-snnTorch is missing or broken, all the rest works.
+This file has the classes that ours replace, the recognition of snnTorch's surrogates and
+quantisers, and the registry through which snnTorch's own ``reset_hidden`` and ``detach_hidden``
+reach our cells. If snnTorch is missing or broken, all the rest works.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A :class:`Path` is the answer, which a module shows as ``cell.path``. What holds for all like calls
 is found once (:func:`static_reason`), and the rest is asked in every call
-(:func:`asked_every_call`). Nothing falls back silently.
+(:func:`asked_every_call`). The log names the first slow path of a cell.
 """
 
 from __future__ import annotations

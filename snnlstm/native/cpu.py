@@ -306,7 +306,7 @@ class Backend(CommonBackend):
     def reason_against(self, s: Sizes) -> str | None:
         """Why these kernels cannot run a call; None if they can.
 
-        Under autocast they compute in float32, and half types come as that (function.run).
+        Under autocast they compute in float32, and so do steps of half types (half_types.py).
         """
         return None if s.dtype in DTYPES else f"there are no CPU kernels for {s.dtype}"
 

@@ -41,19 +41,11 @@ CASES = {
 }
 
 
-# Another value of each field of a spec.
-FIELDS = {
-    "kernel_size": (1, 5), "stride": (2, 1), "dilation": (1, 3), "reset": "zero", "pool": "max",
-    "pool_size": (3, 2), "surrogate": surrogate.spike_rate_escape(0.3, 7), "quant": state_quant(3),
-    "inhibition": True, "checkpoint": True, "spiking": False,
-}  # fmt: skip
-
-
 def test_the_text_of_a_spec_has_every_field():
     """The operators get nothing else of it: what the text forgets, torch.compile would drop."""
-    assert set(FIELDS) == {field.name for field in dataclasses.fields(CellSpec) if field.init}
+    assert set(cases.FIELDS) == {field.name for field in dataclasses.fields(CellSpec) if field.init}
     spec = CellSpec((3, 3))
-    for name, value in FIELDS.items():
+    for name, value in cases.FIELDS.items():
         other = dataclasses.replace(spec, **{name: value})
         assert other.serialized != spec.serialized
         assert CellSpec.from_text(other.serialized) == other != spec

@@ -183,7 +183,7 @@ def commands(page: Path) -> list[list[str]]:
 def test_what_a_page_names_exists(page):
     """A page names targets, links, and paths such as `csrc/cell.h`.
 
-    Other names in a row of a table lie in the folder of the row's first path.
+    Other names in a row of a table lie in the folder that the row's first path names, or lies in.
     """
     makefile = (ROOT / "Makefile").read_text()
     for words in commands(page):
@@ -201,7 +201,7 @@ def test_what_a_page_names_exists(page):
             first, slash, _ = name.partition("/")
             if slash and first in top:
                 assert (ROOT / name).exists(), f"no file {name}"
-                folder = (ROOT / name).parent
+                folder = ROOT / name if name.endswith("/") else (ROOT / name).parent
             elif line.startswith("| `") and folder != ROOT and re.search(r"\.(py|h|cpp|cu)$", name):
                 assert (folder / name).exists(), f"no file {folder / name}"
 
