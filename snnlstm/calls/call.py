@@ -123,6 +123,11 @@ def stateless_call(
     return call, spec
 
 
+def may_require_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a result of a call with these tensors may require a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def without_ended_transforms(tensor: Tensor | None) -> Tensor | None:
     """What torch computes with where a tensor outlived the torch.func.grad that made it."""
     while tensor is not None and level_of(tensor) == ENDED:

@@ -145,7 +145,7 @@ def test_float32_without_tensor_cores_is_convolved_in_contiguous_images(
     core, monkeypatch, algorithm, capability, contiguous
 ):
     of_input, of_weight = (
-        watched(monkeypatch, cuda.torch_conv, f"conv2d_{of}") for of in ("input", "weight")
+        watched(monkeypatch, cuda.cudnn, f"conv2d_{of}") for of in ("input", "weight")
     )
     core.device(capability)
     case = PLAIN.but(channels=8, in_channels=2, time=3)
@@ -176,9 +176,9 @@ def test_cudnn_convolves_x_of_several_steps_at_once(core, monkeypatch, mode, ste
         assert allow_tf32 == (half and images.dtype == torch.float32)  # tf32 holds bfloat16
         return F.conv2d(images, *args[:5])
 
-    monkeypatch.setattr(cuda.torch_conv, "convolution", conv2d)
-    monkeypatch.setattr(cuda.torch_conv, "F", SimpleNamespace(conv2d=conv2d, pad=F.pad))
-    monkeypatch.setattr(cuda.torch_conv, "MOST_SUMS", steps * 4 * math.prod(PLAIN.state_shape) * 4)
+    monkeypatch.setattr(cuda.cudnn, "convolution", conv2d)
+    monkeypatch.setattr(cuda.cudnn, "F", SimpleNamespace(conv2d=conv2d, pad=F.pad))
+    monkeypatch.setattr(cuda.cudnn, "MOST_SUMS", steps * 4 * math.prod(PLAIN.state_shape) * 4)
     mode = replace(MODES[mode], algorithm="cudnn")
     case = mode.of(PLAIN)
     with mode.running(core), torch.no_grad():

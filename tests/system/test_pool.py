@@ -9,12 +9,12 @@ import threading
 
 import pytest
 import torch
+from snnlstm.networks.stack import stack
 from torch import Tensor, nn
 
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.native import pool
-from snnlstm.stack import stack
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import HANG, in_a_process, in_threads, ours, python, same
 
@@ -114,7 +114,7 @@ KEPT = """
 import torch
 from snnlstm.native import pool
 blocks = [pool.empty((2 << 20,), torch.uint8) for _ in range(3)]
-pool.let_go(pool.workspace(100))
+pool.small.append(pool.workspace(100))
 del blocks
 print(pool.free_bytes() >> 20)
 """
