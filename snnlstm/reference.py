@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .calls.call import Call, batch_before_time, stateless_call
-from .calls.lengths import length_mask
+from .calls.lengths import held, mask_padding
 from .calls.spec import CellSpec
 from .surrogate import Surrogate
 
@@ -152,15 +152,13 @@ def run(
     if x.shape[0] == 0:
         return _no_steps(call, spec)
     spks, syns, mems = [], [], []
-    live = None if call.lengths is None else length_mask(call.lengths, x.shape[0])
-    if live is not None:
-        x = torch.where(live, x, 0)  # a NaN in the padding must not reach a gradient
+    if call.lengths is not None:  # a NaN in the padding must not reach a gradient
+        x = mask_padding(x, call.lengths)
     for t, x_t in enumerate(x):
-        before = syn, mem
+        before = None, syn, mem
         spk, syn, mem = _step(call, spec, overrides, x_t, syn, mem)
-        if live is not None:
-            spk = torch.where(live[t], spk, 0)
-            syn, mem = torch.where(live[t], syn, before[0]), torch.where(live[t], mem, before[1])
+        if call.lengths is not None:
+            spk, syn, mem = held(call.lengths > t, (spk, syn, mem), before, first=True)
         spks.append(spk)
         if call.record:
             syns.append(syn)

@@ -1,8 +1,7 @@
 """One call of a cell, and the check of each of its tensors.
 
-A check returns the tensor in its normal form or raises: TypeError for a wrong type or dtype,
-ValueError for a wrong shape, value or device. The message names the argument, what came and what
-is accepted. Nothing is modified before all checks have passed.
+The checks keep the rules of :mod:`snnlstm.calls.spec`; a dtype is of a tensor's type, and shape and
+device are of its value.
 """
 
 from __future__ import annotations
@@ -11,12 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..compat.torch_private import ENDED, level_of, unwrapped
+from ..compat.torch_private import transforms_are_active
 from ..surrogate import is_number
-from .lengths import check_dense, checked_lengths
 from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, flag, make_spec
+
+_INTS = (
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+)  # fmt: skip
+
 
 # A shape's sizes after the channels, by the dimensions of an image.
 SIZES = {1: "L", 2: "H, W"}
@@ -87,10 +91,7 @@ def checked_call(
         check_bias(bias, weight, 4 * channels[1])
     if dims == 1:
         x, syn, mem, threshold, graded = map(as_image, (x, syn, mem, threshold, graded))
-    tensors: Any = x, syn, mem, weight, bias, threshold, graded
-    if not traced:
-        tensors = map(without_ended_transforms, tensors)
-    return Call._make((*tensors, lengths, record))
+    return Call(x, syn, mem, weight, bias, threshold, graded, lengths, record)
 
 
 def stateless_call(
@@ -128,13 +129,6 @@ def may_require_grad(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def without_ended_transforms(tensor: Tensor | None) -> Tensor | None:
-    """What torch computes with where a tensor outlived the torch.func.grad that made it."""
-    while tensor is not None and level_of(tensor) == ENDED:
-        tensor = unwrapped(tensor)
-    return tensor
-
-
 def as_image(tensor: Tensor) -> Tensor:
     """(..., L) as images of height 1, (..., 1, L); one number, or L of them, broadcast already."""
     return tensor.unsqueeze(-2) if tensor.dim() > 1 else tensor
@@ -152,6 +146,17 @@ def batch_before_time(
 
 
 # ---- checks of single tensors -------------------------------------------------------------------
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse sparse, nested and quantised tensors, and those of MKL-DNN."""
+    if tensor.is_nested or tensor.is_quantized:
+        found = "nested" if tensor.is_nested else "quantised"
+        raise TypeError(f"{name} must be a plain tensor, got a {found} one")
+    if tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be dense, as {name}.to_dense() is, got layout {tensor.layout}"
+        )
 
 
 def real_tensor(name: str, value: Any) -> Tensor:
@@ -284,7 +289,10 @@ def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight:
     """Check a state of `shape`; None, and a tensor of shape (0,), become zeros like x."""
     if state is not None and not isinstance(state, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(state).__name__}")
-    if state is None or (state.dim() == 1 and state.shape[0] == 0):
+    if state is None:
+        return x.new_zeros(shape)
+    check_dense(name, state)
+    if state.dim() == 1 and state.shape[0] == 0:
         return x.new_zeros(shape)
     if tuple(state.shape) != tuple(shape):
         sequence = x.dim() > len(shape) and tuple(state.shape) == (x.shape[0], *shape[1:])
@@ -293,7 +301,6 @@ def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight:
             f"got {tuple(state.shape)}"
             + ("; x is read as (T, N, ...): for (N, T, ...) there is batch_first" * sequence)
         )
-    check_dense(name, state)
     return _converted(name, state, weight)
 
 
@@ -315,6 +322,14 @@ def scalar_like(name: str, value: Any, x: Tensor, state: Sequence[int], spec: Ce
     if tensor.device != x.device and tensor.dim():
         raise ValueError(f"{name} must be on x's device {x.device}, got one on {tensor.device}")
     return tensor.to(x.device, x.dtype)
+
+
+def dtype_source(conv: Any, x: Any, default: Any) -> Tensor:
+    """A tensor of a foreign conv's dtype and device: a parameter, x, or `default`."""
+    for parameter in conv.parameters() if isinstance(conv, nn.Module) else ():
+        if parameter.dtype in DTYPES:
+            return parameter
+    return x if isinstance(x, Tensor) and x.dtype in DTYPES else default
 
 
 def weight_tensor(weight: Any) -> tuple[int, int]:
@@ -343,6 +358,54 @@ def check_bias(bias: Any, weight: Tensor, gates: int) -> None:
         raise ValueError(
             f"bias must be on weight's device {weight.device}, got one on {bias.device}"
         )
+
+
+class CheckedLengths(NamedTuple):
+    """Lengths that were checked for sequences of `time` steps: what a stack gives its layers."""
+
+    lengths: Tensor
+    time: int
+
+
+def checked_lengths(
+    lengths: Any, time: int, batch: int, device: torch.device, traced: bool
+) -> Tensor:
+    """Check the steps of each sample, ints between 0 and T; returns them as int64, on `device`.
+
+    Only numbers that the host has can be checked: on a GPU, and where torch.compile traces or a
+    transform is active, they are clamped.
+    """
+    if type(lengths) is CheckedLengths:
+        lengths, before = lengths
+        if before == time and lengths.shape == (batch,) and lengths.device == device:
+            return lengths
+    given = lengths
+    if not isinstance(given, Tensor):
+        try:
+            given = torch.as_tensor(lengths, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"lengths must be ints, one for each sample, got {lengths!r}"
+            ) from error
+    check_dense("lengths", given)
+    if given.dtype not in _INTS and (given.numel() or given.dtype is torch.bool):
+        raise TypeError(f"lengths must be ints, got a tensor of {given.dtype}")
+    if tuple(given.shape) != (batch,):
+        raise ValueError(
+            f"lengths must have shape ({batch},), one for each sample, got {tuple(given.shape)}"
+        )
+    if given.device.type != "cpu" and given.device != device:
+        raise ValueError(f"lengths must be on the CPU or on x's {device}, got {given.device}")
+    hidden = traced or transforms_are_active() or type(given) is not Tensor
+    if given.device.type == "cpu" and given.numel() and not hidden:
+        numbers = given.tolist()  # torch.min does not take wide unsigned ints
+        least, most = min(numbers), max(numbers)
+        if least < 0 or most > time:
+            raise ValueError(
+                f"lengths must lie between 0 and x's number of steps, {time}, "
+                f"got {least if least < 0 else most}"
+            )
+    return given.detach().to(device, torch.int64).clamp(0, time)  # a copy: the caller's may change
 
 
 # ---- tensors that autograd has saved -------------------------------------------------------------

@@ -1,4 +1,9 @@
-"""What tells like calls apart, and the dictionaries of what follows from it."""
+"""What tells like calls apart, and the dictionaries of what follows from it.
+
+Entries have :func:`key_of`, which is wider: it also tells what decides between the kernels and the
+reference path. Plans have :func:`plan_key`: a cell that is trained and evaluated has several
+entries, and one plan.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..compat.torch_private import ENDED, any_autocast, level_of
+from ..compat.torch_private import any_autocast
 from .call import Call, autocast_dtype
+from .spec import CellSpec
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -38,15 +44,14 @@ class BoundedDict(dict[K, V]):
 def key_of(call: Call) -> tuple[Any, ...] | None:
     """All that is static of a call's tensors; None if the call has no key.
 
-    Tensors of subclasses have none, because their sizes may be symbols, sparse ones, which have no
-    strides, and those of transforms that have ended, which have no memory.
+    Tensors of subclasses have none, because their sizes may be symbols, and sparse ones, which have
+    no strides. The key leaves out values, addresses, the weight's strides, because it is packed by
+    its values, and lengths but for whether there are any.
     """
     if not OF_TORCH.issuperset(map(type, call[:7])):
         return None
     x, syn, mem, weight, bias, threshold, graded, lengths, record = call
     try:
-        if ENDED in map(level_of, [t for t in call[:7] if t is not None]):
-            return None
         device = x.device
         return (
             x.shape, x.stride(), x.dtype, device, x.is_neg(), x.requires_grad,
@@ -62,6 +67,31 @@ def key_of(call: Call) -> tuple[Any, ...] | None:
         )  # fmt: skip
     except (AttributeError, RuntimeError):  # an argument is no tensor, or a sparse one
         return None
+
+
+def plan_key(
+    call: Call, spec: CellSpec, operands: torch.dtype | None, settings: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """The key of a call that the kernels run; `operands` and `settings` are those of its plan.
+
+    The key leaves out what :func:`key_of` leaves out, what follows from the rest, such as the
+    weight's shape from the spec and the channels of x and mem, and gradients: a plan runs both
+    passes.
+    """
+    x, syn, mem, threshold = call.x, call.syn, call.mem, call.threshold
+    return (
+        spec, operands, settings, call.record, call.lengths is None, x.shape, x.stride(), x.dtype,
+        x.device, syn.stride(), mem.shape, mem.stride(),
+        None if threshold is None else threshold.numel(), are_contiguous(call),
+    )  # fmt: skip
+
+
+def are_contiguous(call: Call) -> bool:
+    """Whether the core can read bias, threshold and graded factor where they lie."""
+    return all(
+        t is None or (t.dtype == call.x.dtype and t.is_contiguous() and not t.is_neg())
+        for t in call[4:7]
+    )
 
 
 def _key_of_numbers(tensor: Tensor) -> Any:

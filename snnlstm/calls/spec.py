@@ -8,6 +8,8 @@ modified before all checks have passed. The core knows a reset and a pool by the
 
 from __future__ import annotations
 
+import sys
+import warnings
 from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from ..compat.snntorch import recognise_quant, recognise_surrogate, recognise_traced, refuse_traced
 from ..quant import StateQuant
-from ..surrogate import MAKERS, NONE, Surrogate, atan, fixed
+from ..surrogate import MAKERS, NONE, Surrogate, atan, fixed, is_number
 
 Reset = Literal["subtract", "zero", "none"]
 Pool = Literal["none", "max", "avg"]
@@ -277,6 +279,48 @@ def device_or_none(name: str, value: Any) -> torch.device | None:
         raise kind(
             f"{name} must be a torch.device or its name, such as 'cpu' or 'cuda:0', got {value!r}"
         ) from error
+
+
+def warn_of_threshold(threshold: Any) -> None:
+    """Warn of a cell that cannot spike, or spikes in silence.
+
+    The warning names the line outside of this package that makes the cell.
+    """
+    if never_spikes(threshold):
+        what = (
+            "is never exceeded: mem = o * tanh(syn) is at most 1, so this cell never spikes. Use "
+            "threshold=0.05, or learn_threshold=True"
+        )
+    elif spikes_in_silence(threshold):
+        what = (
+            "is exceeded by mem = 0, from which every neuron starts: neurons spike without input. "
+            "Use threshold=0.05"
+        )
+    else:
+        return
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("snnlstm."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"threshold={threshold} {what}, and look at snnlstm.spike_rates(net); see the "
+        "documentation's Quick start, 'Does it spike at all?'",
+        UserWarning,
+        stacklevel=level,
+    )
+
+
+def never_spikes(threshold: Any) -> bool:
+    """Whether no mem can exceed the threshold: mem = o * tanh(syn) is at most 1."""
+    if isinstance(threshold, Tensor):
+        return not threshold.is_meta and bool((threshold.detach() >= 1).all())
+    return is_number(threshold) and bool(threshold >= 1)
+
+
+def spikes_in_silence(threshold: Any) -> bool:
+    """Whether a mem of 0 exceeds a threshold, or some of a tensor of them."""
+    if isinstance(threshold, Tensor):
+        return not threshold.is_meta and bool((threshold.detach() < 0).any())
+    return is_number(threshold) and bool(threshold < 0)
 
 
 # ---- the options --------------------------------------------------------------------------------

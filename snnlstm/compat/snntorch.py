@@ -51,7 +51,7 @@ def recognise_surrogate(
         made = surrogate.make(kind.name, **{name: value(name) for name in kind.parameters})
     except (AttributeError, KeyError, TypeError, ValueError):  # no such parameter, or an odd one
         return spike_grad
-    return made if _agree(spike_grad, made, _POINTS) else spike_grad
+    return made if _alone(_agree, spike_grad, made, _POINTS) else spike_grad
 
 
 def recognise_traced(
@@ -116,13 +116,13 @@ def _kind(function: object) -> surrogate.Kind | None:
 _POINTS = [0.0 if k == 7 else 0.3 * k - 2.9 for k in range(21)]
 
 
-def _agree(*arguments: Any) -> bool:
-    """Ask :func:`_agree_alone` in a thread, which no mode, hook or transform of ours reaches."""
-    with ThreadPoolExecutor(1) as alone:
-        return alone.submit(_agree_alone, *arguments).result()
+def _alone(function: Callable[..., bool], *arguments: Any) -> bool:
+    """Call a function in a thread, which no mode, hook or transform of the caller's reaches."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
 
 
-def _agree_alone(theirs: Callable[[Tensor], Tensor], ours: Any, points: Any) -> bool:
+def _agree(theirs: Callable[[Tensor], Tensor], ours: Any, points: Any) -> bool:
     """Whether two functions give the same values and gradients at some points, (n,).
 
     Two defects of snnTorch's surrogates do not count: its sigmoid is NaN for very negative inputs,
@@ -174,7 +174,7 @@ def recognise_quant(
     some = made.levels[:: max(1, made.levels.numel() // 64)].float()
     middles, ends = (some[1:] + some[:-1]) / 2, torch.stack([some.min() - 1, some.max() + 1])
     points = torch.cat([some, middles, middles * 0.999 + 1e-4, ends])
-    return made if _agree(state_quant, made, points) else state_quant
+    return made if _alone(_agree, state_quant, made, points) else state_quant
 
 
 # ---- base class and registry --------------------------------------------------------------
@@ -236,15 +236,66 @@ Base: Any = _their_class("SConv2dLSTM") or nn.Module
 TheirLeaky: Any = _their_class("Leaky") or nn.Module
 """snnTorch's leaky integrate-and-fire neuron, or nn.Module."""
 
-METHODS: dict[str, Any] = {
-    name: method if str(method.__module__).partition(".")[0] == "snntorch" else None
-    for name in (
-        "forward", "fire", "mem_reset", "_base_state_function", "_base_state_reset_zero",
-        "_base_sub", "_base_zero", "_base_int",
-    )
-    if Base is not nn.Module and (method := getattr(Base, name, None)) is not None
-}  # fmt: skip
-"""What a cell of snnTorch computes with, as it was released; None for what was replaced before."""
+STATE_FUNCTIONS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
+"""The methods that compute a reset, and its name; ``state_function`` is one of them."""
+
+
+_METHODS = (
+    "fire", "fire_inhibition", "mem_reset", "_base_state_function", "_base_state_reset_zero",
+    *STATE_FUNCTIONS,
+)  # fmt: skip
+_RELEASED: dict[Any, tuple[Any, dict[str, Any]]] = {
+    kind: (kind.forward, {name: getattr(kind, name) for name in _METHODS if hasattr(kind, name)})
+    for kind in (Base, TheirLeaky)
+}
+"""What each class computes with, as it was when this package was imported."""
+
+COMPARED: dict[Any, Callable[[str], Any]] = {}
+"""For each class what both libraries return, of a few numbers and for the name of a reset."""
+
+_follow: dict[Any, bool] = {}
+
+
+def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
+    """Why a layer computes something else than `kind` of snnTorch 1.0.0 did; None if it does not.
+
+    `called` are methods that ours calls, too: a layer may have its own.
+    """
+    own, ours, (forward, released) = layer.__dict__, type(layer), _RELEASED[kind]
+    if kind.forward is not forward or "forward" in own:
+        return "its forward was replaced"
+    for name, method in released.items():
+        if (name in own and name not in called) or getattr(ours, name, None) is not method:
+            return f"its {name} was replaced"
+    chosen = own.get("state_function")
+    if chosen is not None:
+        name = getattr(chosen, "__name__", "")
+        if name not in STATE_FUNCTIONS or (
+            released.get(name) is not getattr(chosen, "__func__", None)
+        ):
+            return "its state_function was replaced"
+    if not _follows(kind):
+        return f"the installed snntorch computes another {kind.__name__} than snntorch 1.0.0"
+    return None
+
+
+def _follows(kind: Any) -> bool:
+    """Whether the installed class computes what 1.0.0's did, and ours does; asked once."""
+    if kind not in _follow:
+        _follow[kind] = _alone(_results_agree, COMPARED[kind])
+    return _follow[kind]
+
+
+_follows._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _results_agree(results: Callable[[str], Any]) -> bool:
+    try:
+        both = [zip(*results(reset), strict=True) for reset in STATE_FUNCTIONS.values()]
+        return all(torch.allclose(a.double(), b.double()) for each in both for a, b in each)
+    except Exception:  # another release may raise anything
+        return False
+
 
 _alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 

@@ -98,17 +98,13 @@ opaque: Callable[[Any], Any] = _find(
 
 # ---- tensors within transforms -------------------------------------------------------------------
 
-# NO_LEVEL is the level of a plain tensor, ENDED that of one whose transform has ended.
-NO_LEVEL, ENDED = -1, -2
+NO_LEVEL = -1
 
 level_of: Callable[[Tensor], int] = _find("_C._functorch.maybe_get_level", lambda _: NO_LEVEL)
-"""Level of the transform of torch.func that has wrapped a tensor."""
+"""Level of the transform of torch.func that has wrapped a tensor.
 
-is_vmapped: Callable[[Tensor], bool] = _find("_C._functorch.is_batchedtensor", _never)
-"""Whether a tensor's outermost wrapper is vmap's."""
-
-unwrapped: Callable[[Tensor], Tensor] = _find("_C._functorch.get_unwrapped", torch.clone)
-"""The tensor within the outermost wrapper."""
+It is NO_LEVEL for a plain tensor, and less than that where a derivative has ended.
+"""
 
 is_batch: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", _never)
 """Whether a gradient is one of many at once, as with is_grads_batched=True."""

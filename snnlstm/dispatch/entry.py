@@ -75,10 +75,6 @@ class Entry:
         return _guarded(call, tensors, settings) == self._guarded and self._guard.check(*tensors)
 
 
-class Entries(dict[Any, Any]):
-    """What cells kept of their calls before the process had one table; old pickles name it."""
-
-
 _entries: BoundedDict[Any, Entry] = BoundedDict()
 
 

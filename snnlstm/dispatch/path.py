@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..calls import algorithms
 from ..calls.call import Call, autocast_dtype, may_require_grad
 from ..calls.keys import OF_TORCH
-from ..calls.spec import DTYPES, CellSpec
+from ..calls.spec import CellSpec
 from ..compat import torch_private
 from ..compat.torch_private import (
     exporting,
@@ -189,14 +189,6 @@ def reason_against_conv(
     ):
         return "conv has another geometry than the cell"
     return None
-
-
-def dtype_source(conv: Any, x: Any, default: Any) -> Tensor:
-    """A tensor of a foreign conv's dtype and device: a parameter, x, or `default`."""
-    for parameter in conv.parameters() if isinstance(conv, nn.Module) else ():
-        if parameter.dtype in DTYPES:
-            return parameter
-    return x if isinstance(x, Tensor) and x.dtype in DTYPES else default
 
 
 def asked_every_call(

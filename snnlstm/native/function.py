@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import _C, reference
 from ..calls.call import Call
-from ..calls.keys import BoundedDict
+from ..calls.keys import BoundedDict, plan_key
+from ..calls.lengths import recorded_states
 from ..calls.spec import CellSpec
 from ..compat.torch_private import (
     forward_level,
@@ -26,9 +27,8 @@ from ..compat.torch_private import (
     transforms_are_active,
 )
 from . import cpu, cuda, cuda_check, pool
-from .half_types import recorded_states
 from .plan import CommonBackend, CommonPlan
-from .tensors import check_memory, with_numbers
+from .tensors import check_memory
 
 # ---- backends and plans --------------------------------------------------------------------------
 
@@ -65,12 +65,7 @@ def plan_of(
 
     `settings` are those of the backend for an algorithm.
     """
-    x, syn, mem, threshold = call.x, call.syn, call.mem, call.threshold
-    key = (
-        spec, operands, settings, call.record, call.lengths is None, x.shape, x.stride(), x.dtype,
-        x.device, syn.stride(), mem.shape, mem.stride(),
-        None if threshold is None else threshold.numel(), with_numbers(call) is call,
-    )  # fmt: skip
+    key = plan_key(call, spec, operands, settings)
     plan = _plans.get(key)
     if plan is None:
         backend = settings[0]

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calls.call import Call
-from ..calls.lengths import hold_last
-
-
-def recorded_states(call: Call, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
-    """Recorded states in which padded samples repeat their last one; kernels leave others there."""
-    lengths: Any = call.lengths
-    return hold_last(syn, call.syn, lengths), hold_last(mem, call.mem, lengths)
-
+from ..calls.lengths import recorded_states
 
 Step = Callable[[Call], tuple[Tensor, Tensor, Tensor, Any]]
 

@@ -23,10 +23,11 @@ from ..calls.call import (
     state_shape,
     weight_tensor,
 )
+from ..calls.lengths import recorded_states
 from ..calls.spec import HALF_TYPES, CellSpec
 from . import pool
 from .function import BACKENDS, constant_states, operands_of, plan_of, reached
-from .half_types import in_float32, recorded_states
+from .half_types import in_float32
 from .plan import (
     CommonPlan,
     Gradients,

@@ -1,18 +1,23 @@
-"""How each layer of a network goes through a sequence."""
+"""How each layer of a network goes through a sequence: the kind of its calls, and the calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..calls.call import SIZES, CheckedLengths
+from ..calls.lengths import held, hold_last, mask_padding
 from ..compat.snntorch import SEQUENCE_NEURONS, Neuron, TheirLeaky
-from ..dispatch.path import HOOKS, REPLACED, beyond_forward
+from ..dispatch.path import HOOKS, REPLACED, beyond_forward, reason_now
+from ..native import pool
+from ..neurons.attributes import CELL
 from ..neurons.leaky import Leaky
 from ..neurons.sconv2dlstm import SConv2dLSTM
-from .spikes import CELL, SpikeCount
+from .spikes import SpikeCount
 
 LARGEST = 128 << 10
 """The most bytes of a layer's input or output at one step with which the CPU folds the steps.
@@ -73,13 +78,22 @@ _LEAST_DIM: dict[type[nn.Module], int] = {
 }  # fmt: skip
 
 
-def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, size: int) -> LayerReport:
+def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | None) -> LayerReport:
     """How a layer goes through a sequence: x, or a step of it where x has `dim` dimensions.
 
-    A step has `dim` dimensions and `size` bytes, or 0 where the size does not count.
+    A step has `dim` dimensions. `by_step` is the reason to take all steps one by one, if there is
+    one.
     """
-    kind, reason = "step", changed(layer)
-    if isinstance(layer, SConv2dLSTM):
+    whole = x.dim() > dim
+    size = counted_bytes(x) // (x.shape[0] if whole else 1)
+    kind, reason = "step", by_step or changed(layer)
+    if by_step is not None:
+        if type(layer) in SEQUENCE_NEURONS:
+            who = f"layer {name} ({type(layer).__name__})"
+            raise ValueError(f"{who} needs whole sequences, but {by_step}")
+    elif getattr(layer, "_takes_sequences", False):  # a Sequential that carries hooks
+        kind, reason = "sequence", TAKES
+    elif isinstance(layer, SConv2dLSTM):
         if type(layer).forward is not SConv2dLSTM.forward:
             reason = "its class has a forward of its own"
         elif reason is None:
@@ -93,9 +107,7 @@ def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, size: int) -> La
     elif type(layer) in (Leaky, TheirLeaky):
         if type(layer) is not Leaky:
             reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
-        elif reason is None and (
-            torch.compiler.is_compiling() or not layer.takes(x, x.dim() > dim)
-        ):
+        elif reason is None and (torch.compiler.is_compiling() or not layer.takes(x, whole)):
             reason = "plain torch runs it, and its path says why"
         elif reason is None and size > LARGEST:
             reason = LARGE_STATE
@@ -111,7 +123,12 @@ def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, size: int) -> La
             reason = LARGE
         if reason is None:
             kind, reason = "fold", ALONE
-    return LayerReport(name, type(layer).__name__, kind, reason)
+    return LayerReport(name, type(layer).__name__, kind, str(reason))
+
+
+def counted_bytes(x: Tensor) -> int:
+    """The size of x where it counts, on the CPU and outside of torch.compile; else 0."""
+    return x.nbytes if x.device.type == "cpu" and not torch.compiler.is_compiling() else 0
 
 
 def changed(layer: nn.Module) -> str | None:
@@ -158,3 +175,158 @@ def unshared(x: Tensor, layer: nn.Module) -> Tensor:
     listed = type(layer) in _LEAST_DIM or type(layer).__module__.startswith("snntorch.")
     safe = listed and not getattr(layer, "inplace", False) and changed(layer) is None
     return x if safe else x.clone()
+
+
+# ---- calls of a layer ---------------------------------------------------------------------------
+
+
+def whole_sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
+    """Call a layer that takes sequences: a cell, a neuron, or a Sequential that carries hooks."""
+    if isinstance(layer, Leaky):
+        return layer.sequence(x, last and (layer.output or not layer.init_hidden), lengths)
+    cell, neuron = isinstance(layer, SConv2dLSTM), type(layer) in SEQUENCE_NEURONS
+    step = f"{layer.in_channels}, {SIZES[layer._dims]}" if cell else "C"  # a step's shape without N
+    if (cell or neuron) and x.dim() != step.count(",") + 3:
+        raise ValueError(
+            f"x must be a sequence of steps (N, {step}) for layer {name} "
+            f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
+        )
+    if neuron:
+        return layer(x) if lengths is None else pad(layer(mask_padding(x, lengths)), lengths)
+    options: dict[str, Any] = {}
+    if lengths is not None:
+        options["lengths"] = CheckedLengths(lengths, x.shape[0])
+    if cell:  # a cell that returns its states returns those of every step
+        options["record"] = last and (layer.output or not layer.init_hidden)
+    if layer.batch_first:
+        return exchanged(layer(exchanged(x), **options))
+    return layer(x, **options)
+
+
+def pad(out: Any, lengths: Tensor) -> Any:
+    """What a neuron returned of all steps, spk or spk and mem, as steps with :class:`Frozen`."""
+    if isinstance(out, Tensor):
+        return mask_padding(out, lengths)
+    spk, mem = out
+    return mask_padding(spk, lengths), hold_last(mem, mem.new_zeros(()), lengths)
+
+
+class Frozen:
+    """Calls a layer step by step, and leaves padded samples as they are.
+
+    `call` calls the layer. The layer computes padded samples, too, but its first result is 0 there.
+    Its other results stay as they were, and so do the states that it keeps of a sample, in tensors
+    (N, ...) that are attributes or non-persistent buffers.
+    """
+
+    def __init__(self, layer: nn.Module, call: Callable[[Tensor], Any], lengths: Tensor) -> None:
+        self._layer, self._call, self._lengths, self._step = layer, call, lengths, 0
+        self._returned: Any = None
+
+    def __call__(self, x: Tensor) -> Any:
+        live = self._lengths > self._step
+        before = {id(owner): _kept(owner) for owner in self._layer.modules()}
+        out = self._call(x)
+        olds = {}  # what a stored state was before the call, which may return that state
+        for owner in self._layer.modules():
+            for name, after in _kept(owner).items():
+                if after.dim() > 1 and after.shape[0] == len(live):
+                    olds[id(after)] = old = before[id(owner)].get(name)
+                    setattr(owner, name, held(live, after, old))
+        if self._returned is None and isinstance(out, tuple | list):
+            self._returned = tuple(olds.get(id(item)) for item in out)
+        self._step, self._returned = self._step + 1, held(live, out, self._returned, True)
+        return self._returned
+
+
+def _kept(owner: nn.Module) -> dict[str, Tensor]:
+    """The tensors in which a module may keep something from step to step."""
+    if isinstance(owner, SConv2dLSTM):
+        return {"syn": owner._state.syn, "mem": owner._state.mem}
+    temporary = owner._non_persistent_buffers_set
+    tensors = owner.__dict__ | {k: v for k, v in owner._buffers.items() if k in temporary}
+    return {k: v for k, v in tensors.items() if isinstance(v, Tensor)}
+
+
+# ---- what layers return -------------------------------------------------------------------------
+
+
+def first_item(name: str, out: Any) -> Tensor:
+    """What the next layer gets of what layer `name` returned: of a tuple, the first item."""
+    while isinstance(out, tuple | list) and out:
+        out = out[0]
+    return out if isinstance(out, Tensor) else joined(name, [out])
+
+
+def joined(name: str, outs: list[Any] | tuple[Any, ...]) -> Any:
+    """What layer `name` returned at all steps as one: tensors stacked, tuples item by item."""
+    first = outs[0]
+    if all(isinstance(out, Tensor) for out in outs):
+        for out in outs:
+            if out.shape != first.shape:
+                raise ValueError(
+                    f"layer {name} must return tensors of one shape at every step, "
+                    f"got {tuple(first.shape)} and {tuple(out.shape)}"
+                )
+        return stack(outs)
+    if all(isinstance(out, tuple | list) and len(out) == len(first) > 0 for out in outs):
+        return tuple(joined(name, items) for items in zip(*outs, strict=True))
+    odd = next(out for out in outs if not isinstance(out, Tensor))
+    raise TypeError(
+        f"layer {name} must return tensors, or tuples of as many tensors, at every step, "
+        f"got {type(odd).__name__}"
+    )
+
+
+def mapped(function: Callable[[Tensor], Tensor], out: Any) -> Any:
+    """Apply a function to a tensor, or to each tensor in tuples."""
+    if isinstance(out, Tensor):
+        return function(out)
+    return tuple(mapped(function, item) for item in out)
+
+
+def exchanged(out: Any) -> Any:
+    """Every tensor with its first two dimensions exchanged; (T,), a number a step, has no batch."""
+    return mapped(lambda item: item.transpose(0, 1) if item.dim() > 1 else item, out)
+
+
+def stack(steps: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """torch.stack(steps); a large result lies in a block of :mod:`snnlstm.native.pool`."""
+    if not torch.compiler.is_compiling() and reason_now() is None:
+        size = len(steps) * steps[0].numel() * steps[0].element_size()
+        if size >= pool.MAPPED and _are_alike(steps):
+            return _Stack.apply(*steps)
+    return torch.stack(steps)
+
+
+def _are_alike(steps: list[Tensor] | tuple[Tensor, ...]) -> bool:
+    """Whether they are plain tensors on the CPU, in a memory layout that torch.stack keeps."""
+    first = steps[0]
+    return (
+        first.device.type == "cpu"
+        and first.layout is torch.strided
+        and (first.is_contiguous() or _is_channels_last(first))
+        and all(
+            type(step) is Tensor and step.dtype is first.dtype and step.stride() == first.stride()
+            for step in steps
+        )
+    )
+
+
+def _is_channels_last(step: Tensor) -> bool:
+    return step.dim() == 4 and step.is_contiguous(memory_format=torch.channels_last)
+
+
+class _Stack(torch.autograd.Function):
+    """torch.stack, which takes no memory for its result where gradients are computed."""
+
+    @staticmethod
+    def forward(ctx: Any, *steps: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        first = steps[0]
+        shape, strides = (len(steps), *first.shape), (first.numel(), *first.stride())
+        return torch.stack(steps, out=pool.empty_result(shape, strides, first.dtype, first.device))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None,) * len(ctx.needs_input_grad) if grad is None else grad.unbind()

@@ -6,33 +6,36 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..calls.call import SIZES
-from ..calls.lengths import checked_lengths, mask_padding
+from ..calls.call import checked_lengths
+from ..calls.lengths import mask_padding
 from ..calls.spec import flag
 from ..compat.snntorch import SEQUENCE_NEURONS
 from ..dispatch.path import log_once
-from ..neurons.leaky import Leaky
+from ..neurons.attributes import CELL
 from ..neurons.sconv2dlstm import SConv2dLSTM
 from .layers import (
-    CELL,
     LARGEST_STACKED,
     ONE_CALL,
     PER_SAMPLE,
-    TAKES,
     TO_STACK,
+    Frozen,
     LayerReport,
     changed,
+    counted_bytes,
+    exchanged,
+    first_item,
+    joined,
+    mapped,
     not_per_sample,
     report_of,
     unshared,
+    whole_sequence,
 )
-from .padded import Frozen, pad
-from .stack import stack
 
 Named = tuple[str, nn.Module]  # a layer and its name
 
@@ -97,6 +100,7 @@ class Sequential(nn.Sequential):
     """
 
     report: tuple[LayerReport, ...] | None = None
+    _takes_sequences: ClassVar[bool] = True
 
     def __init__(self, *layers: Any, batch_first: bool = False) -> None:
         one = layers[0] if len(layers) == 1 else None
@@ -238,14 +242,14 @@ def _over_time(
     layers, shared = list(_layers(modules, "")), _shared_state(modules)
     # A shared state changes in the order of the loop, so all layers then go step by step.
     by_step = shared and f"layer {shared} is in several places and may keep a state"
-    time, out, before = x.shape[0], x, ""
+    out, before = x, ""
     folded: torch.Size | None = None  # (T, N) while `out` has all steps as one batch
     reports: list[LayerReport] = []
     while rest := layers[len(reports) :]:
         name, layer = rest[0]
-        x = _first_item(before, out)
+        x = first_item(before, out)
         whole = x if folded is None else x.unflatten(0, folded)
-        report = _report_of(name, layer, whole, whole.dim() - 1, time, by_step)
+        report = report_of(name, layer, whole, whole.dim() - 1, by_step)
         if lengths is not None and not reports and report.kind != "sequence":
             x = mask_padding(x, lengths)  # a NaN in the padding must not reach a gradient
         if folded is not None and report.kind != "fold":
@@ -253,7 +257,7 @@ def _over_time(
         if report.kind == "step":
             out = _step_by_step(rest, x, lengths, by_step, reports)
         elif report.kind == "sequence":
-            out = _sequence(name, layer, x, lengths, last=len(rest) == 1)
+            out = whole_sequence(name, layer, x, lengths, last=len(rest) == 1)
             reports.append(report)
         else:
             if folded is None:
@@ -267,7 +271,7 @@ def _over_time(
         out = mask_padding(out, lengths)
     if not traced:
         _log_oddities(layers, reports, batch_first)
-    return (_exchanged(out) if batch_first else out), tuple(reports)
+    return (exchanged(out) if batch_first else out), tuple(reports)
 
 
 def _layers(modules: Iterable[tuple[str, Any]], prefix: str) -> Iterator[Named]:
@@ -314,24 +318,6 @@ def _log_oddities(layers: list[Named], reports: list[LayerReport], batch_first: 
             log_once(layer, text, "layer %s (%s) of a stack %s", name, report.layer, text)
 
 
-def _report_of(
-    name: str, layer: nn.Module, x: Tensor, dim: int, steps: int, by_step: str | None
-) -> LayerReport:
-    """How a layer goes through a sequence; x has `steps` of its steps, each of `dim` dimensions.
-
-    `by_step` is the reason to take all steps one by one, if there is one.
-    """
-    if by_step is None and isinstance(layer, Sequential):  # a stack that carries hooks
-        return LayerReport(name, type(layer).__name__, "sequence", TAKES)
-    if by_step is None:
-        counts = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        return report_of(name, layer, x, dim, x.nbytes // steps if counts else 0)
-    if type(layer) in SEQUENCE_NEURONS:
-        kind = type(layer).__name__
-        raise ValueError(f"layer {name} ({kind}) needs whole sequences, but {by_step}")
-    return LayerReport(name, type(layer).__name__, "step", by_step)
-
-
 def _step_by_step(
     layers: list[Named],
     x: Tensor,
@@ -343,14 +329,13 @@ def _step_by_step(
 
     All of them run for one step, then for the next.
     """
-    counts = x.device.type == "cpu" and not torch.compiler.is_compiling()
     outs: list[Any] = list(x.unbind(0))  # the gradient of each x[t] would be as large as x
     calls: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
     before = ""
     for name, layer in layers:
-        first = _first_item(before, outs[0])
-        report = _report_of(name, layer, first, first.dim(), 1, by_step)
-        if calls and report.reason == ONE_CALL and counts and first.nbytes > LARGEST_STACKED:
+        first = first_item(before, outs[0])
+        report = report_of(name, layer, first, first.dim(), by_step)
+        if calls and report.reason == ONE_CALL and counted_bytes(first) > LARGEST_STACKED:
             report = replace(report, kind="step", reason=TO_STACK)
         if report.kind != "step":
             break
@@ -364,74 +349,11 @@ def _step_by_step(
         outs[0], before = call(unshared(first, layer)), name
     for t in range(1, len(outs)):
         for previous, layer, call in calls:
-            outs[t] = call(unshared(_first_item(previous, outs[t]), layer))
-    return _joined(before, outs)
-
-
-def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
-    """Call a layer that takes sequences: a cell, a neuron, or a Sequential that carries hooks."""
-    if isinstance(layer, Leaky):
-        return layer.sequence(x, last and (layer.output or not layer.init_hidden), lengths)
-    cell, neuron = isinstance(layer, SConv2dLSTM), type(layer) in SEQUENCE_NEURONS
-    step = f"{layer.in_channels}, {SIZES[layer._dims]}" if cell else "C"  # a step's shape without N
-    if (cell or neuron) and x.dim() != step.count(",") + 3:
-        raise ValueError(
-            f"x must be a sequence of steps (N, {step}) for layer {name} "
-            f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
-        )
-    if neuron:
-        return layer(x) if lengths is None else pad(layer(mask_padding(x, lengths)), lengths)
-    options: dict[str, Any] = {} if lengths is None else {"lengths": lengths}
-    if cell:  # a cell that returns its states returns those of every step
-        options["record"] = last and (layer.output or not layer.init_hidden)
-    if layer.batch_first:
-        return _exchanged(layer(_exchanged(x), **options))
-    return layer(x, **options)
+            outs[t] = call(unshared(first_item(previous, outs[t]), layer))
+    return joined(before, outs)
 
 
 def _one_step(layer: Sequential, x: Tensor) -> Any:
     """Call a stack that carries hooks, and so takes sequences, with one step (N, ...)."""
     out = layer(x.unsqueeze(int(layer.batch_first)))
-    return _mapped(lambda item: item[0], _exchanged(out) if layer.batch_first else out)
-
-
-# ---- what layers return -----------------------------------------------------------------------
-
-
-def _first_item(name: str, out: Any) -> Tensor:
-    """What the next layer gets of what layer `name` returned: of a tuple, the first item."""
-    while isinstance(out, tuple | list) and out:
-        out = out[0]
-    return out if isinstance(out, Tensor) else _joined(name, [out])
-
-
-def _joined(name: str, outs: list[Any] | tuple[Any, ...]) -> Any:
-    """What layer `name` returned at all steps as one: tensors stacked, tuples item by item."""
-    first = outs[0]
-    if all(isinstance(out, Tensor) for out in outs):
-        for out in outs:
-            if out.shape != first.shape:
-                raise ValueError(
-                    f"layer {name} must return tensors of one shape at every step, "
-                    f"got {tuple(first.shape)} and {tuple(out.shape)}"
-                )
-        return stack(outs)
-    if all(isinstance(out, tuple | list) and len(out) == len(first) > 0 for out in outs):
-        return tuple(_joined(name, items) for items in zip(*outs, strict=True))
-    odd = next(out for out in outs if not isinstance(out, Tensor))
-    raise TypeError(
-        f"layer {name} must return tensors, or tuples of as many tensors, at every step, "
-        f"got {type(odd).__name__}"
-    )
-
-
-def _mapped(function: Callable[[Tensor], Tensor], out: Any) -> Any:
-    """Apply a function to a tensor, or to each tensor in tuples."""
-    if isinstance(out, Tensor):
-        return function(out)
-    return tuple(_mapped(function, item) for item in out)
-
-
-def _exchanged(out: Any) -> Any:
-    """Every tensor with its first two dimensions exchanged; (T,), a number a step, has no batch."""
-    return _mapped(lambda item: item.transpose(0, 1) if item.dim() > 1 else item, out)
+    return mapped(lambda item: item[0], exchanged(out) if layer.batch_first else out)

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calls.spec import a_module, pooling
-from ..compat.snntorch import Base, Neuron
-from ..compat.torch_private import NO_LEVEL, exporting, level_of, unwrapped
+from ..compat.snntorch import Neuron
+from ..compat.torch_private import exporting, transforms_are_active
+from ..neurons.attributes import CELL
 from ..neurons.sconv2dlstm import SConv2dLSTM
 from ..quant import StateQuant
-
-CELL = SConv2dLSTM if Base is nn.Module else Base  # the base class of all cells
 
 
 @dataclass(eq=False)
@@ -48,20 +47,19 @@ class SpikeCount:
     compared: Tensor | None = None
 
     def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        if exporting():  # tensors of an export hold no numbers
+        if exporting() or transforms_are_active():  # such tensors hold no numbers of their own
             return
         with torch.no_grad():
             mem = getattr(layer, "mem", None)
             while isinstance(output, tuple | list):  # a tuple ends with mem
                 output, mem = output[0], output[-1]
-            output = _bare(output)
-            self.spikes = _bare(self.spikes + output.count_nonzero())
+            self.spikes = self.spikes + output.count_nonzero()
             self.chances += output.numel()
             if isinstance(mem, Tensor) and mem.numel():
-                self.compared = _compared(layer, _bare(mem).detach())
+                self.compared = _compared(layer, mem.detach())
                 highest = self.compared.max()
                 before = highest if self.highest is None else self.highest
-                self.highest = _bare(torch.maximum(highest, before))
+                self.highest = torch.maximum(highest, before)
 
     @property
     def rate(self) -> float:
@@ -95,13 +93,6 @@ def _compared(layer: Any, mem: Tensor) -> Tensor:
         return F.max_pool2d(images, size)
     mem = F.avg_pool2d(images, size)
     return layer.state_quant(mem) if type(layer.state_quant) is StateQuant else mem
-
-
-def _bare(tensor: Tensor) -> Tensor:
-    """The tensor within torch.func's wrappers; under vmap it holds all samples."""
-    while not torch.compiler.is_compiling() and level_of(tensor) != NO_LEVEL:
-        tensor = unwrapped(tensor)
-    return tensor
 
 
 class SpikeRates(dict[str, SpikeCount]):
@@ -141,7 +132,7 @@ class SpikeRates(dict[str, SpikeCount]):
                 fits = count.exceeded
                 note = f"never spiked; 5 % of mem > {fits:.2g}" if fits else "never spiked"
             if not count.chances:
-                rate, note = "", "not called, or compiled before"
+                rate, note = "", "not called, compiled before, or under torch.func"
             numbers = (count.highest, count.threshold)
             highest, threshold = ("" if n is None else f"{float(n):.3g}" for n in numbers)
             spikes = str(int(count.spikes))
@@ -158,7 +149,8 @@ def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
 
     The layers are our cells, snnTorch's cells and its other neurons. Counting changes neither their
     results nor the kernels that run. Code that torch.compile compiled before the block is not
-    counted: compile within the block, or call the network that is not compiled. ::
+    counted: compile within the block, or call the network that is not compiled. Calls within a
+    transform of torch.func are not counted either. ::
 
         with snnlstm.spike_rates(net):
             net(x)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calls.spec import OPTIONS, a_module, flag
+from ..calls.spec import OPTIONS, a_module, flag, never_spikes
 from ..compat.snntorch import (
-    METHODS,
+    COMPARED,
     Base,
     Neuron,
     TheirLeaky,
@@ -23,12 +23,13 @@ from ..compat.snntorch import (
     recognise_quant,
     recognise_surrogate,
     register,
+    replaced,
     take_out,
 )
 from ..dispatch.path import against_device
-from ..neurons.attributes import never_spikes
-from ..neurons.leaky import PRIVATE, Leaky, replaced
+from ..neurons.leaky import PRIVATE, Leaky
 from ..neurons.sconv2dlstm import SConv1dLSTM, SConv2dLSTM
+from ..reference import sconv2dlstm
 
 logger = logging.getLogger("snnlstm")
 
@@ -108,9 +109,10 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     Each layer stays the same object, with its parameters, buffers, submodules, state and hooks, and
     changes its class, so optimizers, plain lists and ``torch.compile`` keep working with it. Some
     layers stay as they are, and the report gives the reason: instances of subclasses and layers
-    whose methods were replaced (they may compute something else), cells that snnTorch could not run
-    either, such as one with an even kernel, and other neurons. Layers are found among the model's
-    modules, but not in plain lists or other objects. The report also names modules of other classes
+    whose methods were replaced (they may compute something else), all layers of a class of which
+    the installed snnTorch computes another than 1.0.0, cells that snnTorch could not run either,
+    such as one with an even kernel, and other neurons. Layers are found among the model's modules,
+    but not in plain lists or other objects. The report also names modules of other classes
     that look like a ConvLSTM without spikes.
 
     Three settings that snnTorch's cell accepts and ignores take effect: ``inhibition``, and a
@@ -238,8 +240,8 @@ def _as_ours(module: nn.Module) -> nn.Module | str | None:
     if isinstance(module, SConv2dLSTM):
         return _ALREADY[0]
     if kind is Base:
-        reason = _why_not_as_released(module)
-        return _adopt(module) if reason is None else reason
+        reason = replaced(module, Base, called=("fire", "mem_reset"))
+        return reason or _adopt(module)
     if isinstance(module, Base):
         return f"{name} is a subclass of snntorch.SConv2dLSTM and may compute something else"
     if isinstance(module, TheirLeaky):
@@ -258,18 +260,25 @@ def _looks_like_a_convlstm(module: nn.Module) -> bool:
     return any(c.out_channels % 4 == 0 and c.in_channels > c.out_channels // 4 for c in convs)
 
 
-def _why_not_as_released(cell: Any) -> str | None:
-    """Why a cell of snnTorch's class may compute other results; None if it does not."""
-    for name, released in METHODS.items():
-        if name in cell.__dict__ and name not in ("fire", "mem_reset"):  # ours calls these two
-            return f"its {name} was replaced"
-        if getattr(Base, name, None) is not released:
-            return f"snntorch.SConv2dLSTM.{name} was replaced"
-    if "state_function" in cell.__dict__:
-        chosen = getattr(cell.state_function, "__func__", None)
-        if chosen is None or METHODS.get(chosen.__name__) is not chosen:
-            return "its state_function was replaced"
-    return None
+def _results(reset: str) -> tuple[Any, Any]:
+    """What a step of snnTorch's cell and of ours returns."""
+    cell = _their_cell(threshold=0.25, reset_mechanism=reset)
+    take_out([cell])
+    weight, bias = cell.conv.weight, cell.conv.bias
+    x, syn, mem = torch.tensor([[-1, 0.5, 2]] * 3, device="cpu").reshape(3, 1, 1, 1, 3)
+    ours = sconv2dlstm(x, syn, mem, weight, bias, threshold=0.25, reset_mechanism=reset)
+    return Base.forward(cell, x, syn, mem), ours
+
+
+COMPARED[Base] = _results
+
+
+def _their_cell(**options: Any) -> Any:
+    """A small cell of snnTorch's, although patch() may be in force; it draws no random numbers."""
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        cell = type(Base.__name__, (Base,), {})(1, 1, 1, **options)
+    object.__setattr__(cell, "__class__", Base)
+    return cell
 
 
 def _as_theirs(module: Any) -> nn.Module | str | None:
@@ -305,7 +314,7 @@ def _other_leaky(old: Any, kind: type[nn.Module]) -> nn.Module | str:
     if type(old) not in (Leaky, TheirLeaky):
         base = "snnlstm.Leaky" if isinstance(old, Leaky) else "snntorch.Leaky"
         return f"{type(old).__name__} is a subclass of {base} and may compute something else"
-    if (reason := replaced(old)) is not None:
+    if (reason := replaced(old, TheirLeaky)) is not None:
         return reason
     new = nn.Module.__new__(kind)
     new.__dict__ = {k: v for k, v in old.__dict__.items() if k not in (*PRIVATE, "reset")}
@@ -338,14 +347,9 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
     for name, original in (old._adopted or {}).items():
         if _RECOGNISE[name](original) == callables[name]:
             callables[name] = original
-    # This cell is tiny and draws no random numbers; its tensors are replaced below. patch() does
-    # not change the constructor of subclasses.
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        cell = type(Base.__name__, (Base,), {})(
-            1, 1, 1, surrogate_disable=old.surrogate_disable, reset_mechanism=old.reset_mechanism,
-            **callables,
-        )  # fmt: skip
-    object.__setattr__(cell, "__class__", Base)
+    cell = _their_cell(  # whose tensors are replaced below
+        surrogate_disable=old.surrogate_disable, reset_mechanism=old.reset_mechanism, **callables
+    )
     for name in (*_SAME, "padding"):
         setattr(cell, name, getattr(old, name))
     ours = set(vars(type(old)(1, 1, 1, threshold=0.1, device="meta")))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable
 from copy import copy
 from typing import Any, ClassVar
@@ -139,7 +137,7 @@ class CellAttributes(Base):
     @property
     def syn(self) -> Tensor:
         """Stored synaptic current, (N, C, Ho, Wo), or (0,) before the first call."""
-        return self._state.read("syn")
+        return self._state.syn
 
     @syn.setter
     def syn(self, value: Tensor) -> None:
@@ -148,7 +146,7 @@ class CellAttributes(Base):
     @property
     def mem(self) -> Tensor:
         """Stored membrane potential, (N, C, Ho, Wo), or (0,) before the first call."""
-        return self._state.read("mem")
+        return self._state.mem
 
     @mem.setter
     def mem(self, value: Tensor) -> None:
@@ -251,47 +249,5 @@ class CellAttributes(Base):
         register(self)
 
 
-def warn_of_threshold(threshold: Any) -> None:
-    """Warn of a cell that cannot spike, or spikes in silence.
-
-    The warning names the line outside of this package that makes the cell.
-    """
-    if never_spikes(threshold):
-        what = (
-            "is never exceeded: mem = o * tanh(syn) is at most 1, so this cell never spikes. Use "
-            "threshold=0.05, or learn_threshold=True"
-        )
-    elif spikes_in_silence(threshold):
-        what = (
-            "is exceeded by mem = 0, from which every neuron starts: neurons spike without input. "
-            "Use threshold=0.05"
-        )
-    else:
-        return
-    level, frame = 1, sys._getframe(0)
-    while frame.f_back is not None and _is_ours(frame.f_globals.get("__package__")):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(
-        f"threshold={threshold} {what}, and look at snnlstm.spike_rates(net); see the "
-        "documentation's Quick start, 'Does it spike at all?'",
-        UserWarning,
-        stacklevel=level,
-    )
-
-
-def _is_ours(package: str | None) -> bool:
-    return (package or "").partition(".")[0] == "snnlstm"
-
-
-def never_spikes(threshold: Any) -> bool:
-    """Whether no mem can exceed the threshold: mem = o * tanh(syn) is at most 1."""
-    if isinstance(threshold, Tensor):
-        return not threshold.is_meta and bool((threshold.detach() >= 1).all())
-    return is_number(threshold) and bool(threshold >= 1)
-
-
-def spikes_in_silence(threshold: Any) -> bool:
-    """Whether a mem of 0 exceeds a threshold, or some of a tensor of them."""
-    if isinstance(threshold, Tensor):
-        return not threshold.is_meta and bool((threshold.detach() < 0).any())
-    return is_number(threshold) and bool(threshold < 0)
+CELL: Any = CellAttributes if Base is nn.Module else Base
+"""The class of all cells, ours and snnTorch's."""

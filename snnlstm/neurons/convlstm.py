@@ -13,15 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import spec
-from ..calls.call import checked_call, state_tensor
-from ..calls.lengths import checked_lengths, length_mask
+from ..calls.call import (
+    CheckedLengths,
+    checked_call,
+    checked_lengths,
+    dtype_source,
+    state_tensor,
+)
+from ..calls.lengths import held, mask_padding
 from ..dispatch.entry import run, run_traced
 from ..dispatch.path import (
     EXPORT,
     LastPath,
     asked_every_call,
     beyond_forward,
-    dtype_source,
     log_fallback,
     log_once,
 )
@@ -291,18 +296,18 @@ def _run_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a cell over x (T, N, Cin, H, W): h of every step, and the last h and c or all."""
     if type(cell).forward is ConvLSTMCell.forward and beyond_forward(cell) is None:
-        return cell._run(x, state, f"hidden_state[{layer}]", lengths, record)
+        given = None if lengths is None else CheckedLengths(lengths, x.shape[0])
+        return cell._run(x, state, f"hidden_state[{layer}]", given, record)
     if not torch.compiler.is_compiling():
         text = "ConvLSTM calls layer %d step by step: its %s has hooks or a forward of its own"
         log_once(cell, text, text, layer, type(cell).__name__)
     state = cell.init_hidden(x.shape[1], tuple(x.shape[-2:])) if state is None else state
     states = []
-    own = None if lengths is None else length_mask(lengths, x.shape[0])
-    for t, x_t in enumerate(x if own is None else torch.where(own, x, 0)):
+    for t, x_t in enumerate(x if lengths is None else mask_padding(x, lengths)):
         before, state = state, cell(x_t, state)
-        if own is not None:
-            state = [torch.where(own[t], *pair) for pair in zip(state, before, strict=True)]
+        if lengths is not None:
+            state = held(lengths > t, state, before)
         states.append(state)
     h = torch.stack([h for h, _ in states])
-    out = h if own is None else torch.where(own, h, 0)
+    out = h if lengths is None else mask_padding(h, lengths)
     return (out, h, torch.stack([c for _, c in states])) if record else (out, *state)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..calls.lengths import hold_last, last_state, mask_padding
 from ..calls.spec import DTYPES
+from ..compat import snntorch
 from ..compat.snntorch import Neuron, TheirLeaky, recognise_surrogate, recognise_traced
 from ..dispatch.path import LastPath, Path, against_device, log_fallback, native_path, reason_now
 from ..reference import called, fire, reset_signal
@@ -23,33 +24,10 @@ except ImportError:  # path.against_device says why
 PRIVATE = ("_path", "_layer_name", "_recognised")
 """The attributes of an instance that only our class has."""
 
-_RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
-_CALLED = (
-    "fire",
-    "fire_inhibition",
-    "mem_reset",
-    "_base_state_function",
-    *_RESETS,
-)  # snnTorch's forward calls these
-_RELEASED = {name: getattr(TheirLeaky, name, None) for name in (*_CALLED, "forward")}
-_MECHANISMS = {_RELEASED[name]: reset for name, reset in _RESETS.items()}
 _TRACED = Path("reference", "torch.compile traces plain operators")
 _PARAMETERS = ("beta", "threshold", "graded_spikes_factor")
 _TENSORS = {Tensor, nn.Parameter}
 _BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # what surrogate_disable makes of spike_grad
-
-
-def replaced(layer: Any) -> str | None:
-    """What makes a layer compute something else than snnTorch's class; None if nothing does."""
-    attributes, kind = layer.__dict__, type(layer)
-    if TheirLeaky.forward is not _RELEASED["forward"] or "forward" in attributes:
-        return "its forward was replaced"
-    for name in _CALLED:
-        if name in attributes or getattr(kind, name) is not _RELEASED[name]:
-            return f"its {name} was replaced"
-    if getattr(layer.state_function, "__func__", None) not in _MECHANISMS:
-        return "its state_function was replaced"
-    return None
 
 
 class Leaky(TheirLeaky):  # type: ignore[misc]
@@ -70,8 +48,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     The kernels cover x of float32, float64, float16 and bfloat16 on the CPU and on CUDA, with a
     beta and a threshold that are numbers or vary along one dimension of x. Plain torch runs all
     other calls, such as those with ``reset_delay=False``, ``inhibition``, ``state_quant`` or a
-    surrogate of your own, and snnTorch's own forward those of a layer whose methods were replaced;
-    :attr:`path` says why. On every path four things differ from snnTorch: spk is float64 where x is
+    surrogate of your own, and snnTorch's own forward those of a layer whose methods were replaced,
+    and all where the installed snnTorch computes another Leaky than 1.0.0; :attr:`path` says why.
+    On every path but the last four things differ from snnTorch: spk is float64 where x is
     (snnTorch's is float32), mem is float32 where x is of a half type, also with
     ``reset_mechanism="none"``, an infinite threshold makes no NaN where nothing is reset, and no
     ``reset`` stays on the layer: ``mem_reset(mem)`` computes it from the mem before the step.
@@ -166,7 +145,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def _without_kernels(self, path: Path, x: Tensor, mem: Tensor | None) -> Any:
         """Run a step in plain torch, or snnTorch's own forward where a method was replaced."""
         before: Any = self._buffers.get("mem")
-        if replaced(self) is None:
+        if snntorch.replaced(self, TheirLeaky) is None:
             spk, after = self._plain(x, before if mem is None else mem, path is _TRACED)
             self.mem = after
             out = spk if self.init_hidden and not self.output else (spk, after)
@@ -195,7 +174,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             mem = torch.zeros_like(x)
         mem = mem.to(torch.promote_types(mem.dtype, torch.float32))
 
-        reset = _MECHANISMS[self.state_function.__func__]
+        reset = snntorch.STATE_FUNCTIONS[self.state_function.__name__]
         signal = reset_signal(mem, threshold, surrogate)
         if reset == "zero":
             mem = (1 - signal) * mem
@@ -267,7 +246,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if path is not None:
             return path
         surrogate: Any = self._surrogate()
-        reason = replaced(self) or self._option_against(surrogate)
+        reason = snntorch.replaced(self, TheirLeaky) or self._option_against(surrogate)
         if reason is None and (x.dtype not in DTYPES or mem.dtype not in DTYPES):
             reason = f"x is of {x.dtype} and mem of {mem.dtype}"
         parameters = beta, threshold, graded = [*map(self._parameter, _PARAMETERS)]
@@ -283,7 +262,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             reason = reason or "mem is on another device, or of torch.float64, which x is not"
         if reason is not None:
             return Path("reference", reason, slow=True)
-        reset = _MECHANISMS[self.state_function.__func__]
+        reset = snntorch.STATE_FUNCTIONS[self.state_function.__name__]
         return kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
 
     def _option_against(self, surrogate: Surrogate | None) -> str | None:
@@ -307,3 +286,14 @@ def _parameter_against(name: str, tensor: Any, x: Tensor, step: torch.Size) -> s
     if (tensor.dim() or not step) and torch.promote_types(tensor.dtype, real) is not real:
         return f"{name} is of {tensor.dtype}, which makes results of it"
     return None
+
+
+def _results(reset: str) -> tuple[Any, Any]:
+    """What a step of snnTorch's layer and of ours returns."""
+    layer = Leaky(0.5, threshold=0.5, reset_mechanism=reset)
+    snntorch.take_out([layer])
+    x, mem = torch.tensor([[-1, 0.25, 0.5, 1], [0.25, 0.75, 1.5, -0.5]], device="cpu")
+    return TheirLeaky.forward(layer, x, mem), layer._plain(x, mem, False)
+
+
+snntorch.COMPARED[TheirLeaky] = _results

@@ -16,16 +16,17 @@ from ..calls.call import (
     batch_before_time,
     channel_broadcast,
     checked_call,
+    checked_lengths,
+    dtype_source,
     real_tensor,
     values,
 )
-from ..calls.lengths import checked_lengths
 from ..calls.spec import CellSpec
 from ..compat.snntorch import register
 from ..dispatch.entry import Results, run, run_traced
-from ..dispatch.path import EXPORT, Path, asked_every_call, dtype_source, log_fallback
+from ..dispatch.path import EXPORT, Path, asked_every_call, log_fallback
 from ..reference import Overrides
-from .attributes import CellAttributes, warn_of_threshold
+from .attributes import CellAttributes
 from .state import State
 
 
@@ -183,7 +184,7 @@ class SConv2dLSTM(CellAttributes):
         else:
             self.register_buffer("threshold", initial)
             if not state_quant:
-                warn_of_threshold(threshold)
+                spec.warn_of_threshold(threshold)
         self.register_buffer("graded_spikes_factor", conv.weight.new_ones(()))
         self.register_buffer("reset_mechanism_val", self._reset_index(conv.weight.device))
         self.conv = conv

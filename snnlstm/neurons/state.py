@@ -16,15 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls.call import state_tensor
-from ..compat.torch_private import (
-    NO_LEVEL,
-    backward_pass,
-    is_vmapped,
-    level_of,
-    transforms_are_active,
-    unwrapped,
-)
+from ..calls.call import check_dense, state_tensor
+from ..compat.torch_private import NO_LEVEL, backward_pass, level_of, transforms_are_active
 
 NO_RESET = "no reset signal is kept: mem_reset(mem) computes it from the mem before the step"
 """The error of the attribute ``reset`` of a cell and of a Leaky."""
@@ -41,13 +34,6 @@ class State:
         The backward pass in which they were stored; -1 outside of one.
     """
 
-    __slots__ = ("mem", "restarted", "stored_in", "syn")
-
-    syn: Tensor
-    mem: Tensor
-    restarted: bool
-    stored_in: int
-
     def __init__(self, like: Tensor) -> None:
         """Start without a state, on the device and in the dtype of `like`."""
         empty = like.detach().new_zeros(0)
@@ -61,14 +47,8 @@ class State:
     def shared(self) -> State:
         """Return a replica with the same tensors; what it stores is not stored here."""
         replica = State.__new__(State)
-        for name in self.__slots__:
-            setattr(replica, name, getattr(self, name))
+        replica.__dict__.update(self.__dict__)
         return replica
-
-    def read(self, name: str) -> Tensor:
-        """Return syn or mem to the user."""
-        state = getattr(self, name)
-        return state if torch.compiler.is_compiling() else _without_transforms(state)
 
     def write(self, name: str, value: Any) -> None:
         """Take a state that the user has set."""
@@ -79,13 +59,13 @@ class State:
 
     def reset(self) -> tuple[Tensor, Tensor]:
         """Set both to zero, and return them."""
-        self.unwrap()
+        self.forget_ended()
         self._restart(_zeros_like(self.syn), _zeros_like(self.mem))
         return self.syn, self.mem
 
     def detach(self) -> None:
         """Detach both from the graph, in place where torch allows that."""
-        self.unwrap()
+        self.forget_ended()
         for name in ("syn", "mem"):
             state = getattr(self, name)
             if state.is_leaf or state._is_view():  # detach_ harms a leaf, and a view refuses
@@ -95,7 +75,7 @@ class State:
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply to both what ``nn.Module._apply`` applies to parameters."""
-        self.unwrap()
+        self.forget_ended()
         for name in ("syn", "mem"):
             old = getattr(self, name)
             new = function(old)
@@ -104,18 +84,22 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the states without the graph, which can be neither copied nor pickled."""
-        self.unwrap()
+        self.forget_ended()
         states = {"syn": self.syn.detach(), "mem": self.mem.detach()}
         return states | {"restarted": self.restarted, "stored_in": self.stored_in}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+    def has_ended(self) -> bool:
+        """Whether the states belong to a transform of torch.func that has ended."""
+        if torch.compiler.is_compiling():
+            return False
+        ended, last = sorted((level_of(self.syn), level_of(self.mem)))
+        return ended < NO_LEVEL or (last > NO_LEVEL and not transforms_are_active())
 
-    def unwrap(self) -> None:
-        """Replace states that have outlived the torch.func transform which made them."""
-        if not torch.compiler.is_compiling():
-            self.syn, self.mem = _without_transforms(self.syn), _without_transforms(self.mem)
+    def forget_ended(self) -> None:
+        """Empty the states if :meth:`has_ended`; they have no values of their own any more."""
+        if self.has_ended():
+            mem = self.mem
+            self._restart(*(torch.zeros(0, dtype=mem.dtype, device=mem.device) for _ in range(2)))
 
     def store(self, syn: Tensor, mem: Tensor, traced: bool) -> None:
         """Keep the states after a call."""
@@ -147,6 +131,8 @@ class State:
         """
         if passed is None:
             return self._stored(name, shape, x, traced)
+        if isinstance(passed, Tensor):
+            check_dense(name, passed)  # a nested tensor has no shape to compare
         fits = isinstance(passed, Tensor) and passed.shape == shape
         # The order matters: torch.compile compiles again when the answer to a question changes.
         if not fits and self.restarted and passed is getattr(self, name):
@@ -167,8 +153,11 @@ class State:
                 "reset_mem() inside of the function that is checkpointed, or make the cell with "
                 "checkpoint=True instead"
             )
-        else:
-            self.unwrap()
+        elif self.has_ended():
+            raise RuntimeError(
+                "the cell's stored state belongs to a transform of torch.func that has ended: call "
+                "reset_mem() before the next call"
+            )
         stored = getattr(self, name)
         if stored.shape != shape:
             return x.new_zeros(shape)
@@ -193,19 +182,3 @@ def _zeros_like(state: Tensor) -> Tensor:
     if torch.jit.is_tracing():  # a trace takes in no tensor that has a history from before it
         return torch.zeros(0, dtype=state.dtype, device=state.device)
     return torch.zeros_like(state)
-
-
-def _without_transforms(state: Tensor) -> Tensor:
-    """What a stored state is outside of the torch.func transform that computed it.
-
-    After derivatives the state keeps its values. After vmap, where it belonged to one of many
-    samples, an empty state remains.
-    """
-    if level_of(state) == NO_LEVEL or transforms_are_active():
-        return state
-    # The wrappers come off one by one: an operator would ask for the transforms that are gone.
-    while level_of(state) != NO_LEVEL:
-        if is_vmapped(state):
-            return torch.zeros(0, dtype=state.dtype, device=state.device)
-        state = unwrapped(state)
-    return state.detach()

@@ -1,9 +1,10 @@
-"""Jacobians and torch.func's derivatives are those of snnTorch's cell, and spoil no later call.
+"""The cell under transforms of torch.func, and derivatives through what it returns.
 
-test_gradcheck.py has torch's own checks.
+A state that outlives its transform is refused. test_gradcheck.py has torch's own checks.
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 
 import snnlstm
 from tests.autograd.loops import cells, events, zeros
-from tests.shared.helpers import close
 
 
 def vmap(cell, x):
@@ -32,59 +32,46 @@ def grad_of_vmap(cell, x):
     )
 
 
-USES = {
-    "call": lambda cell, x: cell(x),
-    "call of one sample": lambda cell, x: cell(x[:1]),
-    "to": lambda cell, x: cell.float(),
-    "deepcopy": lambda cell, x: copy.deepcopy(cell)(x),
-    "detach_hidden": lambda cell, x: type(cell).detach_hidden(),
-    "reset_hidden": lambda cell, x: type(cell).reset_hidden(),
-    "mem": lambda cell, x: cell.mem + 1,
-    "syn": lambda cell, x: cell.syn + 1,
+EMPTIES = {
+    "to": lambda cell: cell.float(),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda cell: pickle.loads(pickle.dumps(cell)),
+    "detach_hidden": lambda cell: type(cell).detach_hidden() or cell,
+    "reset_hidden": lambda cell: type(cell).reset_hidden() or cell,
+    "reset_mem": lambda cell: cell.reset_mem() and cell,
 }
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", EMPTIES)
 @pytest.mark.parametrize("transform", [vmap, grad, jvp, grad_of_vmap], ids=lambda t: t.__name__)
-def test_a_cell_after_a_transform_of_torch_func(transform, use):
-    """The transform's wrapped tensors must not stay behind as the stored state."""
+def test_a_state_that_outlives_a_transform_of_torch_func_is_refused_until_it_is_reset(
+    transform, use
+):
     x = events(1)[0]
     _, cell = cells()
     transform(cell, x)
-    if transform is vmap:
-        assert cell.mem.shape == cell.syn.shape == (0,)
-        assert cell.mem.dtype == torch.float64
-    USES[use](cell, x)
-    cell.reset_mem()
+    for batch in (x, x[:1]):
+        with pytest.raises(RuntimeError, match=r"has ended: call reset_mem\(\) before the next"):
+            cell(batch)
+    cell = EMPTIES[use](cell)
+    assert cell.mem.shape == cell.syn.shape == (0,)
+    assert cell.mem.dtype == cell.conv.weight.dtype
     _, fresh = cells()
     torch.testing.assert_close(cell.double()(x)[2], fresh(x)[2])
 
 
-def test_the_state_that_a_derivative_leaves_goes_on():
-    x = events(2)
+def test_a_state_goes_on_within_a_derivative_but_not_into_the_next():
     _, cell = cells()
-    grad(cell, x[0])
-    _, plain = cells()
-    plain(x[0], *zeros())
-    torch.testing.assert_close(cell(x[1]), plain(x[1]))
 
+    def two_steps(x, *start):
+        cell(x[0], *start)
+        return cell(x[1])[2].sum()
 
-@pytest.mark.parametrize("place", range(4))
-def test_a_tensor_that_outlived_a_derivative_is_computed_with_as_torch_does(place):
-    found = []
-    for cell in cells():
-        tensors = [events(1)[0], *(z + 0.1 for z in zeros()), cell.conv.weight.detach()]
-
-        def keep(t, tensors=tensors):
-            tensors[place] = 2 * t
-            return t.sum()
-
-        cell(*tensors[:3])
-        torch.func.grad(keep)(tensors[place])
-        del cell.conv.weight
-        cell.conv.weight = tensors.pop()
-        found.append([out.double() for out in cell(*tensors)])
-    close(*found, atol=1e-12)
+    x = events(2).requires_grad_()
+    (expected,) = torch.autograd.grad(two_steps(x, *zeros()), x)
+    torch.testing.assert_close(torch.func.grad(two_steps)(x.detach(), *zeros()), expected)
+    with pytest.raises(RuntimeError, match="has ended"):
+        torch.func.grad(two_steps)(x.detach())
 
 
 @pytest.mark.parametrize("pool", [0, 2])

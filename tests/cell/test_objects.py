@@ -131,6 +131,10 @@ def test_nested_inputs_are_refused_by_name():
         ours()(nested)
     with pytest.raises(TypeError, match="input_tensor must be a plain tensor, got a nested one"):
         snnlstm.ConvLSTMCell(2, 3, 3)(nested)
+    state = torch.nested.nested_tensor([torch.rand(3, 5, 5), torch.rand(3, 5, 6)])
+    for name in ("syn", "mem"):
+        with pytest.raises(TypeError, match=f"{name} must be a plain tensor, got a nested one"):
+            ours()(torch.rand(2, 2, 5, 5), **{name: state})
 
 
 @pytest.mark.filterwarnings("ignore")

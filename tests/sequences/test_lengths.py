@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import snnlstm
 from snnlstm import functional
+from snnlstm.calls.call import CheckedLengths, checked_lengths
 from tests.sequences.by_length import CELLS, LENGTHS, TIME, alone, check, gradients, inputs, own
 from tests.sequences.stacks import NEURONS, check_alone, delta_leaky
 from tests.shared.helpers import close, ours, same, steps
@@ -242,3 +243,12 @@ def test_a_convlstm_records_the_states_of_every_step(backend, hooked):
     backend.check(net.cell_list[1].path)
     with pytest.raises(TypeError, match="record must be a bool, got 2"):
         net(x, record=2)
+
+
+def test_a_stack_checks_lengths_once_and_a_layer_checks_those_of_other_sequences():
+    lengths, cpu = torch.tensor([3, 1]), torch.device("cpu")
+    checked = CheckedLengths(lengths, 3)
+    assert checked_lengths(checked, 3, 2, cpu, False) is lengths
+    for time, batch, message in ((2, 2, "between 0 and x's number of steps, 2"), (3, 4, r"\(4,\)")):
+        with pytest.raises(ValueError, match=message):
+            checked_lengths(checked, time, batch, cpu, False)

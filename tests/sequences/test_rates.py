@@ -99,7 +99,7 @@ def test_the_table_is_printed_as_documented_and_names_what_never_spiked(capsys):
     assert printed == f"{rates}\n"
     ends = [line.rpartition("  ")[2] for line in printed.splitlines()[2:]]
     assert re.fullmatch(r"never spiked; 5 % of mem > 0\.\d+", ends.pop(0))
-    assert ends == ["not called, or compiled before"]
+    assert ends == ["not called, compiled before, or under torch.func"]
     table = snnlstm.networks.spikes.SpikeRates(nn.Identity(), show=False)
     table["lstm1"] = SpikeCount("SConv2dLSTM", 0.1, torch.tensor(1203), 22656, torch.tensor(0.192))
     table["lstm2"] = SpikeCount("SConv2dLSTM", 1.0, torch.tensor(0), 11328, torch.tensor(0.0871))
@@ -144,3 +144,13 @@ def test_blocks_within_blocks_count_each_for_itself():
     with outer:  # a block after the block starts anew
         cell(X[0])
     assert outer[""].chances == inner[""].chances
+
+
+def test_calls_under_transforms_of_torch_func_are_not_counted():
+    net, x = network()[:1], steps(4, 1, 2, 6, 6)
+    with snnlstm.spike_rates(net, show=False) as rates:
+        net(x[0])
+        before = int(rates["0"].spikes), rates["0"].chances, float(rates["0"].highest)
+        net[0].reset_mem()
+        torch.func.vmap(net)(x)
+    assert (int(rates["0"].spikes), rates["0"].chances, float(rates["0"].highest)) == before

@@ -1,7 +1,10 @@
 """accelerate() makes the cells of snnTorch's in a model ours, and restore() undoes that."""
 
 import copy
+import os
 import pickle
+import shutil
+from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -11,7 +14,16 @@ from snntorch.functional.quant import state_quant
 from torch import nn
 
 import snnlstm
-from tests.shared.helpers import close, described, ours, same_gradients, states, steps, theirs
+from tests.shared.helpers import (
+    close,
+    described,
+    ours,
+    python,
+    same_gradients,
+    states,
+    steps,
+    theirs,
+)
 
 X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
 
@@ -230,7 +242,7 @@ def test_cells_whose_functions_were_replaced_are_left(kind, name, monkeypatch):
     holder = kind or model[0]
     original = getattr(holder, name)
     monkeypatch.setattr(holder, name, lambda *args: original(*args))
-    said = f"{'snntorch.SConv2dLSTM.' if kind else 'its '}{name} was replaced"
+    said = f"its {name} was replaced"
     report = snnlstm.accelerate(model)
     assert list(report.left.items())[:1] == [("0", said)]
     assert [type(cell) is snntorch.SConv2dLSTM for cell in model] == [True, kind is not None]
@@ -336,3 +348,44 @@ def test_the_report_names_a_device_without_kernels(caplog):
     ]
     assert not caplog.records  # the cells that a swap makes are on meta, too
     assert snnlstm.accelerate(nn.Sequential(theirs())).slow == ()
+
+
+CHANGED = {
+    "SConv2dLSTM": ("sconv2dlstm.py", "mem2 *= self.reset", "mem2 *= 2 * self.reset"),
+    "Leaky": ("leaky.py", "return self._base_state_function(input_)\n\n    def _base_int",
+              "return (1 - self.reset) * self._base_state_function(input_)\n\n    def _base_int"),
+}  # fmt: skip
+WITH_ANOTHER = """
+import warnings, snntorch, snnlstm, torch
+
+assert snntorch.__file__.startswith(FOLDER), snntorch.__file__
+warnings.simplefilter("error", UserWarning)
+net = torch.nn.Sequential(
+    snntorch.SConv2dLSTM(1, 1, 1, threshold=0.1), snntorch.Leaky(0.5, reset_mechanism="zero")
+)
+print(snnlstm.accelerate(net).left)
+layer, theirs = (l.Leaky(0.5, reset_mechanism="zero") for l in (snnlstm, snntorch))
+x, mem = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 1.5])
+assert torch.equal(layer(x, mem)[1], theirs(x, mem)[1])
+print(layer.path.reason)
+compiled = torch.compile(layer, backend="eager", fullgraph=True)
+assert torch.equal(compiled(x, mem)[1], theirs(x, mem)[1])
+"""
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_layers_that_the_installed_snntorch_computes_otherwise_are_left_to_it(name, tmp_path):
+    """The change of Leaky is that of snnTorch's pull request 426, in which "zero" drops x, too."""
+    file, old, new = CHANGED[name]
+    copied = shutil.copytree(Path(snntorch.__file__).parent, tmp_path / "snntorch")
+    source = (copied / "_neurons" / file).read_text()
+    assert source.count(old) == 1
+    (copied / "_neurons" / file).write_text(source.replace(old, new))
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    out = python("-c", f"FOLDER = {str(tmp_path)!r}\n{WITH_ANOTHER}", env=environment)
+    assert out.returncode == 0, out.stderr
+    left, reason = out.stdout.splitlines()
+    said = f"the installed snntorch computes another {name} than snntorch 1.0.0"
+    assert left == str({str([*CHANGED].index(name)): said})
+    assert reason == (said if name == "Leaky" else "the native kernels cover this call")
+    assert said in out.stderr
