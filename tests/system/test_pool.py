@@ -9,12 +9,12 @@ import threading
 
 import pytest
 import torch
-from snnlstm.networks.stack import stack
 from torch import Tensor, nn
 
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.native import pool
+from snnlstm.networks.stack import stack
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import HANG, in_a_process, in_threads, ours, python, same
 
