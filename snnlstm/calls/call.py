@@ -1,7 +1,7 @@
 """One call of a cell, and the check of each of its tensors.
 
-The checks keep the rules of :mod:`snnlstm.calls.spec`; a dtype is of a tensor's type, and shape and
-device are of its value.
+The checks keep the rules of :mod:`snnlstm.calls.spec`: a wrong dtype raises TypeError, and a wrong
+shape or device ValueError.
 """
 
 from __future__ import annotations
@@ -361,7 +361,7 @@ def check_bias(bias: Any, weight: Tensor, gates: int) -> None:
 
 
 class CheckedLengths(NamedTuple):
-    """Lengths that were checked for sequences of `time` steps: what a stack gives its layers."""
+    """Lengths that a stack has checked for sequences of `time` steps, and gives its layers."""
 
     lengths: Tensor
     time: int

@@ -36,10 +36,10 @@ def hold_last(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
 
 
 def held(own: Tensor, new: Any, old: Any, first: bool = False) -> Any:
-    """What a step returned, `new`, with `old` for the samples that it is not `own` to, (N,).
+    """Return `new` for the samples whose `own` step it is, (N,), and `old` for padded samples.
 
-    Tuples are taken item by item. Those samples get 0 if there is nothing of before, and for the
-    `first` item of a tuple.
+    Tuples are taken item by item. Padded samples get 0 if there is no `old`, and for the `first`
+    item of a tuple.
     """
     if isinstance(new, tuple | list):
         olds = old if isinstance(old, tuple | list) else (None,) * len(new)

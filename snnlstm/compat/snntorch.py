@@ -248,18 +248,18 @@ _RELEASED: dict[Any, tuple[Any, dict[str, Any]]] = {
     kind: (kind.forward, {name: getattr(kind, name) for name in _METHODS if hasattr(kind, name)})
     for kind in (Base, TheirLeaky)
 }
-"""What each class computes with, as it was when this package was imported."""
+"""The methods with which each class computes, as this package found them."""
 
 COMPARED: dict[Any, Callable[[str], Any]] = {}
-"""For each class what both libraries return, of a few numbers and for the name of a reset."""
+"""For each class a function that returns, for a reset, what both libraries make of few numbers."""
 
 _follow: dict[Any, bool] = {}
 
 
 def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
-    """Why a layer computes something else than `kind` of snnTorch 1.0.0 did; None if it does not.
+    """Why a layer does not compute what `kind` of snnTorch 1.0.0 does; None if it does.
 
-    `called` are methods that ours calls, too: a layer may have its own.
+    `called` are the methods that ours calls, too, so that a layer may have its own.
     """
     own, ours, (forward, released) = layer.__dict__, type(layer), _RELEASED[kind]
     if kind.forward is not forward or "forward" in own:
@@ -275,12 +275,12 @@ def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
         ):
             return "its state_function was replaced"
     if not _follows(kind):
-        return f"the installed snntorch computes another {kind.__name__} than snntorch 1.0.0"
+        return f"the installed snntorch computes {kind.__name__} differently from snntorch 1.0.0"
     return None
 
 
 def _follows(kind: Any) -> bool:
-    """Whether the installed class computes what 1.0.0's did, and ours does; asked once."""
+    """Whether the installed class computes what that of 1.0.0 does, and ours; found once."""
     if kind not in _follow:
         _follow[kind] = _alone(_results_agree, COMPARED[kind])
     return _follow[kind]

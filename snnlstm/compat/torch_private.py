@@ -147,11 +147,7 @@ def tells_apart(guards: Any) -> bool:
         try:
             check = _guard(guards, [like]).check
             return check(like.clone()) is True and not any(map(check, others))
-        except (
-            AttributeError,
-            RuntimeError,
-            TypeError,
-        ):  # none, or with other arguments
+        except (AttributeError, RuntimeError, TypeError):  # none, or with other arguments
             return False
 
 

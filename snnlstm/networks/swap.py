@@ -109,8 +109,8 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     Each layer stays the same object, with its parameters, buffers, submodules, state and hooks, and
     changes its class, so optimizers, plain lists and ``torch.compile`` keep working with it. Some
     layers stay as they are, and the report gives the reason: instances of subclasses and layers
-    whose methods were replaced (they may compute something else), all layers of a class of which
-    the installed snnTorch computes another than 1.0.0, cells that snnTorch could not run either,
+    whose methods were replaced (they may compute something else), all layers of a class that the
+    installed snnTorch computes differently from 1.0.0, cells that snnTorch could not run either,
     such as one with an even kernel, and other neurons. Layers are found among the model's modules,
     but not in plain lists or other objects. The report also names modules of other classes
     that look like a ConvLSTM without spikes.

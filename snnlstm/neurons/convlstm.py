@@ -13,13 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import spec
-from ..calls.call import (
-    CheckedLengths,
-    checked_call,
-    checked_lengths,
-    dtype_source,
-    state_tensor,
-)
+from ..calls.call import CheckedLengths, checked_call, checked_lengths, dtype_source, state_tensor
 from ..calls.lengths import held, mask_padding
 from ..dispatch.entry import run, run_traced
 from ..dispatch.path import (

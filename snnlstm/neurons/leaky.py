@@ -49,8 +49,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     beta and a threshold that are numbers or vary along one dimension of x. Plain torch runs all
     other calls, such as those with ``reset_delay=False``, ``inhibition``, ``state_quant`` or a
     surrogate of your own, and snnTorch's own forward those of a layer whose methods were replaced,
-    and all where the installed snnTorch computes another Leaky than 1.0.0; :attr:`path` says why.
-    On every path but the last four things differ from snnTorch: spk is float64 where x is
+    and all where the installed snnTorch computes Leaky differently from 1.0.0; :attr:`path` says
+    why. On every path but the last four things differ from snnTorch: spk is float64 where x is
     (snnTorch's is float32), mem is float32 where x is of a half type, also with
     ``reset_mechanism="none"``, an infinite threshold makes no NaN where nothing is reset, and no
     ``reset`` stays on the layer: ``mem_reset(mem)`` computes it from the mem before the step.

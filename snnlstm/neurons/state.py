@@ -96,7 +96,7 @@ class State:
         return ended < NO_LEVEL or (last > NO_LEVEL and not transforms_are_active())
 
     def forget_ended(self) -> None:
-        """Empty the states if :meth:`has_ended`; they have no values of their own any more."""
+        """Empty the states if they belong to a transform that has ended."""
         if self.has_ended():
             mem = self.mem
             self._restart(*(torch.zeros(0, dtype=mem.dtype, device=mem.device) for _ in range(2)))
@@ -132,7 +132,7 @@ class State:
         if passed is None:
             return self._stored(name, shape, x, traced)
         if isinstance(passed, Tensor):
-            check_dense(name, passed)  # a nested tensor has no shape to compare
+            check_dense(name, passed)  # the shape of a nested tensor cannot be compared
         fits = isinstance(passed, Tensor) and passed.shape == shape
         # The order matters: torch.compile compiles again when the answer to a question changes.
         if not fits and self.restarted and passed is getattr(self, name):
