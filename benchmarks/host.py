@@ -24,8 +24,7 @@ from benchmarks import devices
 from benchmarks.cases import loop
 from snnlstm import _C
 from snnlstm.dispatch import entry
-from snnlstm.native import cudnn as torch_conv
-from snnlstm.native import function
+from snnlstm.native import cudnn, function
 
 ROUNDS = 10  # of 20 measurements of each row
 X = torch.rand(16, 1, 2, 15, 17)
@@ -53,7 +52,7 @@ def stubbed(device: str, algorithm: str) -> Iterator[None]:
         mock.patch.dict(entry._entries, clear=True),
         mock.patch.dict(function._plans, clear=True),
         mock.patch.multiple(plan, **dict.fromkeys(kernels, lambda *_: None)),
-        mock.patch.multiple(torch_conv, **CONVOLUTIONS),
+        mock.patch.multiple(cudnn, **CONVOLUTIONS),
         snnlstm.algorithm(algorithm),
     ):
         yield

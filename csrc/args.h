@@ -96,31 +96,33 @@ struct View {
   int64_t stride[5] = {0, 0, 0, 0, 0};
 };
 
-// The arguments of both passes. Python passes the fields from x to workspace, and then those of the
-// pass, in this order (bindings.h).
+// The arguments of both passes. Python passes the fields from workspace to places, and then those of
+// the pass, in this order (bindings.h).
 struct PassArgs {
   Cell cell;
-  View x;                            // (T, N, Cin, H, W)
-  View syn0, mem0;                   // (N, C, Ho, Wo) states before the first step
+  int threads = 1;  // CPU
+  // What a device's plan adds to a call.
+  void* workspace = nullptr;
   const void* weight = nullptr;      // the weight that pack_weight() has packed for this pass
   const void* weight_mem = nullptr;  // CPU: Winograd's weight of the recurrent half
   const void* weight_x = nullptr;    // CPU: Winograd's weight of the input half
-  const void* threshold = nullptr;   // (C,), or one number with threshold_stride = 0
+  const void* levels = nullptr;      // (num_levels,), ascending, in the compute type
+  const int64_t* order = nullptr;    // CPU, with lengths: the samples, the longest first
+  // The call.
+  View x;                           // (T, N, Cin, H, W)
+  View syn0, mem0;                  // (N, C, Ho, Wo) states before the first step
+  const void* threshold = nullptr;  // (C,), or one number with threshold_stride = 0
   int64_t threshold_stride = 0;
   const void* graded_factor = nullptr;  // one number in the compute type
-  const void* levels = nullptr;         // (num_levels,), ascending, in the compute type
-  bool record = false;                  // syn and mem have every step t, or only the last step
+  const int64_t* lengths = nullptr;  // (N,): steps of each sample, 0 to T; null: all samples have T
+  bool record = false;               // syn and mem have every step t, or only the last step
   // Training: the activated gates of every step, and syn after it, in the backend's layout.
   void* saved_gates = nullptr;
   void* saved_syn = nullptr;
   int64_t* winner = nullptr;  // (T, N): place in (C, Hp, Wp) of the only neuron that may spike
   // Training with Pool::max: for each step and pooled pixel, the row-major index in the window of
   // the pixel that gets the gradient, in the backend's layout.
-  void* places = nullptr;            // Cell::place_bytes() each
-  const int64_t* lengths = nullptr;  // (N,): steps of each sample, 0 to T; null: all samples have T
-  const int64_t* order = nullptr;    // CPU, with lengths: the samples, the longest first
-  void* workspace = nullptr;
-  int threads = 1;  // CPU
+  void* places = nullptr;  // Cell::place_bytes() each
 };
 
 struct ForwardArgs : PassArgs {

@@ -111,9 +111,9 @@ Args pass_args(const Cell& cell, const py::tuple& given) {
   Args a;
   a.cell = cell;
   Fields f(given, kPassFields + (forward ? 6 : 12));
-  f.read(a.x, a.syn0, a.mem0, a.weight, a.weight_mem, a.weight_x, a.threshold, a.threshold_stride,
-         a.graded_factor, a.levels, a.record, a.saved_gates, a.saved_syn, a.winner, a.places,
-         a.lengths, a.order, a.workspace);
+  f.read(a.workspace, a.weight, a.weight_mem, a.weight_x, a.levels, a.order, a.x, a.syn0, a.mem0,
+         a.threshold, a.threshold_stride, a.graded_factor, a.lengths, a.record, a.saved_gates,
+         a.saved_syn, a.winner, a.places);
   needs(a.syn0.data, "syn0");
   if (a.threshold_stride != 0 && a.threshold_stride != 1)
     throw py::value_error("threshold_stride must be 0 or 1");

@@ -175,6 +175,17 @@ void run_pass(const cpu::Plan& plan, const py::tuple& given) {
     plan.kernels.backward(a);
 }
 
+template <class Args>
+void run_leaky(const py::tuple& given) {
+  auto a = leaky_args<Args>(given);
+  a.threads = most_threads();
+  py::gil_scoped_release release;
+  if constexpr (std::is_same_v<Args, LeakyForwardArgs>)
+    cpu::kernels().leaky_forward(a);
+  else
+    cpu::kernels().leaky_backward(a);
+}
+
 inline void bind_cpu(py::module_& m) {
   m.def("isa_names", &cpu::isa_names);
   m.def("isa_name", &cpu::isa_name);
@@ -189,28 +200,14 @@ inline void bind_cpu(py::module_& m) {
     return cpu::kernels().padded_channels(cell);
   });
 
-  m.def("leaky_forward", [](const py::tuple& given) {
-    auto a = leaky_args<LeakyForwardArgs>(given);
-    a.threads = most_threads();
-    py::gil_scoped_release release;
-    cpu::kernels().leaky_forward(a);
-  });
-  m.def("leaky_backward", [](const py::tuple& given) {
-    auto a = leaky_args<LeakyBackwardArgs>(given);
-    a.threads = most_threads();
-    py::gil_scoped_release release;
-    cpu::kernels().leaky_backward(a);
-  });
+  m.def("leaky_forward", &run_leaky<LeakyForwardArgs>);
+  m.def("leaky_backward", &run_leaky<LeakyBackwardArgs>);
 
   using cpu::Plan;
   py::class_<Plan>(m, "CpuPlan", py::module_local())
       .def(py::init(&make_cpu_plan), py::arg("cell"), py::arg("algorithm"), py::arg("density"),
            py::arg("max_tile_inputs"), py::arg("threads"))
       .def_property_readonly("name", [](const Plan& p) { return cpu::algorithm_name(p.forward); })
-      .def_property_readonly("backward_name",
-                             [](const Plan& p) { return cpu::algorithm_name(p.backward); })
-      .def_property_readonly("padded_channels",
-                             [](const Plan& p) { return p.kernels.padded_channels(p.forward); })
       .def_property_readonly(
           "forward_workspace",
           [](const Plan& p) { return p.kernels.forward_workspace(p.forward, p.threads); })

@@ -7,15 +7,10 @@
 
 namespace snnlstm::bindings {
 
-// Memory that holds no tensor of the caller. The kernels load it 16 bytes at a time.
-struct Own {
-  const char* name;
-  const void* memory;
-};
-inline void aligned(std::initializer_list<Own> all) {
-  for (const Own& own : all)
-    if (reinterpret_cast<uintptr_t>(own.memory) % 16 != 0)
-      throw py::value_error(std::string(own.name) + " must be aligned to 16 bytes");
+// Refuses memory of our own, of which the kernels load 16 bytes at a time, at other addresses.
+inline void aligned(const void* memory, const char* name) {
+  if (reinterpret_cast<uintptr_t>(memory) % 16 != 0)
+    throw py::value_error(std::string(name) + " must be aligned to 16 bytes");
 }
 
 // Refuses a call that lacks what the plan's kernels read, or has memory that they cannot use.
@@ -25,15 +20,13 @@ void check_pass(const Args& a, const cuda::Plan& plan) {
   if (plan.backward != backward) throw py::value_error("the plan is for the other pass");
   if (a.lengths && !plan.cell.has_lengths)
     throw py::value_error("lengths must not be given: the plan was made without them");
-  aligned({{"weight", a.weight},
-           {"saved_gates", a.saved_gates},
-           {"saved_syn", a.saved_syn},
-           {"workspace", a.workspace}});
+  aligned(a.weight, "weight"), aligned(a.workspace, "workspace");
+  aligned(a.saved_gates, "saved_gates"), aligned(a.saved_syn, "saved_syn");
   if (plan.workspace > 0) needs(a.workspace, "workspace");
   const bool cudnn = plan.algorithm == cuda::Algorithm::cudnn;
   if (!cudnn) needs(a.weight, "weight");
   if constexpr (backward) {
-    aligned({{"d_gates", a.d_gates}, {"mem_after", a.mem_after}});
+    aligned(a.d_gates, "d_gates"), aligned(a.mem_after, "mem_after");
     if (!cudnn) needs(a.mem0.data, "mem0");
     if (plan.leaves_d_gates()) {
       needs(a.d_gates, "d_gates");
@@ -141,7 +134,7 @@ void bind_cuda(py::module_& m) {
             if (p.packed_bytes > 0) needs(at(packed), "packed");
             if (!other != !at(other_packed))
               throw py::value_error("other and other_packed must be given together");
-            aligned({{"packed", at(packed)}, {"other_packed", at(other_packed)}});
+            aligned(at(packed), "packed"), aligned(at(other_packed), "other_packed");
             py::gil_scoped_release release;
             p.pack(at(weight), at(packed), at(stream), other, at(other_packed));
           },

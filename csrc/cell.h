@@ -185,29 +185,23 @@ SNNLSTM_HD T quantise(T x, const T* levels, int n) {
     const T d = levels[k] - x;
     return d < T(0) ? -d : d;
   };
-  int lo = 0, hi = n;  // becomes the first level that is not below x
-  while (lo < hi) {
-    const int mid = (lo + hi) / 2;
-    if (levels[mid] < x)
-      lo = mid + 1;
-    else
-      hi = mid;
-  }
+  // Returns the first k below `end` for which comes_before(k) is false, or `end`.
+  const auto first = [](int end, auto comes_before) {
+    int lo = 0;
+    while (lo < end) {
+      const int mid = (lo + end) / 2;
+      comes_before(mid) ? lo = mid + 1 : end = mid;
+    }
+    return lo;
+  };
+  const int lo = first(n, [&](int k) { return levels[k] < x; });
   int best = lo < n ? lo : n - 1;
   if (best > 0 && distance(best - 1) <= distance(best)) --best;
   // Rounded distances tie far from all levels, and where levels repeat. They never rise towards
   // `best`, so the tied levels are a run that ends there, whose first level wins.
   if (best > 0 && distance(best - 1) == distance(best)) {
     const T shortest = distance(best);
-    lo = 0, hi = best;
-    while (lo < hi) {
-      const int mid = (lo + hi) / 2;
-      if (distance(mid) > shortest)
-        lo = mid + 1;
-      else
-        hi = mid;
-    }
-    best = lo;
+    best = first(best, [&](int k) { return distance(k) > shortest; });
   }
   return levels[best];
 }

@@ -255,8 +255,8 @@ _WRONG: dict[type, list[Any]] = {
 _PAIRS = [(-1, 1), (0, 1), (1,), (1, 2, 3), 3, None, ("x", 1), (2**40, 1)]
 _STRIDES = [-1, -(2**40), 2**49, 2**63, "x", 1.5, None]
 # Places in the tuple of a pass's fields (csrc/args.h) that must have an address on the CPU: those
-# of x, syn0, mem0 and the workspace.
-_NEEDED = (0, 1, 2, 17)
+# of the workspace, x, syn0 and mem0.
+_NEEDED = (0, 6, 7, 8)
 _KERNELS = ("forward", "backward")
 # These take any numbers: max_tile_inputs, and the emulator's tile.
 _ANY_NUMBER = {("CpuPlan.__init__", 4), ("CudaPlan.__init__", "tile")}

@@ -24,7 +24,8 @@ void pack_weight(const void* weight, std::initializer_list<PackedFor> all, void*
 
 void launch_fire(const FireStep& p, bool inhibition, void* stream);
 
-void launch_spread(const NeuronBackward& p, int64_t N, void* stream);
+// Brings the gradients of spikes to p's neurons, by way of `spikes`, if there are any.
+void launch_spread(NeuronBackward& p, const Tensor& spikes, int64_t N, void* stream);
 
 // The tensors from which the gradients of weight and bias are summed, and memory for the parts.
 struct WeightSources {
@@ -42,6 +43,13 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& sources, voi
                      void* bias, AddGradients& p, void* stream);
 // type: of the sums.
 void launch_add_gradients(AddGradients p, DType type, void* stream);
+
+// Describes the launch of a step's plan.
+inline Launch step_launch(const char* name, const StepPlan& plan, size_t bytes, void* stream,
+                          bool overlaps, const char* file = __builtin_FILE(),
+                          int line = __builtin_LINE()) {
+  return {name, plan.tiling.blocks(), plan.threads(), bytes, stream, overlaps, file, line};
+}
 
 // Calls f(E{}), E the type of elements that tensor core kernels are compiled for.
 template <class F>

@@ -26,8 +26,8 @@ def set_algorithm(name: str) -> None:
     """Choose the convolution algorithm of the native kernels, for the whole process.
 
     A process starts with the name in the environment variable ``SNNLSTM_ALGORITHM``, if it is set.
-    The setting holds for all threads, because backward passes run in threads of their own. A call
-    reads it once, in its forward pass, and its backward pass uses the same.
+    The setting holds for all threads, because backward passes run in threads of their own. The
+    backward pass of a call uses what its forward pass has used.
 
     Parameters
     ----------

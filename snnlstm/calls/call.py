@@ -124,6 +124,11 @@ def stateless_call(
     return call, spec
 
 
+def may_require_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a result of a call with these tensors may require a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def as_image(tensor: Tensor) -> Tensor:
     """(..., L) as images of height 1, (..., 1, L); one number, or L of them, broadcast already."""
     return tensor.unsqueeze(-2) if tensor.dim() > 1 else tensor

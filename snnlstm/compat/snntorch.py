@@ -1,8 +1,8 @@
-"""Everything that needs snnTorch, which is optional.
+"""What the package takes from snnTorch, which is optional.
 
-The base class of our cell, the recognition of snnTorch's surrogates and quantisers, and the
-registry through which snnTorch's own ``reset_hidden`` and ``detach_hidden`` reach our cells. If
-snnTorch is missing or broken, all the rest works.
+This file has the classes that ours replace, the recognition of snnTorch's surrogates and
+quantisers, and the registry through which snnTorch's own ``reset_hidden`` and ``detach_hidden``
+reach our cells. If snnTorch is missing or broken, all the rest works.
 """
 
 from __future__ import annotations
@@ -310,12 +310,12 @@ def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
     return [cell for cell in cells if isinstance(cell, kind)]
 
 
-class ListEntry(weakref.ref):
-    """A cell's entry in snnTorch's list, which does not keep the cell alive.
+class StandIn(weakref.ref):
+    """What stands for a cell in snnTorch's list, and does not keep the cell alive.
 
     What snnTorch does to the cells of its list reaches the cell as long as the cell lives. A cell
-    may go while another thread walks the list: the entry then accepts everything that is done to
-    it, where a weakref.proxy would raise.
+    may go while another thread walks the list: the stand-in then accepts everything that is done
+    to it, where a weakref.proxy would raise.
     """
 
     __slots__ = ("_vacancy",)
@@ -332,7 +332,7 @@ class ListEntry(weakref.ref):
     @property  # type: ignore[misc]  # writable in object
     def __class__(self) -> type:  # isinstance asks for this attribute
         cell = self()
-        return ListEntry if cell is None else type(cell)
+        return StandIn if cell is None else type(cell)
 
     def __getattr__(self, name: str) -> Any:
         cell = self()
@@ -353,12 +353,12 @@ def register(cell: nn.Module) -> None:
     the list never becomes shorter, and a new cell takes the place of one that has gone.
     """
     _alive[id(cell)] = cell
-    instances, entry = _instances(), ListEntry(cell)
+    instances, mine = _instances(), StandIn(cell)
     for position, other in enumerate(instances):
-        if type(other) is ListEntry and other.gives_way():
-            instances[position] = entry
+        if type(other) is StandIn and other.gives_way():
+            instances[position] = mine
             return
-    instances.append(entry)
+    instances.append(mine)
 
 
 def take_out(cells: Collection[nn.Module]) -> None:
@@ -367,9 +367,9 @@ def take_out(cells: Collection[nn.Module]) -> None:
     The list keeps its length, because another thread may be walking it by position.
     """
     ids, instances = {id(cell) for cell in cells}, _instances()
-    for position, entry in enumerate(instances):
-        if id(entry() if type(entry) is ListEntry else entry) in ids:
-            instances[position] = ListEntry(nn.Module())  # an entry whose module has gone
+    for position, one in enumerate(instances):
+        if id(one() if type(one) is StandIn else one) in ids:
+            instances[position] = StandIn(nn.Module())  # whose module has gone
 
 
 def clear_registries() -> None:

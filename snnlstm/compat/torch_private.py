@@ -1,7 +1,8 @@
 """The functions of torch that are private to it, each with what takes its place where it is gone.
 
-Every other file takes them from here. What is gone costs time, or a feature, and never a right
-result without a word: the log then says once what is lost.
+Other files take them from here, and use methods and attributes of tensors and modules that are
+private, such as ``_is_view``, where they need them. What is gone costs time, or a feature, and
+never a right result without a word: the log then says once what is lost.
 """
 
 from __future__ import annotations

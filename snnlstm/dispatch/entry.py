@@ -15,13 +15,16 @@ from torch import Tensor
 
 from .. import reference
 from ..calls import algorithms
-from ..calls.call import Call, autocast_dtype
+from ..calls.call import Call, autocast_dtype, may_require_grad
 from ..calls.keys import BoundedDict, key_of
 from ..calls.spec import HALF_TYPES, CellSpec, are_ours
 from ..compat.torch_private import any_autocast, guard_of
+from ..native.half_types import in_float32
+from ..native.plan import Sizes
+from ..native.tensors import check_memory
 from ..reference import Overrides
 from .checkpoint import in_segments, may_checkpoint
-from .path import NATIVE_PATHS, Path, kernels, native_path, static_reason
+from .path import NATIVE_PATHS, Path, kernels, native_path, operators, static_reason
 
 
 class Entry:
@@ -46,9 +49,7 @@ class Entry:
     ) -> None:
         self.spec, self.settings = spec, settings
         self.fallback = static_reason(call, spec, settings[1], overrides)
-        self.training = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in call[:6]
-        )
+        self.training = may_require_grad(call[:6])
         self.in_float32 = False
         self.plan: Any = None
         self._guard: Any = None
@@ -56,7 +57,7 @@ class Entry:
             assert kernels is not None
             self.in_float32 = call.x.dtype in HALF_TYPES and not settings[0].half_types
             if not self.in_float32:
-                reason = settings[0].reason_against(kernels.Sizes(call, spec, _operands(call)))
+                reason = settings[0].reason_against(Sizes(call, spec, _operands(call)))
                 self.fallback = reason and Path("reference", reason, slow=True)
 
     def guard(self, call: Call) -> None:
@@ -171,8 +172,8 @@ def run_traced(
     def traced(part: Call) -> tuple[Tensor, Tensor, Tensor]:
         if path is not None:
             return reference.run(part, spec, overrides)
-        assert kernels is not None
-        return kernels.run_operator(part, spec, algorithm)[:3]
+        assert operators is not None
+        return operators.run_operator(part, spec, algorithm)[:3]
 
     segmented = spec.checkpoint and may_checkpoint()
     foreign = _is_foreign(spec, overrides)
@@ -210,9 +211,9 @@ def _run_by(
         return (*reference.run(call, entry.spec, overrides), fallback)
     assert kernels is not None
     if entry.in_float32:
-        kernels.check_memory(call)  # torch reads the tensors first
+        check_memory(call)  # torch reads the tensors first
         spec, settings = entry.spec, entry.settings
-        return kernels.in_float32(
+        return in_float32(
             call, lambda step: _run_by(None, step, entry_of(step, spec, settings), None)
         )
     plan = entry.plan

@@ -2,7 +2,7 @@
 
 A :class:`Path` is the answer, which a module shows as ``cell.path``. What holds for all like calls
 is found once (:func:`static_reason`), and the rest is asked in every call
-(:func:`asked_every_call`). Nothing falls back silently.
+(:func:`asked_every_call`). The log names the first slow path of a cell.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..calls import algorithms
-from ..calls.call import Call, autocast_dtype
+from ..calls.call import Call, autocast_dtype, may_require_grad
 from ..calls.keys import OF_TORCH
 from ..calls.spec import CellSpec
 from ..compat import torch_private
@@ -96,8 +96,9 @@ _NATIVE_REASON = "the native kernels cover this call"
 
 try:
     from ..native import function as kernels
+    from ..native import operators
 except ImportError as error:
-    kernels = None  # type: ignore[assignment]
+    kernels = operators = None  # type: ignore[assignment]
     if find_spec("snnlstm._C") is not None:
         _MISSING = f"the compiled core does not load: {error}"
 
@@ -308,8 +309,7 @@ def _faster_in_torch(call: Call, algorithm: str) -> Path | None:
         or call.x.shape[-3] < _AMX_CHANNELS
         or autocast_dtype("cpu") is not torch.bfloat16
         or algorithm != "auto"
-        or not torch.is_grad_enabled()
-        or not any(tensor is not None and tensor.requires_grad for tensor in call[:6])
+        or not may_require_grad(call[:6])
     ):
         return None
     return Path(

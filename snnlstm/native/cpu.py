@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
@@ -23,13 +22,10 @@ from .plan import (
     Result,
     Shapes,
     Sizes,
-    contiguous_as,
     empty_gradients,
-    keep_empty,
     make_cell,
-    pointer,
-    readable,
 )
+from .tensors import pointer, readable
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/args.h
 
@@ -74,30 +70,23 @@ class PackedWeight:
             (s for s, max_gain in self.GAINS.items() if gain <= max_gain), default=0
         )
         # The keys are numbers and names of layouts, the values their addresses and memory.
-        self._layouts: dict[tuple[int, str], tuple[int, Tensor]] = {}
+        self.layouts: dict[tuple[int, str], tuple[int, Tensor]] = {}
 
     def holds(self, weight: Tensor) -> bool:
         """Whether these are the values of a contiguous weight of this shape."""
         same = weight.dtype is self.copy.dtype
         return same and _C.same(weight.data_ptr(), self.address, self.bytes)
 
-    def layouts(self, a_pass: Pass) -> list[int]:
-        """Addresses of weight, weight_mem and weight_x for a pass; 0 for what it does not read.
+    def pack(self, a_pass: Pass, key: tuple[int, str], size: int) -> tuple[int, Tensor]:
+        """Make a layout that a pass reads, once for the weight's values: it lives as long as this.
 
-        Each layout is made once for each of the weight's values, and lives as long as this object.
+        Returns its address, and its memory.
         """
-        addresses = [0, 0, 0]
-        for key, size in a_pass.layouts:
-            packed = self._layouts.get(key) or self._pack(a_pass, key, size)
-            addresses[key[0] % 3] = packed[0]
-        return addresses
-
-    def _pack(self, a_pass: Pass, key: tuple[int, str], size: int) -> tuple[int, Tensor]:
         source = self.copy.float() if self.copy.dtype in HALF_TYPES else self.copy
         layout = pool.empty((size,), torch.uint8)
         a_pass.core.pack(key[0], source.data_ptr(), layout.data_ptr())
         # A layout is published after packing; setdefault keeps the first of two racers'.
-        return self._layouts.setdefault(key, (layout.data_ptr(), layout))
+        return self.layouts.setdefault(key, (layout.data_ptr(), layout))
 
 
 # The living packed weights, by storage and by place: many weights may lie in one storage.
@@ -152,13 +141,28 @@ class Pass:
         arguments = plan.algorithm, percent / 100, max_tile_inputs, plan.threads
         self.core = core = _C.CpuPlan(plan.cell, *arguments)
         self.selection, self.name = selection, f"cpu-{plan.isa}-{core.name}"
-        self.run = core.backward if backward else core.forward
-        self.workspace = core.backward_workspace(weight) if backward else core.forward_workspace
+        self._kernels = core.backward if backward else core.forward
+        self._levels = pointer(plan.levels)
+        self._bytes = core.backward_workspace(weight) if backward else core.forward_workspace
+        self._is_small = self._bytes <= pool.SMALL_WORKSPACE
         # Each layout's key, its number and name, and its bytes.
         self.layouts = tuple(
             ((number, f"{plan.isa}:{name}"), size)
             for number, name, size in core.forms(backward, grad_x)
         )
+
+    def run(self, packed: PackedWeight, order: Tensor | None, fields: tuple[Any, ...]) -> None:
+        """Run the kernels; `fields` are those from x on (csrc/args.h)."""
+        weights = [0, 0, 0]
+        for key, size in self.layouts:
+            weights[key[0] % 3] = (packed.layouts.get(key) or packed.pack(self, key, size))[0]
+        try:
+            workspace = pool.small.pop() if self._is_small else pool.workspace(self._bytes)
+        except IndexError:  # all small ones are in use
+            workspace = pool.workspace(self._bytes)
+        order_at = 0 if order is None else order.data_ptr()
+        self._kernels((workspace.data_ptr(), *weights, self._levels, order_at, *fields))
+        (pool.small.append if self._is_small else pool.let_go)(workspace)
 
 
 class Plan(CommonPlan):
@@ -174,13 +178,7 @@ class Plan(CommonPlan):
         _, algorithm, self.threads, self.isa = settings
         self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
         self.cell = make_cell(_C, self)
-        self.largest_result, self.largest_gradient = (
-            self.dtype.itemsize * max(math.prod(shape) for shape, _ in memory)
-            for memory in ((self.spk_memory, self.state_memory), self.gradient_memory)
-        )
-        quant = spec.quant
-        self.levels = None if quant is None else quant.levels.to(self.dtype).contiguous()
-        self.levels_pointer = pointer(self.levels)
+        self.levels = None if spec.quant is None else spec.quant.levels.to(self.dtype).contiguous()
         # An x of few channels gains nothing from lists of nonzeros, so its zeros are not counted.
         self.counts_zeros = self.cin > 2
         # This guess saves the look-up of the packed weight, 1 us of a step.
@@ -192,97 +190,48 @@ class Plan(CommonPlan):
         """Make the pass of the arguments of :class:`Pass` after the plan."""
         return self._passes.setdefault(key, Pass(self, *key))
 
-    def empty_results(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """Memory for spk, syn and mem; large ones lie in blocks that are used again."""
-        if self.largest_result < pool.MAPPED:
-            return super().empty_results(call)
-        x, kinds = call.x, (self.spk_memory, self.state_memory, self.state_memory)
-        return tuple(pool.empty_result(*kind, x.dtype, x.device) for kind in kinds)  # type: ignore[return-value]
-
-    def _empty_saved(self, x: Tensor) -> Tensor:
-        size = self.saved.bytes
-        if size >= pool.SMALLEST:
-            return pool.empty((size,), torch.uint8)
-        return x.new_empty(size, dtype=torch.uint8)
-
-    def _copy_of(self, threshold: Tensor) -> Tensor:
-        """A copy of the threshold; the last one serves for equal values."""
-        copy = self._threshold
-        if (
-            copy is None
-            or copy.shape != threshold.shape
-            or not self.are_contiguous
-            or not _C.same(threshold.data_ptr(), copy.data_ptr(), copy.nbytes)
-        ):
-            copy = self._threshold = threshold.clone()
-        return copy
-
-    @pool.where_it_fits
-    def forward(self, call: Call, training: bool) -> Result:
-        x, syn, mem, weight, bias, threshold, graded, lengths, record = call
-        x_at = x.data_ptr()
-        packed = packed_weight(weight, self._last_packed())
+    def _forward(
+        self,
+        call: Call,
+        outs: tuple[Tensor, Tensor, Tensor],
+        saved: Tensor | None,
+        fields: tuple[Any, ...],
+    ) -> Result:
+        threshold, lengths = call.threshold, call.lengths
+        packed = packed_weight(call.weight, self._last_packed())
         if packed is not self._last_packed():
             self._last_packed = ref(packed)
-        percent, lengths_at, order, order_at = 100, 0, None, 0
-        if lengths is not None:
-            lengths_at, order = lengths.data_ptr(), longest_first(lengths)
-            order_at = order.data_ptr()
+        order = None if lengths is None else longest_first(lengths)
+        percent = 100
         if self.counts_zeros:
-            percent = _C.density(self.cell, (x_at, self.x_strides), lengths_at)
+            percent = _C.density(self.cell, fields[0], 0 if lengths is None else lengths.data_ptr())
         key = (percent, packed.max_tile_inputs), False, False, False
         a_pass = self._passes.get(key) or self._new_pass(key)
-        layouts = packed.layouts(a_pass)
-        spk, new_syn, new_mem = self.empty_results(call)
-        saved = self._empty_saved(x) if training else None
-        if not self.are_contiguous:
-            bias, threshold, graded = (
-                None if t is None else contiguous_as(t, self.dtype) for t in call[4:7]
+        a_pass.run(packed, order, fields)
+        copy = self._threshold  # the last copy serves for equal values
+        if (
+            saved is not None
+            and threshold is not None
+            and not (
+                copy is not None
+                and copy.shape == threshold.shape
+                and _C.same(threshold.data_ptr(), copy.data_ptr(), copy.nbytes)
             )
-        bias_at = 0 if bias is None else bias.data_ptr()
-        threshold_at = 0 if threshold is None else threshold.data_ptr()
-        graded_at = 0 if graded is None else graded.data_ptr()
-        if not bias_at and bias is not None:
-            raise ValueError("bias has no memory")
-        workspace = pool.workspace(a_pass.workspace)
-        addresses = (
-            (x_at, self.x_strides), (syn.data_ptr(), self.syn_strides),
-            (mem.data_ptr(), self.mem_strides),
-            *layouts, threshold_at, self.threshold_stride, graded_at, self.levels_pointer, record,
-            *self.saved.addresses(saved),
-            lengths_at, order_at, workspace.data_ptr(), bias_at, None, None,
-            (spk.data_ptr(), self.spk_strides) if self.has_spk else None,
-            (new_syn.data_ptr(), self.out_strides), (new_mem.data_ptr(), self.out_strides),
-        )  # fmt: skip
-        a_pass.run(addresses)
-        pool.let_go(workspace)
-        if lengths is not None and not record:
-            keep_empty(call, (new_syn, new_mem), (syn, mem))
-        copy = self._copy_of(call.threshold) if training and call.threshold is not None else None
-        return Result(spk, new_syn, new_mem, saved, a_pass.name, a_pass.selection, packed, copy)
+        ):
+            copy = self._threshold = threshold.clone()
+        return Result(*outs, saved, a_pass.name, a_pass.selection, packed, copy)
 
     def _backward(
         self, given: BackwardInputs, selection: Sequence[int], packed: PackedWeight | None
     ) -> Gradients:
-        call, views, saved, grads, noise, wanted = given
+        call, wanted = given.call, given.wanted
         order = None if call.lengths is None else longest_first(call.lengths)
         key = tuple(selection), True, wanted[0], wanted[3]
         a_pass = self._passes.get(key) or self._new_pass(key)
         if packed is None:  # a graph of torch.compile keeps tensors alone
             packed = packed_weight(self.restored_weight(call))
-        layouts = packed.layouts(a_pass)
-        threshold, graded = (None if t is None else contiguous_as(t, self.dtype) for t in call[5:7])
-        workspace = pool.workspace(a_pass.workspace)
-        pooled = self.largest_gradient >= pool.MAPPED
-        out = empty_gradients(call.x, self.gradient_memory, wanted, pooled)
-        addresses = (
-            *views, *layouts,
-            pointer(threshold), self.threshold_stride, pointer(graded), self.levels_pointer,
-            call.record, *self.saved.addresses(saved), pointer(call.lengths), pointer(order),
-            workspace.data_ptr(), *self.gradient_addresses(grads, noise, out), 0, 0,
-        )  # fmt: skip
-        a_pass.run(addresses)
-        pool.let_go(workspace)
+        out = empty_gradients(call.x, self.gradient_memory, wanted, self.largest_gradient)
+        a_pass.run(packed, order, self.backward_fields(given, out))
         return out
 
 
@@ -306,7 +255,7 @@ class Backend(CommonBackend):
     def reason_against(self, s: Sizes) -> str | None:
         """Why these kernels cannot run a call; None if they can.
 
-        Under autocast they compute in float32, and half types come as that (function.run).
+        Under autocast they compute in float32, and so do steps of half types (half_types.py).
         """
         return None if s.dtype in DTYPES else f"there are no CPU kernels for {s.dtype}"
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from ..calls.call import Call
 from ..calls.spec import CellSpec
 from ..compat.torch_private import current_stream, fp32_precision
-from . import cudnn as torch_conv
-from .cudnn import Geometry, NeuronPointers
+from . import cudnn
+from .cudnn import Geometry
 from .plan import (
     BackwardInputs,
     CommonBackend,
@@ -34,14 +34,10 @@ from .plan import (
     Result,
     Shapes,
     Sizes,
-    check_memory,
-    contiguous_as,
-    empty_bytes,
     empty_gradients,
-    keep_empty,
     make_cell,
-    pointer,
 )
+from .tensors import check_memory, contiguous_as, empty_bytes, pointer, real
 
 logger = logging.getLogger("snnlstm")
 
@@ -93,11 +89,11 @@ class Plan(CommonPlan):
         self.contiguous = (
             self.work == torch.float32 and backend.device(self.device).compute_capability < 80
         )
-        self.real = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.real = real(self.dtype)
         # cuDNN convolves x of so many steps at once, in self.real. Without tensor cores for float32
         # that would take longer for half types.
         sums = 4 * math.prod(self.state) * self.real.itemsize
-        self.steps_at_once = min(self.time, max(torch_conv.MOST_SUMS // max(sums, 1), 1))
+        self.steps_at_once = min(self.time, max(cudnn.MOST_SUMS // max(sums, 1), 1))
         if self.work.itemsize == 2 and backend.device(self.device).compute_capability < 80:
             self.steps_at_once = 1
         # Each call brings the levels from the host to the device.
@@ -161,19 +157,14 @@ class Plan(CommonPlan):
         """The current stream of the call's device."""
         return self.backend.stream(self.device)
 
-    def _neurons(self, call: Call) -> tuple[NeuronPointers, list[Tensor | None]]:
-        """Addresses of what the neurons read, and the tensors that hold it."""
-        threshold, graded, levels = call.threshold, call.graded, None
-        if threshold is not None:
-            threshold = contiguous_as(threshold, self.dtype)
-        if graded is not None:
-            graded = contiguous_as(graded, self.real)
-        if self.levels is not None:
-            levels = call.x.new_empty(self.levels.numel(), dtype=self.real)
-            values = self.levels.data_ptr()
-            self._chosen[False].store_levels(values, levels.data_ptr(), self.stream)
-        neurons = pointer(threshold), self.threshold_stride, pointer(graded), pointer(levels)
-        return neurons, [threshold, graded, levels]
+    def _levels(self, x: Tensor) -> Tensor | None:
+        """The quantiser's levels on the device."""
+        if self.levels is None:
+            return None
+        levels = x.new_empty(self.levels.numel(), dtype=self.real)
+        values = self.levels.data_ptr()
+        self._chosen[False].store_levels(values, levels.data_ptr(), self.stream)
+        return levels
 
     def _memory(
         self, core: Any, weight: Tensor, stream: int, kept: Tensor | None = None
@@ -195,50 +186,34 @@ class Plan(CommonPlan):
         size = self._chosen_for(True).packed_bytes
         return empty_bytes(size, x.device) if 0 < size <= KEPT_WEIGHT else None
 
-    def forward(self, call: Call, training: bool) -> Result:
-        x = call.x
-        with self.backend.guard(x.device):
-            saved = empty_bytes(self.saved.bytes, x.device) if training else None
-            kept = self._empty_kept(x) if training else None
-            result = Result(*self.empty_results(call), saved, packed=kept)
+    def _forward(
+        self,
+        call: Call,
+        outs: tuple[Tensor, Tensor, Tensor],
+        saved: Tensor | None,
+        fields: tuple[Any, ...],
+    ) -> Result:
+        with self.backend.guard(self.device):
+            kept = None if saved is None else self._empty_kept(call.x)
             if call.lengths is not None:
-                result.spk.zero_()  # the host does not know the lengths
-            neurons, held = self._neurons(call)
-            bias = None if call.bias is None else contiguous_as(call.bias, self.dtype)
-            bias_at = pointer(bias)
-            if not bias_at and bias is not None:
-                raise ValueError("bias has no memory")
+                outs[0].zero_()  # the host does not know the lengths
+            levels = self._levels(call.x)
 
             def run(core: Any) -> None:
-                self._forward(core, call, neurons, bias_at, result)
+                stream, levels_at = self.stream, pointer(levels)
+                if core.algorithm == _CUDNN:
+                    check_memory(call)
+                    kernels = partial(core.forward, stream)
+                    cudnn.forward(self, kernels, call, levels_at, outs, saved)
+                    return
+                packed, workspace, _held = self._memory(core, call.weight, stream, kept)
+                core.forward(stream, (workspace, packed, 0, 0, levels_at, 0, *fields))
 
             fastest = self._fastest(run, False)
             run(fastest)
-            if fastest.algorithm == _CUDNN:  # it packs nothing
-                result = result._replace(packed=None)
-            if call.lengths is not None and not call.record:
-                keep_empty(call, result[1:3], (call.syn, call.mem))
-            del held, bias  # on the stream, whoever gets this memory comes after the kernels
-        return result._replace(name=self.name)
-
-    def _forward(
-        self, core: Any, call: Call, neurons: NeuronPointers, bias: int, result: Result
-    ) -> None:
-        stream = self.stream
-        run = partial(core.forward, stream)
-        if core.algorithm == _CUDNN:
-            check_memory(call)
-            torch_conv.forward(self, run, call, neurons, bias, result)
-            return
-        spk, syn, mem = result[:3]
-        packed, workspace, _held = self._memory(core, call.weight, stream, result.packed)
-        run((
-            (call.x.data_ptr(), self.x_strides), (call.syn.data_ptr(), self.syn_strides),
-            (call.mem.data_ptr(), self.mem_strides), packed, 0, 0, *neurons, call.record,
-            *self.saved.addresses(result.saved), pointer(call.lengths), 0, workspace, bias,
-            None, None, (spk.data_ptr(), self.spk_strides) if self.has_spk else None,
-            (syn.data_ptr(), self.out_strides), (mem.data_ptr(), self.out_strides),
-        ))  # fmt: skip
+        if fastest.algorithm == _CUDNN:  # it packs nothing
+            kept = None
+        return Result(*outs, saved, self.name, packed=kept)
 
     def _backward(
         self, given: BackwardInputs, selection: Sequence[int], packed: Tensor | None
@@ -246,32 +221,31 @@ class Plan(CommonPlan):
         weight = self.restored_weight(given.call)
         if weight is not given.call.weight:
             given = given._replace(call=given.call._replace(weight=weight))
-        with self.backend.guard(given.call.x.device):
-            neurons, held = self._neurons(given.call)
+        with self.backend.guard(self.device):
+            levels = self._levels(given.call.x)
 
             def run(core: Any) -> Gradients:
-                return self._backward_by(core, given, neurons, packed)
+                return self._backward_by(core, given, pointer(levels), packed)
 
-            out = run(self._fastest(run, True, *given.wanted))
-            del held
-        return out
+            return run(self._fastest(run, True, *given.wanted))
 
     def _backward_by(
-        self, core: Any, given: BackwardInputs, neurons: NeuronPointers, kept: Tensor | None
+        self, core: Any, given: BackwardInputs, levels: int, kept: Tensor | None
     ) -> Gradients:
-        call, x = given.call, given.call.x
-        steps = partial(self._run_steps, core, given, neurons, kept)
-        if core.algorithm == _HYBRID:
-            return torch_conv.backward(self, given, steps)
+        x, stream = given.call.x, self.stream
         if core.algorithm == _CUDNN:
-            workspace = empty_bytes(core.workspace, x.device)
-            run = partial(core.backward, self.stream)
-            steps = partial(
-                torch_conv.steps_backward, self, run, pointer(workspace), given, neurons
-            )
-            return torch_conv.backward(self, given, steps)
+            memory = empty_bytes(core.workspace, x.device)
+            device_fields = pointer(memory), 0, 0, 0, levels, 0
+
+            def run(fields: tuple[Any, ...]) -> None:
+                core.backward(stream, (*device_fields, *fields))
+
+            return cudnn.backward(self, given, partial(cudnn.steps_backward, self, run, given))
+        steps = partial(self._run_steps, core, stream, given, levels, kept)
+        if core.algorithm == _HYBRID:
+            return cudnn.backward(self, given, steps)
         out = empty_gradients(x, self.gradient_memory, given.wanted)
-        if call.lengths is not None and out.x is not None:
+        if given.call.lengths is not None and out.x is not None:
             out.x.zero_()
         steps(out, None, None)
         return out
@@ -279,8 +253,9 @@ class Plan(CommonPlan):
     def _run_steps(
         self,
         core: Any,
+        stream: int,
         given: BackwardInputs,
-        neurons: NeuronPointers,
+        levels: int,
         kept: Tensor | None,
         out: Gradients,
         d_gates: Tensor | None,
@@ -293,20 +268,15 @@ class Plan(CommonPlan):
         """
         if d_gates is not None:
             out = out._replace(x=None)
-        call, views, saved, grads, noise, _ = given
-        stream = self.stream
         if kept is None:
-            packed, workspace, _held = self._memory(core, call.weight, stream)
+            packed, workspace, _held = self._memory(core, given.call.weight, stream)
         else:
             kept = self.restored_block(kept, core.packed_bytes)
             _held = empty_bytes(core.workspace, kept.device)
             packed, workspace = kept.data_ptr(), _held.data_ptr()
-        core.backward(stream, (
-            *views, packed, 0, 0, *neurons, call.record,
-            *self.saved.addresses(saved), pointer(call.lengths), 0, workspace,
-            *self.gradient_addresses(grads, noise, out), pointer(d_gates),
-            0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),
-        ))  # fmt: skip
+        mem_after = 0 if mems is None or len(mems) == 1 else mems[1].data_ptr()
+        fields = self.backward_fields(given, out, pointer(d_gates), mem_after)
+        core.backward(stream, (workspace, packed, 0, 0, levels, 0, *fields))
 
 
 class Backend(CommonBackend):

@@ -28,14 +28,13 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from ..calls.call import Call
 from ..calls.lengths import length_mask
 from ..compat.torch_private import convolution
-from .plan import BackwardInputs, Gradients, Result, empty_gradients, pointer, strided
+from .plan import BackwardInputs, Gradients, empty_gradients
+from .tensors import pointer, strided
 
 MOST_SUMS = 64 << 20
 """Bytes of x's gate sums that are formed at once, where these are of several steps."""
 
 # Each `plan` here is a cuda.Plan.
-NeuronPointers = tuple[int, int, int, int]
-"""Addresses of threshold, its stride, graded factor and levels."""
 
 
 class Geometry(NamedTuple):
@@ -88,32 +87,38 @@ def _part(plan: Any, weight: Tensor, d_gates: Tensor) -> Tensor:
     return F.pad(weight.unflatten(0, (4, -1)), pad).flatten(0, 1)
 
 
-def _left(call: Call, t: int) -> Tensor | None:
-    """How many steps each sample has from step t on. The kernels skip padded samples."""
-    return None if call.lengths is None else call.lengths - t
+def _step_of(call: Call, t: int) -> Call:
+    """The call with the number of steps that each sample has from step t on, if it has lengths.
+
+    The kernels skip padded samples. They write the states of every step, which the next one reads.
+    """
+    if call.lengths is None:
+        return call
+    return call._replace(lengths=call.lengths - t, record=True)
 
 
 def forward(
     plan: Any,
     run: Callable[[tuple], None],
     call: Call,
-    neurons: NeuronPointers,
-    bias: int,
-    result: Result,
+    levels: int,
+    outs: tuple[Tensor, Tensor, Tensor],
+    saved: Tensor | None,
 ) -> None:
     """cuDNN convolves, the kernels do the rest of each step by `run`, of one step.
 
     x of several steps is convolved at once, in `plan.real`: of half types the kernels add x's sums
     before they are rounded. x of one step is convolved with mem, if it has no stride.
     """
-    syn, mem, geometry = call.syn, call.mem, plan.geometry
+    syn, mem, bias, geometry = call.syn, call.mem, pointer(call.bias), plan.geometry
+    all_spk, all_syn, all_mem = outs
     xs, at_once = _steps(call.x, call.sequence), plan.steps_at_once
     together = at_once == 1 and geometry.stride == (1, 1)
     weight = geometry.inner(call.weight.detach().to(plan.work))
     if not together:  # each convolution would copy a half that is not contiguous
         x_weight, weight = (w.contiguous() for w in weight.split([plan.cin, plan.c], 1))
         x_weight = x_weight.to(plan.real)
-    spks, last = _steps(result.spk, call.sequence), plan.time - 1
+    spks, last = _steps(all_spk, call.sequence), plan.time - 1
     for t, x in enumerate(xs):
         spk: Tensor | None = spks[t]
         images, x_sums = mem.to(plan.work), None
@@ -128,17 +133,15 @@ def forward(
         if not together:
             x_sums = sums_of_x[t % at_once]
         # Without record the states are updated in place, each neuron by one thread.
-        out_syn = result.syn[t] if call.record else result.syn
-        out_mem = result.mem[t] if call.record else result.mem
+        out_syn = all_syn[t] if call.record else all_syn
+        out_mem = all_mem[t] if call.record else all_mem
         h_alone = not plan.spec.spiking and not call.record and call.lengths is None
         if t < last and h_alone:
             spk, out_mem = None, spks[t]  # spk is mem, and the next step reads it there
-        left = _left(call, t)
-        # With lengths the kernels must write the states of every step, which the next one reads.
+        step, views = _step_of(call, t), (None, strided(syn), strided(mem))
         run((
-            None, strided(syn), strided(mem), 0, 0, 0, *neurons, call.record or left is not None,
-            *plan.saved.addresses(result.saved, t), pointer(left), 0, 0,
-            bias, strided(sums), strided(x_sums), strided(spk), strided(out_syn), strided(out_mem),
+            0, 0, 0, 0, levels, 0, *plan.call_fields(views, step, saved, t), bias,
+            strided(sums), strided(x_sums), strided(spk), strided(out_syn), strided(out_mem),
         ))  # fmt: skip
         syn, mem = out_syn, out_mem
 
@@ -171,9 +174,7 @@ def backward(
 def steps_backward(
     plan: Any,
     run: Callable[[tuple], None],
-    workspace: int,
     given: BackwardInputs,
-    neurons: NeuronPointers,
     out: Gradients,
     d_gates: Tensor,
     mems: Tensor | None,
@@ -193,7 +194,7 @@ def steps_backward(
     noise, grad_spk = (None if t is None else _steps(t, call.sequence) for t in (noise, grad_spk))
     c, last = mem.shape[1], plan.time - 1
     mem_weight = _part(plan, call.weight[:, -c:], d_gates)
-    d_syn = torch.empty_like(syn) if out.syn is None else out.syn
+    d_syn = syn.new_empty(plan.state) if out.syn is None else out.syn
     d_threshold = None if out.threshold is None else call.x.new_empty((last + 1, c))
     live = None if call.lengths is None else length_mask(call.lengths, last + 1)
     if live is not None:  # the gradients of padded samples stay as they were given
@@ -201,17 +202,19 @@ def steps_backward(
     for t in range(last, -1, -1):
         into_syn = _sum(into_syn, recorded_syn, t)
         into_mem = _sum(into_mem, recorded_mem, t)
-        left = _left(call, t)
-        run((
-            None, strided(syn if t == 0 else images_of(saved_syn[t - 1], mem)[:, :c]), None,
-            0, 0, 0, *neurons, record or left is not None,
-            *plan.saved.addresses(saved, t), pointer(left), 0, workspace,
-            strided(None if noise is None else noise[t]),
-            strided(None if grad_spk is None else grad_spk[t]),
-            strided(into_syn), strided(into_mem), None, strided(d_syn), None, 0, 0,
-            pointer(None if d_threshold is None else d_threshold[t]),
-            d_gates[t].data_ptr(), 0 if mems is None or t == last else mems[t + 1].data_ptr(),
-        ))  # fmt: skip
+        syn_before = syn if t == 0 else images_of(saved_syn[t - 1], mem)[:, :c]
+        step = BackwardInputs(
+            _step_of(call, t),
+            (None, strided(syn_before), None),
+            saved,
+            (None if grad_spk is None else grad_spk[t], into_syn, into_mem),
+            None if noise is None else noise[t],
+            (),
+        )
+        d_threshold_of = None if d_threshold is None else d_threshold[t]
+        results = Gradients(None, d_syn, None, None, None, d_threshold_of)
+        mem_after = 0 if mems is None or t == last else mems[t + 1].data_ptr()
+        run(plan.backward_fields(step, results, d_gates[t].data_ptr(), mem_after, t))
         into_syn, before, into_mem = d_syn, into_mem, None
         if t > 0 or out.mem is not None:
             step_grads = _ordered(plan, images_of(d_gates[t], mem))

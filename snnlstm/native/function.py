@@ -1,29 +1,24 @@
-"""The cell over the native kernels: an autograd Function, and operators for torch.compile.
+"""The cell over the native kernels: the table of plans, and an autograd Function that runs them.
 
-Both run the plan of a call. Saved for the backward pass are the arguments, and per time step the
-activated gates and syn. The backward pass computes mem and the reset from these again (the reset
-rides in a sign bit of the gates). It writes to nothing that was saved, so it may be interrupted and
-run again, and x and states may change while it runs.
-
-``snnlstm::forward`` and ``snnlstm::backward`` are opaque to the compiler: it sees shapes, from the
-fake kernels here, and keeps the calls in its graph. An operator takes tensors, numbers and strings
-only, so a spec travels as a text.
+Saved for the backward pass are the arguments, and per time step the activated gates and syn. The
+backward pass computes mem and the reset from these again (the reset rides in a sign bit of the
+gates). It writes to nothing that was saved, so it may be interrupted and run again, and x and
+states may change while it runs.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _C, reference
-from ..calls.call import Call, autocast_dtype, restored, state_shape, weight_tensor
+from ..calls.call import Call
 from ..calls.keys import BoundedDict, plan_key
 from ..calls.lengths import recorded_states
-from ..calls.spec import HALF_TYPES, CellSpec
+from ..calls.spec import CellSpec
 from ..compat.torch_private import (
     forward_level,
     is_batch,
@@ -31,20 +26,9 @@ from ..compat.torch_private import (
     opaque,
     transforms_are_active,
 )
-from . import cpu, cuda, cuda_check
-from .half_types import in_float32
-from .plan import (
-    CommonBackend,
-    CommonPlan,
-    Gradients,
-    Result,
-    SavedLayout,
-    Sizes,
-    check_memory,
-    empty_gradients,
-    empty_like_images,
-    gradient_memory,
-)
+from . import cpu, cuda, cuda_check, pool
+from .plan import CommonBackend, CommonPlan
+from .tensors import check_memory
 
 # ---- backends and plans --------------------------------------------------------------------------
 
@@ -99,60 +83,75 @@ def run(plan: CommonPlan, call: Call, training: bool) -> tuple[Tensor, Tensor, T
     """
     try:
         if not training:
-            result = plan.forward(call, False)
-            spk, syn, mem, name = result.spk, result.syn, result.mem, result.name
+            spk, syn, mem, _, name, *_ = plan.forward(call, False)
         else:
             if call.x.is_inference():  # autograd refuses to save it
                 call = call._replace(x=call.x.clone())
             spk, syn, mem, name = _apply(plan, call, *call[:6])
+        if call.lengths is not None and call.record:
+            syn, mem = recorded_states(call, syn, mem)
+        return spk, syn, mem, name
     except ValueError:  # the core refuses null addresses
         check_memory(call)
         raise
-    if call.lengths is not None and call.record:
-        syn, mem = recorded_states(call, syn, mem)
-    return spk, syn, mem, name
+    except (MemoryError, RuntimeError) as error:
+        if not pool.is_for_lack_of_memory(error):
+            raise
+    pool.empty_cache()  # after the error, whose traceback holds what the call allocated
+    return run(plan, call, training)
 
 
 # ---- the Function --------------------------------------------------------------------------------
 
 
-class _SConv2dLSTM(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, plan: Any, call: Call, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, str]:
-        """Run the kernels; `tensors` are those of the call that may require a gradient.
+def differentiable(name: str, forward: Callable, gradients: Callable) -> Any:
+    """`forward` as autograd's Function of a name, whose gradients `gradients` forms.
 
-        Returns also the name of what ran.
-        """
-        result = plan.forward(call, True)
-        # A threshold may be written to before the backward pass: snnTorch's graph keeps none.
-        ctx.threshold = threshold = call.threshold
-        if threshold is not None:
-            ctx.copy = threshold.clone() if result.threshold is None else result.threshold
-        packed = result.packed
-        kept = packed if isinstance(packed, Tensor) else None
-        ctx.save_for_backward(*call[:5], call.graded, call.lengths, result.saved, kept)
-        ctx.plan, ctx.record = plan, call.record
-        ctx.selection, ctx.packed = result.selection, packed if kept is None else None
-        ctx.set_materialize_grads(False)
-        constant = [] if plan.passes_gradient else [result.spk]
-        constant += [result.syn, result.mem][: _constant_states(call, plan.spec)]
-        ctx.mark_non_differentiable(*constant)
-        return result.spk, result.syn, result.mem, result.name
+    Both take a context first; `gradients` also takes the gradients of all results, and returns
+    those of all arguments. The Function must not be called under a transform of torch.func.
+    """
+    hidden = opaque(gradients)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+    def backward(ctx: Any, *grads: Tensor | None) -> Sequence[Tensor | None]:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         # Compiled autograd traces this, and must not trace into the kernels.
-        run = _opaque_gradients if torch.compiler.is_compiling() else _gradients
-        return None, None, *run(ctx, grads[:3])
+        return (hidden if torch.compiler.is_compiling() else gradients)(ctx, grads)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    kind: Any = type(name, (torch.autograd.Function,), methods)
+    # This is apply without its search for torch.func's wrappers among all arguments.
+    return getattr(super(torch.autograd.Function, kind), "apply", kind.apply)
 
 
-def _constant_states(call: Call, spec: CellSpec) -> int:
-    """How many of syn and mem, in this order, pass no gradient on: a threshold alone wants one."""
-    if any(t is not None and t.requires_grad for t in call[:5]):
-        return 0
-    return 2 if spec.reset != "subtract" else 0 if call.sequence else 1
+def _forward(
+    ctx: Any, plan: CommonPlan, call: Call, *_tensors: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Run the kernels; the tensors are those of the call that may require a gradient.
+
+    Returns also the name of what ran.
+    """
+    spk, syn, mem, saved, name, selection, packed, copy = plan.forward(call, True)
+    # A threshold may be written to before the backward pass: snnTorch's graph keeps none.
+    ctx.threshold = threshold = call.threshold
+    if threshold is not None:
+        ctx.copy = threshold.clone() if copy is None else copy
+    kept = packed if isinstance(packed, Tensor) else None
+    ctx.save_for_backward(*call[:5], call.graded, call.lengths, saved, kept)
+    ctx.plan, ctx.record = plan, call.record
+    ctx.selection, ctx.packed = selection, packed if kept is None else None
+    ctx.set_materialize_grads(False)
+    constant = () if plan.passes_gradient else (spk,)
+    if not any(ctx.needs_input_grad[2:7]):  # the threshold alone wants one
+        constant += (syn, mem)[: constant_states(plan.spec, call.sequence)]
+    if constant:
+        ctx.mark_non_differentiable(*constant)
+    return spk, syn, mem, name
+
+
+def constant_states(spec: CellSpec, sequence: bool) -> int:
+    """How many of syn and mem, in this order, pass no gradient on to a threshold."""
+    return 2 if spec.reset != "subtract" else 0 if sequence else 1
 
 
 _FORGOTTEN = (
@@ -164,9 +163,8 @@ _FORGOTTEN = (
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The gradients of a backward pass, in the order of :class:`Gradients`."""
-    if grads[0] is grads[1] is grads[2] is None:
-        return (None,) * 6
+    """The gradients of the Function's arguments, the tensors in the order of :class:`Gradients`."""
+    grads = grads[:3]
     try:
         everything = ctx.saved_tensors  # torch's checkpoint allows one read of saved tensors
     except RuntimeError as error:
@@ -175,7 +173,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         raise
     *tensors, graded, lengths, saved, kept = everything
     threshold = None if ctx.threshold is None else ctx.copy
-    wanted = _reached(ctx.needs_input_grad[2:], ctx.plan.spec, grads)
+    wanted = reached(ctx.needs_input_grad[2:], ctx.plan.spec.reset, grads)
     create_graph = torch.is_grad_enabled()
     if create_graph and wanted[5]:
         if not torch.allclose(ctx.threshold, threshold, 0, 0, equal_nan=True):
@@ -186,28 +184,23 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         threshold = ctx.threshold
     call = Call._make((*tensors, threshold, graded, lengths, ctx.record))
     if create_graph or beyond_kernels(grads):
-        return _by_reference(ctx.plan, call, grads, wanted, create_graph)
+        return None, None, *_by_reference(ctx.plan, call, grads, wanted, create_graph)
     packed = ctx.packed if kept is None else kept
     if not keeps_graph():  # no other backward pass comes, so the packed weight can go
         ctx.packed = None
     grads = [grad.resolve_neg() if grad is not None and grad.is_neg() else grad for grad in grads]
-    return ctx.plan.backward(call, saved, grads, wanted, ctx.selection, packed)
+    return None, None, *ctx.plan.backward(call, saved, grads, wanted, ctx.selection, packed)
 
 
-_opaque_gradients = opaque(_gradients)
+_apply = differentiable("_SConv2dLSTM", _forward, _gradients)
 
 
-def _reached(
-    wanted: Sequence[bool], spec: CellSpec, grads: Sequence[Tensor | None]
-) -> Sequence[bool]:
-    """Which gradients are wanted and exist: a threshold gets one only from spk and "subtract"."""
-    reached = grads[0] is not None or spec.reset == "subtract"
-    return (*wanted[:5], wanted[5] and reached)
+def reached(wanted: Sequence[bool], reset: str, grads: Sequence[Tensor | None]) -> Sequence[bool]:
+    """Which gradients are wanted and exist: a threshold, the last, gets one only so.
 
-
-# This is _SConv2dLSTM.apply without its search for torch.func's wrappers among all arguments: a
-# call under a transform of torch.func does not come here.
-_apply: Any = getattr(super(torch.autograd.Function, _SConv2dLSTM), "apply", _SConv2dLSTM.apply)
+    It gets one from spk, and from the reset "subtract".
+    """
+    return (*wanted[:-1], wanted[-1] and (grads[0] is not None or reset == "subtract"))
 
 
 def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
@@ -253,187 +246,3 @@ def _by_reference(
     )
     rest = iter(gradients)
     return tuple(next(rest) if want else None for want in wanted)
-
-
-# ---- the operators -------------------------------------------------------------------------------
-
-_CALL = (
-    "Tensor x, Tensor syn, Tensor mem, Tensor weight, Tensor? bias, Tensor? threshold, "
-    "Tensor? graded, Tensor? lengths, bool record, str spec, str algorithm"
-)
-_FIELDS = len(Call._fields)
-
-
-def layout() -> int:
-    """A number that changes with the shapes of what a forward pass saves.
-
-    They differ between instruction sets, and may between versions. torch.compile writes graphs
-    that hold them to a cache on disk, which outlives both.
-    """
-    counts = [_C.cpu_padded_channels(dtype, c) for dtype in (0, 1) for c in range(1, 129)]
-    if "cuda" in BACKENDS:
-        counts += map(_C.cuda_padded_channels, range(1, 129))
-    return zlib.crc32(repr(("gates, syn, winner, places", counts)).encode())
-
-
-LAYOUT = layout()  # dynamo cannot trace a call into the core
-
-
-def _spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
-    _, _, operands, rest = text.split("|", 3)
-    return CellSpec.from_text(rest), getattr(torch, operands.removeprefix("torch."), None)
-
-
-def _traced_spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
-    """The spec without a quantiser, whose levels would have no numbers among fake tensors."""
-    return _spec(text.rpartition(";")[0] + ";")
-
-
-def _sizes(call: Call, text: str) -> Sizes:
-    """The sizes of a call of fake tensors."""
-    return Sizes(call, *_traced_spec(text))
-
-
-def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[CommonPlan, Call]:
-    """The plan of an operator's call, and the call in the dtype of its text.
-
-    Hooks on the tensors that a compiled graph saves may have brought some back in another dtype.
-    """
-    dtype = getattr(torch, text.split("|")[1].removeprefix("torch."))
-    call = Call._make((*(t.resolve_neg().to(dtype) for t in fields[:4]), *fields[4:]))
-    if call.lengths is not None:
-        batch = call.x.shape[1]
-        lengths = restored(call.lengths, (batch,), torch.int64, call.x.device)
-        call = call._replace(lengths=lengths.contiguous())
-    spec, operands = _spec(text)
-    _check_fit(call, spec)
-    settings = BACKENDS[call.x.device.type].settings(algorithm)
-    return plan_of(call, spec, operands, settings), call
-
-
-def _check_fit(call: Call, spec: CellSpec) -> None:
-    """Refuse tensors of an operator that do not fit each other: the kernels would read beyond them.
-
-    A module checks its arguments before, but anybody may call the operator.
-    """
-    x, weight, bias, threshold, graded = call.x, *call[3:7]
-    cin, channels = weight_tensor(weight)
-    fits = x.dim() in (4, 5) and x.shape[-3] == cin
-    state = state_shape(x, channels, spec, 2) if fits else ()
-    fits = (
-        fits and call.syn.shape == call.mem.shape == state
-        and weight.shape[2:] == spec.kernel_size
-        and (bias is None or bias.shape == (4 * channels,))
-        and (threshold is None or threshold.numel() in (1, channels))
-        and (graded is None or graded.numel() == 1)
-    )  # fmt: skip
-    if not fits:
-        shapes = {k: tuple(t.shape) for k, t in call._asdict().items() if isinstance(t, Tensor)}
-        raise ValueError(f"the tensors of an operator must fit each other, got shapes {shapes}")
-
-
-@torch.library.custom_op(
-    "snnlstm::forward", mutates_args=(),
-    schema=f"({_CALL}, bool training) -> ({', '.join(['Tensor'] * 5)})",
-)  # fmt: skip
-def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    text, algorithm, training = arguments[_FIELDS:]
-    plan, call = _planned(arguments[:_FIELDS], text, algorithm)
-    result = plan.forward(call, training)
-    return _forward_outputs(call.x, result)
-
-
-def _forward_outputs(x: Tensor, r: Result) -> tuple[Tensor, ...]:
-    """A forward pass's results, as its operator returns them; nothing is saved in inference."""
-    saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved
-    # A graph of CUDA's operators must have no tensor on the CPU.
-    selection = torch.tensor(r.selection, dtype=torch.int64).to(x.device)
-    return r.spk, r.syn, r.mem, saved, selection
-
-
-@_forward_operator.register_fake
-def _(*arguments):
-    call, (text, _, training) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    s, x = _sizes(call, text), call.x
-    spk, state = (empty_like_images(x, shape) for shape in s.outputs())
-    layout = SavedLayout(BACKENDS[x.device.type].saved_shapes(s) if training else ())
-    saved = x.new_empty(layout.bytes, dtype=torch.uint8)
-    selection = (0, 0) if x.device.type == "cpu" else ()
-    return _forward_outputs(
-        x, Result(spk, state, torch.empty_like(state), saved, selection=selection)
-    )
-
-
-@torch.library.custom_op(
-    "snnlstm::backward", mutates_args=(),
-    schema=f"({_CALL}, Tensor saved, Tensor selection, Tensor? grad_spk, Tensor? grad_syn, "
-    f"Tensor? grad_mem, bool[] wanted) -> ({', '.join(['Tensor'] * 6)})",
-)  # fmt: skip
-def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    text, algorithm, saved, selection, *grads, wanted = arguments[_FIELDS:]
-    plan, call = _planned(arguments[:_FIELDS], text, algorithm)
-    spk, state = plan.outputs()
-    for grad, shape in zip(grads, (spk, state, state), strict=True):
-        if grad is not None and grad.shape != shape:
-            raise ValueError(f"a gradient must have shape {shape}, got {tuple(grad.shape)}")
-    grads = [None if grad is None else grad.resolve_neg().to(call.x.dtype) for grad in grads]
-    out = plan.backward(call, saved, grads, wanted, selection.tolist(), None)
-    return _gradient_outputs(call.x, out)
-
-
-def _gradient_outputs(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(0) if grad is None else grad for grad in out)
-
-
-@_backward_operator.register_fake
-def _(*arguments):
-    call, text, wanted = Call(*arguments[:_FIELDS]), arguments[_FIELDS], arguments[-1]
-    out = empty_gradients(call.x, gradient_memory(call.x, _sizes(call, text)), wanted)
-    if wanted[5]:
-        threshold: Any = call.threshold
-        out = out._replace(threshold=torch.empty_like(threshold))
-    return _gradient_outputs(call.x, out)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.record, ctx.text, ctx.algorithm, _training = inputs
-    ctx.save_for_backward(*tensors, *output[3:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward_of_operator(ctx: Any, *grads: Tensor | None) -> tuple:
-    if grads[0] is grads[1] is grads[2] is None:
-        return (None,) * len(ctx.needs_input_grad)
-    spec, saved = _traced_spec(ctx.text)[0], ctx.saved_tensors
-    wanted = list(_reached(ctx.needs_input_grad[:6], spec, grads))
-    static = ctx.record, ctx.text, ctx.algorithm
-    out = _backward_operator(*saved[:8], *static, *saved[8:], *grads[:3], wanted)
-    return (*(g if want else None for g, want in zip(out, wanted, strict=True)), *(None,) * 6)
-
-
-_forward_operator.register_autograd(_backward_of_operator, setup_context=_setup_context)
-
-
-def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Tensor, Tensor, None]:
-    """The call's spk, syn and mem, in a form that torch.compile keeps in its graph."""
-    x, syn, mem, weight, bias, threshold, graded, lengths, record = call
-    if x.dtype in HALF_TYPES and not BACKENDS[x.device.type].half_types:
-        return in_float32(call, lambda step: run_operator(step, spec, algorithm))
-    if weight.dtype != x.dtype:  # autocast makes the states of a half-precision module float32
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    training = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, syn, mem, weight, bias, threshold)
-    )
-    # A graph in torch.compile's cache on disk must not serve a build with another layout.
-    operands = operands_of(call, autocast_dtype(x.device.type))
-    text = f"{LAYOUT}|{x.dtype}|{operands}|{spec.serialized}"
-    tensors = x, syn, mem, weight, bias, threshold, graded, lengths
-    spk, new_syn, new_mem, *_ = _forward_operator(*tensors, record, text, algorithm, training)
-    if not spec.passes_gradient(call.sequence):
-        spk = spk.detach()
-    constant = _constant_states(call, spec)
-    new_syn = new_syn.detach() if constant > 0 else new_syn
-    new_mem = new_mem.detach() if constant > 1 else new_mem
-    if lengths is not None and record:
-        new_syn, new_mem = recorded_states(call, new_syn, new_mem)
-    return spk, new_syn, new_mem, None

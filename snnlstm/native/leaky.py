@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..calls.call import restored
+from ..calls.call import may_require_grad, restored
 from ..calls.spec import DTYPES, RESETS
-from ..compat.torch_private import opaque
 from ..surrogate import Surrogate
 from . import pool
-from .function import BACKENDS, beyond_kernels
-from .plan import contiguous_as, pointer, stochastic_noise
+from .function import BACKENDS, beyond_kernels, differentiable, reached
+from .tensors import contiguous_as, pointer, real, stochastic_noise
 
 
 class Neurons(NamedTuple):
@@ -35,11 +34,6 @@ class Neurons(NamedTuple):
     graded: Tensor
     sequence: bool = False
     """Whether x has all steps, (T, ...)."""
-
-
-def real(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the computation, of spk and of mem, for an x of `dtype`."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Any:
@@ -75,10 +69,11 @@ def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[
     Returns
     -------
     spk, mem : Tensor
-        Of x's shape and of :func:`real`. While gradients are computed mem has every step.
+        Of x's shape, in float32, or float64 for such an x. While gradients are computed mem has
+        every step.
     """
     tensors = x, mem, neurons.beta, neurons.threshold
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if may_require_grad(tensors):
         if mem.is_inference():  # autograd refuses to save it
             tensors = x, mem.clone(), *tensors[2:]
         return _apply(neurons, *tensors)
@@ -161,47 +156,31 @@ def _empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- the Function --------------------------------------------------------------------------------
 
 
-class _Leaky(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, neurons: Neurons, x: Tensor, mem: Tensor, beta: Tensor, threshold: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Run the kernels; the tensors are those that may require a gradient."""
-        spk, after = _forward(neurons, x, mem, True)
-        learned = beta.requires_grad or threshold.requires_grad
-        before = mem if learned or neurons.reset == "zero" else None  # whether it is read
-        ctx.save_for_backward(before, after, beta, threshold, neurons.graded)
-        ctx.neurons, ctx.dtypes, ctx.strides = neurons[:2], (x.dtype, mem.dtype), after.stride()
-        ctx.sequence, ctx.shape, ctx.device = neurons.sequence, after.shape, after.device
-        ctx.set_materialize_grads(False)
-        constant = [spk] if neurons.surrogate.kind == 0 else []
-        if neurons.reset != "subtract" and not any(t.requires_grad for t in (x, mem, beta)):
-            constant.append(after)  # the threshold reaches spk alone
-        ctx.mark_non_differentiable(*constant)
-        return spk, after
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # Compiled autograd traces this, and must not trace into the kernels.
-        run = _opaque_gradients if torch.compiler.is_compiling() else _gradients
-        return None, *run(ctx, grads)
-
-
-# This is _Leaky.apply without its search for torch.func's wrappers; see function.py.
-_apply: Any = super(torch.autograd.Function, _Leaky).apply
+def _differentiable_forward(
+    ctx: Any, neurons: Neurons, x: Tensor, mem: Tensor, beta: Tensor, threshold: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the kernels; the tensors are those that may require a gradient."""
+    spk, after = _forward(neurons, x, mem, True)
+    learned = beta.requires_grad or threshold.requires_grad
+    before = mem if learned or neurons.reset == "zero" else None  # whether it is read
+    ctx.save_for_backward(before, after, beta, threshold, neurons.graded)
+    ctx.neurons, ctx.dtypes, ctx.strides = neurons[:2], (x.dtype, mem.dtype), after.stride()
+    ctx.sequence, ctx.shape, ctx.device = neurons.sequence, after.shape, after.device
+    ctx.set_materialize_grads(False)
+    constant = [spk] if neurons.surrogate.kind == 0 else []
+    if neurons.reset != "subtract" and not any(t.requires_grad for t in (x, mem, beta)):
+        constant.append(after)  # the threshold reaches spk alone
+    ctx.mark_non_differentiable(*constant)
+    return spk, after
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The gradients of x, mem, beta and threshold."""
-    if grads[0] is grads[1] is None:
-        return (None,) * 4
+    """The gradients of neurons, x, mem, beta and threshold."""
     before, after, *parameters = ctx.saved_tensors
     beta, threshold, graded = parameters
     reset, surrogate = ctx.neurons
     neurons = Neurons(reset, surrogate, beta, threshold, graded, ctx.sequence)
-    *given, last = ctx.needs_input_grad[1:]
-    # A threshold gets a gradient only from spk and from "subtract".
-    given.append(last and (grads[0] is not None or neurons.reset == "subtract"))
+    given = reached(ctx.needs_input_grad[1:], reset, grads)
     found: Any
     if torch.is_grad_enabled() or beyond_kernels(grads):
         found = _by_formula(neurons, before, after, grads, given)
@@ -210,14 +189,14 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         found = _by_kernels(ctx, neurons, before, after, grads, given)
     x, mem, d_beta, d_threshold = found
     return (
-        x if given[0] else None, mem.to(ctx.dtypes[1]) if given[1] else None,
+        None, x if given[0] else None, mem.to(ctx.dtypes[1]) if given[1] else None,
         None if d_beta is None else d_beta.sum_to_size(beta.shape).to(beta.dtype),
         None if d_threshold is None
         else d_threshold.sum_to_size(threshold.shape).to(threshold.dtype),
     )  # fmt: skip
 
 
-_opaque_gradients = opaque(_gradients)
+_apply = differentiable("_Leaky", _differentiable_forward, _gradients)
 
 
 @pool.where_it_fits

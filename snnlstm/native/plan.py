@@ -1,11 +1,8 @@
-"""What the plans of both devices share: sizes, addresses, results and what is saved.
-
-The core takes raw memory and allocates none; everything it reads and writes is a torch tensor
-that its caller keeps alive while it runs.
-"""
+"""What the plans of both devices share: sizes, what is saved, and the fields of a call."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -15,12 +12,71 @@ import torch
 from torch import Tensor
 
 from ..calls.call import Call, restored
-from ..calls.keys import are_contiguous
 from ..calls.spec import DTYPES, POOLS, RESETS, CellSpec
 from ..compat.torch_private import guard_of
-from ..surrogate import Surrogate
 from . import pool
-from .saved import ALIGNMENT, SavedLayout, Shapes
+from .tensors import (
+    image_strides,
+    keep_empty,
+    pointer,
+    stochastic_noise,
+    strided,
+    with_numbers,
+    with_time,
+)
+
+Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each part of what is saved."""
+
+ALIGNMENT = 64  # bytes; torch aligns blocks so, and every vector is a part of it
+
+
+class SavedLayout:
+    """Where a forward pass leaves what its backward pass needs beside its arguments.
+
+    All of it lies in one block of bytes, which costs autograd the time of one tensor. Cp is the
+    number of channels C, rounded up to whole vectors. The parts are
+
+    - gates (T, N, Ho * Wo, 4 Cp), activated, of every step, in the kernels' own order
+    - syn (T, N, Ho * Wo, Cp), after every step; on CUDA, after every step but the last
+    - winner (T, N) int64, the neuron that inhibition let through; (0,) without inhibition
+    - argmax (T, N, Hp * Wp, channels), for each pooled pixel the number of the pixel of its window
+      that gets the gradient, row by row; (0,) without max_pool. uint8, or int32 where a window has
+      more than 256 pixels.
+
+    Gates and syn are whole vectors, so that each part is aligned where the one before it ends.
+    """
+
+    def __init__(self, parts: Shapes) -> None:
+        self.parts = parts
+        self.bytes = 0
+        self._offsets: list[Any] = []  # an int, or None for an empty part
+        for shape, dtype in parts:
+            size = math.prod(shape) * dtype.itemsize
+            self._offsets.append(self.bytes if size else None)
+            self.bytes += size
+
+    def addresses(self, block: Tensor | None, step: int = 0) -> tuple[int, ...]:
+        """Addresses of the parts, from a step on; 0 for what is not saved."""
+        if block is None:
+            return 0, 0, 0, 0
+        start = block.data_ptr()
+        if step == 0:
+            gates, syn, winner, argmax = self._offsets
+            return (
+                start + gates, 0 if syn is None else start + syn,
+                0 if winner is None else start + winner, 0 if argmax is None else start + argmax,
+            )  # fmt: skip
+        return tuple(
+            0 if offset is None or step >= shape[0]
+            else start + offset + step * math.prod(shape[1:]) * dtype.itemsize
+            for offset, (shape, dtype) in zip(self._offsets, self.parts, strict=True)
+        )  # fmt: skip
+
+    def part(self, block: Tensor, number: int) -> Tensor:
+        """A part of a block, as a tensor of its own shape and dtype."""
+        (shape, dtype), start = self.parts[number], self._offsets[number] or 0
+        return block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 class Result(NamedTuple):
@@ -129,92 +185,6 @@ def make_cell(core: Any, s: Sizes) -> Any:
     )
 
 
-# ---- tensors that the core reads ------------------------------------------------------------
-
-
-def readable(tensor: Tensor, name: str = "a tensor") -> Tensor:
-    """The tensor, detached, for torch to read: a read of freed memory would end the process."""
-    if tensor.numel() and not tensor.data_ptr():
-        raise ValueError(f"{name} must have memory, got a tensor whose storage is empty")
-    return tensor.detach()
-
-
-def contiguous_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor, or a copy whose memory holds its numbers in order, without gaps, in `dtype`."""
-    if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
-        return tensor
-    return readable(tensor).resolve_neg().to(dtype).contiguous()
-
-
-def pointer(tensor: Tensor | None) -> int:
-    """Address of the tensor's numbers; 0 if there is no tensor."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def strided(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    """Address and five strides; None if there is no tensor, or an empty one."""
-    if tensor is None or not (address := tensor.data_ptr()):
-        return None
-    return address, with_time(tensor.stride())
-
-
-def with_time(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of time, batch, channel, row and column: that of time is 0 where there is none."""
-    return strides if len(strides) == 5 else (0, *strides)
-
-
-def check_memory(call: Call) -> None:
-    """Refuse tensors with numbers but no memory: their storage was freed, or never made."""
-    for name, tensor in zip((*Call._fields[:6], "graded_spikes_factor"), call[:7], strict=True):
-        if tensor is not None:
-            readable(tensor, name)
-
-
-def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
-    """Give samples without a step those of `values`, or 0: the kernels skip such samples."""
-    assert call.lengths is not None
-    empty = (call.lengths == 0)[:, None, None, None]
-    if empty.device.type == "cpu" and not empty.any():
-        return
-    for out, value in zip(outs, values, strict=True):
-        if out is not None:
-            out.copy_(torch.where(empty, 0 if value is None else value, out))
-
-
-# ---- memory -----------------------------------------------------------------------------------
-
-
-def empty_bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Uninitialised memory that only the kernels use."""
-    return torch.empty(count, dtype=torch.uint8, device=device)
-
-
-def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of an output of `shape` ending in (C, H, W), in the order of x's.
-
-    Images are channels-last where x's are, and time lies within the batch where it does in x. A
-    stride of 0, as expanded tensors have, is no order.
-    """
-    if len(shape) == 1:
-        return (1,)
-    *lead, c, h, w = shape
-    channels_last = x.stride(-3) == 1 and x.shape[-3] != 1 and not x.is_contiguous()
-    channels_last = channels_last and 0 not in (x.stride(-2), x.stride(-1))
-    strides = [1, w * c, c] if channels_last else [h * w, w, 1]
-    size = c * h * w
-    if len(lead) == 2 and x.dim() == 5 and 0 < x.stride(0) < x.stride(1):
-        return size, size * lead[0], *strides
-    for count in reversed(lead):
-        strides.insert(0, size)
-        size *= count
-    return tuple(strides)
-
-
-def empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An output of `shape` ending in (C, H, W), or (0,), uninitialised."""
-    return x.new_empty_strided(shape, image_strides(x, shape))
-
-
 def gradient_memory(x: Tensor, s: Sizes) -> Sequence[tuple[Any, Any]]:
     """Shapes and strides of :class:`Gradients`; the threshold's is one number a channel, (C,)."""
     gates, inputs, (kh, kw) = 4 * s.c, s.cin + s.c, s.spec.kernel_size
@@ -224,16 +194,18 @@ def gradient_memory(x: Tensor, s: Sizes) -> Sequence[tuple[Any, Any]]:
     return (shape, strides), state, state, weight, ((gates,), (1,)), ((s.c,), (1,))
 
 
-def empty_gradients(
-    x: Tensor, memory: Sequence[tuple[Any, Any]], wanted: Sequence[bool], pooled: bool = False
-) -> Gradients:
-    """Memory for the gradients that are wanted, of the shapes of :func:`gradient_memory`.
+def empty_of(x: Tensor, largest: int) -> Any:
+    """What makes a tensor like x of a shape and strides; large ones lie in blocks used again."""
+    if largest < pool.MAPPED:
+        return x.new_empty_strided
+    return partial(pool.empty_result, dtype=x.dtype, device=x.device)
 
-    Large gradients that are `pooled` lie in blocks that are used again.
-    """
-    empty: Any = x.new_empty_strided
-    if pooled:
-        empty = partial(pool.empty_result, dtype=x.dtype, device=x.device)
+
+def empty_gradients(
+    x: Tensor, memory: Sequence[tuple[Any, Any]], wanted: Sequence[bool], largest: int = 0
+) -> Gradients:
+    """Memory for the gradients that are wanted, of the shapes of :func:`gradient_memory`."""
+    empty = empty_of(x, largest)
     return Gradients._make(
         [empty(*layout) if want else None for layout, want in zip(memory, wanted, strict=True)]
     )
@@ -269,8 +241,11 @@ class CommonPlan(Sizes, ABC):
         # The gate sums that torch forms have this dtype, and so has their gradient, d_gates.
         self.sums_dtype = gates_dtype
         self.d_gates_shape = self.time, *syn[1:3], 4 * syn[3]
+        self.largest_result = self._largest(self.spk_memory, self.state_memory)
         as_mem = tuple(call.mem.shape), call.mem.stride()
-        self.results_like_mem = self.spk_memory == self.state_memory == as_mem
+        self.results_like_mem = (
+            self.spk_memory == self.state_memory == as_mem and self.largest_result < pool.MAPPED
+        )
         # The core takes five strides; `out_strides` are those of the new syn and mem.
         self.x_strides, self.syn_strides, self.mem_strides, self.spk_strides, self.out_strides = (
             with_time(strides)
@@ -282,20 +257,52 @@ class CommonPlan(Sizes, ABC):
         self._saved_as = [(t.shape, self.dtype, self.device) for t in call[:3]]
         self._guard: Any = None  # knows x, syn, mem and the saved block of a call before
         self.gradient_memory = gradient_memory(call.x, self)
+        self.largest_gradient = self._largest(*self.gradient_memory)
         self._gradient_strides = [with_time(strides) for _, strides in self.gradient_memory[:3]]
         self.threshold_stride = 0 if self.thresholds == 1 else 1
         # Bias, threshold and graded factor may already be as the kernels read them.
-        self.are_contiguous = are_contiguous(call)
+        self.are_contiguous = with_numbers(call) is call
         self.has_spk = spec.spiking or self.sequence
         self.passes_gradient = spec.passes_gradient(self.sequence)
 
-    def empty_results(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """Memory for spk, syn and mem."""
-        x, like, empty = call.x, call.mem, torch.empty_like
-        if self.results_like_mem:  # empty_like takes two thirds of new_empty_strided's time
-            return empty(like), empty(like), empty(like)
-        strided, spk, state = x.new_empty_strided, self.spk_memory, self.state_memory
-        return strided(*spk), strided(*state), strided(*state)
+    def _largest(self, *memory: tuple[Any, Any]) -> int:
+        """Bytes of the largest tensor of these shapes."""
+        return self.dtype.itemsize * max(math.prod(shape) for shape, _ in memory)
+
+    def call_fields(
+        self, views: Sequence[Any], call: Call, saved: Tensor | None, step: int = 0
+    ) -> tuple[Any, ...]:
+        """The fields of PassArgs (csrc/args.h) from x on; a device gives those before.
+
+        `views` are those of x, syn and mem. What is saved begins at a step.
+        """
+        _, _, _, _, _, threshold, graded, lengths, record = call
+        return (
+            *views,
+            0 if threshold is None else threshold.data_ptr(), self.threshold_stride,
+            0 if graded is None else graded.data_ptr(),
+            0 if lengths is None else lengths.data_ptr(), record,
+            *self.saved.addresses(saved, step),
+        )  # fmt: skip
+
+    def backward_fields(
+        self,
+        given: BackwardInputs,
+        out: Gradients,
+        d_gates: int = 0,
+        mem_after: int = 0,
+        step: int = 0,
+    ) -> tuple[Any, ...]:
+        """The fields of BackwardArgs (csrc/args.h) from x on; a device gives those before."""
+        call, views, saved, grads, noise, _ = given
+        (x, syn, mem, *others), (x_strides, syn_strides, mem_strides) = out, self._gradient_strides
+        return (
+            *self.call_fields(views, call, saved, step), strided(noise), *map(strided, grads),
+            None if x is None else (x.data_ptr(), x_strides),
+            None if syn is None else (syn.data_ptr(), syn_strides),
+            None if mem is None else (mem.data_ptr(), mem_strides), *map(pointer, others),
+            d_gates, mem_after,
+        )  # fmt: skip
 
     def restore(self, call: Call, saved: Tensor) -> tuple[Call, Tensor, Sequence[Any]]:
         """The call and what its forward pass saved, in their dtypes and shapes again.
@@ -333,21 +340,50 @@ class CommonPlan(Sizes, ABC):
         """The weight that a backward pass was given, as :meth:`restore` returns tensors."""
         return restored(call.weight, self.gradient_memory[3][0], self.dtype, self.device)
 
-    def gradient_addresses(
-        self, grads: Sequence[Tensor | None], noise: Tensor | None, out: Gradients
-    ) -> tuple[Any, ...]:
-        """The last part of a backward pass's addresses, but d_gates and mem_after."""
-        (x, syn, mem, *others), (x_strides, syn_strides, mem_strides) = out, self._gradient_strides
-        return (
-            strided(noise), *map(strided, grads),
-            None if x is None else (x.data_ptr(), x_strides),
-            None if syn is None else (syn.data_ptr(), syn_strides),
-            None if mem is None else (mem.data_ptr(), mem_strides), *map(pointer, others),
-        )  # fmt: skip
-
-    @abstractmethod
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
+        if not self.are_contiguous:
+            call = with_numbers(call)
+        x, syn, mem, bias = call.x, call.syn, call.mem, call.bias
+        outs: tuple[Tensor, Tensor, Tensor]
+        if self.results_like_mem:  # empty_like takes two thirds of new_empty_strided's time
+            outs = torch.empty_like(mem), torch.empty_like(mem), torch.empty_like(mem)
+        else:
+            empty, state = empty_of(x, self.largest_result), self.state_memory
+            outs = empty(*self.spk_memory), empty(*state), empty(*state)
+        saved = None
+        if training:
+            size = self.saved.bytes
+            pooled = size >= pool.SMALLEST and self.device.type == "cpu"
+            kind = torch.uint8
+            saved = pool.empty((size,), kind) if pooled else x.new_empty(size, dtype=kind)
+        bias_at = 0 if bias is None else bias.data_ptr()
+        if not bias_at and bias is not None:
+            raise ValueError("bias has no memory")
+        views = (
+            (x.data_ptr(), self.x_strides), (syn.data_ptr(), self.syn_strides),
+            (mem.data_ptr(), self.mem_strides),
+        )  # fmt: skip
+        spk, new_syn, new_mem = outs
+        fields = (
+            *self.call_fields(views, call, saved), bias_at, None, None,
+            (spk.data_ptr(), self.spk_strides) if self.has_spk else None,
+            (new_syn.data_ptr(), self.out_strides), (new_mem.data_ptr(), self.out_strides),
+        )  # fmt: skip
+        result = self._forward(call, outs, saved, fields)
+        if call.lengths is not None and not call.record:
+            keep_empty(call, outs[1:], (syn, mem))
+        return result
+
+    @abstractmethod
+    def _forward(
+        self,
+        call: Call,
+        outs: tuple[Tensor, Tensor, Tensor],
+        saved: Tensor | None,
+        fields: tuple[Any, ...],
+    ) -> Result:
+        """Fill in spk, syn and mem, and what is saved; `fields` are those from x on."""
 
     @pool.where_it_fits
     def backward(
@@ -365,7 +401,7 @@ class CommonPlan(Sizes, ABC):
         `wanted` says which gradients are computed, in the order of :class:`Gradients`. `selection`
         and `packed` are the forward pass's result's; `packed` may be None.
         """
-        call, saved, views = self.restore(call, saved)
+        call, saved, views = self.restore(with_numbers(call), saved)
         noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
         out = self._backward(
             BackwardInputs(call, views, saved, grads, noise, wanted), selection, packed
@@ -411,19 +447,3 @@ class CommonBackend(ABC):
     @abstractmethod
     def leaky(self, fields: tuple[Any, ...], backward: bool, device: torch.device) -> None:
         """Run a pass of a Leaky, whose arguments are `fields` (csrc/args.h)."""
-
-
-def stochastic_noise(
-    surrogate: Surrogate, grad_spk: Tensor | None, sequence: bool
-) -> Tensor | None:
-    """Uniform numbers of the stochastic surrogate, contiguous and like the gradient, else None.
-
-    They are drawn one block a step, last step first, each in the order of the dimensions, as in a
-    loop over steps on the reference path.
-    """
-    if grad_spk is None or surrogate.name != "SSO":
-        return None
-    noise = torch.empty_like(grad_spk, memory_format=torch.contiguous_format)
-    for step in reversed(noise.unbind()) if sequence else (noise,):
-        step.uniform_()
-    return noise

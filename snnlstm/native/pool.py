@@ -37,7 +37,7 @@ SMALLEST = 256 << 10  # bytes; torch's malloc serves smaller tensors
 MAPPED = 4 << 20  # bytes; malloc returns a freed block of this size to the system
 SPARE = 1 << 30  # bytes of blocks beyond the most that were in use at once
 LARGEST_WORKSPACE = 64 << 20  # bytes; a larger workspace is a block
-SMALL_WORKSPACE = 1 << 20  # bytes; a check of the limit takes 2 us, much of a smaller call
+SMALL_WORKSPACE = 1 << 20  # bytes; a call takes and returns it without a function of this file
 
 _text = os.environ.get("SNNLSTM_CACHE", "")
 if _text and not _text.isdecimal():
@@ -53,6 +53,9 @@ LIMITS = {
 Blocks = tuple[deque[tuple[int, Any]], deque[None]]
 _blocks: dict[int, Blocks] = {}  # by size; three sizes lie between two powers of two
 _workspaces: deque[tuple[int, Tensor]] = deque()
+# Small workspaces that no call uses, all of one size. No limit counts them: there are as many as
+# calls have run at once, and the system gives memory to the pages alone that were written.
+small: deque[Tensor] = deque(maxlen=None if CACHE else 0)
 _ages = itertools.count()
 _most_used = 0  # bytes in use at once; a thread may overwrite another's number
 
@@ -61,14 +64,14 @@ def empty_cache() -> None:
     """Give the memory that no tensor uses back to the system: free blocks, and workspaces."""
     global _most_used
     _most_used = 0
-    for queue in _queues():
+    for queue in [small, *_queues()]:
         queue.clear()
     with suppress(AttributeError, OSError, TypeError):  # glibc alone has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)  # malloc keeps small blocks for each thread
 
 
 def free_bytes() -> int:
-    """Bytes in blocks that no tensor uses, and in workspaces that no call uses."""
+    """Bytes in blocks that no tensor uses, and in large workspaces that no call uses."""
     blocks = sum(size * len(free) for size, (free, _) in _blocks.copy().items())
     return blocks + sum(memory.nbytes for _, memory in _workspaces.copy())
 
@@ -95,29 +98,35 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def workspace(count: int) -> Tensor:
-    """`count` uninitialised bytes or more, for a call that gives them to :func:`let_go` at its end.
+    """`count` uninitialised bytes or more, for a call that gives them back at its end.
 
-    So calls one after the other share one workspace, which stays in the processor's caches.
+    So calls one after the other share one workspace, which stays in the processor's caches. One of
+    up to ``SMALL_WORKSPACE`` goes to :data:`small`, and a larger one to :func:`let_go`.
     """
     if count > LARGEST_WORKSPACE:
         return empty((count,), torch.uint8)
     try:
-        memory = _workspaces.pop()[1]
-        if memory.nbytes >= count:
-            return memory
-        del memory  # the old and the new one must not exist at a time
+        if count > SMALL_WORKSPACE:
+            memory = _workspaces.pop()[1]
+            if memory.nbytes >= count:
+                return memory
+            del memory  # the old and the new one must not exist at a time
     except IndexError:
         pass
-    return torch.frombuffer(_allocate(max(count, 1)), dtype=torch.uint8)
+    return torch.frombuffer(_allocate(max(count, SMALL_WORKSPACE)), dtype=torch.uint8)
 
 
 def let_go(memory: Tensor) -> None:
-    """Let the next call have a workspace."""
-    size = memory.nbytes
-    if size <= min(LARGEST_WORKSPACE, CACHE):
+    """Let the next call have a large workspace."""
+    if memory.nbytes <= min(LARGEST_WORKSPACE, CACHE):
         _workspaces.append((next(_ages), memory))
-        if size > SMALL_WORKSPACE:
-            _drop_oldest()
+        _drop_oldest()
+
+
+def is_for_lack_of_memory(error: Exception) -> bool:
+    """Whether there was no memory for torch or a block, and free blocks have some."""
+    unrelated = isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error)
+    return not unrelated and free_bytes() > 0
 
 
 def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
@@ -128,8 +137,7 @@ def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
-            unrelated = isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error)
-            if unrelated or not free_bytes():
+            if not is_for_lack_of_memory(error):
                 raise
         empty_cache()  # after the error, whose traceback holds what the function allocated
         return function(*args, **kwargs)

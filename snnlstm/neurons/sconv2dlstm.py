@@ -269,7 +269,7 @@ class SConv2dLSTM(CellAttributes):
             if x is not None:
                 raise TypeError("forward takes x or input_, which are one, got both")
             x = input_
-        # This is the one place that asks whether torch.compile traces a call.
+        # The functions below get the answer as an argument.
         traced = torch.compiler.is_compiling()
         described = self._spec or self._describe()
         now, overrides = self._asked(described, traced)

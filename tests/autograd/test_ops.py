@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from snnlstm import surrogate
 from snnlstm.calls.spec import CellSpec
-from snnlstm.native import function
+from snnlstm.native import operators
 from snnlstm.quant import state_quant
 from tests.shared import cases, flat
 from tests.shared.cases import Case, wanting_gradients
@@ -41,19 +41,11 @@ CASES = {
 }
 
 
-# Another value of each field of a spec.
-FIELDS = {
-    "kernel_size": (1, 5), "stride": (2, 1), "dilation": (1, 3), "reset": "zero", "pool": "max",
-    "pool_size": (3, 2), "surrogate": surrogate.spike_rate_escape(0.3, 7), "quant": state_quant(3),
-    "inhibition": True, "checkpoint": True, "spiking": False,
-}  # fmt: skip
-
-
 def test_the_text_of_a_spec_has_every_field():
     """The operators get nothing else of it: what the text forgets, torch.compile would drop."""
-    assert set(FIELDS) == {field.name for field in dataclasses.fields(CellSpec) if field.init}
+    assert set(cases.FIELDS) == {field.name for field in dataclasses.fields(CellSpec) if field.init}
     spec = CellSpec((3, 3))
-    for name, value in FIELDS.items():
+    for name, value in cases.FIELDS.items():
         other = dataclasses.replace(spec, **{name: value})
         assert other.serialized != spec.serialized
         assert CellSpec.from_text(other.serialized) == other != spec
@@ -62,7 +54,7 @@ def test_the_text_of_a_spec_has_every_field():
 @pytest.fixture
 def calls(monkeypatch):
     """Collects the arguments of calls of the two operators."""
-    return [watched(monkeypatch, function, f"_{of}_operator") for of in ("forward", "backward")]
+    return [watched(monkeypatch, operators, f"_{of}_operator") for of in ("forward", "backward")]
 
 
 FAST = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -76,7 +68,7 @@ def test_opcheck(name, calls):
     checks = ALL if name in ("plain", "one step", "inhibition", "channels_last") else FAST
     inputs = wanting_gradients(case.inputs())
     call = flat.call_of((*inputs, case.options))
-    *out, _ = function.run_operator(call, case.options.spec, "auto")
+    *out, _ = operators.run_operator(call, case.options.spec, "auto")
     used = [o for o in out if o.requires_grad]
     torch.autograd.backward(used, [torch.randn_like(o) for o in used])
     ((forward, _),), ((backward, _),) = calls
@@ -87,7 +79,7 @@ def test_opcheck(name, calls):
 
 def test_no_operator_reads_beyond_tensors_that_do_not_fit_each_other(calls):
     def run(*of):
-        return function.run_operator(flat.call_of(of), of[-1].spec, "auto")[:3]
+        return operators.run_operator(flat.call_of(of), of[-1].spec, "auto")[:3]
 
     step(CASES["one step"], run)
     ((forward, _),), ((backward, _),) = calls

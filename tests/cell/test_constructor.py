@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import snnlstm
-from snnlstm.calls.spec import RESETS
+from snnlstm.calls.spec import OPTIONS, RESETS
 from tests.shared.helpers import (
     close,
     described,
@@ -30,7 +30,8 @@ def test_arguments_come_in_snntorchs_order_and_ours_by_keyword():
     assert list(mine)[: len(reference)] == list(reference)
     for name, parameter in reference.items():
         assert (mine[name].default, mine[name].kind) == (parameter.default, parameter.kind)
-    added = ["stride", "dilation", "device", "dtype", "checkpoint", "batch_first"]
+    added = [name for name, option in OPTIONS.items() if not option.in_snntorch]
+    added += ["device", "dtype"]
     assert sorted(set(mine) - set(reference)) == sorted(added)
     record = inspect.signature(snnlstm.SConv2dLSTM.forward).parameters["record"]
     assert {p.kind for p in (record, *map(mine.get, added))} == {inspect.Parameter.KEYWORD_ONLY}

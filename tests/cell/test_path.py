@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import snnlstm
+from snnlstm import Path
 from snnlstm.calls.keys import BoundedDict
 from snnlstm.compat import torch_private
-from snnlstm.dispatch.path import Path, against_device
+from snnlstm.dispatch.path import against_device
 from tests.shared.cpu_kernels import native, needs_core
 from tests.shared.helpers import close, described, ours, states, steps, theirs, twins
 

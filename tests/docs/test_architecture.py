@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from collections import Counter
 from itertools import groupby, product
 from pathlib import Path
 
@@ -15,15 +16,19 @@ import snnlstm
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def stretches(call) -> list[str]:
-    """Returns the file of the package that runs, for each stretch of a call within one file."""
-    package, running, files = Path(snnlstm.__file__).parent, [], []
+def followed(call) -> tuple[list[str], list[str]]:
+    """Returns the file of the package that runs, for each stretch of a call within one file.
+
+    The second result names the functions of the package that the call runs.
+    """
+    package, running, files, frames = Path(snnlstm.__file__).parent, [], [], []
 
     def note(frame, event, _):
         path = Path(frame.f_code.co_filename)
         if package in path.parents and event in ("call", "return"):
             if event == "call":
                 running.append(f"snnlstm/{path.relative_to(package)}")
+                frames.append(f"{path.name}: {frame.f_code.co_name}")
             else:
                 running.pop()
             files.extend(running[-1:])
@@ -33,7 +38,7 @@ def stretches(call) -> list[str]:
         call()
     finally:
         sys.setprofile(None)
-    return [file for file, _ in groupby(files)]
+    return [file for file, _ in groupby(files)], frames
 
 
 def test_a_step_call_goes_the_way_that_the_architecture_tells():
@@ -42,16 +47,34 @@ def test_a_step_call_goes_the_way_that_the_architecture_tells():
     cell(x, syn, mem)
     page = (ROOT / "docs" / "architecture.md").read_text()
     way = page.partition("<!-- way:begin -->")[2].partition("<!-- way:end -->")[0]
-    entered = stretches(lambda: cell(x, syn, mem))
+    entered, frames = followed(lambda: cell(x, syn, mem))
     assert list(dict.fromkeys(entered)) == re.findall(r"^\d+\. `([^`]+)`", way, re.MULTILINE)
-    assert len(entered) <= 24, entered
+    assert len(entered) <= 17, entered
+    assert len(frames) <= 26, frames
+
+
+def test_the_table_of_wings_has_each_file():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = dict(re.findall(r"(?m)^\| `snnlstm/((?:\w+/)?)` \| (.*) \|$", page))
+    files = {path.relative_to(ROOT / "snnlstm") for path in (ROOT / "snnlstm").rglob("*.py")}
+    assert len(rows) > 1
+    for file in files:
+        folder = "" if len(file.parts) == 1 else f"{file.parent}/"
+        if file.name not in ("__init__.py", "version.py"):
+            assert f"`{file.name}`" in rows[folder], file
+    wings = Counter(file.parent.name for file in files if file.name != "__init__.py")
+    assert [wing for wing, count in wings.items() if count > 8 and wing != "native"] == []
+    lines = {file: (ROOT / "snnlstm" / file).read_text().count("\n") for file in files}
+    assert [file for file, count in lines.items() if count > 450] == []
 
 
 def test_a_file_of_each_row_or_step_has_the_names_of_it():
     page = (ROOT / "docs" / "architecture.md").read_text()
     for row in re.findall(r"(?m)^\|.*|^\d+\. .*(?:\n   .*)*", page):
         names = re.findall(r"`([\w./-]+)`", row)
-        text = "".join((ROOT / name).read_text() for name in names if (ROOT / name).is_file())
+        folder = ROOT / "".join(name for name in names[:1] if name.endswith("/"))
+        paths = [folder / name for name in names] + [ROOT / name for name in names]
+        text = "".join(path.read_text() for path in {*filter(Path.is_file, paths)})
         for name in names:
             if text and name.isidentifier():
                 assert re.search(rf"\b{name}\b", text), f"no {name} in the files of: {row}"

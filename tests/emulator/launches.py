@@ -39,8 +39,8 @@ def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
     state, x = images(c), images(facts["Cin"])
     # In the order of PassArgs (csrc/args.h).
     common = (
-        x, state, state, ADDRESS, 0, 0, ADDRESS, 0, ADDRESS, 0, True,
-        ADDRESS, ADDRESS, 0, ADDRESS, 0, 0, ADDRESS,
+        ADDRESS, ADDRESS, 0, 0, 0, 0, x, state, state, ADDRESS, 0, ADDRESS, 0, True,
+        ADDRESS, ADDRESS, 0, ADDRESS,
     )  # fmt: skip
     with core.dry() as launches:
         forward, backward = (plan(core, matrix, of, **facts) for of in (False, True))

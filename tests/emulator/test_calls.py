@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
+from snnlstm.calls.keys import BoundedDict
 from snnlstm.native import cuda
 from snnlstm.native import function as native
 from snnlstm.quant import state_quant
@@ -22,6 +23,7 @@ from tests.emulator.modes import MODES, PLAIN
 from tests.emulator.test_measuring import Clock
 from tests.shared import flat
 from tests.shared.cases import wanting_gradients
+from tests.shared.fields import by_name, noted
 from tests.shared.helpers import watched
 
 TRAINED = PLAIN.but(reset="subtract", quant=state_quant(4))
@@ -145,7 +147,7 @@ def test_float32_without_tensor_cores_is_convolved_in_contiguous_images(
     core, monkeypatch, algorithm, capability, contiguous
 ):
     of_input, of_weight = (
-        watched(monkeypatch, cuda.torch_conv, f"conv2d_{of}") for of in ("input", "weight")
+        watched(monkeypatch, cuda.cudnn, f"conv2d_{of}") for of in ("input", "weight")
     )
     core.device(capability)
     case = PLAIN.but(channels=8, in_channels=2, time=3)
@@ -176,9 +178,9 @@ def test_cudnn_convolves_x_of_several_steps_at_once(core, monkeypatch, mode, ste
         assert allow_tf32 == (half and images.dtype == torch.float32)  # tf32 holds bfloat16
         return F.conv2d(images, *args[:5])
 
-    monkeypatch.setattr(cuda.torch_conv, "convolution", conv2d)
-    monkeypatch.setattr(cuda.torch_conv, "F", SimpleNamespace(conv2d=conv2d, pad=F.pad))
-    monkeypatch.setattr(cuda.torch_conv, "MOST_SUMS", steps * 4 * math.prod(PLAIN.state_shape) * 4)
+    monkeypatch.setattr(cuda.cudnn, "convolution", conv2d)
+    monkeypatch.setattr(cuda.cudnn, "F", SimpleNamespace(conv2d=conv2d, pad=F.pad))
+    monkeypatch.setattr(cuda.cudnn, "MOST_SUMS", steps * 4 * math.prod(PLAIN.state_shape) * 4)
     mode = replace(MODES[mode], algorithm="cudnn")
     case = mode.of(PLAIN)
     with mode.running(core), torch.no_grad():
@@ -208,7 +210,7 @@ def test_every_new_value_of_a_weight_is_seen(core):
     "mode", ["float32", pytest.param("bfloat16 autocast", marks=pytest.mark.emulator_long)]
 )
 def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
-    """The fake kernels of function.py know the sizes of what the CUDA kernels save."""
+    """The fake kernels of operators.py know the sizes of what the CUDA kernels save."""
     case = PLAIN.but(time=2)
 
     def run(*tensors):
@@ -260,3 +262,36 @@ def test_a_loop_of_steps_has_the_gradients_of_the_sequence(core, algorithm):
 
 def test_the_built_core_serves_cuda_tensors_where_it_has_the_kernels():
     assert ("cuda" in native.DEVICES) == bool(native._C.build_info()["cuda_archs"])
+
+
+@pytest.mark.parametrize("algorithm", ["fused", "hybrid", "cudnn"])
+def test_fields_are_given_in_the_order_of_the_cores(core, monkeypatch, algorithm):
+    """Every address is that of the tensor by whose name csrc/args.h calls it."""
+    given, own = [], {}
+
+    def note(name, place, noting):
+        of = getattr(core.module.CudaPlan, name)
+
+        def noted(*args):
+            noting(args[place])
+            return of(*args)
+
+        monkeypatch.setattr(core.module.CudaPlan, name, noted)
+
+    note("forward", 2, given.append)
+    note("backward", 2, given.append)
+    note("pack", 2, lambda packed: own.update(weight=packed))
+    note("store_levels", 2, lambda levels: own.update(levels=levels))
+    monkeypatch.setattr(native, "_plans", BoundedDict())
+    case = TRAINED.but(time=1, pool="max", pool_size=(2, 2), record=True, inhibition=True)
+    with core.installed(), noted() as found:
+        train(case, case.inputs(), algorithm)
+    absent = {"x", "mem0", "grad_x", "grad_mem0", "grad_weight", "grad_bias", "lengths"}
+    for number, struct in enumerate(("ForwardArgs", "BackwardArgs")):
+        expected = found.expected[number]
+        for name, value in by_name(struct, given[number]).items():
+            if name in own and value:
+                assert value == own[name] or struct == "BackwardArgs", name
+            elif name in expected and (value or algorithm == "fused" or name not in absent):
+                at, wanted = (v[0] if isinstance(v, tuple) else v for v in (value, expected[name]))
+                assert at == wanted or (algorithm == "cudnn" and name == "grad_threshold"), name

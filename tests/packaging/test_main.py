@@ -77,6 +77,21 @@ net(torch.ones(1, 2, 5, 5))
         assert said.count("`pip install -e .`") == mentions
 
 
+def test_a_core_that_does_not_load_is_not_called_missing(tmp_path):
+    package, core = Path(snnlstm.__file__).parent, shutil.ignore_patterns("_C*")
+    shutil.copytree(package, tmp_path / "snnlstm", ignore=core)
+    (tmp_path / "snnlstm" / "_C.py").write_text("raise ImportError('GLIBC_2.99 not found')")
+    code = """
+import torch, snnlstm
+cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
+cell(torch.ones(1, 2, 5, 5))
+print(cell.path)
+"""
+    done = python("-c", code, cwd=tmp_path)
+    assert done.stdout == "reference (the compiled core does not load: GLIBC_2.99 not found)\n"
+    assert "reference path, which is slower: the compiled core does not load" in done.stderr
+
+
 def test_gpus_are_shown_with_the_code_for_them(monkeypatch):
     build = {"cuda": "built", "cuda_version": "13.0.88", "cuda_archs": "86 80+ptx"}
     capabilities = [(8, 9), (12, 0), (7, 5)]

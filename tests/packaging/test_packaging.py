@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,6 +28,29 @@ def output(program: str, *arguments: str | Path, **options) -> str:
     """Returns what a program prints: of binutils, which come with every C++ compiler, or Python."""
     command = [shutil.which(program) or pytest.skip(f"no {program}"), *map(str, arguments)]
     return subprocess.check_output(command, text=True, timeout=HANG, **options)
+
+
+def test_settings_name_the_packages_and_files_that_exist(monkeypatch):
+    settings = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["tool"]
+    monkeypatch.chdir(ROOT)
+    sources = list(Path("snnlstm").rglob("*.py"))
+    folders = {path.parent for path in sources}
+    wrapper, given = "scikit_build_core.setuptools.wrapper", {}
+    monkeypatch.setitem(sys.modules, wrapper, SimpleNamespace(setup=given.update))
+    runpy.run_path("setup.py")
+    assert len(folders) > 1
+    assert sorted(given["packages"]) == sorted(".".join(folder.parts) for folder in folders)
+
+    (contract,) = settings["importlinter"]["contracts"]
+    layers = [name for line in contract["layers"] for name in line.split(" | ")]
+    modules = {path.parent if path.name == "__init__.py" else path for path in sources}
+    top = {path.stem for path in modules if path.parent == Path("snnlstm")}
+    assert sorted(layers) == sorted(f"snnlstm.{name}" for name in top)
+
+    mutmut, wheels = settings["mutmut"], settings["cibuildwheel"]
+    tests = mutmut["pytest_add_cli_args_test_selection"][0], *wheels["test-command"].split()[1:]
+    named = *mutmut["source_paths"], *mutmut["only_mutate"], *mutmut["also_copy"], *tests
+    assert [name for name in (*named, *wheels["test-sources"]) if not Path(name).exists()] == []
 
 
 def test_no_source_includes_a_torch_header():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import snnlstm
-from snnlstm.networks.layers import SpikeCount
+from snnlstm import SpikeCount
 from tests.shared.helpers import close, ours, quietly, steps, theirs
 
 X = steps(4, 2, 2, 6, 6)

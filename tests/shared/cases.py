@@ -198,6 +198,13 @@ PLAIN = Case(
 )
 
 
+# Another value of each field of a spec.
+FIELDS = {
+    "kernel_size": (1, 5), "stride": (2, 1), "dilation": (1, 3), "reset": "zero", "pool": "max",
+    "pool_size": (3, 2), "surrogate": surrogate.spike_rate_escape(0.3, 7), "quant": state_quant(3),
+    "inhibition": True, "checkpoint": True, "spiking": False,
+}  # fmt: skip
+
 # What makes a call one of the cell without spikes.
 SILENT: dict[str, Any] = {
     "spiking": False,

@@ -6,6 +6,7 @@ the core does not write keeps the pattern. A result of memory that nobody wrote 
 past the end changes a fence.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
@@ -15,8 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snnlstm.native import cpu, pool
-from snnlstm.native import plan as tensors
+from snnlstm.native import cpu, plan, pool, tensors
 
 NAN = 0xFF  # as float32, float64: NaN; as int64: -1
 HUGE = 0x7F  # as float32, float64: 3.4e38, 1.4e306; as int64: 9.2e18
@@ -83,9 +83,10 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
         return fenced.new(tuple(shape), tuple(strides), dtype or self.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cpu, tensors, pool):
+        for module in (cpu, plan, pool, tensors):
             patch.setattr(module, "torch", Torch())
         patch.setattr(pool, "empty", lambda shape, dtype: contiguous(shape, dtype=dtype))
+        patch.setattr(pool, "small", deque(maxlen=0))
         patch.setattr(pool, "workspace", lambda count: contiguous(count, dtype=torch.uint8))
         patch.setattr(Tensor, "new_empty", new_empty)
         patch.setattr(Tensor, "new_empty_strided", new_empty_strided)

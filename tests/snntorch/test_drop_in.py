@@ -162,9 +162,13 @@ def test_patched_code_with_the_old_names_runs(monkeypatch):
 
 
 def test_patched_the_warning_about_the_threshold_names_the_line_that_makes_the_cell(patched):
-    with pytest.warns(UserWarning, match="never spikes") as caught:
-        snntorch.SConv2dLSTM(2, 3, 3)
-    assert caught[0].filename == __file__
+    class Mine(snnlstm.SConv1dLSTM):
+        pass
+
+    for make in (snntorch.SConv2dLSTM, snnlstm.SConv1dLSTM, Mine):  # patch's goes through swap.py
+        with pytest.warns(UserWarning, match="never spikes") as caught:
+            make(2, 3, 3)
+        assert caught[0].filename == __file__
 
 
 def test_patch_can_be_undone_in_three_ways():

@@ -114,7 +114,7 @@ KEPT = """
 import torch
 from snnlstm.native import pool
 blocks = [pool.empty((2 << 20,), torch.uint8) for _ in range(3)]
-pool.let_go(pool.workspace(100))
+pool.small.append(pool.workspace(100))
 del blocks
 print(pool.free_bytes() >> 20)
 """

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import snnlstm
 from snnlstm.native import function as native
+from snnlstm.native import operators
 from tests.shared.helpers import close, described, flat, ours, same_gradients, states, steps
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -268,7 +269,7 @@ def test_a_graph_cached_on_disk_by_another_instruction_set_is_not_used(monkeypat
         try:
             for isa in snnlstm._C.isa_names():
                 native.cpu.set_isa(isa)
-                monkeypatch.setattr(native, "LAYOUT", native.layout())
+                monkeypatch.setattr(operators, "LAYOUT", operators.layout())
                 torch._dynamo.reset()
                 cell, eager = ours(), ours()
                 compiled = torch.compile(cell, fullgraph=True)

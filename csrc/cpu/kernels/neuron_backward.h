@@ -222,7 +222,7 @@ class NeuronBackward {
     const Cell& c = a_.cell;
     const int64_t begin = tasks_.begin(task), row = l_.Wo * l_.Cp;
     T* sums = threshold_sums_ + task * l_.Cp;
-    const T graded = *static_cast<const T*>(a_.graded_factor);
+    const T graded = spike_of<T>(a_);
     const int64_t first = begin / c.pool_h, last = tasks_.end(task) / c.pool_h;
     for (int64_t h = first; h < last; ++h) {
       const int64_t place_in = (h - first) % rows_at_once();

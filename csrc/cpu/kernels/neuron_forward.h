@@ -115,11 +115,10 @@ class NeuronForward {
     return pooled;
   }
 
-  T graded() const { return *static_cast<const T*>(a_.graded_factor); }
-
   // Writes the spikes of rows [begin, end) of the pooled image.
   void fire(int64_t t, const Rows& r, int64_t begin, int64_t end, T* pooled) const {
-    const R spike = S::splat(graded()), silent = S::splat(T(0) * graded());
+    const T size = spike_of<T>(a_);
+    const R spike = S::splat(size), silent = S::splat(T(0) * size);
     const auto spikes = [&](R mem, int64_t ch) {
       return S::where(Neuron<M>::fires(mem, S::load(threshold_ + ch)), spike, silent);
     };
@@ -137,6 +136,7 @@ class NeuronForward {
   void fire_winner(int64_t t, const Rows& r, T* pooled) const {
     const Cell& c = a_.cell;
     const View& v = a_.spk;
+    const T size = spike_of<T>(a_);
     const auto each = [&](auto&& look) {
       for (int64_t h = 0; h < l_.Hp; ++h) {
         int64_t stride;
@@ -145,7 +145,7 @@ class NeuronForward {
           for (int64_t w = 0; w < l_.Wp; ++w)
             look(row[w * stride + ch], (ch * l_.Hp + h) * l_.Wp + w);
         store_row<S>(row, Row{stride}, l_.Wp, c.C, row_of<T>(v, t, r.n, h), v.stride[2],
-                     v.stride[4], [&](R, int64_t) { return S::splat(T(0) * graded()); });
+                     v.stride[4], [&](R, int64_t) { return S::splat(T(0) * size); });
       }
     };
     T highest = -INFINITY, best = 0;
@@ -160,7 +160,7 @@ class NeuronForward {
     if (winner < 0) return;
     const int64_t ch = winner / (l_.Hp * l_.Wp), h = winner / l_.Wp % l_.Hp, w = winner % l_.Wp;
     if (best - threshold_[ch] > T(0))
-      row_of<T>(v, t, r.n, h)[ch * v.stride[2] + w * v.stride[4]] = graded();
+      row_of<T>(v, t, r.n, h)[ch * v.stride[2] + w * v.stride[4]] = size;
   }
 
   const ForwardArgs& a_;

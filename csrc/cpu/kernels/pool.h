@@ -1,4 +1,4 @@
-// Pooling and quantisation, between the membrane potential and the spike, in both passes.
+// Pooling, quantisation and the size of a spike, in both passes.
 #pragma once
 
 #include "math.h"
@@ -43,6 +43,12 @@ template <class M>
 SNNLSTM_INLINE typename M::R quantised(typename M::R v, const PassArgs& a) {
   if (a.cell.num_levels == 0) return v;
   return quantise_lanes<M>(v, static_cast<const typename M::Scalar*>(a.levels), a.cell.num_levels);
+}
+
+// Returns what spk is where a neuron spikes.
+template <class T>
+SNNLSTM_INLINE T spike_of(const PassArgs& a) {
+  return *static_cast<const T*>(a.graded_factor);
 }
 
 // One pooling window of channels-last rows. `mem` is the window's first pixel and channel.

@@ -85,10 +85,7 @@ class Backward {
   void step(int64_t t) const {
     const Cell& c = s_.c;
     NeuronBackward n = neuron(t);
-    if (!plan_.spreads && n.fire.spk.present() && n.surrogate != Surrogate::none) {
-      n.spikes_in = image(spikes_, s_, plan_.real);
-      launch_spread(n, c.N, stream_);
-    }
+    if (!plan_.spreads) launch_spread(n, image(spikes_, s_, plan_.real), c.N, stream_);
     Segment s;
     if (t < c.T - 1) s = transposed(d_gates(t + 1), false);
     run_step(s, n);
@@ -115,12 +112,8 @@ class Backward {
         using R = decltype(real);
         using T = decltype(tile);
         const bool gathers = n.fire.pool != Pool::none && n.spreads;
-        const Launch how{"backward step (fma)",
-                         plan.tiling.blocks(),
-                         fma::kThreads,
-                         fma::StepShared<R, T>::bytes(gathers),
-                         stream_,
-                         overlaps};
+        const size_t bytes = fma::StepShared<R, T>::bytes(gathers);
+        const Launch how = step_launch("backward step (fma)", plan, bytes, stream_, overlaps);
         launch(how, &backward_fma<R, T>, p);
       });
     }
@@ -132,12 +125,8 @@ class Backward {
     p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
     p.vectors = layout.vectors, p.row_sums = layout.row_sums;
     const bool plain = is_plain(n);
-    const Launch how{plain ? "backward step (mma, plain)" : "backward step (mma)",
-                     plan.tiling.blocks(),
-                     plan.threads(),
-                     size_t(layout.bytes),
-                     stream_,
-                     overlaps};
+    const char* const name = plain ? "backward step (mma, plain)" : "backward step (mma)";
+    const Launch how = step_launch(name, plan, size_t(layout.bytes), stream_, overlaps);
     with_element(plan.multiply, [&](auto element) {
       using E = decltype(element);
       launch(how, plain ? &backward_mma<E, true> : &backward_mma<E, false>, p);

@@ -16,7 +16,9 @@ void launch_fire(const FireStep& p, bool inhibition, void* stream) {
   });
 }
 
-void launch_spread(const NeuronBackward& p, int64_t N, void* stream) {
+void launch_spread(NeuronBackward& p, const Tensor& spikes, int64_t N, void* stream) {
+  if (!p.fire.spk.present() || p.surrogate == Surrogate::none) return;
+  p.spikes_in = spikes;
   with_real(p.fire.spk.type, [&](auto real) {
     const int64_t blocks = N * blocks_of_sample(p.fire, kSpreadThreads);
     const Launch how{"spread spikes", blocks, kSpreadThreads, 0, stream};

@@ -87,12 +87,8 @@ class Forward {
       return with_tile<32>(plan_.type, step.columns, [&](auto real, auto tile) {
         using R = decltype(real);
         using T = decltype(tile);
-        const Launch how{"forward step (fma)",
-                         step.tiling.blocks(),
-                         fma::kThreads,
-                         sizeof(fma::GemmShared<R, T>),
-                         stream_,
-                         t > 0};
+        const size_t bytes = sizeof(fma::GemmShared<R, T>);
+        const Launch how = step_launch("forward step (fma)", step, bytes, stream_, t > 0);
         launch(how, &forward_fma<R, T>, p);
       });
     }
@@ -107,12 +103,9 @@ class Forward {
     p.mem_pitch = step.mem_pitch();
     p.vectors = int(forward_shared_bytes(step, p.conv, c.pool != Pool::none));
     const bool plain = is_plain(n);
-    const Launch how{plain ? "forward step (mma, plain)" : "forward step (mma)",
-                     step.tiling.blocks(),
-                     step.threads(),
-                     p.vectors + 5 * step.channels() * sizeof(float),
-                     stream_,
-                     t > 0};
+    const char* const name = plain ? "forward step (mma, plain)" : "forward step (mma)";
+    const size_t bytes = p.vectors + 5 * step.channels() * sizeof(float);
+    const Launch how = step_launch(name, step, bytes, stream_, t > 0);
     with_element(step.multiply, [&](auto element) {
       using E = decltype(element);
       if (plain)

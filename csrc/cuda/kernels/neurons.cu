@@ -66,13 +66,10 @@ void CudnnPass::backward(const BackwardArgs& args, void* stream) const {
   n.gates = image(args.saved_gates, s, gates, 4);
   n.d_gates = image(args.d_gates, s, gates, 4);
   if (args.mem_after) n.own_mem = image(args.mem_after, s, gates);
-  n.grad_syn0 = tensor(args.grad_syn0, c.dtype, 0, {1, c.N, c.C, s.Ho, s.Wo}, 4);
+  n.grad_syn0 = state_tensor(c, args.grad_syn0, 0, 4);
   n.spreads = whole_windows;
   if (args.grad_threshold) n.sums = space;
-  if (!n.spreads && n.fire.spk.present() && n.surrogate != Surrogate::none) {
-    n.spikes_in = image(space + sums_bytes, s, real);
-    launch_spread(n, c.N, stream);
-  }
+  if (!n.spreads) launch_spread(n, image(space + sums_bytes, s, real), c.N, stream);
   with_real(c.dtype, [&](auto zero) {
     using R = decltype(zero);
     const Launch how{"neurons backward", p.tiling.blocks(), neurons::kThreads,

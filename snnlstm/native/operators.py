@@ -1,0 +1,221 @@
+"""Operators over the native kernels, for torch.compile.
+
+``snnlstm::forward`` and ``snnlstm::backward`` are opaque to the compiler: it sees shapes, from the
+fake kernels here, and keeps the calls in its graph. An operator takes tensors, numbers and strings
+only, so a spec travels as a text.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..calls.call import (
+    Call,
+    autocast_dtype,
+    may_require_grad,
+    restored,
+    state_shape,
+    weight_tensor,
+)
+from ..calls.lengths import recorded_states
+from ..calls.spec import HALF_TYPES, CellSpec
+from . import pool
+from .function import BACKENDS, constant_states, operands_of, plan_of, reached
+from .half_types import in_float32
+from .plan import (
+    CommonPlan,
+    Gradients,
+    Result,
+    SavedLayout,
+    Sizes,
+    empty_gradients,
+    gradient_memory,
+)
+from .tensors import empty_like_images
+
+_CALL = (
+    "Tensor x, Tensor syn, Tensor mem, Tensor weight, Tensor? bias, Tensor? threshold, "
+    "Tensor? graded, Tensor? lengths, bool record, str spec, str algorithm"
+)
+_FIELDS = len(Call._fields)
+
+
+def layout() -> int:
+    """A number that changes with the shapes of what a forward pass saves.
+
+    They differ between instruction sets, and may between versions. torch.compile writes graphs
+    that hold them to a cache on disk, which outlives both.
+    """
+    counts = [_C.cpu_padded_channels(dtype, c) for dtype in (0, 1) for c in range(1, 129)]
+    if "cuda" in BACKENDS:
+        counts += map(_C.cuda_padded_channels, range(1, 129))
+    return zlib.crc32(repr(("gates, syn, winner, places", counts)).encode())
+
+
+LAYOUT = layout()  # dynamo cannot trace a call into the core
+
+
+def _spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
+    _, _, operands, rest = text.split("|", 3)
+    return CellSpec.from_text(rest), getattr(torch, operands.removeprefix("torch."), None)
+
+
+def _traced_spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
+    """The spec without a quantiser, whose levels would have no numbers among fake tensors."""
+    return _spec(text.rpartition(";")[0] + ";")
+
+
+def _sizes(call: Call, text: str) -> Sizes:
+    """The sizes of a call of fake tensors."""
+    return Sizes(call, *_traced_spec(text))
+
+
+def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[CommonPlan, Call]:
+    """The plan of an operator's call, and the call in the dtype of its text.
+
+    Hooks on the tensors that a compiled graph saves may have brought some back in another dtype.
+    """
+    dtype = getattr(torch, text.split("|")[1].removeprefix("torch."))
+    call = Call._make((*(t.resolve_neg().to(dtype) for t in fields[:4]), *fields[4:]))
+    if call.lengths is not None:
+        batch = call.x.shape[1]
+        lengths = restored(call.lengths, (batch,), torch.int64, call.x.device)
+        call = call._replace(lengths=lengths.contiguous())
+    spec, operands = _spec(text)
+    _check_fit(call, spec)
+    settings = BACKENDS[call.x.device.type].settings(algorithm)
+    return plan_of(call, spec, operands, settings), call
+
+
+def _check_fit(call: Call, spec: CellSpec) -> None:
+    """Refuse tensors of an operator that do not fit each other: the kernels would read beyond them.
+
+    A module checks its arguments before, but anybody may call the operator.
+    """
+    x, weight, bias, threshold, graded = call.x, *call[3:7]
+    cin, channels = weight_tensor(weight)
+    fits = x.dim() in (4, 5) and x.shape[-3] == cin
+    state = state_shape(x, channels, spec, 2) if fits else ()
+    fits = (
+        fits and call.syn.shape == call.mem.shape == state
+        and weight.shape[2:] == spec.kernel_size
+        and (bias is None or bias.shape == (4 * channels,))
+        and (threshold is None or threshold.numel() in (1, channels))
+        and (graded is None or graded.numel() == 1)
+    )  # fmt: skip
+    if not fits:
+        shapes = {k: tuple(t.shape) for k, t in call._asdict().items() if isinstance(t, Tensor)}
+        raise ValueError(f"the tensors of an operator must fit each other, got shapes {shapes}")
+
+
+@torch.library.custom_op(
+    "snnlstm::forward", mutates_args=(),
+    schema=f"({_CALL}, bool training) -> ({', '.join(['Tensor'] * 5)})",
+)  # fmt: skip
+@pool.where_it_fits
+def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    text, algorithm, training = arguments[_FIELDS:]
+    plan, call = _planned(arguments[:_FIELDS], text, algorithm)
+    result = plan.forward(call, training)
+    return _forward_outputs(call.x, result)
+
+
+def _forward_outputs(x: Tensor, r: Result) -> tuple[Tensor, ...]:
+    """A forward pass's results, as its operator returns them; nothing is saved in inference."""
+    saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved
+    # A graph of CUDA's operators must have no tensor on the CPU.
+    selection = torch.tensor(r.selection, dtype=torch.int64).to(x.device)
+    return r.spk, r.syn, r.mem, saved, selection
+
+
+@_forward_operator.register_fake
+def _(*arguments):
+    call, (text, _, training) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    s, x = _sizes(call, text), call.x
+    spk, state = (empty_like_images(x, shape) for shape in s.outputs())
+    layout = SavedLayout(BACKENDS[x.device.type].saved_shapes(s) if training else ())
+    saved = x.new_empty(layout.bytes, dtype=torch.uint8)
+    selection = (0, 0) if x.device.type == "cpu" else ()
+    return _forward_outputs(
+        x, Result(spk, state, torch.empty_like(state), saved, selection=selection)
+    )
+
+
+@torch.library.custom_op(
+    "snnlstm::backward", mutates_args=(),
+    schema=f"({_CALL}, Tensor saved, Tensor selection, Tensor? grad_spk, Tensor? grad_syn, "
+    f"Tensor? grad_mem, bool[] wanted) -> ({', '.join(['Tensor'] * 6)})",
+)  # fmt: skip
+def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    text, algorithm, saved, selection, *grads, wanted = arguments[_FIELDS:]
+    plan, call = _planned(arguments[:_FIELDS], text, algorithm)
+    spk, state = plan.outputs()
+    for grad, shape in zip(grads, (spk, state, state), strict=True):
+        if grad is not None and grad.shape != shape:
+            raise ValueError(f"a gradient must have shape {shape}, got {tuple(grad.shape)}")
+    grads = [None if grad is None else grad.resolve_neg().to(call.x.dtype) for grad in grads]
+    out = plan.backward(call, saved, grads, wanted, selection.tolist(), None)
+    return _gradient_outputs(call.x, out)
+
+
+def _gradient_outputs(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(0) if grad is None else grad for grad in out)
+
+
+@_backward_operator.register_fake
+def _(*arguments):
+    call, text, wanted = Call(*arguments[:_FIELDS]), arguments[_FIELDS], arguments[-1]
+    out = empty_gradients(call.x, gradient_memory(call.x, _sizes(call, text)), wanted)
+    if wanted[5]:
+        threshold: Any = call.threshold
+        out = out._replace(threshold=torch.empty_like(threshold))
+    return _gradient_outputs(call.x, out)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.record, ctx.text, ctx.algorithm, _training = inputs
+    ctx.save_for_backward(*tensors, *output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_operator(ctx: Any, *grads: Tensor | None) -> tuple:
+    if grads[0] is grads[1] is grads[2] is None:
+        return (None,) * len(ctx.needs_input_grad)
+    spec, saved = _traced_spec(ctx.text)[0], ctx.saved_tensors
+    wanted = list(reached(ctx.needs_input_grad[:6], spec.reset, grads))
+    static = ctx.record, ctx.text, ctx.algorithm
+    out = _backward_operator(*saved[:8], *static, *saved[8:], *grads[:3], wanted)
+    return (*(g if want else None for g, want in zip(out, wanted, strict=True)), *(None,) * 6)
+
+
+_forward_operator.register_autograd(_backward_of_operator, setup_context=_setup_context)
+
+
+def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Tensor, Tensor, None]:
+    """The call's spk, syn and mem, in a form that torch.compile keeps in its graph."""
+    x, syn, mem, weight, bias, threshold, graded, lengths, record = call
+    if x.dtype in HALF_TYPES and not BACKENDS[x.device.type].half_types:
+        return in_float32(call, lambda step: run_operator(step, spec, algorithm))
+    if weight.dtype != x.dtype:  # autocast makes the states of a half-precision module float32
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    tensors = x, syn, mem, weight, bias, threshold, graded, lengths
+    training = may_require_grad(tensors[:6])
+    # A graph in torch.compile's cache on disk must not serve a build with another layout.
+    operands = operands_of(call, autocast_dtype(x.device.type))
+    text = f"{LAYOUT}|{x.dtype}|{operands}|{spec.serialized}"
+    spk, new_syn, new_mem, *_ = _forward_operator(*tensors, record, text, algorithm, training)
+    if not spec.passes_gradient(call.sequence):
+        spk = spk.detach()
+    others = may_require_grad(call[:5])
+    constant = 0 if others else constant_states(spec, call.sequence)
+    new_syn = new_syn.detach() if constant > 0 else new_syn
+    new_mem = new_mem.detach() if constant > 1 else new_mem
+    if lengths is not None and record:
+        new_syn, new_mem = recorded_states(call, new_syn, new_mem)
+    return spk, new_syn, new_mem, None

@@ -1,0 +1,133 @@
+"""Tensors as the core reads and writes them: addresses, strides, and memory for results.
+
+The core takes raw memory and allocates none; everything it reads and writes is a torch tensor
+that its caller keeps alive while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..calls.call import Call
+from ..surrogate import Surrogate
+
+
+def real(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the kernels compute in, for an x of `dtype`."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def readable(tensor: Tensor, name: str = "a tensor") -> Tensor:
+    """The tensor, detached, for torch to read: a read of freed memory would end the process."""
+    if tensor.numel() and not tensor.data_ptr():
+        raise ValueError(f"{name} must have memory, got a tensor whose storage is empty")
+    return tensor.detach()
+
+
+def contiguous_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor, or a copy whose memory holds its numbers in order, without gaps, in `dtype`."""
+    if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return readable(tensor).resolve_neg().to(dtype).contiguous()
+
+
+def with_numbers(call: Call) -> Call:
+    """The call, or one whose bias, threshold and graded factor the core can read."""
+    bias, threshold, graded = call[4:7]
+    if bias is not None:
+        bias = contiguous_as(bias, call.x.dtype)
+    if threshold is not None:
+        threshold = contiguous_as(threshold, call.x.dtype)
+    if graded is not None:
+        graded = contiguous_as(graded, real(call.x.dtype))
+    if bias is call.bias and threshold is call.threshold and graded is call.graded:
+        return call
+    return call._replace(bias=bias, threshold=threshold, graded=graded)
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Address of the tensor's numbers; 0 if there is no tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def strided(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+    """Address and five strides; None if there is no tensor, or an empty one."""
+    if tensor is None or not (address := tensor.data_ptr()):
+        return None
+    return address, with_time(tensor.stride())
+
+
+def with_time(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of time, batch, channel, row and column: that of time is 0 where there is none."""
+    return strides if len(strides) == 5 else (0, *strides)
+
+
+def check_memory(call: Call) -> None:
+    """Refuse tensors with numbers but no memory: their storage was freed, or never made."""
+    for name, tensor in zip((*Call._fields[:6], "graded_spikes_factor"), call[:7], strict=True):
+        if tensor is not None:
+            readable(tensor, name)
+
+
+def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
+    """Give samples without a step those of `values`, or 0: the kernels skip such samples."""
+    assert call.lengths is not None
+    empty = (call.lengths == 0)[:, None, None, None]
+    if empty.device.type == "cpu" and not empty.any():
+        return
+    for out, value in zip(outs, values, strict=True):
+        if out is not None:
+            out.copy_(torch.where(empty, 0 if value is None else value, out))
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+def empty_bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Uninitialised memory that only the kernels use."""
+    return torch.empty(count, dtype=torch.uint8, device=device)
+
+
+def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of an output of `shape` ending in (C, H, W), in the order of x's.
+
+    Images are channels-last where x's are, and time lies within the batch where it does in x. A
+    stride of 0, as expanded tensors have, is no order.
+    """
+    if len(shape) == 1:
+        return (1,)
+    *lead, c, h, w = shape
+    channels_last = x.stride(-3) == 1 and x.shape[-3] != 1 and not x.is_contiguous()
+    channels_last = channels_last and 0 not in (x.stride(-2), x.stride(-1))
+    strides = [1, w * c, c] if channels_last else [h * w, w, 1]
+    size = c * h * w
+    if len(lead) == 2 and x.dim() == 5 and 0 < x.stride(0) < x.stride(1):
+        return size, size * lead[0], *strides
+    for count in reversed(lead):
+        strides.insert(0, size)
+        size *= count
+    return tuple(strides)
+
+
+def empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An output of `shape` ending in (C, H, W), or (0,), uninitialised."""
+    return x.new_empty_strided(shape, image_strides(x, shape))
+
+
+def stochastic_noise(
+    surrogate: Surrogate, grad_spk: Tensor | None, sequence: bool
+) -> Tensor | None:
+    """Uniform numbers of the stochastic surrogate, contiguous and like the gradient, else None.
+
+    They are drawn one block a step, last step first, each in the order of the dimensions, as in a
+    loop over steps on the reference path.
+    """
+    if grad_spk is None or surrogate.name != "SSO":
+        return None
+    noise = torch.empty_like(grad_spk, memory_format=torch.contiguous_format)
+    for step in reversed(noise.unbind()) if sequence else (noise,):
+        step.uniform_()
+    return noise
