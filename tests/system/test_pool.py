@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.native import pool
-from snnlstm.stack import stack
+from snnlstm.networks.stack import stack
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import HANG, in_a_process, in_threads, ours, python, same
 
