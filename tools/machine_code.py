@@ -128,8 +128,8 @@ def loops_of_binary(binary: Path, arch: int) -> dict[str, list[Loop]]:
 
 def table(found: dict[str, list[Loop]]) -> str:
     lines = [f"{'kernel':<52}{'HMMA':>5}{'per HMMA':>10}  most frequent, and what is slow"]
-    for name, of_kernel in found.items():
-        for loop in of_kernel:
+    for name, inner in found.items():
+        for loop in inner:
             often = " ".join(f"{n} {c}" for n, c in loop.way.most_common(7))
             short = name.split("(")[0].replace("snnlstm::cuda::", "").removeprefix("void ")
             slow = " ".join(loop.slow())

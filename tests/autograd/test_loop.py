@@ -282,8 +282,8 @@ def test_second_derivatives_within_autocast_of_a_pass_without():
         x = events(2).requires_grad_()
         loss = loss_of(unroll(cell.float(), x.float(), [z.float() for z in zeros()]))
         with torch.autocast("cpu", torch.bfloat16):
-            (of_x,) = torch.autograd.grad(loss, x, create_graph=True)
-        found.append(of_x.detach())
+            (grad_of_x,) = torch.autograd.grad(loss, x, create_graph=True)
+        found.append(grad_of_x.detach())
     close(*found, atol=1e-5, rtol=1e-5)
 
 

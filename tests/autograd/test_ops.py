@@ -62,7 +62,7 @@ def test_the_text_of_a_spec_has_every_field():
 @pytest.fixture
 def calls(monkeypatch):
     """Collects the arguments of calls of the two operators."""
-    return [watched(monkeypatch, function, f"_{of}_operator") for of in ("forward", "backward")]
+    return [watched(monkeypatch, function, f"_{name}_operator") for name in ("forward", "backward")]
 
 
 FAST = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -86,8 +86,8 @@ def test_opcheck(name, calls):
 
 
 def test_no_operator_reads_beyond_tensors_that_do_not_fit_each_other(calls):
-    def run(*of):
-        return function.run_operator(flat.call_of(of), of[-1].spec, "auto")[:3]
+    def run(*arguments):
+        return function.run_operator(flat.call_of(arguments), arguments[-1].spec, "auto")[:3]
 
     step(CASES["one step"], run)
     ((forward, _),), ((backward, _),) = calls

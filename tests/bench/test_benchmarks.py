@@ -54,7 +54,7 @@ def test_the_reference_path_is_not_timed_as_ours(monkeypatch, capsys):
 
 
 def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(peak_memory, "measure", lambda *of, device: 3.0)
+    monkeypatch.setattr(peak_memory, "measure", lambda *job, device: 3.0)
     providers = ("snntorch", "sequence-checkpoint", "sequence:direct")
     asked = ["--shapes", "hidden", "--providers", *providers, "--memory"]
     status, rows = suite(tmp_path, *TINY, *asked)
@@ -64,8 +64,8 @@ def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeypat
     expected = {(case, mode, name) for case in cases for mode in MODES for name in providers}
     assert {*zip(rows.case, rows["mode"], rows.provider, strict=True)} == expected
     assert ((rows.p20 <= rows.ms) & (rows.ms <= rows.p80) & (rows["clock"] == "processor")).all()
-    for _, of in rows.groupby(["case", "mode"]):
-        assert of.speedup.tolist() == pytest.approx((of.ms.iloc[0] / of.ms).tolist())
+    for _, group in rows.groupby(["case", "mode"]):
+        assert group.speedup.tolist() == pytest.approx((group.ms.iloc[0] / group.ms).tolist())
     said, table = capsys.readouterr().out, (tmp_path / "table.md").read_text()
     assert said.count("small, training  [2->4 6x6, k3, T=2 N=1], 1 thread, float32") == 1
     shape = rows["shape"].max()

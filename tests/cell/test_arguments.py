@@ -175,8 +175,8 @@ def test_numpys_numbers_are_accepted():
     assert cell.conv.bias is None
     cell.threshold = numpy.float32(0.25)
     assert cell.threshold == 0.25
-    of_numpy_1 = type("bool_", (), {"__bool__": lambda self: True})
-    for value in (numpy.bool_(True), of_numpy_1()):
+    like_numpy_1 = type("bool_", (), {"__bool__": lambda self: True})
+    for value in (numpy.bool_(True), like_numpy_1()):
         cell.inhibition = value
         assert cell.inhibition is True
         cell.inhibition = False
@@ -307,7 +307,7 @@ def signals(*args, **kwargs):
     return snnlstm.SConv1dLSTM(*(args or (2, 3, 5)), **{"threshold": 0.1} | kwargs)
 
 
-OF_OTHER_SIZE = {
+UNFIT = {
     "(1,)": lambda bias: bias[:1],
     "(12, 1)": lambda bias: bias[:, None],
     "torch.float64": lambda bias: bias.double(),
@@ -315,14 +315,14 @@ OF_OTHER_SIZE = {
 }
 
 
-@pytest.mark.parametrize("got", OF_OTHER_SIZE)
+@pytest.mark.parametrize("got", UNFIT)
 @pytest.mark.parametrize("kind", ["SConv2dLSTM", "SConv1dLSTM", "ConvLSTMCell"])
 def test_no_call_reads_beyond_a_bias_that_does_not_fit(kind, got):
     cell = quietly(getattr(snnlstm, kind), 2, 3, 3)
     x = X[..., 0] if kind == "SConv1dLSTM" else X
     for _ in range(2):
         cell(x)
-    cell.conv.bias = nn.Parameter(OF_OTHER_SIZE[got](cell.conv.bias.detach()))
+    cell.conv.bias = nn.Parameter(UNFIT[got](cell.conv.bias.detach()))
     with pytest.raises((TypeError, ValueError), match=f"bias must .* got .*{re.escape(got)}"):
         cell(x)
 

@@ -62,7 +62,7 @@ def leaves_of(tree, dtype: torch.dtype):
 
 
 def compare(
-    ours: nn.Module, plain: nn.Module, x: Tensor, states, error: float, of_gradients: float
+    ours: nn.Module, plain: nn.Module, x: Tensor, states, error: float, gradient_error: float
 ):
     """Compares all results, and the gradients of all inputs and parameters."""
     leaves = [leaves_of((x, states), dtype) for dtype in (x.dtype, F64)]
@@ -76,7 +76,7 @@ def compare(
     ]
     for one, exact in zip(*sources, strict=True):
         scale = float(exact.grad.abs().max())
-        close(one.grad.double(), exact.grad, atol=of_gradients * max(scale, 1), rtol=0)
+        close(one.grad.double(), exact.grad, atol=gradient_error * max(scale, 1), rtol=0)
     return outs[0]
 
 

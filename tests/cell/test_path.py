@@ -246,7 +246,7 @@ def test_the_user_may_choose_the_reference_path_where_plans_exist(name, monkeypa
 
 
 def test_a_process_starts_with_the_algorithm_of_its_environment(monkeypatch):
-    module = util.spec_from_file_location("of_another_process", snnlstm.calls.algorithms.__file__)
+    module = util.spec_from_file_location("another_process", snnlstm.calls.algorithms.__file__)
     another = util.module_from_spec(module)
     for name, starts in (("reference", "reference"), ("", "auto")):
         monkeypatch.setenv("SNNLSTM_ALGORITHM", name)

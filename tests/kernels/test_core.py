@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch  # before the core
 
-from tests.shared.cases import FACTS, OF_INPUTS, PLAIN
+from tests.shared.cases import FACTS, INPUT_LAYOUTS, PLAIN
 from tests.shared.cpu_kernels import ISAS, native
 from tests.shared.gradients import ASKED, KEPT
 from tests.shared.helpers import python
@@ -73,7 +73,7 @@ def test_random_calls():
     done = fuzz.run(120)
     assert done["gradients"] >= 60
     assert all(done[way] for way in fuzz.WAYS)
-    layouts = {f"{what} {layout}" for what in fuzz.LAID_OUT for layout in OF_INPUTS}
+    layouts = {f"{what} {layout}" for what in fuzz.LAID_OUT for layout in INPUT_LAYOUTS}
     assert all(done[layout] for layout in layouts | {"gradients negated"})
 
 
@@ -100,7 +100,7 @@ def test_a_fault_is_found_and_shrunk(monkeypatch):
 
     monkeypatch.setattr(native.cpu.Plan, "forward", wrong)
     check, cases = fuzz.check, []
-    monkeypatch.setattr(fuzz, "check", lambda case, **of: cases.append(case) or check(case, **of))
+    monkeypatch.setattr(fuzz, "check", lambda case, **how: cases.append(case) or check(case, **how))
     with pytest.raises(AssertionError, match="close"):
         fuzz.run(200, seed=1)
     assert cases[-1].options.pool == "max"

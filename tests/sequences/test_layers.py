@@ -71,13 +71,13 @@ class Keeps(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.cell, self.of_channels, self.all = hidden(), torch.zeros(N), torch.zeros(N + 1, 2)
+        self.cell, self.by_channel, self.all = hidden(), torch.zeros(N), torch.zeros(N + 1, 2)
         self.register_buffer("saved", torch.zeros(N, 2))
         self.register_buffer("absent", None, persistent=False)
 
     def forward(self, x):
-        self.of_channels, self.all, self.saved = (
-            kept + 1 for kept in (self.of_channels, self.all, self.saved)
+        self.by_channel, self.all, self.saved = (
+            kept + 1 for kept in (self.by_channel, self.all, self.saved)
         )
         return self.cell(x)
 
@@ -91,7 +91,7 @@ def test_a_layer_keeps_the_state_of_a_padded_sample():
         alone.load_state_dict(kept.cell.state_dict())
         snnlstm.unroll(X[:length, n : n + 1], alone)
         close([kept.cell.syn[n], kept.cell.mem[n]], [alone.syn[0], alone.mem[0]])
-    for counted in (kept.of_channels, kept.all, kept.saved):
+    for counted in (kept.by_channel, kept.all, kept.saved):
         assert counted.eq(N).all()
 
 
@@ -214,9 +214,9 @@ def test_a_cell_with_batch_first_in_a_stack_without_it_is_logged_once(caplog):
 
 
 def test_batch_first_leaves_a_number_a_step_as_it_is():
-    spk, rate, (of_channels,) = snnlstm.unroll(X, WithItsRate())
+    spk, rate, (by_channel,) = snnlstm.unroll(X, WithItsRate())
     found = snnlstm.unroll(X.transpose(0, 1), WithItsRate(), batch_first=True)
-    close(found, (spk.transpose(0, 1), rate, (of_channels.transpose(0, 1),)))
+    close(found, (spk.transpose(0, 1), rate, (by_channel.transpose(0, 1),)))
     assert rate.shape == (T,)
 
 

@@ -98,6 +98,14 @@ def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG, **options)
 
 
+def shell_program(path: Path, script: str) -> str:
+    """Makes a program that runs a shell script, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def watched(monkeypatch: pytest.MonkeyPatch, holder: Any, name: str) -> list[tuple[Any, Any]]:
     """Returns a list that gets the arguments and the result of each call of a function."""
     function, seen = getattr(holder, name), []

@@ -97,8 +97,8 @@ def past(name):
     def changed(cell, given):
         other = ours(seed=3, threshold=0.05)
         other.graded_spikes_factor.fill_(2)
-        holder, of = (cell.conv, other.conv) if name in ("weight", "bias") else (cell, other)
-        object.__setattr__(holder, name, getattr(of, name))
+        holder, source = (cell.conv, other.conv) if name in ("weight", "bias") else (cell, other)
+        object.__setattr__(holder, name, getattr(source, name))
         yield
         object.__delattr__(holder, name)
 

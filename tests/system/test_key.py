@@ -105,7 +105,7 @@ def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         elif item:  # one of a tensor whose items are a tuple of their own
             at = PLACES.index(tensor)
             items[at] = [
-                None if of == item else i for of, i in zip(NUMBERS, items[at], strict=True)
+                None if number == item else i for number, i in zip(NUMBERS, items[at], strict=True)
             ]
             items[at] = tuple(items[at])
         assert len(items) == len(PLACES)
