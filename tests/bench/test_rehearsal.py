@@ -30,8 +30,7 @@ from benchmarks import (
 from benchmarks.cases import Case
 from snnlstm.native import cuda, leaky
 from tests.emulator.test_core_mutations import BY_SMOKE
-
-long = pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
+from tests.shared.helpers import long
 
 
 @long

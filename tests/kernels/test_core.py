@@ -1,6 +1,5 @@
 """Random calls pass, and of nonsense the compiled core raises an exception, and never crashes."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch  # before the core
 from tests.shared.cases import FACTS, INPUT_LAYOUTS, PLAIN
 from tests.shared.cpu_kernels import ISAS, native
 from tests.shared.gradients import ASKED, KEPT
-from tests.shared.helpers import python
+from tests.shared.helpers import long, python
 from tools import fuzz
 
 _C = pytest.importorskip("snnlstm._C")
@@ -88,7 +87,7 @@ def test_gradients_that_are_asked_for_in_unusual_ways(asked, kept, way, checkpoi
     assert fuzz.check(case, ISAS[-1], "auto", way, asked=asked, kept=kept)
 
 
-@pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
+@long
 def test_a_fault_is_found_and_shrunk(monkeypatch):
     forward = native.cpu.Plan.forward
 

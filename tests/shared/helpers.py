@@ -29,6 +29,8 @@ measures_memory = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
 )
 
+long = pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
+
 
 def described(value: object) -> str:
     """Returns the text of a value without addresses, so that it is a test's id in every run."""

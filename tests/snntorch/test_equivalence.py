@@ -176,7 +176,7 @@ def test_attributes_that_users_touch(backend):
     for _ in range(3):
         actual(x)
         expected(x)
-    for name in ("spk", "syn", "mem", "reset"):
+    for name in ("spk", "syn", "mem"):
         close(getattr(actual, name), getattr(expected, name))
     for name in (
         "in_channels", "out_channels", "kernel_size", "padding", "max_pool", "avg_pool", "bias",
