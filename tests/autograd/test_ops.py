@@ -13,6 +13,7 @@ from snnlstm import surrogate
 from snnlstm.calls.spec import CellSpec
 from snnlstm.native import function
 from snnlstm.quant import state_quant
+from tests.kernels.alone import ALONE
 from tests.shared import cases, flat
 from tests.shared.cases import Case, wanting_gradients
 from tests.shared.cpu_kernels import needs_core
@@ -25,15 +26,8 @@ pytestmark = [
 ]
 
 PLAIN = cases.PLAIN.but(in_channels=2, channels=3, height=6, width=8, record=False)
-CASES = {
-    "plain": PLAIN,
-    "one step": PLAIN.but(sequence=False),
-    "recorded": PLAIN.but(record=True),
-    "pooled": PLAIN.but(pool="max", pool_size=(2, 3)),
-    "averaged": PLAIN.but(pool="avg", pool_size=(3, 2)),
-    "inhibition": PLAIN.but(inhibition=True),
-    "quantised": PLAIN.but(quant=state_quant(4)),
-    "strided": PLAIN.but(stride=(2, 1), dilation=(1, 2)),
+ALIKE = ("plain", "one step", "last states", "max_pool", "avg_pool", "inhibition", "quantised")
+CASES = {name: ALONE[name] for name in (*ALIKE, "dilation and stride")} | {
     "no bias": PLAIN.but(bias=False, threshold="number"),
     "float64": PLAIN.but(dtype=torch.float64),
     "channels_last": PLAIN.but(layouts=("channels_last",) * 4),

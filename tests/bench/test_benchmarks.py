@@ -80,26 +80,34 @@ def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeypat
     assert f"{len(rows)} noise; 0 rows are in one run only." in capsys.readouterr().out
 
 
-def test_ones_own_network_is_timed_with_either_cell(tmp_path):
-    file = tmp_path / "mine.py"
+@pytest.fixture
+def own(tmp_path):
+    """Returns a function that times the network of a text, which becomes a file."""
+
+    def timed(text: str) -> pd.DataFrame:
+        (tmp_path / "mine.py").write_text(f"import torch, snnlstm, snntorch\n{text}")
+        place = str(tmp_path / "mine.py")
+        status, rows = suite(tmp_path, "--network", place, "--seconds", "0.01")
+        assert status == 0
+        assert set(rows.provider) == {"snntorch", "loop"}
+        return rows
+
+    return timed
+
+
+def test_ones_own_network_is_timed_with_either_cell(own):
     step, sequence = "torch.nn.Sequential", "snnlstm.Sequential"
     for library, stack in (("snntorch", step), ("snnlstm", step), ("snnlstm", sequence)):
-        file.write_text(
-            "import torch, snnlstm, snntorch\n"
-            "def mine():\n"
+        own(
+            "def make():\n"
             f"    cell = {library}.SConv2dLSTM(2, 3, 3, threshold=0.05, init_hidden=True)\n"
             f"    net = {stack}(cell, torch.nn.Flatten())\n"
             f"    return net, torch.rand({'3, ' * (stack == sequence)}2, 2, 5, 5)\n"
         )
-        status, rows = suite(tmp_path, "--network", f"{file}:mine", "--seconds", "0.01")
-        assert status == 0
-        assert set(rows.provider) == {"snntorch", "loop"}
 
 
-def test_ones_own_loop_runs_the_network_step_by_step(tmp_path, capsys):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "import torch, snntorch\n"
+def test_ones_own_loop_runs_the_network_step_by_step(own, tmp_path, capsys):
+    own(
         "def run(net, x):\n"
         "    assert x.dim() == 5 and not net[0].mem.any()\n"
         "    return torch.stack([net(step) for step in x])\n"
@@ -107,10 +115,10 @@ def test_ones_own_loop_runs_the_network_step_by_step(tmp_path, capsys):
         "    cell = snntorch.SConv2dLSTM(2, 3, 3, threshold=0.05, init_hidden=True)\n"
         "    return torch.nn.Sequential(cell), torch.rand(3, 2, 2, 5, 5), run\n"
     )
-    status, rows = suite(tmp_path, "--network", str(file), "--seconds", "0.01")
-    assert status == 0
-    assert set(rows.provider) == {"snntorch", "loop"}
-    for wrong, said in ((f"{file}:other", "no function 'other'"), ("none.py", "No such file")):
+    for wrong, said in (
+        (f"{tmp_path}/mine.py:other", "no function 'other'"),
+        ("none.py", "No such file"),
+    ):
         with pytest.raises(SystemExit):
             run.main(["--network", wrong])
         (line,) = capsys.readouterr().err.splitlines()
@@ -118,22 +126,18 @@ def test_ones_own_loop_runs_the_network_step_by_step(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("library", ["snntorch", "snnlstm"])
-def test_ones_own_network_may_have_leaky_alone(library, tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        f"import torch, {library}\n"
+def test_ones_own_network_may_have_leaky_alone(library, own, tmp_path):
+    rows = own(
         "def make(neuron=None):\n"
         f"    neuron = neuron or {library}.Leaky(beta=0.9, init_hidden=True)\n"
         "    return torch.nn.Sequential(torch.nn.Linear(3, 4), neuron), torch.rand(2, 3)\n"
         "def neither(): return make(torch.nn.ReLU())\n"
     )
-    status, rows = suite(tmp_path, "--network", f"{file}", "--seconds", "0.01")
-    assert status == 0
     paths = dict(zip(rows.provider, rows.path, strict=True))
     assert paths["snntorch"] == ""
     assert paths["loop"].startswith("cpu-")
     with pytest.raises(ValueError, match="no network with SConv2dLSTM or Leaky"):
-        networks.from_file(f"{file}:neither").make(snnlstm.SConv2dLSTM)
+        networks.from_file(f"{tmp_path}/mine.py:neither").make(snnlstm.SConv2dLSTM)
 
 
 def test_a_name_means_one_layer_or_network():
