@@ -115,10 +115,8 @@ def test_ones_own_loop_runs_the_network_step_by_step(own, tmp_path, capsys):
         "    cell = snntorch.SConv2dLSTM(2, 3, 3, threshold=0.05, init_hidden=True)\n"
         "    return torch.nn.Sequential(cell), torch.rand(3, 2, 2, 5, 5), run\n"
     )
-    for wrong, said in (
-        (f"{tmp_path}/mine.py:other", "no function 'other'"),
-        ("none.py", "No such file"),
-    ):
+    other = f"{tmp_path}/mine.py:other"
+    for wrong, said in ((other, "no function 'other'"), ("none.py", "No such file")):
         with pytest.raises(SystemExit):
             run.main(["--network", wrong])
         (line,) = capsys.readouterr().err.splitlines()

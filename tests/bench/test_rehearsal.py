@@ -29,7 +29,7 @@ from benchmarks import (
 )
 from benchmarks.cases import Case
 from snnlstm.native import cuda, leaky
-from tests.emulator.test_core_mutations import BY_SMOKE
+from tests.emulator.test_core_mutations import NOTICED_BY_SMOKE
 from tests.shared.helpers import long
 
 
@@ -150,7 +150,7 @@ def test_the_smoke_test_passes_right_kernels_at_its_default_sizes(device, algori
     [
         pytest.param(card, fault, *row, marks=long if card == "emulator-t4" else ())
         for card in CARDS
-        for row, names in BY_SMOKE.items()
+        for row, names in NOTICED_BY_SMOKE.items()
         for fault in names
         if row[0] in gpu_smoke.precisions(card)
     ],

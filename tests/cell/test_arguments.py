@@ -308,7 +308,7 @@ def signals(*args, **kwargs):
     return snnlstm.SConv1dLSTM(*(args or (2, 3, 5)), **{"threshold": 0.1} | kwargs)
 
 
-UNFIT = {
+MISFITS = {
     "(1,)": lambda bias: bias[:1],
     "(12, 1)": lambda bias: bias[:, None],
     "torch.float64": lambda bias: bias.double(),
@@ -316,14 +316,14 @@ UNFIT = {
 }
 
 
-@pytest.mark.parametrize("got", UNFIT)
+@pytest.mark.parametrize("got", MISFITS)
 @pytest.mark.parametrize("kind", ["SConv2dLSTM", "SConv1dLSTM", "ConvLSTMCell"])
 def test_no_call_reads_beyond_a_bias_that_does_not_fit(kind, got):
     cell = quietly(getattr(snnlstm, kind), 2, 3, 3)
     x = X[..., 0] if kind == "SConv1dLSTM" else X
     for _ in range(2):
         cell(x)
-    cell.conv.bias = nn.Parameter(UNFIT[got](cell.conv.bias.detach()))
+    cell.conv.bias = nn.Parameter(MISFITS[got](cell.conv.bias.detach()))
     with pytest.raises((TypeError, ValueError), match=f"bias must .* got .*{re.escape(got)}"):
         cell(x)
 

@@ -44,7 +44,7 @@ NOTICED = {
 
 # The faults that a row of benchmarks/gpu_smoke.py notices by its numbers, at its default sizes:
 # precision and options. tests/bench/test_rehearsal.py runs them.
-BY_SMOKE = {
+NOTICED_BY_SMOKE = {
     ("float32", "4 channels"): (
         "wrong_mem_buffer", "early_syn_forward", "early_syn_backward"
     ),
@@ -103,5 +103,5 @@ def test_a_tensor_beside_another_hides_no_access_beside_it(core):
 def test_every_fault_has_one_place_and_one_run():
     faults = sorted(set(fault_numbers()) - {"none"})
     assert sorted(placed_faults()) == faults
-    runs = *NOTICED.values(), *BY_SMOKE.values()
+    runs = *NOTICED.values(), *NOTICED_BY_SMOKE.values()
     assert sorted(name for names in runs for name in names) == faults

@@ -24,7 +24,7 @@ def unusual(kind: surrogate.Kind) -> surrogate.Surrogate:
 
 SURROGATES = (*map(unusual, surrogate.KINDS[1:]), surrogate.NONE)
 # snnTorch's LSO cannot be called, and SSO draws other numbers.
-SNNTORCHS = [s for s in SURROGATES if s.name in {*dir(snntorch.surrogate)} - {"LSO", "SSO"}]
+IN_SNNTORCH = [s for s in SURROGATES if s.name in {*dir(snntorch.surrogate)} - {"LSO", "SSO"}]
 LAYOUTS = ("contiguous", "channels_last", "sliced", "strided", "transposed", "shifted", "expanded")
 INPUT_LAYOUTS = (*LAYOUTS, "overlapping")
 GRADIENT_LAYOUTS = (*INPUT_LAYOUTS, "negated")

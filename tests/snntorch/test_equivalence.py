@@ -16,7 +16,7 @@ from hypothesis import example, given
 
 import snnlstm
 from snnlstm.surrogate import KINDS
-from tests.shared.cases import PLAIN, SNNTORCHS, Case, cases, drawing
+from tests.shared.cases import IN_SNNTORCH, PLAIN, Case, cases, drawing
 from tests.shared.helpers import close, ours, quietly, states, steps, theirs
 from tests.shared.helpers import twins as cells
 
@@ -95,7 +95,7 @@ def twins(draw: Any) -> Twins:
     case = case.but(
         kernel_size=tuple(min(k, 5) for k in case.options.kernel_size), dtype=torch.float64,
         sequence=True, record=True, stride=(1, 1), dilation=(1, 1), inhibition=False,
-        checkpoint=False, quant=None, graded=1.0, surrogate=draw(st.sampled_from(SNNTORCHS)),
+        checkpoint=False, quant=None, graded=1.0, surrogate=draw(st.sampled_from(IN_SNNTORCH)),
         time=draw(st.integers(1, 4)), batch=draw(st.sampled_from([1, 1, 2, 3, 0])),
         in_channels=min(case.in_channels, 4), channels=min(case.channels, 9),
         height=min(case.height, 11), width=min(case.width, 11),

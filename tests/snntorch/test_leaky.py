@@ -16,7 +16,7 @@ from torch import Tensor
 import snnlstm
 from snnlstm import surrogate
 from tests.conftest import _backends
-from tests.shared.cases import SNNTORCHS, laid_out
+from tests.shared.cases import IN_SNNTORCH, laid_out
 from tests.shared.gradients import KEPT
 from tests.shared.helpers import close, described
 
@@ -106,7 +106,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"beta": torch.tensor([0.7]), "threshold": torch.tensor(0.2, dtype=F64)},
     {"beta": CHANNELS * 3 - 1, "threshold": CHANNELS}, {"graded_spikes_factor": -0.5},
     {"surrogate_disable": True}, {"beta": CHANNELS[:2, None] + 0.2},
-    *({"spike_grad": getattr(snntorch.surrogate, spike.name)()} for spike in SNNTORCHS),
+    *({"spike_grad": getattr(snntorch.surrogate, spike.name)()} for spike in IN_SNNTORCH),
 ]  # fmt: skip
 
 

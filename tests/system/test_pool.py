@@ -164,13 +164,10 @@ def lend_at_random(seed: int, count: int = 300) -> None:
 
 def test_threads_lose_no_count(monkeypatch):
     """At most 8 blocks of 2 MiB are in use in each thread, and all of them come back."""
-    before, interval = used_bytes(), sys.getswitchinterval()
+    before = used_bytes()
     sys.setswitchinterval(1e-6)
     monkeypatch.setattr(pool, "SPARE", 0)
-    try:
-        in_threads(lend_at_random)
-    finally:
-        sys.setswitchinterval(interval)
+    in_threads(lend_at_random)
     assert used_bytes() == before
     assert pool._most_used <= before + 4 * 9 * 2 * MIB
     lend_at_random(0, 1)  # the last checks of the threads may have been each other's
