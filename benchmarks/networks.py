@@ -3,8 +3,7 @@
 They are written for snnTorch's cell and Leaky, as users write them: a network class takes the
 cell's class as its first argument, and Leaky from the cell's library. Its `forward` is a loop over
 time, and its `sequence` does the same as docs/sequences.md teaches it. ``USERS`` has the example of
-snnTorch's documentation, and networks with the structures, sizes and batches of public ones;
-``SMALL`` has some for what their code does.
+snnTorch's documentation, and networks with the structures, sizes and batches of public ones.
 """
 
 from __future__ import annotations
@@ -190,18 +189,6 @@ def truncated(run: Callable[..., Any], net: Any, optimizer: Any, x: Tensor, y: T
 def seen(run: Callable[..., Any], net: Any, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, torch.bfloat16):
         return run(net, x, net.start())[0]
-
-
-def hidden(cell: Any) -> nn.Module:
-    """Makes an nn.Sequential of layers that keep their states."""
-    grad = surrogate.atan(alpha=2.0)
-    return nn.Sequential(
-        cell(2, 4, 3, threshold=0.1, init_hidden=True, max_pool=2, spike_grad=grad),
-        cell(4, 4, kernel_size=3, threshold=0.1, init_hidden=True, spike_grad=grad),
-        nn.Flatten(),
-        nn.Linear(4 * 4 * 4, 3),
-        _leaky(cell, beta=0.8, init_hidden=True, output=True, spike_grad=grad),
-    )
 
 
 def pyramid(
@@ -402,13 +389,7 @@ def _users(small: bool = False) -> dict[str, Network]:
 
 
 USERS = _users()
-SMALL = {
-    "hidden": Network(
-        "2->4->4 8x8 in nn.Sequential", hidden, ((4, 5, 2, 8, 8), (2, 5, 2, 8, 8)),
-        loop=_outside, sequences=_unrolled,
-    ),
-}  # fmt: skip
-NETWORKS = _users(small=True) | SMALL
+NETWORKS = _users(small=True)
 """These have small images and batches, and tests train them."""
 ONE_SAMPLE = {
     f"{name}-n1": dataclasses.replace(
@@ -427,6 +408,5 @@ CONVLSTMS = {
 TABLES = {
     "networks": USERS,
     "one-sample": ONE_SAMPLE,
-    "small-networks": SMALL,
     "convlstm": CONVLSTMS,
 }
