@@ -214,9 +214,9 @@ class Case:
         The counts are those of direct convolution. An algorithm with fewer operations can therefore
         show an effective rate above the machine's peak.
         """
-        of_channel = 2 * 4 * self.steps * math.prod(self.state_shape) * math.prod(self.kernel)
-        forward = of_channel * (self.cin + self.cout)
-        data = of_channel * (self.cout + self.cin * self.grad_x)
+        per_channel = 2 * 4 * self.steps * math.prod(self.state_shape) * math.prod(self.kernel)
+        forward = per_channel * (self.cin + self.cout)
+        data = per_channel * (self.cout + self.cin * self.grad_x)
         # The weight gradient costs what the forward pass costs.
         return forward if mode == "inference" else 2 * forward + data
 

@@ -28,13 +28,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tools import local_version
+from tools.gpu_setup import fill, find, lacking
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 600  # lines of a step's output, in the report
@@ -45,17 +44,6 @@ MARKS = "WRONG", "NOT RUN", "FAILED", "ERROR"  # lines that begin so are shown a
 # Each GPU is timed in the types that it has instructions for.
 DTYPES = {75: "float32 autocast16 float16", 80: "tf32 bfloat16 float16"}
 TINY = '"2 1 2 8 6 6 3 name=tiny"'  # the layer of a rehearsal
-# The modules and programs that the steps need, as pip installs them.
-NEEDED = {
-    "pybind11": "pybind11>=2.13", "pytest": "pytest>=8", "hypothesis": "hypothesis>=6.100",
-    "numpy": "numpy", "pandas": "pandas>=2", "snntorch": "snntorch==1.0.0", "tqdm": "tqdm",
-    "cmake": "cmake>=3.24", "ninja": "ninja",
-}  # fmt: skip
-APT = "on Debian and Ubuntu sudo apt install"
-TOOLKIT = """Either of these needs no root; then CUDA_HOME=$HOME/cuda make gpu
-    sh cuda_{0}*_linux.run --silent --toolkit --toolkitpath=$HOME/cuda
-        (the runfile is from https://developer.nvidia.com/cuda-toolkit-archive)
-    conda create -p $HOME/cuda -c conda-forge cuda-toolkit cuda-version={0}"""
 
 
 class Step(NamedTuple):
@@ -106,13 +94,13 @@ def steps(place: Place, quick: bool) -> list[Step]:
     shapes = "" if rehearsal else "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 "
     beside = "snntorch snntorch-cudagraph loop sequence sequence-cudagraph"
     # Whether GPU and driver run what was built, and what takes its place in a rehearsal.
-    check = "import os, sys, torch, snnlstm, snnlstm.native.cuda_check as of; "
-    check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(of.trouble(0) or '
+    check = "import os, sys, torch, snnlstm; from snnlstm.native.cuda_check import trouble; "
+    check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(trouble(0) or '
     check += "print(snnlstm.Leaky(0.5).cuda().sequence(torch.ones(8, 4).cuda(), False)))"
     check = "from benchmarks.devices import emulator; emulator()" if rehearsal else check
 
-    def step(name: str, of_quick: float, of_whole: float, command: str) -> Step:
-        return Step(name, of_quick / 240 if quick else of_whole / 1800, command)
+    def step(name: str, quick_end: float, whole_end: float, command: str) -> Step:
+        return Step(name, quick_end / 240 if quick else whole_end / 1800, command)
 
     found = [
         *building(place),
@@ -128,7 +116,7 @@ def steps(place: Place, quick: bool) -> list[Step]:
         step("layers", 234, 700, f"{bench}{shapes}--providers {beside} --out {work}/layers"),
     ]  # fmt: skip
     kept = {"overlap": not rehearsal, "algorithms apart": overlaps}
-    found = [of for of in found if kept.get(of.name, True)]
+    found = [one for one in found if kept.get(one.name, True)]
     if quick:
         return found
     # pytest fails if it finds no test of the backend.
@@ -215,7 +203,7 @@ def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outco
     begin, outcomes = time.monotonic(), list[Outcome]()
     for step in planned:
         print(f"{step.name} ...", end=" ", flush=True)
-        if any(not of.step.until and of.verdict != "passed" for of in outcomes):
+        if any(not one.step.until and one.verdict != "passed" for one in outcomes):
             outcome = Outcome(step, "not begun: the kernels cannot run")
         else:
             left = begin + step.until * seconds - time.monotonic() if step.until else float("inf")
@@ -252,77 +240,10 @@ def report(place: Place, outcomes: Sequence[Outcome]) -> str:
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:
     """Returns a row for each step, and one for all."""
-    passed = sum(of.verdict == "passed" for of in outcomes)
-    seconds = sum(of.seconds for of in outcomes)
-    rows = [f"| {of.step.name} | {of.verdict} | {of.seconds:.0f} |" for of in outcomes]
+    passed = sum(one.verdict == "passed" for one in outcomes)
+    seconds = sum(one.seconds for one in outcomes)
+    rows = [f"| {one.step.name} | {one.verdict} | {one.seconds:.0f} |" for one in outcomes]
     return [*rows, f"| all | {passed} of {len(outcomes)} passed | {seconds:.0f} |"]
-
-
-def lacking(rehearsal: bool = False, core: Path | None = None, fills: bool = False) -> list[str]:
-    """Returns a line for each thing that is missing, with what installs it, unless `fill` does."""
-    python, has, found = sys.executable, importlib.util.find_spec, list[str]()
-    packages = [of for name, of in NEEDED.items() if not (has(name) or find(name))]
-    if packages and not fills:
-        found.append(f"missing: {python} -m pip install {shlex.join(packages)}")
-    # nvcc compiles its host code with g++, whatever compiles the rest.
-    hosts = [os.environ.get("CUDAHOSTCXX", "g++")]
-    hosts = [os.environ.get("CXX", "c++"), "g++", "clang++"] if rehearsal else hosts
-    if not (core or any(map(find, hosts))):
-        found.append(f"no C++ compiler {hosts[0]}: {APT} g++")
-    if not (core or Path(sysconfig.get_path("include"), "Python.h").exists()):
-        found.append(f"no Python.h of {python}: {APT} python3-dev")
-    if fills and not has("ensurepip"):
-        found.append(f"no module ensurepip of {python}: {APT} python3-venv")
-    cuda, nvcc = 0.0 if rehearsal else local_version.cuda(), local_version.nvcc()
-    if not (has("torch") or fills):
-        words = shlex.join(local_version.torch_for(cuda))
-        found.append(f"no torch: {python} -m pip install {words}, or make gpu PYTHON=...")
-    if rehearsal:
-        return found
-    if has("torch") and not fills:
-        import torch
-
-        if torch.cuda.is_available():
-            cuda = cuda or float(torch.version.cuda)  # there may be no nvidia-smi
-        else:
-            built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-            found.append(f"torch {torch.__version__} ({built}) of {python} sees no GPU")
-    if not cuda:
-        found.append("no GPU with a driver from 525 on, says nvidia-smi; ")
-        found[-1] += 'ARGS="--rehearse" goes through the steps without one'
-    elif not core and (nvcc[1] > cuda if nvcc else cuda < 13):
-        newer = f"{nvcc[0]} is of CUDA {nvcc[1]}, and CUDACXX may name another one" if nvcc else ""
-        found.append(f"no nvcc for this driver: {newer or 'PyPI has none'}. {TOOLKIT.format(cuda)}")
-    elif not (core or nvcc or fills):
-        found.append(f"no nvcc: {python} -m pip install {shlex.join(local_version.PYPI_NVCC)}")
-    return found
-
-
-def fill(venv: Path, core: Path | None) -> str:
-    """Installs what is missing into an environment, torch first, and returns the Python there."""
-    python, cuda = str(venv / "bin" / "python"), local_version.cuda()
-    pip, nvcc = (python, "-m", "pip", "install"), local_version.nvcc()
-
-    def run(*command: str) -> None:
-        if subprocess.run(command, check=False).returncode:
-            sys.exit(f"failed: {shlex.join(command)}")
-
-    if not venv.exists():
-        run(sys.executable, "-m", "venv", str(venv))
-    # A torch without CUDA, or of one that is newer than the driver, is replaced.
-    fits = f"import torch; assert 0 < float(torch.version.cuda or 0) < {int(cuda) + 1}"
-    if subprocess.run([python, "-c", fits], stderr=subprocess.DEVNULL, check=False).returncode:
-        run(*pip, "--force-reinstall", *local_version.torch_for(cuda))
-    run(*pip, *NEEDED.values(), "pytest-xdist", *(() if core or nvcc else local_version.PYPI_NVCC))
-    return python
-
-
-def find(program: str) -> str | None:
-    """Finds a program on PATH, beside this Python, or beside nvcc."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    folders = [f"{home}/bin" for home in [*homes, "/usr/local/cuda"] if home]
-    path = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), *folders]
-    return shutil.which(program, path=os.pathsep.join(path))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -50,8 +50,8 @@ def seconds(backend: Any, run: Callable[[], Any], on_gpu: bool) -> tuple[list[fl
     if not on_gpu:
         return [time.perf_counter() - begin] * 2, [found]
     replay, replayed = devices.captured(run)
-    for of in filter(torch.is_tensor, replayed):
-        of.zero_()
+    for tensor in filter(torch.is_tensor, replayed):
+        tensor.zero_()
     return [backend.seconds(way) for way in (replay, run)], [found, replayed]
 
 
@@ -59,7 +59,7 @@ def results(found: Any) -> dict[str, Tensor]:
     """Returns what a pass has computed, as `compare` takes it."""
     if isinstance(found, Result):
         return {"spikes": found.spk.double(), "syn": found.syn.double(), "mem": found.mem.double()}
-    return {name: of.double() for name, of in found._asdict().items() if of is not None}
+    return {name: tensor.double() for name, tensor in found._asdict().items() if tensor is not None}
 
 
 def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
@@ -90,11 +90,11 @@ def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
         for number, core in enumerate(candidates):
             plan._chosen[bool(backward)] = core
             try:
-                of_run, outs = seconds(plan.backend, run, setting.device == "cuda")
+                times, outs = seconds(plan.backend, run, setting.device == "cuda")
                 first = first or results(outs[0])
                 for out in outs:
                     compare(case, setting.dtype, first, results(out))
-                found = *(f"{1e6 * taken / case.steps:.2f}" for taken in of_run), ""
+                found = *(f"{1e6 * taken / case.steps:.2f}" for taken in times), ""
             except Exception as error:
                 found = "", "", f"{type(error).__name__}: {error}".splitlines()[0]
             named = ("forward", "backward")[backward], core.name, "x".join(map(str, core.tile))
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rows[0] == 0:  # a process that goes on adds its rows
         pd.DataFrame(columns=COLUMNS).to_csv(options.out, index=False)
     capability = devices.capability(options.device)
-    dtypes = DTYPES[max(of for of in DTYPES if of <= capability)]
+    dtypes = DTYPES[max(known for known in DTYPES if known <= capability)]
     with devices.running(options.device):
         planned = list(itertools.product(options.layers, dtypes))[slice(*options.rows)]
         for number, (name, dtype) in enumerate(planned, options.rows[0]):

@@ -63,7 +63,7 @@ def hashes(device: str, layers: Sequence[Case] = LAYERS, repeats: int = 50) -> I
                     out = list(itertools.chain.from_iterable(map(cell, x)))
                 else:
                     out = cell(x, lengths=lengths if way == "lengths" else None)
-                grads = torch.autograd.grad(sum(of.square().sum() for of in out), inputs)
+                grads = torch.autograd.grad(sum(result.square().sum() for result in out), inputs)
             found.add(hash(tuple(map(hashed, (*out, *grads)))))
         text = " or ".join(f"{number:x}" for number in sorted(found))
         yield f"{case.name}, {dtype}, {way}: {text}"

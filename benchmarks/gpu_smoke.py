@@ -159,11 +159,11 @@ class Cell:
             k: named[value]() if isinstance(value, str) and value in named else value
             for k, value in options.items()
         }
-        self.inputs = [of.to(**on) for of in (x, *states)]
+        self.inputs = [tensor.to(**on) for tensor in (x, *states)]
         if leaky:
             on["dtype"] = torch.promote_types(torch.float32, on["dtype"])
-            of_leaky = {"beta": 0.9, "threshold": 0.0, "learn_threshold": True} | self.options
-            cell: Any = snnlstm.Leaky(**of_leaky)
+            arguments = {"beta": 0.9, "threshold": 0.0, "learn_threshold": True} | self.options
+            cell: Any = snnlstm.Leaky(**arguments)
         else:
             # A number in plain cells, and otherwise one for each channel.
             threshold = torch.zeros(c, 1, 1) if options else 0.0
@@ -188,8 +188,8 @@ class Cell:
             mem = self.exact()[0][-1]
             compared = [self.pooled(mem), *([self.inputs[-1].double()[None], mem] * self.resets)]
             groups = [
-                of.movedim(2, 0).flatten(1) if threshold.dim() else of.view(1, -1)
-                for of in compared
+                numbers.movedim(2, 0).flatten(1) if threshold.dim() else numbers.view(1, -1)
+                for numbers in compared
             ]
             values = torch.cat(groups, 1).sort(1).values
             clear = not self.resets or (values - threshold.view(-1, 1)).abs().min() > CLEAR
@@ -204,7 +204,7 @@ class Cell:
         """Returns what :meth:`results` does, on the reference path in float64."""
         other = copy.deepcopy(self)
         other.cell.double()
-        other.inputs, other.loop = [of.double() for of in other.inputs], self.leaky
+        other.inputs, other.loop = [tensor.double() for tensor in other.inputs], self.leaky
         plain = torch.autocast(self.setting.torch_device.type, enabled=False)
         with plain, snnlstm.algorithm("reference"):
             return other.results()
@@ -236,26 +236,26 @@ class Cell:
 
         The loss weighs each spike differently. Where no gradients are computed there are none.
         """
-        tensors = [*(of.requires_grad_() for of in self.inputs), *self.cell.parameters()]
+        tensors = [*(tensor.requires_grad_() for tensor in self.inputs), *self.cell.parameters()]
         out = spk, *states = self.called()
         if self.weights is None:  # a graph does not capture this copy
             weights = torch.rand(spk.shape, generator=torch.Generator().manual_seed(1)).double()
             self.weights = weights.to(spk.device)
-        loss = (self.weights * spk).sum() + sum(of.double().square().sum() for of in states)
+        loss = (self.weights * spk).sum() + sum(state.double().square().sum() for state in states)
         grads = torch.autograd.grad(loss, tensors) if loss.requires_grad else ()
-        return [of.detach() for of in out], list(grads)
+        return [result.detach() for result in out], list(grads)
 
     def replayed(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns what :meth:`results` does, of a CUDA graph that was captured with zeros."""
-        numbers = [of.detach().clone() for of in self.inputs]
+        numbers = [tensor.detach().clone() for tensor in self.inputs]
         with torch.no_grad():
-            for of in self.inputs:
-                of.zero_()
+            for tensor in self.inputs:
+                tensor.zero_()
         torch.clear_autocast_cache()
         replay, found = devices.captured(self.results)
         with torch.no_grad():
-            for of, its in zip(self.inputs, numbers, strict=True):
-                of.copy_(its)
+            for tensor, its in zip(self.inputs, numbers, strict=True):
+                tensor.copy_(its)
         replay()
         return found
 
@@ -266,8 +266,8 @@ class Cell:
         for name, one, other in zip(names, found, true, strict=True):
             far, cin = one.double() - other, self.inputs[0].shape[2]
             if name == "conv.weight":
-                halves = [of.flatten(2).tensor_split([cin], 1) for of in (far, other)]
-                sizes = [[half.norm(dim=(0, 1)) for half in of] for of in halves]
+                halves = [gradient.flatten(2).tensor_split([cin], 1) for gradient in (far, other)]
+                sizes = [[half.norm(dim=(0, 1)) for half in pair] for pair in halves]
                 # A tap that meets no pixel has no gradient.
                 taps += [one / other.clamp(min=1e-30) for one, other in zip(*sizes, strict=True)]
             else:
@@ -287,8 +287,8 @@ class Cell:
             with snnlstm.algorithm("reference"):
                 limit = self.errors(self.results()[1], expected)[0].clamp(min=1e-9)
         # The tolerances of coarse types are made for longer sequences and larger layers.
-        of_type = 1.0 if self.setting.dtype in EXACT else 0.2
-        most, most_of_gradients = (of_type * of for of in TOLERANCE[self.setting.dtype])
+        strictness = 1.0 if self.setting.dtype in EXACT else 0.2
+        most, most_of_gradients = (strictness * bound for bound in TOLERANCE[self.setting.dtype])
         # snnTorch's own spikes are float32.
         most_of_gradients = max(most_of_gradients, 1e-4 * self.leaky)
         # Levels that rounding changes explain the rest.
@@ -297,20 +297,20 @@ class Cell:
             wrong, rounded = self.wrong_spikes(spk, states[-1])
             wrong += self.wrong_spikes(last_spk[-1:], last[-1][None])[0]
             rounded = max(rounded, float((last_spk != spk).double().mean()))
-            pairs = zip((*states, *last), (*true, *(of[-1] for of in true)), strict=True)
+            pairs = zip((*states, *last), (*true, *(every[-1] for every in true)), strict=True)
             far = [(one.double() - other).abs() for one, other in pairs]
-            of_states = _largest([difference.flatten().quantile(share) for difference in far])
+            state_error = _largest([difference.flatten().quantile(share) for difference in far])
             taps, others = self.errors(found, expected)
             gradients = _largest([*taps, *others])
             beside = max((taps / limit).tolist(), default=0.0)
             spiking = float(spk.ne(0).double().mean())
             right &= (
-                wrong == 0 and rounded <= ROUNDED and of_states <= most
+                wrong == 0 and rounded <= ROUNDED and state_error <= most
                 and gradients <= most_of_gradients and beside <= BESIDE_TORCH
                 and spiking > (0 if "inhibition" in self.options else SPIKING / 3)
                 and path.name.startswith(self.setting.device.split("-")[0])
             )  # fmt: skip
-            text = f"{wrong} wrong and {spiking:.1%} of all spike, states {of_states:.1e}"
+            text = f"{wrong} wrong and {spiking:.1%} of all spike, states {state_error:.1e}"
             text += f", gradients {gradients:.1e}"
             texts.append(text + f", the weight's {beside:.1f} times torch's" * (beside > 0))
         return f"{path.name}, {'; replayed '.join(texts)}", right
@@ -322,16 +322,16 @@ class Cell:
         """
         threshold, pooled = self.cell.threshold.detach().double(), self.pooled(mem)
         one = threshold.new_ones(())
-        of_cell = lambda u: u > 0, None, "inhibition" in self.options
-        true = torch.stack([fire(of, threshold, one, *of_cell) for of in pooled])
+        rest = lambda u: u > 0, None, "inhibition" in self.options
+        true = torch.stack([fire(image, threshold, one, *rest) for image in pooled])
         if self.lengths is not None:
             steps = torch.arange(len(self.inputs[0]), device=spk.device)[-len(spk) :, None]
             true *= (steps < self.lengths)[..., None, None, None]
         wrong, rounds = spk.double() != true, torch.zeros_like(true, dtype=torch.bool)
         if "avg_pool" in self.options:
             pixels = mem[0, 0, 0].numel() // pooled[0, 0, 0].numel()
-            of_sum = torch.finfo(torch.promote_types(mem.dtype, torch.float32)).eps * pixels
-            error = torch.finfo(mem.dtype).eps * pooled.abs() + of_sum * mem.abs().max()
+            sum_error = torch.finfo(torch.promote_types(mem.dtype, torch.float32)).eps * pixels
+            error = torch.finfo(mem.dtype).eps * pooled.abs() + sum_error * mem.abs().max()
             rounds = (pooled - threshold).abs() <= error
         return int((wrong & ~rounds).sum()), float((wrong & rounds).double().mean())
 

@@ -3,8 +3,7 @@
 They are written for snnTorch's cell and Leaky, as users write them: a network class takes the
 cell's class as its first argument, and Leaky from the cell's library. Its `forward` is a loop over
 time, and its `sequence` does the same as docs/sequences.md teaches it. ``USERS`` has the example of
-snnTorch's documentation, and networks with the structures, sizes and batches of public ones;
-``SMALL`` has some for what their code does.
+snnTorch's documentation, and networks with the structures, sizes and batches of public ones.
 """
 
 from __future__ import annotations
@@ -192,18 +191,6 @@ def seen(run: Callable[..., Any], net: Any, x: Tensor) -> Tensor:
         return run(net, x, net.start())[0]
 
 
-def hidden(cell: Any) -> nn.Module:
-    """Makes an nn.Sequential of layers that keep their states."""
-    grad = surrogate.atan(alpha=2.0)
-    return nn.Sequential(
-        cell(2, 4, 3, threshold=0.1, init_hidden=True, max_pool=2, spike_grad=grad),
-        cell(4, 4, kernel_size=3, threshold=0.1, init_hidden=True, spike_grad=grad),
-        nn.Flatten(),
-        nn.Linear(4 * 4 * 4, 3),
-        _leaky(cell, beta=0.8, init_hidden=True, output=True, spike_grad=grad),
-    )
-
-
 def pyramid(
     cell: Any, channels: Sequence[int], side: int, pool: bool = True, norm: bool = False
 ) -> nn.Module:
@@ -350,7 +337,7 @@ def from_file(place: str) -> Network:
 def _users(small: bool = False) -> dict[str, Network]:
     """Returns networks as people have them; small ones have short batches of small images."""
 
-    def of(*shape: int) -> tuple[int, ...]:
+    def size(*shape: int) -> tuple[int, ...]:
         """Returns the shape (N, T, C, H, W) of batches."""
         return tuple(map(min, shape, (2, 3, shape[2], 14, 14))) if small else shape
 
@@ -358,37 +345,37 @@ def _users(small: bool = False) -> dict[str, Network]:
         "documentation": _classifier(
             "1->8 28x28, max_pool 2, 8->8, avg_pool 2",
             _layers(1, 8, threshold=0.1, max_pool=2) + _layers(8, 8, threshold=0.03, avg_pool=2),
-            of(32, 10, 1, 28, 28),
+            size(32, 10, 1, 28, 28),
         ),
         "column": _classifier(
             "22->16->32->64 129x1, max_pool (2, 1)",
             _layers(22, 16, 32, threshold=0.05, max_pool=(2, 1))
-            + _layers(32, 64, threshold=0.02, max_pool=(2, 1)), of(128, 65, 22, 129, 1),
+            + _layers(32, 64, threshold=0.02, max_pool=(2, 1)), size(128, 65, 22, 129, 1),
         ),
         "spectrum": _classifier(
             "1->16 9x9 129x33, max_pool 2",
-            _layers(1, 16, threshold=0.03, kernel=9, max_pool=2), of(128, 10, 1, 129, 33),
+            _layers(1, 16, threshold=0.03, kernel=9, max_pool=2), size(128, 10, 1, 129, 33),
         ),
         "eeg": _classifier(
             "1->16->32->64 22x128, max_pool 2",
-            _layers(1, 16, 32, 64, threshold=0.05, max_pool=2), of(32, 10, 1, 22, 128),
+            _layers(1, 16, 32, 64, threshold=0.05, max_pool=2), size(32, 10, 1, 22, 128),
         ),
         "speech": _classifier(
             "1->16 5x5 33x49, max_pool 2, 16->32->64, avg_pool 2",
             _layers(1, 16, threshold=0.03, kernel=5, max_pool=2)
-            + _layers(16, 32, 64, threshold=0.03, avg_pool=2), of(12, 10, 1, 33, 49),
+            + _layers(16, 32, 64, threshold=0.03, avg_pool=2), size(12, 10, 1, 33, 49),
         ),
         "electrodes": _classifier(
             "1->16 19x3 19x125, 16->64 3x3, max_pool 2",
             _layers(1, 16, threshold=0.03, kernel=(19, 3), max_pool=2)
-            + _layers(16, 64, threshold=0.05, max_pool=2), of(16, 23, 1, 19, 125),
+            + _layers(16, 64, threshold=0.05, max_pool=2), size(16, 23, 1, 19, 125),
         ),
-        "events": _pyramid("Conv 2->16, Leaky, pool, cell 16->32", of(16, 20, 2, 32, 32), 16, 32),
+        "events": _pyramid("Conv 2->16, Leaky, pool, cell 16->32", size(16, 20, 2, 32, 32), 16, 32),
         "events64": _pyramid(
-            "2 x (Conv ->32, Leaky, pool), cell 32->32", of(8, 10, 2, 64, 64), 32, 32, 32
+            "2 x (Conv ->32, Leaky, pool), cell 32->32", size(8, 10, 2, 64, 64), 32, 32, 32
         ),
         "tactile": _pyramid(
-            "3 x (Conv ->16, BatchNorm, Leaky), cell 16->16", of(8, 60, 2, 32, 32),
+            "3 x (Conv ->16, BatchNorm, Leaky), cell 16->16", size(8, 60, 2, 32, 32),
             16, 16, 16, 16, pool=False, norm=True,
         ),
         "camera": Network(
@@ -396,19 +383,13 @@ def _users(small: bool = False) -> dict[str, Network]:
             ((10, 2, 2, 12, 12) if small else (18, 2, 2, 128, 128),), truncated, seen, SGD,
             autocast=True,
         ),
-        "dense": _dense(of(128, 25, 1, 28, 28), 1000, 10),
-        "dense-audio": _dense(of(64, 100, 700, 1, 1), 256, 256, 20),
+        "dense": _dense(size(128, 25, 1, 28, 28), 1000, 10),
+        "dense-audio": _dense(size(64, 100, 700, 1, 1), 256, 256, 20),
     }  # fmt: skip
 
 
 USERS = _users()
-SMALL = {
-    "hidden": Network(
-        "2->4->4 8x8 in nn.Sequential", hidden, ((4, 5, 2, 8, 8), (2, 5, 2, 8, 8)),
-        loop=_outside, sequences=_unrolled,
-    ),
-}  # fmt: skip
-NETWORKS = _users(small=True) | SMALL
+NETWORKS = _users(small=True)
 """These have small images and batches, and tests train them."""
 ONE_SAMPLE = {
     f"{name}-n1": dataclasses.replace(
@@ -427,6 +408,5 @@ CONVLSTMS = {
 TABLES = {
     "networks": USERS,
     "one-sample": ONE_SAMPLE,
-    "small-networks": SMALL,
     "convlstm": CONVLSTMS,
 }

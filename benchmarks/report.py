@@ -76,17 +76,20 @@ def markdown(rows: pd.DataFrame) -> str:
         others = [name for name in part.provider.unique() if name not in first]
         head = ["network or layer", f"{' or '.join(first)}, ms", *others]
         cells = [head, ["---"] * len(head)]
-        for case, of in part.groupby("case", sort=False):
-            line = [f"**{case}**: {of.title.iloc[0]}", _pair(of, of.provider.iloc[0], "ms")]
-            cells.append([*line, *(_pair(of, name, "speedup", "x") for name in others)])
+        for case, group in part.groupby("case", sort=False):
+            line = [
+                f"**{case}**: {group.title.iloc[0]}",
+                _pair(group, group.provider.iloc[0], "ms"),
+            ]
+            cells.append([*line, *(_pair(group, name, "speedup", "x") for name in others)])
         lines += [f"{heading(part)}, {' / '.join(part['mode'].unique())}:", ""]
         lines += [f"| {' | '.join(line)} |" for line in cells] + [""]
     return "\n".join(lines)
 
 
 def _pair(rows: pd.DataFrame, provider: str, column: str, unit: str = "") -> str:
-    of = rows[rows.provider == provider].set_index("mode")[column]
-    return " / ".join(number(of.get(mode), unit) for mode in rows["mode"].unique())
+    found = rows[rows.provider == provider].set_index("mode")[column]
+    return " / ".join(number(found.get(mode), unit) for mode in rows["mode"].unique())
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame) -> str:

@@ -59,13 +59,13 @@ def compare(case: Any, dtype: str, expected: dict[str, Tensor], actual: dict[str
     move a neuron by a whole step; then a few states may differ. Raises Disagreement that says which
     result differs, and by how much.
     """
-    tolerance, of_gradients = TOLERANCE[dtype]
+    tolerance, gradient_limit = TOLERANCE[dtype]
     layer, exact = isinstance(case, Case), tolerance < 1e-4
     feeds_back = layer and (case.reset != "none" or case.quant > 0)
     # max_pool may send the gradient to another of several nearly equal values.
-    of_gradients = max(of_gradients, 5e-2 * feeds_back, 1e-2 * (layer and case.max_pool > 0))
+    gradient_limit = max(gradient_limit, 5e-2 * feeds_back, 1e-2 * (layer and case.max_pool > 0))
     # A spike that rounding decides sets off others: one early spike moved a loss by 4e-4.
-    of_loss = 5e-3 if exact and not (layer or case.autocast) else 0.1
+    loss_limit = 5e-3 if exact and not (layer or case.autocast) else 0.1
     for name, one in expected.items():
         other = actual[name]
         if one.shape != other.shape:
@@ -85,7 +85,7 @@ def compare(case: Any, dtype: str, expected: dict[str, Tensor], actual: dict[str
                 raise Disagreement(f"{share:.2%} of {name} differ")
         else:
             share = float((one - other).norm()) / (float(one.norm()) or 1.0)
-            if not share <= (of_loss if name == "loss" else of_gradients):  # NaN is no share
+            if not share <= (loss_limit if name == "loss" else gradient_limit):  # NaN is no share
                 raise Disagreement(f"the {name} differs by {share:.2g} of its norm")
 
 

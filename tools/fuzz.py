@@ -36,8 +36,8 @@ from tqdm import tqdm
 import snnlstm
 from tests.shared import flat
 from tests.shared.cases import (
-    OF_GRADIENTS,
-    OF_INPUTS,
+    GRADIENT_LAYOUTS,
+    INPUT_LAYOUTS,
     Case,
     Inputs,
     Options,
@@ -187,8 +187,8 @@ def _work(case: Case) -> int:
     return case.time * n * ho * wo * kh * kw * c * (case.in_channels + c)
 
 
-def _subsets(of: tuple[str, ...]) -> st.SearchStrategy[tuple[str, ...]]:
-    return st.sets(st.sampled_from(of), min_size=1).map(lambda s: tuple(sorted(s)))
+def _subsets(names: tuple[str, ...]) -> st.SearchStrategy[tuple[str, ...]]:
+    return st.sets(st.sampled_from(names), min_size=1).map(lambda s: tuple(sorted(s)))
 
 
 ARGUMENTS: dict[str, st.SearchStrategy] = {
@@ -214,11 +214,11 @@ def run(count: int, seed: int | None = None) -> Counter[str]:
     draw.
     """
     done: Counter[str] = Counter()
-    for k, of_gradients in enumerate(OF_GRADIENTS):
+    for k, gradient_layout in enumerate(GRADIENT_LAYOUTS):
         places = (k, k + 3 + (seed or 0), k + 5)
-        of_inputs = [OF_INPUTS[place % len(OF_INPUTS)] for place in places]
+        input_layouts = [INPUT_LAYOUTS[place % len(INPUT_LAYOUTS)] for place in places]
         way = WAYS[(k + (seed or 0)) % len(WAYS)]
-        _run(-(-count // len(OF_GRADIENTS)), seed, (*of_inputs, of_gradients), way, done)
+        _run(-(-count // len(GRADIENT_LAYOUTS)), seed, (*input_layouts, gradient_layout), way, done)
     return done
 
 

@@ -50,13 +50,13 @@ FLAGS = {
 }
 TESTS = {
     "tests": ["kernels", "autograd/test_loop.py", "system/test_threads.py",
-              *(f"--ignore=tests/kernels/test_{of}.py" for of in ("cuda_check", "math", "packing")),
+              *(f"--ignore=tests/kernels/test_{x}.py" for x in ("cuda_check", "math", "packing")),
               "-k", "not long and not gil"],
     "coverage": ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal",
                  "--ignore=tests/packaging/test_distribution.py",
                  "--ignore=tests/bench/test_demo.py",
                  # These files test the emulator itself, or build much more than other tests do.
-                 *(f"--ignore=tests/emulator/test_{of}.py" for of in (
+                 *(f"--ignore=tests/emulator/test_{name}.py" for name in (
                      "compiles", "core_counters", "core_mutations"))],
 }  # fmt: skip
 REPORTS = (
@@ -139,11 +139,11 @@ def run_tests(name: str, tests: list[str]) -> int:
             old.unlink()
         python += ["coverage", "run", "-m"]
     else:
-        libraries = [library(of) for of in ("libasan.so", "libstdc++.so.6")]
+        libraries = [library(name) for name in ("libasan.so", "libstdc++.so.6")]
         environment["LD_PRELOAD"] = " ".join(libraries)
         # At its end Python leaves most memory allocated, which is no leak.
         environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0"
-    paths = [f"tests/{of}" if (ROOT / "tests" / of).exists() else of for of in tests]
+    paths = [f"tests/{test}" if (ROOT / "tests" / test).exists() else test for test in tests]
     command = [*python, "pytest", "-q", "-p", "no:cacheprovider", *paths]
     failed = subprocess.run(command, cwd=to, env=environment, check=False).returncode
     for report in REPORTS if name == "coverage" else ():

@@ -51,7 +51,7 @@ def get_requires_for_dynamic_metadata(settings: dict) -> list[str]:
 def can_be_fetched(packages: tuple[str, ...]) -> bool:
     """Tells whether the pip of this Python finds all packages; it installs nothing."""
     # In an isolated build PYTHONPATH hides the site-packages in which pip lies.
-    environment = {name: of for name, of in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps"]
     tried = subprocess.run([*pip, *packages], env=environment, capture_output=True, check=False)
     return tried.returncode == 0
@@ -61,7 +61,9 @@ def cuda() -> float:
     """Returns the CUDA for this machine's driver, or 0 if nvidia-smi finds no GPU or an old one."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     found = re.match(r"\d+", printed(query))
-    return next((of for oldest, of in DRIVERS.items() if found and int(found[0]) >= oldest), 0.0)
+    return next(
+        (version for oldest, version in DRIVERS.items() if found and int(found[0]) >= oldest), 0.0
+    )
 
 
 def torch_for(cuda: float) -> list[str]:

@@ -3,8 +3,6 @@
 A loop is the code between a branch backwards and its target. In an innermost loop with HMMA a warp
 issues one way over and over: the one with the most HMMA, and of those the shortest. Other ways, on
 which elements are fetched one by one, are taken rarely or by few threads.
-
-    python -m tools.machine_code [--arch 90] [pattern of kernel names]
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from pathlib import Path
 import networkx as nx  # torch wants it, too
 
 from tests.emulator import gpu_tools
-from tests.emulator.builder import ROOT
 
 ENDS = ("BRA", "EXIT", "RET", "BRX")  # only a branch reaches what comes behind
 # Divisions (by way of a reciprocal), calls and local memory.
@@ -124,32 +121,3 @@ def loops_of_binary(binary: Path, arch: int) -> dict[str, list[Loop]]:
     code = gpu_tools.disassemble(binary, arch)
     found = {name: loops(parse(instructions)) for name, instructions in code.items()}
     return {name: hmma for name, hmma in found.items() if hmma}
-
-
-def table(found: dict[str, list[Loop]]) -> str:
-    lines = [f"{'kernel':<52}{'HMMA':>5}{'per HMMA':>10}  most frequent, and what is slow"]
-    for name, of_kernel in found.items():
-        for loop in of_kernel:
-            often = " ".join(f"{n} {c}" for n, c in loop.way.most_common(7))
-            short = name.split("(")[0].replace("snnlstm::cuda::", "").removeprefix("void ")
-            slow = " ".join(loop.slow())
-            lines.append(f"{short:<52}{loop.hmma:>5}{loop.per_hmma:>10.1f}  {often}  {slow}")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pattern", nargs="?", default="")
-    parser.add_argument("--arch", type=int, default=90)
-    args = parser.parse_args()
-    for name in ("forward", "backward", "weight_gradient"):
-        source = ROOT / "csrc" / "cuda" / "kernels" / f"{name}.cu"
-        binary, _ = gpu_tools.compile_fatbin(source, (args.arch,))
-        found = loops_of_binary(binary, args.arch)
-        print(table({n: k for n, k in found.items() if re.search(args.pattern, n)}))
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from torch.library import opcheck
 from snnlstm import surrogate
 from snnlstm.calls.spec import CellSpec
 from snnlstm.native import operators
-from snnlstm.quant import state_quant
+from tests.kernels.alone import ALONE
 from tests.shared import cases, flat
 from tests.shared.cases import Case, wanting_gradients
 from tests.shared.cpu_kernels import needs_core
@@ -25,15 +25,8 @@ pytestmark = [
 ]
 
 PLAIN = cases.PLAIN.but(in_channels=2, channels=3, height=6, width=8, record=False)
-CASES = {
-    "plain": PLAIN,
-    "one step": PLAIN.but(sequence=False),
-    "recorded": PLAIN.but(record=True),
-    "pooled": PLAIN.but(pool="max", pool_size=(2, 3)),
-    "averaged": PLAIN.but(pool="avg", pool_size=(3, 2)),
-    "inhibition": PLAIN.but(inhibition=True),
-    "quantised": PLAIN.but(quant=state_quant(4)),
-    "strided": PLAIN.but(stride=(2, 1), dilation=(1, 2)),
+ALIKE = ("plain", "one step", "last states", "max_pool", "avg_pool", "inhibition", "quantised")
+CASES = {name: ALONE[name] for name in (*ALIKE, "dilation and stride")} | {
     "no bias": PLAIN.but(bias=False, threshold="number"),
     "float64": PLAIN.but(dtype=torch.float64),
     "channels_last": PLAIN.but(layouts=("channels_last",) * 4),
@@ -54,7 +47,9 @@ def test_the_text_of_a_spec_has_every_field():
 @pytest.fixture
 def calls(monkeypatch):
     """Collects the arguments of calls of the two operators."""
-    return [watched(monkeypatch, operators, f"_{of}_operator") for of in ("forward", "backward")]
+    return [
+        watched(monkeypatch, operators, f"_{name}_operator") for name in ("forward", "backward")
+    ]
 
 
 FAST = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -78,8 +73,8 @@ def test_opcheck(name, calls):
 
 
 def test_no_operator_reads_beyond_tensors_that_do_not_fit_each_other(calls):
-    def run(*of):
-        return operators.run_operator(flat.call_of(of), of[-1].spec, "auto")[:3]
+    def run(*arguments):
+        return operators.run_operator(flat.call_of(arguments), arguments[-1].spec, "auto")[:3]
 
     step(CASES["one step"], run)
     ((forward, _),), ((backward, _),) = calls

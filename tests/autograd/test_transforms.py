@@ -85,8 +85,8 @@ def test_spikes_formed_from_mem_send_their_gradients_through_it(pool):
             spk = cell.fire(F.max_pool2d(mem, pool) if pool else mem)
         else:
             spk = cell.spk
-        (of_mem,) = torch.autograd.grad(spk.sum(), mem, retain_graph=True)
+        (grad_of_mem,) = torch.autograd.grad(spk.sum(), mem, retain_graph=True)
         (spk.sum() + mem.square().sum() + syn.sum()).backward()
-        gradients.append((of_mem, mem.grad, cell.conv.weight.grad))
+        gradients.append((grad_of_mem, mem.grad, cell.conv.weight.grad))
     torch.testing.assert_close(*gradients, atol=1e-10, rtol=1e-9)
     assert gradients[0][0].any()

@@ -54,18 +54,18 @@ def test_the_reference_path_is_not_timed_as_ours(monkeypatch, capsys):
 
 
 def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(peak_memory, "measure", lambda *of, device: 3.0)
+    monkeypatch.setattr(peak_memory, "measure", lambda *job, device: 3.0)
     providers = ("snntorch", "sequence-checkpoint", "sequence:direct")
-    asked = ["--shapes", "hidden", "--providers", *providers, "--memory"]
+    asked = ["--shapes", "documentation-n1", "--providers", *providers, "--memory"]
     status, rows = suite(tmp_path, *TINY, *asked)
     assert status == 0
     assert (rows.mib == 3).all()
-    cases = ("small", "hidden")
+    cases = ("small", "documentation-n1")
     expected = {(case, mode, name) for case in cases for mode in MODES for name in providers}
     assert {*zip(rows.case, rows["mode"], rows.provider, strict=True)} == expected
     assert ((rows.p20 <= rows.ms) & (rows.ms <= rows.p80) & (rows["clock"] == "processor")).all()
-    for _, of in rows.groupby(["case", "mode"]):
-        assert of.speedup.tolist() == pytest.approx((of.ms.iloc[0] / of.ms).tolist())
+    for _, group in rows.groupby(["case", "mode"]):
+        assert group.speedup.tolist() == pytest.approx((group.ms.iloc[0] / group.ms).tolist())
     said, table = capsys.readouterr().out, (tmp_path / "table.md").read_text()
     assert said.count("small, training  [2->4 6x6, k3, T=2 N=1], 1 thread, float32") == 1
     shape = rows["shape"].max()
@@ -80,26 +80,34 @@ def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeypat
     assert f"{len(rows)} noise; 0 rows are in one run only." in capsys.readouterr().out
 
 
-def test_ones_own_network_is_timed_with_either_cell(tmp_path):
-    file = tmp_path / "mine.py"
+@pytest.fixture
+def own(tmp_path):
+    """Returns a function that times the network of a text, which becomes a file."""
+
+    def timed(text: str) -> pd.DataFrame:
+        (tmp_path / "mine.py").write_text(f"import torch, snnlstm, snntorch\n{text}")
+        place = str(tmp_path / "mine.py")
+        status, rows = suite(tmp_path, "--network", place, "--seconds", "0.01")
+        assert status == 0
+        assert set(rows.provider) == {"snntorch", "loop"}
+        return rows
+
+    return timed
+
+
+def test_ones_own_network_is_timed_with_either_cell(own):
     step, sequence = "torch.nn.Sequential", "snnlstm.Sequential"
     for library, stack in (("snntorch", step), ("snnlstm", step), ("snnlstm", sequence)):
-        file.write_text(
-            "import torch, snnlstm, snntorch\n"
-            "def mine():\n"
+        own(
+            "def make():\n"
             f"    cell = {library}.SConv2dLSTM(2, 3, 3, threshold=0.05, init_hidden=True)\n"
             f"    net = {stack}(cell, torch.nn.Flatten())\n"
             f"    return net, torch.rand({'3, ' * (stack == sequence)}2, 2, 5, 5)\n"
         )
-        status, rows = suite(tmp_path, "--network", f"{file}:mine", "--seconds", "0.01")
-        assert status == 0
-        assert set(rows.provider) == {"snntorch", "loop"}
 
 
-def test_ones_own_loop_runs_the_network_step_by_step(tmp_path, capsys):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "import torch, snntorch\n"
+def test_ones_own_loop_runs_the_network_step_by_step(own, tmp_path, capsys):
+    own(
         "def run(net, x):\n"
         "    assert x.dim() == 5 and not net[0].mem.any()\n"
         "    return torch.stack([net(step) for step in x])\n"
@@ -107,10 +115,8 @@ def test_ones_own_loop_runs_the_network_step_by_step(tmp_path, capsys):
         "    cell = snntorch.SConv2dLSTM(2, 3, 3, threshold=0.05, init_hidden=True)\n"
         "    return torch.nn.Sequential(cell), torch.rand(3, 2, 2, 5, 5), run\n"
     )
-    status, rows = suite(tmp_path, "--network", str(file), "--seconds", "0.01")
-    assert status == 0
-    assert set(rows.provider) == {"snntorch", "loop"}
-    for wrong, said in ((f"{file}:other", "no function 'other'"), ("none.py", "No such file")):
+    other = f"{tmp_path}/mine.py:other"
+    for wrong, said in ((other, "no function 'other'"), ("none.py", "No such file")):
         with pytest.raises(SystemExit):
             run.main(["--network", wrong])
         (line,) = capsys.readouterr().err.splitlines()
@@ -118,31 +124,25 @@ def test_ones_own_loop_runs_the_network_step_by_step(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("library", ["snntorch", "snnlstm"])
-def test_ones_own_network_may_have_leaky_alone(library, tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        f"import torch, {library}\n"
+def test_ones_own_network_may_have_leaky_alone(library, own, tmp_path):
+    rows = own(
         "def make(neuron=None):\n"
         f"    neuron = neuron or {library}.Leaky(beta=0.9, init_hidden=True)\n"
         "    return torch.nn.Sequential(torch.nn.Linear(3, 4), neuron), torch.rand(2, 3)\n"
         "def neither(): return make(torch.nn.ReLU())\n"
     )
-    status, rows = suite(tmp_path, "--network", f"{file}", "--seconds", "0.01")
-    assert status == 0
     paths = dict(zip(rows.provider, rows.path, strict=True))
     assert paths["snntorch"] == ""
     assert paths["loop"].startswith("cpu-")
     with pytest.raises(ValueError, match="no network with SConv2dLSTM or Leaky"):
-        networks.from_file(f"{file}:neither").make(snnlstm.SConv2dLSTM)
+        networks.from_file(f"{tmp_path}/mine.py:neither").make(snnlstm.SConv2dLSTM)
 
 
 def test_a_name_means_one_layer_or_network():
     assert len(run.CASES) == sum(map(len, run.TABLES.values()))
 
 
-@pytest.mark.parametrize(
-    "table", ["convlstm", "lengths", "networks", "one-sample", "small-networks", "sparse"]
-)
+@pytest.mark.parametrize("table", ["convlstm", "lengths", "networks", "one-sample", "sparse"])
 def test_all_forms_of_every_case_compute_the_same(table):
     small = {
         name: dataclasses.replace(case, batch=3, steps=3, height=6, width=7)

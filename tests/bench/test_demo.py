@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import shutil
 import sys
@@ -19,6 +18,7 @@ from sklearn.datasets import load_digits
 from benchmarks.demo import __main__ as demo
 from benchmarks.demo import seeds, training
 from benchmarks.demo.training import load_split
+from tests.shared.helpers import long
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_seed_is_trained_once_and_has_a_row(tmp_path, monkeypatch):
     assert found.accuracy.between(0, 1).all()
 
 
-@pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
+@long
 def test_training_reaches_the_same_accuracy_with_either_cell():
     """The committed rows say how far seeds move an accuracy."""
     committed = pd.read_csv(seeds.ROWS).accuracy

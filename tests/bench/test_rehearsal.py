@@ -29,10 +29,8 @@ from benchmarks import (
 )
 from benchmarks.cases import Case
 from snnlstm.native import cuda, leaky
-from tests.emulator.test_core_mutations import OF_SMOKE
-from tools import local_version
-
-long = pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
+from tests.emulator.test_core_mutations import NOTICED_BY_SMOKE
+from tests.shared.helpers import long
 
 
 @long
@@ -152,7 +150,7 @@ def test_the_smoke_test_passes_right_kernels_at_its_default_sizes(device, algori
     [
         pytest.param(card, fault, *row, marks=long if card == "emulator-t4" else ())
         for card in CARDS
-        for row, names in OF_SMOKE.items()
+        for row, names in NOTICED_BY_SMOKE.items()
         for fault in names
         if row[0] in gpu_smoke.precisions(card)
     ],
@@ -271,101 +269,6 @@ def test_rows_without_time_are_not_run_and_their_step_has_not_passed(tmp_path, c
         text = (tmp_path / "report.md").read_text()
         assert ("1 of 1 passed" in text) == (status == 0)
         assert "on an emulated t4 (sm_75)" in text
-
-
-@pytest.fixture
-def bare(monkeypatch, tmp_path):
-    """Makes this a machine with a driver alone, and returns a function that sets its number."""
-    monkeypatch.setattr(gpu, "find", lambda program: None)
-    monkeypatch.setattr(local_version, "TOOLKIT", "/nowhere")
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu.sysconfig, "get_path", lambda name: "/nowhere")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAHOSTCXX"):
-        monkeypatch.delenv(name, raising=False)
-
-    def program(name, prints):
-        (tmp_path / name).write_text(f"#!/bin/sh\necho '{prints}'\n")
-        (tmp_path / name).chmod(0o755)
-
-    return program
-
-
-@pytest.mark.parametrize(
-    ("driver", "torch_index", "compiler"),
-    [("580.65.06", "torch,", "nvidia-cuda-nvcc==13.*"), ("575.51", "cu128", "--toolkitpath"),
-     ("535.1", "cu126", "cuda-version=12.6"), ("470.2", "torch,", "")],
-)  # fmt: skip
-def test_everything_that_is_missing_is_listed_with_what_installs_it(
-    driver, torch_index, compiler, bare
-):
-    """`make gpu` installs Python's packages; nothing of what it cannot install may be left out."""
-    bare("nvidia-smi", f"{driver}\n{driver}")
-    text = "\n".join(gpu.lacking())
-    for part in ("missing: ", "pandas>=2", torch_index, "C++ compiler g++", "Python.h", compiler):
-        assert part in text
-    text = "\n".join(gpu.lacking(fills=True))
-    for part in ("C++ compiler g++", "Python.h", "ensurepip"):
-        assert part in text
-    assert "pip install" not in text
-    assert ("--toolkitpath" in text) == (torch_index != "torch,")
-    assert ("no GPU" in text) == (driver == "470.2")
-    for part in ("C++ compiler", "Python.h", "nvcc"):
-        assert part not in "\n".join(gpu.lacking(core=gpu.ROOT))
-    bare("nvcc", "release 13.0, V13.0.88")
-    assert ("nvcc is of CUDA 13" in "\n".join(gpu.lacking())) == (compiler[:2] in ("--", "cu"))
-
-
-@pytest.fixture
-def python(tmp_path):
-    """Makes a Python that logs its arguments, whose torch serves or not, and that makes others."""
-
-    def python(torch_serves: bool):
-        path = tmp_path / f"python-{torch_serves}"
-        path.write_text(
-            f"""#!/bin/sh
-            echo "$@" >> {tmp_path}/log
-            case "$*" in
-              "-m venv "*) mkdir -p $3/bin && cp $0 $3/bin/python ;;
-              "-c "*torch*) exit {int(not torch_serves)} ;;
-            esac"""
-        )
-        path.chmod(0o755)
-        return str(path)
-
-    return python
-
-
-@pytest.mark.parametrize("torch_serves", [False, True])
-@pytest.mark.parametrize(
-    ("driver", "index"), [("580.65", ""), ("570.1", "/cu128"), ("525.6", "/cu126")]
-)
-def test_an_environment_gets_torch_for_the_driver_before_what_needs_torch(
-    driver, index, torch_serves, bare, python, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(sys, "executable", python(torch_serves))
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}:/usr/bin:/bin")
-    monkeypatch.setattr(local_version, "nvcc", lambda: ("nvcc", 12) if index else None)
-    bare("nvidia-smi", driver)
-    assert gpu.fill(tmp_path / "venv", None) == str(tmp_path / "venv" / "bin" / "python")
-    made, asked, *pip = (tmp_path / "log").read_text().splitlines()
-    assert made == f"-m venv {tmp_path / 'venv'}"
-    assert asked.endswith(f" < {14 if not index else 13}")
-    torch_first = "-m pip install --force-reinstall torch"
-    torch_first += f" --index-url https://download.pytorch.org/whl{index}" if index else ""
-    assert pip[:-1] == ([] if torch_serves else [torch_first])
-    assert "snntorch==1.0.0" in pip[-1]
-    assert ("nvidia-cuda-nvcc==13.*" in pip[-1]) == (not index)
-
-
-@pytest.mark.parametrize("torch_serves", [False, True])
-def test_make_gpu_makes_an_environment_where_no_torch_sees_a_gpu(torch_serves, python, tmp_path):
-    words = [f"PYTHON={python(torch_serves)}", f"VENV={tmp_path}/venv", "ARGS=--quick"]
-    subprocess.run(["make", "gpu", *words], cwd=gpu.ROOT, check=True)
-    _, asked, ran = (tmp_path / "log").read_text().splitlines()
-    assert "torch.cuda.is_available()" in asked
-    venv = "" if torch_serves else f"--venv {tmp_path}/venv "
-    assert ran == f"-m benchmarks.gpu {venv}--quick"
 
 
 @needs_emulator

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import snnlstm
+from snnlstm import surrogate, unroll
 from snnlstm.functional import sconv2dlstm
 from snnlstm.quant import StateQuant, state_quant
 from tests.shared.cpu_kernels import needs_core
@@ -175,8 +176,8 @@ def test_numpys_numbers_are_accepted():
     assert cell.conv.bias is None
     cell.threshold = numpy.float32(0.25)
     assert cell.threshold == 0.25
-    of_numpy_1 = type("bool_", (), {"__bool__": lambda self: True})
-    for value in (numpy.bool_(True), of_numpy_1()):
+    like_numpy_1 = type("bool_", (), {"__bool__": lambda self: True})
+    for value in (numpy.bool_(True), like_numpy_1()):
         cell.inhibition = value
         assert cell.inhibition is True
         cell.inhibition = False
@@ -307,7 +308,7 @@ def signals(*args, **kwargs):
     return snnlstm.SConv1dLSTM(*(args or (2, 3, 5)), **{"threshold": 0.1} | kwargs)
 
 
-OF_OTHER_SIZE = {
+MISFITS = {
     "(1,)": lambda bias: bias[:1],
     "(12, 1)": lambda bias: bias[:, None],
     "torch.float64": lambda bias: bias.double(),
@@ -315,14 +316,14 @@ OF_OTHER_SIZE = {
 }
 
 
-@pytest.mark.parametrize("got", OF_OTHER_SIZE)
+@pytest.mark.parametrize("got", MISFITS)
 @pytest.mark.parametrize("kind", ["SConv2dLSTM", "SConv1dLSTM", "ConvLSTMCell"])
 def test_no_call_reads_beyond_a_bias_that_does_not_fit(kind, got):
     cell = quietly(getattr(snnlstm, kind), 2, 3, 3)
     x = X[..., 0] if kind == "SConv1dLSTM" else X
     for _ in range(2):
         cell(x)
-    cell.conv.bias = nn.Parameter(OF_OTHER_SIZE[got](cell.conv.bias.detach()))
+    cell.conv.bias = nn.Parameter(MISFITS[got](cell.conv.bias.detach()))
     with pytest.raises((TypeError, ValueError), match=f"bias must .* got .*{re.escape(got)}"):
         cell(x)
 
@@ -348,26 +349,22 @@ SAID = {
     "forward takes x, syn and mem, and others by name": lambda: ours()(X, STATE, STATE, True),
     "forward takes x or input_, which are one, got both": lambda: ours()(X, input_=X),
     "max_pool must not be larger than the state, got (6, 6)": lambda: ours(max_pool=6)(X),
-    "conv must be a plain nn.Conv2d without hooks where stride is not 1": lambda: with_norm(
-        ours(stride=2)
-    )(X),
+    "conv must be a plain nn.Conv2d without hooks where stride is not 1": lambda: normed(2)(X),
     "Wrong overrides _base_sub, which": lambda: type(
         "Wrong", (snnlstm.SConv2dLSTM,), {"_base_sub": None}
     ),
     "reset_mechanism_val must be 0, 1 or 2, got 7": lambda: ours().load_state_dict(
         ours().state_dict() | {"reset_mechanism_val": torch.tensor(7)}
     ),
-    "got a function: call it, as in atan()": lambda: ours(spike_grad=snnlstm.surrogate.atan),
+    "got a function: call it, as in atan()": lambda: ours(spike_grad=surrogate.atan),
     "got a function: call it, as in SFS()": lambda: ours(spike_grad=snntorch.surrogate.SFS),
     "spike_grad must return a tensor, got NoneType": lambda: ours(spike_grad=lambda u: None)(X),
     "got 1: shape (2, 3, 1, 7, 6)": lambda: ours(batch_first=True)(torch.zeros(2, 3, 1, 7, 6)),
     "(N, T, 2, H, W) for a sequence, got (5, 5)": lambda: ours(batch_first=True)(X[0, 0]),
     # surrogates, quantisers, settings
-    "alpha of atan must be a number, got '2'": lambda: snnlstm.surrogate.atan("2"),
-    "alpha of atan must be finite, got inf": lambda: snnlstm.surrogate.atan(float("inf")),
-    "function must be a callable f(x, grad, spk), got 3": lambda: (
-        snnlstm.surrogate.custom_surrogate(3)
-    ),
+    "alpha of atan must be a number, got '2'": lambda: surrogate.atan("2"),
+    "alpha of atan must be finite, got inf": lambda: surrogate.atan(float("inf")),
+    "function must be a callable f(x, grad, spk), got 3": lambda: surrogate.custom_surrogate(3),
     "levels must be a floating point tensor, got [0.0]": lambda: StateQuant([0.0]),
     "levels must have shape (n,) with n >= 1, got (0,)": lambda: StateQuant(torch.zeros(0)),
     "levels must be finite, got nan": lambda: StateQuant(torch.tensor([0.0, torch.nan])),
@@ -389,9 +386,7 @@ SAID = {
     "x of shape (T, N, Cin, L), got one": lambda: signals()(STEP, record=True),
     "syn must have shape (1, 3, 5)": lambda: signals()(STEP, FILLED),
     "got (6,) for a state of 5": lambda: signals(avg_pool=6)(STEP),
-    "x must be a sequence of steps (N, 2, L) for layer 0": lambda: snnlstm.unroll(
-        EVENTS, signals()
-    ),
+    "x must be a sequence of steps (N, 2, L) for layer 0": lambda: unroll(EVENTS, signals()),
     # the ConvLSTM
     "hidden_dim must have one entry for each of 3 layers": lambda: STACK([3, 4], 3, 3),
     "input_tensor must be a tensor, got str": lambda: STACK(3, 3, 1)("events"),
@@ -406,10 +401,10 @@ SAID = {
     "c of cur_state must be of torch.float32": lambda: plain_cell()(X, (STATE, STATE.double())),
     # stacks
     "net must be an nn.Sequential, got list": lambda: snnlstm.Sequential.of([ours()]),
-    "layers must be modules, such as nn.ReLU() in the place of torch.relu, got": lambda: (
-        snnlstm.unroll(EVENTS, torch.relu)
+    "layers must be modules, such as nn.ReLU() in the place of torch.relu, got": lambda: unroll(
+        EVENTS, torch.relu
     ),
-    "a * in front of the list unpacks it, got list": lambda: snnlstm.unroll(EVENTS, [ours()]),
+    "a * in front of the list unpacks it, got list": lambda: unroll(EVENTS, [ours()]),
     "such as 'cpu' or 'cuda:0', got 'gpu'": lambda: ours(device="gpu"),
     "x must be a tensor, got list": lambda: snnlstm.Sequential(ours())([X]),
     "(T, N, ...) with at least one step, got (0,": lambda: snnlstm.Sequential(ours())(EVENTS[:0]),
@@ -426,7 +421,8 @@ SAID = {
 }
 
 
-def with_norm(cell):
+def normed(stride):
+    cell = ours(stride=stride)
     nn.utils.parametrizations.weight_norm(cell.conv)
     return cell
 

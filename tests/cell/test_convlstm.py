@@ -44,11 +44,13 @@ def sequence(module: nn.Module, channels: int, dtype: torch.dtype = F32) -> Tens
     return torch.randn(*lead, channels, *SIZE).to(dtype)
 
 
-def initial(stack: snnlstm.ConvLSTM, dtype: torch.dtype = F32) -> list[tuple[Tensor, Tensor]]:
+def initial(
+    stack: nn.Module, dtype: torch.dtype = F32, batch: int = BATCH, size: tuple[int, ...] = SIZE
+) -> list[tuple[Tensor, Tensor]]:
     """Returns random states for each layer."""
-    size, states = SIZE, []
+    states = []
     for cell in stack.cell_list:
-        h, c = (torch.randn_like(zeros).to(dtype) for zeros in cell.init_hidden(BATCH, size))
+        h, c = (torch.randn_like(zeros).to(dtype) for zeros in cell.init_hidden(batch, size))
         states.append((h.tanh(), c))
         size = tuple(h.shape[-2:])
     return states
@@ -62,7 +64,7 @@ def leaves_of(tree, dtype: torch.dtype):
 
 
 def compare(
-    ours: nn.Module, plain: nn.Module, x: Tensor, states, error: float, of_gradients: float
+    ours: nn.Module, plain: nn.Module, x: Tensor, states, error: float, gradient_error: float
 ):
     """Compares all results, and the gradients of all inputs and parameters."""
     leaves = [leaves_of((x, states), dtype) for dtype in (x.dtype, F64)]
@@ -76,7 +78,7 @@ def compare(
     ]
     for one, exact in zip(*sources, strict=True):
         scale = float(exact.grad.abs().max())
-        close(one.grad.double(), exact.grad, atol=of_gradients * max(scale, 1), rtol=0)
+        close(one.grad.double(), exact.grad, atol=gradient_error * max(scale, 1), rtol=0)
     return outs[0]
 
 
@@ -122,10 +124,8 @@ def test_random_stacks_compute_what_the_formula_says(backend):
         plain.load_state_dict(stack.state_dict())
         time, batch, *size = sizes
         lead = (batch, time) if plain.batch_first else (time, batch)
-        x, states = torch.randn(*lead, channels[0], *size, dtype=F64), []
-        for cell in plain.cell_list:
-            h, c = (torch.randn_like(zeros) for zeros in cell.init_hidden(batch, size))
-            states, size = [*states, (h.tanh(), c)], [*h.shape[-2:]]
+        x = torch.randn(*lead, channels[0], *size, dtype=F64)
+        states = initial(plain, F64, batch, size)
         compare(stack, plain, x, states, 1e-12, 1e-11)
         assert all(cell.path.native for cell in stack.cell_list)
         # A cell alone computes the first step of the first layer.

@@ -45,8 +45,8 @@ def test_methods_that_a_subclass_overrides(override, reset, pool):
     assert "fire or mem_reset is overridden" in one.path.reason
 
 
-@pytest.mark.parametrize("of_class", [False, True])
-def test_methods_that_are_replaced_after_the_first_call(of_class, monkeypatch):
+@pytest.mark.parametrize("in_class", [False, True])
+def test_methods_that_are_replaced_after_the_first_call(in_class, monkeypatch):
     actual, expected = twins(reset_mechanism="subtract")
     for cell in (actual, expected):
         cell(X[0])
@@ -56,7 +56,7 @@ def test_methods_that_are_replaced_after_the_first_call(of_class, monkeypatch):
             def method(self, mem, before=before, change=change):
                 return change(before(self, mem))
 
-            if of_class:
+            if in_class:
                 monkeypatch.setattr(type(cell), name, method)
             else:
                 setattr(cell, name, MethodType(method, cell))

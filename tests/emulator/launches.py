@@ -43,7 +43,7 @@ def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
         ADDRESS, ADDRESS, 0, ADDRESS,
     )  # fmt: skip
     with core.dry() as launches:
-        forward, backward = (plan(core, matrix, of, **facts) for of in (False, True))
+        forward, backward = (plan(core, matrix, a_pass, **facts) for a_pass in (False, True))
         forward.pack(ADDRESS, ADDRESS, 0, backward, ADDRESS)
         forward.forward(0, (*common, 0, None, None, *(state,) * 3))
         gradients = *(state,) * 3, x, state, state, *(ADDRESS,) * 3
@@ -51,7 +51,7 @@ def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
     return launches
 
 
-def of_layer(core: Core, layer: Layer, mode: str) -> list[Launch]:
+def launches_of(core: Core, layer: Layer, mode: str) -> list[Launch]:
     """Launches of a layer of the suite."""
     dtype, matrix = MODES[mode]
     pool, size = (1, layer.max_pool) if layer.max_pool else (2, layer.avg_pool)

@@ -49,7 +49,7 @@ class Mode:
         finally:
             mkldnn.set_flags(enabled)
 
-    def of(self, case: Case) -> Case:
+    def applied(self, case: Case) -> Case:
         """The same call with states of this mode's type."""
         return case.but(dtype=self.dtype)
 
@@ -183,6 +183,6 @@ def crossed(modes, calls):
     ]
 
 
-def of(table: dict[str, Mode], exact: bool) -> list[str]:
+def named(table: dict[str, Mode], exact: bool) -> list[str]:
     """The modes whose products are as good as float32's, or the others."""
     return [name for name, mode in table.items() if mode.exact == exact]

@@ -80,11 +80,11 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         return core.module.CudaDevice(80, 108, 163 * 1024)
 
     def note(name, place):
-        of = getattr(core.module.CudaPlan, name)
+        method = getattr(core.module.CudaPlan, name)
 
         def noted(*args, **kwargs):
             calls.append((name, list(guarded), args[place]))
-            return of(*args, **kwargs)
+            return method(*args, **kwargs)
 
         monkeypatch.setattr(core.module.CudaPlan, name, noted)
 
@@ -146,18 +146,18 @@ def test_what_multiplies_follows_torch(
 def test_float32_without_tensor_cores_is_convolved_in_contiguous_images(
     core, monkeypatch, algorithm, capability, contiguous
 ):
-    of_input, of_weight = (
-        watched(monkeypatch, cuda.cudnn, f"conv2d_{of}") for of in ("input", "weight")
+    inputs, weights = (
+        watched(monkeypatch, cuda.cudnn, f"conv2d_{name}") for name in ("input", "weight")
     )
     core.device(capability)
     case = PLAIN.but(channels=8, in_channels=2, time=3)
     with core.installed(), float32_precision("ieee"):
         train(case, case.inputs(), algorithm)
-    seen = [of[2] for of, _ in of_input + of_weight] + [of[0] for of, _ in of_weight]
-    of_gates = [t for t in seen if t.shape[1] == 32]
-    of_mem = [t for t in seen if t.shape[1] == 8]
-    assert len(of_gates) > len(of_mem) > 0
-    assert {t.is_contiguous() for t in of_gates + of_mem} == {contiguous}
+    seen = [args[2] for args, _ in inputs + weights] + [args[0] for args, _ in weights]
+    gates = [t for t in seen if t.shape[1] == 32]
+    mems = [t for t in seen if t.shape[1] == 8]
+    assert len(gates) > len(mems) > 0
+    assert {t.is_contiguous() for t in gates + mems} == {contiguous}
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_cudnn_convolves_x_of_several_steps_at_once(core, monkeypatch, mode, ste
     monkeypatch.setattr(cuda.cudnn, "F", SimpleNamespace(conv2d=conv2d, pad=F.pad))
     monkeypatch.setattr(cuda.cudnn, "MOST_SUMS", steps * 4 * math.prod(PLAIN.state_shape) * 4)
     mode = replace(MODES[mode], algorithm="cudnn")
-    case = mode.of(PLAIN)
+    case = mode.applied(PLAIN)
     with mode.running(core), torch.no_grad():
         actual = mode.run(*case.inputs(), case.options)
         monkeypatch.undo()

@@ -22,7 +22,7 @@ from tests.shared.oracle import check_steps
 
 def check(core, case: Case, mode: Mode) -> None:
     """Judges an inference call step by step, and a training call by the inference call."""
-    case = mode.of(case.recorded() if case.options.sequence else case)
+    case = mode.applied(case.recorded() if case.options.sequence else case)
     inputs = case.inputs()
     with mode.running(core):
         with torch.no_grad():

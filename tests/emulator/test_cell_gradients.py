@@ -22,18 +22,18 @@ from tests.emulator.modes import (
     SMOOTH,
     Mode,
     crossed,
-    of,
+    named,
 )
 from tests.shared import flat
 from tests.shared.cases import Case, cases, drawing
-from tests.shared.gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
+from tests.shared.gradients import NAMES, OUTPUTS, agrees, compare, gradients, gradients_for
 
 
 def check(core, case: Case, mode: Mode, outputs=OUTPUTS, wanted=NAMES) -> bool:
     """Returns False if rounding led kernels and reference to different decisions."""
-    case = mode.of(case)
+    case = mode.applied(case)
     inputs = case.inputs()
-    grads = of_outputs(case, outputs)
+    grads = gradients_for(case, outputs)
     with mode.running(core):
         if mode.exact and not agrees(mode.run, case, inputs):
             return False
@@ -43,7 +43,7 @@ def check(core, case: Case, mode: Mode, outputs=OUTPUTS, wanted=NAMES) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(of(ALL, True), JUMPING))
+@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(named(ALL, True), JUMPING))
 def test_exact_gradients(core, mode, case, schedule):
     double = ALL[mode].dtype == torch.float64
     if case is JUMPING["stochastic"] and not double:
@@ -52,7 +52,7 @@ def test_exact_gradients(core, mode, case, schedule):
     assert check(core, case, ALL[mode]), "choose another seed"
 
 
-@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(of(ALL, False), SMOOTH))
+@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(named(ALL, False), SMOOTH))
 def test_coarse_gradients(core, mode, case, schedule):
     core.schedule(*schedule)
     assert check(core, case, ALL[mode])
@@ -90,8 +90,8 @@ def test_only_what_is_wanted(core, mode, wanted):
 def test_results_are_the_same_under_every_schedule(core):
     """Gradients are bitwise equal, so torch.use_deterministic_algorithms has nothing to change."""
     mode = MODES["tf32"]
-    case = mode.of(CASES["channels last"])
-    inputs, grads = case.inputs(), of_outputs(case)
+    case = mode.applied(CASES["channels last"])
+    inputs, grads = case.inputs(), gradients_for(case)
     seen = []
     for schedule in (*SCHEDULES, ("ahead", 2)):
         core.schedule(*schedule)
@@ -104,7 +104,7 @@ def test_results_are_the_same_under_every_schedule(core):
 
 @pytest.mark.drawn
 @pytest.mark.emulator_long
-@pytest.mark.parametrize("mode", of(ALL, True))
+@pytest.mark.parametrize("mode", named(ALL, True))
 def test_gradients_of_random_calls(core, mode):
     subsets = st.sets(st.sampled_from(NAMES), min_size=1).map(lambda s: tuple(sorted(s)))
 

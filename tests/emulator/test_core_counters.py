@@ -46,7 +46,7 @@ def fewest_mma(case: Case, size: int) -> int:
 def measure(core, layer: str, mode: str, training: bool = False) -> dict[str, Counts]:
     """Counters of one step by kernel, without the kernels that pack the weight. training: the step
     has a backward pass."""
-    case = MODES[mode].of(LAYERS[layer])
+    case = MODES[mode].applied(LAYERS[layer])
     core.checks(races=False, counters=True)
     with MODES[mode].running(core), torch.set_grad_enabled(training):
         out = MODES[mode].run(*wanting_gradients(case.inputs()), case.options)

@@ -44,7 +44,7 @@ NOTICED = {
 
 # The faults that a row of benchmarks/gpu_smoke.py notices by its numbers, at its default sizes:
 # precision and options. tests/bench/test_rehearsal.py runs them.
-OF_SMOKE = {
+NOTICED_BY_SMOKE = {
     ("float32", "4 channels"): (
         "wrong_mem_buffer", "early_syn_forward", "early_syn_backward"
     ),
@@ -87,7 +87,7 @@ def test_a_fault_is_caught(core, name, run):
 def test_a_tensor_beside_another_hides_no_access_beside_it(core):
     """All tensors of the call lie in one storage, without gaps."""
     mode, case = ALL["tf32"], CASES["odd sizes"]
-    inputs = mode.of(case).inputs()
+    inputs = mode.applied(case).inputs()
     parts = torch.cat([t.reshape(-1) for t in inputs]).split([t.numel() for t in inputs])
     inputs = [part.view(t.shape) for part, t in zip(parts, inputs, strict=True)]
     core.fault("wrong_tail_mask")
@@ -103,5 +103,5 @@ def test_a_tensor_beside_another_hides_no_access_beside_it(core):
 def test_every_fault_has_one_place_and_one_run():
     faults = sorted(set(fault_numbers()) - {"none"})
     assert sorted(placed_faults()) == faults
-    runs = *NOTICED.values(), *OF_SMOKE.values()
+    runs = *NOTICED.values(), *NOTICED_BY_SMOKE.values()
     assert sorted(name for names in runs for name in names) == faults

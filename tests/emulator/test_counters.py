@@ -65,6 +65,6 @@ def test_mma_and_writes(emulator):
     count(emulator, "three_mma")
     run_case(emulator, "three_mma", given=np.zeros(512, np.float32))
     c = emulator.counters()["three_mma"]
-    assert [c[f"mma_{of}"] for of in ("fp16", "bf16", "tf32")] == [0, 4, 2]
-    assert [c[f"global_write_{of}"] for of in ("requests", "sectors", "fewest")] == [2, 8, 8]
+    assert [c[f"mma_{name}"] for name in ("fp16", "bf16", "tf32")] == [0, 4, 2]
+    assert [c[f"global_write_{name}"] for name in ("requests", "sectors", "fewest")] == [2, 8, 8]
     assert c["bytes_written"] == 256

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.devices import EMULATED
 from tests.emulator.builder import HERE, ROOT, run
-from tests.emulator.launches import LAYERS, calls, of_layer, plan
+from tests.emulator.launches import LAYERS, calls, launches_of, plan
 from tests.emulator.modes import MODES, PLAIN
 from tests.emulator.test_cell_gradients import check
 from tests.shared.cases import wanting_gradients
@@ -30,7 +30,7 @@ def test_blocks_fill_the_rounds_of_every_card(core, card):
     capability, multiprocessors, _ = card
     modes = ("tf32", "bf16") if capability >= 80 else ("float32", "fp16")
     for layer, mode in itertools.product(WIDE, modes):
-        for launch in set(of_layer(core, LAYERS[layer], mode)):
+        for launch in set(launches_of(core, LAYERS[layer], mode)):
             least = EVEN.get(launch.kernel, EVEN.get(launch.kernel.split(" (")[0], 0))
             rounds = -(-launch.blocks // multiprocessors)
             assert launch.blocks / (rounds * multiprocessors) >= least, (layer, mode, launch)
@@ -42,7 +42,7 @@ def test_blocks_fill_the_rounds_of_every_card(core, card):
 @pytest.mark.parametrize("layer", [name for name in LAYERS if name != "quant"])
 def test_how_many_launches_a_sequence_takes(core, layer, card, mode, kind):
     core.device(*EMULATED[card])
-    found = [launch.kernel for launch in of_layer(core, LAYERS[layer], mode)]
+    found = [launch.kernel for launch in launches_of(core, LAYERS[layer], mode)]
     time = LAYERS[layer].steps
     forward = sum(name.startswith(("forward", "fire")) for name in found)
     assert forward == time * (2 if "fire" in found else 1)
@@ -73,7 +73,7 @@ def test_each_step_but_the_first_overlaps(core, matrix):
 
 
 def reason(core, **facts):
-    found = (plan(core, backward=of, **facts).reason_against for of in (False, True))
+    found = (plan(core, backward=a_pass, **facts).reason_against for a_pass in (False, True))
     return next(filter(None, found), "")
 
 

@@ -12,13 +12,13 @@ from snnlstm.native import cuda
 from tests.emulator.modes import MODES, PLAIN
 from tests.shared import flat
 from tests.shared.cases import wanting_gradients
-from tests.shared.gradients import compare, gradients, of_outputs
+from tests.shared.gradients import compare, gradients, gradients_for
 
 NARROW = PLAIN.but(time=2, batch=1, channels=6, height=4, width=6)
 WIDE = NARROW.but(channels=40)
 FORWARD = {"mma-tf32-4x1", "mma-tf32-2x1", "cudnn"}
 BACKWARD = {"mma-tf32-4x1", "mma-tf32-2x1x2", "hybrid-mma-tf32-2x1x2", "cudnn"}
-OF_WIDE = {"mma-tf32-4x2", "mma-tf32-2x2"}
+ON_WIDE = {"mma-tf32-4x2", "mma-tf32-2x2"}
 
 
 class Clock:
@@ -67,13 +67,13 @@ SHORT = {"mma-tf32-2x1", "hybrid-mma-tf32-2x1x2", "cudnn"}
     "best",
     [
         pytest.param(name, marks=[] if name in SHORT else pytest.mark.emulator_long)
-        for name in sorted(FORWARD | BACKWARD | OF_WIDE)
+        for name in sorted(FORWARD | BACKWARD | ON_WIDE)
     ],
 )
 def test_every_algorithm_that_may_be_chosen_is_right(core, best):
-    case = WIDE if best in OF_WIDE else NARROW
-    case = MODES["tf32"].of(case.but(pool="avg", pool_size=(2, 2)))
-    inputs, grads = case.inputs(), of_outputs(case)
+    case = WIDE if best in ON_WIDE else NARROW
+    case = MODES["tf32"].applied(case.but(pool="avg", pool_size=(2, 2)))
+    inputs, grads = case.inputs(), gradients_for(case)
     with MODES["tf32"].running(core):
         clock = Clock(core, best)
         actual = gradients(

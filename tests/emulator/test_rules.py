@@ -125,9 +125,9 @@ def test_a_path_names_the_backward_pass_if_torch_convolves_there(core, monkeypat
     core.device(algorithm="auto")
     plan_of = type(core.kernels).core_plan
 
-    def planned(kernels, sizes, tf32, algorithm, of_backward, **blocks):
-        wanted = backward if of_backward else "fused"
-        return plan_of(kernels, sizes, tf32, wanted, of_backward, **blocks)
+    def planned(kernels, sizes, tf32, algorithm, is_backward, **blocks):
+        wanted = backward if is_backward else "fused"
+        return plan_of(kernels, sizes, tf32, wanted, is_backward, **blocks)
 
     monkeypatch.setattr(type(core.kernels), "core_plan", planned)
     cell, x = snnlstm.SConv2dLSTM(1, 8, 3, threshold=0.1), torch.rand(3, 1, 1, 10, 9)

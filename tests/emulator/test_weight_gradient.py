@@ -25,7 +25,7 @@ class Given:
     """A backward pass of a recorded sequence without spikes' gradients."""
 
     def __init__(self, core, case: Case, mode: Mode) -> None:
-        self.core, self.mode, self.case = core, mode, mode.of(case)
+        self.core, self.mode, self.case = core, mode, mode.applied(case)
         self.generator = torch.Generator().manual_seed(1)
         inputs = self.case.inputs()
         images = (self.positive(t.shape).to(t.dtype) for t in inputs[:3])

@@ -1,16 +1,15 @@
 """Random calls pass, and of nonsense the compiled core raises an exception, and never crashes."""
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch  # before the core
 
-from tests.shared.cases import FACTS, OF_INPUTS, PLAIN
+from tests.shared.cases import FACTS, INPUT_LAYOUTS, PLAIN
 from tests.shared.cpu_kernels import ISAS, native
 from tests.shared.gradients import ASKED, KEPT
-from tests.shared.helpers import python
+from tests.shared.helpers import long, python
 from tools import fuzz
 
 _C = pytest.importorskip("snnlstm._C")
@@ -73,7 +72,7 @@ def test_random_calls():
     done = fuzz.run(120)
     assert done["gradients"] >= 60
     assert all(done[way] for way in fuzz.WAYS)
-    layouts = {f"{what} {layout}" for what in fuzz.LAID_OUT for layout in OF_INPUTS}
+    layouts = {f"{what} {layout}" for what in fuzz.LAID_OUT for layout in INPUT_LAYOUTS}
     assert all(done[layout] for layout in layouts | {"gradients negated"})
 
 
@@ -88,7 +87,7 @@ def test_gradients_that_are_asked_for_in_unusual_ways(asked, kept, way, checkpoi
     assert fuzz.check(case, ISAS[-1], "auto", way, asked=asked, kept=kept)
 
 
-@pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
+@long
 def test_a_fault_is_found_and_shrunk(monkeypatch):
     forward = native.cpu.Plan.forward
 
@@ -100,7 +99,7 @@ def test_a_fault_is_found_and_shrunk(monkeypatch):
 
     monkeypatch.setattr(native.cpu.Plan, "forward", wrong)
     check, cases = fuzz.check, []
-    monkeypatch.setattr(fuzz, "check", lambda case, **of: cases.append(case) or check(case, **of))
+    monkeypatch.setattr(fuzz, "check", lambda case, **how: cases.append(case) or check(case, **how))
     with pytest.raises(AssertionError, match="close"):
         fuzz.run(200, seed=1)
     assert cases[-1].options.pool == "max"

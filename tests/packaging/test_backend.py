@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.shared.helpers import shell_program
+
 pytest.importorskip("scikit_build_core")
 TOOLS = str(Path(__file__).resolve().parents[2] / "tools")
 sys.path.insert(0, TOOLS)  # as pip does, by backend-path
@@ -31,10 +33,8 @@ def add(monkeypatch, tmp_path):
         for name, says in programs.items():
             if name.isupper():
                 environment[name] = says
-                continue
-            path = tmp_path / name.replace("_", "-")
-            path.write_text(f"#!/bin/sh\n{says}\n")
-            path.chmod(0o755)
+            else:
+                shell_program(tmp_path / name.replace("_", "-"), says)
 
     return add
 
@@ -95,7 +95,9 @@ def test_after_a_failure_fewer_parts_are_built(set_by_user, has_nvcc, fallbacks,
     seen = []
 
     def build(*arguments):
-        seen.append({name: of for name, of in os.environ.items() if name.startswith("SNNLSTM")})
+        seen.append(
+            {name: value for name, value in os.environ.items() if name.startswith("SNNLSTM")}
+        )
         raise SystemExit(1)
 
     with pytest.raises(SystemExit):

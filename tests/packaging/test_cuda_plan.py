@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.shared.helpers import shell_program
+
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = ROOT / "csrc" / "cmake" / "cuda_plan.cmake"
 CMAKE = shutil.which("cmake")
@@ -22,11 +24,7 @@ def add(tmp_path):
     """Adds a program to a machine which has neither CUDA nor a GPU, and returns its path."""
 
     def add(name: str, prints: str) -> str:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"#!/bin/sh\necho '{prints}'\n")
-        path.chmod(0o755)
-        return str(path)
+        return shell_program(tmp_path / name, f"echo '{prints}'")
 
     return add
 
@@ -54,8 +52,10 @@ def plan(tmp_path):
 @pytest.fixture
 def in_python(tmp_path):
     """Returns what tools/local_version.py finds on the same machine."""
-    program = "from tools import local_version as of; "
-    program += f"of.TOOLKIT = '{tmp_path}/default'; print((of.nvcc() or [''])[0])"
+    program = "from tools import local_version; "
+    program += (
+        f"local_version.TOOLKIT = '{tmp_path}/default'; print((local_version.nvcc() or [''])[0])"
+    )
 
     def in_python(**environment: str) -> str:
         environment |= {"PATH": f"{tmp_path}/path", "PYTHONPATH": f"{tmp_path}/site"}

@@ -17,14 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.shared.helpers import HANG
+from tests.shared.helpers import HANG, long, shell_program
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a source tree"),
 ]
-long = pytest.mark.skipif(os.environ.get("SNNLSTM_LONG") != "1", reason="long: make test-all")
 
 OFFLINE = re.compile(r"name resolution|NewConnectionError|No matching distribution|timed out", re.I)
 # The wheel is named after its variant, as published wheels are. One instruction set without
@@ -66,18 +65,24 @@ def sdist(tmp_path_factory) -> Path:
     return next(folder.glob("snnlstm-*.tar.gz"))
 
 
-def installed(wheel: Path, folder: Path) -> Path:
-    """Installs a wheel in a fresh environment beside this one's torch, and returns its Python."""
-    place = folder / f"venv-{wheel.name}"
-    run(sys.executable, "-m", "venv", "--without-pip", place, cwd=folder)
+def fresh(place: Path, torch_folder: Path, *options: str) -> Path:
+    """Makes an environment beside the torch in a folder, and returns its Python."""
+    run(sys.executable, "-m", "venv", *options, place, cwd=place.parent)
     python = place / "bin" / "python"
-    install = ["-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
-    run(sys.executable, *install, cwd=folder)
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(run(python, "-c", code, cwd=folder).strip())
+    site = Path(run(python, "-c", code, cwd=place.parent).strip())
     # Python searches a folder of a .pth file last, and reads no .pth file in that folder, such as
     # that of an editable installation.
-    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    (site / "torch.pth").write_text(str(torch_folder))
+    return python
+
+
+def installed(wheel: Path, folder: Path) -> Path:
+    """Installs a wheel in a fresh environment beside this one's torch, and returns its Python."""
+    here = Path(torch.__file__).parents[1]
+    python = fresh(folder / f"venv-{wheel.name}", here, "--without-pip")
+    install = ["-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
+    run(sys.executable, *install, cwd=folder)
     return python
 
 
@@ -144,8 +149,7 @@ def test_where_nvcc_fails_the_cpu_core_is_built(answers, sdist, tmp_path):
         pytest.skip("no nvcc")
     smi = 'case "$*" in *driver*) echo 550.54 ;; *) echo 8.0 ;; esac'
     for name, text in (("nvcc", NVCCS[answers].replace("{}", nvcc)), ("nvidia-smi", smi)):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+        shell_program(tmp_path / name, text)
     settings = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDACXX": str(tmp_path / "nvcc"),
         "CMAKE_ARGS": COMPILED["CMAKE_ARGS"],
@@ -210,11 +214,7 @@ def test_readmes_code_runs_after_readmes_own_installation(tmp_path):
     )
     program, *arguments = shlex.split(command[0], comments=True)
     assert (program, arguments[0]) == ("pip", "install")
-    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
-    python = tmp_path / "venv" / "bin" / "python"
-    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(run(python, "-c", where, cwd=tmp_path).strip())
-    (site / "torch.pth").write_text(str(torch_alone(tmp_path / "torch")))
+    python = fresh(tmp_path / "venv", torch_alone(tmp_path / "torch"))
     run(python, "-m", program, *arguments, cwd=ROOT, **COMPILED)
     (tmp_path / "readme.py").write_text("".join(code))
     said = run(python, tmp_path / "readme.py", cwd=tmp_path)

@@ -73,7 +73,7 @@ def check(dtype: torch.dtype, record: bool, sizes: Any = (), **options: Any) -> 
     exact = {k: t.detach().double().requires_grad_() for k, t in given.items()}
     out = functional.sconv2dlstm(**given, **options, lengths=torch.tensor(LENGTHS), record=record)
     apart = [alone(exact, n, **options) for n in range(len(LENGTHS))]
-    expected = [torch.cat(of_all, 1) for of_all in zip(*apart, strict=True)]
+    expected = [torch.cat(parts, 1) for parts in zip(*apart, strict=True)]
     if not record:
         expected[1:] = [state[-1] for state in expected[1:]]
     tight = 1e-11 if dtype is torch.float64 else 1e-6

@@ -31,7 +31,7 @@ def test_every_algorithm_of_the_cpu_skips_padded_samples(kernels, sizes):
         apart = [
             alone(given, n, max_pool=2, run=functional.sconv2dlstm) for n in range(len(LENGTHS))
         ]
-    expected = [torch.cat(of_all, 1) for of_all in zip(*apart, strict=True)]
+    expected = [torch.cat(parts, 1) for parts in zip(*apart, strict=True)]
     close(out[1:], expected[1:], atol=kernels.state_error(torch.float32), rtol=0)
     with snnlstm.algorithm(kernels.algorithm):
         actual, exact = gradients(out, given), gradients(expected, given)
@@ -238,7 +238,7 @@ def test_a_convlstm_records_the_states_of_every_step(backend, hooked):
                 state = [torch.where(torch.as_tensor(going), *pair)
                          for pair in zip(after, state, strict=True)]  # fmt: skip
                 every.append(state)
-            close([h, c], [torch.stack(of_all, 1) for of_all in zip(*every, strict=True)])
+            close([h, c], [torch.stack(parts, 1) for parts in zip(*every, strict=True)])
             close(out, h if lengths is None else torch.where(own().transpose(0, 1), h, 0))
     backend.check(net.cell_list[1].path)
     with pytest.raises(TypeError, match="record must be a bool, got 2"):

@@ -24,10 +24,10 @@ def unusual(kind: surrogate.Kind) -> surrogate.Surrogate:
 
 SURROGATES = (*map(unusual, surrogate.KINDS[1:]), surrogate.NONE)
 # snnTorch's LSO cannot be called, and SSO draws other numbers.
-OF_SNNTORCH = [s for s in SURROGATES if s.name in {*dir(snntorch.surrogate)} - {"LSO", "SSO"}]
+IN_SNNTORCH = [s for s in SURROGATES if s.name in {*dir(snntorch.surrogate)} - {"LSO", "SSO"}]
 LAYOUTS = ("contiguous", "channels_last", "sliced", "strided", "transposed", "shifted", "expanded")
-OF_INPUTS = (*LAYOUTS, "overlapping")
-OF_GRADIENTS = (*OF_INPUTS, "negated")
+INPUT_LAYOUTS = (*LAYOUTS, "overlapping")
+GRADIENT_LAYOUTS = (*INPUT_LAYOUTS, "negated")
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,12 @@ class Case:
         weight = normal(4 * c, fan_in, kh, kw) * self.gain / (fan_in * kh * kw) ** 0.5
         shape = {"number": (), "column": (c, 1, 1), "four": (1, c, 1, 1)}[self.threshold]
         threshold = torch.rand(shape, generator=random, dtype=torch.float64).to(self.dtype)
-        of_x, of_states, of_weight, _ = self.layouts
+        x_layout, state_layout, weight_layout, _ = self.layouts
         return Inputs(
-            laid_out(x, of_x),
-            laid_out(normal(*self.state_shape), of_states),
-            laid_out(normal(*self.state_shape) * 0.3, of_states),
-            laid_out(weight, of_weight),
+            laid_out(x, x_layout),
+            laid_out(normal(*self.state_shape), state_layout),
+            laid_out(normal(*self.state_shape) * 0.3, state_layout),
+            laid_out(weight, weight_layout),
             normal(4 * c) * 0.2 if self.bias else None,
             threshold * 0.2,
             torch.tensor(self.graded, dtype=self.dtype),

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.shared import flat
 from tests.shared.cases import Case, Inputs, wanting_gradients
 from tests.shared.cpu_kernels import Kernels, one_thread
-from tests.shared.gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
+from tests.shared.gradients import NAMES, OUTPUTS, agrees, compare, gradients, gradients_for
 from tests.shared.helpers import same
 from tests.shared.oracle import check_steps
 from tests.shared.poison import HUGE, NAN, poisoned
@@ -65,7 +65,7 @@ def check_gradients(
     ask: Callable[..., Sequence[Tensor]] = torch.autograd.grad,
 ) -> bool:
     """Compares one case; returns False if kernels and reference made different decisions."""
-    inputs, grads = case.inputs(), of_outputs(case, outputs)
+    inputs, grads = case.inputs(), gradients_for(case, outputs)
     with one_thread():
         if not agrees(kernels.run, case, inputs):
             return False

@@ -86,7 +86,7 @@ def agrees(run: Run, case: Case, inputs: Inputs) -> bool:
     return all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
-def of_outputs(case: Case, outputs: Sequence[str] = OUTPUTS) -> list[Tensor | None]:
+def gradients_for(case: Case, outputs: Sequence[str] = OUTPUTS) -> list[Tensor | None]:
     """Returns random gradients of the `outputs`, and None for the other outputs."""
     return [
         g if name in outputs else None

@@ -2,12 +2,17 @@
 
 import faulthandler
 import functools
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,8 @@ HANG = 1200  # seconds; what takes longer hangs, on the busiest machine
 measures_memory = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
 )
+
+long = pytest.mark.skipif(not os.environ.get("SNNLSTM_LONG"), reason="part of `make test-all`")
 
 
 def described(value: object) -> str:
@@ -98,6 +105,14 @@ def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG, **options)
 
 
+def shell_program(path: Path, script: str) -> str:
+    """Makes a program that runs a shell script, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def watched(monkeypatch: pytest.MonkeyPatch, holder: Any, name: str) -> list[tuple[Any, Any]]:
     """Returns a list that gets the arguments and the result of each call of a function."""
     function, seen = getattr(holder, name), []
@@ -114,6 +129,52 @@ def in_threads(work: Callable[[int], Any], count: int = 4) -> None:
     """Calls `work` with a number in each of several threads, and raises the error of any thread."""
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(work, range(count)))
+
+
+@contextmanager
+def beside(work: Callable[[], object], count: int = 1) -> Iterator[None]:
+    """Calls `work` over and over in other threads until the block ends; raises its error.
+
+    The block may change the switch interval of threads.
+    """
+    ended, interval = threading.Event(), sys.getswitchinterval()
+
+    def repeat(_: int) -> None:
+        while not ended.is_set():
+            work()
+
+    with ThreadPoolExecutor(count) as pool:
+        found = pool.map(repeat, range(count))
+        try:
+            yield
+        finally:
+            ended.set()
+            sys.setswitchinterval(interval)
+    list(found)
+
+
+def forked(work: Callable[[], bool]) -> int:
+    """Calls `work` in a forked child, and returns the status: 0 if it returns True."""
+    time.sleep(0.003)  # each child finds other threads elsewhere
+    child = os.fork()
+    if child == 0:
+        signal.alarm(HANG // 2)
+        os._exit(0 if work() else 3)
+    return os.waitpid(child, 0)[1]
+
+
+@contextmanager
+def more_memory(size: int) -> Iterator[None]:
+    """Within the block this process can map no more than `size` bytes more."""
+    import resource  # which Windows does not have
+
+    with open("/proc/self/statm") as pages:
+        here = int(pages.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (here + size, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def in_processes(work: Callable[..., None], *arguments: Any, count: int = 1) -> None:

@@ -22,10 +22,10 @@ class Cell(nn.Module):
     def gates(self, x: Tensor, h: Tensor) -> Tensor:
         if self.stride == 1:
             return self.conv(torch.cat([x, h], 1))
-        of_x, of_h = self.conv.weight.split([self.input_dim, self.hidden_dim], 1)
+        x_part, h_part = self.conv.weight.split([self.input_dim, self.hidden_dim], 1)
         shape = {"padding": self.padding, "dilation": self.dilation}
-        out = nn.functional.conv2d(x, of_x, self.conv.bias, self.stride, **shape)
-        return out + nn.functional.conv2d(h, of_h, None, **shape)
+        out = nn.functional.conv2d(x, x_part, self.conv.bias, self.stride, **shape)
+        return out + nn.functional.conv2d(h, h_part, None, **shape)
 
     def forward(self, input_tensor, cur_state):
         h, c = cur_state

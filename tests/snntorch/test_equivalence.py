@@ -16,7 +16,7 @@ from hypothesis import example, given
 
 import snnlstm
 from snnlstm.surrogate import KINDS
-from tests.shared.cases import OF_SNNTORCH, PLAIN, Case, cases, drawing
+from tests.shared.cases import IN_SNNTORCH, PLAIN, Case, cases, drawing
 from tests.shared.helpers import close, ours, quietly, states, steps, theirs
 from tests.shared.helpers import twins as cells
 
@@ -95,7 +95,7 @@ def twins(draw: Any) -> Twins:
     case = case.but(
         kernel_size=tuple(min(k, 5) for k in case.options.kernel_size), dtype=torch.float64,
         sequence=True, record=True, stride=(1, 1), dilation=(1, 1), inhibition=False,
-        checkpoint=False, quant=None, graded=1.0, surrogate=draw(st.sampled_from(OF_SNNTORCH)),
+        checkpoint=False, quant=None, graded=1.0, surrogate=draw(st.sampled_from(IN_SNNTORCH)),
         time=draw(st.integers(1, 4)), batch=draw(st.sampled_from([1, 1, 2, 3, 0])),
         in_channels=min(case.in_channels, 4), channels=min(case.channels, 9),
         height=min(case.height, 11), width=min(case.width, 11),
@@ -141,9 +141,9 @@ def test_any_combination_of_options_equals_snntorch(backend):
     check()
 
 
-@pytest.mark.parametrize("of_x", [False, True], ids=["gradient", "x"])
+@pytest.mark.parametrize("in_x", [False, True], ids=["gradient", "x"])
 @pytest.mark.parametrize("mechanism", ["none", "subtract", "zero"])
-def test_nan_goes_where_snntorch_lets_it(backend, mechanism, of_x):
+def test_nan_goes_where_snntorch_lets_it(backend, mechanism, in_x):
     """A NaN gradient passes a neuron that was reset, at which "zero" ends others.
 
     A NaN of x counts as no reset in the gradient of the threshold, which is the number of resets.
@@ -152,17 +152,17 @@ def test_nan_goes_where_snntorch_lets_it(backend, mechanism, of_x):
     for cell in cells(reset_mechanism=mechanism, learn_threshold=True):
         x, state = steps(1, 1, 2, 5, 5)[0], states(1, 3, 5, 5)
         state[1][0, 0, 2, 2] = 1  # which is above the threshold
-        x[0, 0, 2, 2] = torch.nan if of_x else 0
+        x[0, 0, 2, 2] = torch.nan if in_x else 0
         leaves = [t.requires_grad_() for t in (x, *state)]
         with snnlstm.algorithm("direct"):
             mem = cell(*leaves)[2]
         grad = torch.ones_like(mem)
-        grad[0, 0, 2, 2] = 1 if of_x else torch.nan
+        grad[0, 0, 2, 2] = 1 if in_x else torch.nan
         mem.backward(grad)
         found.append(
             [cell.threshold.grad, *(t.grad.isnan() for t in (*leaves, *cell.conv.parameters()))]
         )
-    assert of_x or found[1][1].sum() == 18
+    assert in_x or found[1][1].sum() == 18
     close(*found)
 
 
@@ -201,13 +201,13 @@ def test_a_threshold_that_no_loss_reaches_has_no_gradient(backend, reset, checkp
     """An optimizer leaves a parameter alone whose gradient is None, and decays it at zeros."""
     options = {"learn_threshold": True, "reset_mechanism": reset}
     expected, x = theirs(3, 5, 3, **options), steps(3, 2, 3, 8, 8)
-    for of_x in (lambda cell: [cell(x[0])], lambda cell: [*map(cell, x)], lambda cell: [cell(x)]):
+    for call in (lambda cell: [cell(x[0])], lambda cell: [*map(cell, x)], lambda cell: [cell(x)]):
         actual = ours(3, 5, 3, checkpoint=checkpoint, **options)
-        of_x(actual)[-1][2].sum().backward()
+        call(actual)[-1][2].sum().backward()
         assert (actual.threshold.grad is None) == (reset != "subtract")
         assert actual.conv.weight.grad.any()
         actual.reset_mem()
-        of_x(actual)[-1][0].sum().backward()
+        call(actual)[-1][0].sum().backward()
         assert actual.threshold.grad is not None
     expected(x[0])[2].sum().backward()
     assert (expected.threshold.grad is None) == (reset != "subtract")

@@ -105,7 +105,7 @@ def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         elif item:  # one of a tensor whose items are a tuple of their own
             at = PLACES.index(tensor)
             items[at] = [
-                None if of == item else i for of, i in zip(NUMBERS, items[at], strict=True)
+                None if number == item else i for number, i in zip(NUMBERS, items[at], strict=True)
             ]
             items[at] = tuple(items[at])
         assert len(items) == len(PLACES)
@@ -120,24 +120,25 @@ def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(snnlstm.dispatch.entry, "_key", key_less)
 
 
+def after(first: dict[str, Any], second: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Returns the outcome of a call after another one, in a table that knows nothing else."""
+    monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
+    cell = ours()
+    outcome(cell, first)
+    return outcome(cell, second)
+
+
 @pytest.mark.parametrize("name", [*(f"{t}.{i}" for t in ITEMS for i in ITEMS[t]), *OTHERS])
 def test_each_item_of_a_key_is_needed(name, monkeypatch):
     # Autocast changes the path on processors that multiply bfloat16.
     monkeypatch.setattr(torch_private, "multiplies_bfloat16", True)
     monkeypatch.setattr(snnlstm.dispatch.path, "_AMX_CHANNELS", 2)
     first, second = pair(name)
-
-    def after_another_call():
-        monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
-        cell = ours()
-        outcome(cell, first)
-        return outcome(cell, second)
-
     monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
     expected = outcome(ours(), second)
-    assert after_another_call() == expected
+    assert after(first, second, monkeypatch) == expected
     without(monkeypatch, name)
-    assert (after_another_call() == expected) == (name in NEEDLESS)
+    assert (after(first, second, monkeypatch) == expected) == (name in NEEDLESS)
 
 
 # The items of what a guard knows beside the tensors, and what differs in them.
@@ -148,14 +149,12 @@ GUARDED = {"record": "record", "grad mode": "grad mode", "settings": "algorithm"
 def test_each_item_of_a_guard_is_needed(name, monkeypatch):
     first, second = pair(GUARDED[name]) if name != "tensors" else (GIVEN, GIVEN | {"bias": None})
     expected = outcome(ours(), second)
+    assert after(first, second, monkeypatch) == expected
     guarded, place = snnlstm.dispatch.entry._guarded, [*GUARDED].index(name)
-    for mutated in (False, True):
-        if mutated:
-            monkeypatch.setattr(
-                snnlstm.dispatch.entry, "_guarded",
-                lambda *args: (lambda g: (*g[:place], *g[place + 1 :]))(guarded(*args)),
-            )  # fmt: skip
-        monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
-        cell = ours()
-        outcome(cell, first)
-        assert (outcome(cell, second) == expected) != mutated
+
+    def less(*args: Any) -> tuple[Any, ...]:
+        items = guarded(*args)
+        return *items[:place], *items[place + 1 :]
+
+    monkeypatch.setattr(snnlstm.dispatch.entry, "_guarded", less)
+    assert after(first, second, monkeypatch) != expected

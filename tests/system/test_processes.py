@@ -1,10 +1,7 @@
 """Cells work with forks, signals, workers of a DataLoader, and memory that runs out."""
 
-import os
 import signal
 import sys
-import threading
-import time
 
 import pytest
 import torch
@@ -12,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import snnlstm
 from tests.shared.cpu_kernels import needs_core
-from tests.shared.helpers import HANG, in_a_process, ours
+from tests.shared.helpers import beside, forked, in_a_process, more_memory, ours
 
 pytestmark = [
     needs_core,
@@ -39,26 +36,17 @@ def train(cell, x) -> float:
 def test_a_fork_while_another_thread_runs_a_cell():
     """A lock that the other thread held at the fork would never be released in the child."""
     (cell, x, big), (busy, *_) = made(), made()
-    expected, stop = train(cell, x), threading.Event()
+    expected = train(cell, x)
 
     def work():
-        while not stop.is_set():
-            train(busy, big)
-            busy.conv.weight.data.mul_(0.999)  # so that the weight is packed anew
+        train(busy, big)
+        busy.conv.weight.data.mul_(0.999)  # so that the weight is packed anew
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    found = []
-    for _ in range(8):
-        time.sleep(0.003)  # each child finds the other thread elsewhere
-        child = os.fork()
-        if child == 0:
-            signal.alarm(HANG // 2)
-            ok = train(cell, x) == expected and train(busy, big) is not None
-            os._exit(0 if ok else 3)
-        found.append(os.waitpid(child, 0)[1])
-    stop.set()
-    thread.join()
+    def child():
+        return train(cell, x) == expected and train(busy, big) is not None
+
+    with beside(work):
+        found = [forked(child) for _ in range(8)]
     assert found == [0] * 8, found
 
 
@@ -111,20 +99,14 @@ def test_cells_in_the_workers_of_a_data_loader(start):
 
 @in_a_process
 def test_memory_that_runs_out_leaves_state_and_weights_as_they_were():
-    import resource  # which Windows does not have
-
     cell = ours(2, 16, 3, threshold=0.05)
     cell(torch.rand(2, 2, 2, 64, 64))[0].sum().backward()
     kept = [*cell.parameters(), cell.syn, cell.mem]
     copies = [t.detach().clone() for t in kept]
     long = torch.rand(400, 2, 2, 64, 64)
     snnlstm.empty_cache()
-    with open("/proc/self/statm") as pages:
-        here = int(pages.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (here + (100 << 20), resource.RLIM_INFINITY))
-    with pytest.raises((MemoryError, RuntimeError)):
+    with more_memory(100 << 20), pytest.raises((MemoryError, RuntimeError)):
         cell(long)
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert cell.syn is kept[-2]
     assert cell.mem is kept[-1]
     assert all(map(torch.equal, kept, copies))

@@ -22,7 +22,7 @@ from tests.shared import flat
 from tests.shared.cases import PLAIN, Case, wanting_gradients
 from tests.shared.cpu_kernels import Kernels, native, needs_core
 from tests.shared.gradients import leaves_and_gradients, total
-from tests.shared.helpers import HANG, close, in_processes, ours, same
+from tests.shared.helpers import HANG, beside, close, in_processes, ours, same
 
 pytestmark = needs_core
 
@@ -134,7 +134,7 @@ def test_the_gil_is_released(direction, monkeypatch):
     torch.set_num_threads(1)
     case = LARGE.but(time=200, channels=32, record=False)
     leaves, function = wanting_gradients(case.inputs()), getattr(snnlstm._C.CpuPlan, direction)
-    working, seen, ended = threading.Event(), [], threading.Event()
+    working, seen = threading.Event(), []
 
     def watched(*args, **kwargs):
         working.set()
@@ -144,49 +144,31 @@ def test_the_gil_is_released(direction, monkeypatch):
             working.clear()
 
     def look() -> None:
-        while not ended.is_set():
-            seen.append(working.is_set())
-            time.sleep(0.0005)
+        seen.append(working.is_set())
+        time.sleep(0.0005)
 
     monkeypatch.setattr(snnlstm._C.CpuPlan, direction, watched)
     for module, table in ((native, "_plans"), (snnlstm.dispatch.entry, "_entries")):
         monkeypatch.setattr(module, table, BoundedDict())  # plans keep the core's functions
-    other, interval = threading.Thread(target=look), sys.getswitchinterval()
-    sys.setswitchinterval(HANG)  # Python takes the GIL from no thread that does not release it
-    try:
-        other.start()
+    with beside(look):
+        sys.setswitchinterval(HANG)  # Python takes the GIL from no thread that does not release it
         limit = time.monotonic() + HANG  # on a busy machine the other thread may miss many calls
         while not any(seen) and time.monotonic() < limit:
             flat.run(*leaves, case.options)[2].sum().backward()
-    finally:
-        ended.set()
-        sys.setswitchinterval(interval)
-        other.join()
     assert any(seen)
 
 
 def test_cells_come_and_go_while_another_thread_resets_all():
     """Neither library's walk over all cells may stumble over one that comes or goes meanwhile."""
-    stop, errors = threading.Event(), []
 
     def walk() -> None:
-        try:
-            while not stop.is_set():
-                for library in (snntorch, snnlstm):
-                    library.SConv2dLSTM.reset_hidden()
-                    library.SConv2dLSTM.detach_hidden()
-        except BaseException as error:
-            errors.append(error)
+        for library in (snntorch, snnlstm):
+            library.SConv2dLSTM.reset_hidden()
+            library.SConv2dLSTM.detach_hidden()
 
-    thread = threading.Thread(target=walk)
-    sys.setswitchinterval(1e-5)
-    try:
-        thread.start()
+    with beside(walk):
+        sys.setswitchinterval(1e-5)
         for _ in range(30):
             made = [ours(1, 1, 1) for _ in range(10)]
             del made
-    finally:
-        stop.set()
-        thread.join()
-    assert not errors, errors
     assert len(snntorch.SpikingNeuron.instances) < 30

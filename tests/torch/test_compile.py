@@ -82,7 +82,7 @@ OBJECTS = {
     "a sequence": (lambda: ours(reset_mechanism="subtract"), whole()),
     "recorded": (lambda: ours(batch_first=True), whole(record=True)),
     "channels_last": (ours, CHANNELS_LAST),
-    "lengths": (ours, [whole(lengths=torch.tensor(of), record=True)[0] for of in ([3, 1], [0, 2])]),
+    "lengths": (ours, [whole(lengths=torch.tensor(n), record=True)[0] for n in ([3, 1], [0, 2])]),
     "signals": (lambda: snnlstm.SConv1dLSTM(2, 3, 5, threshold=0.05, max_pool=2), whole(2, 2, 9)),
     "ConvLSTM": (lambda: snnlstm.ConvLSTM(2, [5, 3], 3, 2, True), whole(2, 2, 5, 6)),
     "ConvLSTM, stride": (lambda: snnlstm.ConvLSTM(2, 3, 3, 2, stride=2), whole(2, 2, 5, 6)),

@@ -67,7 +67,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
 
 
-def of_one_process(x: Tensor, **options: Any) -> list[Tensor]:
+def gradients_alone(x: Tensor, **options: Any) -> list[Tensor]:
     """Returns the gradients that one process forms of the whole batch."""
     alone = net(**options)
     loss_of(alone, x).backward()
@@ -94,7 +94,7 @@ def gradients_are_those_of_one_process_on_the_whole_batch(rank: int, world: int)
         parallel = parallel_of(net(**options))
         loss_of(parallel, own_part(x, rank)).backward()
         assert parallel.module[1].path.native == (native is not None)
-        close(gradients(parallel), of_one_process(x, **options), atol=1e-5, rtol=1e-4)
+        close(gradients(parallel), gradients_alone(x, **options), atol=1e-5, rtol=1e-4)
 
 
 def ranks_with_more_batches_than_others(rank: int, world: int) -> None:
@@ -117,7 +117,7 @@ def sharded_gradients_are_those_of_one_process(rank: int, world: int) -> None:
     """FSDP2 shards the cell, its conv, or the network as one unit."""
     x = whole_batch(world)
     options = {"learn_threshold": True, "threshold": torch.full((4, 1, 1), 0.1)}
-    expected = of_one_process(x, **options)
+    expected = gradients_alone(x, **options)
     mesh = init_device_mesh("cpu", (world,))
     for unit in ("cell", "conv", "network"):
         model = net(**options)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import snnlstm
+from benchmarks.cases import loop
 from tests.shared.cpu_kernels import native
 from tests.shared.helpers import close, ours, states, steps, theirs
 
@@ -123,11 +124,8 @@ def test_a_cell_without_memory_gets_it_by_to_empty():
 # ---- autocast -------------------------------------------------------------------------------
 
 
-def one_call_a_step(cell: snnlstm.SConv2dLSTM, x: Tensor, syn: Tensor, mem: Tensor) -> tuple:
-    spks = []
-    for x_t in x:
-        spk, syn, mem = cell(x_t, syn, mem)
-        spks.append(spk)
+def one_call_a_step(cell: snnlstm.SConv2dLSTM, *args: Tensor) -> tuple:
+    spks, syn, mem = loop(cell, *args)
     return torch.stack(spks), syn, mem
 
 

@@ -23,13 +23,13 @@ def guards(*ignored: str) -> Any:
 
     class Guards:
         def __init__(self, *tensors: torch.Tensor, **_: Any) -> None:
-            self.facts = self.of(tensors)
+            self.facts = self.look(tensors)
 
-        def of(self, tensors: Any) -> Any:
+        def look(self, tensors: Any) -> Any:
             return [[f(t) for name, f in LOOKS.items() if name not in ignored] for t in tensors]
 
         def check(self, *tensors: torch.Tensor) -> bool:
-            return self.of(tensors) == self.facts
+            return self.look(tensors) == self.facts
 
     return Guards
 

@@ -1,0 +1,96 @@
+"""Lists what `make gpu` needs and this machine lacks, and installs what pip can install.
+
+Only Python's own modules are imported, because nothing else may be there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from tools import local_version
+
+# The modules and programs that the steps need, as pip installs them.
+NEEDED = {
+    "pybind11": "pybind11>=2.13", "pytest": "pytest>=8", "hypothesis": "hypothesis>=6.100",
+    "numpy": "numpy", "pandas": "pandas>=2", "snntorch": "snntorch==1.0.0", "tqdm": "tqdm",
+    "cmake": "cmake>=3.24", "ninja": "ninja",
+}  # fmt: skip
+APT = "on Debian and Ubuntu sudo apt install"
+TOOLKIT = """Either of these needs no root; then CUDA_HOME=$HOME/cuda make gpu
+    sh cuda_{0}*_linux.run --silent --toolkit --toolkitpath=$HOME/cuda
+        (the runfile is from https://developer.nvidia.com/cuda-toolkit-archive)
+    conda create -p $HOME/cuda -c conda-forge cuda-toolkit cuda-version={0}"""
+
+
+def lacking(rehearsal: bool = False, core: Path | None = None, fills: bool = False) -> list[str]:
+    """Returns a line for each thing that is missing, with what installs it, unless `fill` does."""
+    python, has, found = sys.executable, importlib.util.find_spec, list[str]()
+    packages = [package for name, package in NEEDED.items() if not (has(name) or find(name))]
+    if packages and not fills:
+        found.append(f"missing: {python} -m pip install {shlex.join(packages)}")
+    # nvcc compiles its host code with g++, whatever compiles the rest.
+    hosts = [os.environ.get("CUDAHOSTCXX", "g++")]
+    hosts = [os.environ.get("CXX", "c++"), "g++", "clang++"] if rehearsal else hosts
+    if not (core or any(map(find, hosts))):
+        found.append(f"no C++ compiler {hosts[0]}: {APT} g++")
+    if not (core or Path(sysconfig.get_path("include"), "Python.h").exists()):
+        found.append(f"no Python.h of {python}: {APT} python3-dev")
+    if fills and not has("ensurepip"):
+        found.append(f"no module ensurepip of {python}: {APT} python3-venv")
+    cuda, nvcc = 0.0 if rehearsal else local_version.cuda(), local_version.nvcc()
+    if not (has("torch") or fills):
+        words = shlex.join(local_version.torch_for(cuda))
+        found.append(f"no torch: {python} -m pip install {words}, or make gpu PYTHON=...")
+    if rehearsal:
+        return found
+    if has("torch") and not fills:
+        import torch
+
+        if torch.cuda.is_available():
+            cuda = cuda or float(torch.version.cuda)  # there may be no nvidia-smi
+        else:
+            built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+            found.append(f"torch {torch.__version__} ({built}) of {python} sees no GPU")
+    if not cuda:
+        found.append("no GPU with a driver from 525 on, says nvidia-smi; ")
+        found[-1] += 'ARGS="--rehearse" goes through the steps without one'
+    elif not core and (nvcc[1] > cuda if nvcc else cuda < 13):
+        newer = f"{nvcc[0]} is of CUDA {nvcc[1]}, and CUDACXX may name another one" if nvcc else ""
+        found.append(f"no nvcc for this driver: {newer or 'PyPI has none'}. {TOOLKIT.format(cuda)}")
+    elif not (core or nvcc or fills):
+        found.append(f"no nvcc: {python} -m pip install {shlex.join(local_version.PYPI_NVCC)}")
+    return found
+
+
+def fill(venv: Path, core: Path | None) -> str:
+    """Installs what is missing into an environment, torch first, and returns the Python there."""
+    python, cuda = str(venv / "bin" / "python"), local_version.cuda()
+    pip, nvcc = (python, "-m", "pip", "install"), local_version.nvcc()
+
+    def run(*command: str) -> None:
+        if subprocess.run(command, check=False).returncode:
+            sys.exit(f"failed: {shlex.join(command)}")
+
+    if not venv.exists():
+        run(sys.executable, "-m", "venv", str(venv))
+    # A torch without CUDA, or of one that is newer than the driver, is replaced.
+    fits = f"import torch; assert 0 < float(torch.version.cuda or 0) < {int(cuda) + 1}"
+    if subprocess.run([python, "-c", fits], stderr=subprocess.DEVNULL, check=False).returncode:
+        run(*pip, "--force-reinstall", *local_version.torch_for(cuda))
+    run(*pip, *NEEDED.values(), "pytest-xdist", *(() if core or nvcc else local_version.PYPI_NVCC))
+    return python
+
+
+def find(program: str) -> str | None:
+    """Finds a program on PATH, beside this Python, or beside nvcc."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    folders = [f"{home}/bin" for home in [*homes, "/usr/local/cuda"] if home]
+    path = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), *folders]
+    return shutil.which(program, path=os.pathsep.join(path))
