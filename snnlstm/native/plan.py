@@ -397,7 +397,8 @@ class CommonPlan(Sizes, ABC):
         `wanted` says which gradients are computed, in the order of :class:`Gradients`. `selection`
         and `packed` are the forward pass's result's; `packed` may be None.
         """
-        call, saved, views = self.restore(with_numbers(call), saved)
+        call, saved, views = self.restore(call, saved)
+        call = with_numbers(call)
         noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
         out = self._backward(
             BackwardInputs(call, views, saved, grads, noise, wanted), selection, packed
