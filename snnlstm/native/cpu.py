@@ -18,7 +18,9 @@ from .plan import (
     BackwardInputs,
     CommonBackend,
     CommonPlan,
+    Fields,
     Gradients,
+    Outs,
     Result,
     Shapes,
     Sizes,
@@ -124,18 +126,15 @@ def packed_weight(weight: Tensor, last: PackedWeight | None = None) -> PackedWei
 # ---- plans ---------------------------------------------------------------------------------------
 
 
-Selection = tuple[int, int]
-"""What the values of a call select its algorithms by.
-
-The percentage of x's numbers that are not zero, and :attr:`PackedWeight.max_tile_inputs`.
-"""
-
-
 class Pass:
-    """One pass of a plan: the core's plan, the weight's layouts that it reads, its workspace."""
+    """One pass of a plan: the core's plan, the weight's layouts that it reads, its workspace.
+
+    `selection` is what the values of a call select its algorithms by: the percentage of x's numbers
+    that are not zero, and :attr:`PackedWeight.max_tile_inputs`.
+    """
 
     def __init__(
-        self, plan: Plan, selection: Selection, backward: bool, grad_x: bool, weight: bool
+        self, plan: Plan, selection: Any, backward: bool, grad_x: bool, weight: bool
     ) -> None:
         percent, max_tile_inputs = selection
         arguments = plan.algorithm, percent / 100, max_tile_inputs, plan.threads
@@ -151,7 +150,7 @@ class Pass:
             for number, name, size in core.forms(backward, grad_x)
         )
 
-    def run(self, packed: PackedWeight, order: Tensor | None, fields: tuple[Any, ...]) -> None:
+    def run(self, packed: PackedWeight, order: Tensor | None, fields: Fields) -> None:
         """Run the kernels; `fields` are those from x on (csrc/args.h)."""
         weights = [0, 0, 0]
         for key, size in self.layouts:
@@ -190,13 +189,7 @@ class Plan(CommonPlan):
         """Make the pass of the arguments of :class:`Pass` after the plan."""
         return self._passes.setdefault(key, Pass(self, *key))
 
-    def _forward(
-        self,
-        call: Call,
-        outs: tuple[Tensor, Tensor, Tensor],
-        saved: Tensor | None,
-        fields: tuple[Any, ...],
-    ) -> Result:
+    def _forward(self, call: Call, outs: Outs, saved: Tensor | None, fields: Fields) -> Result:
         threshold, lengths = call.threshold, call.lengths
         packed = packed_weight(call.weight, self._last_packed())
         if packed is not self._last_packed():
@@ -268,5 +261,5 @@ class Backend(CommonBackend):
             *s.decisions(padded),
         )
 
-    def leaky(self, fields: tuple[Any, ...], backward: bool, device: torch.device) -> None:
+    def leaky(self, fields: Fields, backward: bool, device: torch.device) -> None:
         (_C.leaky_backward if backward else _C.leaky_forward)(fields)

@@ -30,7 +30,9 @@ from .plan import (
     BackwardInputs,
     CommonBackend,
     CommonPlan,
+    Fields,
     Gradients,
+    Outs,
     Result,
     Shapes,
     Sizes,
@@ -186,13 +188,7 @@ class Plan(CommonPlan):
         size = self._chosen_for(True).packed_bytes
         return empty_bytes(size, x.device) if 0 < size <= KEPT_WEIGHT else None
 
-    def _forward(
-        self,
-        call: Call,
-        outs: tuple[Tensor, Tensor, Tensor],
-        saved: Tensor | None,
-        fields: tuple[Any, ...],
-    ) -> Result:
+    def _forward(self, call: Call, outs: Outs, saved: Tensor | None, fields: Fields) -> Result:
         with self.backend.guard(self.device):
             kept = None if saved is None else self._empty_kept(call.x)
             if call.lengths is not None:
@@ -232,51 +228,41 @@ class Plan(CommonPlan):
     def _backward_by(
         self, core: Any, given: BackwardInputs, levels: int, kept: Tensor | None
     ) -> Gradients:
-        x, stream = given.call.x, self.stream
+        """The gradients; `kept` is the packed weight, if the forward pass has saved it."""
+        call, stream = given.call, self.stream
         if core.algorithm == _CUDNN:
-            memory = empty_bytes(core.workspace, x.device)
-            device_fields = pointer(memory), 0, 0, 0, levels, 0
+            memory = empty_bytes(core.workspace, self.device)
 
-            def run(fields: tuple[Any, ...]) -> None:
-                core.backward(stream, (*device_fields, *fields))
+            def run(fields: Fields) -> None:
+                core.backward(stream, (pointer(memory), 0, 0, 0, levels, 0, *fields))
 
             return cudnn.backward(self, given, partial(cudnn.steps_backward, self, run, given))
-        steps = partial(self._run_steps, core, stream, given, levels, kept)
+
+        def steps(out: Gradients, d_gates: Tensor | None, mems: Tensor | None) -> None:
+            """The kernels, for the gradients that `out` has memory for.
+
+            With `d_gates` they leave the gradient of x to torch. `mems`, if given, gets mem before
+            each step but the first.
+            """
+            if d_gates is not None:
+                out = out._replace(x=None)
+            if kept is None:
+                packed, workspace, _held = self._memory(core, call.weight, stream)
+            else:
+                block = self.restored_block(kept, core.packed_bytes)
+                _held = empty_bytes(core.workspace, self.device)
+                packed, workspace = block.data_ptr(), _held.data_ptr()
+            mem_after = 0 if mems is None or len(mems) == 1 else mems[1].data_ptr()
+            fields = self.backward_fields(given, out, (pointer(d_gates), mem_after))
+            core.backward(stream, (workspace, packed, 0, 0, levels, 0, *fields))
+
         if core.algorithm == _HYBRID:
             return cudnn.backward(self, given, steps)
-        out = empty_gradients(x, self.gradient_memory, given.wanted)
-        if given.call.lengths is not None and out.x is not None:
+        out = empty_gradients(call.x, self.gradient_memory, given.wanted)
+        if call.lengths is not None and out.x is not None:
             out.x.zero_()
         steps(out, None, None)
         return out
-
-    def _run_steps(
-        self,
-        core: Any,
-        stream: int,
-        given: BackwardInputs,
-        levels: int,
-        kept: Tensor | None,
-        out: Gradients,
-        d_gates: Tensor | None,
-        mems: Tensor | None,
-    ) -> None:
-        """The kernels, for the gradients that `out` has memory for.
-
-        `kept` is the packed weight, if the forward pass has saved it. With `d_gates` they leave the
-        gradient of x to torch. `mems`, if given, gets mem before each step but the first.
-        """
-        if d_gates is not None:
-            out = out._replace(x=None)
-        if kept is None:
-            packed, workspace, _held = self._memory(core, given.call.weight, stream)
-        else:
-            kept = self.restored_block(kept, core.packed_bytes)
-            _held = empty_bytes(core.workspace, kept.device)
-            packed, workspace = kept.data_ptr(), _held.data_ptr()
-        mem_after = 0 if mems is None or len(mems) == 1 else mems[1].data_ptr()
-        fields = self.backward_fields(given, out, pointer(d_gates), mem_after)
-        core.backward(stream, (workspace, packed, 0, 0, levels, 0, *fields))
 
 
 class Backend(CommonBackend):
@@ -371,7 +357,7 @@ class Backend(CommonBackend):
             *s.decisions(s.c),
         )
 
-    def leaky(self, fields: tuple[Any, ...], backward: bool, device: torch.device) -> None:
+    def leaky(self, fields: Fields, backward: bool, device: torch.device) -> None:
         core = self.core
         with self.guard(device):
             run = core.cuda_leaky_backward if backward else core.cuda_leaky_forward

@@ -28,7 +28,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from ..calls.call import Call
 from ..calls.lengths import length_mask
 from ..compat.torch_private import convolution
-from .plan import BackwardInputs, Gradients, empty_gradients
+from .plan import BackwardInputs, Gradients, Outs, empty_gradients
 from .tensors import pointer, strided
 
 MOST_SUMS = 64 << 20
@@ -102,7 +102,7 @@ def forward(
     run: Callable[[tuple], None],
     call: Call,
     levels: int,
-    outs: tuple[Tensor, Tensor, Tensor],
+    outs: Outs,
     saved: Tensor | None,
 ) -> None:
     """cuDNN convolves, the kernels do the rest of each step by `run`, of one step.
@@ -203,23 +203,18 @@ def steps_backward(
         into_syn = _sum(into_syn, recorded_syn, t)
         into_mem = _sum(into_mem, recorded_mem, t)
         syn_before = syn if t == 0 else images_of(saved_syn[t - 1], mem)[:, :c]
-        step = BackwardInputs(
-            _step_of(call, t),
-            (None, strided(syn_before), None),
-            saved,
-            (None if grad_spk is None else grad_spk[t], into_syn, into_mem),
-            None if noise is None else noise[t],
-            (),
-        )
-        d_threshold_of = None if d_threshold is None else d_threshold[t]
-        results = Gradients(None, d_syn, None, None, None, d_threshold_of)
+        of_step = (None if each is None else each[t] for each in (grad_spk, noise, d_threshold))
+        spk_grad, step_noise, step_threshold = of_step
+        views, step_grads = (None, strided(syn_before), None), (spk_grad, into_syn, into_mem)
+        step = BackwardInputs(_step_of(call, t), views, saved, step_grads, step_noise, ())
+        results = Gradients(None, d_syn, None, None, None, step_threshold)
         mem_after = 0 if mems is None or t == last else mems[t + 1].data_ptr()
-        run(plan.backward_fields(step, results, d_gates[t].data_ptr(), mem_after, t))
+        run(plan.backward_fields(step, results, (d_gates[t].data_ptr(), mem_after), t))
         into_syn, before, into_mem = d_syn, into_mem, None
         if t > 0 or out.mem is not None:
-            step_grads = _ordered(plan, images_of(d_gates[t], mem))
+            images = _ordered(plan, images_of(d_gates[t], mem))
             options = 1, plan.geometry.padding, plan.geometry.dilation
-            into_mem = conv2d_input(mem.shape, mem_weight, step_grads, *options).to(mem.dtype)
+            into_mem = conv2d_input(mem.shape, mem_weight, images, *options).to(mem.dtype)
         if live is not None and into_mem is not None:
             into_mem = torch.where(live[t], into_mem, 0 if before is None else before)
     if out.mem is not None and into_mem is not None:

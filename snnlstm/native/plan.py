@@ -79,6 +79,13 @@ class SavedLayout:
         return block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
+Outs = tuple[Tensor, Tensor, Tensor]
+"""spk, syn and mem."""
+
+Fields = tuple[Any, ...]
+"""What the core is given in a call: the fields of a struct of csrc/args.h, in its order."""
+
+
 class Result(NamedTuple):
     """Outputs of a forward pass."""
 
@@ -271,7 +278,7 @@ class CommonPlan(Sizes, ABC):
 
     def call_fields(
         self, views: Sequence[Any], call: Call, saved: Tensor | None, step: int = 0
-    ) -> tuple[Any, ...]:
+    ) -> Fields:
         """The fields of PassArgs (csrc/args.h) from x on; a device gives those before.
 
         `views` are those of x, syn and mem. What is saved begins at a step.
@@ -286,14 +293,9 @@ class CommonPlan(Sizes, ABC):
         )  # fmt: skip
 
     def backward_fields(
-        self,
-        given: BackwardInputs,
-        out: Gradients,
-        d_gates: int = 0,
-        mem_after: int = 0,
-        step: int = 0,
-    ) -> tuple[Any, ...]:
-        """The fields of BackwardArgs (csrc/args.h) from x on; a device gives those before."""
+        self, given: BackwardInputs, out: Gradients, last: Fields = (0, 0), step: int = 0
+    ) -> Fields:
+        """The fields of BackwardArgs from x on; `last` are d_gates and mem_after."""
         call, views, saved, grads, noise, _ = given
         (x, syn, mem, *others), (x_strides, syn_strides, mem_strides) = out, self._gradient_strides
         return (
@@ -301,7 +303,7 @@ class CommonPlan(Sizes, ABC):
             None if x is None else (x.data_ptr(), x_strides),
             None if syn is None else (syn.data_ptr(), syn_strides),
             None if mem is None else (mem.data_ptr(), mem_strides), *map(pointer, others),
-            d_gates, mem_after,
+            *last,
         )  # fmt: skip
 
     def restore(self, call: Call, saved: Tensor) -> tuple[Call, Tensor, Sequence[Any]]:
@@ -345,7 +347,7 @@ class CommonPlan(Sizes, ABC):
         if not self.are_contiguous:
             call = with_numbers(call)
         x, syn, mem, bias = call.x, call.syn, call.mem, call.bias
-        outs: tuple[Tensor, Tensor, Tensor]
+        outs: Outs
         if self.results_like_mem:  # empty_like takes two thirds of new_empty_strided's time
             outs = torch.empty_like(mem), torch.empty_like(mem), torch.empty_like(mem)
         else:
@@ -376,13 +378,7 @@ class CommonPlan(Sizes, ABC):
         return result
 
     @abstractmethod
-    def _forward(
-        self,
-        call: Call,
-        outs: tuple[Tensor, Tensor, Tensor],
-        saved: Tensor | None,
-        fields: tuple[Any, ...],
-    ) -> Result:
+    def _forward(self, call: Call, outs: Outs, saved: Tensor | None, fields: Fields) -> Result:
         """Fill in spk, syn and mem, and what is saved; `fields` are those from x on."""
 
     @pool.where_it_fits
@@ -401,7 +397,8 @@ class CommonPlan(Sizes, ABC):
         `wanted` says which gradients are computed, in the order of :class:`Gradients`. `selection`
         and `packed` are the forward pass's result's; `packed` may be None.
         """
-        call, saved, views = self.restore(with_numbers(call), saved)
+        call, saved, views = self.restore(call, saved)
+        call = with_numbers(call)
         noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
         out = self._backward(
             BackwardInputs(call, views, saved, grads, noise, wanted), selection, packed
@@ -445,5 +442,5 @@ class CommonBackend(ABC):
         """Shapes and dtypes of what a forward pass saves."""
 
     @abstractmethod
-    def leaky(self, fields: tuple[Any, ...], backward: bool, device: torch.device) -> None:
+    def leaky(self, fields: Fields, backward: bool, device: torch.device) -> None:
         """Run a pass of a Leaky, whose arguments are `fields` (csrc/args.h)."""
