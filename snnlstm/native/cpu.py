@@ -248,7 +248,7 @@ class Backend(CommonBackend):
     def reason_against(self, s: Sizes) -> str | None:
         """Why these kernels cannot run a call; None if they can.
 
-        Under autocast they compute in float32, and half types come as that (function.run).
+        Under autocast they compute in float32, and each step of a half type comes as that.
         """
         return None if s.dtype in DTYPES else f"there are no CPU kernels for {s.dtype}"
 

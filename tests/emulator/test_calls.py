@@ -210,7 +210,7 @@ def test_every_new_value_of_a_weight_is_seen(core):
     "mode", ["float32", pytest.param("bfloat16 autocast", marks=pytest.mark.emulator_long)]
 )
 def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
-    """The fake kernels of function.py know the sizes of what the CUDA kernels save."""
+    """The fake kernels of operators.py know the sizes of what the CUDA kernels save."""
     case = PLAIN.but(time=2)
 
     def run(*tensors):
