@@ -101,7 +101,7 @@ class CellSpec:
     def __post_init__(self) -> None:
         (kh, kw), (dh, dw) = self.kernel_size, self.dilation
         object.__setattr__(self, "padding", (dh * (kh - 1) // 2, dw * (kw - 1) // 2))
-        # Numbers may be symbols while torch.compile traces; fixed() makes them plain for the text.
+        # A trace of torch.compile may hold symbols, not numbers, so the text is made outside it.
         if are_ours(self.surrogate, self.quant):
             spike, quant = self.surrogate, self.quant
             values = {name: getattr(self, name) for name in _NAMED}
