@@ -37,7 +37,7 @@ MOST_SUMS = 64 << 20
 
 
 class Geometry(NamedTuple):
-    """The kernel that torch convolves, without `outer` rows and columns, which meet only padding."""
+    """What torch convolves: the kernel less the `outer` rows and columns, which meet only padding."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]

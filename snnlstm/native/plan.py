@@ -202,7 +202,7 @@ def gradient_memory(x: Tensor, s: Sizes) -> Sequence[tuple[Any, Any]]:
 
 
 def empty_of(x: Tensor, largest: int) -> Any:
-    """Returns a function that makes a tensor like x of a shape and strides; large ones reuse blocks."""
+    """Return what makes a tensor like x from a shape and strides; large ones reuse blocks."""
     if largest < pool.MAPPED:
         return x.new_empty_strided
     return partial(pool.empty_result, dtype=x.dtype, device=x.device)

@@ -80,7 +80,7 @@ class Sequential(nn.Sequential):
     *layers : nn.Module
         As for an nn.Sequential; a dictionary of named layers works, too.
     batch_first : bool, default False
-        Sequences are (N, T, ...), those that are returned too. The setting of the outermost stack
+        Sequences are (N, T, ...), including the returned ones. The setting of the outermost stack
         counts.
 
     Attributes
@@ -168,9 +168,9 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: An
         def forward(self, x):  # (T, N, C, H, W)
             return snnlstm.unroll(x, self.lstm1, self.lstm2, nn.Flatten(), self.fc, self.lif)
 
-    A cell or neuron goes on from its stored state, also with ``init_hidden=False``: reset it first.
-    ``unroll`` gives no report: ``snnlstm.Sequential(*layers)`` makes a module of the same layers,
-    whose :attr:`Sequential.report` tells how each of them ran.
+    A cell or neuron continues from its stored state, also with ``init_hidden=False``: reset it
+    first. ``unroll`` gives no report: ``snnlstm.Sequential(*layers)`` makes a module of the same
+    layers, whose :attr:`Sequential.report` shows how each of them ran.
 
     Parameters
     ----------
@@ -179,13 +179,13 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: An
     *layers : nn.Module
         In order. If a layer returns a tuple, the next one gets its first item.
     batch_first : bool, default False
-        Sequences are (N, T, ...), those that are returned too.
+        Sequences are (N, T, ...), including the returned ones.
     lengths : Tensor or list of int, optional
         (N,) ints, the steps of each sample, between 0 and T. After its last step a sample is
         padded: its spikes are 0, and its states in cells and neurons stay as they are. So the mem
         that a last Leaky returns repeats its last value, and a sum over time counts the padding:
-        ``mem * (torch.arange(T)[:, None, None] < lengths[:, None])`` masks it. Numbers on a GPU are
-        not checked, but clamped.
+        ``mem * (torch.arange(T)[:, None, None] < lengths[:, None])`` masks it. Lengths on a GPU are
+        clamped without a check.
 
     Returns
     -------
@@ -240,7 +240,7 @@ def _over_time(
     if lengths is not None:
         lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
     layers, shared = list(_layers(modules, "")), _shared_state(modules)
-    # A shared state changes in the order of the loop, so all layers then go step by step.
+    # A shared state must change in the order of the loop, so all layers then run step by step.
     by_step = shared and f"layer {shared} is in several places and may keep a state"
     out, before = x, ""
     folded: torch.Size | None = None  # (T, N) while `out` has all steps as one batch
@@ -284,7 +284,7 @@ def _layers(modules: Iterable[tuple[str, Any]], prefix: str) -> Iterator[Named]:
 
 
 def _is_stack(layer: nn.Module) -> bool:
-    """Whether a call of the layer is no more than one call of each of its layers, in order."""
+    """Whether a call of the layer merely calls each of its layers once, in order."""
     return type(layer).forward in (nn.Sequential.forward, Sequential.forward)
 
 
@@ -304,7 +304,7 @@ def _shared_state(modules: Iterable[Named]) -> str | None:
 
 
 def _log_oddities(layers: list[Named], reports: list[LayerReport], batch_first: bool) -> None:
-    """Log, once for each cell, why it goes step by step, and that the stack exchanges its axes."""
+    """Log, once for each cell, why it runs step by step, or that the stack exchanges its axes."""
     for (name, layer), report in zip(layers, reports, strict=True):
         said = []
         if report.kind == "step" and isinstance(layer, CELL) and report.reason != TO_STACK:
@@ -325,7 +325,7 @@ def _step_by_step(
     by_step: str | None,
     reports: list[LayerReport],
 ) -> Any:
-    """Run the first layers, as many as go step by step, over (T, N, ...).
+    """Run the first layers, as many as run step by step, over (T, N, ...).
 
     All of them run for one step, then for the next.
     """
