@@ -371,8 +371,7 @@ def checked_lengths(
 ) -> Tensor:
     """Check the steps of each sample, ints between 0 and T, and return them as int64 on `device`.
 
-    Only numbers on the host can be checked. On a GPU, under torch.compile and within a transform
-    they are clamped instead.
+    On a GPU, under torch.compile and within a transform, they are clamped and not checked.
     """
     if type(lengths) is CheckedLengths:
         lengths, before = lengths

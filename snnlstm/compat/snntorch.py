@@ -59,9 +59,8 @@ def recognise_traced(
 ) -> surrogate.Surrogate | Callable[[Tensor], Tensor]:
     """Recognise a closure as :func:`recognise_surrogate` does, while torch.compile traces.
 
-    The compiler can read a function's code and the numbers that it holds, but no names. Each kind
-    of surrogate is tried once, outside the trace. Closures that the traced code itself makes, and
-    objects, stay unchanged.
+    The compiler can read a function's code and numbers, but no names. Each kind is tried once,
+    outside the trace. Closures that the traced code itself makes, and objects, stay unchanged.
     """
     if not isinstance(spike_grad, types.FunctionType):
         return spike_grad
@@ -313,9 +312,8 @@ def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
 class StandIn(weakref.ref):
     """A stand-in for a cell in snnTorch's list, which does not keep the cell alive.
 
-    It passes on to the cell whatever snnTorch does to it, as long as the cell lives. If a cell dies
-    while another thread walks the list, the stand-in accepts every access, where a weakref.proxy
-    would raise.
+    It passes on whatever snnTorch does to it while the cell lives. If the cell dies while another
+    thread walks the list, it accepts every access, where a weakref.proxy would raise.
     """
 
     __slots__ = ("_vacancy",)

@@ -203,8 +203,7 @@ def asked_every_call(
     """Return what no key holds: the result of :func:`recorded_now`, and the user's code.
 
     The second is None if the cell and its conv are plain. `channels`, Cin and C, are given if the
-    weight's shape is not known to fit. `fire` and `mem_reset` are methods that a subclass or the
-    cell itself overrides.
+    weight's shape may not fit. `fire` and `mem_reset` are methods that the cell or class overrides.
 
     Raises
     ------

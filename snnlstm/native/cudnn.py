@@ -37,7 +37,7 @@ MOST_SUMS = 64 << 20
 
 
 class Geometry(NamedTuple):
-    """What torch convolves: the kernel less the `outer` rows and columns, which meet only padding."""
+    """What torch convolves: the kernel without its `outer` taps, which only meet padding."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -283,8 +283,7 @@ def _convolve(plan: Any, images: Tensor, weight: Tensor, stride: tuple[int, int]
     given = images, weight, None, stride, geometry.padding, geometry.dilation
     if images.dtype == plan.work or convolution is None:
         return F.conv2d(*given)
-    # TF32 holds half types in float32 exactly, so it may multiply them whatever torch's setting
-    # says.
+    # TF32 holds half types in float32 exactly, so it may multiply them whatever torch's setting.
     cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
     deterministic |= cudnn.deterministic
     return convolution(

@@ -1,9 +1,8 @@
 """The cell on the native kernels: the table of plans, and an autograd Function that runs them.
 
-The forward pass saves the arguments, and for each time step the activated gates and syn. The
-backward pass computes mem and the reset from these again (a sign bit of the gates holds the reset).
-It modifies nothing that was saved, so it may be interrupted and run again, and x and states may
-change while it runs.
+The forward pass saves the arguments, and for each time step the activated gates and syn. From these
+the backward pass computes mem and the reset again (a sign bit of the gates holds the reset). It
+modifies nothing saved, so it may be interrupted and run again while x and states change.
 """
 
 from __future__ import annotations

@@ -69,8 +69,7 @@ def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[
     Returns
     -------
     spk, mem : Tensor
-        Of x's shape, in float32, or in float64 if x is. While gradients are computed, mem has
-        every step.
+        Of x's shape, in float32, or float64 if x is. With gradients, mem has every step.
     """
     tensors = x, mem, neurons.beta, neurons.threshold
     if may_require_grad(tensors):

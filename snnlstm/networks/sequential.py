@@ -59,8 +59,7 @@ class Sequential(nn.Sequential):
     - *step*: all other layers, one call for each step: snnTorch's other neurons, batch norm in
       training (its statistics are those of one step), dropout in training (a new mask for every
       step), layers with hooks, modules that are not known here, and on the CPU layers whose input
-      or output at one step exceeds 128 KiB. Several such layers run together: all of them for one
-      step, then for the next.
+      or output at one step exceeds 128 KiB. Adjacent ones all run for one step, then for the next.
 
     The layers of a stack within the stack are reported one by one. If a layer returns a tuple, such
     as ``spk, syn, mem``, the next layer gets its first item. The last layer's tuple is returned,
@@ -80,8 +79,7 @@ class Sequential(nn.Sequential):
     *layers : nn.Module
         As for an nn.Sequential; a dictionary of named layers works, too.
     batch_first : bool, default False
-        Sequences are (N, T, ...), including the returned ones. The setting of the outermost stack
-        counts.
+        Sequences, also returned ones, are (N, T, ...). The outermost stack's setting counts.
 
     Attributes
     ----------
@@ -150,8 +148,7 @@ class Sequential(nn.Sequential):
     def forward(self, x: Tensor, lengths: Any = None) -> Any:
         """Run all layers over a sequence.
 
-        x (T, N, ...), or (N, T, ...) with `batch_first`, `lengths`, the result and the errors are
-        those of :func:`unroll`.
+        Arguments, result and errors are those of :func:`unroll`, with this stack's `batch_first`.
         """
         out, report = _over_time(x, self._modules.items(), self.batch_first, lengths)
         if not torch.compiler.is_compiling():

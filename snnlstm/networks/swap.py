@@ -399,8 +399,7 @@ def patch() -> AbstractContextManager[object]:
     Returns
     -------
     context manager
-        In a ``with`` statement it undoes the patch at the end of the block, unless the patch was in
-        force before.
+        A ``with`` block undoes the patch at its end, unless the patch was in force before.
 
     Raises
     ------

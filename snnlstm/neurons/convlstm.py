@@ -58,8 +58,7 @@ class ConvLSTMCell(nn.Module):
     conv : nn.Conv2d
         weight (4C, Cin + C, kh, kw), gates in the order i, f, o, g, and bias (4C,).
     path : snnlstm.Path or None
-        The implementation that ran the last call, and the reason. A `path` that the user sets on
-        the cell stays.
+        The implementation that ran the last call, and why. A `path` that the user sets stays.
     """
 
     path = LastPath()

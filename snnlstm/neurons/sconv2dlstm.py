@@ -106,8 +106,7 @@ class SConv2dLSTM(CellAttributes):
     spk : Tensor or None
         The last spikes.
     path : snnlstm.Path or None
-        The implementation that ran the last call, and the reason. A `path` that the user sets on
-        the cell stays.
+        The implementation that ran the last call, and why. A `path` that the user sets stays.
 
     Raises
     ------
@@ -239,9 +238,8 @@ class SConv2dLSTM(CellAttributes):
         spk : Tensor
             (N, C, Ho // pool, Wo // pool), with a leading T for a sequence.
         syn, mem : Tensor
-            (N, C, Ho, Wo) after the last step, or (T, N, C, Ho, Wo) with `record`. Not
-            returned with ``init_hidden=True`` and ``output=False``. With ``batch_first=True``
-            N comes before T.
+            (N, C, Ho, Wo) after the last step, or (T, N, C, Ho, Wo) with `record`; N comes before T
+            with ``batch_first``. Not returned with ``init_hidden=True`` and ``output=False``.
 
         Raises
         ------

@@ -1,8 +1,7 @@
 """The states of a cell: an object that owns syn and mem, and the rules by which they are kept.
 
-The states are plain attributes of that object. DistributedDataParallel would overwrite buffers of
-all ranks with the first one's, and parameters, which nn.Module makes of an nn.Parameter, would be
-trained.
+The states are plain attributes: DistributedDataParallel would overwrite all ranks' buffers with the
+first one's, and a state that is an nn.Parameter would be registered and trained.
 
 A cell also remembers that it was reset and not called since. torch.compile then need not read the
 stored states, so one compiled graph starts every sequence, whatever states the last one left.
