@@ -255,10 +255,7 @@ def input_tensor(
 
 
 def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
-    """Convert `tensor` to the dtype of states and spk, if the conversion loses nothing.
-
-    That dtype is weight's, but at least float32 under autocast.
-    """
+    """Convert `tensor` without loss to weight's dtype, or to at least float32 under autocast."""
     if tensor.device != weight.device:
         raise ValueError(
             f"{name} must be on weight's device {weight.device}, got one on {tensor.device}"

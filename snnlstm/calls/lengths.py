@@ -20,10 +20,7 @@ def length_mask(lengths: Tensor, time: int, dims: int = 5) -> Tensor:
 
 
 def last_state(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
-    """Pick each sample's state after its own last step, (N, ...), from all steps', (T, N, ...).
-
-    `before` is the state before the first step.
-    """
+    """Each sample's last own state, (N, ...), of `recorded`; `before` if it has no step."""
     state = recorded[(lengths - 1).clamp(min=0), torch.arange(len(lengths), device=lengths.device)]
     return torch.where(length_mask(lengths, 1, recorded.dim())[0], state, before)
 

@@ -282,10 +282,7 @@ def device_or_none(name: str, value: Any) -> torch.device | None:
 
 
 def warn_of_threshold(threshold: Any) -> None:
-    """Warn about a cell that cannot spike, or spikes without input.
-
-    The warning points to the line outside this package that makes the cell.
-    """
+    """Warn, at the user's line, about a cell that cannot spike or that spikes without input."""
     if never_spikes(threshold):
         what = (
             "is never exceeded: mem = o * tanh(syn) is at most 1, so this cell never spikes. Use "

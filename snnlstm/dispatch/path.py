@@ -133,10 +133,7 @@ REPLACED, CONV_HOOKS = "forward was replaced", f"conv {HOOKS}"
 
 
 def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> str | None:
-    """Why a call of the module runs more than its class's forward; None if it does not.
-
-    Forward hooks of a `harmless` type do not count.
-    """
+    """Why a call runs more than the class's forward and `harmless` hooks; None if it does not."""
     attributes = module.__dict__
     hooks = attributes["_forward_hooks"]
     if (

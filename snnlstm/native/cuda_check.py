@@ -1,6 +1,6 @@
 """Why the CUDA kernels of this build cannot run on a GPU of this machine, in words that help.
 
-The first call on a GPU asks, never the import. The answers are pure functions of what the build
+The first call on a GPU checks, not the import. The answers are pure functions of what the build
 reports (``_C.build_info()``), of the driver and of the GPU; :func:`trouble` asks torch.
 """
 

@@ -283,7 +283,7 @@ def _convolve(plan: Any, images: Tensor, weight: Tensor, stride: tuple[int, int]
     given = images, weight, None, stride, geometry.padding, geometry.dilation
     if images.dtype == plan.work or convolution is None:
         return F.conv2d(*given)
-    # TF32 holds half types in float32 exactly, so it may multiply them whatever torch's setting.
+    # TF32 holds half types in float32 exactly, so it may multiply them whatever torch's setting is.
     cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
     deterministic |= cudnn.deterministic
     return convolution(

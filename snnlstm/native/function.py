@@ -60,10 +60,7 @@ def operands_of(call: Call, autocast: torch.dtype | None) -> torch.dtype | None:
 def plan_of(
     call: Call, spec: CellSpec, operands: torch.dtype | None, settings: tuple[Any, ...]
 ) -> CommonPlan:
-    """Look up or make the plan of a call, which similar cells share.
-
-    `settings` are the backend's for an algorithm.
-    """
+    """Look up or make the plan of a call under a backend's `settings`; similar cells share it."""
     key = plan_key(call, spec, operands, settings)
     plan = _plans.get(key)
     if plan is None:
@@ -126,10 +123,7 @@ def differentiable(name: str, forward: Callable, gradients: Callable) -> Any:
 def _forward(
     ctx: Any, plan: CommonPlan, call: Call, *_tensors: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, str]:
-    """Run the kernels; the tensors are those of the call that may require a gradient.
-
-    Returns also the name of what ran.
-    """
+    """Run the kernels on tensors that may require a gradient; also return the name of what ran."""
     spk, syn, mem, saved, name, selection, packed, copy = plan.forward(call, True)
     # The user may modify a threshold before the backward pass, because snnTorch's graph has none.
     ctx.threshold = threshold = call.threshold
@@ -195,10 +189,7 @@ _apply = differentiable("_SConv2dLSTM", _forward, _gradients)
 
 
 def reached(wanted: Sequence[bool], reset: str, grads: Sequence[Tensor | None]) -> Sequence[bool]:
-    """Which gradients are wanted and exist.
-
-    The threshold, the last, gets one only from spk and from the reset "subtract".
-    """
+    """Which gradients are wanted and exist; the threshold's come only from spk and "subtract"."""
     return (*wanted[:-1], wanted[-1] and (grads[0] is not None or reset == "subtract"))
 
 

@@ -102,10 +102,7 @@ def _fields(
     strides: Sequence[int],
     before: Tensor | None,
 ) -> tuple[tuple[Any, ...], Any]:
-    """The fields that both passes have (csrc/args.h), and the tensors with their numbers.
-
-    `shape` is x's, `strides` are those of a step.
-    """
+    """Both passes' fields (csrc/args.h), and their tensors; `shape` is x's, `strides` a step's."""
     reset, surrogate, beta, threshold, graded, sequence = neurons
     dtype = real(x_type)
     held = [

@@ -166,7 +166,7 @@ def _widening(layer: Any) -> float:
 def unshared(x: Tensor, layer: nn.Module) -> Tensor:
     """A copy of x if x is a view and the layer may modify it; else x.
 
-    Autograd lets no layer modify one of several views in place; otherwise no copy is made.
+    Autograd lets no layer modify one of several views in place; without autograd nothing is copied.
     """
     if not torch.is_grad_enabled() or not (torch.compiler.is_compiling() or x._is_view()):
         return x

@@ -59,7 +59,7 @@ class Sequential(nn.Sequential):
     - *step*: all other layers, one call for each step: snnTorch's other neurons, batch norm in
       training (its statistics are those of one step), dropout in training (a new mask for every
       step), layers with hooks, modules that are not known here, and on the CPU layers whose input
-      or output at one step exceeds 128 KiB. Adjacent ones all run for one step, then for the next.
+      or output at one step exceeds 128 KiB. Adjacent ones all run one step, then the next.
 
     The layers of a stack within the stack are reported one by one. If a layer returns a tuple, such
     as ``spk, syn, mem``, the next layer gets its first item. The last layer's tuple is returned,
@@ -148,7 +148,7 @@ class Sequential(nn.Sequential):
     def forward(self, x: Tensor, lengths: Any = None) -> Any:
         """Run all layers over a sequence.
 
-        Arguments, result and errors are those of :func:`unroll`, with this stack's `batch_first`.
+        x is (T, N, ...), or (N, T, ...) with `batch_first`; the rest is as in :func:`unroll`.
         """
         out, report = _over_time(x, self._modules.items(), self.batch_first, lengths)
         if not torch.compiler.is_compiling():
@@ -322,10 +322,7 @@ def _step_by_step(
     by_step: str | None,
     reports: list[LayerReport],
 ) -> Any:
-    """Run the first layers, as many as run step by step, over (T, N, ...).
-
-    All of them run for one step, then for the next.
-    """
+    """Run the leading layers that go step by step over (T, N, ...), each step through all."""
     outs: list[Any] = list(x.unbind(0))  # the gradient of each x[t] would be as large as x
     calls: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
     before = ""

@@ -19,10 +19,7 @@ from .state import NO_RESET, State
 
 
 class CellAttributes(Base):
-    """The attributes and states of SConv2dLSTM, which may be read and set at any time.
-
-    A change takes effect from the next call on.
-    """
+    """The attributes and states of SConv2dLSTM; changes take effect from the next call on."""
 
     _dims: ClassVar[int] = 2
     """Dimensions of an image: 2, height and width, or 1, length."""
@@ -179,8 +176,8 @@ class CellAttributes(Base):
         """Detach the stored states of all living cells from the graph, in place.
 
         This serves truncated backpropagation through time: it keeps the states and drops their
-        history. Each class of snnTorch's neurons has its own ``detach_hidden()``. States that you
-        pass yourself you also detach yourself.
+        history. Each class of snnTorch's neurons has its own ``detach_hidden()``. Detach
+        states that you pass by hand yourself.
         """
         for cell in alive(CellAttributes):
             cell._state.detach()
