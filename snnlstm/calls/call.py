@@ -1,7 +1,6 @@
 """One call of a cell, and the checks of its tensors.
 
-The checks keep the rules of :mod:`snnlstm.calls.spec`: a wrong dtype raises TypeError, and a wrong
-shape or device ValueError.
+A wrong dtype raises TypeError, a wrong shape or device ValueError, as in :mod:`snnlstm.calls.spec`.
 """
 
 from __future__ import annotations
@@ -368,7 +367,7 @@ def checked_lengths(
 ) -> Tensor:
     """Check the steps of each sample, ints between 0 and T, and return them as int64 on `device`.
 
-    On a GPU, under torch.compile and within a transform, they are clamped and not checked.
+    Numbers that the host lacks (on a GPU, under torch.compile, in transforms) are only clamped.
     """
     if type(lengths) is CheckedLengths:
         lengths, before = lengths

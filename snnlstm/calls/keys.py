@@ -1,8 +1,7 @@
 """The keys of calls, and the dictionaries that they index.
 
-The key of an entry is :func:`key_of`, which includes what decides between the kernels and the
-reference path. The key of a plan, :func:`plan_key`, is narrower: a cell that is both trained and
-evaluated has several entries, but one plan.
+An entry's key, :func:`key_of`, includes what decides between kernels and reference path. A plan's,
+:func:`plan_key`, is narrower: a cell in training and evaluation has several entries, but one plan.
 """
 
 from __future__ import annotations

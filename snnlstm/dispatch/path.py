@@ -156,9 +156,8 @@ def reason_against_conv(
 ) -> str | None:
     """Why the kernels cannot stand in for a call of the cell's `conv`; None if they can.
 
-    They can if `conv` is a plain instance of `kind` with the geometry of `spec` (and with
-    `weight_shape`, if given) whose forward was neither replaced nor hooked: only then is a call of
-    it the same as a convolution with its weight.
+    They can if `conv` is a plain `kind` with the geometry of `spec` (and `weight_shape`, if given),
+    neither replaced nor hooked: only then does a call of it merely convolve with its weight.
     """
     if type(conv) is not kind:
         return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"

@@ -48,9 +48,9 @@ def code_for(build: Mapping[str, str], capability: tuple[int, int]) -> tuple[str
     """What a GPU would run of a build: ``("machine code", 86)``, ``("PTX", 80)``, or None.
 
     Machine code for X.Y runs on X.Z with Z >= Y, but not between the GPUs of :data:`TEGRA` and
-    others: NVIDIA's CUDA C++ Programming Guide, "Binary Compatibility". The driver
-    translates PTX for all newer GPUs. PTX of 7.5 serves no GPU from 8.0 on, because it lacks the
-    kernels that use tensor cores.
+    others: NVIDIA's CUDA C++ Programming Guide, "Binary Compatibility". The driver translates
+    PTX for all newer GPUs. PTX of 7.5 serves no GPU from 8.0 on, because it lacks the kernels that
+    use tensor cores.
     """
     archs = build.get("cuda_archs", "").split()
     wanted = 10 * capability[0] + capability[1]

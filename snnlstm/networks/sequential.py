@@ -214,7 +214,7 @@ def _check_modules(layers: Iterable[Any]) -> None:
     for layer in layers:
         if not isinstance(layer, nn.Module):
             name = getattr(layer, "__name__", type(layer).__name__)
-            hint = "such as nn.ReLU() in the place of torch.relu"
+            hint = "such as nn.ReLU() instead of torch.relu"
             if isinstance(layer, (list, tuple)):
                 hint = "each an argument of its own: a * in front of the list unpacks it"
             raise TypeError(f"layers must be modules, {hint}, got {name}")

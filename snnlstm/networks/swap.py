@@ -391,10 +391,10 @@ def patch() -> AbstractContextManager[object]:
 
     This affects all code, whenever it imported the name: the class stays the same object, and a
     call of it makes an instance of our subclass. So ``isinstance`` and ``snntorch.utils.reset``
-    recognise the layers made before and those made after. Our cell's keyword
-    arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's classes do not change,
-    and neither do layers that exist already: see :func:`snnlstm.accelerate`. A second call changes
-    nothing. The cell's old name, ``snntorch.SConvLSTM``, exists as long as the patch is in force.
+    recognise the layers made before and those made after. Our cell's keyword arguments, such as
+    ``stride=``, are accepted. Subclasses of snnTorch's classes do not change, and neither do layers
+    that exist already: see :func:`snnlstm.accelerate`. A second call changes nothing. The cell's
+    old name, ``snntorch.SConvLSTM``, exists as long as the patch is in force.
 
     Returns
     -------

@@ -175,9 +175,8 @@ class CellAttributes(Base):
     def detach_hidden(cls) -> None:
         """Detach the stored states of all living cells from the graph, in place.
 
-        This serves truncated backpropagation through time: it keeps the states and drops their
-        history. Each class of snnTorch's neurons has its own ``detach_hidden()``. Detach
-        states that you pass by hand yourself.
+        This serves truncated backpropagation through time: it keeps states and drops their history.
+        snnTorch's neurons have their own ``detach_hidden()``. Detach passed states yourself.
         """
         for cell in alive(CellAttributes):
             cell._state.detach()

@@ -43,8 +43,8 @@ class SConv2dLSTM(CellAttributes):
         mem = sigmoid(o) * tanh(syn), then the reset
         spk = spike(pool(mem) - threshold)
 
-    **The cell is stateful, also with init_hidden=False.** A call without states
-    continues from those of the last call, not from zeros. It starts from zeros in a new cell, after
+    **The cell is stateful, also with init_hidden=False.** A call without states continues from
+    those of the last call, not from zeros. It starts from zeros in a new cell, after
     :meth:`reset_mem` or :meth:`reset_hidden`, with states of shape (0,), and for an input whose
     batch or image size differs from the last one's.
 

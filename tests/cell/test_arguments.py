@@ -401,7 +401,7 @@ SAID = {
     "c of cur_state must be of torch.float32": lambda: plain_cell()(X, (STATE, STATE.double())),
     # stacks
     "net must be an nn.Sequential, got list": lambda: snnlstm.Sequential.of([ours()]),
-    "layers must be modules, such as nn.ReLU() in the place of torch.relu, got": lambda: unroll(
+    "layers must be modules, such as nn.ReLU() instead of torch.relu, got": lambda: unroll(
         EVENTS, torch.relu
     ),
     "a * in front of the list unpacks it, got list": lambda: unroll(EVENTS, [ours()]),
