@@ -294,7 +294,7 @@ def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight:
         raise ValueError(
             f"{name} must have shape {tuple(shape)} (or (0,), which means zeros), "
             f"got {tuple(state.shape)}"
-            + ("; x is read as (T, N, ...): for (N, T, ...) there is batch_first" * sequence)
+            + ("; x is read as (T, N, ...): for (N, T, ...) use batch_first=True" * sequence)
         )
     return _converted(name, state, weight)
 
@@ -332,7 +332,7 @@ def weight_tensor(weight: Any) -> tuple[int, int]:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {weight!r}")
     if weight.dtype not in DTYPES:
-        raise TypeError(f"weight must be of one of {NAMES_OF_DTYPES}, got {weight.dtype}")
+        raise TypeError(f"weight must have one of the dtypes {NAMES_OF_DTYPES}, got {weight.dtype}")
     channels = weight.shape[0] // 4 if weight.dim() == 4 else 0
     if channels == 0 or weight.shape[0] % 4 or weight.shape[1] < channels:
         raise ValueError(f"weight must have shape (4C, Cin + C, kh, kw), got {tuple(weight.shape)}")

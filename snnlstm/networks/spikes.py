@@ -106,7 +106,7 @@ class SpikeRates(dict[str, SpikeCount]):
     def __enter__(self) -> SpikeRates:
         if self._handles:
             raise RuntimeError(
-                "these spikes are being counted: call spike_rates again for a block in a block"
+                "these spikes are being counted: call spike_rates again for a nested block"
             )
         for name, layer in self._model.named_modules():
             if isinstance(layer, SConv2dLSTM if Neuron is None else (SConv2dLSTM, Neuron)):

@@ -44,8 +44,8 @@ _SWAPPED = (Base, SConv2dLSTM, TheirLeaky)
 
 _ALREADY = ("is snnlstm's already", "is snntorch's already")
 _CONVLSTM = (
-    "it looks like a ConvLSTM and stays as it is; the documentation's page ConvLSTM says how "
-    "snnlstm.ConvLSTM takes its place"
+    "it looks like a ConvLSTM and stays as it is; the documentation's page ConvLSTM shows how "
+    "snnlstm.ConvLSTM replaces it"
 )
 
 

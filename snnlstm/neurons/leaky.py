@@ -284,7 +284,7 @@ def _parameter_against(name: str, tensor: Any, x: Tensor, step: torch.Size) -> s
     real = kernels.real(x.dtype)
     # torch ignores the dtype of a number beside a tensor with dimensions.
     if (tensor.dim() or not step) and torch.promote_types(tensor.dtype, real) is not real:
-        return f"{name} is of {tensor.dtype}, which makes results of it"
+        return f"{name} is of {tensor.dtype}, which results would also have"
     return None
 
 

@@ -265,7 +265,7 @@ class SConv2dLSTM(CellAttributes):
             )
         if input_ is not None:
             if x is not None:
-                raise TypeError("forward takes x or input_, which are one, got both")
+                raise TypeError("forward takes x or input_, which mean the same, got both")
             x = input_
         # The functions below get this as an argument.
         traced = torch.compiler.is_compiling()

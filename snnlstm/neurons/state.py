@@ -147,9 +147,9 @@ class State:
                 return x.new_zeros(shape)
         elif not self.readable():
             raise RuntimeError(
-                "the cell is called in a backward pass, as torch.utils.checkpoint does, and its "
-                "stored state is a later one than in the forward pass: pass syn and mem, call "
-                "reset_mem() inside of the function that is checkpointed, or make the cell with "
+                "a backward pass, such as torch.utils.checkpoint's, calls the cell again, but the "
+                "stored state has changed since the forward pass: pass syn and mem, call "
+                "reset_mem() inside the checkpointed function, or make the cell with "
                 "checkpoint=True instead"
             )
         elif self.has_ended():
