@@ -1,4 +1,4 @@
-"""A faster drop-in replacement for snnTorch's SConv2dLSTM."""
+"""Faster drop-in replacements for snnTorch's SConv2dLSTM cell and Leaky neuron."""
 
 import sys
 from typing import NoReturn
@@ -19,8 +19,8 @@ try:
     from .neurons.leaky import Leaky
     from .neurons.sconv2dlstm import SConv1dLSTM, SConv2dLSTM
 except Exception:
-    # `python -m snnlstm` must tell what is missing or broken, be it torch itself. While the package
-    # is imported, the program's name is "-m", and the module's name stands before the arguments.
+    # `python -m snnlstm` must report what is missing or broken, even torch itself. During the
+    # import sys.argv[0] is "-m", and the module's name precedes the arguments.
     if sys.argv[:1] != ["-m"] or sys.orig_argv[-len(sys.argv)].removeprefix("-m") != __name__:
         raise
 
@@ -70,5 +70,5 @@ def __getattr__(name: str) -> NoReturn:
 
 
 def __dir__() -> list[str]:
-    """The public names, without the modules that they come from."""
+    """Return the public names, without the modules that define them."""
     return sorted(__all__)

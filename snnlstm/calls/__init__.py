@@ -1,1 +1,1 @@
-"""What a call is: options, tensors, lengths, the user's algorithm, and the keys of like calls."""
+"""What describes a call: its options, tensors and lengths, the user's algorithm, and its keys."""

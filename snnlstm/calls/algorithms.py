@@ -1,4 +1,4 @@
-"""The algorithm that the user chose for the process; it is no part of a call."""
+"""The user's choice of an algorithm, which holds for the process and is not part of a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALGORITHMS = (
 
 
 def _checked(what: str, name: str) -> str:
-    """Return the name of an algorithm; an error calls it `what`."""
+    """Return `name` if it names an algorithm; otherwise the error calls the argument `what`."""
     if name not in ALGORITHMS:
         raise ValueError(f"{what} must be one of {', '.join(ALGORITHMS)}, got {name!r}")
     return name
@@ -27,29 +27,29 @@ def set_algorithm(name: str) -> None:
 
     A process starts with the name in the environment variable ``SNNLSTM_ALGORITHM``, if it is set.
     The setting holds for all threads, because backward passes run in threads of their own. The
-    backward pass of a call uses what its forward pass has used.
+    backward pass of a call uses what its forward pass used.
 
     Parameters
     ----------
     name : str
-        One of these names. On a device that has no such algorithm it means ``"auto"``.
+        One of these names. On a device without that algorithm the name means ``"auto"``.
 
         - ``"auto"``, the default, takes the algorithm that should be fastest for the shape and the
           device.
         - ``"direct"`` sums the products one by one.
-        - ``"winograd"`` (CPU) is taken if the kernel size allows it; it rounds a little more,
-          and a NaN or an infinity spreads over the few pixels of its tile.
+        - ``"winograd"`` (CPU) applies if the kernel size allows it; rounding errors are slightly
+          larger, and a NaN or an infinity spreads over the few pixels of its tile.
         - ``"fused"`` (CUDA) launches one kernel for each step.
-        - ``"hybrid"`` (CUDA) runs the steps like ``"fused"``, and lets torch (cuDNN) form the
+        - ``"hybrid"`` (CUDA) runs the steps like ``"fused"``, and torch (cuDNN) computes the
           gradients of weight, bias and x over all steps at once.
-        - ``"cudnn"`` (CUDA) lets torch (cuDNN) form all convolutions; the kernels do the rest.
-        - ``"measure"`` (CUDA) times the algorithms at the first call of a shape, forward and
-          backward passes by themselves, and keeps the fastest for the process. ``"auto"`` does so,
-          too, while ``torch.backends.cudnn.benchmark`` is set. While a CUDA graph is being
-          captured, and under ``torch.use_deterministic_algorithms``, nothing is timed, and
-          ``"measure"`` means ``"auto"``.
-        - ``"reference"`` runs no kernel of this package: the reference path, in plain torch, runs
-          all calls on all devices, also of cells that have run kernels before.
+        - ``"cudnn"`` (CUDA) leaves all convolutions to torch (cuDNN); the kernels do the rest.
+        - ``"measure"`` (CUDA) times the algorithms at the first call of a shape, separately for the
+          forward and backward pass, and keeps the fastest for the process. ``"auto"`` does so, too,
+          while ``torch.backends.cudnn.benchmark`` is set. During the capture of a CUDA graph and
+          under ``torch.use_deterministic_algorithms`` nothing is timed, and ``"measure"`` means
+          ``"auto"``.
+        - ``"reference"`` replaces all kernels with plain torch: the reference path runs all calls
+          on all devices, including calls of cells that have run kernels before.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def set_algorithm(name: str) -> None:
 def get_algorithm() -> str:
     """Return the name that :func:`snnlstm.set_algorithm` was last given.
 
-    By default it is that of ``SNNLSTM_ALGORITHM`` in the environment, or ``"auto"``.
+    Before that it is the value of ``SNNLSTM_ALGORITHM`` in the environment, or ``"auto"``.
     """
     return current
 

@@ -1,7 +1,6 @@
-"""One call of a cell, and the check of each of its tensors.
+"""One call of a cell, and the checks of its tensors.
 
-The checks keep the rules of :mod:`snnlstm.calls.spec`: a wrong dtype raises TypeError, and a wrong
-shape or device ValueError.
+A wrong dtype raises TypeError, a wrong shape or device ValueError, as in :mod:`snnlstm.calls.spec`.
 """
 
 from __future__ import annotations
@@ -22,20 +21,19 @@ _INTS = (
 )  # fmt: skip
 
 
-# A shape's sizes after the channels, by the dimensions of an image.
+# The sizes that follow the channels in a shape, by the number of an image's dimensions.
 SIZES = {1: "L", 2: "H, W"}
 
 
 class Call(NamedTuple):
-    """The tensors of one call, checked: what travels from the module to the kernels."""
+    """The checked tensors of one call, which the module passes to the kernels."""
 
-    x: Tensor  # (N, Cin, H, W), or (T, N, Cin, H, W), a sequence
+    x: Tensor  # (N, Cin, H, W), one step, or (T, N, Cin, H, W), a sequence
     syn: Tensor  # (N, C, Ho, Wo), before the first step, in x's dtype and on its device
     mem: Tensor  # as syn
     weight: Tensor  # (4C, Cin + C, kh, kw), gates in the order i, f, o, g
     bias: Tensor | None  # (4C,)
-    # Threshold and graded factor broadcast to mem's shape and to the pooled one; a cell that does
-    # not spike has none.
+    # Both broadcast to mem's shape and to that of the pooled mem; a cell without spikes has none.
     threshold: Tensor | None
     graded: Tensor | None
     lengths: Tensor | None = None  # (N,) int64, the steps of each sample; None: all have T
@@ -43,7 +41,7 @@ class Call(NamedTuple):
 
     @property
     def sequence(self) -> bool:
-        """Whether the call is one of a sequence, and not of one step."""
+        """Whether the call runs a sequence rather than one step."""
         return self.x.dim() == 5
 
 
@@ -64,11 +62,11 @@ def checked_call(
     dims: int = 2,
     name: str = "x",
 ) -> Call:
-    """Check every tensor of a call, and make it.
+    """Check all tensors of a call, and return the call.
 
-    `channels` are Cin and C. `state_of` returns the state of a name for a shape and the checked x.
-    `traced` says whether torch.compile traces the call, and `name` is that of x in errors. With a
-    `dims` of 1 all tensors but the weight have a length L in the place of H and W.
+    `channels` are Cin and C. `state_of` takes a state's name, its shape and the checked x, and
+    returns the state. `traced` says whether torch.compile traces the call. Errors call x `name`. If
+    `dims` is 1, all tensors but the weight have a length L instead of H and W.
     """
     if batch_first and isinstance(x, Tensor) and x.dim() == dims + 3:
         x = x.transpose(0, 1)
@@ -110,7 +108,7 @@ def stateless_call(
 ) -> tuple[Call, CellSpec]:
     """Check every argument of :func:`snnlstm.functional.sconv2dlstm`, which documents them.
 
-    `described` are arguments of :func:`snnlstm.calls.spec.make_spec`.
+    `described` holds the arguments of :func:`snnlstm.calls.spec.make_spec`.
     """
     traced = torch.compiler.is_compiling()
     channels, states = weight_tensor(weight), {"syn": syn, "mem": mem}
@@ -130,14 +128,14 @@ def may_require_grad(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def as_image(tensor: Tensor) -> Tensor:
-    """(..., L) as images of height 1, (..., 1, L); one number, or L of them, broadcast already."""
+    """View (..., L) as images of height 1, (..., 1, L); a number and (L,) broadcast as they are."""
     return tensor.unsqueeze(-2) if tensor.dim() > 1 else tensor
 
 
 def batch_before_time(
     call: Call, batch_first: bool, spk: Tensor, syn: Tensor, mem: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of a call, with the batch before time if the caller's sequences have it so."""
+    """Return a call's results, with the batch before time if the caller's sequences are so."""
     if not batch_first or not call.sequence:
         return spk, syn, mem
     if call.record:
@@ -160,7 +158,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def real_tensor(name: str, value: Any) -> Tensor:
-    """Check a number, a tensor or what torch.as_tensor takes: real, and not empty."""
+    """Check that a number, a tensor or other input of torch.as_tensor is real and not empty."""
     if value is None or isinstance(value, (bool, str)):
         raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
     if not isinstance(value, Tensor):
@@ -176,7 +174,7 @@ def real_tensor(name: str, value: Any) -> Tensor:
 
 
 def values(value: Any) -> Tensor:
-    """The numbers of a checked number or tensor, detached; not on torch's default device."""
+    """Return a checked tensor detached, or a checked number as a tensor on the CPU."""
     return (value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")).detach()
 
 
@@ -188,7 +186,7 @@ def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
 
 
 def channel_broadcast(name: str, shape: Sequence[int], channels: int, dims: int) -> None:
-    """Check, before any image is known, that a shape can broadcast to (N, C, H, W) or (N, C, L)."""
+    """Check, before sizes are known, that a shape can broadcast to (N, C, H, W) or (N, C, L)."""
     if len(shape) > dims + 2 or (len(shape) > dims and shape[-dims - 1] not in (1, channels)):
         raise ValueError(
             f"{name} must broadcast to mem's shape (N, {channels}, {SIZES[dims]}), "
@@ -197,7 +195,7 @@ def channel_broadcast(name: str, shape: Sequence[int], channels: int, dims: int)
 
 
 def state_broadcast(name: str, shape: Sequence[int], state: Sequence[int], spec: CellSpec) -> None:
-    """Check that a shape broadcasts to that of mem, and to that of the pooled mem."""
+    """Check that a shape broadcasts to the shapes of mem and of the pooled mem."""
     windows = spec.pool_size[4 - len(state) :]
     pooled = (*state[:2], *(size // w for size, w in zip(state[2:], windows, strict=True)))
     if not _broadcasts(shape, state) or not _broadcasts(shape, pooled):
@@ -208,7 +206,7 @@ def state_broadcast(name: str, shape: Sequence[int], state: Sequence[int], spec:
 
 
 def state_shape(x: Tensor, channels: int, spec: CellSpec, dims: int) -> tuple[int, ...]:
-    """Shape of syn and mem for a checked input, into which a pooling window must fit."""
+    """Return the shape of syn and mem for a checked input; a pooling window must fit into it."""
     height, width = spec.state_size(x.shape[-2] if dims == 2 else 1, x.shape[-1])
     size = (height, width)[-dims:]
     if height < spec.pool_size[0] or width < spec.pool_size[1]:
@@ -220,8 +218,8 @@ def state_shape(x: Tensor, channels: int, spec: CellSpec, dims: int) -> tuple[in
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast computes in on a device type; None where autocast is off."""
-    # torch raises an error if it is asked about a device that has no autocast.
+    """The dtype of autocast on a device type; None if autocast is off."""
+    # For a device type without autocast, is_autocast_enabled raises an error.
     has_autocast = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     if has_autocast and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -231,9 +229,9 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 def input_tensor(
     x: Any, weight: Tensor, in_channels: int, batch_first: bool, dims: int, name: str
 ) -> Tensor:
-    """Check the input; returns it in the dtype of the states.
+    """Check the input, and return it in the dtype of the states.
 
-    `batch_first` says that the caller gave a sequence as (N, T, ...); here x is (T, N, ...).
+    `batch_first` says that the caller's sequence was (N, T, ...); here x is (T, N, ...).
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -256,10 +254,7 @@ def input_tensor(
 
 
 def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
-    """`tensor` in the dtype of states and spk, where the conversion loses nothing.
-
-    It is weight's dtype, but at least float32 under autocast.
-    """
+    """Convert `tensor` without loss to weight's dtype, or to at least float32 under autocast."""
     if tensor.device != weight.device:
         raise ValueError(
             f"{name} must be on weight's device {weight.device}, got one on {tensor.device}"
@@ -278,7 +273,7 @@ def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
 
 
 def _converts(dtype: torch.dtype, to: torch.dtype) -> bool:
-    """Whether numbers of `dtype` become numbers of the dtype `to` by themselves."""
+    """Whether torch's type promotion converts `dtype` to the dtype `to`."""
     try:
         return torch.promote_types(dtype, to) == to
     except RuntimeError:  # torch has no rule for float8, nor for wide unsigned integers
@@ -299,13 +294,13 @@ def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight:
         raise ValueError(
             f"{name} must have shape {tuple(shape)} (or (0,), which means zeros), "
             f"got {tuple(state.shape)}"
-            + ("; x is read as (T, N, ...): for (N, T, ...) there is batch_first" * sequence)
+            + ("; x is read as (T, N, ...): for (N, T, ...) use batch_first=True" * sequence)
         )
     return _converted(name, state, weight)
 
 
 def scalar_like(name: str, value: Any, x: Tensor, state: Sequence[int], spec: CellSpec) -> Tensor:
-    """Check a threshold or graded factor; returns it in x's dtype and on x's device."""
+    """Check a threshold or graded factor, and return it in x's dtype and on x's device."""
     if is_number(value):
         return torch.full((), float(value), dtype=x.dtype, device=x.device)
     if isinstance(value, Tensor):
@@ -325,7 +320,7 @@ def scalar_like(name: str, value: Any, x: Tensor, state: Sequence[int], spec: Ce
 
 
 def dtype_source(conv: Any, x: Any, default: Any) -> Tensor:
-    """A tensor of a foreign conv's dtype and device: a parameter, x, or `default`."""
+    """A tensor with the dtype and device of the user's conv: a parameter, x, or `default`."""
     for parameter in conv.parameters() if isinstance(conv, nn.Module) else ():
         if parameter.dtype in DTYPES:
             return parameter
@@ -333,11 +328,11 @@ def dtype_source(conv: Any, x: Any, default: Any) -> Tensor:
 
 
 def weight_tensor(weight: Any) -> tuple[int, int]:
-    """Check a weight; returns (Cin, C)."""
+    """Check a weight, and return (Cin, C)."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {weight!r}")
     if weight.dtype not in DTYPES:
-        raise TypeError(f"weight must be of one of {NAMES_OF_DTYPES}, got {weight.dtype}")
+        raise TypeError(f"weight must have one of the dtypes {NAMES_OF_DTYPES}, got {weight.dtype}")
     channels = weight.shape[0] // 4 if weight.dim() == 4 else 0
     if channels == 0 or weight.shape[0] % 4 or weight.shape[1] < channels:
         raise ValueError(f"weight must have shape (4C, Cin + C, kh, kw), got {tuple(weight.shape)}")
@@ -345,7 +340,7 @@ def weight_tensor(weight: Any) -> tuple[int, int]:
 
 
 def check_bias(bias: Any, weight: Tensor, gates: int) -> None:
-    """Check a bias, (4C,), of which `gates` is the size; autocast takes any floating dtype."""
+    """Check a bias, (4C,), where `gates` is 4C; autocast accepts any floating dtype."""
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a tensor or None, got {bias!r}")
     check_dense("bias", bias)
@@ -361,7 +356,7 @@ def check_bias(bias: Any, weight: Tensor, gates: int) -> None:
 
 
 class CheckedLengths(NamedTuple):
-    """Lengths that a stack has checked for sequences of `time` steps, and gives its layers."""
+    """Lengths that a stack checked for sequences of `time` steps, and passes to its layers."""
 
     lengths: Tensor
     time: int
@@ -370,10 +365,9 @@ class CheckedLengths(NamedTuple):
 def checked_lengths(
     lengths: Any, time: int, batch: int, device: torch.device, traced: bool
 ) -> Tensor:
-    """Check the steps of each sample, ints between 0 and T; returns them as int64, on `device`.
+    """Check the steps of each sample, ints between 0 and T, and return them as int64 on `device`.
 
-    Only numbers that the host has can be checked: on a GPU, and where torch.compile traces or a
-    transform is active, they are clamped.
+    Numbers that the host lacks (on a GPU, under torch.compile, in transforms) are only clamped.
     """
     if type(lengths) is CheckedLengths:
         lengths, before = lengths
@@ -408,15 +402,15 @@ def checked_lengths(
     return given.detach().to(device, torch.int64).clamp(0, time)  # a copy: the caller's may change
 
 
-# ---- tensors that autograd has saved -------------------------------------------------------------
+# ---- tensors that autograd saved -----------------------------------------------------------------
 
 
 def restored(
     tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A tensor that autograd has saved, in its dtype, on its device, and not lazily negated.
+    """Return a tensor that autograd saved in its old dtype and device, and not lazily negated.
 
-    Hooks on saved tensors, and assignments to ``.data``, may have changed shape or memory, too.
+    Hooks on saved tensors, and assignments to ``.data``, may also have changed shape or memory.
     """
     if tuple(tensor.shape) != tuple(shape):
         raise RuntimeError(

@@ -1,8 +1,7 @@
-"""What tells like calls apart, and the dictionaries of what follows from it.
+"""The keys of calls, and the dictionaries that they index.
 
-Entries have :func:`key_of`, which is wider: it also tells what decides between the kernels and the
-reference path. Plans have :func:`plan_key`: a cell that is trained and evaluated has several
-entries, and one plan.
+An entry's key, :func:`key_of`, includes what decides between kernels and reference path. A plan's,
+:func:`plan_key`, is narrower: a cell in training and evaluation has several entries, but one plan.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 OF_TORCH = {Tensor, nn.Parameter, type(None)}
-"""The types of a call's tensors that are of no subclass."""
+"""The types of a call's arguments, unless a tensor is of a subclass."""
 
 
 class BoundedDict(dict[K, V]):
     """A dictionary that drops all of its entries before it exceeds `max_entries`.
 
-    There is no lock, which a fork or a signal handler could find taken: threads that race for a key
-    may each make a value, and all of them use the first one.
+    It has no lock, because a fork or a signal handler could find it taken. Threads that race for a
+    key may each make a value, but all of them use the first one.
     """
 
     def __init__(self, max_entries: int = 1024) -> None:
@@ -35,18 +34,18 @@ class BoundedDict(dict[K, V]):
         self.max_entries = max_entries
 
     def keep(self, key: K, value: V) -> V:
-        """Store a value, if the key has none yet; returns the one that is stored."""
+        """Store a value if the key has none yet, and return the stored one."""
         if len(self) >= self.max_entries:
             self.clear()
         return self.setdefault(key, value)
 
 
 def key_of(call: Call) -> tuple[Any, ...] | None:
-    """All that is static of a call's tensors; None if the call has no key.
+    """The static properties of a call's tensors; None if the call has no key.
 
-    Tensors of subclasses have none, because their sizes may be symbols, and sparse ones, which have
-    no strides. The key leaves out values, addresses, the weight's strides, because it is packed by
-    its values, and lengths but for whether there are any.
+    Calls with tensors of subclasses have none, because sizes may be symbols, and neither have those
+    with sparse tensors, which have no strides. The key omits values, addresses, the weight's
+    strides, because its values are packed, and lengths, except whether there are any.
     """
     if not OF_TORCH.issuperset(map(type, call[:7])):
         return None
@@ -72,11 +71,10 @@ def key_of(call: Call) -> tuple[Any, ...] | None:
 def plan_key(
     call: Call, spec: CellSpec, operands: torch.dtype | None, settings: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """The key of a call that the kernels run; `operands` and `settings` are those of its plan.
+    """The key of the plan of a call; `operands` and `settings` are the plan's.
 
-    The key leaves out what :func:`key_of` leaves out, what follows from the rest, such as the
-    weight's shape from the spec and the channels of x and mem, and gradients: a plan runs both
-    passes.
+    It omits what :func:`key_of` omits, and what follows from the rest: the spec and the channels of
+    x and mem give the weight's shape. It also omits gradients, because a plan runs both passes.
     """
     x, syn, mem, threshold = call.x, call.syn, call.mem, call.threshold
     return (
@@ -87,7 +85,7 @@ def plan_key(
 
 
 def are_contiguous(call: Call) -> bool:
-    """Whether the core can read bias, threshold and graded factor where they lie."""
+    """Whether the core can read bias, threshold and graded factor without a copy."""
     return all(
         t is None or (t.dtype == call.x.dtype and t.is_contiguous() and not t.is_neg())
         for t in call[4:7]
@@ -95,6 +93,6 @@ def are_contiguous(call: Call) -> bool:
 
 
 def _key_of_numbers(tensor: Tensor) -> Any:
-    """What is static of a tensor that the kernels read as contiguous numbers."""
+    """The static properties of a tensor that the kernels read as contiguous numbers."""
     contiguous, negated = tensor.is_contiguous(), tensor.is_neg()
     return tensor.shape, tensor.dtype, tensor.device, contiguous, negated, tensor.requires_grad

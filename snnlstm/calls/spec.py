@@ -1,8 +1,8 @@
-"""The spec of a cell, and the check of each option: what describes a cell besides its tensors.
+"""The spec of a cell, which describes it besides its tensors, and the checks of its options.
 
-A check returns the argument in its normal form or raises: TypeError for a wrong type, ValueError
-for a wrong value. The message names the argument, what came and what is accepted. Nothing is
-modified before all checks have passed. The core knows a reset and a pool by their position in
+A check returns the normalised argument, or raises TypeError for a wrong type and ValueError for a
+wrong value. The message names the argument, what came and what is accepted. Nothing is modified
+before all checks have passed. The core identifies a reset and a pool by their position in
 :data:`RESETS` and :data:`POOLS` (csrc/args.h).
 """
 
@@ -28,7 +28,7 @@ Reset = Literal["subtract", "zero", "none"]
 Pool = Literal["none", "max", "avg"]
 
 RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
-"""The reset mechanisms; the position is ``reset_mechanism_val`` in a state_dict."""
+"""The reset mechanisms; ``reset_mechanism_val`` in a state_dict is a position here."""
 POOLS: tuple[Pool, ...] = ("none", "max", "avg")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """The dtypes of weight and states."""
@@ -45,7 +45,7 @@ def are_ours(surrogate: Any, quant: Any) -> bool:
 class CellSpec:
     """What a cell computes, besides its tensors.
 
-    Frozen and hashable, so that it can key a table; it holds no tensor of the computation.
+    A spec is frozen and hashable, so that it can be a key, and holds no tensor of a call.
     :class:`snnlstm.SConv2dLSTM` documents the arguments that the fields come from. Pairs are
     (height, width). The padding is always ``dilation * (kernel_size - 1) / 2`` and the state of an
     image of H x W is ``ceil(H / stride[0])`` x ``ceil(W / stride[1])``.
@@ -61,16 +61,16 @@ class CellSpec:
     quant: Any = None  # a callable that is no StateQuant needs the reference path
     inhibition: bool = False
     checkpoint: bool = False
-    # False: a plain ConvLSTM, without threshold, reset, pool or quantiser. In a sequence mem of
-    # each step stands in the place of spk, and a step call has no spk.
+    # False: a plain ConvLSTM, without threshold, reset, pool or quantiser. A sequence returns each
+    # step's mem instead of spk, and a step call returns no spk.
     spiking: bool = True
     padding: tuple[int, int] = field(init=False, repr=False, compare=False)
-    """Zeros on each side that keep the image size, height first."""
-    # An operator of torch.library takes all fields as this text, which from_text() reads.
+    """The zero padding on each side that keeps the image size, (height, width)."""
+    # Operators of torch.library get all fields as this text, which from_text() parses.
     serialized: str = field(default="", init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
-        return hash(self.serialized)  # a string computes its hash once, and every call asks for it
+        return hash(self.serialized)  # a string keeps its hash, which every call needs
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -101,7 +101,7 @@ class CellSpec:
     def __post_init__(self) -> None:
         (kh, kw), (dh, dw) = self.kernel_size, self.dilation
         object.__setattr__(self, "padding", (dh * (kh - 1) // 2, dw * (kw - 1) // 2))
-        # A trace of torch.compile may have symbols for numbers, so the text is made outside of it.
+        # A trace of torch.compile may hold symbols, not numbers, so the text is made outside it.
         if are_ours(self.surrogate, self.quant):
             spike, quant = self.surrogate, self.quant
             values = {name: getattr(self, name) for name in _NAMED}
@@ -133,7 +133,7 @@ def flag(name: str, value: Any) -> bool:
     """Check a yes-or-no argument: a bool, or one of the ints 0 and 1."""
     if isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1)):
         return bool(value)
-    if type(value).__name__ in ("bool", "bool_"):  # NumPy's, whose import this spares
+    if type(value).__name__ in ("bool", "bool_"):  # the latter is NumPy's, which is not imported
         return bool(value)
     raise TypeError(f"{name} must be a bool, got {value!r}")
 
@@ -157,10 +157,10 @@ def integer(name: str, value: Any) -> int:
 def pair(
     name: str, value: Any, dims: int, lengths: tuple[int, ...] = (), also: str = ""
 ) -> tuple[int, int]:
-    """Check an int or a sequence of `dims` ints, each at least 1; returns (height, width).
+    """Check an int or a sequence of `dims` ints, each at least 1, and return (height, width).
 
-    With a `dims` of 1 the height is 1. `lengths` are other lengths of the sequence that are
-    accepted, and `also` names other values that the argument accepts.
+    If `dims` is 1, the height is 1. `lengths` are other accepted lengths of the sequence, and
+    `also` names other accepted values in errors.
     """
     both = (value,) * dims if _is_int(value) else value
     ints = isinstance(both, (tuple, list)) and all(map(_is_int, both))
@@ -179,8 +179,8 @@ def kernel(name: str, value: Any, dims: int) -> tuple[int, int]:
     size = pair(name, value, dims)
     if size[0] % 2 == 0 or size[1] % 2 == 0:
         raise ValueError(
-            f"{name} must be odd, got {value!r}: the recurrent convolution has to keep the "
-            "size of the state, and with an even kernel no symmetric padding does"
+            f"{name} must be odd, got {value!r}: the recurrent convolution must keep the size "
+            "of the state, and no symmetric padding does so for an even kernel"
         )
     return size
 
@@ -282,10 +282,7 @@ def device_or_none(name: str, value: Any) -> torch.device | None:
 
 
 def warn_of_threshold(threshold: Any) -> None:
-    """Warn of a cell that cannot spike, or spikes in silence.
-
-    The warning names the line outside of this package that makes the cell.
-    """
+    """Warn, at the user's line, about a cell that cannot spike or that spikes without input."""
     if never_spikes(threshold):
         what = (
             "is never exceeded: mem = o * tanh(syn) is at most 1, so this cell never spikes. Use "
@@ -317,7 +314,7 @@ def never_spikes(threshold: Any) -> bool:
 
 
 def spikes_in_silence(threshold: Any) -> bool:
-    """Whether a mem of 0 exceeds a threshold, or some of a tensor of them."""
+    """Whether a mem of 0 exceeds the threshold, or any element of a threshold tensor."""
     if isinstance(threshold, Tensor):
         return not threshold.is_meta and bool((threshold.detach() < 0).any())
     return is_number(threshold) and bool(threshold < 0)
@@ -332,14 +329,14 @@ class Option(NamedTuple):
     name: str
     default: Any
     check: Callable[[Any, int], Any]
-    """Returns what is set, for a value and the dimensions of an image, 2 or 1."""
+    """Checks a value for images of 2 or 1 dimensions, and returns what the attribute becomes."""
     describes: bool = True
-    """Whether it says what a cell computes, so that :class:`CellSpec` depends on it."""
+    """Whether it affects what a cell computes, and therefore :class:`CellSpec`."""
     in_snntorch: bool = True
     """Whether snnTorch's cell has it, too."""
 
     def is_default(self, value: Any) -> bool:
-        """Whether an attribute has its default, also as a tuple."""
+        """Whether a value is the default, possibly as a tuple."""
         items = value if isinstance(value, tuple) else (value,)
         return all(item == self.default for item in items)
 
@@ -376,10 +373,10 @@ OPTIONS = {
 def make_spec(
     kernel_size: Any, *, dims: int = 2, spiking: bool = True, traced: bool = False, **given: Any
 ) -> CellSpec:
-    """Check the :data:`OPTIONS` that describe a cell, and put them into their normal form.
+    """Check and normalise the :data:`OPTIONS` that describe a cell.
 
-    `traced` says whether torch.compile traces. With a `dims` of 1 sizes are lengths. Equal
-    arguments are checked once, but for foreign callables, which a cache would keep alive.
+    `traced` says whether torch.compile traces. If `dims` is 1, sizes are lengths. Equal arguments
+    are checked once, except the user's callables, which a cache would keep alive.
     """
     disabled = flag("surrogate_disable", given.pop("surrogate_disable", False))
     spike = surrogate(given.pop("spike_grad", None), disabled, traced)
@@ -413,5 +410,5 @@ def _make_spec(
     )  # fmt: skip
 
 
-# The cache is typed, because stride=True, an error, must not find what stride=1 left.
+# The cache is typed, so that stride=True, an error, does not find the entry of stride=1.
 _cached_spec = lru_cache(maxsize=256, typed=True)(_make_spec)

@@ -1,1 +1,1 @@
-"""What depends on releases of snnTorch and of torch."""
+"""Code that depends on the releases of snnTorch and torch."""

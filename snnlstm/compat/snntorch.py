@@ -2,7 +2,7 @@
 
 This file has the classes that ours replace, the recognition of snnTorch's surrogates and
 quantisers, and the registry through which snnTorch's own ``reset_hidden`` and ``detach_hidden``
-reach our cells. If snnTorch is missing or broken, all the rest works.
+reach our cells. If snnTorch is missing or broken, everything else works.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def _captured(function: types.FunctionType) -> dict[str, Any]:
 def recognise_surrogate(
     spike_grad: Callable[[Tensor], Tensor],
 ) -> surrogate.Surrogate | Callable[[Tensor], Tensor]:
-    """Our surrogate for one of ``snntorch.surrogate``; any other callable unchanged.
+    """Return our surrogate for one of ``snntorch.surrogate``, any other callable unchanged.
 
-    snnTorch 1.0.0 makes closures, ``atan.<locals>.inner``, that hold their parameters. After it
-    come objects, such as an ``ATanSurrogate`` with the attribute ``alpha``. Either is recognised by
-    its name, by its parameters, which must be plain numbers, and by what it computes.
+    snnTorch 1.0.0 makes closures, ``atan.<locals>.inner``, that hold their parameters. Later
+    versions make objects, such as an ``ATanSurrogate`` with the attribute ``alpha``. Both are
+    recognised by name, by parameters, which must be plain numbers, and by what they compute.
     """
     kind = None if isinstance(spike_grad, nn.Module) else _kind(spike_grad)
     if kind is None:
@@ -57,11 +57,10 @@ def recognise_surrogate(
 def recognise_traced(
     spike_grad: Callable[[Tensor], Tensor],
 ) -> surrogate.Surrogate | Callable[[Tensor], Tensor]:
-    """What :func:`recognise_surrogate` returns of a closure, while torch.compile traces.
+    """Recognise a closure as :func:`recognise_surrogate` does, while torch.compile traces.
 
-    The compiler reads a function's code and the numbers that it holds, but no names. The function
-    was tried once for its kind, outside the trace. Closures that the traced code itself has made,
-    and objects, stay unchanged.
+    The compiler can read a function's code and numbers, but no names. Each kind is tried once,
+    outside the trace. Closures that the traced code itself makes, and objects, stay unchanged.
     """
     if not isinstance(spike_grad, types.FunctionType):
         return spike_grad
@@ -81,7 +80,7 @@ def recognise_traced(
 
 
 def refuse_traced(state_quant: Callable[[Tensor], Tensor]) -> None:
-    """Refuse snnTorch's quantisers while torch.compile traces, which cannot go through them."""
+    """Refuse snnTorch's quantisers, which torch.compile cannot trace, while it traces."""
     if isinstance(state_quant, types.FunctionType):
         code = state_quant.__code__
         if code.co_freevars == ("levels",) and "StateQuant" in code.co_names:
@@ -106,7 +105,7 @@ _KINDS |= {long: _KINDS[_folded(short)] for long, short in _LONG_NAMES.items()}
 
 
 def _kind(function: object) -> surrogate.Kind | None:
-    """The row that a function or an instance of snnTorch's is named after."""
+    """The kind of surrogate that a function or an object of snnTorch's has in its name."""
     named: Any = function if isinstance(function, types.FunctionType) else type(function)
     if str(named.__module__).partition(".")[0] != "snntorch":
         return None
@@ -117,7 +116,7 @@ _POINTS = [0.0 if k == 7 else 0.3 * k - 2.9 for k in range(21)]
 
 
 def _alone(function: Callable[..., bool], *arguments: Any) -> bool:
-    """Call a function in a thread, which no mode, hook or transform of the caller's reaches."""
+    """Call a function in a new thread, without the caller's modes, hooks and transforms."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(function, *arguments).result()
 
@@ -151,10 +150,10 @@ def _agree(theirs: Callable[[Tensor], Tensor], ours: Any, points: Any) -> bool:
 def recognise_quant(
     state_quant: Callable[[Tensor], Tensor],
 ) -> StateQuant | Callable[[Tensor], Tensor]:
-    """Our quantiser for one of ``snntorch.functional.quant``; any other callable unchanged.
+    """Return our quantiser for one of ``snntorch.functional.quant``, other callables unchanged.
 
     snnTorch 1.0.0 makes closures, which hold their levels. An object may hold its levels, or the
-    arguments of snnTorch's function. Either is recognised by its name and by what it computes.
+    arguments of snnTorch's function. Both are recognised by name and by what they compute.
     """
     closure = state_quant if isinstance(state_quant, types.FunctionType) else None
     named: Any = closure or type(state_quant)
@@ -211,7 +210,7 @@ def _is_released(name: str) -> bool:
     return isinstance(recognise_surrogate(made), surrogate.Surrogate)
 
 
-# torch.compiler.assume_constant_result sets this, too, but importing it loads the compiler.
+# torch.compiler.assume_constant_result sets this flag, but its import loads the compiler.
 _is_released._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -228,16 +227,16 @@ SEQUENCE_NEURONS: tuple[type[nn.Module], ...] = tuple(
     for name in ("StateLeaky", "LinearLeaky", "AssociativeLeaky", "LeakyParallel")
     if (kind := _their_class(name)) is not None
 )
-"""snnTorch's neurons that take a whole sequence, (T, N, C), and keep nothing of it."""
+"""snnTorch's neurons that take a whole sequence, (T, N, C), and keep no state."""
 
 Base: Any = _their_class("SConv2dLSTM") or nn.Module
-"""snnTorch's cell, so that isinstance, utils.reset and BPTT know ours; or nn.Module."""
+"""snnTorch's cell, so that isinstance, utils.reset and BPTT recognise ours; or nn.Module."""
 
 TheirLeaky: Any = _their_class("Leaky") or nn.Module
 """snnTorch's leaky integrate-and-fire neuron, or nn.Module."""
 
 STATE_FUNCTIONS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
-"""The methods that compute a reset, and its name; ``state_function`` is one of them."""
+"""The name of the reset that each method computes; ``state_function`` is one of these methods."""
 
 
 _METHODS = (
@@ -248,10 +247,10 @@ _RELEASED: dict[Any, tuple[Any, dict[str, Any]]] = {
     kind: (kind.forward, {name: getattr(kind, name) for name in _METHODS if hasattr(kind, name)})
     for kind in (Base, TheirLeaky)
 }
-"""The methods with which each class computes, as this package found them."""
+"""The methods with which each class computes, as they were at import."""
 
 COMPARED: dict[Any, Callable[[str], Any]] = {}
-"""For each class a function that returns, for a reset, what both libraries make of few numbers."""
+"""For each class, a function that returns both libraries' results for a reset and a few numbers."""
 
 _follow: dict[Any, bool] = {}
 
@@ -259,7 +258,7 @@ _follow: dict[Any, bool] = {}
 def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
     """Why a layer does not compute what `kind` of snnTorch 1.0.0 does; None if it does.
 
-    `called` are the methods that ours calls, too, so that a layer may have its own.
+    A layer may replace the methods in `called`, because ours calls them, too.
     """
     own, ours, (forward, released) = layer.__dict__, type(layer), _RELEASED[kind]
     if kind.forward is not forward or "forward" in own:
@@ -280,7 +279,7 @@ def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
 
 
 def _follows(kind: Any) -> bool:
-    """Whether the installed class computes what that of 1.0.0 does, and ours; found once."""
+    """Whether the installed class computes what 1.0.0's and ours do; checked once."""
     if kind not in _follow:
         _follow[kind] = _alone(_results_agree, COMPARED[kind])
     return _follow[kind]
@@ -303,7 +302,7 @@ _alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
     """The registered cells of a class that are alive.
 
-    The list is made without a lock, which a fork or a signal handler could find taken. Other
+    The list is made without a lock, because a fork or a signal handler could find it taken. Other
     threads may make and drop cells meanwhile.
     """
     cells = [reference() for reference in _alive.valuerefs()]
@@ -311,11 +310,10 @@ def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
 
 
 class StandIn(weakref.ref):
-    """What stands for a cell in snnTorch's list, and does not keep the cell alive.
+    """A stand-in for a cell in snnTorch's list, which does not keep the cell alive.
 
-    What snnTorch does to the cells of its list reaches the cell as long as the cell lives. A cell
-    may go while another thread walks the list: the stand-in then accepts everything that is done
-    to it, where a weakref.proxy would raise.
+    It passes on whatever snnTorch does to it while the cell lives. If the cell dies while another
+    thread walks the list, it accepts every access, where a weakref.proxy would raise.
     """
 
     __slots__ = ("_vacancy",)
@@ -326,11 +324,11 @@ class StandIn(weakref.ref):
         object.__setattr__(self, "_vacancy", iter((True,)))
 
     def gives_way(self) -> bool:
-        """Whether the cell has gone; True only once, so that one thread takes its place."""
+        """Whether the cell has died; True only once, so that only one thread takes its place."""
         return self() is None and next(self._vacancy, False)
 
     @property  # type: ignore[misc]  # writable in object
-    def __class__(self) -> type:  # isinstance asks for this attribute
+    def __class__(self) -> type:  # isinstance reads this attribute
         cell = self()
         return StandIn if cell is None else type(cell)
 
@@ -349,8 +347,8 @@ class StandIn(weakref.ref):
 def register(cell: nn.Module) -> None:
     """Let the classmethods of both libraries reach a cell, without keeping the cell alive.
 
-    snnTorch walks ``SpikingNeuron.instances`` in its reset_hidden and detach_hidden, by position:
-    the list never becomes shorter, and a new cell takes the place of one that has gone.
+    snnTorch's reset_hidden and detach_hidden walk ``SpikingNeuron.instances`` by position, so the
+    list never becomes shorter, and a new cell takes the place of a dead one.
     """
     _alive[id(cell)] = cell
     instances, mine = _instances(), StandIn(cell)
@@ -362,14 +360,14 @@ def register(cell: nn.Module) -> None:
 
 
 def take_out(cells: Collection[nn.Module]) -> None:
-    """Take cells out of snnTorch's list, which would hold its own for ever.
+    """Remove cells from snnTorch's list, which would keep its own cells alive forever.
 
     The list keeps its length, because another thread may be walking it by position.
     """
     ids, instances = {id(cell) for cell in cells}, _instances()
     for position, one in enumerate(instances):
         if id(one() if type(one) is StandIn else one) in ids:
-            instances[position] = StandIn(nn.Module())  # whose module has gone
+            instances[position] = StandIn(nn.Module())  # whose module is dead
 
 
 def clear_registries() -> None:

@@ -1,8 +1,8 @@
-"""The functions of torch that are private to it, each with what takes its place where it is gone.
+"""torch's private functions, each with a replacement for versions of torch that lack it.
 
-Other files take them from here, and use methods and attributes of tensors and modules that are
-private, such as ``_is_view``, where they need them. What is gone costs time, or a feature, and
-never a right result without a word: the log then says once what is lost.
+Other files import the functions from here; private methods and attributes of tensors and modules,
+such as ``_is_view``, they use directly. A missing function may cost time or a feature, but never
+makes a result wrong without notice: the log says once what is lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger("snnlstm")
 
 
 def _find(path: str, instead: Any, lost: str = "") -> Any:
-    """What `path` names in torch, or `instead` of it; `lost` is what no longer works then."""
+    """Return what `path` names in torch, else `instead`; the log then names what is `lost`."""
     try:
         return reduce(getattr, path.split("."), torch)
     except AttributeError:
@@ -60,10 +60,10 @@ recorder: Callable[[], Any] = partial(
     _find("_C._get_dispatch_mode", lambda _: None, _LOST),
     _find("_C._TorchDispatchModeKey.PROXY", None),
 )
-"""What torch.fx.experimental.proxy_tensor.make_fx records with; None if it is not recording."""
+"""The mode in which torch.fx.experimental.proxy_tensor.make_fx records; None if it does not."""
 
 forward_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level", -1)
-"""Level of forward-mode differentiation; -1 if it is not active, and without torch's word."""
+"""Level of forward-mode differentiation; -1 if it is not active, or if torch does not say."""
 
 backward_pass: Callable[[], int] = _find(
     "_C._current_graph_task_id",
@@ -94,36 +94,36 @@ global_hooks: Callable[[], Any] = getattr(nn_module, "_has_any_global_hook", _gl
 opaque: Callable[[Any], Any] = _find(
     "_disable_dynamo", lambda function: function, "compiled autograd fails in a cell's pass"
 )
-"""The function as one that torch.compile does not trace; torch.compiler.disable imports dynamo."""
+"""Makes torch.compile skip a function; torch.compiler.disable would import dynamo."""
 
 # ---- tensors within transforms -------------------------------------------------------------------
 
 NO_LEVEL = -1
 
 level_of: Callable[[Tensor], int] = _find("_C._functorch.maybe_get_level", lambda _: NO_LEVEL)
-"""Level of the transform of torch.func that has wrapped a tensor.
+"""Level of the transform of torch.func that wrapped a tensor.
 
-It is NO_LEVEL for a plain tensor, and less than that where a derivative has ended.
+It is NO_LEVEL for a plain tensor, and less than that if a derivative has ended.
 """
 
 is_batch: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", _never)
-"""Whether a gradient is one of many at once, as with is_grads_batched=True."""
+"""Whether a gradient is batched, as with is_grads_batched=True."""
 
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 current_stream: Callable[[int], int] = _find(
     "_C._cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
 )
-"""The current stream of the GPU of a number, as an address."""
+"""The address of the current stream of a GPU, which is given by number."""
 
 driver_version: Callable[[], int | None] = _find("_C._cuda_getDriverVersion", lambda: None)
-"""Newest CUDA version that the driver runs, 1000 * major + 10 * minor; 0 or None if not known."""
+"""Newest CUDA version that the driver runs, 1000 * major + 10 * minor; 0 or None if unknown."""
 
 fp32_precision: Callable[[str, str], str] | None = _find("_C._get_fp32_precision_getter", None)
-"""What torch.backends.cudnn.conv.fp32_precision asks, ten times as fast; torch 2.9 and newer."""
+"""Reads torch.backends.cudnn.conv.fp32_precision ten times as fast; torch 2.9 and newer."""
 
 convolution: Callable[..., Tensor] | None = _find("_convolution", None)
-"""torch's convolution with its settings as arguments; without it those of the process hold."""
+"""torch's convolution with its settings as arguments; without it the process's settings apply."""
 
 # ---- guards --------------------------------------------------------------------------------------
 
@@ -134,9 +134,9 @@ def _guard(guards: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def tells_apart(guards: Any) -> bool:
-    """Whether a class like TensorGuards knows like tensors, and refuses those that differ.
+    """Whether a class such as TensorGuards accepts similar tensors, and refuses those that differ.
 
-    What it knows is not checked again, and its memory is read as that of the first tensor.
+    Tensors that it accepts are not checked again, and are read with the layout of the first one.
     """
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         like = torch.zeros(2, 3, dtype=torch.float32)
@@ -158,10 +158,10 @@ if not tells_apart(_guards):
 
 
 def guard_of(tensors: Sequence[Tensor]) -> Any:
-    """torch's own check of tensors: ``check(*others)`` says whether others are like these.
+    """Return torch's own check of tensors: ``check(*others)`` says whether others match these.
 
-    They are if type, dtype, device, sizes, strides and requires_grad are equal, and what torch's
-    dispatcher goes by: layout, lazy negation, autocast, torch.func, tracing. A tensor that occurs
-    twice is never like others. A torch without such a check gets None.
+    Tensors match if type, dtype, device, sizes, strides and requires_grad are equal, and also what
+    torch's dispatcher uses: layout, lazy negation, autocast, torch.func, tracing. A tensor that
+    occurs twice never matches. The result is None if torch has no such check.
     """
     return None if _guards is None else _guard(_guards, tensors)

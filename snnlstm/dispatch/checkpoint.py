@@ -16,17 +16,17 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 def may_checkpoint() -> bool:
-    """Whether a backward pass may come, and torch's checkpoint runs: torch.func's refuse it."""
+    """Whether a backward pass may follow, and torch's checkpoint works: torch.func refuses it."""
     return torch.is_grad_enabled() and not transforms_are_active()
 
 
 def in_segments(call: Call, run: Callable[[Call], Three], foreign: bool, traced: bool) -> Three:
-    """Run a call in segments of some sqrt(T) steps, each by `run`; returns spk, syn and mem.
+    """Run a call in segments of about sqrt(T) steps, each by `run`; return spk, syn and mem.
 
-    Saved for the backward pass are the states between the segments only; the gates of one segment
-    at a time are computed again, just before their gradients (Chen et al. 2016, "Training deep nets
-    with sublinear memory cost"). `foreign` says that code of the user's takes part, which may draw
-    random numbers: in both passes the same ones.
+    Only the states between segments are saved for the backward pass, which computes the gates of
+    one segment at a time again, just before their gradients (Chen et al. 2016, "Training deep nets
+    with sublinear memory cost"). `foreign` says that the user's code takes part; if it draws random
+    numbers, they are the same in both passes.
     """
 
     def segment(time: int, *tensors: Any) -> Three:
@@ -34,15 +34,15 @@ def in_segments(call: Call, run: Callable[[Call], Three], foreign: bool, traced:
         return run(part if traced else _restored(part, call, time))
 
     weight, bias, threshold, graded, lengths = call[3:8]
-    if threshold is not None:  # the user may write to the threshold before the backward pass
+    if threshold is not None:  # the user may modify the threshold before the backward pass
         threshold = threshold.clone()
-    # A step saves 5 state-sized tensors and a boundary 2: segments of this length keep the fewest.
+    # A step saves 5 state-sized tensors and a boundary 2; this segment length saves the fewest.
     steps = max(1, round((0.4 * call.x.shape[0]) ** 0.5)) if call.sequence else 1
     pieces = call.x.split(steps) if call.sequence and call.x.shape[0] else (call.x,)
     syn, mem, results = call.syn, call.mem, []
     for k, x in enumerate(pieces):
         left = None if lengths is None else (lengths - k * steps).clamp(0, x.shape[0])
-        # All tensors are arguments, so that torch notices if one is written to meanwhile.
+        # All tensors are arguments, so that torch notices if one is modified meanwhile.
         out = checkpoint(
             segment, x.shape[0], x, syn, mem, weight, bias, threshold, graded, left,
             use_reentrant=False, preserve_rng_state=foreign,
@@ -58,7 +58,7 @@ def in_segments(call: Call, run: Callable[[Call], Three], foreign: bool, traced:
 
 
 def _restored(part: Call, call: Call, time: int) -> Call:
-    """The tensors of a segment of a call, whatever hooks on saved tensors have brought back."""
+    """Restore the tensors of a call's segment, which hooks on saved tensors may have changed."""
     shapes: list[Any] = [None if t is None else t.shape for t in call[:8]]
     if call.sequence:
         shapes[0] = (time, *call.x.shape[1:])

@@ -1,7 +1,7 @@
-"""The look-up of a call, and running it.
+"""Looks up the entry of a call, and runs the call.
 
-All that is static of a call is its key. Behind it stands an :class:`Entry`, which has the plan of
-the native kernels, or the reason for :mod:`snnlstm.reference`. The process has one table of them.
+The key of a call holds its static properties. The :class:`Entry` of a key has the plan of the
+native kernels, or the reason for :mod:`snnlstm.reference`. The process has one table of entries.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .path import NATIVE_PATHS, Path, kernels, native_path, operators, static_re
 
 
 class Entry:
-    """What follows from all that is static of a call, each static check passed.
+    """What follows from the static properties of a call that has passed all static checks.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Entry:
     in_float32 : bool
         Whether each step of a half type runs in float32, as a call of its own.
     plan : Plan or None
-        Of the native kernels, once they have run.
+        The native kernels' plan, once they have run.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Entry:
                 self.fallback = reason and Path("reference", reason, slow=True)
 
     def guard(self, call: Call) -> None:
-        """Let :meth:`serves` know calls like this one."""
+        """Make :meth:`serves` recognise calls like this one."""
         if call.lengths is None and not any_autocast():
             tensors = _present(call)
             self._guard = guard_of(tensors)
             self._guarded = _guarded(call, tensors, self.settings)
 
     def serves(self, call: Call, settings: Any) -> bool:
-        """Whether all that is static of a call is as in the one that was guarded."""
+        """Whether a call has the static properties of the guarded one."""
         if self._guard is None or call.lengths is not None:
             return False
         tensors = _present(call)
@@ -86,14 +86,14 @@ def _present(call: Call) -> Sequence[Tensor]:
 
 
 def _guarded(call: Call, tensors: Sequence[Tensor], settings: Any) -> tuple[Any, ...]:
-    """What is static of a call beside its tensors."""
+    """The static properties of a call besides those of its tensors."""
     return call.record, torch.is_grad_enabled(), settings, len(tensors)
 
 
 def _key(call: Call, spec: CellSpec, settings: Any) -> Any:
     """The key of a call, with the settings last; None if it has none.
 
-    A spec with foreign callables has none: the table would keep them alive.
+    A spec with the user's callables has none, because the table would keep them alive.
     """
     tensors = key_of(call) if spec.serialized else None
     return None if tensors is None else (spec, tensors, settings)
@@ -112,7 +112,7 @@ def _operands(call: Call) -> torch.dtype | None:
 
 
 def entry_of(call: Call, spec: CellSpec, settings: Any, checked: bool = True) -> Any:
-    """The entry of a call, looked up, or made if the call was `checked`; else None."""
+    """Look up the entry of a call, or make it if the call was `checked`; else return None."""
     key = _key(call, spec, settings)
     entry = _entries.get(key)
     if entry is None and checked:
@@ -127,7 +127,7 @@ def entry_of(call: Call, spec: CellSpec, settings: Any, checked: bool = True) ->
 
 
 Results = tuple[Tensor, Tensor, Tensor, Path]
-"""spk, syn and mem, and what ran."""
+"""spk, syn and mem, and the path that ran."""
 
 
 def run(
@@ -140,11 +140,11 @@ def run(
 ) -> Any:
     """Run a call; returns :data:`Results`.
 
-    A call that was not `checked` runs only if one like it was: otherwise None is returned.
-    `last` holds the caller's last entry as ``_entry``, and `now` is :func:`path.recorded_now`'s.
+    A call that was not `checked` runs only if one like it was; otherwise the result is None.
+    `last` holds the caller's last entry as ``_entry``, and `now` is from :func:`path.recorded_now`.
     """
     settings = _settings(call.x)
-    if overrides is not None:  # a call with foreign code shares no entry
+    if overrides is not None:  # a call with the user's code shares no entry
         entry: Any = Entry(call, spec, settings, overrides)
     else:
         entry = last.get("_entry")
@@ -164,7 +164,7 @@ def run_traced(
 ) -> Results:
     """Run a call that torch.compile traces.
 
-    The name of a native path says what kind of kernels run; which of them is known afterwards.
+    A native path's name says which kind of kernels run; the exact ones are known afterwards.
     """
     algorithm = algorithms.current
     path = now or static_reason(call, spec, algorithm, overrides, True)
@@ -199,7 +199,7 @@ def _run_in_segments(
 
 
 def _is_foreign(spec: CellSpec, overrides: Overrides | None) -> bool:
-    """Whether code of the user's takes part in a call."""
+    """Whether the user's code takes part in a call."""
     return overrides is not None or not are_ours(spec.surrogate, spec.quant)
 
 

@@ -1,7 +1,7 @@
-"""Why the reference path runs a call, if it does.
+"""The reasons why the reference path runs a call.
 
-A :class:`Path` is the answer, which a module shows as ``cell.path``. What holds for all like calls
-is found once (:func:`static_reason`), and the rest is asked in every call
+A :class:`Path` holds the answer, which a module shows as ``cell.path``. A reason that holds for all
+similar calls is found once (:func:`static_reason`), and every call checks for the others
 (:func:`asked_every_call`). The log names the first slow path of a cell.
 """
 
@@ -51,7 +51,7 @@ class Path:
         Whether the call fell back to the reference path although the caller could expect the native
         kernels. A cell's first such path is logged.
     general : bool, default False
-        Whether the reason lies in the installation, the machine or hooks, which tools set on all
+        Whether the reason lies in the installation, the machine, or hooks that tools set on all
         modules. Each such reason is logged once per process.
     """
 
@@ -72,8 +72,8 @@ class Path:
 class LastPath:
     """The attribute ``path`` of a module, which tells what ran its last call.
 
-    It has no setter: a module on which the user sets a `path`, also a submodule or a tensor, keeps
-    the user's, and only the log names slow paths.
+    It has no setter: a `path` that the user sets on a module, even a submodule or a tensor, stays,
+    and then only the log names slow paths.
     """
 
     def __get__(self, module: nn.Module | None, owner: type | None = None) -> Path | None:
@@ -105,7 +105,7 @@ except ImportError as error:
 
 @lru_cache(maxsize=64)
 def native_path(name: str) -> Path:
-    """Path of a call that the native kernels called `name` ran."""
+    """The path of a call that the native kernels `name` ran."""
     return Path(name, _NATIVE_REASON)
 
 
@@ -133,10 +133,7 @@ REPLACED, CONV_HOOKS = "forward was replaced", f"conv {HOOKS}"
 
 
 def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> str | None:
-    """What makes a call of the module more than its class's forward; None if nothing does.
-
-    Forward hooks of a `harmless` type do not count.
-    """
+    """Why a call runs more than the class's forward and `harmless` hooks; None if it does not."""
     attributes = module.__dict__
     hooks = attributes["_forward_hooks"]
     if (
@@ -159,9 +156,8 @@ def reason_against_conv(
 ) -> str | None:
     """Why the kernels cannot stand in for a call of the cell's `conv`; None if they can.
 
-    They can where `conv` is a plain instance of `kind` of the geometry of `spec` (and of
-    `weight_shape`, if given) whose forward was neither replaced nor hooked: only then is calling it
-    the same as using its weight.
+    They can if `conv` is a plain `kind` with the geometry of `spec` (and `weight_shape`, if given),
+    neither replaced nor hooked: only then does a call of it merely convolve with its weight.
     """
     if type(conv) is not kind:
         return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
@@ -200,16 +196,15 @@ def asked_every_call(
     mem_reset: Any = None,
     traced: bool = False,
 ) -> tuple[Path | None, Overrides | None]:
-    """What no key of a call tells: :func:`recorded_now`, and the foreign code that takes part.
+    """Return what no key holds: the result of :func:`recorded_now`, and the user's code.
 
-    The second is None where the cell and its conv are plain. `channels`, Cin and C, are given where
-    the weight's shape is not known to fit. `fire` and `mem_reset` are methods that a subclass or
-    the cell itself overrides.
+    The second is None if the cell and its conv are plain. `channels`, Cin and C, are given if the
+    weight's shape may not fit. `fire` and `mem_reset` are methods that the cell or class overrides.
 
     Raises
     ------
     ValueError
-        If the cell has a stride, which needs a plain conv.
+        If the cell has a stride, which needs a plain conv, and its conv is not plain.
     """
     now, shape = recorded_now(traced), None
     if channels is not None:
@@ -226,7 +221,7 @@ def asked_every_call(
 
 
 def reason_now() -> Path | None:
-    """Why plain torch must run a call that has no key: something records it, or the user says so.
+    """Why plain torch must run a call that has no key: something records it, or the user chose so.
 
     The user's choice is no fallback, so the log does not name it. It holds for every device.
     """
@@ -234,7 +229,7 @@ def reason_now() -> Path | None:
 
 
 def recorded_now(traced: bool = False) -> Path | None:
-    """Why plain torch must run any call now: because something records or transforms it."""
+    """Why plain torch must run any call now: something records or transforms it."""
     if exporting():
         return EXPORT
     if transforms_are_active():
@@ -250,14 +245,14 @@ def recorded_now(traced: bool = False) -> Path | None:
 def static_reason(
     call: Call, spec: CellSpec, algorithm: str, overrides: Overrides | None, traced: bool = False
 ) -> Path | None:
-    """Why the reference path must run a call and all like calls; None where the kernels can.
+    """Why the reference path must run a call and all similar calls; None if the kernels can.
 
-    The first reason counts. Those that no user can change for the better come first.
+    The first reason counts. Reasons that no user can remove come first.
     """
     if algorithm == "reference":
         return _CHOSEN
     device, threshold, graded = call.x.device, call.threshold, call.graded
-    if overrides is not None and overrides.conv is not None:  # a foreign conv may have no weight
+    if overrides is not None and overrides.conv is not None:  # the user's conv may have no weight
         call = call._replace(weight=call.x)
     if not traced:
         if not OF_TORCH.issuperset(map(type, call[:7])):
@@ -299,7 +294,7 @@ network around 32->1 0.7 (benchmarks/NOTES.md). AMX multiplies 32 numbers of bfl
 
 
 def _faster_in_torch(call: Call, algorithm: str) -> Path | None:
-    """Why torch's convolutions should run, where they multiply at twice the kernels' rate or more.
+    """Why torch should run a call, if its convolutions are at least twice as fast as the kernels'.
 
     Any algorithm but "auto" forces the kernels.
     """
@@ -320,7 +315,7 @@ def _faster_in_torch(call: Call, algorithm: str) -> Path | None:
 
 
 def against_device(device: torch.device, traced: bool = False) -> Path | None:
-    """Why the reference path runs all calls on a device; None where the kernels can."""
+    """Why the reference path runs all calls on a device; None if the kernels can."""
     if device.type not in ("cpu", "cuda"):
         also = "; the CPU has native kernels" if device.type == "mps" and kernels else ""
         return Path("reference", f"there are no kernels for device {device.type}{also}", slow=True)
@@ -334,11 +329,11 @@ def against_device(device: torch.device, traced: bool = False) -> Path | None:
 
 
 _logged: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
-"""What was logged of a module, or of this package, for which :class:`Path` stands."""
+"""The topics that were logged of a module, or of this package, as which :class:`Path` serves."""
 
 
 def log_once(module: nn.Module | None, topic: str, text: str, *args: Any) -> None:
-    """Log a warning, if it is the first on a topic of a module, or of this process if None."""
+    """Log a warning once per topic and module, or once per process if `module` is None."""
     logged = _logged.setdefault(Path if module is None else module, set())
     if topic not in logged:
         logged.add(topic)

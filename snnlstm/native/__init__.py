@@ -1,6 +1,6 @@
-"""The compiled core, and all that calls it: no other package imports ``snnlstm._C``.
+"""The compiled core and its callers: no other package imports ``snnlstm._C``.
 
-:mod:`~snnlstm.native.function` runs a call, and finds its plan.
+:mod:`~snnlstm.native.function` finds the plan of a call, and runs the call.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ WAYS_OUT = (
     "run Python in another folder, where it finds what `pip install .` has installed, or run "
     "`pip install -e .` in the checkout"
 )
-"""What helps where a checkout has no core: Python takes its sources before what is installed."""
+"""Ways out if a checkout has no core: Python prefers its sources to an installed package."""
 
 
 def checkout() -> Path | None:

@@ -32,7 +32,7 @@ from .tensors import pointer, readable
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/args.h
 
 ONE_THREAD = not _C.openmp_library()
-"""Whether no OpenMP runtime of torch's was found, whose threads the kernels would use."""
+"""Whether the kernels use one thread, because no OpenMP runtime of torch's was found."""
 
 isa = _C.isa_name()
 
@@ -48,12 +48,11 @@ def set_isa(name: str) -> None:
 
 
 class PackedWeight:
-    """A weight in the layouts that the kernels read, and the copy of it that they are made from.
+    """A copy of a weight, and the layouts made from it, which the kernels read.
 
     ``max_tile_inputs`` is the side of the largest Winograd tile whose rounding errors stay small
-    over long sequences, or 0 if there is none. ``GAINS`` has the sides, each with the largest gain
-    that it admits: the gates' root mean square per unit of input. nn.Conv2d's initial weights have
-    0.58.
+    over long sequences, or 0 if there is none. ``GAINS`` has the largest gain that each side
+    admits: the gates' root mean square per unit of input, 0.58 for nn.Conv2d's initial weights.
     """
 
     GAINS: ClassVar = {8: 1.5, 6: 3.0}
@@ -75,25 +74,21 @@ class PackedWeight:
         self.layouts: dict[tuple[int, str], tuple[int, Tensor]] = {}
 
     def holds(self, weight: Tensor) -> bool:
-        """Whether these are the values of a contiguous weight of this shape."""
+        """Whether a contiguous weight of this shape has the copied values."""
         same = weight.dtype is self.copy.dtype
         return same and _C.same(weight.data_ptr(), self.address, self.bytes)
 
     def pack(self, a_pass: Pass, key: tuple[int, str], size: int) -> tuple[int, Tensor]:
-        """Make a layout that a pass reads, once for the weight's values: it lives as long as this.
-
-        Returns its address, and its memory.
-        """
+        """Make a layout that a pass reads, keep it here, and return its address and memory."""
         source = self.copy.float() if self.copy.dtype in HALF_TYPES else self.copy
         layout = pool.empty((size,), torch.uint8)
         a_pass.core.pack(key[0], source.data_ptr(), layout.data_ptr())
-        # A layout is published after packing; setdefault keeps the first of two racers'.
+        # A layout is published after packing; setdefault keeps the first of two threads' layouts.
         return self.layouts.setdefault(key, (layout.data_ptr(), layout))
 
 
-# The living packed weights, by storage and by place: many weights may lie in one storage.
-# Tensors do not serve as keys, because torch refuses to swap the contents of tensors that have weak
-# references.
+# The packed weights in use, by storage and place: one storage may hold many weights. Tensors cannot
+# be keys, because torch refuses to swap the contents of tensors with weak references.
 _packed: WeakKeyDictionary[torch.UntypedStorage, BoundedDict[Any, PackedWeight]] = (
     WeakKeyDictionary()
 )
@@ -102,9 +97,9 @@ _packed: WeakKeyDictionary[torch.UntypedStorage, BoundedDict[Any, PackedWeight]]
 def packed_weight(weight: Tensor, last: PackedWeight | None = None) -> PackedWeight:
     """The packed form of a weight, looked up or made; `last` is a guess, which saves the look-up.
 
-    Neither addresses nor version counters tell whether the weight's values are those that were
-    packed: ``weight.data.add_(...)`` changes neither of them. So the values are compared byte for
-    byte, which takes one to three hundredths of a step, or more if a wide layer has small images.
+    Neither addresses nor version counters show whether the weight's values are the packed ones:
+    ``weight.data.add_(...)`` changes neither of them. So the values are compared byte by byte,
+    which takes 1 to 3 % of a step, or more if a wide layer has small images.
     """
     contiguous = weight if weight.is_contiguous() else readable(weight).contiguous()
     if last is not None and last.holds(contiguous):
@@ -127,10 +122,10 @@ def packed_weight(weight: Tensor, last: PackedWeight | None = None) -> PackedWei
 
 
 class Pass:
-    """One pass of a plan: the core's plan, the weight's layouts that it reads, its workspace.
+    """One pass of a plan: the core's plan, the weight layouts that it reads, and its workspace.
 
-    `selection` is what the values of a call select its algorithms by: the percentage of x's numbers
-    that are not zero, and :attr:`PackedWeight.max_tile_inputs`.
+    `selection` has the value-dependent facts that choose a call's algorithms: the percentage of x's
+    numbers that are not zero, and :attr:`PackedWeight.max_tile_inputs`.
     """
 
     def __init__(
@@ -144,7 +139,7 @@ class Pass:
         self._levels = pointer(plan.levels)
         self._bytes = core.backward_workspace(weight) if backward else core.forward_workspace
         self._is_small = self._bytes <= pool.SMALL_WORKSPACE
-        # Each layout's key, its number and name, and its bytes.
+        # Each layout's key, which is its number and name, and its size in bytes.
         self.layouts = tuple(
             ((number, f"{plan.isa}:{name}"), size)
             for number, name, size in core.forms(backward, grad_x)
@@ -157,7 +152,7 @@ class Pass:
             weights[key[0] % 3] = (packed.layouts.get(key) or packed.pack(self, key, size))[0]
         try:
             workspace = pool.small.pop() if self._is_small else pool.workspace(self._bytes)
-        except IndexError:  # all small ones are in use
+        except IndexError:  # all small workspaces are in use
             workspace = pool.workspace(self._bytes)
         order_at = 0 if order is None else order.data_ptr()
         self._kernels((workspace.data_ptr(), *weights, self._levels, order_at, *fields))
@@ -167,7 +162,7 @@ class Pass:
 class Plan(CommonPlan):
     """The plan of a call on the CPU; see :class:`snnlstm.native.plan.CommonPlan`.
 
-    The density of x and the gain of the weight select the algorithms of a call.
+    The density of x and the gain of the weight choose the algorithms of a call.
     """
 
     def __init__(
@@ -186,7 +181,7 @@ class Plan(CommonPlan):
         self._passes: dict[Any, Pass] = {}
 
     def _new_pass(self, key: tuple[Any, ...]) -> Pass:
-        """Make the pass of the arguments of :class:`Pass` after the plan."""
+        """Make a pass of this plan; `key` has the other arguments of :class:`Pass`."""
         return self._passes.setdefault(key, Pass(self, *key))
 
     def _forward(self, call: Call, outs: Outs, saved: Tensor | None, fields: Fields) -> Result:
@@ -201,7 +196,7 @@ class Plan(CommonPlan):
         key = (percent, packed.max_tile_inputs), False, False, False
         a_pass = self._passes.get(key) or self._new_pass(key)
         a_pass.run(packed, order, fields)
-        copy = self._threshold  # the last copy serves for equal values
+        copy = self._threshold  # equal values share the last copy
         if (
             saved is not None
             and threshold is not None
@@ -221,7 +216,7 @@ class Plan(CommonPlan):
         order = None if call.lengths is None else longest_first(call.lengths)
         key = tuple(selection), True, wanted[0], wanted[3]
         a_pass = self._passes.get(key) or self._new_pass(key)
-        if packed is None:  # a graph of torch.compile keeps tensors alone
+        if packed is None:  # a graph of torch.compile keeps only tensors
             packed = packed_weight(self.restored_weight(call))
         out = empty_gradients(call.x, self.gradient_memory, wanted, self.largest_gradient)
         a_pass.run(packed, order, self.backward_fields(given, out))
@@ -229,7 +224,7 @@ class Plan(CommonPlan):
 
 
 def longest_first(lengths: Tensor) -> Tensor:
-    """The samples in the order of their numbers of steps, the longest first."""
+    """The indices of the samples by their numbers of steps, longest first."""
     return lengths.argsort(descending=True, stable=True)
 
 
@@ -239,7 +234,7 @@ class Backend(CommonBackend):
     half_types, plan = False, Plan
 
     def name(self) -> str:
-        """Name of the kernels, such as ``"cpu-avx2"``; that of a call's result says more."""
+        """Name of the kernels, such as ``"cpu-avx2"``; the name in a call's result says more."""
         return f"cpu-{isa}"
 
     def settings(self, algorithm: str) -> tuple[Any, ...]:

@@ -4,9 +4,9 @@ Everything is enqueued on the current stream of the tensors' device and nothing 
 that a CUDA graph can capture it. All memory comes from torch's caching allocator.
 
 Weights are packed anew in every call, in one small kernel: their values cannot be compared
-without waiting for the GPU, and neither version counters nor addresses tell of every change. In
-training the kernel packs for the backward pass, too, and autograd saves that copy. A loop saves one
-a step, so the backward pass packs a large weight again.
+without waiting for the GPU, and neither version counters nor addresses show every change. In
+training the kernel also packs for the backward pass, and autograd saves that copy. As a loop would
+save one per step, the backward pass packs a large weight again instead.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .tensors import check_memory, contiguous_as, empty_bytes, pointer, real
 
 logger = logging.getLogger("snnlstm")
 
-# csrc/cuda/plan.h numbers the algorithms so; "direct" is "fused".
+# The order is that of csrc/cuda/plan.h; "direct" means "fused".
 _ALGORITHMS = ("auto", "fused", "hybrid", "cudnn")
 _HYBRID, _CUDNN = _ALGORITHMS.index("hybrid"), _ALGORITHMS.index("cudnn")
 _EXACT, _TF32 = 0, 1
@@ -52,27 +52,27 @@ _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
 KEPT_WEIGHT = 256 << 10
 """Bytes of the largest packed weight that a call in training saves for its backward pass."""
 
-_ROUNDS = 3  # an algorithm's timed runs, of which the shortest counts, after one untimed run
+_ROUNDS = 3  # timed runs of an algorithm, after one untimed run; the shortest counts
 
 
 def _tf32_is_allowed() -> bool:
-    """What torch's setting for its own convolutions says; it is on by default."""
+    """Whether torch's setting for its own convolutions allows TF32, as it does by default."""
     if fp32_precision is None:
         return torch.backends.cudnn.allow_tf32
     return fp32_precision("cuda", "conv") == "tf32"
 
 
 class Plan(CommonPlan):
-    """The plan of a call on CUDA: a plan of the core for each pass, by rules or measured.
+    """The plan of a call on CUDA, which has a plan of the core for each pass.
 
-    Nothing depends on values, and each algorithm reads what another one has saved:
+    Nothing depends on values, and each algorithm can read what another one has saved:
 
-    - "fused": the kernels do it all, in a launch for each step
-    - "hybrid": the kernels go through the steps, and torch (cuDNN) forms the gradients of weight,
-      bias and x over all steps at once
+    - "fused": the kernels do everything, in one launch per step
+    - "hybrid": the kernels run the steps, and torch (cuDNN) computes the gradients of weight, bias
+      and x over all steps at once
     - "cudnn": torch convolves, and the kernels do the rest of a step
 
-    The core's rules choose, or a measurement: :func:`snnlstm.set_algorithm`.
+    The core's rules choose, or a measurement does: see :func:`snnlstm.set_algorithm`.
     """
 
     def __init__(
@@ -92,22 +92,21 @@ class Plan(CommonPlan):
             self.work == torch.float32 and backend.device(self.device).compute_capability < 80
         )
         self.real = real(self.dtype)
-        # cuDNN convolves x of so many steps at once, in self.real. Without tensor cores for float32
-        # that would take longer for half types.
+        # cuDNN convolves x of this many steps at once, in self.real. For half types that would be
+        # slower without tensor cores for float32.
         sums = 4 * math.prod(self.state) * self.real.itemsize
         self.steps_at_once = min(self.time, max(cudnn.MOST_SUMS // max(sums, 1), 1))
         if self.work.itemsize == 2 and backend.device(self.device).compute_capability < 80:
             self.steps_at_once = 1
-        # Each call brings the levels from the host to the device.
+        # Each call copies the levels from the host to the device.
         levels = None if spec.quant is None else spec.quant.levels
         self.levels = None if levels is None else levels.to("cpu", torch.float64).contiguous()
 
     @property
     def name(self) -> str:
-        """Name of what runs, as in a path; of measured passes, those that are known by now.
+        """The name of what runs, as in a path; a measured pass is named once it is known.
 
-        A backward pass that is not measured is named, too, if it leaves other convolutions to
-        torch.
+        An unmeasured backward pass is named, too, if it leaves other convolutions to torch.
         """
         name = self._name = self._name or self._named()  # another thread may reset it
         return name
@@ -126,9 +125,9 @@ class Plan(CommonPlan):
         return f"{self.backend.name()}-{'+'.join(names)}"
 
     def _fastest(self, run: Callable[[Any], object], backward: bool, *wanted: bool) -> Any:
-        """The core's plan of a pass, measured where that is wanted and not known yet.
+        """The core's plan of a pass, measured if that is wanted and not yet known.
 
-        `run` runs the pass by a plan; `wanted` is what else its time depends on.
+        `run` runs the pass with a plan; `wanted` has what else its time depends on.
         """
         if not self._measures and backward in self._chosen:
             return self._chosen[backward]
@@ -143,7 +142,7 @@ class Plan(CommonPlan):
         return self._chosen_for(backward) if found is None else found
 
     def _chosen_for(self, backward: bool) -> Any:
-        """The core's plan of a pass that is not measured; the backward one is made when needed.
+        """The core's plan of a pass that is not measured; the backward plan is made when needed.
 
         Each candidate for the backward pass that packs a weight packs it as this plan does.
         """
@@ -171,9 +170,9 @@ class Plan(CommonPlan):
     def _memory(
         self, core: Any, weight: Tensor, stream: int, kept: Tensor | None = None
     ) -> tuple[int, int, Tensor]:
-        """Addresses of the packed weight and of a workspace, and what holds both.
+        """Addresses of the packed weight and of a workspace, and the memory that holds both.
 
-        `kept`, if given, gets the weight as the backward pass reads it.
+        `kept`, if given, receives the weight as the backward pass reads it.
         """
         weight = contiguous_as(weight, self.dtype)
         workspace = -core.packed_bytes // 256 * -256
@@ -239,10 +238,10 @@ class Plan(CommonPlan):
             return cudnn.backward(self, given, partial(cudnn.steps_backward, self, run, given))
 
         def steps(out: Gradients, d_gates: Tensor | None, mems: Tensor | None) -> None:
-            """The kernels, for the gradients that `out` has memory for.
+            """Run the kernels for the gradients that `out` has memory for.
 
-            With `d_gates` they leave the gradient of x to torch. `mems`, if given, gets mem before
-            each step but the first.
+            With `d_gates` they leave the gradient of x to torch. `mems`, if given, receives mem
+            before each step but the first.
             """
             if d_gates is not None:
                 out = out._replace(x=None)
@@ -275,11 +274,11 @@ class Backend(CommonBackend):
         self._devices: dict[torch.device, Any] = {}
 
     def name(self) -> str:
-        """Name of the kernels; what they multiply with is known in a call."""
+        """Name of the kernels; a call's name also says what they multiply with."""
         return "cuda"
 
     def guard(self, device: torch.device) -> AbstractContextManager:
-        """Within the block, `device` is the current one."""
+        """Make `device` the current one within a ``with`` block."""
         return torch.cuda.device(device)
 
     def stream(self, device: torch.device) -> int:
@@ -287,17 +286,17 @@ class Backend(CommonBackend):
         return current_stream(device.index)
 
     def may_measure(self) -> bool:
-        """Whether kernels may be timed now, which waits for the GPU and depends on chance."""
+        """Whether kernels may be timed now; timing waits for the GPU, and its result varies."""
         return not (
             torch.cuda.is_current_stream_capturing() or torch.are_deterministic_algorithms_enabled()
         )
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """How long the GPU takes for a run, at best; infinity where its memory is too small."""
+        """The GPU's shortest time for a run; infinity if its memory is too small."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times = []
         try:
-            run()  # this run loads kernels and allocates memory
+            run()  # this run loads the kernels and allocates the memory
             for _ in range(_ROUNDS):
                 start.record()
                 run()
@@ -312,13 +311,13 @@ class Backend(CommonBackend):
         return min(times)
 
     def device(self, device: torch.device) -> Any:
-        """What the core knows of a device."""
+        """What the core knows about a device."""
         if device not in self._devices:
             self._devices[device] = self.core.cuda_device(device.index)
         return self._devices[device]
 
     def _facts(self, s: Sizes, tf32: bool) -> tuple[Any, Any, int]:
-        """The core's cell and device, and the numbers that convolutions multiply."""
+        """The core's cell and device, and the type of the numbers that convolutions multiply."""
         device, matrix = self.device(s.device), _EXACT
         if s.operands is not None:
             matrix = _OPERANDS[s.operands]
@@ -327,7 +326,7 @@ class Backend(CommonBackend):
         return make_cell(self.core, s), device, matrix
 
     def core_plan(self, s: Sizes, tf32: bool, algorithm: str, backward: bool, **blocks: Any) -> Any:
-        """The core's plan of a pass. `blocks`: the only ones that a step may have."""
+        """The core's plan of a pass; a step may have only the `blocks`, if any are given."""
         algorithm = "fused" if algorithm == "direct" else algorithm
         number = _ALGORITHMS.index(algorithm) if algorithm in _ALGORITHMS else 0
         return self.core.CudaPlan(
@@ -335,7 +334,7 @@ class Backend(CommonBackend):
         )
 
     def candidates(self, s: Sizes, tf32: bool, backward: bool) -> list[Any]:
-        """The core's plans of a pass that are timed; of equals the first one is taken."""
+        """The core's plans of a pass to time; if two are equally fast, the first one counts."""
         return self.core.CudaPlan.candidates(*self._facts(s, tf32), backward, lengths=s.has_lengths)
 
     def reason_against(self, s: Sizes) -> str | None:

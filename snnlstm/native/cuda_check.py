@@ -1,7 +1,7 @@
 """Why the CUDA kernels of this build cannot run on a GPU of this machine, in words that help.
 
-Asked at the first call on a GPU, never at import. The answers are plain functions of what the build
-says of itself (``_C.build_info()``), of the driver and of the GPU; :func:`trouble` asks torch.
+The first call on a GPU checks, not the import. The answers are pure functions of what the build
+reports (``_C.build_info()``), of the driver and of the GPU; :func:`trouble` asks torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FIRST_DRIVERS = {11: 520, 12: 525, 13: 580}
 
 
 def without_kernels(build: Mapping[str, str]) -> str | None:
-    """What to say on a machine with a GPU if the build has no CUDA code; None if it has."""
+    """The message for a machine with a GPU if the build has no CUDA code; None if it has."""
     if build.get("cuda_archs"):
         return None
     why = build.get("cuda", "").removeprefix("not built: ") or "unknown"
@@ -48,9 +48,9 @@ def code_for(build: Mapping[str, str], capability: tuple[int, int]) -> tuple[str
     """What a GPU would run of a build: ``("machine code", 86)``, ``("PTX", 80)``, or None.
 
     Machine code for X.Y runs on X.Z with Z >= Y, but not between the GPUs of :data:`TEGRA` and
-    others: NVIDIA's CUDA C++ Programming Guide, "Binary Compatibility". PTX is translated for all
-    that is newer. PTX of 7.5 serves no GPU from 8.0 on: the kernels that use tensor cores have no
-    code in it.
+    others: NVIDIA's CUDA C++ Programming Guide, "Binary Compatibility". The driver translates
+    PTX for all newer GPUs. PTX of 7.5 serves no GPU from 8.0 on, because it lacks the kernels that
+    use tensor cores.
     """
     archs = build.get("cuda_archs", "").split()
     wanted = 10 * capability[0] + capability[1]
@@ -70,8 +70,8 @@ def device_trouble(
 ) -> str | None:
     """What is wrong with a GPU of this name and compute capability; None if nothing is.
 
-    A GPU that the build has no machine code for gets the PTX, which the driver translates, but
-    only reads up to its own CUDA version, the minor one included.
+    A GPU for which the build has no machine code runs the PTX. The driver translates PTX only up
+    to its own CUDA version, the minor one included.
     """
     own = f"{name} (compute capability {capability[0]}.{capability[1]})"
     if tuple(capability) < OLDEST:
@@ -117,12 +117,12 @@ def trouble(index: int) -> str | None:
 
 
 def driver_version() -> int | None:
-    """Newest CUDA version that the driver runs, 1000 * major + 10 * minor; None if not known."""
+    """Newest CUDA version that the driver runs, 1000 * major + 10 * minor; None if unknown."""
     from ..compat.torch_private import driver_version
 
     return driver_version() or None
 
 
 def show(version: int) -> str:
-    """A CUDA version that is 1000 * major + 10 * minor, in words."""
+    """The text of a CUDA version, which is given as 1000 * major + 10 * minor."""
     return f"{version // 1000}.{version % 1000 // 10}"

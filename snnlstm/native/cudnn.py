@@ -1,18 +1,17 @@
-"""What cuDNN convolves of the cell on CUDA, in the place of the kernels.
+"""The convolutions that cuDNN computes on CUDA instead of the kernels.
 
-"cudnn": cuDNN convolves x of several steps at once, and mem step by step; the kernels do what is
-of the neurons alone.
-"hybrid": the kernels go through the steps, and cuDNN forms the gradients of x, weight and bias over
-all steps at once. Results and what is saved are laid out as those of the kernels. So is the
-gradient of the gate sums:
+"cudnn": cuDNN convolves x of several steps at once, and mem step by step; the kernels do the rest.
+"hybrid": the kernels run the steps, and cuDNN computes the gradients of x, weight and bias over all
+steps at once. Results and saved memory have the kernels' layouts. So does the gradient of the gate
+sums:
 
     d_gates   (T, N, Ho * Wo, 4 Cp)
     mems      (T, N, Ho * Wo, Cp), mem before each step
 
-Cp is C, padded to whole vectors. To torch these are channels-last images of 4 Cp and Cp channels,
-which are made contiguous where cuDNN is faster then (`plan.contiguous`). It multiplies numbers of
-the type `plan.work`. The gate sums and d_gates are of the type `plan.sums_dtype`. The host does not
-know the lengths of samples, so padded samples are convolved, too.
+Cp is C, padded to whole vectors. For torch these are channels-last images of 4 Cp and Cp channels,
+which are made contiguous where that makes cuDNN faster (`plan.contiguous`). cuDNN multiplies
+numbers of the type `plan.work`. The gate sums and d_gates have the type `plan.sums_dtype`. The host
+does not know the lengths of samples, so padded samples are convolved, too.
 """
 
 from __future__ import annotations
@@ -32,14 +31,13 @@ from .plan import BackwardInputs, Gradients, Outs, empty_gradients
 from .tensors import pointer, strided
 
 MOST_SUMS = 64 << 20
-"""Bytes of x's gate sums that are formed at once, where these are of several steps."""
+"""Bytes of x's gate sums that are computed at once if they are those of several steps."""
 
 # Each `plan` here is a cuda.Plan.
 
 
 class Geometry(NamedTuple):
-    """What torch convolves: the kernel without the `outer` rows and columns of taps on either side,
-    which only ever meet the border."""
+    """What torch convolves: the kernel without its `outer` taps, which only meet padding."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -72,13 +70,13 @@ def images_of(pixels: Tensor, mem: Tensor) -> Tensor:
 
 
 def _ordered(plan: Any, images: Tensor) -> Tensor:
-    """The images in the type, and in the order, that cuDNN convolves fastest."""
+    """The images in the dtype and the memory layout that cuDNN convolves fastest."""
     images = images.to(plan.work)
     return images.contiguous() if plan.contiguous else images
 
 
 def _part(plan: Any, weight: Tensor, d_gates: Tensor) -> Tensor:
-    """Weight (4C, ...) with zeros for the padding between gates, as d_gates have it."""
+    """Weight (4C, ...) with zeros for the padding between gates, which d_gates has."""
     weight = plan.geometry.inner(weight.detach().to(plan.work)).contiguous()
     padding = (d_gates.shape[-1] - weight.shape[0]) // 4
     if padding == 0:
@@ -88,7 +86,7 @@ def _part(plan: Any, weight: Tensor, d_gates: Tensor) -> Tensor:
 
 
 def _step_of(call: Call, t: int) -> Call:
-    """The call with the number of steps that each sample has from step t on, if it has lengths.
+    """The call with the lengths, if any, that remain from step t on.
 
     The kernels skip padded samples. They write the states of every step, which the next one reads.
     """
@@ -105,10 +103,10 @@ def forward(
     outs: Outs,
     saved: Tensor | None,
 ) -> None:
-    """cuDNN convolves, the kernels do the rest of each step by `run`, of one step.
+    """cuDNN convolves, and the kernels do the rest of each step by `run`, which runs one step.
 
-    x of several steps is convolved at once, in `plan.real`: of half types the kernels add x's sums
-    before they are rounded. x of one step is convolved with mem, if it has no stride.
+    x of several steps is convolved at once, in `plan.real`, so that the kernels add x's sums
+    before half types round them. x of one step is convolved with mem, if it has no stride.
     """
     syn, mem, bias, geometry = call.syn, call.mem, pointer(call.bias), plan.geometry
     all_spk, all_syn, all_mem = outs
@@ -151,10 +149,10 @@ def backward(
     given: BackwardInputs,
     run_steps: Callable[[Gradients, Tensor, Tensor | None], None],
 ) -> Gradients:
-    """The wanted gradients. cuDNN forms those of x, weight and bias after the steps.
+    """The wanted gradients. cuDNN computes those of x, weight and bias after the steps.
 
     `run_steps` fills in the gradients of syn, mem and threshold, d_gates, and mems, if given, whose
-    first step is there already.
+    first step is filled in already.
     """
     call, x, wanted = given.call, given.call.x, given.wanted
     out = empty_gradients(x, plan.gradient_memory, (*wanted[:3], False, False, wanted[5]))
@@ -179,10 +177,10 @@ def steps_backward(
     d_gates: Tensor,
     mems: Tensor | None,
 ) -> None:
-    """The kernels do a step's neurons by `run`, last step first; cuDNN forms the gradient of mem.
+    """The kernels do a step's neurons by `run`, last step first; cuDNN the gradient of mem.
 
-    `out` gets the gradients of syn, mem and threshold that it has memory for, `d_gates` and
-    `mems`, if given, what the module's docstring says.
+    `out` receives the gradients of syn, mem and threshold that it has memory for. `d_gates` and
+    `mems`, if given, receive what the module's docstring says.
     """
     call, _, saved, grads, noise, _ = given
     syn, mem, record = call.syn, call.mem, call.record
@@ -224,7 +222,7 @@ def steps_backward(
 
 
 def _empty_mems(call: Call, d_gates: Tensor) -> Tensor:
-    """Memory for mem before each step, which holds that before the first."""
+    """Memory for mem before each step; that before the first is filled in."""
     *shape, gates = d_gates.shape
     new = call.mem.new_empty if call.lengths is None else call.mem.new_zeros
     mems = new((*shape, gates // 4), dtype=d_gates.dtype)
@@ -271,7 +269,7 @@ def _weight_gradient(
 
 
 def _sum(carried: Tensor | None, recorded: Tensor | None, step: int) -> Tensor | None:
-    """What reaches a recorded state: from later steps, and from the caller."""
+    """The gradient of a recorded state, from later steps and from the caller."""
     if recorded is None:
         return carried
     return recorded[step] if carried is None else carried + recorded[step]
@@ -285,8 +283,7 @@ def _convolve(plan: Any, images: Tensor, weight: Tensor, stride: tuple[int, int]
     given = images, weight, None, stride, geometry.padding, geometry.dilation
     if images.dtype == plan.work or convolution is None:
         return F.conv2d(*given)
-    # Half types in float32: tf32 holds them exactly, so it may multiply them whatever torch's
-    # setting says.
+    # TF32 holds half types in float32 exactly, so it may multiply them whatever torch's setting is.
     cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
     deterministic |= cudnn.deterministic
     return convolution(

@@ -1,9 +1,8 @@
-"""The cell over the native kernels: the table of plans, and an autograd Function that runs them.
+"""The cell on the native kernels: the table of plans, and an autograd Function that runs them.
 
-Saved for the backward pass are the arguments, and per time step the activated gates and syn. The
-backward pass computes mem and the reset from these again (the reset rides in a sign bit of the
-gates). It writes to nothing that was saved, so it may be interrupted and run again, and x and
-states may change while it runs.
+The forward pass saves the arguments, and for each time step the activated gates and syn. From these
+the backward pass computes mem and the reset again (a sign bit of the gates holds the reset). It
+modifies nothing saved, so it may be interrupted and run again while x and states change.
 """
 
 from __future__ import annotations
@@ -61,10 +60,7 @@ def operands_of(call: Call, autocast: torch.dtype | None) -> torch.dtype | None:
 def plan_of(
     call: Call, spec: CellSpec, operands: torch.dtype | None, settings: tuple[Any, ...]
 ) -> CommonPlan:
-    """The plan of a call, which like cells share, looked up or made.
-
-    `settings` are those of the backend for an algorithm.
-    """
+    """Look up or make the plan of a call under a backend's `settings`; similar cells share it."""
     key = plan_key(call, spec, operands, settings)
     plan = _plans.get(key)
     if plan is None:
@@ -105,7 +101,7 @@ def run(plan: CommonPlan, call: Call, training: bool) -> tuple[Tensor, Tensor, T
 
 
 def differentiable(name: str, forward: Callable, gradients: Callable) -> Any:
-    """`forward` as autograd's Function of a name, whose gradients `gradients` forms.
+    """Make an autograd Function called `name`, which runs `forward` and `gradients`.
 
     Both take a context first; `gradients` also takes the gradients of all results, and returns
     those of all arguments. The Function must not be called under a transform of torch.func.
@@ -115,7 +111,7 @@ def differentiable(name: str, forward: Callable, gradients: Callable) -> Any:
     def backward(ctx: Any, *grads: Tensor | None) -> Sequence[Tensor | None]:
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        # Compiled autograd traces this, and must not trace into the kernels.
+        # Compiled autograd traces this function, and must not trace into the kernels.
         return (hidden if torch.compiler.is_compiling() else gradients)(ctx, grads)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -127,12 +123,9 @@ def differentiable(name: str, forward: Callable, gradients: Callable) -> Any:
 def _forward(
     ctx: Any, plan: CommonPlan, call: Call, *_tensors: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, str]:
-    """Run the kernels; the tensors are those of the call that may require a gradient.
-
-    Returns also the name of what ran.
-    """
+    """Run the kernels on tensors that may require a gradient; also return the name of what ran."""
     spk, syn, mem, saved, name, selection, packed, copy = plan.forward(call, True)
-    # A threshold may be written to before the backward pass: snnTorch's graph keeps none.
+    # The user may modify a threshold before the backward pass, because snnTorch's graph has none.
     ctx.threshold = threshold = call.threshold
     if threshold is not None:
         ctx.copy = threshold.clone() if copy is None else copy
@@ -142,7 +135,7 @@ def _forward(
     ctx.selection, ctx.packed = selection, packed if kept is None else None
     ctx.set_materialize_grads(False)
     constant = () if plan.passes_gradient else (spk,)
-    if not any(ctx.needs_input_grad[2:7]):  # the threshold alone wants one
+    if not any(ctx.needs_input_grad[2:7]):  # only the threshold wants one
         constant += (syn, mem)[: constant_states(plan.spec, call.sequence)]
     if constant:
         ctx.mark_non_differentiable(*constant)
@@ -150,13 +143,13 @@ def _forward(
 
 
 def constant_states(spec: CellSpec, sequence: bool) -> int:
-    """How many of syn and mem, in this order, pass no gradient on to a threshold."""
+    """How many of syn and mem, in this order, pass no gradient to a threshold."""
     return 2 if spec.reset != "subtract" else 0 if sequence else 1
 
 
 _FORGOTTEN = (
-    "(In the second batch of a training this is the graph of the first one: an SConv2dLSTM goes on "
-    "from its stored state, and so from that call's graph. Call reset_mem() before each new "
+    "(In the second batch of a training this is the first batch's graph, because an SConv2dLSTM "
+    "continues from its stored state, and so from that graph. Call reset_mem() before each new "
     "sequence, or SConv2dLSTM.detach_hidden() to keep the state without its history. A second "
     "backward on one loss needs retain_graph=True.)"
 )
@@ -166,7 +159,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     """The gradients of the Function's arguments, the tensors in the order of :class:`Gradients`."""
     grads = grads[:3]
     try:
-        everything = ctx.saved_tensors  # torch's checkpoint allows one read of saved tensors
+        everything = ctx.saved_tensors  # torch's checkpoint allows only one read of saved tensors
     except RuntimeError as error:
         if "a second time" in str(error):  # torch: "Trying to backward through the graph ..."
             raise RuntimeError(f"{error} {_FORGOTTEN}") from None
@@ -186,7 +179,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     if create_graph or beyond_kernels(grads):
         return None, None, *_by_reference(ctx.plan, call, grads, wanted, create_graph)
     packed = ctx.packed if kept is None else kept
-    if not keeps_graph():  # no other backward pass comes, so the packed weight can go
+    if not keeps_graph():  # no other backward pass follows, so the packed weight can be freed
         ctx.packed = None
     grads = [grad.resolve_neg() if grad is not None and grad.is_neg() else grad for grad in grads]
     return None, None, *ctx.plan.backward(call, saved, grads, wanted, ctx.selection, packed)
@@ -196,15 +189,12 @@ _apply = differentiable("_SConv2dLSTM", _forward, _gradients)
 
 
 def reached(wanted: Sequence[bool], reset: str, grads: Sequence[Tensor | None]) -> Sequence[bool]:
-    """Which gradients are wanted and exist: a threshold, the last, gets one only so.
-
-    It gets one from spk, and from the reset "subtract".
-    """
+    """Which gradients are wanted and exist; the threshold's come only from spk and "subtract"."""
     return (*wanted[:-1], wanted[-1] and (grads[0] is not None or reset == "subtract"))
 
 
 def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
-    """Whether more than numbers comes with the gradients: tangents, a batch of them, a subclass."""
+    """Whether the gradients have tangents, are batched or are of a subclass."""
     for grad in grads:
         if grad is not None and (type(grad) is not Tensor or is_batch(grad)):
             return True
@@ -220,8 +210,8 @@ def _by_reference(
     create_graph: bool,
 ) -> Sequence[Tensor | None]:
     """The same gradients on the reference path; `create_graph` is that of torch.autograd.grad."""
-    # The inputs are aliased, because one may have been computed from another one, and that path
-    # must not count. An input may have stopped to require a gradient since the forward pass.
+    # The inputs are aliased, so that no gradient flows to one through another that was computed
+    # from it. An input may have stopped requiring a gradient since the forward pass.
     aliases: list[Any] = [
         t if t is None else t.detach().requires_grad_() if want and not t.requires_grad
         else t.view_as(t)
@@ -229,7 +219,7 @@ def _by_reference(
     ]  # fmt: skip
     operands = plan.operands
     x, syn, mem, weight, bias, threshold = aliases
-    # The forward pass's autocast counts, not that of the code which asks for the gradients.
+    # The forward pass's autocast applies, not that of the code that asks for the gradients.
     with torch.autocast(plan.device.type, operands, enabled=operands is not None):
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         inside = Call(x, syn, mem, weight, bias, threshold, *call[6:])

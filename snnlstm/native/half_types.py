@@ -15,13 +15,13 @@ Step = Callable[[Call], tuple[Tensor, Tensor, Tensor, Any]]
 
 
 def in_float32(call: Call, run_step: Step) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """A call in a half type: each step in float32, between steps states in the half type.
+    """Run each step of a call in a half type in float32; between steps states have that type.
 
-    `run_step` runs a call of one step and returns what this returns.
+    `run_step` runs a call of one step, and returns what this function returns.
     """
     x, syn, mem, weight, bias, threshold, graded, lengths, record = call
     dtype = x.dtype
-    if call.sequence:  # a weight in float32 adds the steps' gradients in float32
+    if call.sequence:  # a float32 weight adds the steps' gradients in float32
         weight, bias = weight.float(), None if bias is None else bias.float()
     threshold, graded = (None if t is None else t.float() for t in (threshold, graded))
     results: list[tuple[Tensor, ...]] = []

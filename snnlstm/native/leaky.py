@@ -1,7 +1,7 @@
-"""snntorch.Leaky over the native kernels: an autograd Function, for a step and for a sequence.
+"""snntorch.Leaky on the native kernels: an autograd Function, for a step and for a sequence.
 
-The kernels see the n neurons of a step in the order of memory, whatever the dimensions are. So a
-tensor is read where it lies, if it has no gaps and all have one order.
+The kernels see the n neurons of a step in the order of memory, whatever the dimensions are. So
+tensors are read without a copy if they have no gaps and all have the same order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tensors import contiguous_as, pointer, real, stochastic_noise
 
 
 class Neurons(NamedTuple):
-    """What a layer computes of x and mem.
+    """What a layer computes from x and mem.
 
     beta, threshold and graded are numbers, or vary along one dimension of a step (:func:`place`).
     """
@@ -39,8 +39,8 @@ class Neurons(NamedTuple):
 def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Any:
     """How many numbers a parameter has in a step of `shape`, and how many neurons share each.
 
-    The neurons that share one follow each other in memory. None: it varies along more than one
-    dimension, or does not broadcast.
+    The neurons that share a number are adjacent in memory. The result is None if the parameter
+    varies along more than one dimension, or does not broadcast.
     """
     dims = parameter.dim()
     if dims == 0:
@@ -57,7 +57,7 @@ def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> An
 
 
 def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[Tensor, Tensor]:
-    """Run the kernels: spk and mem of each step, or, without `record`, mem after the last one.
+    """Run the kernels; return spk and mem of each step, or, without `record`, the last mem.
 
     Parameters
     ----------
@@ -69,8 +69,7 @@ def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[
     Returns
     -------
     spk, mem : Tensor
-        Of x's shape, in float32, or float64 for such an x. While gradients are computed mem has
-        every step.
+        Of x's shape, in float32, or float64 if x is. With gradients, mem has every step.
     """
     tensors = x, mem, neurons.beta, neurons.threshold
     if may_require_grad(tensors):
@@ -103,10 +102,7 @@ def _fields(
     strides: Sequence[int],
     before: Tensor | None,
 ) -> tuple[tuple[Any, ...], Any]:
-    """The fields that both passes have (csrc/args.h), and what holds their numbers.
-
-    `shape` is x's, `strides` are those of a step.
-    """
+    """Both passes' fields (csrc/args.h), and their tensors; `shape` is x's, `strides` a step's."""
     reset, surrogate, beta, threshold, graded, sequence = neurons
     dtype = real(x_type)
     held = [
@@ -122,7 +118,7 @@ def _fields(
 
 
 def _without_gaps(x: Tensor, sequence: bool) -> Tensor:
-    """x, or a copy of it, whose numbers fill its memory, in any order but with time outermost."""
+    """x, or a copy of it without gaps in memory, in any order but with time outermost."""
     if not x.is_contiguous():
         kept = torch.empty_like(x, device="meta").stride() == x.stride()  # True without gaps
         if not kept or (sequence and x.stride(0) * x.shape[0] != x.numel()):
@@ -147,7 +143,7 @@ def _laid_out(
 
 
 def _empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory in the order of a tensor; a small one takes half of empty_strided's time."""
+    """Memory in the order of a tensor; a small one takes half the time of empty_strided."""
     if like.dtype is dtype and like.nbytes < pool.SMALLEST:
         return torch.empty_like(like)
     return pool.empty_result(like.shape, like.stride(), dtype, like.device)
@@ -169,7 +165,7 @@ def _differentiable_forward(
     ctx.set_materialize_grads(False)
     constant = [spk] if neurons.surrogate.kind == 0 else []
     if neurons.reset != "subtract" and not any(t.requires_grad for t in (x, mem, beta)):
-        constant.append(after)  # the threshold reaches spk alone
+        constant.append(after)  # the threshold affects only spk
     ctx.mark_non_differentiable(*constant)
     return spk, after
 
@@ -208,7 +204,7 @@ def _by_kernels(
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> Sequence[Tensor | None]:
-    """The gradients of x and mem, and those of beta and threshold, by neuron."""
+    """The gradients of x and mem, and those of beta and threshold, per neuron."""
     x_type, shape, strides, device = ctx.dtypes[0], ctx.shape, ctx.strides, ctx.device
     step, step_strides, dtype = shape, strides, real(x_type)
     after = _laid_out(after, shape, strides, dtype, device)

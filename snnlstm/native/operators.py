@@ -1,8 +1,8 @@
-"""Operators over the native kernels, for torch.compile.
+"""Operators that run the native kernels, for torch.compile.
 
 ``snnlstm::forward`` and ``snnlstm::backward`` are opaque to the compiler: it sees shapes, from the
-fake kernels here, and keeps the calls in its graph. An operator takes tensors, numbers and strings
-only, so a spec travels as a text.
+fake kernels here, and keeps the calls in its graph. An operator takes only tensors, numbers and
+strings, so a spec is passed as text.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _FIELDS = len(Call._fields)
 def layout() -> int:
     """A number that changes with the shapes of what a forward pass saves.
 
-    They differ between instruction sets, and may between versions. torch.compile writes graphs
-    that hold them to a cache on disk, which outlives both.
+    They differ between instruction sets, and may differ between versions. torch.compile's cache
+    on disk, which outlives both, has graphs that depend on them.
     """
     counts = [_C.cpu_padded_channels(dtype, c) for dtype in (0, 1) for c in range(1, 129)]
     if "cuda" in BACKENDS:
@@ -67,7 +67,7 @@ def _spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
 
 
 def _traced_spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
-    """The spec without a quantiser, whose levels would have no numbers among fake tensors."""
+    """The spec without a quantiser, whose levels would be fake tensors without numbers."""
     return _spec(text.rpartition(";")[0] + ";")
 
 
@@ -79,7 +79,7 @@ def _sizes(call: Call, text: str) -> Sizes:
 def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[CommonPlan, Call]:
     """The plan of an operator's call, and the call in the dtype of its text.
 
-    Hooks on the tensors that a compiled graph saves may have brought some back in another dtype.
+    Hooks on the tensors that a compiled graph saves may have changed some dtypes.
     """
     dtype = getattr(torch, text.split("|")[1].removeprefix("torch."))
     call = Call._make((*(t.resolve_neg().to(dtype) for t in fields[:4]), *fields[4:]))
@@ -96,7 +96,7 @@ def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[CommonPl
 def _check_fit(call: Call, spec: CellSpec) -> None:
     """Refuse tensors of an operator that do not fit each other: the kernels would read beyond them.
 
-    A module checks its arguments before, but anybody may call the operator.
+    A module checks its arguments first, but anybody may call the operator.
     """
     x, weight, bias, threshold, graded = call.x, *call[3:7]
     cin, channels = weight_tensor(weight)
@@ -129,7 +129,7 @@ def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
 def _forward_outputs(x: Tensor, r: Result) -> tuple[Tensor, ...]:
     """A forward pass's results, as its operator returns them; nothing is saved in inference."""
     saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved
-    # A graph of CUDA's operators must have no tensor on the CPU.
+    # A graph of CUDA operators must have no tensor on the CPU.
     selection = torch.tensor(r.selection, dtype=torch.int64).to(x.device)
     return r.spk, r.syn, r.mem, saved, selection
 

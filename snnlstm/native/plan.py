@@ -28,11 +28,11 @@ from .tensors import (
 Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each part of what is saved."""
 
-ALIGNMENT = 64  # bytes; torch aligns blocks so, and every vector is a part of it
+ALIGNMENT = 64  # bytes, as torch aligns blocks; every vector's size divides it
 
 
 class SavedLayout:
-    """Where a forward pass leaves what its backward pass needs beside its arguments.
+    """Where a forward pass stores what its backward pass needs besides its arguments.
 
     All of it lies in one block of bytes, which costs autograd the time of one tensor. Cp is the
     number of channels C, rounded up to whole vectors. The parts are
@@ -40,11 +40,11 @@ class SavedLayout:
     - gates (T, N, Ho * Wo, 4 Cp), activated, of every step, in the kernels' own order
     - syn (T, N, Ho * Wo, Cp), after every step; on CUDA, after every step but the last
     - winner (T, N) int64, the neuron that inhibition let through; (0,) without inhibition
-    - argmax (T, N, Hp * Wp, channels), for each pooled pixel the number of the pixel of its window
-      that gets the gradient, row by row; (0,) without max_pool. uint8, or int32 where a window has
+    - argmax (T, N, Hp * Wp, channels), for each pooled pixel, the row-major index of the pixel in
+      its window that gets the gradient; (0,) without max_pool. uint8, or int32 where a window has
       more than 256 pixels.
 
-    Gates and syn are whole vectors, so that each part is aligned where the one before it ends.
+    Gates and syn are whole vectors, so the part behind each of them is aligned.
     """
 
     def __init__(self, parts: Shapes) -> None:
@@ -57,7 +57,7 @@ class SavedLayout:
             self.bytes += size
 
     def addresses(self, block: Tensor | None, step: int = 0) -> tuple[int, ...]:
-        """Addresses of the parts, from a step on; 0 for what is not saved."""
+        """Addresses of the parts, from `step` on; 0 for a part that is not saved."""
         if block is None:
             return 0, 0, 0, 0
         start = block.data_ptr()
@@ -83,7 +83,7 @@ Outs = tuple[Tensor, Tensor, Tensor]
 """spk, syn and mem."""
 
 Fields = tuple[Any, ...]
-"""What the core is given in a call: the fields of a struct of csrc/args.h, in its order."""
+"""The core's arguments in a call: the fields of a struct of csrc/args.h, in its order."""
 
 
 class Result(NamedTuple):
@@ -94,14 +94,14 @@ class Result(NamedTuple):
     mem: Tensor
     saved: Tensor | None = None  # a block of a SavedLayout; None in inference
     name: str = ""  # names what ran, such as "cpu-avx2-winograd4-sparse"
-    selection: Sequence[int] = ()  # the backward pass runs what the values selected here
-    # The weight in the kernels' layouts, if a backward pass may use it; autograd saves a tensor.
+    selection: Sequence[int] = ()  # the value-dependent facts, for the backward pass
+    # The weight in the kernels' layouts, if a backward pass may use it; autograd saves tensors.
     packed: Any = None
-    threshold: Tensor | None = None  # training's copy, to which nobody writes
+    threshold: Tensor | None = None  # training's copy, which nobody modifies
 
 
 class Gradients(NamedTuple):
-    """Gradients of the arguments of a forward pass; None where not wanted."""
+    """Gradients of the arguments of a forward pass; None if not wanted."""
 
     x: Tensor | None
     syn: Tensor | None
@@ -112,7 +112,7 @@ class Gradients(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """What a backward pass is given."""
+    """The inputs of a backward pass."""
 
     call: Call
     views: Sequence[Any]  # addresses and strides of x, syn and mem
@@ -123,10 +123,10 @@ class BackwardInputs(NamedTuple):
 
 
 class Sizes:
-    """All that is static of a call: sizes, types, device.
+    """The static properties of a call: sizes, types, device.
 
-    `operands` is the convolution's type under autocast, if it is a half type; `dtype` is that of
-    the states, and `state_strides` are those of contiguous ones. A step call has a `time` of 1.
+    `operands` is the convolution's type under autocast, if that is a half type; `dtype` is that of
+    the states, and `state_strides` are those of contiguous states. A step call has a `time` of 1.
     """
 
     def __init__(self, call: Call, spec: CellSpec, operands: torch.dtype | None) -> None:
@@ -193,7 +193,7 @@ def make_cell(core: Any, s: Sizes) -> Any:
 
 
 def gradient_memory(x: Tensor, s: Sizes) -> Sequence[tuple[Any, Any]]:
-    """Shapes and strides of :class:`Gradients`; the threshold's is one number a channel, (C,)."""
+    """Shapes and strides of :class:`Gradients`; the threshold's is (C,), one number per channel."""
     gates, inputs, (kh, kw) = 4 * s.c, s.cin + s.c, s.spec.kernel_size
     weight = (gates, inputs, kh, kw), (inputs * kh * kw, kh * kw, kw, 1)
     shape, state = tuple(x.shape), (s.state, s.state_strides)
@@ -202,7 +202,7 @@ def gradient_memory(x: Tensor, s: Sizes) -> Sequence[tuple[Any, Any]]:
 
 
 def empty_of(x: Tensor, largest: int) -> Any:
-    """What makes a tensor like x of a shape and strides; large ones lie in blocks used again."""
+    """Return what makes a tensor like x from a shape and strides; large ones reuse blocks."""
     if largest < pool.MAPPED:
         return x.new_empty_strided
     return partial(pool.empty_result, dtype=x.dtype, device=x.device)
@@ -219,9 +219,9 @@ def empty_gradients(
 
 
 class CommonPlan(Sizes, ABC):
-    """All that follows for a call from its sizes, its strides and the process's settings.
+    """What follows from the sizes and strides of a call and the process's settings.
 
-    It serves all such calls, in any thread. This is the part on which both devices agree.
+    A plan serves all such calls, in any thread. This class is the part that both devices share.
 
     Attributes
     ----------
@@ -245,7 +245,7 @@ class CommonPlan(Sizes, ABC):
         )
         self.saved = SavedLayout(backend.saved_shapes(self))
         (_, gates_dtype), (syn, _), *_ = self.saved.parts
-        # The gate sums that torch forms have this dtype, and so has their gradient, d_gates.
+        # The gate sums that torch computes have this dtype, and so has their gradient, d_gates.
         self.sums_dtype = gates_dtype
         self.d_gates_shape = self.time, *syn[1:3], 4 * syn[3]
         self.largest_result = self._largest(self.spk_memory, self.state_memory)
@@ -262,12 +262,12 @@ class CommonPlan(Sizes, ABC):
             )
         )  # fmt: skip
         self._saved_as = [(t.shape, self.dtype, self.device) for t in call[:3]]
-        self._guard: Any = None  # knows x, syn, mem and the saved block of a call before
+        self._guard: Any = None  # recognises x, syn, mem and the saved block of an earlier call
         self.gradient_memory = gradient_memory(call.x, self)
         self.largest_gradient = self._largest(*self.gradient_memory)
         self._gradient_strides = [with_time(strides) for _, strides in self.gradient_memory[:3]]
         self.threshold_stride = 0 if self.thresholds == 1 else 1
-        # Bias, threshold and graded factor may already be as the kernels read them.
+        # The kernels may be able to read bias, threshold and graded factor without a copy.
         self.are_contiguous = with_numbers(call) is call
         self.has_spk = spec.spiking or self.sequence
         self.passes_gradient = spec.passes_gradient(self.sequence)
@@ -279,9 +279,9 @@ class CommonPlan(Sizes, ABC):
     def call_fields(
         self, views: Sequence[Any], call: Call, saved: Tensor | None, step: int = 0
     ) -> Fields:
-        """The fields of PassArgs (csrc/args.h) from x on; a device gives those before.
+        """The fields of PassArgs (csrc/args.h) from x on; each device adds those before.
 
-        `views` are those of x, syn and mem. What is saved begins at a step.
+        `views` are those of x, syn and mem. The saved parts begin at `step`.
         """
         _, _, _, _, _, threshold, graded, lengths, record = call
         return (
@@ -307,10 +307,10 @@ class CommonPlan(Sizes, ABC):
         )  # fmt: skip
 
     def restore(self, call: Call, saved: Tensor) -> tuple[Call, Tensor, Sequence[Any]]:
-        """The call and what its forward pass saved, in their dtypes and shapes again.
+        """Restore the dtypes and shapes of a call and of what its forward pass saved.
 
-        The third result are pointers and strides of x, syn and mem. Hooks on saved tensors may have
-        brought any of them back in other memory.
+        The third result has the pointers and strides of x, syn and mem. Hooks on saved tensors may
+        have moved any of them to other memory.
         """
         if call.lengths is not None:
             lengths = restored(call.lengths, (self.n,), torch.int64, self.device)
@@ -334,12 +334,12 @@ class CommonPlan(Sizes, ABC):
         return call._replace(x=x, syn=syn, mem=mem), block, views
 
     def restored_block(self, saved: Tensor, size: int) -> Tensor:
-        """A saved block of `size` bytes, as :meth:`restore` returns tensors."""
+        """Restore a saved block of `size` bytes, as :meth:`restore` does."""
         block = restored(saved, (size,), torch.uint8, self.device).contiguous()
         return block.clone() if block.data_ptr() % ALIGNMENT else block
 
     def restored_weight(self, call: Call) -> Tensor:
-        """The weight that a backward pass was given, as :meth:`restore` returns tensors."""
+        """Restore the weight of a backward pass, as :meth:`restore` does."""
         return restored(call.weight, self.gradient_memory[3][0], self.dtype, self.device)
 
     def forward(self, call: Call, training: bool) -> Result:
@@ -395,7 +395,7 @@ class CommonPlan(Sizes, ABC):
 
         `grads`, of spk, syn and mem, may have any memory layout, and None stands for zeros.
         `wanted` says which gradients are computed, in the order of :class:`Gradients`. `selection`
-        and `packed` are the forward pass's result's; `packed` may be None.
+        and `packed` are from the forward pass's result; `packed` may be None.
         """
         call, saved, views = self.restore(call, saved)
         call = with_numbers(call)
@@ -407,20 +407,20 @@ class CommonPlan(Sizes, ABC):
             keep_empty(call, (out.syn, out.mem), (None, None) if call.record else grads[1:])
         if out.threshold is None or call.threshold is None:
             return out
-        # The kernels form one number a channel.
+        # The kernels compute one number per channel.
         total = out.threshold.sum() if self.thresholds == 1 else out.threshold
         return out._replace(threshold=total.reshape(call.threshold.shape).to(self.dtype))
 
     @abstractmethod
     def _backward(self, given: BackwardInputs, selection: Sequence[int], packed: Any) -> Gradients:
-        """The gradients that are wanted; that of the threshold has one number a channel, (C,)."""
+        """The wanted gradients; the threshold's has one number per channel, (C,)."""
 
 
 class CommonBackend(ABC):
     """The kernels of a device type."""
 
     half_types: ClassVar[bool]
-    """Whether float16 and bfloat16 run as they are."""
+    """Whether float16 and bfloat16 run without conversion."""
 
     plan: ClassVar[Any]
     """The class of its plans, whose arguments are those of :class:`CommonPlan` and the settings."""
@@ -443,4 +443,4 @@ class CommonBackend(ABC):
 
     @abstractmethod
     def leaky(self, fields: Fields, backward: bool, device: torch.device) -> None:
-        """Run a pass of a Leaky, whose arguments are `fields` (csrc/args.h)."""
+        """Run a pass of a Leaky with the arguments `fields` (csrc/args.h)."""

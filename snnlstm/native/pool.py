@@ -1,14 +1,14 @@
-"""Large blocks of CPU memory that the next call uses again, and the workspaces of calls.
+"""Large blocks of CPU memory that later calls use again, and the workspaces of calls.
 
 A system clears every page that it hands out, at 2 to 10 GB/s. What a training pass saves, and
-results of 4 MiB or more, would go back to it each time: training's forward pass of a cell with
-2 -> 32 channels at 32x32 takes 60 ms with these blocks and 92 ms with torch.empty. So the blocks
-that no tensor uses any more stay here, as torch does it for CUDA. They and those in use stay within
-the most that were in use at once plus 1 GiB.
+results of 4 MiB or more, would go back to the system each time: the forward pass in training of a
+cell with 2 -> 32 channels at 32x32 takes 60 ms with these blocks and 92 ms with torch.empty. So
+blocks that no tensor uses stay here, as torch keeps them for CUDA. All blocks, used or not, stay
+within the most bytes that were in use at once plus 1 GiB.
 
-Garbage collection and signal handlers run anywhere in a thread, and a fork copies what other
-threads are doing. So there are no locks, and no counters, which would lose updates: a block comes
-and goes by one append to or pop from a deque, which are atomic, and the deques' lengths count.
+Garbage collection and signal handlers run anywhere in a thread, and a fork copies other threads in
+the middle of their work. So there are no locks, and no counters, which would lose updates: a block
+comes and goes by one append or pop of a deque, which is atomic, and the deques' lengths count.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ LIMITS = {
 Blocks = tuple[deque[tuple[int, Any]], deque[None]]
 _blocks: dict[int, Blocks] = {}  # by size; three sizes lie between two powers of two
 _workspaces: deque[tuple[int, Tensor]] = deque()
-# Small workspaces that no call uses, all of one size. No limit counts them: there are as many as
-# calls have run at once, and the system gives memory to the pages alone that were written.
+# Small workspaces that no call uses, all of one size. They have no limit: there are only as many as
+# calls have run at once, and the system gives memory only to pages that were written.
 small: deque[Tensor] = deque(maxlen=None if CACHE else 0)
 _ages = itertools.count()
 _most_used = 0  # bytes in use at once; a thread may overwrite another's number
 
 
 def empty_cache() -> None:
-    """Give the memory that no tensor uses back to the system: free blocks, and workspaces."""
+    """Return the memory that no tensor uses, free blocks and workspaces, to the system."""
     global _most_used
     _most_used = 0
     for queue in [small, *_queues()]:
         queue.clear()
-    with suppress(AttributeError, OSError, TypeError):  # glibc alone has malloc_trim
+    with suppress(AttributeError, OSError, TypeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)  # malloc keeps small blocks for each thread
 
 
@@ -77,7 +77,7 @@ def free_bytes() -> int:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor, contiguous; its block comes back when nothing refers to it."""
+    """A contiguous, uninitialised CPU tensor; its block comes back when nothing refers to it."""
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < SMALLEST:
@@ -100,8 +100,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def workspace(count: int) -> Tensor:
     """`count` uninitialised bytes or more, for a call that gives them back at its end.
 
-    So calls one after the other share one workspace, which stays in the processor's caches. One of
-    up to ``SMALL_WORKSPACE`` goes to :data:`small`, and a larger one to :func:`let_go`.
+    So consecutive calls share one workspace, which stays in the processor's caches. The caller
+    returns up to ``SMALL_WORKSPACE`` bytes to :data:`small`, and more by :func:`let_go`.
     """
     if count > LARGEST_WORKSPACE:
         return empty((count,), torch.uint8)
@@ -110,7 +110,7 @@ def workspace(count: int) -> Tensor:
             memory = _workspaces.pop()[1]
             if memory.nbytes >= count:
                 return memory
-            del memory  # the old and the new one must not exist at a time
+            del memory  # the old and the new one must not exist at once
     except IndexError:
         pass
     return torch.frombuffer(_allocate(max(count, SMALL_WORKSPACE)), dtype=torch.uint8)
@@ -124,13 +124,13 @@ def let_go(memory: Tensor) -> None:
 
 
 def is_for_lack_of_memory(error: Exception) -> bool:
-    """Whether there was no memory for torch or a block, and free blocks have some."""
+    """Whether torch or a block lacked memory, while free blocks have some."""
     unrelated = isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error)
     return not unrelated and free_bytes() > 0
 
 
 def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function try again without free blocks if there is no memory for what it allocates."""
+    """Let a function that runs out of memory drop the free blocks and try again."""
 
     @functools.wraps(function)
     def retrying(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -148,9 +148,9 @@ def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
 def empty_result(
     shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Memory for a result, whose strides leave no gap; the CPU uses that of large ones again.
+    """Memory for a result, whose strides leave no gap; on the CPU large results reuse blocks.
 
-    It is no view of another tensor: autograd treats views with suspicion, and users get this one.
+    The result is not a view, because users may modify it in place.
     """
     count = math.prod(shape)
     if count * dtype.itemsize < MAPPED or device.type != "cpu":
@@ -162,13 +162,13 @@ def empty_result(
 
 @where_it_fits
 def _allocate(size: int) -> mmap.mmap:
-    """A new block. It is not malloc's, which keeps blocks that other threads have freed."""
+    """A new block, not from malloc, which keeps blocks that other threads have freed."""
     private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE}
     try:
         block = mmap.mmap(-1, size, **private)
     except OSError as error:
         raise MemoryError(f"no memory for {size} bytes") from error
-    with suppress(AttributeError, OSError):  # Linux alone has madvise
+    with suppress(AttributeError, OSError):  # only Linux has madvise
         block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
@@ -177,7 +177,7 @@ def _give_back(block: mmap.mmap) -> None:
     free, used = _blocks[size := len(block)]
     if size >= MAPPED:
         with suppress(AttributeError, OSError):  # Windows has no madvise
-            block.madvise(mmap.MADV_FREE)  # a system that lacks memory takes the pages
+            block.madvise(mmap.MADV_FREE)  # the system takes the pages if it lacks memory
     with suppress(IndexError):  # a signal handler raised an error before the block was counted
         used.pop()
     free.append((next(_ages), block))
@@ -185,9 +185,9 @@ def _give_back(block: mmap.mmap) -> None:
 
 
 def _drop_oldest(returned: int = 0) -> None:
-    """Drop the blocks that came back first, while there are more than the limit.
+    """Drop the blocks that came back first, as long as they exceed the limit.
 
-    `returned` bytes were in use until now. Use is at its most just before a block comes back.
+    `returned` bytes were in use until now. Use is highest just before a block comes back.
     """
     global _most_used
     used = sum(size * len(used) for size, (_, used) in _blocks.copy().items())
@@ -208,7 +208,7 @@ def _memory() -> float:
     found = [math.inf]
     with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with suppress(OSError, ValueError):  # Linux alone has control groups
+    with suppress(OSError, ValueError):  # only Linux has control groups
         for line in GROUPS.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
             for path in (group, *map(str, Path(group).parents)) if controllers in LIMITS else ():

@@ -21,14 +21,14 @@ def real(dtype: torch.dtype) -> torch.dtype:
 
 
 def readable(tensor: Tensor, name: str = "a tensor") -> Tensor:
-    """The tensor, detached, for torch to read: a read of freed memory would end the process."""
+    """Detach a tensor that torch will read; it must have memory, or the process would crash."""
     if tensor.numel() and not tensor.data_ptr():
         raise ValueError(f"{name} must have memory, got a tensor whose storage is empty")
     return tensor.detach()
 
 
 def contiguous_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor, or a copy whose memory holds its numbers in order, without gaps, in `dtype`."""
+    """The tensor, or a copy, in `dtype`, contiguous and not lazily negated."""
     if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return readable(tensor).resolve_neg().to(dtype).contiguous()
@@ -61,7 +61,7 @@ def strided(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
 
 
 def with_time(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of time, batch, channel, row and column: that of time is 0 where there is none."""
+    """Strides of time, batch, channel, row and column; that of time is 0 in a step call."""
     return strides if len(strides) == 5 else (0, *strides)
 
 
@@ -73,7 +73,7 @@ def check_memory(call: Call) -> None:
 
 
 def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
-    """Give samples without a step those of `values`, or 0: the kernels skip such samples."""
+    """Give samples without a step those of `values`, or 0, because the kernels skip them."""
     assert call.lengths is not None
     empty = (call.lengths == 0)[:, None, None, None]
     if empty.device.type == "cpu" and not empty.any():
@@ -92,10 +92,10 @@ def empty_bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of an output of `shape` ending in (C, H, W), in the order of x's.
+    """Strides, in the order of x's, of an output whose `shape` ends in (C, H, W).
 
-    Images are channels-last where x's are, and time lies within the batch where it does in x. A
-    stride of 0, as expanded tensors have, is no order.
+    Images are channels-last if x's are, and time lies within the batch if it does in x. A stride of
+    0, as in expanded tensors, defines no order.
     """
     if len(shape) == 1:
         return (1,)
@@ -122,8 +122,8 @@ def stochastic_noise(
 ) -> Tensor | None:
     """Uniform numbers of the stochastic surrogate, contiguous and like the gradient, else None.
 
-    They are drawn one block a step, last step first, each in the order of the dimensions, as in a
-    loop over steps on the reference path.
+    They are drawn in one block per step, last step first, each in the order of the dimensions, as
+    in a loop over steps on the reference path.
     """
     if grad_spk is None or surrogate.name != "SSO":
         return None

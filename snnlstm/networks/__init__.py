@@ -1,1 +1,1 @@
-"""Networks over time: stacks of layers, rates of spikes, and exchanges with snnTorch."""
+"""Networks over time: stacks of layers, spike rates, and swaps with snnTorch."""

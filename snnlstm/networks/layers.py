@@ -1,4 +1,4 @@
-"""How each layer of a network goes through a sequence: the kind of its calls, and the calls."""
+"""How each layer of a network runs over a sequence: the kind of its calls, and the calls."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..neurons.sconv2dlstm import SConv2dLSTM
 from .spikes import SpikeCount
 
 LARGEST = 128 << 10
-"""The most bytes of a layer's input or output at one step with which the CPU folds the steps.
+"""The most bytes of one step of a layer's input or output for which the CPU folds the steps.
 
-Larger steps run one by one, as in the loop: each of them goes through several layers while it is in
-the cache, and all steps at once would be slower than the loop (benchmarks/NOTES.md).
+Larger steps run one by one, as in the loop: each goes through several layers while it is in the
+cache, and all steps at once would be slower than the loop (benchmarks/NOTES.md).
 """
 
 LARGEST_STACKED = 1 << 20
@@ -67,8 +67,8 @@ class LayerReport:
         return f"{self.name} {self.layer}: {self.kind} ({self.reason})"
 
 
-# The layers that treat every sample by itself, and the least number of dimensions, (N, C, ...), of
-# a step whose first one is the batch.
+# The layers that treat every sample by itself, each with the least number of dimensions of a step,
+# (N, C, ...), whose first one is the batch.
 _LEAST_DIM: dict[type[nn.Module], int] = {
     nn.Conv1d: 3, nn.MaxPool1d: 3, nn.AvgPool1d: 3,
     nn.Conv2d: 4, nn.MaxPool2d: 4, nn.AvgPool2d: 4, nn.AdaptiveAvgPool2d: 4,
@@ -79,10 +79,9 @@ _LEAST_DIM: dict[type[nn.Module], int] = {
 
 
 def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | None) -> LayerReport:
-    """How a layer goes through a sequence: x, or a step of it where x has `dim` dimensions.
+    """How a layer runs over a sequence x; an x of `dim` dimensions is one of its steps.
 
-    A step has `dim` dimensions. `by_step` is the reason to take all steps one by one, if there is
-    one.
+    `by_step` is the reason to run all steps one by one, if there is one.
     """
     whole = x.dim() > dim
     size = counted_bytes(x) // (x.shape[0] if whole else 1)
@@ -127,12 +126,12 @@ def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | N
 
 
 def counted_bytes(x: Tensor) -> int:
-    """The size of x where it counts, on the CPU and outside of torch.compile; else 0."""
+    """The bytes of x where they matter, on the CPU and outside torch.compile; else 0."""
     return x.nbytes if x.device.type == "cpu" and not torch.compiler.is_compiling() else 0
 
 
 def changed(layer: nn.Module) -> str | None:
-    """What makes a call of the layer more than its class's forward; None if nothing does."""
+    """Why a call of the layer runs more than its class's forward; None if it does not."""
     reason = beyond_forward(layer, harmless=SpikeCount)
     return {HOOKS: f"it {HOOKS}", REPLACED: f"its {REPLACED}"}.get(str(reason), reason)
 
@@ -156,7 +155,7 @@ def _has_batch(layer: nn.Module, dim: int) -> bool:
 
 
 def _widening(layer: Any) -> float:
-    """The size of the layer's output over that of its input, at least 1."""
+    """The layer's output size divided by its input size, at least 1."""
     if isinstance(layer, nn.Linear):
         return max(1, layer.out_features / max(1, layer.in_features))
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
@@ -165,10 +164,9 @@ def _widening(layer: Any) -> float:
 
 
 def unshared(x: Tensor, layer: nn.Module) -> Tensor:
-    """A copy of a view of a tensor, if the layer may write to it; else x.
+    """A copy of x if x is a view and the layer may modify it; else x.
 
-    Autograd refuses to let a layer change one of several views in place; without it no copy is
-    made, as in the loop.
+    Autograd lets no layer modify one of several views in place; without autograd nothing is copied.
     """
     if not torch.is_grad_enabled() or not (torch.compiler.is_compiling() or x._is_view()):
         return x
@@ -204,7 +202,7 @@ def whole_sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, las
 
 
 def pad(out: Any, lengths: Tensor) -> Any:
-    """What a neuron returned of all steps, spk or spk and mem, as steps with :class:`Frozen`."""
+    """Pad a neuron's results of all steps, spk or spk and mem, as :class:`Frozen` does by step."""
     if isinstance(out, Tensor):
         return mask_padding(out, lengths)
     spk, mem = out
@@ -215,8 +213,8 @@ class Frozen:
     """Calls a layer step by step, and leaves padded samples as they are.
 
     `call` calls the layer. The layer computes padded samples, too, but its first result is 0 there.
-    Its other results stay as they were, and so do the states that it keeps of a sample, in tensors
-    (N, ...) that are attributes or non-persistent buffers.
+    Its other results stay as they were, and so do its states of a sample, which are attributes or
+    non-persistent buffers of shape (N, ...).
     """
 
     def __init__(self, layer: nn.Module, call: Callable[[Tensor], Any], lengths: Tensor) -> None:
@@ -227,7 +225,7 @@ class Frozen:
         live = self._lengths > self._step
         before = {id(owner): _kept(owner) for owner in self._layer.modules()}
         out = self._call(x)
-        olds = {}  # what a stored state was before the call, which may return that state
+        olds = {}  # the stored states before the call, which may return them
         for owner in self._layer.modules():
             for name, after in _kept(owner).items():
                 if after.dim() > 1 and after.shape[0] == len(live):
@@ -252,14 +250,14 @@ def _kept(owner: nn.Module) -> dict[str, Tensor]:
 
 
 def first_item(name: str, out: Any) -> Tensor:
-    """What the next layer gets of what layer `name` returned: of a tuple, the first item."""
+    """The part of layer `name`'s result that the next layer gets: of a tuple, the first item."""
     while isinstance(out, tuple | list) and out:
         out = out[0]
     return out if isinstance(out, Tensor) else joined(name, [out])
 
 
 def joined(name: str, outs: list[Any] | tuple[Any, ...]) -> Any:
-    """What layer `name` returned at all steps as one: tensors stacked, tuples item by item."""
+    """Join what layer `name` returned at all steps: tensors stacked, tuples item by item."""
     first = outs[0]
     if all(isinstance(out, Tensor) for out in outs):
         for out in outs:
@@ -286,7 +284,7 @@ def mapped(function: Callable[[Tensor], Tensor], out: Any) -> Any:
 
 
 def exchanged(out: Any) -> Any:
-    """Every tensor with its first two dimensions exchanged; (T,), a number a step, has no batch."""
+    """Exchange each tensor's first two dimensions; (T,), one number per step, has no batch."""
     return mapped(lambda item: item.transpose(0, 1) if item.dim() > 1 else item, out)
 
 
@@ -318,7 +316,7 @@ def _is_channels_last(step: Tensor) -> bool:
 
 
 class _Stack(torch.autograd.Function):
-    """torch.stack, which takes no memory for its result where gradients are computed."""
+    """torch.stack with ``out``, which torch's own refuses where gradients are computed."""
 
     @staticmethod
     def forward(ctx: Any, *steps: Tensor) -> Tensor:

@@ -59,8 +59,7 @@ class Sequential(nn.Sequential):
     - *step*: all other layers, one call for each step: snnTorch's other neurons, batch norm in
       training (its statistics are those of one step), dropout in training (a new mask for every
       step), layers with hooks, modules that are not known here, and on the CPU layers whose input
-      or output at one step exceeds 128 KiB. Several such layers run together: all of them for one
-      step, then for the next.
+      or output at one step exceeds 128 KiB. Adjacent ones all run one step, then the next.
 
     The layers of a stack within the stack are reported one by one. If a layer returns a tuple, such
     as ``spk, syn, mem``, the next layer gets its first item. The last layer's tuple is returned,
@@ -80,8 +79,7 @@ class Sequential(nn.Sequential):
     *layers : nn.Module
         As for an nn.Sequential; a dictionary of named layers works, too.
     batch_first : bool, default False
-        Sequences are (N, T, ...), those that are returned too. The setting of the outermost stack
-        counts.
+        Sequences, also returned ones, are (N, T, ...). The outermost stack's setting counts.
 
     Attributes
     ----------
@@ -150,8 +148,7 @@ class Sequential(nn.Sequential):
     def forward(self, x: Tensor, lengths: Any = None) -> Any:
         """Run all layers over a sequence.
 
-        x (T, N, ...), or (N, T, ...) with `batch_first`, `lengths`, the result and the errors are
-        those of :func:`unroll`.
+        x is (T, N, ...), or (N, T, ...) with `batch_first`; the rest is as in :func:`unroll`.
         """
         out, report = _over_time(x, self._modules.items(), self.batch_first, lengths)
         if not torch.compiler.is_compiling():
@@ -168,9 +165,9 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: An
         def forward(self, x):  # (T, N, C, H, W)
             return snnlstm.unroll(x, self.lstm1, self.lstm2, nn.Flatten(), self.fc, self.lif)
 
-    A cell or neuron goes on from its stored state, also with ``init_hidden=False``: reset it first.
-    ``unroll`` gives no report: ``snnlstm.Sequential(*layers)`` makes a module of the same layers,
-    whose :attr:`Sequential.report` tells how each of them ran.
+    A cell or neuron continues from its stored state, also with ``init_hidden=False``: reset it
+    first. ``unroll`` gives no report: ``snnlstm.Sequential(*layers)`` makes a module of the same
+    layers, whose :attr:`Sequential.report` shows how each of them ran.
 
     Parameters
     ----------
@@ -179,13 +176,13 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: An
     *layers : nn.Module
         In order. If a layer returns a tuple, the next one gets its first item.
     batch_first : bool, default False
-        Sequences are (N, T, ...), those that are returned too.
+        Sequences are (N, T, ...), including the returned ones.
     lengths : Tensor or list of int, optional
         (N,) ints, the steps of each sample, between 0 and T. After its last step a sample is
         padded: its spikes are 0, and its states in cells and neurons stay as they are. So the mem
         that a last Leaky returns repeats its last value, and a sum over time counts the padding:
-        ``mem * (torch.arange(T)[:, None, None] < lengths[:, None])`` masks it. Numbers on a GPU are
-        not checked, but clamped.
+        ``mem * (torch.arange(T)[:, None, None] < lengths[:, None])`` masks it. Lengths on a GPU are
+        clamped without a check.
 
     Returns
     -------
@@ -217,7 +214,7 @@ def _check_modules(layers: Iterable[Any]) -> None:
     for layer in layers:
         if not isinstance(layer, nn.Module):
             name = getattr(layer, "__name__", type(layer).__name__)
-            hint = "such as nn.ReLU() in the place of torch.relu"
+            hint = "such as nn.ReLU() instead of torch.relu"
             if isinstance(layer, (list, tuple)):
                 hint = "each an argument of its own: a * in front of the list unpacks it"
             raise TypeError(f"layers must be modules, {hint}, got {name}")
@@ -240,7 +237,7 @@ def _over_time(
     if lengths is not None:
         lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
     layers, shared = list(_layers(modules, "")), _shared_state(modules)
-    # A shared state changes in the order of the loop, so all layers then go step by step.
+    # A shared state must change in the order of the loop, so all layers then run step by step.
     by_step = shared and f"layer {shared} is in several places and may keep a state"
     out, before = x, ""
     folded: torch.Size | None = None  # (T, N) while `out` has all steps as one batch
@@ -284,7 +281,7 @@ def _layers(modules: Iterable[tuple[str, Any]], prefix: str) -> Iterator[Named]:
 
 
 def _is_stack(layer: nn.Module) -> bool:
-    """Whether a call of the layer is no more than one call of each of its layers, in order."""
+    """Whether a call of the layer merely calls each of its layers once, in order."""
     return type(layer).forward in (nn.Sequential.forward, Sequential.forward)
 
 
@@ -304,7 +301,7 @@ def _shared_state(modules: Iterable[Named]) -> str | None:
 
 
 def _log_oddities(layers: list[Named], reports: list[LayerReport], batch_first: bool) -> None:
-    """Log, once for each cell, why it goes step by step, and that the stack exchanges its axes."""
+    """Log, once for each cell, why it runs step by step, or that the stack exchanges its axes."""
     for (name, layer), report in zip(layers, reports, strict=True):
         said = []
         if report.kind == "step" and isinstance(layer, CELL) and report.reason != TO_STACK:
@@ -325,10 +322,7 @@ def _step_by_step(
     by_step: str | None,
     reports: list[LayerReport],
 ) -> Any:
-    """Run the first layers, as many as go step by step, over (T, N, ...).
-
-    All of them run for one step, then for the next.
-    """
+    """Run the leading layers that go step by step over (T, N, ...), each step through all."""
     outs: list[Any] = list(x.unbind(0))  # the gradient of each x[t] would be as large as x
     calls: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
     before = ""

@@ -68,7 +68,7 @@ class SpikeCount:
 
     @property
     def exceeded(self) -> float | None:
-        """A threshold, in two digits, that 5 % of the last call's mem exceed; None without one."""
+        """A threshold, to two digits, that 5 % of the last call's mem exceed; None without one."""
         if self.compared is None:
             return None
         mem = self.compared.flatten().float()
@@ -106,7 +106,7 @@ class SpikeRates(dict[str, SpikeCount]):
     def __enter__(self) -> SpikeRates:
         if self._handles:
             raise RuntimeError(
-                "these spikes are being counted: call spike_rates again for a block in a block"
+                "these spikes are being counted: call spike_rates again for a nested block"
             )
         for name, layer in self._model.named_modules():
             if isinstance(layer, SConv2dLSTM if Neuron is None else (SConv2dLSTM, Neuron)):
@@ -149,7 +149,7 @@ def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
 
     The layers are our cells, snnTorch's cells and its other neurons. Counting changes neither their
     results nor the kernels that run. Code that torch.compile compiled before the block is not
-    counted: compile within the block, or call the network that is not compiled. Calls within a
+    counted: compile within the block, or call the uncompiled network. Calls within a
     transform of torch.func are not counted either. ::
 
         with snnlstm.spike_rates(net):

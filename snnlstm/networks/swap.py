@@ -44,8 +44,8 @@ _SWAPPED = (Base, SConv2dLSTM, TheirLeaky)
 
 _ALREADY = ("is snnlstm's already", "is snntorch's already")
 _CONVLSTM = (
-    "it looks like a ConvLSTM and stays as it is; the documentation's page ConvLSTM says how "
-    "snnlstm.ConvLSTM takes its place"
+    "it looks like a ConvLSTM and stays as it is; the documentation's page ConvLSTM shows how "
+    "snnlstm.ConvLSTM replaces it"
 )
 
 
@@ -174,10 +174,10 @@ def restore(model: nn.Module) -> SwapReport:
 
     This undoes :func:`snnlstm.accelerate`, and also takes models that were built with ours. A layer
     keeps its parameters, buffers, submodules, state and hooks. snnTorch's own ``spike_grad``
-    and ``state_quant`` come back if they were not changed since; otherwise ours stay, which work in
-    snnTorch's cell as well. A cell with an option that snnTorch's cell does not have, such as
-    ``stride``, or, unless the cell came from snnTorch, does not follow (``inhibition``, float16,
-    bfloat16), stays as it is, and the report gives the reason.
+    and ``state_quant`` come back if they were not changed since; otherwise ours stay, which also
+    work in snnTorch's cell. A cell stays as it is if it has an option that snnTorch's lacks, such
+    as ``stride``. So does a cell with ``inhibition``, float16 or bfloat16, unless it came from
+    snnTorch, whose cell does not follow these. The report gives the reasons.
 
     `model`, the report and the errors are those of :func:`snnlstm.accelerate`.
     """
@@ -193,7 +193,7 @@ def _require_snntorch(function: str) -> None:
 def _swap(
     action: str, model: nn.Module, counterpart: Callable[[Any], nn.Module | str | None]
 ) -> SwapReport:
-    """Make cells of one library those of the other, and report the rest.
+    """Turn cells of one library into those of the other, and report the rest.
 
     `counterpart` returns the other library's cell for a module, the reason to leave the module, or
     None for a module that a swap does not concern.
@@ -274,7 +274,7 @@ COMPARED[Base] = _results
 
 
 def _their_cell(**options: Any) -> Any:
-    """A small cell of snnTorch's, although patch() may be in force; it draws no random numbers."""
+    """A small cell of snnTorch's, also under patch(); making it draws no random numbers."""
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         cell = type(Base.__name__, (Base,), {})(1, 1, 1, **options)
     object.__setattr__(cell, "__class__", Base)
@@ -308,7 +308,7 @@ def _as_theirs(module: Any) -> nn.Module | str | None:
 
 
 def _other_leaky(old: Any, kind: type[nn.Module]) -> nn.Module | str:
-    """A Leaky of a class, ours or snnTorch's, that holds what `old` holds; or why `old` stays."""
+    """A Leaky of `kind`, ours or snnTorch's, that holds what `old` holds; or why `old` stays."""
     if type(old) is kind:
         return _ALREADY[kind is TheirLeaky]
     if type(old) not in (Leaky, TheirLeaky):
@@ -337,7 +337,7 @@ def _adopt(old: Any) -> nn.Module:
     cell._non_persistent_buffers_set -= set(states)
     cell._initial_threshold = cell.threshold.detach().clone()
     cell.syn, cell.mem = states["syn"], states["mem"]
-    cell.reset_mechanism_val = cell.reset_mechanism_val  # the setter sets what runs, too
+    cell.reset_mechanism_val = cell.reset_mechanism_val  # the setter also sets what runs
     return cell
 
 
@@ -347,7 +347,7 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
     for name, original in (old._adopted or {}).items():
         if _RECOGNISE[name](original) == callables[name]:
             callables[name] = original
-    cell = _their_cell(  # whose tensors are replaced below
+    cell = _their_cell(  # its tensors are replaced below
         surrogate_disable=old.surrogate_disable, reset_mechanism=old.reset_mechanism, **callables
     )
     for name in (*_SAME, "padding"):
@@ -371,7 +371,7 @@ def _chosen(cell: nn.Module) -> set[str]:
 
 def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
     """Give `new` all attributes of `old`, except those that only old's class needs."""
-    # The handles of hooks point to the dictionaries of hooks.
+    # Handles of hooks refer to the dictionaries of hooks, so both cells share these.
     shared = {key for key in old.__dict__ if "hook" in key} | {"training"}
     extra = set(old.__dict__) - set(new.__dict__) - private
     new.__dict__.update({key: old.__dict__[key] for key in shared | extra})
@@ -389,18 +389,17 @@ _patch: ExitStack | None = None  # undoes the patch that is in force
 def patch() -> AbstractContextManager[object]:
     """Let ``snntorch.SConv2dLSTM(...)`` and ``snntorch.Leaky(...)`` make ours from now on.
 
-    This holds for all code, whenever it imported the name: the class stays the same object, and a
-    call of it makes an instance of our class, a subclass of it. So ``isinstance`` and
-    ``snntorch.utils.reset`` know the layers made before and those made after. Our cell's keyword
-    arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's classes do not change,
-    and neither do layers that exist already: see :func:`snnlstm.accelerate`. A second call changes
-    nothing. The cell's old name, ``snntorch.SConvLSTM``, exists as long as the patch.
+    This affects all code, whenever it imported the name: the class stays the same object, and a
+    call of it makes an instance of our subclass. So ``isinstance`` and ``snntorch.utils.reset``
+    recognise the layers made before and those made after. Our cell's keyword arguments, such as
+    ``stride=``, are accepted. Subclasses of snnTorch's classes do not change, and neither do layers
+    that exist already: see :func:`snnlstm.accelerate`. A second call changes nothing. The cell's
+    old name, ``snntorch.SConvLSTM``, exists as long as the patch is in force.
 
     Returns
     -------
     context manager
-        In a ``with`` statement it undoes the patch at the end of the block, unless the patch was in
-        force before.
+        A ``with`` block undoes the patch at its end, unless the patch was in force before.
 
     Raises
     ------

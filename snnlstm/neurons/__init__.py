@@ -1,1 +1,1 @@
-"""The modules that users make, with their attributes and states."""
+"""The modules that users create, with their attributes and states."""

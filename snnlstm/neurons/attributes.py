@@ -1,4 +1,4 @@
-"""What the user reads and sets on a cell: its attributes, its states, and what is saved of both."""
+"""What the user reads and sets on a cell, attributes and states, and how both are saved."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ from .state import NO_RESET, State
 
 
 class CellAttributes(Base):
-    """What SConv2dLSTM inherits, so that attributes and states may be read and set at any time.
-
-    What runs is what the attributes say, from the next call on.
-    """
+    """The attributes and states of SConv2dLSTM; changes take effect from the next call on."""
 
     _dims: ClassVar[int] = 2
     """Dimensions of an image: 2, height and width, or 1, length."""
@@ -42,14 +39,14 @@ class CellAttributes(Base):
     """The entry of the last call."""
     _initial_threshold: Any
     _adopted: dict[str, Any] | None = None
-    """The callables of the snnTorch cell that this one stands in for, by their names."""
+    """The callables of the snnTorch cell that this one replaces, by name."""
     _layer_name: str = ""
     """The cell's name in the network that was accelerated, for the log."""
 
     # ---- spec -----------------------------------------------------------------------------
 
     def _describe(self) -> CellSpec:
-        """Return what the attributes say; an error says what is contradictory."""
+        """Return the spec of the attributes; an error says which of them contradict each other."""
         return self._spec or self._make_spec()
 
     def _make_spec(self) -> CellSpec:
@@ -60,7 +57,7 @@ class CellAttributes(Base):
         return spec.make_spec(self.kernel_size, dims=self._dims, **described)
 
     def _remake_spec(self) -> None:
-        """Make the spec anew, at once: torch.compile must find it made."""
+        """Make the spec again, at once, because torch.compile must find it ready."""
         self._entry = None
         try:
             self._spec = self._make_spec()
@@ -115,7 +112,7 @@ class CellAttributes(Base):
         return torch.tensor(RESETS.index(self._reset_mechanism), device=device)
 
     def _follow(self, reset: Reset | None) -> None:
-        """Take over the buffer's reset mechanism; None if the buffer cannot be read."""
+        """Adopt the buffer's reset mechanism, which is None if the buffer cannot be read."""
         if reset is not None:
             self._reset_mechanism = reset
             if "_state" in self.__dict__:
@@ -156,8 +153,8 @@ class CellAttributes(Base):
         """Set the stored states to zero and return them, syn and mem.
 
         They have the shape of the last call's states and may be passed to the next call with an
-        input of any size. To start from other states, pass or assign them: under torch.compile
-        a change in place, of the returned tensors or of ``syn`` and ``mem`` after a reset, takes
+        input of any size. To start from other states, pass or assign them. Under torch.compile
+        an in-place change of the returned tensors, or of ``syn`` and ``mem`` after a reset, takes
         effect only if the tensor is passed.
         """
         return self._state.reset()
@@ -178,9 +175,8 @@ class CellAttributes(Base):
     def detach_hidden(cls) -> None:
         """Detach the stored states of all living cells from the graph, in place.
 
-        This serves truncated backpropagation through time: the states stay, and their history goes.
-        Neurons of snnTorch have a ``detach_hidden()`` of their own class. Detach states that you
-        pass by hand yourself.
+        This serves truncated backpropagation through time: it keeps states and drops their history.
+        snnTorch's neurons have their own ``detach_hidden()``. Detach passed states yourself.
         """
         for cell in alive(CellAttributes):
             cell._state.detach()
@@ -198,7 +194,7 @@ class CellAttributes(Base):
 
     @staticmethod
     def zeros(*args: Tensor) -> None:
-        """Set the given states to zero, in place, as snnTorch's documents but does not do."""
+        """Set the given states to zero, in place; snnTorch documents this, but does not do it."""
         for state in args:
             state.detach().zero_()
 
@@ -229,7 +225,7 @@ class CellAttributes(Base):
         self.reset_mem()
 
     def _replicate_for_data_parallel(self) -> Any:
-        """Give a replica of DataParallel, which shares the attributes, states of its own."""
+        """Return a replica for DataParallel, which shares the attributes but has its own states."""
         replica = super()._replicate_for_data_parallel()
         replica._state = self._state.shared()
         return replica
@@ -238,7 +234,7 @@ class CellAttributes(Base):
         state = self.__dict__.copy()
         state["_spec"] = state["_entry"] = None
         state["_state"] = copy(self._state)  # State.__getstate__ leaves the graph out
-        state.pop("spk", None)  # spk hangs on the graph of the last call
+        state.pop("spk", None)  # spk holds the graph of the last call
         if self._adopted is not None:
             state["_adopted"] = {}  # snnTorch's closures cannot be pickled
         return state

@@ -1,7 +1,7 @@
 """The ConvLSTM without spikes: the cell, and a stack of cells over whole sequences.
 
-Both have the constructor, attributes, keys and results that most of torch's ConvLSTMs have. The
-kernels are those of the spiking cell: their mem is the hidden state h, their syn the cell state c.
+Both have the constructor, attributes, keys and results that most ConvLSTMs for torch have. They
+use the kernels of the spiking cell, whose mem is the hidden state h, and syn the cell state c.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ConvLSTMCell(nn.Module):
         c = sigmoid(f) * c + sigmoid(i) * tanh(g)
         h = sigmoid(o) * tanh(c)
 
-    A wrong type raises TypeError, a wrong value, shape or device ValueError.
+    A wrong type raises TypeError; a wrong value, shape or device raises ValueError.
 
     Parameters
     ----------
@@ -58,8 +58,7 @@ class ConvLSTMCell(nn.Module):
     conv : nn.Conv2d
         weight (4C, Cin + C, kh, kw), gates in the order i, f, o, g, and bias (4C,).
     path : snnlstm.Path or None
-        The implementation that ran the last call, and the reason. A `path` that the user sets on
-        the cell stays.
+        The implementation that ran the last call, and why. A `path` that the user sets stays.
     """
 
     path = LastPath()
@@ -167,7 +166,7 @@ class ConvLSTMCell(nn.Module):
 
 
 def _per_layer(name: str, value: Any, count: int) -> list[Any]:
-    """One value for each layer: a list gives them, any other value serves every layer."""
+    """One value for each layer: those of a list, or any other value for all layers."""
     if not isinstance(value, list):
         return [value] * count
     if len(value) != count:
@@ -243,8 +242,8 @@ class ConvLSTM(nn.Module):
             h and c of each layer before the first step, (N, C, Ho, Wo) each; None means zeros.
         lengths : Tensor or list of int, optional
             (N,) ints, the steps of each sample, between 0 and T. After its last step a sample is
-            padded: its outputs are 0, and its states stay as they are. Numbers on a GPU are not
-            checked, but clamped.
+            padded: its outputs are 0, and its states stay as they are. Lengths on a GPU are
+            clamped without a check.
         record : bool, default False
             Return h and c of every step in `last_state_list`, instead of only the last ones.
 
@@ -288,7 +287,7 @@ class ConvLSTM(nn.Module):
 def _run_layer(
     cell: Any, x: Tensor, state: Any, layer: int, lengths: Tensor | None, record: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a cell over x (T, N, Cin, H, W): h of every step, and the last h and c or all."""
+    """Run a cell over x (T, N, Cin, H, W); return h of every step, and the last or all h and c."""
     if type(cell).forward is ConvLSTMCell.forward and beyond_forward(cell) is None:
         given = None if lengths is None else CheckedLengths(lengths, x.shape[0])
         return cell._run(x, state, f"hidden_state[{layer}]", given, record)

@@ -42,18 +42,18 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         mem = clamp(beta, 0, 1) * mem + x                        # "none"
         spk = spike(mem - threshold) * graded_spikes_factor
 
-    **The layer is stateful**: a mem that is not passed is the one that the last call left. A new
-    layer starts from zeros; so do ``reset_mem()``, and an x of another shape than mem's.
+    **The layer is stateful**: a call without mem continues from the last call's. It starts from
+    zeros in a new layer, after ``reset_mem()``, and for an x of another shape than mem's.
 
     The kernels cover x of float32, float64, float16 and bfloat16 on the CPU and on CUDA, with a
-    beta and a threshold that are numbers or vary along one dimension of x. Plain torch runs all
-    other calls, such as those with ``reset_delay=False``, ``inhibition``, ``state_quant`` or a
-    surrogate of your own, and snnTorch's own forward those of a layer whose methods were replaced,
-    and all where the installed snnTorch computes Leaky differently from 1.0.0; :attr:`path` says
-    why. On every path but the last four things differ from snnTorch: spk is float64 where x is
-    (snnTorch's is float32), mem is float32 where x is of a half type, also with
-    ``reset_mechanism="none"``, an infinite threshold makes no NaN where nothing is reset, and no
-    ``reset`` stays on the layer: ``mem_reset(mem)`` computes it from the mem before the step.
+    beta and a threshold that are numbers or vary along one dimension of x. Plain torch runs other
+    calls, such as those with ``reset_delay=False``, ``inhibition``, ``state_quant`` or a surrogate
+    of your own. snnTorch's own forward runs if a method of the layer was replaced, or if the
+    installed snnTorch computes Leaky differently from 1.0.0. :attr:`path` says why. Except in
+    snnTorch's own forward, four things differ from snnTorch: spk is float64 if x is (snnTorch's is
+    float32); mem is float32 if x is of a half type, even with ``reset_mechanism="none"``; an
+    infinite threshold makes no NaN where nothing is reset; and the layer stores no ``reset``, which
+    ``mem_reset(mem)`` computes from the mem before the step.
 
     Attributes
     ----------
@@ -85,7 +85,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         input_ : Tensor
             x, of any shape.
         mem : Tensor, optional
-            Of x's shape; another shape means zeros. None goes on from the stored state.
+            Of x's shape; another shape means zeros. None continues from the stored state.
 
         Returns
         -------
@@ -112,7 +112,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return spk if self.init_hidden and not self.output else (spk, after)
 
     def sequence(self, x: Tensor, record: bool, lengths: Tensor | None = None) -> Any:
-        """Run all steps of x (T, ...) in one call, where :meth:`takes` says that this can be.
+        """Run all steps of x (T, ...) in one call, if :meth:`takes` allows it.
 
         The result is spk of every step, (T, ...), and with `record` also mem. `lengths` (N,) are
         the steps of each sample of x (T, N, ...): after its last one a sample does not spike, and
@@ -136,9 +136,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return (spk, mem) if record else spk
 
     def takes(self, x: Tensor, sequence: bool = True) -> bool:
-        """Whether the kernels cover a sequence x (T, ...), so that :meth:`sequence` serves.
+        """Whether the kernels cover a sequence x (T, ...), so that :meth:`sequence` can run it.
 
-        Without `sequence`, x is one of its steps, (...).
+        If `sequence` is False, x is one of its steps, (...).
         """
         return type(self._described(x, self._buffers.get("mem"), sequence)) is not Path
 
@@ -163,9 +163,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return out
 
     def _plain(self, x: Tensor, mem: Tensor, traced: bool) -> tuple[Tensor, Tensor]:
-        """One step in the words of snnTorch 1.0.0; spk has the dtype of x, or float32.
+        """One step, written as in snnTorch 1.0.0; spk has the dtype of x, or float32.
 
-        dtypes promote as in snnTorch, whose spikes and resets are always float32.
+        Dtypes are promoted as in snnTorch, whose spikes and resets are always float32.
         """
         threshold, graded = self.threshold, self.graded_spikes_factor
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -208,11 +208,11 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     # ---- what the kernels can take ----------------------------------------------------------
 
     def _surrogate(self) -> Surrogate | None:
-        """Return our surrogate for ``spike_grad``, None if there is none; found once a function."""
+        """Return our surrogate for ``spike_grad``, or None; found once per function."""
         theirs, cached = self.spike_grad, self.__dict__.get("_recognised")
         if cached is None or cached[0] is not theirs:
             ours = NONE if theirs is _BYPASS else recognise_surrogate(theirs)
-            if type(ours) is not Surrogate:  # nothing is kept: the attempt may have failed
+            if type(ours) is not Surrogate:  # not kept, because the attempt may have failed
                 return None
             self.__dict__["_recognised"] = cached = theirs, ours
         return cached[1]
@@ -233,7 +233,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return getattr(self, name) if found is None else found
 
     def _described(self, x: Any, mem: Any, sequence: bool) -> Any:
-        """Describe the layer to the kernels; a Path, which says why, where they cannot run.
+        """Describe the layer to the kernels, or return a Path with the reason why they cannot run.
 
         `sequence` says that x is one, (T, ...).
         """
@@ -276,7 +276,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
 
 def _parameter_against(name: str, tensor: Any, x: Tensor, step: torch.Size) -> str | None:
-    """Why the kernels cannot read a parameter in a call with x; `step` is the shape of a step."""
+    """Why the kernels cannot read a parameter in a call with x; `step` is a step's shape."""
     if type(tensor) not in _TENSORS or tensor.device != x.device:
         return f"{name} is on another device, or of a subclass of Tensor"
     if kernels.place(tensor, step, step) is None:
@@ -284,7 +284,7 @@ def _parameter_against(name: str, tensor: Any, x: Tensor, step: torch.Size) -> s
     real = kernels.real(x.dtype)
     # torch ignores the dtype of a number beside a tensor with dimensions.
     if (tensor.dim() or not step) and torch.promote_types(tensor.dtype, real) is not real:
-        return f"{name} is of {tensor.dtype}, which makes results of it"
+        return f"{name} is of {tensor.dtype}, which results would also have"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The module: arguments, state and return values of the cell."""
+"""The module SConv2dLSTM: its arguments, states and return values."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class SConv2dLSTM(CellAttributes):
         mem = sigmoid(o) * tanh(syn), then the reset
         spk = spike(pool(mem) - threshold)
 
-    **The cell is stateful, also with init_hidden=False.** A state that is not passed is the
-    one that the last call left, not zero. A new cell starts from zeros; so do
-    :meth:`reset_mem`, :meth:`reset_hidden`, a state of shape (0,), and an input whose batch or
-    image size differs from the last one's.
+    **The cell is stateful, also with init_hidden=False.** A call without states continues from
+    those of the last call, not from zeros. It starts from zeros in a new cell, after
+    :meth:`reset_mem` or :meth:`reset_hidden`, with states of shape (0,), and for an input whose
+    batch or image size differs from the last one's.
 
     Parameters
     ----------
@@ -57,11 +57,11 @@ class SConv2dLSTM(CellAttributes):
     bias : bool, default True
         Whether ``conv`` has a bias.
     max_pool, avg_pool : int or (int, int), default 0
-        Pool mem before the threshold; 0 is off. At most one of them. The returned mem is not
+        Pool mem before the threshold; 0 is off. At most one may be set. The returned mem is not
         pooled.
     threshold : float or Tensor, default 1.0
         Broadcasts to mem's shape, for example (C, 1, 1). It is copied. mem never exceeds 1, so
-        the default never spikes. Take 0.05, and look at :func:`snnlstm.spike_rates`.
+        the default never spikes. Use 0.05, and look at :func:`snnlstm.spike_rates`.
     spike_grad : callable, optional
         Surrogate gradient, ``snnlstm.surrogate.atan()`` by default. snnTorch's are recognised;
         the attribute ``spike_grad`` then is our equivalent. Any other callable works on the
@@ -74,7 +74,7 @@ class SConv2dLSTM(CellAttributes):
         Only the neuron with the highest (pooled) mem of each sample may spike.
     learn_threshold : bool, default False
         The threshold is a parameter.
-    reset_mechanism : {"none", "subtract", "zero"}
+    reset_mechanism : {"none", "subtract", "zero"}, default "none"
         Changes the new mem of a neuron whose mem exceeded the threshold before the step.
     state_quant : callable, default False
         Quantises syn and mem: ``snnlstm.quant.state_quant(...)``, snnTorch's, or any callable.
@@ -106,8 +106,7 @@ class SConv2dLSTM(CellAttributes):
     spk : Tensor or None
         The last spikes.
     path : snnlstm.Path or None
-        The implementation that ran the last call, and the reason. A `path` that the user sets on
-        the cell stays.
+        The implementation that ran the last call, and why. A `path` that the user sets stays.
 
     Raises
     ------
@@ -218,30 +217,29 @@ class SConv2dLSTM(CellAttributes):
         Parameters
         ----------
         x : Tensor
-            (N, Cin, H, W) is one step, (T, N, Cin, H, W) a sequence: the same as T calls, in
+            (N, Cin, H, W), one step, or (T, N, Cin, H, W), a sequence, which equals T calls in
             one. x has the cell's dtype, or one that converts to it without loss, such as bool.
             **Time comes first.** An x of (N, T, Cin, H, W) has the same number of dimensions and
-            would be read as N steps of T samples: make the cell with ``batch_first=True``.
+            would be read as N steps of T samples: for it, make the cell with ``batch_first=True``.
         syn, mem : Tensor, optional
-            (N, C, Ho, Wo), or (0,), which means zeros, as do zeros of another batch or image size:
-            what :meth:`reset_mem` returned. None goes on from the stored state.
+            (N, C, Ho, Wo), or (0,), which means zeros, as do zeros of another batch or image size,
+            such as from :meth:`reset_mem`. None continues from the stored state.
         record : bool, default False
             For a sequence: return syn and mem of every step.
         lengths : Tensor or list of int, optional
             For a sequence: (N,) ints, the steps of each sample, between 0 and T. After its last
             step a sample is padded: its spikes are 0, and its states, recorded ones too, stay as
-            they are. Numbers on a GPU are not checked, but clamped.
+            they are. Lengths on a GPU are clamped without a check.
         input_ : Tensor, optional
-            snnTorch's name of x, accepted in its place.
+            snnTorch's name of x, accepted instead.
 
         Returns
         -------
         spk : Tensor
             (N, C, Ho // pool, Wo // pool), with a leading T for a sequence.
         syn, mem : Tensor
-            (N, C, Ho, Wo) after the last step, or (T, N, C, Ho, Wo) with `record`. Not
-            returned with ``init_hidden=True`` and ``output=False``. With ``batch_first=True``
-            N comes before T.
+            (N, C, Ho, Wo) after the last step, or (T, N, C, Ho, Wo) with `record`; N comes before T
+            with ``batch_first``. Not returned with ``init_hidden=True`` and ``output=False``.
 
         Raises
         ------
@@ -258,7 +256,7 @@ class SConv2dLSTM(CellAttributes):
         torch.export and the ONNX exporters record one call, and no stored states: pass syn and
         mem, and feed the returned ones to the next call.
         """
-        # The ONNX exporter of torch.jit passes the defaults of keywords as positions.
+        # The ONNX exporter of torch.jit passes keywords' defaults as positional arguments.
         if extra and not torch.onnx.is_in_onnx_export():
             raise TypeError(f"forward takes x, syn and mem, and others by name; got also {extra}")
         if self.init_hidden and not (syn is None and mem is None):
@@ -267,9 +265,9 @@ class SConv2dLSTM(CellAttributes):
             )
         if input_ is not None:
             if x is not None:
-                raise TypeError("forward takes x or input_, which are one, got both")
+                raise TypeError("forward takes x or input_, which mean the same, got both")
             x = input_
-        # The functions below get the answer as an argument.
+        # The functions below get this as an argument.
         traced = torch.compiler.is_compiling()
         described = self._spec or self._describe()
         now, overrides = self._asked(described, traced)
@@ -355,7 +353,7 @@ class SConv2dLSTM(CellAttributes):
     def _asked(
         self, described: CellSpec, traced: bool, channels: tuple[int, int] | None = None
     ) -> tuple[Path | None, Overrides | None]:
-        """Return what every call asks for; see :func:`path.asked_every_call`."""
+        """Return what every call checks; see :func:`path.asked_every_call`."""
         kind, attributes = type(self), self.__dict__
         fire = mem_reset = None
         if kind.fire is not _FIRE or "fire" in attributes:
@@ -392,7 +390,7 @@ class SConv2dLSTM(CellAttributes):
             self._state.store(syn[-1].clone(), mem[-1].clone(), traced)
 
     def _on_images(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Wrap foreign code, which on signals takes signals, so that it takes images."""
+        """Wrap the user's code, which takes signals if the cell does, so that it takes images."""
         if self._dims == 2:
             return function
         return lambda image: as_image(function(image.squeeze(-2)))
@@ -411,7 +409,7 @@ class SConv2dLSTM(CellAttributes):
 
 
 def _of_length(image: Tensor, fresh: bool) -> Tensor:
-    """(..., 1, L) as (..., L), no view: snnTorch detaches states in place, which views refuse.
+    """(..., 1, L) as (..., L), not a view: snnTorch detaches states in place, which views refuse.
 
     `fresh` says that autograd has saved nothing in the tensor's memory.
     """
@@ -425,7 +423,7 @@ _FIRE, _MEM_RESET = SConv2dLSTM.fire, SConv2dLSTM.mem_reset
 
 
 class SConv1dLSTM(SConv2dLSTM):
-    """:class:`SConv2dLSTM` on signals, (N, Cin, L), in the place of images.
+    """:class:`SConv2dLSTM` on signals, (N, Cin, L), instead of images.
 
     x is (N, Cin, L) for one step or (T, N, Cin, L) for a sequence, and syn and mem are
     (N, C, ceil(L / stride)). ``conv`` is an nn.Conv1d, whose weight is (4C, Cin + C, k).
@@ -436,5 +434,5 @@ class SConv1dLSTM(SConv2dLSTM):
     _dims, _conv_kind = 1, nn.Conv1d
 
     def init_sconv1dlstm(self) -> tuple[Tensor, Tensor]:
-        """Another name of :meth:`reset_mem`, which an open proposal to snnTorch has."""
+        """Another name of :meth:`reset_mem`, from an open proposal to snnTorch."""
         return self.reset_mem()

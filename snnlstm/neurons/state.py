@@ -1,11 +1,10 @@
 """The states of a cell: an object that owns syn and mem, and the rules by which they are kept.
 
-The states are plain attributes of that object. DistributedDataParallel would overwrite buffers of
-all ranks with the first one's, and parameters, which nn.Module makes of an nn.Parameter, would be
-trained.
+The states are plain attributes: DistributedDataParallel would overwrite all ranks' buffers with the
+first one's, and a state that is an nn.Parameter would be registered and trained.
 
-A cell also remembers that it was reset and not called since. torch.compile then need not look at
-the stored states, so that one compiled graph starts every sequence, whatever the last one left.
+A cell also remembers that it was reset and not called since. torch.compile then need not read the
+stored states, so one compiled graph starts every sequence, whatever states the last one left.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class State:
             self.stored_in = backward_pass()
 
     def shared(self) -> State:
-        """Return a replica with the same tensors; what it stores is not stored here."""
+        """Return a replica with the same tensors; it stores later states for itself."""
         replica = State.__new__(State)
         replica.__dict__.update(self.__dict__)
         return replica
@@ -108,7 +107,7 @@ class State:
             self.stored_in = backward_pass()
 
     def readable(self) -> bool:
-        """Whether a call may go on from the stored states: they are not of another pass."""
+        """Whether a call may continue from the stored states: they are not another pass's."""
         return backward_pass() in (-1, self.stored_in)
 
     def is_current(self) -> bool:
@@ -134,7 +133,7 @@ class State:
         if isinstance(passed, Tensor):
             check_dense(name, passed)  # the shape of a nested tensor cannot be compared
         fits = isinstance(passed, Tensor) and passed.shape == shape
-        # The order matters: torch.compile compiles again when the answer to a question changes.
+        # The order matters: torch.compile compiles again when the result of a check changes.
         if not fits and self.restarted and passed is getattr(self, name):
             return x.new_zeros(shape)
         if not fits and not traced and _as_of_a_reset(passed, shape):
@@ -148,9 +147,9 @@ class State:
                 return x.new_zeros(shape)
         elif not self.readable():
             raise RuntimeError(
-                "the cell is called in a backward pass, as torch.utils.checkpoint does, and its "
-                "stored state is a later one than in the forward pass: pass syn and mem, call "
-                "reset_mem() inside of the function that is checkpointed, or make the cell with "
+                "a backward pass, such as torch.utils.checkpoint's, calls the cell again, but the "
+                "stored state has changed since the forward pass: pass syn and mem, call "
+                "reset_mem() inside the checkpointed function, or make the cell with "
                 "checkpoint=True instead"
             )
         elif self.has_ended():
@@ -179,6 +178,6 @@ def _as_of_a_reset(state: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _zeros_like(state: Tensor) -> Tensor:
-    if torch.jit.is_tracing():  # a trace takes in no tensor that has a history from before it
+    if torch.jit.is_tracing():  # a trace accepts no tensor whose history began before it
         return torch.zeros(0, dtype=state.dtype, device=state.device)
     return torch.zeros_like(state)

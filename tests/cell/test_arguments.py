@@ -347,7 +347,7 @@ WITHOUT = r"needs snntorch, which is not installed or has no SConv2dLSTM: pip in
 # What other public functions say, by the rule that a message names what came and what is accepted.
 SAID = {
     "forward takes x, syn and mem, and others by name": lambda: ours()(X, STATE, STATE, True),
-    "forward takes x or input_, which are one, got both": lambda: ours()(X, input_=X),
+    "forward takes x or input_, which mean the same, got both": lambda: ours()(X, input_=X),
     "max_pool must not be larger than the state, got (6, 6)": lambda: ours(max_pool=6)(X),
     "conv must be a plain nn.Conv2d without hooks where stride is not 1": lambda: normed(2)(X),
     "Wrong overrides _base_sub, which": lambda: type(
@@ -401,7 +401,7 @@ SAID = {
     "c of cur_state must be of torch.float32": lambda: plain_cell()(X, (STATE, STATE.double())),
     # stacks
     "net must be an nn.Sequential, got list": lambda: snnlstm.Sequential.of([ours()]),
-    "layers must be modules, such as nn.ReLU() in the place of torch.relu, got": lambda: unroll(
+    "layers must be modules, such as nn.ReLU() instead of torch.relu, got": lambda: unroll(
         EVENTS, torch.relu
     ),
     "a * in front of the list unpacks it, got list": lambda: unroll(EVENTS, [ours()]),
