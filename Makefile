@@ -39,7 +39,7 @@ fuzz: $(VENV)/.installed  ## fresh examples for the tests that draw some; then r
 	$(RUN) -m tools.fuzz --minutes $(MINUTES) $(ARGS)
 
 sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers
-	for of in address thread tests; do $(RUN) tools/instrumented.py $$of || exit 1; done
+	for part in address thread tests; do $(RUN) tools/instrumented.py $$part || exit 1; done
 
 coverage: $(VENV)/.instruments  ## the lines and branches of Python and C++ that the tests reach
 	$(RUN) tools/instrumented.py coverage $(ARGS)

@@ -81,7 +81,7 @@ def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
     wanted = case.grad_x, True, True, True, True, False
     ways = (
         partial(plan.forward, call, True),
-        partial(plan.backward, call, result.saved, grads, wanted, result.selection, None),
+        partial(plan.backward, call, result.saved, grads, wanted, result.selection, result.packed),
     )
     rows = []
     for backward, run in enumerate(ways):
