@@ -184,7 +184,8 @@ def _bars(table: pd.DataFrame, mode: str) -> Figure:
         panel = figure.subplots()
         (table - 1).plot.barh(ax=panel, left=1, logx=True, width=0.8, legend=False)
         for bars, name in zip(panel.containers, table, strict=True):
-            panel.bar_label(bars, [f"{ratio:.1f}x" for ratio in table[name]], padding=2)
+            labels = table[name].map("{:.1f}x".format, na_action="ignore").fillna("")
+            panel.bar_label(bars, labels.tolist(), padding=2)
         panel.axvline(1, color="gray", linewidth=1)
         least, most = table.min(axis=None), table.max(axis=None)
         limits = 0.8 * least if least < 1 else 1, 1.5 * max(1, most)

@@ -227,3 +227,11 @@ def test_the_other_commands_print_their_tables(capsys, monkeypatch):
     lines = list(gpu_smoke.run("cpu", algorithms=("direct",)))
     assert len(lines) == len(gpu_smoke.rows("cpu", ["direct"], list(gpu_smoke.OPTIONS)))
     assert all(right for _, right in lines)
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_network_that_a_release_was_not_timed_with_has_no_label(mode):
+    pytest.importorskip("matplotlib")
+    labels = [text.get_text() for text in report.draw_history(mode).axes[0].texts]
+    assert "" in labels
+    assert not any("nan" in label for label in labels)
