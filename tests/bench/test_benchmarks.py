@@ -231,7 +231,6 @@ def test_the_other_commands_print_their_tables(capsys, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_a_network_that_a_release_was_not_timed_with_has_no_label(mode):
-    pytest.importorskip("matplotlib")
     labels = [text.get_text() for text in report.draw_history(mode).axes[0].texts]
     assert "" in labels
     assert not any("nan" in label for label in labels)
