@@ -347,7 +347,9 @@ def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
 def _follows(kind: Any) -> bool:
     """Whether the installed class computes what 1.0.0's and ours do; checked once."""
     if kind not in _follow:
-        new = set(inspect.signature(kind.__init__).parameters) - _PARAMETERS
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        new = named - _PARAMETERS
         same = source_of(kind) == _SOURCES[kind.__name__]
         _follow[kind] = not new and (same or _alone(_results_agree, COMPARED[kind]))
     return _follow[kind]
