@@ -146,7 +146,7 @@ class _SpikeForwardMode(_Spike):
 
 
 # This is apply without its inspection of signatures, which takes longer than a small step.
-_apply = getattr(super(torch.autograd.Function, _SpikeForwardMode), "apply", _SpikeForwardMode.apply)
+_plain_apply = super(torch.autograd.Function, _SpikeForwardMode).apply  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Surrogate:
         elif forward_level() < 0 and not (x.requires_grad and torch.is_grad_enabled()):
             return heaviside_step(x)
         else:
-            spike = _apply
+            spike = _plain_apply
         return spike(x, self.kind, self.p0, self.p1)
 
     def factor(self, x: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import io
 import logging
-import operator
 import textwrap
 import threading
 import tokenize
@@ -47,7 +46,7 @@ def recognise_surrogate(
     versions make objects, such as an ``ATanSurrogate`` with the attribute ``alpha``. Both are
     recognised by name, by parameters, which must be plain numbers, and by what they compute.
     """
-    kind = _kind(spike_grad)
+    kind = kind_of(spike_grad)
     if kind is None:
         return spike_grad
     try:
@@ -62,23 +61,11 @@ def recognise_surrogate(
     return made if released or _alone(_agree, spike_grad, made, _POINTS) else spike_grad
 
 
-def held_by(spike_grad: Any) -> list[Any] | None:
-    """The numbers of a surrogate of snnTorch's, which may change; None for any other callable."""
-    kind = _kind(spike_grad)
-    if kind is None:
-        return None
-    if isinstance(spike_grad, types.FunctionType):
+def held_by(spike_grad: Any, names: Sequence[str]) -> list[Any]:
+    """The numbers of a surrogate of snnTorch's with these parameters, which may change."""
+    if isinstance(spike_grad, types.FunctionType) and names:
         return [cell.cell_contents for cell in spike_grad.__closure__ or ()]
-    return [getattr(spike_grad, name, None) for name in kind.parameters]
-
-
-def holds(spike_grad: Any, numbers: list[Any] | None) -> bool:
-    """Whether a callable still holds the very numbers that :func:`held_by` has returned."""
-    if numbers is None:
-        return True
-    closure = getattr(spike_grad, "__closure__", None)
-    now = held_by(spike_grad) if closure is None else [cell.cell_contents for cell in closure]
-    return len(now) == len(numbers) and all(map(operator.is_, now, numbers))
+    return [getattr(spike_grad, name, None) for name in names]
 
 
 def recognise_traced(
@@ -131,7 +118,7 @@ _KINDS = {_folded(kind.name): kind for kind in surrogate.KINDS[1:]}
 _KINDS |= {long: _KINDS[_folded(short)] for long, short in _LONG_NAMES.items()}
 
 
-def _kind(function: object) -> surrogate.Kind | None:
+def kind_of(function: object) -> surrogate.Kind | None:
     """The kind of surrogate that a function or an object of snnTorch's has in its name."""
     if isinstance(function, nn.Module):
         return None
@@ -311,11 +298,12 @@ COMPARED: dict[Any, Callable[[], Iterable[tuple[Outs, Outs, Sequence[Tensor]]]]]
 """For each class, a function that yields snnTorch's results, ours, and what both depend on."""
 
 # The parameters of the constructors, and checksums of the sources of _RELEASED, in 1.0.0.
-_PARAMETERS = frozenset(
-    "self beta threshold spike_grad surrogate_disable init_hidden inhibition learn_beta "
-    "learn_threshold reset_mechanism state_quant output graded_spikes_factor reset_delay bias "
-    "learn_graded_spikes_factor in_channels out_channels kernel_size max_pool avg_pool".split()
-)
+_PARAMETERS = {
+    "self", "beta", "threshold", "spike_grad", "surrogate_disable", "init_hidden", "inhibition",
+    "learn_beta", "learn_threshold", "reset_mechanism", "state_quant", "output", "bias",
+    "graded_spikes_factor", "learn_graded_spikes_factor", "reset_delay", "in_channels",
+    "out_channels", "kernel_size", "max_pool", "avg_pool",
+}  # fmt: skip
 _SOURCES = {"Leaky": 366135782, "SConv2dLSTM": 1703028562}
 
 _follow: dict[Any, bool] = {}

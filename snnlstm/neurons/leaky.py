@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
@@ -18,11 +19,19 @@ from ..compat.snntorch import (
     Neuron,
     TheirLeaky,
     held_by,
-    holds,
+    kind_of,
     recognise_surrogate,
     recognise_traced,
 )
-from ..dispatch.path import LastPath, Path, against_device, log_fallback, native_path, reason_now, recorded_now
+from ..dispatch.path import (
+    LastPath,
+    Path,
+    against_device,
+    log_fallback,
+    native_path,
+    reason_now,
+    recorded_now,
+)
 from ..reference import called, fire, reset_signal
 from ..surrogate import NONE, Surrogate
 from .state import NO_RESET
@@ -197,7 +206,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         surrogate = self._spikes(dtype, traced)
 
         reset = snntorch.STATE_FUNCTIONS[self.state_function.__name__]
-        delay, guard, signal = self.reset_delay, False, None
+        delay, guard = self.reset_delay, False
+        signal: Any = None
         if reset == "subtract" or not delay:
             guard = traced or _may_be_infinite(threshold)
         # A user's function may draw random numbers, so it is called as often as in snnTorch.
@@ -229,10 +239,11 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             rest = spk / torch.where(said == 2, 1, graded) - signal
             amount = torch.where(said == 0, _amount(rest, threshold, guard), rest * mem)
             return spk, torch.where(said == 2, mem, mem - amount).to(mem.dtype)
-        if said == 2:
+        number = int(said)
+        if number == 2:
             return spk, mem
         rest = spk / graded - signal
-        return spk, mem - (rest * mem if said == 1 else _amount(rest, threshold, guard))
+        return spk, mem - (rest * mem if number == 1 else _amount(rest, threshold, guard))
 
     def _keep(self, x: Tensor, mem: Tensor) -> None:
         """Keep the results of a call that succeeded."""
@@ -249,17 +260,18 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         It is found once for each function and the numbers that the function holds.
         """
         theirs, kept = self.spike_grad, self.__dict__.get("_recognised")
-        if kept is not None and kept[0] is theirs and holds(theirs, kept[1]):
-            return kept[2]
-        if theirs is _BYPASS:
-            return NONE
-        numbers, ours = held_by(theirs), recognise_surrogate(theirs)
-        if type(ours) is not Surrogate:
-            if numbers is not None:  # the attempt may have failed
-                return None
-            ours = None
-        self.__dict__["_recognised"] = theirs, numbers, ours
-        return ours
+        if type(theirs) is Surrogate:
+            return theirs
+        if kept is not None and kept[0] is theirs:
+            _, names, numbers, ours = kept
+            if all(map(operator.is_, numbers, held_by(theirs, names))):
+                return ours
+        kind, ours = kind_of(theirs), NONE if theirs is _BYPASS else recognise_surrogate(theirs)
+        known = ours if type(ours) is Surrogate else None
+        if known or kind is None:  # else the attempt may have failed
+            names = kind.parameters if kind else ()
+            self.__dict__["_recognised"] = theirs, names, held_by(theirs, names), known
+        return known
 
     def _spikes(self, dtype: torch.dtype, traced: bool) -> Any:
         """Return what computes spikes in plain torch: our surrogate, or ``spike_grad`` itself."""
@@ -338,14 +350,15 @@ def _slow(reason: str) -> Path:
 
 def _amount(signal: Tensor, threshold: Tensor, guard: bool) -> Tensor:
     """signal * threshold; with a `guard` 0 * inf is 0, without a gradient."""
-    if guard:
-        without = signal == 0
-        if signal.requires_grad:  # its gradient is the threshold, also where it is 0
-            without = without & threshold.isinf()
-        if signal.dim() and not threshold.dim():  # torch ignores the dtype of such a number
-            threshold = threshold.to(signal.dtype)
-        threshold = torch.where(without, 0, threshold)
-    return signal * threshold
+    if not guard:
+        return signal * threshold
+    if not signal.requires_grad:
+        return (signal * threshold).nan_to_num(0, math.inf, -math.inf)
+    # The gradient of a signal is the threshold, which must be finite, too.
+    without = (signal == 0) & threshold.isinf()
+    if signal.dim() and not threshold.dim():  # torch ignores the dtype of such a number
+        threshold = threshold.to(signal.dtype)
+    return signal * torch.where(without, 0, threshold)
 
 
 def _may_be_infinite(threshold: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
 from snnlstm import surrogate
@@ -86,6 +87,54 @@ def test_random_layers(seed: int) -> None:
             close(grad, other, atol=1e-4, rtol=1e-4)
 
 
+# ---- how much plain torch has to do --------------------------------------------------------------
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    FREE = "detach", "alias", "view", "expand", "select", "promote_types", "_local_scalar_dense"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in self.FREE
+        return func(*args, **(kwargs or {}))
+
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "reset_delay": {"reset_delay": False},
+    "foreign": {"spike_grad": foreign},
+    "inhibition": {"inhibition": True},
+    "graded": {"learn_graded_spikes_factor": True},
+    "state_quant": {"state_quant": eighths},
+    "beta": {"beta": torch.rand(1, 5)},
+    "both": {"spike_grad": foreign, "reset_delay": False},
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_torch_runs_no_more_operators_than_snntorch(
+    name: str, reset: str, device: str
+) -> None:
+    if device == "meta" and not PLAIN[name].get("reset_delay", True):
+        pytest.skip("snnTorch reads a number of the layer")
+    counts, x = [], inputs(3, 5).to(device)
+    for layer in quietly(twins, **PLAIN[name], reset_mechanism=reset):
+        layer.to(device)
+        layer(x[0])  # which recognises the surrogate
+        with Counting() as counting, snnlstm.algorithm("reference"):
+            spk, mem = layer(x[1].requires_grad_())
+            (spk.sum() + mem.sum()).backward()
+        counts.append(counting.count)
+    assert counts[0] <= counts[1]
+
+
 # ---- what snnTorch computes as NaN ---------------------------------------------------------------
 
 
@@ -99,7 +148,7 @@ def test_an_infinite_threshold_makes_no_nan(threshold: Any, delay: bool, spike: 
     x = torch.full((3, 4), 0.5, requires_grad=True)
     spk, mem = layer(x, torch.zeros(3, 4))
     above = torch.as_tensor(threshold).expand(4) == -INF
-    assert torch.equal(spk.bool(), (0.5 > torch.as_tensor(threshold)).expand(3, 4))
+    assert torch.equal(spk.bool(), (torch.as_tensor(threshold) < 0.5).expand(3, 4))
     assert (mem[:, ~above].detach() <= 0.5).all()
     assert (mem[:, above] == INF).all()  # a reset adds infinity
     spk.sum().backward()
