@@ -66,7 +66,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     zeros in a new layer, after ``reset_mem()``, and for an x of another shape than mem's.
 
     The kernels cover x of float32, float64, float16 and bfloat16 on the CPU and on CUDA, with a
-    beta and a threshold that are numbers or vary along one dimension of x. Plain torch runs other
+    beta and a threshold that are numbers or lie in memory in x's order. Plain torch runs other
     calls, such as those with ``reset_delay=False``, ``inhibition``, ``state_quant`` or a surrogate
     of your own. snnTorch's own forward runs if a method of the layer was replaced, or if the
     installed snnTorch computes Leaky differently from 1.0.0. :attr:`path` says why. Except in
