@@ -264,7 +264,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             return theirs
         if kept is not None and kept[0] is theirs:
             _, names, numbers, ours = kept
-            if all(map(operator.is_, numbers, held_by(theirs, names))):
+            if not names or all(map(operator.is_, numbers, held_by(theirs, names))):
                 return ours
         kind, ours = kind_of(theirs), NONE if theirs is _BYPASS else recognise_surrogate(theirs)
         known = ours if type(ours) is Surrogate else None
@@ -321,7 +321,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         graded = parameters[2]
         if graded.requires_grad or graded.numel() != 1:
             return "graded_spikes_factor is learned, or is not a single number"
-        device, one = x.device, x.dim() == sequence
+        device, one = x.device, x.dim() == sequence  # a step's only number
         for name, tensor in zip(_PARAMETERS, parameters, strict=True):
             # A number on x's device needs no closer look, which would take half a microsecond.
             if one or tensor.dim() or tensor.device != device or type(tensor) not in _TENSORS:
