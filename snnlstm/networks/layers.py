@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..calls.call import SIZES, CheckedLengths
 from ..calls.lengths import held, hold_last, mask_padding
 from ..compat.snntorch import SEQUENCE_NEURONS, Neuron, TheirLeaky
-from ..dispatch.path import HOOKS, REPLACED, beyond_forward, reason_now
+from ..dispatch.path import GLOBAL_HOOKS, HOOKS, REPLACED, beyond_forward, reason_now
 from ..native import pool
 from ..neurons.attributes import CELL
 from ..neurons.leaky import Leaky
@@ -91,7 +91,8 @@ def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | N
             who = f"layer {name} ({type(layer).__name__})"
             raise ValueError(f"{who} needs whole sequences, but {by_step}")
     elif getattr(layer, "_takes_sequences", False):  # a Sequential that carries hooks
-        kind, reason = "sequence", TAKES
+        if reason != GLOBAL_HOOKS:  # these see each step of every layer
+            kind, reason = "sequence", TAKES
     elif isinstance(layer, SConv2dLSTM):
         if type(layer).forward is not SConv2dLSTM.forward:
             reason = "its class has a forward of its own"
