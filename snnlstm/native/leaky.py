@@ -53,7 +53,7 @@ def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> An
     varies = [d for d, size in enumerate(parameter.shape, missing) if size != 1]
     if count == 0 or len(varies) != 1 or shape[varies[0]] != count:
         return None
-    return count, strides[varies[0]]
+    return count, max(1, strides[varies[0]])  # an empty x may have a stride of 0
 
 
 def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..calls.call import checked_lengths
+from ..calls.call import check_transforms, checked_lengths
 from ..calls.lengths import mask_padding
 from ..calls.spec import flag
 from ..compat.snntorch import SEQUENCE_NEURONS
@@ -229,6 +229,7 @@ def _over_time(
     """Run the layers over a sequence; returns their results, and how each layer ran."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    check_transforms(x)
     if x.dim() < 2 or x.shape[1 if batch_first else 0] == 0:
         shape = "(N, T, ...)" if batch_first else "(T, N, ...)"
         raise ValueError(f"x must have shape {shape} with at least one step, got {tuple(x.shape)}")
