@@ -165,7 +165,8 @@ def check_transforms(x: Any, **states: Any) -> None:
             raise RuntimeError(
                 f"{name} belongs to a transform of torch.func that has ended: return it from the "
                 "transformed function, and pass what the transform returns"
-                + (", or call reset_mem() to start from zeros" if states and name != "x" else "")
+                + ", or call reset_mem() to start from zeros"
+                * (name != "x")
             )
 
 

@@ -124,11 +124,6 @@ def has_ended(tensor: Tensor) -> bool:
     return level < NO_LEVEL or (level > NO_LEVEL and not transforms_are_active())
 
 
-def is_ended_batch(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a vmap that has ended, so that no operator can read it."""
-    return has_ended(tensor) and level_of(tensor) > NO_LEVEL
-
-
 is_batch: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", _never)
 """Whether a gradient is batched, as with is_grads_batched=True."""
 

@@ -53,9 +53,8 @@ LIMITS = {
 
 
 class _Lent(weakref.ref):
-    """Refers to the view of a block that a tensor's storage holds."""
+    """Refers to the view of a block that a tensor's storage holds, and has the `block`."""
 
-    __slots__ = ("block",)
     block: mmap.mmap
 
 
@@ -85,10 +84,6 @@ def empty_cache() -> None:
 def free_bytes() -> int:
     """Bytes in blocks that no tensor uses, and in large workspaces that no call uses."""
     _take_back()
-    return _free_bytes()
-
-
-def _free_bytes() -> int:
     blocks = sum(size * len(free) for size, (free, _) in _blocks.copy().items())
     return blocks + sum(memory.nbytes for _, memory in _workspaces.copy())
 
@@ -221,7 +216,7 @@ def _drop_oldest() -> None:
     used = _used_bytes()
     _most_used = max(_most_used, used)
     most = max(0, min(CACHE, _most_used + SPARE - used, _memory() // 2 - used))
-    while _free_bytes() > most:
+    while free_bytes() > most:
         with suppress(IndexError, ValueError):  # another thread took the block
             min(filter(None, _queues()), key=lambda queue: queue[0][0]).popleft()
 

@@ -84,8 +84,7 @@ def report_of(
 ) -> LayerReport:
     """How a layer runs over a sequence x; an x of `dim` dimensions is one of its steps.
 
-    `by_step` is the reason to run all steps one by one, if there is one. `constant` says that all
-    steps are one tensor (:func:`is_constant`).
+    `by_step` is a reason to run all steps one by one; `constant` says that all are one tensor.
     """
     whole = x.dim() > dim
     size = counted_bytes(x) // (x.shape[0] if whole else 1)
@@ -175,14 +174,10 @@ def is_constant(x: Tensor) -> bool:
 
     An export, a trace or a transform would make that a property of later inputs, too.
     """
-    return (
-        type(x) is Tensor
-        and x.layout is torch.strided
-        and x.shape[0] > 1
-        and x.stride(0) == 0
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and recorded_now(torch.compiler.is_compiling()) is None
-    )
+    if type(x) is not Tensor or x.layout is not torch.strided or len(x) < 2 or x.stride(0) != 0:
+        return False
+    told_apart = x.requires_grad and torch.is_grad_enabled()
+    return not told_apart and recorded_now(torch.compiler.is_compiling()) is None
 
 
 def unshared(x: Tensor, layer: nn.Module, repeated: bool = False) -> Tensor:

@@ -247,8 +247,7 @@ def _over_time(
     by_step = shared and f"layer {shared} is in several places and may keep a state"
     out, before = x, ""
     folded: torch.Size | None = None  # (T, N) while `out` has all steps as one batch
-    # One step of `out`, while it stands for all of them.
-    once = x[0] if lengths is None and is_constant(x) else None
+    once = x[0] if lengths is None and is_constant(x) else None  # stands for all steps of `out`
     reports: list[LayerReport] = []
     while rest := layers[len(reports) :]:
         name, layer = rest[0]
@@ -342,7 +341,7 @@ def _step_by_step(
 ) -> Any:
     """Run the leading layers that go step by step over (T, N, ...), each step through all.
 
-    `repeated` says that the steps of x are one tensor, which no layer may modify.
+    No layer may modify steps that are `repeated` in x.
     """
     outs: list[Any] = list(x.unbind(0))  # the gradient of each x[t] would be as large as x
     calls: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []

@@ -12,7 +12,7 @@ from ..calls.lengths import hold_last, last_state, mask_padding
 from ..calls.spec import DTYPES
 from ..compat import snntorch
 from ..compat.snntorch import Neuron, TheirLeaky, recognise_surrogate, recognise_traced
-from ..compat.torch_private import is_ended_batch
+from ..compat.torch_private import NO_LEVEL, has_ended, level_of
 from ..dispatch.path import LastPath, Path, against_device, log_fallback, native_path, reason_now
 from ..reference import called, fire, reset_signal
 from ..surrogate import NONE, Surrogate
@@ -76,7 +76,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if name == "reset":
             raise AttributeError(NO_RESET)
         found = super().__getattr__(name)
-        if name == "mem" and is_ended_batch(found):  # a reset makes zeros like this attribute
+        if name == "mem" and has_ended(found) and level_of(found) > NO_LEVEL:
+            # A reset makes zeros like this attribute, but no operator reads what outlived a vmap.
             return torch.zeros(0, dtype=found.dtype, device=found.device)
         return found
 

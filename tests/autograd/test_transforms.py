@@ -87,7 +87,7 @@ def test_an_x_that_outlived_vmap_is_refused_by_name(make, later, time, algorithm
         if later:
             call(torch.rand(shape))
         mem = layer.mem
-        with pytest.raises(RuntimeError, match="^x belongs to .* that has ended: return it"):
+        with pytest.raises(RuntimeError, match=r"^x belongs to .* that has ended: return it"):
             call(of_vmap(shape))
         assert layer.mem is mem
         call(torch.rand(shape))

@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
 from snnlstm.calls.keys import BoundedDict
-from snnlstm.native import cuda
+from snnlstm.native import cuda, operators
 from snnlstm.native import function as native
-from snnlstm.native import operators
 from snnlstm.quant import state_quant
 from tests.emulator.backend import float32_precision
 from tests.emulator.modes import MODES, PLAIN

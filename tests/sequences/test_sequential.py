@@ -202,8 +202,6 @@ def test_each_step_of_a_constant_image_has_its_gradient():
     close(*found, atol=1e-5)
 
 
-
-
 @pytest.mark.parametrize("around", ["hooks", "global hooks", "lengths", "shared"])
 def test_what_looks_at_single_steps_gets_them(around):
     net, seen = snnlstm.Sequential(nn.Tanh(), nn.Sigmoid()), []
