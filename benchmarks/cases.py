@@ -46,6 +46,7 @@ class Case:
 
     density: the share of ones in a binary x; None draws x from a normal distribution.
     threshold: 0.1 by default, because no mem exceeds the cell's default of 1.0.
+    weights: the weight is this factor times the initial one; training may reach 6.
     lengths: sample n of N has steps * (n + 1) / N steps, at least one; snnTorch's cell runs all.
     """
 
@@ -63,6 +64,7 @@ class Case:
     quant: int = 0  # bits
     threshold: float = 0.1
     density: float | None = 0.1
+    weights: float = 1.0
     lengths: bool = False
 
     dtypes = torch.float64, torch.bfloat16, torch.float16  # besides float32
@@ -95,6 +97,7 @@ class Case:
             threshold=self.threshold, reset_mechanism=self.reset,
             state_quant=quantise(self.quant) if self.quant else False,
         )  # fmt: skip
+        made.conv.weight.data.mul_(self.weights)
         # The list would keep every cell and its last state for ever.
         snntorch._neurons.neurons.SpikingNeuron.instances.clear()
         return made
@@ -241,6 +244,7 @@ CPU_CASES = _named(
     dataclasses.replace(_MID, name="quant", quant=8),
     dataclasses.replace(_MID, name="mid-dense", density=None),
     dataclasses.replace(_BIG, name="big-dense", density=None),
+    dataclasses.replace(_MID, name="mid-grown", weights=6),
 )
 
 # Spikes as sparse as those of trained networks, of which the kernels make lists.
@@ -303,7 +307,7 @@ CASES = {name: case for table in TABLES.values() for name, case in table.items()
 OPTIONS: dict[str, Callable[[str], Any]] = {
     "max_pool": int, "avg_pool": int, "reset": str, "quant": int, "threshold": float,
     "density": lambda text: None if text == "dense" else float(text),
-    "lengths": lambda text: text == "True", "name": str,
+    "weights": float, "lengths": lambda text: text == "True", "name": str,
 }  # fmt: skip
 
 
@@ -331,5 +335,5 @@ def parse_case(text: str) -> Case:
 
 FORM = (
     'as "T N Cin Cout H W k", k as 3 or 3x5, and options of max_pool=2, avg_pool=2, '
-    "reset=zero, quant=8, threshold=0.1, density=0.1 (or dense), lengths=True, name=mine"
+    "reset=zero, quant=8, threshold=0.1, density=0.1 (or dense), weights=6, lengths=True, name=mine"
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 from .calls.call import Call, batch_before_time, stateless_call
 from .calls.lengths import held, mask_padding
 from .calls.spec import CellSpec
-from .surrogate import Surrogate
+from .surrogate import Surrogate, heaviside_step
 
 __all__ = ["Overrides", "called", "fire", "reset_signal", "run", "sconv2dlstm"]
 
@@ -48,9 +48,9 @@ def reset_signal(mem: Tensor, threshold: Tensor, surrogate: Callable[[Tensor], T
     is the cell's ``spike_grad``.
     """
     if type(surrogate) is Surrogate:  # dynamo need not trace its autograd.Function
-        return (mem.detach() - threshold.detach() > 0).to(mem.dtype)
+        return heaviside_step(mem.detach() - threshold.detach()).to(mem.dtype)
     spk = called("spike_grad", surrogate, mem - threshold)
-    return spk.detach().to(mem.dtype, copy=True)
+    return spk.detach().to(mem.dtype)
 
 
 def fire(

@@ -8,16 +8,21 @@ reach our cells. If snnTorch is missing or broken, everything else works.
 from __future__ import annotations
 
 import inspect
+import io
 import logging
+import textwrap
+import threading
+import tokenize
 import types
 import weakref
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .. import quant, surrogate
 from ..quant import StateQuant
@@ -41,7 +46,7 @@ def recognise_surrogate(
     versions make objects, such as an ``ATanSurrogate`` with the attribute ``alpha``. Both are
     recognised by name, by parameters, which must be plain numbers, and by what they compute.
     """
-    kind = None if isinstance(spike_grad, nn.Module) else _kind(spike_grad)
+    kind = kind_of(spike_grad)
     if kind is None:
         return spike_grad
     try:
@@ -51,7 +56,16 @@ def recognise_surrogate(
         made = surrogate.make(kind.name, **{name: value(name) for name in kind.parameters})
     except (AttributeError, KeyError, TypeError, ValueError):  # no such parameter, or an odd one
         return spike_grad
-    return made if _alone(_agree, spike_grad, made, _POINTS) else spike_grad
+    code = getattr(spike_grad, "__code__", None)
+    released = any(code is one for one, its in _CODES if its is kind) and _is_released(kind.name)
+    return made if released or _alone(_agree, spike_grad, made, _POINTS) else spike_grad
+
+
+def held_by(spike_grad: Any, names: Sequence[str]) -> list[Any]:
+    """The numbers of a surrogate of snnTorch's with these parameters, which may change."""
+    if isinstance(spike_grad, types.FunctionType) and names:
+        return [cell.cell_contents for cell in spike_grad.__closure__ or ()]
+    return [getattr(spike_grad, name, None) for name in names]
 
 
 def recognise_traced(
@@ -104,8 +118,10 @@ _KINDS = {_folded(kind.name): kind for kind in surrogate.KINDS[1:]}
 _KINDS |= {long: _KINDS[_folded(short)] for long, short in _LONG_NAMES.items()}
 
 
-def _kind(function: object) -> surrogate.Kind | None:
+def kind_of(function: object) -> surrogate.Kind | None:
     """The kind of surrogate that a function or an object of snnTorch's has in its name."""
+    if isinstance(function, nn.Module):
+        return None
     named: Any = function if isinstance(function, types.FunctionType) else type(function)
     if str(named.__module__).partition(".")[0] != "snntorch":
         return None
@@ -117,8 +133,27 @@ _POINTS = [0.0 if k == 7 else 0.3 * k - 2.9 for k in range(21)]
 
 def _alone(function: Callable[..., bool], *arguments: Any) -> bool:
     """Call a function in a new thread, without the caller's modes, hooks and transforms."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(function, *arguments).result()
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(function(*arguments)))
+    try:
+        thread.start()
+    except RuntimeError:  # no thread starts while the interpreter shuts down
+        return function(*arguments)
+    thread.join()
+    return found == [True]
+
+
+class Constants(TorchFunctionMode):
+    """Lets code compute with 0.25 in the place of random numbers, which other threads draw, too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.rand_like:
+            return torch.full_like(args[0], 0.25)
+        if func in (nn.init.kaiming_uniform_, nn.init.uniform_):
+            tensor: Tensor = args[0] if args else kwargs["tensor"]
+            tensor.detach().fill_(0.25)
+            return tensor
+        return func(*args, **(kwargs or {}))
 
 
 def _agree(theirs: Callable[[Tensor], Tensor], ours: Any, points: Any) -> bool:
@@ -127,21 +162,22 @@ def _agree(theirs: Callable[[Tensor], Tensor], ours: Any, points: Any) -> bool:
     Two defects of snnTorch's surrogates do not count: its sigmoid is NaN for very negative inputs,
     and its LSO cannot be called (1.0.0), or has no gradient (its pull request 418).
     """
-    found = []
+    found, name = [], getattr(ours, "name", "")
     if not isinstance(points, Tensor):
         points = torch.tensor(points, dtype=torch.float64, device="cpu")
-    with torch.random.fork_rng(devices=[]):
-        weights = torch.linspace(0.5, 1.5, len(points), dtype=torch.float64, device="cpu")
-        for function in (theirs, ours):
-            torch.default_generator.manual_seed(0)  # SSO is random
-            x = points.clone().requires_grad_()
-            try:
-                out = function(x)
+    weights = torch.linspace(0.5, 1.5, len(points), dtype=torch.float64, device="cpu")
+    for function in (theirs, ours):
+        x = points.clone().requires_grad_()
+        try:
+            out: Any = function(x)
+            if name == "SSO":  # autograd would call its backward pass without the mode
+                with Constants():
+                    gradient, *_ = out.grad_fn.apply(weights.to(out.dtype))
+            else:
                 (gradient,) = torch.autograd.grad(out, x, weights.to(out.dtype))
-                found.append((out.double(), gradient))
-            except Exception as error:  # a foreign callable may raise anything
-                broken = getattr(ours, "name", "") == "LSO"
-                return broken and type(error) in (TypeError, RuntimeError)
+            found.append((out.double(), gradient.double()))
+        except Exception as error:  # a foreign callable may raise anything
+            return name == "LSO" and type(error) in (TypeError, RuntimeError)
     (out, gradient), (expected, exact) = found
     gradient = torch.where(gradient.isnan(), exact, gradient)
     return torch.equal(out, expected) and torch.allclose(gradient, exact, rtol=1e-4, atol=1e-9)
@@ -205,10 +241,17 @@ _CODES = tuple(
 
 
 def _is_released(name: str) -> bool:
-    """Whether snnTorch's surrogate of this name computes what ours does."""
-    made = getattr(_theirs, name)()
-    return isinstance(recognise_surrogate(made), surrogate.Surrogate)
+    """Whether the closures of snnTorch's function of this name compute what ours do."""
+    if name not in _released:
+        kind = _KINDS[_folded(name)]
+        numbers = dict(zip(kind.parameters, (0.75, 1.5), strict=False))
+        made = getattr(_theirs, name)(**numbers), surrogate.make(name, **numbers)
+        if _alone(_agree, *made, _POINTS):  # an attempt may fail, so only a success is kept
+            _released.add(name)
+    return name in _released
 
+
+_released: set[str] = set()
 
 # torch.compiler.assume_constant_result sets this flag, but its import loads the compiler.
 _is_released._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -249,8 +292,19 @@ _RELEASED: dict[Any, tuple[Any, dict[str, Any]]] = {
 }
 """The methods with which each class computes, as they were at import."""
 
-COMPARED: dict[Any, Callable[[str], Any]] = {}
-"""For each class, a function that returns both libraries' results for a reset and a few numbers."""
+Outs = Sequence[Tensor]
+
+COMPARED: dict[Any, Callable[[], Iterable[tuple[Outs, Outs, Sequence[Tensor]]]]] = {}
+"""For each class, a function that yields snnTorch's results, ours, and what both depend on."""
+
+# The parameters of the constructors, and checksums of the sources of _RELEASED, in 1.0.0.
+_PARAMETERS = {
+    "self", "beta", "threshold", "spike_grad", "surrogate_disable", "init_hidden", "inhibition",
+    "learn_beta", "learn_threshold", "reset_mechanism", "state_quant", "output", "bias",
+    "graded_spikes_factor", "learn_graded_spikes_factor", "reset_delay", "in_channels",
+    "out_channels", "kernel_size", "max_pool", "avg_pool",
+}  # fmt: skip
+_SOURCES = {"Leaky": 366135782, "SConv2dLSTM": 1703028562}
 
 _follow: dict[Any, bool] = {}
 
@@ -281,19 +335,48 @@ def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
 def _follows(kind: Any) -> bool:
     """Whether the installed class computes what 1.0.0's and ours do; checked once."""
     if kind not in _follow:
-        _follow[kind] = _alone(_results_agree, COMPARED[kind])
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        new = named - _PARAMETERS
+        same = source_of(kind) == _SOURCES[kind.__name__]
+        _follow[kind] = not new and (same or _alone(_results_agree, COMPARED[kind]))
     return _follow[kind]
+
+
+def source_of(kind: Any) -> int | None:
+    """A checksum of the methods with which a class computes, without comments; None if unknown."""
+    forward, methods = _RELEASED[kind]
+    checksum = 0
+    try:
+        for name, method in {"forward": forward, **methods}.items():
+            lines = textwrap.dedent(inspect.getsource(method))
+            for token in tokenize.generate_tokens(io.StringIO(lines).readline):
+                text = token.string.strip()
+                if token.type not in (tokenize.COMMENT, tokenize.NL) and text[:3] != '"""':
+                    text = f"{name} {tokenize.tok_name[token.type]} {text}"
+                    checksum = zlib.crc32(text.encode(), checksum)
+    except (OSError, TypeError, tokenize.TokenError, SyntaxError):
+        return None
+    return checksum
 
 
 _follows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _results_agree(results: Callable[[str], Any]) -> bool:
+def _results_agree(results: Callable[[], Iterable[tuple[Outs, Outs, Sequence[Tensor]]]]) -> bool:
     try:
-        both = [zip(*results(reset), strict=True) for reset in STATE_FUNCTIONS.values()]
-        return all(torch.allclose(a.double(), b.double()) for each in both for a, b in each)
+        for theirs, ours, leaves in results():
+            found = []
+            for outs in (theirs, ours):
+                total = sum((out + 1).square().sum() for out in outs)
+                grads = torch.autograd.grad(total, leaves, allow_unused=True)
+                found.append([t if t is None else t.double() for t in (*outs, *grads)])
+            for one, other in zip(*found, strict=True):
+                if one is not other and not torch.allclose(one, other):
+                    return False
     except Exception:  # another release may raise anything
         return False
+    return True
 
 
 _alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()

@@ -50,12 +50,13 @@ def set_isa(name: str) -> None:
 class PackedWeight:
     """A copy of a weight, and the layouts made from it, which the kernels read.
 
-    ``max_tile_inputs`` is the side of the largest Winograd tile whose rounding errors stay small
-    over long sequences, or 0 if there is none. ``GAINS`` has the largest gain that each side
-    admits: the gates' root mean square per unit of input, 0.58 for nn.Conv2d's initial weights.
+    ``max_tile_inputs`` is the side of the largest Winograd tile whose rounding errors stay near
+    those of torch's convolution, or 0 if there is none. ``GAINS`` has the largest gain that each
+    side admits: the gates' root mean square per unit of input, 0.58 for nn.Conv2d's initial
+    weights. Infinite and NaN weights, which a tile would spread, have no gain that is admitted.
     """
 
-    GAINS: ClassVar = {8: 1.5, 6: 3.0}
+    GAINS: ClassVar = {8: 1.5, 6: 1e3}
 
     def __init__(self, weight: Tensor) -> None:
         self.copy, count = pool.empty(weight.shape, weight.dtype), weight.numel()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from .tensors import contiguous_as, pointer, real, stochastic_noise
 class Neurons(NamedTuple):
     """What a layer computes from x and mem.
 
-    beta, threshold and graded are numbers, or vary along one dimension of a step (:func:`place`).
+    beta and threshold are numbers, or vary along adjacent dimensions of a step (:func:`place`).
     """
 
     reset: str
@@ -39,8 +40,9 @@ class Neurons(NamedTuple):
 def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Any:
     """How many numbers a parameter has in a step of `shape`, and how many neurons share each.
 
-    The neurons that share a number are adjacent in memory. The result is None if the parameter
-    varies along more than one dimension, or does not broadcast.
+    The neurons that share a number are adjacent in memory, and consecutive numbers belong to
+    consecutive such groups. The result is None if the memory has another order, or if the
+    parameter does not broadcast.
     """
     dims = parameter.dim()
     if dims == 0:
@@ -51,9 +53,12 @@ def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> An
     if count == 1:
         return 1, 1
     varies = [d for d, size in enumerate(parameter.shape, missing) if size != 1]
-    if count == 0 or len(varies) != 1 or shape[varies[0]] != count:
+    if count == 0 or any(shape[d] != parameter.shape[d - missing] for d in varies):
         return None
-    return count, max(1, strides[varies[0]])  # an empty x may have a stride of 0
+    for outer, inner in pairwise(varies):
+        if strides[outer] != strides[inner] * shape[inner]:
+            return None
+    return count, max(1, strides[varies[-1]])  # an empty x may have a stride of 0
 
 
 def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[Tensor, Tensor]:
@@ -124,6 +129,13 @@ def _without_gaps(x: Tensor, sequence: bool) -> Tensor:
         if not kept or (sequence and x.stride(0) * x.shape[0] != x.numel()):
             return x.contiguous()
     return x.resolve_neg()
+
+
+def step_strides(x: Tensor, sequence: bool) -> tuple[int, ...]:
+    """Strides of a step of x in the memory that the kernels read."""
+    if not x.is_contiguous():
+        x = _without_gaps(torch.empty_strided(x.shape, x.stride(), device="meta"), sequence)
+    return x.stride()[sequence:]
 
 
 def _laid_out(

@@ -174,7 +174,7 @@ def is_constant(x: Tensor) -> bool:
 
     An export, a trace or a transform would make that a property of later inputs, too.
     """
-    if type(x) is not Tensor or x.layout is not torch.strided or len(x) < 2 or x.stride(0) != 0:
+    if type(x) is not Tensor or x.layout is not torch.strided or x.shape[0] < 2 or x.stride(0):
         return False
     told_apart = x.requires_grad and torch.is_grad_enabled()
     return not told_apart and recorded_now(torch.compiler.is_compiling()) is None

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import wraps
+from itertools import product
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..calls.spec import OPTIONS, a_module, flag, never_spikes
+from ..calls.spec import OPTIONS, RESETS, a_module, flag, never_spikes
 from ..compat.snntorch import (
     COMPARED,
     Base,
+    Constants,
     Neuron,
     TheirLeaky,
     library,
@@ -260,14 +262,19 @@ def _looks_like_a_convlstm(module: nn.Module) -> bool:
     return any(c.out_channels % 4 == 0 and c.in_channels > c.out_channels // 4 for c in convs)
 
 
-def _results(reset: str) -> tuple[Any, Any]:
-    """What a step of snnTorch's cell and of ours returns."""
-    cell = _their_cell(threshold=0.25, reset_mechanism=reset)
-    take_out([cell])
-    weight, bias = cell.conv.weight, cell.conv.bias
+def _results() -> Iterator[Any]:
+    """What a step of snnTorch's cell and of ours returns, and what it depends on."""
     x, syn, mem = torch.tensor([[-1, 0.5, 2]] * 3, device="cpu").reshape(3, 1, 1, 1, 3)
-    ours = sconv2dlstm(x, syn, mem, weight, bias, threshold=0.25, reset_mechanism=reset)
-    return Base.forward(cell, x, syn, mem), ours
+    states = x.clone().requires_grad_(), syn.requires_grad_(), mem.requires_grad_()
+    for reset, graded, quant in product(RESETS, (1.0, 0.5), (False, torch.round)):
+        options = {"reset_mechanism": reset, "state_quant": quant}
+        cell = _their_cell(threshold=0.25, learn_threshold=True, **options)
+        take_out([cell])
+        cell.graded_spikes_factor.fill_(graded)
+        weights = cell.conv.weight, cell.conv.bias
+        options |= {"threshold": cell.threshold, "graded_spikes_factor": graded}
+        ours = sconv2dlstm(*states, *weights, **options)
+        yield Base.forward(cell, *states), ours, (*states, *weights, cell.threshold)
 
 
 COMPARED[Base] = _results
@@ -275,7 +282,7 @@ COMPARED[Base] = _results
 
 def _their_cell(**options: Any) -> Any:
     """A small cell of snnTorch's, also under patch(); making it draws no random numbers."""
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+    with torch.device("cpu"), Constants():
         cell = type(Base.__name__, (Base,), {})(1, 1, 1, **options)
     object.__setattr__(cell, "__class__", Base)
     return cell

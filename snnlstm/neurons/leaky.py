@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -9,11 +14,26 @@ from torch import Tensor, nn
 
 from ..calls.call import check_transforms
 from ..calls.lengths import hold_last, last_state, mask_padding
-from ..calls.spec import DTYPES
+from ..calls.spec import DTYPES, RESETS
 from ..compat import snntorch
-from ..compat.snntorch import Neuron, TheirLeaky, recognise_surrogate, recognise_traced
+from ..compat.snntorch import (
+    Neuron,
+    TheirLeaky,
+    held_by,
+    kind_of,
+    recognise_surrogate,
+    recognise_traced,
+)
 from ..compat.torch_private import NO_LEVEL, has_ended, level_of
-from ..dispatch.path import LastPath, Path, against_device, log_fallback, native_path, reason_now
+from ..dispatch.path import (
+    LastPath,
+    Path,
+    against_device,
+    log_fallback,
+    native_path,
+    reason_now,
+    recorded_now,
+)
 from ..reference import called, fire, reset_signal
 from ..surrogate import NONE, Surrogate
 from .state import NO_RESET
@@ -48,7 +68,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     zeros in a new layer, after ``reset_mem()``, and for an x of another shape than mem's.
 
     The kernels cover x of float32, float64, float16 and bfloat16 on the CPU and on CUDA, with a
-    beta and a threshold that are numbers or vary along one dimension of x. Plain torch runs other
+    beta and a threshold that are numbers or lie in memory in x's order. Plain torch runs other
     calls, such as those with ``reset_delay=False``, ``inhibition``, ``state_quant`` or a surrogate
     of your own. snnTorch's own forward runs if a method of the layer was replaced, or if the
     installed snnTorch computes Leaky differently from 1.0.0. :attr:`path` says why. Except in
@@ -106,13 +126,14 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """
         if mem is not None and self.init_hidden:
             raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
+        own = snntorch.replaced(self, TheirLeaky)
         if torch.compiler.is_compiling():
-            return self._without_kernels(_TRACED, input_, mem)
+            return self._without_kernels(_TRACED, input_, mem, own is not None)
         before: Any = self._buffers.get("mem") if mem is None else mem
         try:
-            neurons: Any = self._described(input_, before, False)
+            neurons: Any = self._described(input_, before, False, own)
             if type(neurons) is Path:
-                return self._without_kernels(neurons, input_, mem)
+                return self._without_kernels(neurons, input_, mem, own is not None)
             if before.shape != input_.shape:
                 before = torch.zeros_like(input_, dtype=kernels.real(input_.dtype))
             spk, after = kernels.run(neurons, input_, before)
@@ -136,7 +157,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
                 x = mask_padding(x, lengths)
             if before.shape != x.shape[1:]:
                 before = torch.zeros_like(x[0], dtype=kernels.real(x.dtype))
-            neurons: Any = self._described(x, before, True)
+            neurons: Any = self._described(x, before, True, None)
             spk, mem = kernels.run(neurons, x, before, every)
         except RuntimeError:
             check_transforms(x, mem=before)
@@ -155,26 +176,33 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
         If `sequence` is False, x is one of its steps, (...).
         """
-        return type(self._described(x, self._buffers.get("mem"), sequence)) is not Path
+        own, mem = snntorch.replaced(self, TheirLeaky), self._buffers.get("mem")
+        return type(self._described(x, mem, sequence, own)) is not Path
 
-    def _without_kernels(self, path: Path, x: Tensor, mem: Tensor | None) -> Any:
-        """Run a step in plain torch, or snnTorch's own forward where a method was replaced."""
+    def _without_kernels(self, path: Path, x: Tensor, mem: Tensor | None, own: bool) -> Any:
+        """Run a step in plain torch; if the layer has a method of its `own`, snnTorch's forward."""
         before: Any = self._buffers.get("mem")
-        if snntorch.replaced(self, TheirLeaky) is None:
-            spk, after = self._plain(x, before if mem is None else mem, path is _TRACED)
-            self.mem = after
-            out = spk if self.init_hidden and not self.output else (spk, after)
-            if path is not _TRACED:
-                self.__dict__.pop("reset", None)
-        else:
+        traced, attributes = path is _TRACED, self.__dict__
+        if own:
             try:
                 out = super().forward(x, mem)
             except BaseException:  # snnTorch stores mem before it is done
                 self._buffers["mem"] = before
                 raise
-        self._path = path
-        if path.slow:
-            log_fallback(path, self)
+        else:
+            spk, after = self._plain(x, before if mem is None else mem, traced)
+            out = spk if self.init_hidden and not self.output else (spk, after)
+            if traced:
+                self.mem = after
+            else:  # nn.Module.__setattr__ is slow
+                self._buffers["mem"] = after
+                attributes.pop("reset", None)
+        if traced:
+            self._path = path
+        elif attributes.get("_path") is not path:
+            attributes["_path"] = path
+            if path.slow:
+                log_fallback(path, self)
         return out
 
     def _plain(self, x: Tensor, mem: Tensor, traced: bool) -> tuple[Tensor, Tensor]:
@@ -182,21 +210,32 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
         Dtypes are promoted as in snnTorch, whose spikes and resets are always float32.
         """
-        threshold, graded = self.threshold, self.graded_spikes_factor
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x, surrogate = x.to(dtype), self._spikes(dtype, traced)
+        beta, threshold, graded = map(self._parameter, _PARAMETERS)
+        dtype = x.dtype
+        if dtype is not torch.float32:  # integers count as numbers beside the parameters
+            real = x.is_floating_point() or x.is_complex()
+            dtype = torch.promote_types(dtype if real else beta.dtype, torch.float32)
+            x = x.to(dtype)
         if mem.shape != x.shape:
             mem = torch.zeros_like(x)
         mem = mem.to(torch.promote_types(mem.dtype, torch.float32))
+        surrogate = self._spikes(dtype, traced)
 
         reset = snntorch.STATE_FUNCTIONS[self.state_function.__name__]
-        signal = reset_signal(mem, threshold, surrogate)
+        delay, guard = self.reset_delay, False
+        signal: Any = None
+        if reset == "subtract" or not delay:
+            guard = traced or _may_be_infinite(threshold)
+        # A user's function may draw random numbers, so it is called as often as in snnTorch.
+        if reset != "none" or not delay or type(surrogate) is not Surrogate:
+            signal = reset_signal(mem, threshold, surrogate)
+        if not delay:  # a user's function may write into what it has returned
+            signal = signal.clone()
         if reset == "zero":
             mem = (1 - signal) * mem
-        mem = self.beta.clamp(0, 1) * mem + x
+        mem = beta.clamp(0, 1) * mem + x
         if reset == "subtract":
-            # A threshold may be infinite where nothing is reset: 0 * inf must not make NaN.
-            mem = mem - torch.where(signal.bool(), signal * threshold, 0)
+            mem = mem - _amount(signal, threshold, guard)
         if self.state_quant:
             mem = called("state_quant", self.state_quant, mem)
         if self.inhibition:  # along dimension 1, and without the graded factor
@@ -207,11 +246,20 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             spk = spk * winners
         else:
             spk = fire(mem, threshold, graded, surrogate, self.state_quant or None).to(dtype)
-        if not self.reset_delay:  # what has fired now, and was not reset
-            rest, said = spk / graded - signal, self.reset_mechanism_val
-            after = mem - rest * torch.where(said == 0, threshold, mem)
-            mem = torch.where(said == 2, mem, after).to(mem.dtype)
-        return spk, mem
+        if delay:
+            return spk, mem
+
+        # The neurons that have fired, and were not reset in this step, are reset at once.
+        said = self._parameter("reset_mechanism_val")
+        if traced:  # the compiler cannot read the number
+            rest = spk / torch.where(said == 2, 1, graded) - signal
+            amount = torch.where(said == 0, _amount(rest, threshold, guard), rest * mem)
+            return spk, torch.where(said == 2, mem, mem - amount).to(mem.dtype)
+        number = int(said)
+        if number == 2:
+            return spk, mem
+        rest = spk / graded - signal
+        return spk, mem - (rest * mem if number == 1 else _amount(rest, threshold, guard))
 
     def _keep(self, x: Tensor, mem: Tensor) -> None:
         """Keep the results of a call that succeeded."""
@@ -223,14 +271,23 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     # ---- what the kernels can take ----------------------------------------------------------
 
     def _surrogate(self) -> Surrogate | None:
-        """Return our surrogate for ``spike_grad``, or None; found once per function."""
-        theirs, cached = self.spike_grad, self.__dict__.get("_recognised")
-        if cached is None or cached[0] is not theirs:
-            ours = NONE if theirs is _BYPASS else recognise_surrogate(theirs)
-            if type(ours) is not Surrogate:  # not kept, because the attempt may have failed
-                return None
-            self.__dict__["_recognised"] = cached = theirs, ours
-        return cached[1]
+        """Return our surrogate for ``spike_grad``, or None.
+
+        It is found once for each function and the numbers that the function holds.
+        """
+        theirs, kept = self.spike_grad, self.__dict__.get("_recognised")
+        if type(theirs) is Surrogate:
+            return theirs
+        if kept is not None and kept[0] is theirs:
+            _, names, numbers, ours = kept
+            if all(map(operator.is_, numbers, held_by(theirs, names))):
+                return ours
+        kind, ours = kind_of(theirs), NONE if theirs is _BYPASS else recognise_surrogate(theirs)
+        known = ours if type(ours) is Surrogate else None
+        if known or kind is None:  # else the attempt may have failed
+            names = kind.parameters if kind else ()
+            self.__dict__["_recognised"] = theirs, names, held_by(theirs, names), known
+        return known
 
     def _spikes(self, dtype: torch.dtype, traced: bool) -> Any:
         """Return what computes spikes in plain torch: our surrogate, or ``spike_grad`` itself."""
@@ -247,10 +304,10 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             found = self._parameters.get(name)
         return getattr(self, name) if found is None else found
 
-    def _described(self, x: Any, mem: Any, sequence: bool) -> Any:
+    def _described(self, x: Any, mem: Any, sequence: bool, own: str | None) -> Any:
         """Describe the layer to the kernels, or return a Path with the reason why they cannot run.
 
-        `sequence` says that x is one, (T, ...).
+        `sequence` says that x is one, (T, ...), and `own` why snnTorch's forward must run.
         """
         if type(x) not in _TENSORS or type(mem) not in _TENSORS:
             for name, value in (("input_", x), ("mem", mem)):
@@ -261,24 +318,36 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if path is not None:
             return path
         surrogate: Any = self._surrogate()
-        reason = snntorch.replaced(self, TheirLeaky) or self._option_against(surrogate)
-        if reason is None and (x.dtype not in DTYPES or mem.dtype not in DTYPES):
-            reason = f"x is of {x.dtype} and mem of {mem.dtype}"
-        parameters = beta, threshold, graded = [*map(self._parameter, _PARAMETERS)]
-        if reason is None and (graded.requires_grad or graded.numel() != 1):
-            reason = "graded_spikes_factor is learned, or is not a single number"
+        beta, threshold, graded = parameters = [*map(self._parameter, _PARAMETERS)]
+        reason = (
+            own
+            or self._option_against(surrogate)
+            or self._tensors_against(x, mem, parameters, sequence)
+        )
+        if reason is not None:
+            return _slow(reason)
+        reset = snntorch.STATE_FUNCTIONS[self.state_function.__name__]
+        return kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
+
+    def _tensors_against(
+        self, x: Tensor, mem: Tensor, parameters: Sequence[Any], sequence: bool
+    ) -> str | None:
+        if x.dtype not in DTYPES or mem.dtype not in DTYPES:
+            return f"x is of {x.dtype} and mem of {mem.dtype}"
+        graded = parameters[2]
+        if graded.requires_grad or graded.numel() != 1:
+            return "graded_spikes_factor is learned, or is not a single number"
         device, one = x.device, x.dim() == sequence
         for name, tensor in zip(_PARAMETERS, parameters, strict=True):
             # A number on x's device needs no closer look, which would take half a microsecond.
             if one or tensor.dim() or tensor.device != device or type(tensor) not in _TENSORS:
-                reason = reason or _parameter_against(name, tensor, x, x.shape[sequence:])
+                reason = _parameter_against(name, tensor, x, sequence)
+                if reason is not None:
+                    return reason
         wider = mem.dtype is torch.float64 and x.dtype is not torch.float64
         if (wider or mem.device != device) and mem.shape == x.shape[sequence:]:
-            reason = reason or "mem is on another device, or of torch.float64, which x is not"
-        if reason is not None:
-            return Path("reference", reason, slow=True)
-        reset = snntorch.STATE_FUNCTIONS[self.state_function.__name__]
-        return kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
+            return "mem is on another device, or of torch.float64, which x is not"
+        return None
 
     def _option_against(self, surrogate: Surrogate | None) -> str | None:
         if not self.reset_delay:
@@ -290,12 +359,40 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return "the surrogate is not a known one" if surrogate is None else None
 
 
-def _parameter_against(name: str, tensor: Any, x: Tensor, step: torch.Size) -> str | None:
-    """Why the kernels cannot read a parameter in a call with x; `step` is a step's shape."""
+@lru_cache(maxsize=64)
+def _slow(reason: str) -> Path:
+    return Path("reference", reason, slow=True)
+
+
+def _amount(signal: Tensor, threshold: Tensor, guard: bool) -> Tensor:
+    """signal * threshold; with a `guard` 0 * inf is 0, without a gradient."""
+    if not guard:
+        return signal * threshold
+    if not signal.requires_grad:
+        return (signal * threshold).nan_to_num(0, math.inf, -math.inf)
+    # The gradient of a signal is the threshold, which must be finite, too.
+    without = (signal == 0) & threshold.isinf()
+    if signal.dim() and not threshold.dim():  # torch ignores the dtype of such a number
+        threshold = threshold.to(signal.dtype)
+    return signal * torch.where(without, 0, threshold)
+
+
+def _may_be_infinite(threshold: Tensor) -> bool:
+    """Whether a threshold has an infinity; True if reading its numbers is impossible or slow."""
+    if threshold.device.type != "cpu" or type(threshold) not in _TENSORS or recorded_now():
+        return True
+    if threshold.numel() == 1:
+        return math.isinf(threshold.item())
+    return bool(threshold.isinf().any())
+
+
+def _parameter_against(name: str, tensor: Any, x: Tensor, sequence: bool) -> str | None:
+    """Why the kernels cannot read a parameter in a call with x."""
     if type(tensor) not in _TENSORS or tensor.device != x.device:
         return f"{name} is on another device, or of a subclass of Tensor"
-    if kernels.place(tensor, step, step) is None:
-        return f"{name} varies along more than one dimension, is empty, or does not broadcast to x"
+    step = x.shape[sequence:]
+    if kernels.place(tensor, step, kernels.step_strides(x, sequence)) is None:
+        return f"{name} is empty, does not broadcast to x, or varies in another order than x"
     real = kernels.real(x.dtype)
     # torch ignores the dtype of a number beside a tensor with dimensions.
     if (tensor.dim() or not step) and torch.promote_types(tensor.dtype, real) is not real:
@@ -303,12 +400,26 @@ def _parameter_against(name: str, tensor: Any, x: Tensor, step: torch.Size) -> s
     return None
 
 
-def _results(reset: str) -> tuple[Any, Any]:
-    """What a step of snnTorch's layer and of ours returns."""
-    layer = Leaky(0.5, threshold=0.5, reset_mechanism=reset)
-    snntorch.take_out([layer])
-    x, mem = torch.tensor([[-1, 0.25, 0.5, 1], [0.25, 0.75, 1.5, -0.5]], device="cpu")
-    return TheirLeaky.forward(layer, x, mem), layer._plain(x, mem, False)
+_PROBED: tuple[dict[str, Any], ...] = (
+    {}, {"graded_spikes_factor": torch.tensor(0.5, device="cpu")}, {"reset_delay": False},
+    {"inhibition": True}, {"state_quant": torch.round},
+)  # fmt: skip
+"""Attributes that decide what a layer computes."""
+
+
+def _results() -> Iterator[Any]:
+    """What a step of snnTorch's layer and of ours returns, and what it depends on."""
+    x = torch.tensor([[-1, 0.25, 0.5, 1], [0.25, 0.75, 1.5, -0.5]], device="cpu")
+    mem = torch.tensor([[0.5, 0.25, 1, 0], [2, 0.75, -1, 0.5]], device="cpu")
+    leaves = x.requires_grad_(), mem.requires_grad_()
+    for reset, beta, attributes in product(RESETS, (-0.5, 0.5, 1.5), _PROBED):
+        options = {"learn_beta": True, "learn_threshold": True, "reset_mechanism": reset}
+        layer = Leaky(beta, 0.375, **options).to("cpu")
+        snntorch.take_out([layer])
+        for name, value in attributes.items():
+            setattr(layer, name, value)
+        theirs, ours = TheirLeaky.forward(layer, *leaves), layer._plain(*leaves, traced=False)
+        yield theirs, ours, (*leaves, layer.beta, layer.threshold)
 
 
 snntorch.COMPARED[TheirLeaky] = _results

@@ -141,6 +141,25 @@ def test_dtypes(backend: Any, reset: str, dtype: torch.dtype, whole: bool) -> No
     close(grads[1:], exact[1:], atol=1e-3, rtol=1e-3)
 
 
+NEURONS = torch.linspace(0.1, 0.9, 120).reshape(2, 3, 4, 5)
+SEVERAL = {"all": NEURONS, "a sample's": NEURONS[0], "rows": NEURONS[0, :, :, :1]}
+
+
+@native
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("name", ["beta", "threshold"])
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_parameters_of_several_dimensions(backend: Any, name: str, kind: str, layout: str) -> None:
+    """The kernels read them if neighbours in x have neighbouring numbers."""
+    layers = twins(**{name: SEVERAL[kind]}, **LEARN)
+    x = laid_out(inputs(2, 3, 4, 5), layout)
+    (out, grads), (expected, exact) = (run(layer, x) for layer in layers)
+    close(out, expected, atol=0, rtol=0)
+    close(grads, exact, atol=1e-4, rtol=1e-4)
+    if layout == "contiguous":
+        backend.check(layers[0].path)
+
+
 # ---- which forward runs --------------------------------------------------------------------------
 
 
@@ -155,8 +174,8 @@ OTHERS = {
     "the surrogate is not a known one": {"spike_grad": lambda u: (u > 0).float() + 0 * u},
     "graded_spikes_factor is learned": {"learn_graded_spikes_factor": True},
     "graded_spikes_factor is learned, or is not": {"graded_spikes_factor": torch.ones(5)},
-    "beta varies along more than one dimension": {"beta": torch.rand(3, 5)},
-    "threshold varies along more than one": {"threshold": torch.rand(2, 1, 3, 5)},
+    "beta is empty, does not broadcast to x": {"beta": torch.rand(2, 1, 5)},
+    "threshold is empty, does not broadcast to x": {"threshold": torch.rand(2, 1, 3, 5)},
     "beta is of torch.float64": {"beta": torch.rand(5, dtype=F64)},
 }
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import snnlstm
 from snnlstm import surrogate
+from snnlstm.compat import snntorch as compat
 from tests.shared.helpers import close, ours, quietly
 from tests.shared.helpers import twins as cells
 from tests.snntorch.test_leaky import F64, LEARN, inputs, twins
@@ -64,6 +65,7 @@ def test_recognition_that_failed_is_tried_again(monkeypatch: Any) -> None:
     layer, x = twins()[0], inputs(3, 5)[0]
     with monkeypatch.context() as patched:
         patched.setattr(torch.autograd, "grad", fails)
+        patched.setattr(compat, "_released", set())
         layer(x)
         assert layer.path.reason == "the surrogate is not a known one"
     layer(x)
@@ -97,7 +99,7 @@ def test_parametrized_vectors(name: str, options: dict[str, Any]) -> None:
                                     allow_unused=True)  # fmt: skip
         found.append((spk, mem, *grads))
     close(*found, atol=1e-5)
-    assert layers[0].path.native == (torch.as_tensor(options.get("beta", 0)).dim() < 2)
+    assert layers[0].path.native
 
 
 class Property(snnlstm.Leaky):

@@ -1,0 +1,202 @@
+"""Leaky and snnTorch's over all options, also those that no kernel takes, by random layers."""
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import snnlstm
+from snnlstm import surrogate
+from tests.shared.helpers import close, quietly
+from tests.snntorch.test_leaky import F64, inputs, twins
+
+INF = float("inf")
+
+
+def foreign(u: Tensor) -> Tensor:
+    return surrogate.triangular()(u) * 1
+
+
+def eighths(mem: Tensor) -> Tensor:
+    return mem + ((mem * 8).round() / 8 - mem).detach()
+
+
+def layers_of(draw: random.Random) -> tuple[list[Any], tuple[int, ...]]:
+    """Draws the options of a layer; returns ours, snnTorch's, and the shape of a step."""
+    shape = (2, 3, 4)
+    broadcast: list[Any] = [(), (4,), (3, 1), (3, 4), shape, (2, 1, 1)]
+    inhibition = draw.random() < 0.2
+    if inhibition:  # snnTorch's takes (N, C) alone
+        shape, broadcast = (3, 4), broadcast[:4]
+    options: dict[str, Any] = {
+        "beta": torch.rand(draw.choice(broadcast)) * draw.choice([1, 1, 2]) - 0.1,
+        "threshold": torch.rand(draw.choice(broadcast)) * 0.6 + 0.1,
+        "reset_mechanism": draw.choice(["subtract", "zero", "none"]),
+        "reset_delay": draw.random() < 0.6,
+        "inhibition": inhibition,
+        "state_quant": draw.choice([False, False, False, eighths]),
+        "spike_grad": draw.choice([None, surrogate.fast_sigmoid(5), foreign]),
+        "surrogate_disable": draw.random() < 0.1,
+        "graded_spikes_factor": draw.choice([1.0, 1.0, 0.5, -2.0, 0.0]),
+        "learn_graded_spikes_factor": draw.random() < 0.2,
+        "learn_beta": draw.random() < 0.4,
+        "learn_threshold": draw.random() < 0.4,
+        "init_hidden": draw.random() < 0.5,
+        "output": draw.random() < 0.5,
+    }
+    if draw.random() < 0.5 and not inhibition:  # what the kernels take
+        options |= {"reset_delay": True, "state_quant": False}
+    return quietly(twins, **options), shape
+
+
+def outcome(layer: Any, x: Tensor, which: str) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Returns spk and mem of all steps, and the gradients; None where `which` depends on none."""
+    leaves = [x.clone().requires_grad_(), *layer.parameters()]
+    spks, mems = [], []
+    for x_t in leaves[0]:
+        out = layer(x_t)
+        spks.append(out[0] if isinstance(out, tuple) else out)
+        mems.append(layer.mem)
+    spk, mem = torch.stack(spks), torch.stack(mems)
+    weights = inputs(*x.shape[1:], seed=1)
+    losses = {"spk": (spk * weights).sum(), "mem": (mem * weights).square().sum()}
+    total = sum(loss for name, loss in losses.items() if which in (name, "both"))
+    grads: Any = [None] * len(leaves)
+    if total.requires_grad:  # type: ignore[union-attr]
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [spk.detach(), mem.detach()], [*grads]
+
+
+@pytest.mark.filterwarnings("ignore:Inhibition")
+@pytest.mark.parametrize("seed", range(150))
+def test_random_layers(seed: int) -> None:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    (layers, shape), which = layers_of(draw), draw.choice(["spk", "mem", "both"])
+    x = inputs(*shape, seed=seed)
+    with snnlstm.algorithm(draw.choice(["auto", "auto", "reference"])):
+        (out, grads), (expected, exact) = (outcome(layer, x, which) for layer in layers)
+    close(out, expected, atol=0, rtol=0)
+    assert [g is None for g in grads] == [g is None for g in exact]
+    for grad, other in zip(grads, exact, strict=True):
+        if grad is not None:
+            close(grad, other, atol=1e-4, rtol=1e-4)
+
+
+# ---- how much plain torch has to do --------------------------------------------------------------
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    FREE = "detach", "alias", "view", "expand", "select", "promote_types", "_local_scalar_dense"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in self.FREE
+        return func(*args, **(kwargs or {}))
+
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "reset_delay": {"reset_delay": False},
+    "foreign": {"spike_grad": foreign},
+    "inhibition": {"inhibition": True},
+    "graded": {"learn_graded_spikes_factor": True},
+    "state_quant": {"state_quant": eighths},
+    "beta": {"beta": torch.rand(1, 5)},
+    "both": {"spike_grad": foreign, "reset_delay": False},
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_torch_runs_no_more_operators_than_snntorch(
+    name: str, reset: str, device: str
+) -> None:
+    if device == "meta" and not PLAIN[name].get("reset_delay", True):
+        pytest.skip("snnTorch reads a number of the layer")
+    counts, x = [], inputs(3, 5).to(device)
+    for layer in quietly(twins, **PLAIN[name], reset_mechanism=reset):
+        layer.to(device)
+        layer(x[0])  # which recognises the surrogate
+        with Counting() as counting, snnlstm.algorithm("reference"):
+            spk, mem = layer(x[1].requires_grad_())
+            (spk.sum() + mem.sum()).backward()
+        counts.append(counting.count)
+    assert counts[0] <= counts[1]
+
+
+# ---- what snnTorch computes as NaN ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spike", [None, foreign], ids=["known", "foreign"])
+@pytest.mark.parametrize("delay", [True, False])
+@pytest.mark.parametrize("threshold", [INF, -INF, torch.tensor([INF, 0.3, 0.3, -INF])], ids=str)
+def test_an_infinite_threshold_makes_no_nan(threshold: Any, delay: bool, spike: Any) -> None:
+    layer = snnlstm.Leaky(
+        0.5, threshold, spike_grad=spike, reset_delay=delay, learn_threshold=True, learn_beta=True
+    )
+    x = torch.full((3, 4), 0.5, requires_grad=True)
+    spk, mem = layer(x, torch.zeros(3, 4))
+    above = torch.as_tensor(threshold).expand(4) == -INF
+    assert torch.equal(spk.bool(), (torch.as_tensor(threshold) < 0.5).expand(3, 4))
+    assert (mem[:, ~above].detach() <= 0.5).all()
+    assert (mem[:, above] == INF).all()  # a reset adds infinity
+    spk.sum().backward()
+    assert x.grad.isfinite().all()  # type: ignore[union-attr]
+    assert layer.threshold.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_a_reset_the_graded_factor_may_be_0(compiled: bool) -> None:
+    found = []
+    for layer in twins(graded_spikes_factor=0.0, reset_mechanism="none", reset_delay=False):
+        ours = isinstance(layer, snnlstm.Leaky)
+        call = torch.compile(layer, backend="eager") if compiled and ours else layer
+        x = inputs(3, 5)[0].requires_grad_()
+        spk, mem = call(x)
+        found.append((mem, *torch.autograd.grad(spk.sum() + mem.sum(), x)))
+    close(*found, atol=0)
+
+
+# ---- dtypes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+def test_integers_count_as_numbers_beside_parameters(reset: str, dtype: torch.dtype) -> None:
+    """snnTorch's surrogates return float32, so its threshold is a number that float32 holds."""
+    x = (inputs(3, 5) > 0).to(dtype)
+    for real in (torch.float32, F64):
+        found = []
+        for layer in twins(beta=0.3, threshold=0.625, reset_mechanism=reset):
+            layer.to(real)
+            ours = isinstance(layer, snnlstm.Leaky)
+            outs = [layer(x_t if ours else x_t.to(real)) for x_t in x]
+            assert all(out.dtype is real for out in (outs[0] if ours else outs[0][1:]))
+            found.append([(spk.to(real), mem) for spk, mem in outs])
+        close(*found, atol=0, rtol=0)
+
+
+def test_a_surrogate_may_write_into_what_it_has_returned() -> None:
+    memory = torch.empty(3, 5)
+    options = {"spike_grad": lambda u: memory.copy_(u > 0), "reset_delay": False}
+    with torch.no_grad():
+        found = [[layer(x_t) for x_t in inputs(3, 5)][-1] for layer in copies(options)]
+    close(*found, atol=0)
+
+
+def copies(options: dict[str, Any]) -> list[Any]:
+    layers = twins()
+    for layer in layers:
+        vars(layer).update({name: copy.copy(value) for name, value in options.items()})
+    return layers

@@ -1,0 +1,186 @@
+"""snnTorch's closures and objects are recognised by what they hold, its release by its source.
+
+The recognition disturbs nobody: no random numbers, no threads that are left.
+"""
+
+import inspect
+from typing import Any
+
+import pytest
+import snntorch
+import torch
+from torch import Tensor
+
+import snnlstm
+from snnlstm import surrogate
+from snnlstm.compat import snntorch as compat
+from tests.cell.test_surrogate import stand_in
+from tests.shared.helpers import close, python, theirs
+from tests.snntorch.test_leaky import inputs
+
+# ---- random numbers and threads ------------------------------------------------------------------
+
+
+class Drawing:
+    """A surrogate that draws when it is called, as another thread might at that time."""
+
+    def __init__(self) -> None:
+        self.inside, self.drawn = surrogate.atan(), 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.drawn += torch.rand(1).numel()
+        return self.inside(x)
+
+
+def test_numbers_that_others_draw_meanwhile_are_not_drawn_again() -> None:
+    spike = Drawing()
+    made = stand_in("ATanSurrogate", surrogate.atan(), alpha=2.0)
+    type(made).__call__ = lambda _, x: spike(x)
+    torch.manual_seed(0)
+    numbers = torch.rand(8).tolist()
+    torch.manual_seed(0)
+    assert compat.recognise_surrogate(made) == surrogate.atan()
+    assert spike.drawn
+    assert torch.rand(1).item() == numbers[spike.drawn]
+
+
+def test_recognition_and_swaps_draw_no_random_numbers(monkeypatch: Any) -> None:
+    monkeypatch.setattr(compat, "_released", set())
+    net = torch.nn.Sequential(theirs())
+    before = torch.get_rng_state()
+    for kind in surrogate.KINDS[1:]:
+        made = getattr(snntorch.surrogate, kind.name)()
+        layer = snnlstm.Leaky(0.5, spike_grad=made)
+        assert layer._surrogate() == getattr(surrogate, kind.name)()
+        with torch.no_grad():
+            layer(inputs(3, 5)[0])
+    monkeypatch.setattr(compat, "_follow", {})
+    monkeypatch.setattr(compat, "_SOURCES", {"Leaky": None, "SConv2dLSTM": None})
+    assert snnlstm.accelerate(net).swapped == ("0",)
+    assert snnlstm.restore(net).swapped == ("0",)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+LATE = """
+import atexit, threading, torch, snntorch, snnlstm
+
+def first_call():
+    layer = snnlstm.Leaky(0.5, spike_grad=snntorch.surrogate.fast_sigmoid())
+    layer(torch.rand(3))
+    print(layer.path.native)
+
+def after_main():
+    threading.main_thread().join()
+    first_call()
+
+atexit.register(first_call)
+threading.Thread(target=after_main).start()
+"""
+
+
+def test_a_first_call_may_come_after_the_main_thread_s_end() -> None:
+    out = python("-c", LATE)
+    assert out.stdout.split() == ["True", "True"], out.stderr
+
+
+# ---- surrogates that change ----------------------------------------------------------------------
+
+
+class Slope:
+    """A surrogate with a number that may change, as in snnTorch after 1.0.0."""
+
+    def __init__(self) -> None:
+        self.slope = 5.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return snntorch.surrogate.FastSigmoid.apply(x, self.slope)
+
+
+Slope.__module__, Slope.__qualname__ = "snntorch.surrogate", "FastSigmoidSurrogate"
+
+
+def change_object(spike: Any, slope: float) -> None:
+    spike.slope = slope
+
+
+def change_closure(spike: Any, slope: float) -> None:
+    spike.__closure__[0].cell_contents = slope
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [(Slope, change_object), (lambda: snntorch.surrogate.fast_sigmoid(5.0), change_closure)],
+    ids=["object", "closure"],
+)
+def test_numbers_of_a_surrogate_may_change(make: Any, change: Any) -> None:
+    spike = make()
+    layers = [library.Leaky(0.8, spike_grad=spike) for library in (snnlstm, snntorch)]
+    for slope in (5.0, 20.0, 1.0):
+        change(spike, slope)
+        found = []
+        for layer in layers:
+            x = inputs(3, 5)[0].requires_grad_()
+            found.append(torch.autograd.grad(layer(x, torch.zeros(3, 5))[0].sum(), x))
+        close(*found)
+        assert layers[0].path.native
+    assert found[0][0].any()
+
+
+# ---- other releases ------------------------------------------------------------------------------
+
+CHANGES = {
+    "reset that is not detached": ("mem_reset", ".clone().detach()", ".clone()"),
+    "beta without clamp": ("_base_state_function", "self.beta.clamp(0, 1)", "self.beta"),
+    "beta that is clamped to 2": ("_base_state_function", "clamp(0, 1)", "clamp(0, 2)"),
+    "graded factor": ("fire", "spk * self.graded", "spk + self.graded"),
+    "reset_delay": ("forward", "- self.reset\n", "+ 0 * self.reset\n"),
+    "inhibition": ("fire_inhibition", "spk_tmp * mask_spk1", "spk_tmp"),
+    "state_quant": ("forward", "self.mem = self.state_quant(self.mem)", "pass"),
+    "threshold in the spike": ("fire", "mem - self.threshold", "mem - self.threshold.detach()"),
+}
+
+
+def changed(name: str, old: str, new: str) -> Any:
+    """Makes a method of snnTorch's Leaky from changed source."""
+    method = getattr(snntorch.Leaky, name)
+    source = inspect.getsource(method)
+    assert source.count(old) == 1
+    made: dict[str, Any] = {}
+    exec(f"if True:\n{source.replace(old, new)}", vars(inspect.getmodule(method)), made)
+    return made[name]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_computation_is_noticed(change: str, monkeypatch: Any) -> None:
+    name, method = CHANGES[change][0], changed(*CHANGES[change])
+    monkeypatch.setattr(snntorch.Leaky, name, method)
+    forward, methods = compat._RELEASED[snntorch.Leaky]
+    methods = {own: getattr(snntorch.Leaky, own) for own in methods}
+    monkeypatch.setitem(compat._RELEASED, snntorch.Leaky, (snntorch.Leaky.forward, methods))
+    monkeypatch.setattr(compat, "_follow", {})
+    layer = snnlstm.Leaky(0.5)
+    layer(inputs(3, 5)[0])
+    assert "differently from snntorch 1.0.0" in layer.path.reason
+
+
+@pytest.mark.parametrize("name", ["Leaky", "SConv2dLSTM"])
+def test_another_option_is_noticed(name: str, monkeypatch: Any) -> None:
+    kind = getattr(snntorch, name)
+    original = kind.__init__
+
+    def init(self: Any, *args: Any, decay_input: bool = False, **options: Any) -> None:
+        original(self, *args, **options)
+
+    layer = snnlstm.Leaky(0.5) if name == "Leaky" else theirs()
+    monkeypatch.setattr(kind, "__init__", init)
+    monkeypatch.setattr(compat, "_follow", {})
+    assert "differently" in str(compat.replaced(layer, kind))
+
+
+@pytest.mark.parametrize("name", ["Leaky", "SConv2dLSTM"])
+def test_the_release_is_known_by_its_source_and_by_its_numbers(name: str, monkeypatch: Any) -> None:
+    kind = getattr(snntorch, name)
+    assert compat.source_of(kind) == compat._SOURCES[name]
+    assert compat._results_agree(compat.COMPARED[kind])
+    monkeypatch.setattr(inspect, "getsource", lambda _: (_ for _ in ()).throw(OSError))
+    assert compat.source_of(kind) is None
