@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls.call import check_transforms
 from ..calls.lengths import hold_last, last_state, mask_padding
 from ..calls.spec import DTYPES, RESETS
 from ..compat import snntorch
@@ -23,6 +24,7 @@ from ..compat.snntorch import (
     recognise_surrogate,
     recognise_traced,
 )
+from ..compat.torch_private import NO_LEVEL, has_ended, level_of
 from ..dispatch.path import (
     LastPath,
     Path,
@@ -93,7 +95,11 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
             raise AttributeError(NO_RESET)
-        return super().__getattr__(name)
+        found = super().__getattr__(name)
+        if name == "mem" and has_ended(found) and level_of(found) > NO_LEVEL:
+            # A reset makes zeros like this attribute, but no operator reads what outlived a vmap.
+            return torch.zeros(0, dtype=found.dtype, device=found.device)
+        return found
 
     # ---- the call -------------------------------------------------------------------------
 
@@ -120,14 +126,20 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """
         if mem is not None and self.init_hidden:
             raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
+        own = snntorch.replaced(self, TheirLeaky)
+        if torch.compiler.is_compiling():
+            return self._without_kernels(_TRACED, input_, mem, own is not None)
         before: Any = self._buffers.get("mem") if mem is None else mem
-        traced, own = torch.compiler.is_compiling(), snntorch.replaced(self, TheirLeaky)
-        neurons: Any = _TRACED if traced else self._described(input_, before, False, own)
-        if type(neurons) is Path:
-            return self._without_kernels(neurons, input_, mem, own is not None)
-        if before.shape != input_.shape:
-            before = torch.zeros_like(input_, dtype=kernels.real(input_.dtype))
-        spk, after = kernels.run(neurons, input_, before)
+        try:
+            neurons: Any = self._described(input_, before, False, own)
+            if type(neurons) is Path:
+                return self._without_kernels(neurons, input_, mem, own is not None)
+            if before.shape != input_.shape:
+                before = torch.zeros_like(input_, dtype=kernels.real(input_.dtype))
+            spk, after = kernels.run(neurons, input_, before)
+        except RuntimeError:
+            check_transforms(input_, mem=before)
+            raise
         self._keep(input_, after)
         return spk if self.init_hidden and not self.output else (spk, after)
 
@@ -140,12 +152,16 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """
         hooks = tuple(self._forward_hooks.values())
         every, before = record or bool(hooks) or lengths is not None, self._buffers["mem"]
-        if lengths is not None:  # a NaN in the padding must not reach a gradient
-            x = mask_padding(x, lengths)
-        if before.shape != x.shape[1:]:
-            before = torch.zeros_like(x[0], dtype=kernels.real(x.dtype))
-        neurons: Any = self._described(x, before, True, None)
-        spk, mem = kernels.run(neurons, x, before, every)
+        try:
+            if lengths is not None:  # a NaN in the padding must not reach a gradient
+                x = mask_padding(x, lengths)
+            if before.shape != x.shape[1:]:
+                before = torch.zeros_like(x[0], dtype=kernels.real(x.dtype))
+            neurons: Any = self._described(x, before, True, None)
+            spk, mem = kernels.run(neurons, x, before, every)
+        except RuntimeError:
+            check_transforms(x, mem=before)
+            raise
         after = mem[-1].clone() if mem.shape == x.shape else mem
         if lengths is not None:
             spk, after = mask_padding(spk, lengths), last_state(mem, before, lengths)
