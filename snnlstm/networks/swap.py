@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..calls.spec import OPTIONS, a_module, flag, never_spikes
+from ..compat.registry import register
 from ..compat.snntorch import (
     COMPARED,
     Base,
@@ -22,9 +23,7 @@ from ..compat.snntorch import (
     library,
     recognise_quant,
     recognise_surrogate,
-    register,
     replaced,
-    take_out,
 )
 from ..dispatch.path import against_device
 from ..neurons.leaky import PRIVATE, Leaky
@@ -221,13 +220,10 @@ def _swap(
         {name: result for name, result in results.items() if isinstance(result, str)},
     )
     swapped = [pair for pair in pairs.items() if isinstance(pair[1], nn.Module)]
-    cells = [pair for pair in swapped if not isinstance(pair[0], TheirLeaky)]
-    take_out([cell for pair in cells for cell in pair])
     for layer, made in swapped:
         object.__setattr__(layer, "__class__", type(made))
         object.__setattr__(layer, "__dict__", made.__dict__)
-    for cell, _ in cells:
-        register(cell)
+        register(layer)
     if not any(isinstance(module, _SWAPPED) for module in pairs):
         logger.warning("%s found neither SConv2dLSTM nor Leaky in the model", action)
     logger.info("%s", report.headline)
@@ -263,7 +259,6 @@ def _looks_like_a_convlstm(module: nn.Module) -> bool:
 def _results(reset: str) -> tuple[Any, Any]:
     """What a step of snnTorch's cell and of ours returns."""
     cell = _their_cell(threshold=0.25, reset_mechanism=reset)
-    take_out([cell])
     weight, bias = cell.conv.weight, cell.conv.bias
     x, syn, mem = torch.tensor([[-1, 0.5, 2]] * 3, device="cpu").reshape(3, 1, 1, 1, 3)
     ours = sconv2dlstm(x, syn, mem, weight, bias, threshold=0.25, reset_mechanism=reset)
@@ -278,6 +273,7 @@ def _their_cell(**options: Any) -> Any:
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         cell = type(Base.__name__, (Base,), {})(1, 1, 1, **options)
     object.__setattr__(cell, "__class__", Base)
+    register(cell)  # snnTorch's list would keep it alive
     return cell
 
 
@@ -317,7 +313,9 @@ def _other_leaky(old: Any, kind: type[nn.Module]) -> nn.Module | str:
     if (reason := replaced(old, TheirLeaky)) is not None:
         return reason
     new = nn.Module.__new__(kind)
-    new.__dict__ = {k: v for k, v in old.__dict__.items() if k not in (*PRIVATE, "reset")}
+    private = (*PRIVATE, "reset", "state_function")
+    new.__dict__ = {k: v for k, v in old.__dict__.items() if k not in private}
+    new.state_function = old.state_function
     return new
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import wraps
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -10,7 +12,14 @@ from torch import Tensor, nn
 from ..calls.lengths import hold_last, last_state, mask_padding
 from ..calls.spec import DTYPES
 from ..compat import snntorch
-from ..compat.snntorch import Neuron, TheirLeaky, recognise_surrogate, recognise_traced
+from ..compat.registry import register
+from ..compat.snntorch import (
+    Neuron,
+    TheirLeaky,
+    recognise_quant,
+    recognise_surrogate,
+    recognise_traced,
+)
 from ..dispatch.path import LastPath, Path, against_device, log_fallback, native_path, reason_now
 from ..reference import called, fire, reset_signal
 from ..surrogate import NONE, Surrogate
@@ -21,12 +30,13 @@ try:
 except ImportError:  # path.against_device says why
     kernels = None  # type: ignore[assignment]
 
-PRIVATE = ("_path", "_layer_name", "_recognised")
+PRIVATE = ("_base", "_path", "_layer_name", "_recognised")
 """The attributes of an instance that only our class has."""
 
 _TRACED = Path("reference", "torch.compile traces plain operators")
 _PARAMETERS = ("beta", "threshold", "graded_spikes_factor")
 _TENSORS = {Tensor, nn.Parameter}
+_CLOSURES: dict[str, Any] = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
 _BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # what surrogate_disable makes of spike_grad
 
 
@@ -69,11 +79,57 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """
 
     path = LastPath()
+    _base: str
+    """Name of the method that is ``state_function``."""
+
+    @wraps(TheirLeaky.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        finally:  # snnTorch lists a layer before it checks the arguments
+            if self.__dict__:
+                register(self)
 
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
             raise AttributeError(NO_RESET)
         return super().__getattr__(name)
+
+    @property
+    def state_function(self) -> Any:
+        """The method that computes the next mem; snnTorch's constructor chooses it by the reset.
+
+        It is made when it is read: a layer that held its own method would be part of a cycle, and
+        only the garbage collector would free it.
+        """
+        other = self.__dict__.get("state_function") or self._modules.get("state_function")
+        return other or getattr(self, self._base)
+
+    @state_function.setter
+    def state_function(self, value: Any) -> None:
+        name = getattr(value, "__name__", "")
+        self.__dict__.pop("state_function", None)
+        if getattr(value, "__func__", self) is getattr(type(self), name, None):
+            self._base = name
+        else:
+            self.__dict__["state_function"] = value
+
+    # ---- copies ---------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes without what cannot be copied: mem's graph, snnTorch's closures."""
+        state = self.__dict__.copy()
+        state.pop("_recognised", None)
+        for name, recognise in _CLOSURES.items():
+            if isinstance(state.get(name), FunctionType):
+                state[name] = recognise(state[name])
+        if "mem" in self._buffers:
+            state["_buffers"] = {**self._buffers, "mem": self._buffers["mem"].detach()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register(self)
 
     # ---- the call -------------------------------------------------------------------------
 
@@ -174,7 +230,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             mem = torch.zeros_like(x)
         mem = mem.to(torch.promote_types(mem.dtype, torch.float32))
 
-        reset = snntorch.STATE_FUNCTIONS[self.state_function.__name__]
+        reset = snntorch.STATE_FUNCTIONS[self._base]
         signal = reset_signal(mem, threshold, surrogate)
         if reset == "zero":
             mem = (1 - signal) * mem
@@ -262,7 +318,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             reason = reason or "mem is on another device, or of torch.float64, which x is not"
         if reason is not None:
             return Path("reference", reason, slow=True)
-        reset = snntorch.STATE_FUNCTIONS[self.state_function.__name__]
+        reset = snntorch.STATE_FUNCTIONS[self._base]
         return kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
 
     def _option_against(self, surrogate: Surrogate | None) -> str | None:
@@ -291,7 +347,6 @@ def _parameter_against(name: str, tensor: Any, x: Tensor, step: torch.Size) -> s
 def _results(reset: str) -> tuple[Any, Any]:
     """What a step of snnTorch's layer and of ours returns."""
     layer = Leaky(0.5, threshold=0.5, reset_mechanism=reset)
-    snntorch.take_out([layer])
     x, mem = torch.tensor([[-1, 0.25, 0.5, 1], [0.25, 0.75, 1.5, -0.5]], device="cpu")
     return TheirLeaky.forward(layer, x, mem), layer._plain(x, mem, False)
 
