@@ -74,7 +74,12 @@ class Instances(MutableSequence[Any]):
         self._entries.insert(position, neuron)
 
     def append(self, neuron: Any) -> None:
-        """List a neuron, in the place of a dead one if there is one."""
+        """List a neuron, in the place of a dead one if there is one; ours `register` themselves.
+
+        snnTorch's constructor lists a neuron before it has a mem, which another thread may read.
+        """
+        if getattr(type(neuron), "registers_itself", False):
+            return
         while self._dead:
             try:
                 place = self._place(self._dead.popleft())
@@ -117,7 +122,7 @@ def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
 def register(layer: nn.Module) -> None:
     """Let the classmethods of both libraries reach a layer, without keeping the layer alive."""
     _alive[id(layer)] = layer
-    _instances().hold_weakly(layer)
+    instances().hold_weakly(layer)
 
 
 def clear_registries() -> None:
@@ -127,7 +132,7 @@ def clear_registries() -> None:
         snntorch.Neuron.instances = []
 
 
-def _instances() -> Instances:
+def instances() -> Instances:
     """snnTorch's list of neurons, which becomes an :class:`Instances` with our first layer."""
     found = getattr(snntorch.Neuron, "instances", None)
     if isinstance(found, list):

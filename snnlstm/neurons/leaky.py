@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..calls.lengths import hold_last, last_state, mask_padding
 from ..calls.spec import DTYPES
 from ..compat import snntorch
-from ..compat.registry import register
+from ..compat.registry import instances, register
 from ..compat.snntorch import (
     Neuron,
     TheirLeaky,
@@ -79,16 +79,15 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """
 
     path = LastPath()
+    registers_itself = True
     _base: str
     """Name of the method that is ``state_function``."""
 
     @wraps(TheirLeaky.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super().__init__(*args, **kwargs)
-        finally:  # snnTorch lists a layer before it checks the arguments
-            if self.__dict__:
-                register(self)
+        instances()  # snnTorch's own list would take a layer that is not whole
+        super().__init__(*args, **kwargs)
+        register(self)
 
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
@@ -103,7 +102,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         only the garbage collector would free it.
         """
         other = self.__dict__.get("state_function") or self._modules.get("state_function")
-        return other or getattr(self, self._base)
+        return other or MethodType(getattr(type(self), self._base), self)
 
     @state_function.setter
     def state_function(self, value: Any) -> None:
