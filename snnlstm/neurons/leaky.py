@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         only the garbage collector would free it.
         """
         other = self.__dict__.get("state_function") or self._modules.get("state_function")
-        return other or MethodType(getattr(type(self), self._base), self)
+        return other or getattr(type(self), self._base).__get__(self)
 
     @state_function.setter
     def state_function(self, value: Any) -> None:
