@@ -1,4 +1,4 @@
-"""The registries of neurons: snnTorch's list, and our cells. Neither keeps a layer of ours alive."""
+"""The registries of neurons: snnTorch's list, and ours. Neither keeps a layer of ours alive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import snntorch
 
 
 class _Vacancy:
-    """What is in the place of a dead layer; snnTorch may set states of a layer that has just died."""
+    """What is in a dead layer's place; snnTorch may set states of a layer that has just died."""
 
     syn = mem = property(lambda _: torch.zeros(0, device="cpu"), lambda _, value: None)
 

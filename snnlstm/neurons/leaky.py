@@ -79,7 +79,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """
 
     path = LastPath()
-    registers_itself = True
+    registers_itself = True  # snnTorch's constructor does not enter it in the list
     _base: str
     """Name of the method that is ``state_function``."""
 
