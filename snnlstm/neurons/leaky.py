@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import product
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from ..calls.call import check_transforms
 from ..calls.lengths import hold_last, last_state, mask_padding
 from ..calls.spec import DTYPES, RESETS
 from ..compat import snntorch
+from ..compat.registry import instances, register
 from ..compat.snntorch import (
     Neuron,
     TheirLeaky,
     held_by,
     kind_of,
+    recognise_quant,
     recognise_surrogate,
     recognise_traced,
 )
@@ -43,12 +46,13 @@ try:
 except ImportError:  # path.against_device says why
     kernels = None  # type: ignore[assignment]
 
-PRIVATE = ("_path", "_layer_name", "_recognised")
+PRIVATE = ("_base", "_path", "_layer_name", "_recognised")
 """The attributes of an instance that only our class has."""
 
 _TRACED = Path("reference", "torch.compile traces plain operators")
 _PARAMETERS = ("beta", "threshold", "graded_spikes_factor")
 _TENSORS = {Tensor, nn.Parameter}
+_CLOSURES: dict[str, Any] = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
 _BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # what surrogate_disable makes of spike_grad
 
 
@@ -91,6 +95,15 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """
 
     path = LastPath()
+    registers_itself = True  # snnTorch's constructor does not enter it in the list
+    _base: str
+    """Name of the method that is ``state_function``."""
+
+    @wraps(TheirLeaky.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        instances()  # snnTorch's own list would take a layer that is not whole
+        super().__init__(*args, **kwargs)
+        register(self)
 
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
@@ -100,6 +113,42 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             # A reset makes zeros like this attribute, but no operator reads what outlived a vmap.
             return torch.zeros(0, dtype=found.dtype, device=found.device)
         return found
+
+    @property
+    def state_function(self) -> Any:
+        """The method that computes the next mem; snnTorch's constructor chooses it by the reset.
+
+        It is made when it is read: a layer that held its own method would be part of a cycle, and
+        only the garbage collector would free it.
+        """
+        other = self.__dict__.get("state_function") or self._modules.get("state_function")
+        return other or getattr(type(self), self._base).__get__(self)
+
+    @state_function.setter
+    def state_function(self, value: Any) -> None:
+        name = getattr(value, "__name__", "")
+        self.__dict__.pop("state_function", None)
+        if getattr(value, "__func__", self) is getattr(type(self), name, None):
+            self._base = name
+        else:
+            self.__dict__["state_function"] = value
+
+    # ---- copies ---------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes without what cannot be copied: mem's graph, snnTorch's closures."""
+        state = self.__dict__.copy()
+        state.pop("_recognised", None)
+        for name, recognise in _CLOSURES.items():
+            if isinstance(state.get(name), FunctionType):
+                state[name] = recognise(state[name])
+        if "mem" in self._buffers:
+            state["_buffers"] = {**self._buffers, "mem": self._buffers["mem"].detach()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register(self)
 
     # ---- the call -------------------------------------------------------------------------
 
@@ -221,7 +270,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         mem = mem.to(torch.promote_types(mem.dtype, torch.float32))
         surrogate = self._spikes(dtype, traced)
 
-        reset = snntorch.STATE_FUNCTIONS[self.state_function.__name__]
+        reset = snntorch.STATE_FUNCTIONS[self._base]
         delay, guard = self.reset_delay, False
         signal: Any = None
         if reset == "subtract" or not delay:
@@ -326,7 +375,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         )
         if reason is not None:
             return _slow(reason)
-        reset = snntorch.STATE_FUNCTIONS[self.state_function.__name__]
+        reset = snntorch.STATE_FUNCTIONS[self._base]
         return kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
 
     def _tensors_against(
@@ -415,7 +464,6 @@ def _results() -> Iterator[Any]:
     for reset, beta, attributes in product(RESETS, (-0.5, 0.5, 1.5), _PROBED):
         options = {"learn_beta": True, "learn_threshold": True, "reset_mechanism": reset}
         layer = Leaky(beta, 0.375, **options).to("cpu")
-        snntorch.take_out([layer])
         for name, value in attributes.items():
             setattr(layer, name, value)
         theirs, ours = TheirLeaky.forward(layer, *leaves), layer._plain(*leaves, traced=False)

@@ -22,7 +22,7 @@ from ..calls.call import (
     values,
 )
 from ..calls.spec import CellSpec
-from ..compat.snntorch import register
+from ..compat.registry import register
 from ..dispatch.entry import Results, run, run_traced
 from ..dispatch.path import EXPORT, Path, asked_every_call, log_fallback
 from ..reference import Overrides
