@@ -36,7 +36,7 @@ FACTS = (
     ("instruction sets", "snnlstm._C", "isa_names"),
     ("in use", "snnlstm._C", "isa_name"),
     ("OpenMP", "snnlstm._C", "openmp_library"),
-    ("used on", "snnlstm.native.function", "DEVICES"),
+    ("used on", "snnlstm.native.backends", "DEVICES"),
     ("algorithm", "snnlstm.calls.algorithms", "get_algorithm"),
     ("driver's CUDA", "snnlstm.__main__", "driver"),
     ("GPUs", "snnlstm.__main__", "gpus"),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .calls.call import batch_before_time, stateless_call
-from .dispatch.entry import run, run_traced
-from .dispatch.path import recorded_now
+from .dispatch.entry import run_call, run_traced
+from .dispatch.reasons import recorded_now
 
 __all__ = ["sconv2dlstm"]
 
@@ -94,5 +94,5 @@ def sconv2dlstm(
     if torch.compiler.is_compiling():
         results = run_traced(call, spec, recorded_now(True))
     else:
-        results = run(_last, call, spec, recorded_now())
+        results = run_call(_last, call, spec, recorded_now())
     return batch_before_time(call, batch_first, *results[:3])

@@ -11,15 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..compat.torch_private import has_ended, transforms_are_active
+from ..compat.torch_private import has_ended
 from ..surrogate import is_number
-from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, flag, make_spec
-
-_INTS = (
-    torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint64, torch.uint32, torch.uint16, torch.uint8,
-)  # fmt: skip
-
+from .lengths import checked_lengths
+from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, check_dense, flag, make_spec
 
 # The sizes that follow the channels in a shape, by the number of an image's dimensions.
 SIZES = {1: "L", 2: "H, W"}
@@ -145,17 +140,6 @@ def batch_before_time(
 
 
 # ---- checks of single tensors -------------------------------------------------------------------
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Refuse sparse, nested and quantised tensors, and those of MKL-DNN."""
-    if tensor.is_nested or tensor.is_quantized:
-        found = "nested" if tensor.is_nested else "quantised"
-        raise TypeError(f"{name} must be a plain tensor, got a {found} one")
-    if tensor.layout is not torch.strided:
-        raise TypeError(
-            f"{name} must be dense, as {name}.to_dense() is, got layout {tensor.layout}"
-        )
 
 
 def check_transforms(x: Any, **states: Any) -> None:
@@ -366,68 +350,3 @@ def check_bias(bias: Any, weight: Tensor, gates: int) -> None:
         raise ValueError(
             f"bias must be on weight's device {weight.device}, got one on {bias.device}"
         )
-
-
-class CheckedLengths(NamedTuple):
-    """Lengths that a stack checked for sequences of `time` steps, and passes to its layers."""
-
-    lengths: Tensor
-    time: int
-
-
-def checked_lengths(
-    lengths: Any, time: int, batch: int, device: torch.device, traced: bool
-) -> Tensor:
-    """Check the steps of each sample, ints between 0 and T, and return them as int64 on `device`.
-
-    Numbers that the host lacks (on a GPU, under torch.compile, in transforms) are only clamped.
-    """
-    if type(lengths) is CheckedLengths:
-        lengths, before = lengths
-        if before == time and lengths.shape == (batch,) and lengths.device == device:
-            return lengths
-    given = lengths
-    if not isinstance(given, Tensor):
-        try:
-            given = torch.as_tensor(lengths, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"lengths must be ints, one for each sample, got {lengths!r}"
-            ) from error
-    check_dense("lengths", given)
-    if given.dtype not in _INTS and (given.numel() or given.dtype is torch.bool):
-        raise TypeError(f"lengths must be ints, got a tensor of {given.dtype}")
-    if tuple(given.shape) != (batch,):
-        raise ValueError(
-            f"lengths must have shape ({batch},), one for each sample, got {tuple(given.shape)}"
-        )
-    if given.device.type != "cpu" and given.device != device:
-        raise ValueError(f"lengths must be on the CPU or on x's {device}, got {given.device}")
-    hidden = traced or transforms_are_active() or type(given) is not Tensor
-    if given.device.type == "cpu" and given.numel() and not hidden:
-        numbers = given.tolist()  # torch.min does not take wide unsigned ints
-        least, most = min(numbers), max(numbers)
-        if least < 0 or most > time:
-            raise ValueError(
-                f"lengths must lie between 0 and x's number of steps, {time}, "
-                f"got {least if least < 0 else most}"
-            )
-    return given.detach().to(device, torch.int64).clamp(0, time)  # a copy: the caller's may change
-
-
-# ---- tensors that autograd saved -----------------------------------------------------------------
-
-
-def restored(
-    tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Return a tensor that autograd saved in its old dtype and device, and not lazily negated.
-
-    Hooks on saved tensors, and assignments to ``.data``, may also have changed shape or memory.
-    """
-    if tuple(tensor.shape) != tuple(shape):
-        raise RuntimeError(
-            f"a saved tensor has come back as {tuple(tensor.shape)}, not {tuple(shape)}: what was "
-            "saved for the backward pass must keep its shape"
-        )
-    return tensor.resolve_neg().to(device, dtype)

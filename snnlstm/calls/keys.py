@@ -1,7 +1,6 @@
 """The keys of calls, and the dictionaries that they index.
 
-An entry's key, :func:`key_of`, includes what decides between kernels and reference path. A plan's,
-:func:`plan_key`, is narrower: a cell in training and evaluation has several entries, but one plan.
+A key, :func:`key_of`, includes what decides between kernels and reference path.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from ..compat.torch_private import any_autocast
 from .call import Call, autocast_dtype
-from .spec import CellSpec
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -66,32 +64,6 @@ def key_of(call: Call) -> tuple[Any, ...] | None:
         )  # fmt: skip
     except (AttributeError, RuntimeError):  # an argument is no tensor, or a sparse one
         return None
-
-
-def plan_key(
-    call: Call, spec: CellSpec, operands: torch.dtype | None, settings: tuple[Any, ...]
-) -> tuple[Any, ...]:
-    """The key of the plan of a call; `operands` and `settings` are the plan's.
-
-    It omits what :func:`key_of` omits, and what follows from the rest: the spec and the channels of
-    x and mem give the weight's shape. It also omits gradients, because a plan runs both passes.
-    """
-    x, syn, mem, threshold = call.x, call.syn, call.mem, call.threshold
-    return (
-        spec, operands, settings, call.record, call.lengths is None, x.shape, x.stride(), x.dtype,
-        x.device, syn.stride(), mem.shape, mem.stride(),
-        None if threshold is None else threshold.numel(), are_contiguous(call),
-    )  # fmt: skip
-
-
-def are_contiguous(call: Call) -> bool:
-    """Whether the core can read bias, threshold and graded factor without a copy."""
-    return all(t is None or is_contiguous_as(t, call.x.dtype) for t in call[4:7])
-
-
-def is_contiguous_as(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the core can read a tensor without a copy as contiguous numbers of `dtype`."""
-    return tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def _key_of_numbers(tensor: Tensor) -> Any:

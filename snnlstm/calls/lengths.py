@@ -1,16 +1,73 @@
-"""Results and states of padded samples; a sample is padded after its own last step.
+"""Lengths (N,), the steps of each sample, and what padded samples get.
 
-Lengths (N,), from :func:`snnlstm.calls.call.checked_lengths`, are the steps of each sample.
+A sample is padded after its own last step.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .call import Call
+from ..compat.torch_private import transforms_are_active
+from .spec import check_dense
+
+if TYPE_CHECKING:
+    from .call import Call
+
+_INTS = (
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+)  # fmt: skip
+
+
+
+class CheckedLengths(NamedTuple):
+    """Lengths that a stack checked for sequences of `time` steps, and passes to its layers."""
+
+    lengths: Tensor
+    time: int
+
+
+def checked_lengths(
+    lengths: Any, time: int, batch: int, device: torch.device, traced: bool
+) -> Tensor:
+    """Check the steps of each sample, ints between 0 and T, and return them as int64 on `device`.
+
+    Numbers that the host lacks (on a GPU, under torch.compile, in transforms) are only clamped.
+    """
+    if type(lengths) is CheckedLengths:
+        lengths, before = lengths
+        if before == time and lengths.shape == (batch,) and lengths.device == device:
+            return lengths
+    given = lengths
+    if not isinstance(given, Tensor):
+        try:
+            given = torch.as_tensor(lengths, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"lengths must be ints, one for each sample, got {lengths!r}"
+            ) from error
+    check_dense("lengths", given)
+    if given.dtype not in _INTS and (given.numel() or given.dtype is torch.bool):
+        raise TypeError(f"lengths must be ints, got a tensor of {given.dtype}")
+    if tuple(given.shape) != (batch,):
+        raise ValueError(
+            f"lengths must have shape ({batch},), one for each sample, got {tuple(given.shape)}"
+        )
+    if given.device.type != "cpu" and given.device != device:
+        raise ValueError(f"lengths must be on the CPU or on x's {device}, got {given.device}")
+    hidden = traced or transforms_are_active() or type(given) is not Tensor
+    if given.device.type == "cpu" and given.numel() and not hidden:
+        numbers = given.tolist()  # torch.min does not take wide unsigned ints
+        least, most = min(numbers), max(numbers)
+        if least < 0 or most > time:
+            raise ValueError(
+                f"lengths must lie between 0 and x's number of steps, {time}, "
+                f"got {least if least < 0 else most}"
+            )
+    return given.detach().to(device, torch.int64).clamp(0, time)  # a copy: the caller's may change
 
 
 def length_mask(lengths: Tensor, time: int, dims: int = 5) -> Tensor:

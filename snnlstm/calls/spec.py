@@ -80,19 +80,6 @@ class CellSpec:
         """Whether spk of a sequence, or of a step call, carries a gradient."""
         return self.surrogate.kind != 0 if self.spiking else sequence
 
-    def reason_against_kernels(self, dtype: torch.dtype) -> str | None:
-        """Why the kernels cannot run a cell with these options on `dtype`; None if they can."""
-        if type(self.surrogate) is not Surrogate:
-            return "spike_grad is unknown to the kernels"
-        if self.quant is not None:
-            if type(self.quant) is not StateQuant:
-                return "state_quant is unknown to the kernels"
-            if self.quant.levels.dtype not in (torch.float32, dtype):
-                return f"state_quant has levels of {self.quant.levels.dtype}"
-            if not self.quant.ascending:
-                return "state_quant has levels that do not ascend"
-        return None
-
     def state_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of syn and mem for an image of `height` x `width`."""
         sh, sw = self.stride
@@ -143,6 +130,17 @@ def a_module(name: str, value: Any) -> nn.Module:
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}")
     return value
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse sparse, nested and quantised tensors, and those of MKL-DNN."""
+    if tensor.is_nested or tensor.is_quantized:
+        found = "nested" if tensor.is_nested else "quantised"
+        raise TypeError(f"{name} must be a plain tensor, got a {found} one")
+    if tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be dense, as {name}.to_dense() is, got layout {tensor.layout}"
+        )
 
 
 def integer(name: str, value: Any) -> int:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..calls.call import Call, restored
+from ..calls.call import Call
 from ..compat.torch_private import transforms_are_active
+from ..native.tensors import restored
 
 Three = tuple[Tensor, Tensor, Tensor]
 

@@ -20,11 +20,12 @@ from ..calls.keys import BoundedDict, key_of
 from ..calls.spec import HALF_TYPES, CellSpec, are_ours
 from ..compat.torch_private import any_autocast, guard_of
 from ..native.half_types import in_float32
-from ..native.plan import Sizes
+from ..native.plan import Settings, Sizes
 from ..native.tensors import check_memory
 from ..reference import Overrides
 from .checkpoint import in_segments, may_checkpoint
-from .path import NATIVE_PATHS, Path, kernels, native_path, operators, static_reason
+from .path import Path, native_path
+from .reasons import NATIVE_PATHS, backends, function, operators, static_reason
 
 
 class Entry:
@@ -33,7 +34,8 @@ class Entry:
     Attributes
     ----------
     spec : CellSpec
-    settings : tuple of :func:`_settings`
+    backend : CommonBackend or None
+    settings : Settings
     fallback : Path or None
         Why the reference path must run.
     training : bool
@@ -45,19 +47,23 @@ class Entry:
     """
 
     def __init__(
-        self, call: Call, spec: CellSpec, settings: Any, overrides: Overrides | None = None
+        self,
+        call: Call,
+        spec: CellSpec,
+        backend: Any,
+        settings: Settings,
+        overrides: Overrides | None = None,
     ) -> None:
-        self.spec, self.settings = spec, settings
-        self.fallback = static_reason(call, spec, settings[1], overrides)
+        self.spec, self.backend, self.settings = spec, backend, settings
+        self.fallback = static_reason(call, spec, settings.algorithm, overrides)
         self.training = may_require_grad(call[:6])
         self.in_float32 = False
         self.plan: Any = None
         self._guard: Any = None
         if self.fallback is None:
-            assert kernels is not None
-            self.in_float32 = call.x.dtype in HALF_TYPES and not settings[0].half_types
+            self.in_float32 = call.x.dtype in HALF_TYPES and not backend.half_types
             if not self.in_float32:
-                reason = settings[0].reason_against(Sizes(call, spec, _operands(call)))
+                reason = backend.reason_against(Sizes(call, spec, _operands(call)))
                 self.fallback = reason and Path("reference", reason, slow=True)
 
     def guard(self, call: Call) -> None:
@@ -65,14 +71,15 @@ class Entry:
         if call.lengths is None and not any_autocast():
             tensors = _present(call)
             self._guard = guard_of(tensors)
-            self._guarded = _guarded(call, tensors, self.settings)
+            self._guarded = _guarded(call, tensors, self.backend, self.settings)
 
-    def serves(self, call: Call, settings: Any) -> bool:
+    def serves(self, call: Call, backend: Any, settings: Settings) -> bool:
         """Whether a call has the static properties of the guarded one."""
         if self._guard is None or call.lengths is not None:
             return False
         tensors = _present(call)
-        return _guarded(call, tensors, settings) == self._guarded and self._guard.check(*tensors)
+        static = _guarded(call, tensors, backend, settings)
+        return static == self._guarded and self._guard.check(*tensors)
 
 
 _entries: BoundedDict[Any, Entry] = BoundedDict()
@@ -85,38 +92,42 @@ def _present(call: Call) -> Sequence[Tensor]:
     return [tensor for tensor in call[:7] if tensor is not None]
 
 
-def _guarded(call: Call, tensors: Sequence[Tensor], settings: Any) -> tuple[Any, ...]:
+def _guarded(
+    call: Call, tensors: Sequence[Tensor], backend: Any, settings: Settings
+) -> tuple[Any, ...]:
     """The static properties of a call besides those of its tensors."""
-    return call.record, torch.is_grad_enabled(), settings, len(tensors)
+    return call.record, torch.is_grad_enabled(), backend, settings, len(tensors)
 
 
-def _key(call: Call, spec: CellSpec, settings: Any) -> Any:
-    """The key of a call, with the settings last; None if it has none.
+def _key(call: Call, spec: CellSpec, backend: Any, settings: Settings) -> Any:
+    """The key of a call, with backend and settings last; None if it has none.
 
     A spec with the user's callables has none, because the table would keep them alive.
     """
     tensors = key_of(call) if spec.serialized else None
-    return None if tensors is None else (spec, tensors, settings)
+    return None if tensors is None else (spec, tensors, backend, settings)
 
 
-def _settings(x: Tensor) -> Any:
-    """The backend or None, the algorithm, and what else a plan depends on; read once a look-up."""
+def _backend_of(x: Tensor) -> tuple[Any, Settings]:
+    """The backend of x's device, or None, and the process's settings; read once a look-up."""
     algorithm = algorithms.current
-    backend = None if kernels is None else kernels.BACKENDS.get(x.device.type)
-    return (None, algorithm) if backend is None else backend.settings(algorithm)
+    backend = None if backends is None else backends.BACKENDS.get(x.device.type)
+    return backend, Settings(algorithm) if backend is None else backend.settings(algorithm)
 
 
 def _operands(call: Call) -> torch.dtype | None:
-    assert kernels is not None
-    return kernels.operands_of(call, autocast_dtype(call.x.device.type))
+    assert backends is not None
+    return backends.operands_of(call, autocast_dtype(call.x.device.type))
 
 
-def entry_of(call: Call, spec: CellSpec, settings: Any, checked: bool = True) -> Any:
+def entry_of(
+    call: Call, spec: CellSpec, backend: Any, settings: Settings, checked: bool = True
+) -> Any:
     """Look up the entry of a call, or make it if the call was `checked`; else return None."""
-    key = _key(call, spec, settings)
+    key = _key(call, spec, backend, settings)
     entry = _entries.get(key)
     if entry is None and checked:
-        entry = Entry(call, spec, settings)
+        entry = Entry(call, spec, backend, settings)
         if key is not None:
             entry.guard(call)
             entry = _entries.keep(key, entry)
@@ -130,7 +141,7 @@ Results = tuple[Tensor, Tensor, Tensor, Path]
 """spk, syn and mem, and the path that ran."""
 
 
-def run(
+def run_call(
     last: dict[str, Any],
     call: Call,
     spec: CellSpec,
@@ -143,13 +154,13 @@ def run(
     A call that was not `checked` runs only if one like it was; otherwise the result is None.
     `last` holds the caller's last entry as ``_entry``, and `now` is from :func:`path.recorded_now`.
     """
-    settings = _settings(call.x)
+    backend, settings = _backend_of(call.x)
     if overrides is not None:  # a call with the user's code shares no entry
-        entry: Any = Entry(call, spec, settings, overrides)
+        entry: Any = Entry(call, spec, backend, settings, overrides)
     else:
         entry = last.get("_entry")
-        if entry is None or entry.spec is not spec or not entry.serves(call, settings):
-            entry = entry_of(call, spec, settings, checked)
+        if entry is None or entry.spec is not spec or not entry.serves(call, backend, settings):
+            entry = entry_of(call, spec, backend, settings, checked)
             if entry is None:
                 return None
             last["_entry"] = entry
@@ -194,7 +205,9 @@ def _run_in_segments(
 
     def segment(part: Call) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal ran
-        segment_entry = entry if path is not None else entry_of(part, inner, entry.settings)
+        segment_entry = entry
+        if path is None:
+            segment_entry = entry_of(part, inner, entry.backend, entry.settings)
         spk, syn, mem, ran = _run_by(path, part, segment_entry, overrides)
         return spk, syn, mem
 
@@ -213,16 +226,17 @@ def _run_by(
     """Run a call by the implementation that was chosen."""
     if fallback is not None:
         return (*reference.run(call, entry.spec, overrides), fallback)
-    assert kernels is not None
+    assert backends is not None
+    assert function is not None
     if entry.in_float32:
         check_memory(call)  # torch reads the tensors first
-        spec, settings = entry.spec, entry.settings
-        return in_float32(
-            call, lambda step: _run_by(None, step, entry_of(step, spec, settings), None)
-        )
+        found = entry.spec, entry.backend, entry.settings
+        return in_float32(call, lambda step: _run_by(None, step, entry_of(step, *found), None))
     plan = entry.plan
     if plan is None:  # an entry made under a torch.func transform has no plan yet
         spec = replace(entry.spec, checkpoint=False)
-        plan = entry.plan = kernels.plan_of(call, spec, _operands(call), entry.settings)
-    spk, syn, mem, name = kernels.run(plan, call, entry.training)
+        plan = entry.plan = backends.plan_of(
+            call, spec, _operands(call), entry.backend, entry.settings
+        )
+    spk, syn, mem, name = function.run_plan(plan, call, entry.training)
     return spk, syn, mem, native_path(name)

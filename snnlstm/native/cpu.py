@@ -22,6 +22,7 @@ from .plan import (
     Gradients,
     Outs,
     Result,
+    Settings,
     Shapes,
     Sizes,
     empty_gradients,
@@ -167,10 +168,10 @@ class Plan(CommonPlan):
     """
 
     def __init__(
-        self, backend: Backend, call: Call, spec: CellSpec, operands: Any, settings: Any
+        self, backend: Backend, call: Call, spec: CellSpec, operands: Any, settings: Settings
     ) -> None:
         super().__init__(backend, call, spec, operands)
-        _, algorithm, self.threads, self.isa = settings
+        algorithm, self.threads, self.isa = settings[:3]
         self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
         self.cell = make_cell(_C, self)
         self.levels = None if spec.quant is None else spec.quant.levels.to(self.dtype).contiguous()
@@ -238,8 +239,8 @@ class Backend(CommonBackend):
         """Name of the kernels, such as ``"cpu-avx2"``; the name in a call's result says more."""
         return f"cpu-{isa}"
 
-    def settings(self, algorithm: str) -> tuple[Any, ...]:
-        return self, algorithm, 1 if ONE_THREAD else torch.get_num_threads(), isa
+    def settings(self, algorithm: str) -> Settings:
+        return Settings(algorithm, 1 if ONE_THREAD else torch.get_num_threads(), isa)
 
     def reason_against(self, s: Sizes) -> str | None:
         """Why these kernels cannot run a call; None if they can.

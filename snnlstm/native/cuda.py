@@ -34,6 +34,7 @@ from .plan import (
     Gradients,
     Outs,
     Result,
+    Settings,
     Shapes,
     Sizes,
     empty_gradients,
@@ -76,10 +77,10 @@ class Plan(CommonPlan):
     """
 
     def __init__(
-        self, backend: Backend, call: Call, spec: CellSpec, operands: Any, settings: Any
+        self, backend: Backend, call: Call, spec: CellSpec, operands: Any, settings: Settings
     ) -> None:
         super().__init__(backend, call, spec, operands)
-        _, algorithm, tf32, benchmark = settings
+        algorithm, tf32, benchmark = settings.algorithm, settings.tf32, settings.benchmark
         self.backend, self._tf32, self._algorithm = backend, tf32, algorithm
         self._measures = algorithm == "measure" or (benchmark and algorithm == "auto")
         self._chosen = {False: backend.core_plan(self, tf32, algorithm, False)}
@@ -344,8 +345,9 @@ class Backend(CommonBackend):
         )
         return next((plan.reason_against for plan in plans if plan.reason_against), None)
 
-    def settings(self, algorithm: str) -> tuple[Any, ...]:
-        return self, algorithm, _tf32_is_allowed(), torch.backends.cudnn.benchmark
+    def settings(self, algorithm: str) -> Settings:
+        benchmark = torch.backends.cudnn.benchmark
+        return Settings(algorithm, tf32=_tf32_is_allowed(), benchmark=benchmark)
 
     def saved_shapes(self, s: Sizes) -> Shapes:
         padded = self.core.cuda_padded_channels(s.c)

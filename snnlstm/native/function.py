@@ -1,4 +1,4 @@
-"""The cell on the native kernels: the table of plans, and an autograd Function that runs them.
+"""The cell on the native kernels: an autograd Function that runs a plan.
 
 The forward pass saves the arguments, and for each time step the activated gates and syn. From these
 the backward pass computes mem and the reset again (a sign bit of the gates holds the reset). It
@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C, reference
+from .. import reference
 from ..calls.call import Call
-from ..calls.keys import BoundedDict, plan_key
 from ..calls.lengths import recorded_states
 from ..calls.spec import CellSpec
 from ..compat.torch_private import (
@@ -25,54 +24,12 @@ from ..compat.torch_private import (
     opaque,
     transforms_are_active,
 )
-from . import cpu, cuda, cuda_check, pool
-from .plan import CommonBackend, CommonPlan
+from . import pool
+from .plan import CommonPlan
 from .tensors import check_memory
 
-# ---- backends and plans --------------------------------------------------------------------------
 
-
-BACKENDS: dict[str, CommonBackend] = {"cpu": cpu.Backend()}  # by device type
-_NO_CUDA = cuda_check.without_kernels(_C.build_info())
-if _NO_CUDA is None:
-    BACKENDS["cuda"] = cuda.Backend(_C)
-DEVICES = frozenset(BACKENDS)
-
-_plans: BoundedDict[Any, CommonPlan] = BoundedDict()
-
-
-def reason_against_device(device: torch.device, traced: bool) -> str | None:
-    """Why no kernels can run on a device; None if they can, or if the call is traced."""
-    if device.type == "cpu":
-        return None
-    if _NO_CUDA or traced:  # dynamo cannot ask the driver; the call itself raises
-        return _NO_CUDA
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return cuda_check.trouble(index)
-
-
-def operands_of(call: Call, autocast: torch.dtype | None) -> torch.dtype | None:
-    """The convolution's type under autocast, if that is a half type."""
-    narrows = call.x.dtype == torch.float32 and autocast != torch.float32
-    return autocast if narrows else None
-
-
-def plan_of(
-    call: Call, spec: CellSpec, operands: torch.dtype | None, settings: tuple[Any, ...]
-) -> CommonPlan:
-    """Look up or make the plan of a call under a backend's `settings`; similar cells share it."""
-    key = plan_key(call, spec, operands, settings)
-    plan = _plans.get(key)
-    if plan is None:
-        backend = settings[0]
-        plan = _plans.keep(key, backend.plan(backend, call, spec, operands, settings))
-    return plan
-
-
-# ---- running -------------------------------------------------------------------------------------
-
-
-def run(plan: CommonPlan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor, str]:
+def run_plan(plan: CommonPlan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor, str]:
     """Run the native kernels: spk, syn and mem as :func:`snnlstm.reference.run` returns them.
 
     The fourth result is the name of what ran, such as ``"cpu-avx2-winograd4-sparse"``.
@@ -94,7 +51,7 @@ def run(plan: CommonPlan, call: Call, training: bool) -> tuple[Tensor, Tensor, T
         if not pool.is_for_lack_of_memory(error):
             raise
     pool.empty_cache()  # after the error, whose traceback holds what the call allocated
-    return run(plan, call, training)
+    return run_plan(plan, call, training)
 
 
 # ---- the Function --------------------------------------------------------------------------------

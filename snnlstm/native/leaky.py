@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..calls.call import may_require_grad, restored
+from ..calls.call import may_require_grad
 from ..calls.spec import DTYPES, RESETS
 from ..surrogate import Surrogate
 from . import pool
-from .function import BACKENDS, beyond_kernels, differentiable, reached
-from .tensors import contiguous_as, pointer, real, stochastic_noise
+from .backends import BACKENDS
+from .function import beyond_kernels, differentiable, reached
+from .tensors import contiguous_as, pointer, real, restored, stochastic_noise
 
 
 class Neurons(NamedTuple):
@@ -61,7 +62,9 @@ def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> An
     return count, max(1, strides[varies[-1]])  # an empty x may have a stride of 0
 
 
-def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[Tensor, Tensor]:
+def run_neurons(
+    neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True
+) -> tuple[Tensor, Tensor]:
     """Run the kernels; return spk and mem of each step, or, without `record`, the last mem.
 
     Parameters
@@ -86,7 +89,7 @@ def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[
 
 @pool.where_it_fits
 def _forward(neurons: Neurons, x: Tensor, mem: Tensor, record: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`run`, without gradients."""
+    """As :func:`run_neurons`, without gradients."""
     x = _without_gaps(x, neurons.sequence)
     shape, strides, dtype = x.shape, x.stride(), real(x.dtype)
     if neurons.sequence:

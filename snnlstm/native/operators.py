@@ -19,14 +19,14 @@ from ..calls.call import (
     Call,
     autocast_dtype,
     may_require_grad,
-    restored,
     state_shape,
     weight_tensor,
 )
 from ..calls.lengths import recorded_states
 from ..calls.spec import HALF_TYPES, CellSpec
 from . import pool
-from .function import BACKENDS, constant_states, operands_of, plan_of, reached
+from .backends import BACKENDS, operands_of, plan_of
+from .function import constant_states, reached
 from .half_types import in_float32
 from .plan import (
     CommonPlan,
@@ -37,7 +37,7 @@ from .plan import (
     empty_gradients,
     gradient_memory,
 )
-from .tensors import empty_like_images
+from .tensors import empty_like_images, restored
 
 _CALL = (
     "Tensor x, Tensor syn, Tensor mem, Tensor weight, Tensor? bias, Tensor? threshold, "
@@ -89,8 +89,8 @@ def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[CommonPl
         call = call._replace(lengths=lengths.contiguous())
     spec, operands = _spec(text)
     _check_fit(call, spec)
-    settings = BACKENDS[call.x.device.type].settings(algorithm)
-    return plan_of(call, spec, operands, settings), call
+    backend = BACKENDS[call.x.device.type]
+    return plan_of(call, spec, operands, backend, backend.settings(algorithm)), call
 
 
 def _check_fit(call: Call, spec: CellSpec) -> None:

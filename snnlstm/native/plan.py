@@ -11,15 +11,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..calls.call import Call, restored
-from ..calls.keys import are_contiguous
+from ..calls.call import Call
 from ..calls.spec import DTYPES, POOLS, RESETS, CellSpec
 from ..compat.torch_private import guard_of
 from . import pool
 from .tensors import (
+    are_contiguous,
     image_strides,
     keep_empty,
     pointer,
+    restored,
     stochastic_noise,
     strided,
     with_numbers,
@@ -217,6 +218,20 @@ def empty_gradients(
     return Gradients._make(
         [empty(*layout) if want else None for layout, want in zip(memory, wanted, strict=True)]
     )
+
+
+class Settings(NamedTuple):
+    """The settings of the process on which plans depend."""
+
+    algorithm: str
+    threads: int = 1
+    """On the CPU."""
+    isa: str = ""
+    """The instruction set, on the CPU."""
+    tf32: bool = False
+    """Whether torch's convolutions may use TF32, on CUDA."""
+    benchmark: bool = False
+    """Whether cuDNN measures its algorithms, on CUDA."""
 
 
 class CommonPlan(Sizes, ABC):
@@ -431,8 +446,8 @@ class CommonBackend(ABC):
         """Name of the kernels, as a path has it before a call has run."""
 
     @abstractmethod
-    def settings(self, algorithm: str) -> tuple[Any, ...]:
-        """The backend, and the process's settings that a plan depends on."""
+    def settings(self, algorithm: str) -> Settings:
+        """The process's settings that a plan depends on, with the user's algorithm."""
 
     @abstractmethod
     def reason_against(self, s: Sizes) -> str | None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..calls.call import Call
-from ..calls.keys import are_contiguous, is_contiguous_as
 from ..surrogate import Surrogate
 
 
@@ -26,6 +25,16 @@ def readable(tensor: Tensor, name: str = "a tensor") -> Tensor:
     if tensor.numel() and not tensor.data_ptr():
         raise ValueError(f"{name} must have memory, got a tensor whose storage is empty")
     return tensor.detach()
+
+
+def are_contiguous(call: Call) -> bool:
+    """Whether the core can read bias, threshold and graded factor without a copy."""
+    return all(t is None or is_contiguous_as(t, call.x.dtype) for t in call[4:7])
+
+
+def is_contiguous_as(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the core can read a tensor without a copy as contiguous numbers of `dtype`."""
+    return tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def contiguous_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,6 +85,21 @@ def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tenso
     for out, value in zip(outs, values, strict=True):
         if out is not None:
             out.copy_(torch.where(empty, 0 if value is None else value, out))
+
+
+def restored(
+    tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return a tensor that autograd saved in its old dtype and device, and not lazily negated.
+
+    Hooks on saved tensors, and assignments to ``.data``, may also have changed shape or memory.
+    """
+    if tuple(tensor.shape) != tuple(shape):
+        raise RuntimeError(
+            f"a saved tensor has come back as {tuple(tensor.shape)}, not {tuple(shape)}: what was "
+            "saved for the backward pass must keep its shape"
+        )
+    return tensor.resolve_neg().to(device, dtype)
 
 
 # ---- memory -----------------------------------------------------------------------------------

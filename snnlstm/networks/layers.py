@@ -9,10 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls.call import SIZES, CheckedLengths
-from ..calls.lengths import held, hold_last, mask_padding
+from ..calls.call import SIZES
+from ..calls.lengths import CheckedLengths, held, hold_last, mask_padding
 from ..compat.snntorch import SEQUENCE_NEURONS, Neuron, TheirLeaky
-from ..dispatch.path import GLOBAL_HOOKS, HOOKS, REPLACED, beyond_forward, reason_now, recorded_now
+from ..dispatch.reasons import (
+    GLOBAL_HOOKS,
+    HOOKS,
+    REPLACED,
+    beyond_forward,
+    reason_now,
+    recorded_now,
+)
 from ..native import pool
 from ..neurons.attributes import CELL
 from ..neurons.leaky import Leaky

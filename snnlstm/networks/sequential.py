@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..calls.call import check_transforms, checked_lengths
-from ..calls.lengths import mask_padding
+from ..calls.call import check_transforms
+from ..calls.lengths import checked_lengths, mask_padding
 from ..calls.spec import flag
 from ..compat.snntorch import SEQUENCE_NEURONS
 from ..dispatch.path import log_once

@@ -27,7 +27,7 @@ from ..compat.snntorch import (
     recognise_surrogate,
     replaced,
 )
-from ..dispatch.path import against_device
+from ..dispatch.reasons import against_device
 from ..neurons.leaky import PRIVATE, Leaky
 from ..neurons.sconv2dlstm import SConv1dLSTM, SConv2dLSTM
 from ..reference import sconv2dlstm

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import spec
-from ..calls.call import CheckedLengths, checked_call, checked_lengths, dtype_source, state_tensor
-from ..calls.lengths import held, mask_padding
-from ..dispatch.entry import run, run_traced
+from ..calls.call import checked_call, dtype_source, state_tensor
+from ..calls.lengths import CheckedLengths, checked_lengths, held, mask_padding
+from ..dispatch.entry import run_call, run_traced
 from ..dispatch.path import (
     EXPORT,
     LastPath,
@@ -143,7 +143,7 @@ class ConvLSTMCell(nn.Module):
         if traced:
             every, c, h, path = run_traced(call, self._spec, now, overrides)
         else:
-            every, c, h, path = run(self.__dict__, call, self._spec, now, overrides)
+            every, c, h, path = run_call(self.__dict__, call, self._spec, now, overrides)
         if now is not EXPORT:
             object.__setattr__(self, "_path", path)  # nn.Module.__setattr__ is slow
             if path.slow and not traced:

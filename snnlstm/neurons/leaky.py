@@ -185,7 +185,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
                 return self._without_kernels(neurons, input_, mem, own is not None)
             if before.shape != input_.shape:
                 before = torch.zeros_like(input_, dtype=kernels.real(input_.dtype))
-            spk, after = kernels.run(neurons, input_, before)
+            spk, after = kernels.run_neurons(neurons, input_, before)
         except RuntimeError:
             check_transforms(input_, mem=before)
             raise
@@ -207,7 +207,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             if before.shape != x.shape[1:]:
                 before = torch.zeros_like(x[0], dtype=kernels.real(x.dtype))
             neurons: Any = self._described(x, before, True, None)
-            spk, mem = kernels.run(neurons, x, before, every)
+            spk, mem = kernels.run_neurons(neurons, x, before, every)
         except RuntimeError:
             check_transforms(x, mem=before)
             raise

@@ -16,15 +16,16 @@ from ..calls.call import (
     batch_before_time,
     channel_broadcast,
     checked_call,
-    checked_lengths,
     dtype_source,
     real_tensor,
     values,
 )
+from ..calls.lengths import checked_lengths
 from ..calls.spec import CellSpec
 from ..compat.registry import register
-from ..dispatch.entry import Results, run, run_traced
-from ..dispatch.path import EXPORT, Path, asked_every_call, log_fallback
+from ..dispatch.entry import Results, run_call, run_traced
+from ..dispatch.path import Path, log_fallback
+from ..dispatch.reasons import EXPORT, asked_every_call
 from ..reference import Overrides
 from .attributes import CellAttributes
 from .state import State
@@ -275,7 +276,7 @@ class SConv2dLSTM(CellAttributes):
         if overrides is None and not traced:
             call = self._unchecked(x, syn, mem, record, lengths)
             if call is not None:
-                results = run(self.__dict__, call, described, now, checked=False)
+                results = run_call(self.__dict__, call, described, now, checked=False)
         if call is None or results is None:
             call = self._checked(x, syn, mem, record, lengths, traced)
             channels = self.in_channels, self.out_channels
@@ -283,7 +284,7 @@ class SConv2dLSTM(CellAttributes):
             if traced:
                 results = run_traced(call, described, now, overrides)
             else:
-                results = run(self.__dict__, call, described, now, overrides)
+                results = run_call(self.__dict__, call, described, now, overrides)
         spk, syn, mem, path = results
         if self._dims == 1:
             fresh = path.native and not traced

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import snnlstm
 from snnlstm import functional
-from snnlstm.calls.call import CheckedLengths, checked_lengths
+from snnlstm.calls.lengths import CheckedLengths, checked_lengths
 from tests.sequences.by_length import CELLS, LENGTHS, TIME, alone, check, gradients, inputs, own
 from tests.sequences.stacks import NEURONS, check_alone, delta_leaky
 from tests.shared.helpers import close, ours, same, steps

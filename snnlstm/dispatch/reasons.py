@@ -1,0 +1,278 @@
+"""The reasons why the reference path runs a call, and what users' hooks replace in it.
+
+A reason that holds for all similar calls is found once (:func:`static_reason`), and every call
+checks for the others (:func:`asked_every_call`).
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..calls import algorithms
+from ..calls.call import Call, autocast_dtype, may_require_grad
+from ..calls.keys import OF_TORCH
+from ..calls.spec import CellSpec
+from ..compat import torch_private
+from ..compat.torch_private import (
+    dispatch_modes,
+    exporting,
+    fake_mode,
+    forward_level,
+    global_hooks,
+    is_tracing,
+    recorder,
+    transforms_are_active,
+)
+from ..native import WAYS_OUT, checkout
+from ..quant import StateQuant
+from ..reference import Overrides
+from ..surrogate import Surrogate
+from .path import Path, native_path
+
+_MISSING = "the compiled core is missing"
+if _folder := checkout():
+    _MISSING += f" in the checkout {_folder}: {WAYS_OUT}"
+EXPORT = Path("reference", "an export records plain operators")
+_CHOSEN = Path("reference", "set_algorithm or SNNLSTM_ALGORITHM chose it")
+
+try:
+    from ..native import backends, function, operators
+except ImportError as error:
+    backends = function = operators = None  # type: ignore[assignment]
+    if find_spec("snnlstm._C") is not None:
+        _MISSING = f"the compiled core does not load: {error}"
+
+
+# The paths are made once, here: dynamo cannot trace a call into the core.
+NATIVE_PATHS = {
+    device: native_path(backends.BACKENDS[device].name())
+    for device in getattr(backends, "DEVICES", ())
+}
+
+
+# A call of a convolution runs these methods of its class, and one of torch's functions.
+_TORCHS = {
+    kind: (kind.__call__, kind.forward, getattr(kind, "_conv_forward", None))
+    for kind in (nn.Conv1d, nn.Conv2d)
+}
+_FUNCTIONS = F.conv1d, F.conv2d
+ONES = {1: (1,), 2: (1, 1)}  # a stride of 1, by the dimensions of an image
+
+
+HOOKS, GLOBAL_HOOKS = "carries hooks", "global module hooks are registered"
+REPLACED, CONV_HOOKS = "forward was replaced", f"conv {HOOKS}"
+
+
+def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> str | None:
+    """Why a call runs more than the class's forward and `harmless` hooks; None if it does not."""
+    attributes = module.__dict__
+    hooks = attributes["_forward_hooks"]
+    if (
+        attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or (hooks and not all(isinstance(hook, harmless) for hook in hooks.values()))
+    ):
+        return HOOKS
+    if global_hooks():
+        return GLOBAL_HOOKS
+    return REPLACED if "forward" in attributes else None
+
+
+def reason_against_conv(
+    conv: nn.Module,
+    kind: type[nn.Conv1d | nn.Conv2d],
+    spec: CellSpec,
+    weight_shape: tuple[int, ...] | None = None,
+) -> str | None:
+    """Why the kernels cannot stand in for a call of the cell's `conv`; None if they can.
+
+    They can if `conv` is a plain `kind` with the geometry of `spec` (and `weight_shape`, if given),
+    neither replaced nor hooked: only then does a call of it merely convolve with its weight.
+    """
+    if type(conv) is not kind:
+        return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
+    attributes, released = conv.__dict__, _TORCHS[kind]
+    found = beyond_forward(conv)
+    if found is not None and found is not REPLACED:
+        return CONV_HOOKS if found is HOOKS else found
+    if (
+        found is REPLACED
+        or "_conv_forward" in attributes
+        or kind.__call__ is not released[0]
+        or kind.forward is not released[1]
+        or getattr(kind, "_conv_forward", None) is not released[2]
+        or (F.conv1d, F.conv2d) != _FUNCTIONS
+    ):
+        return f"conv.{REPLACED}"
+    dims, padding = len(attributes["stride"]), attributes["padding"]
+    if (
+        attributes["stride"] != ONES[dims]
+        or padding not in (spec.padding[-dims:], "same")
+        or attributes["dilation"] != spec.dilation[-dims:]
+        or attributes["groups"] != 1
+        or attributes["padding_mode"] != "zeros"
+        or (weight_shape is not None and tuple(conv.weight.shape) != weight_shape)
+    ):
+        return "conv has another geometry than the cell"
+    return None
+
+
+def asked_every_call(
+    conv: Any,
+    kind: type[nn.Conv1d | nn.Conv2d],
+    spec: CellSpec,
+    channels: tuple[int, int] | None = None,
+    fire: Any = None,
+    mem_reset: Any = None,
+    traced: bool = False,
+) -> tuple[Path | None, Overrides | None]:
+    """Return what no key holds: the result of :func:`recorded_now`, and the user's code.
+
+    The second is None if the cell and its conv are plain. `channels`, Cin and C, are given if the
+    weight's shape may not fit. `fire` and `mem_reset` are methods that the cell or class overrides.
+
+    Raises
+    ------
+    ValueError
+        If the cell has a stride, which needs a plain conv, and its conv is not plain.
+    """
+    now, shape = recorded_now(traced), None
+    if channels is not None:
+        kernel = spec.kernel_size[-1:] if kind is nn.Conv1d else spec.kernel_size
+        shape = 4 * channels[1], sum(channels), *kernel
+    reason = reason_against_conv(conv, kind, spec, shape)
+    if reason is not None and spec.stride != (1, 1):
+        raise ValueError(
+            f"conv must be a plain nn.{kind.__name__} without hooks where stride is not 1: {reason}"
+        )
+    if reason is None and fire is None and mem_reset is None:
+        return now, None
+    return now, Overrides(None if reason is None else conv, reason, fire, mem_reset)
+
+
+def reason_now() -> Path | None:
+    """Why plain torch must run a call that has no key: something records it, or the user chose so.
+
+    The user's choice is no fallback, so the log does not name it. It holds for every device.
+    """
+    return recorded_now() or (_CHOSEN if algorithms.current == "reference" else None)
+
+
+def recorded_now(traced: bool = False) -> Path | None:
+    """Why plain torch must run any call now: something records or transforms it."""
+    if exporting():
+        return EXPORT
+    if transforms_are_active():
+        return Path("reference", "a torch.func transform is active")
+    if not traced:
+        modes = dispatch_modes()
+        if is_tracing() or (modes and recorder() is not None):
+            return Path("reference", "tracing records plain operators")
+        if modes and fake_mode() is not None:
+            return Path("reference", "a FakeTensorMode is active")
+        if forward_level() >= 0:
+            return Path("reference", "forward-mode differentiation is active")
+    return None
+
+
+def static_reason(
+    call: Call, spec: CellSpec, algorithm: str, overrides: Overrides | None, traced: bool = False
+) -> Path | None:
+    """Why the reference path must run a call and all similar calls; None if the kernels can.
+
+    The first reason counts. Reasons that no user can remove come first.
+    """
+    if algorithm == "reference":
+        return _CHOSEN
+    device, threshold, graded = call.x.device, call.threshold, call.graded
+    if overrides is not None and overrides.conv is not None:  # the user's conv may have no weight
+        call = call._replace(weight=call.x)
+    if not traced:
+        if not OF_TORCH.issuperset(map(type, call[:7])):
+            return Path("reference", "a tensor is of a subclass")
+        if call.weight.layout is not torch.strided:
+            return Path("reference", "weight is not strided")
+        if any(tensor.is_neg() for tensor in call[:4]):
+            return Path("reference", "a tensor is a lazily negated view")
+    if call.x.numel() == 0:
+        return Path("reference", "x is empty")
+    if overrides is not None:
+        if overrides.fire is not None or overrides.mem_reset is not None:
+            return Path("reference", "fire or mem_reset is overridden", slow=True)
+        general = overrides.reason in (CONV_HOOKS, GLOBAL_HOOKS)
+        return Path("reference", str(overrides.reason), slow=True, general=general)
+    against = against_device(device, traced)
+    if device.type not in ("cpu", "cuda"):
+        return against
+    reason = _options_against(spec, call.x.dtype)
+    if reason is None and threshold is not None and graded is not None:
+        count, shape = threshold.numel(), threshold.shape
+        if count != 1 and not (len(shape) >= 3 and count == shape[-3]):
+            reason = "the threshold varies along the batch or the image"
+        elif graded.numel() != 1:
+            reason = "graded_spikes_factor is not a single number"
+        elif graded.requires_grad:
+            reason = "graded_spikes_factor requires a gradient"
+    if reason is not None:
+        return Path("reference", reason, slow=True)
+    return against or _faster_in_torch(call, algorithm)
+
+
+def _options_against(spec: CellSpec, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run a cell of this spec on `dtype`; None if they can."""
+    if type(spec.surrogate) is not Surrogate:
+        return "spike_grad is unknown to the kernels"
+    if spec.quant is not None:
+        if type(spec.quant) is not StateQuant:
+            return "state_quant is unknown to the kernels"
+        if spec.quant.levels.dtype not in (torch.float32, dtype):
+            return f"state_quant has levels of {spec.quant.levels.dtype}"
+        if not spec.quant.ascending:
+            return "state_quant has levels that do not ascend"
+    return None
+
+
+_AMX_CHANNELS = 32
+"""The fewest channels of x with which torch's training under autocast is faster on AMX.
+
+Timed on a Xeon, snnTorch's time over the kernels': 2->32 1.5, 32->64 0.9, 64->128 0.56, and a
+network around 32->1 0.7 (benchmarks/NOTES.md). AMX multiplies 32 numbers of bfloat16 at a time.
+"""
+
+
+def _faster_in_torch(call: Call, algorithm: str) -> Path | None:
+    """Why torch should run a call, if its convolutions are at least twice as fast as the kernels'.
+
+    Any algorithm but "auto" forces the kernels.
+    """
+    if (
+        not torch_private.multiplies_bfloat16
+        or call.x.device.type != "cpu"
+        or call.x.shape[-3] < _AMX_CHANNELS
+        or autocast_dtype("cpu") is not torch.bfloat16
+        or algorithm != "auto"
+        or not may_require_grad(call[:6])
+    ):
+        return None
+    return Path(
+        "reference",
+        "torch trains this layer faster under autocast: the processor multiplies bfloat16 (AMX); "
+        'set_algorithm("direct") and "winograd" force the kernels',
+    )
+
+
+def against_device(device: torch.device, traced: bool = False) -> Path | None:
+    """Why the reference path runs all calls on a device; None if the kernels can."""
+    if device.type not in ("cpu", "cuda"):
+        also = "; the CPU has native kernels" if device.type == "mps" and backends else ""
+        return Path("reference", f"there are no kernels for device {device.type}{also}", slow=True)
+    if backends is None:
+        return Path("reference", _MISSING, slow=True, general=True)
+    reason = backends.reason_against_device(device, traced)
+    return None if reason is None else Path("reference", reason, slow=True, general=True)

@@ -1,0 +1,69 @@
+"""The backends of this installation, and the table of plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _C
+from ..calls.call import Call
+from ..calls.keys import BoundedDict
+from ..calls.spec import CellSpec
+from . import cpu, cuda, cuda_check
+from .plan import CommonBackend, CommonPlan, Settings
+from .tensors import are_contiguous
+
+BACKENDS: dict[str, CommonBackend] = {"cpu": cpu.Backend()}  # by device type
+_NO_CUDA = cuda_check.without_kernels(_C.build_info())
+if _NO_CUDA is None:
+    BACKENDS["cuda"] = cuda.Backend(_C)
+DEVICES = frozenset(BACKENDS)
+
+_plans: BoundedDict[Any, CommonPlan] = BoundedDict()
+
+
+def reason_against_device(device: torch.device, traced: bool) -> str | None:
+    """Why no kernels can run on a device; None if they can, or if the call is traced."""
+    if device.type == "cpu":
+        return None
+    if _NO_CUDA or traced:  # dynamo cannot ask the driver; the call itself raises
+        return _NO_CUDA
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return cuda_check.trouble(index)
+
+
+def operands_of(call: Call, autocast: torch.dtype | None) -> torch.dtype | None:
+    """The convolution's type under autocast, if that is a half type."""
+    narrows = call.x.dtype == torch.float32 and autocast != torch.float32
+    return autocast if narrows else None
+
+
+def plan_of(
+    call: Call,
+    spec: CellSpec,
+    operands: torch.dtype | None,
+    backend: CommonBackend,
+    settings: Settings,
+) -> CommonPlan:
+    """Look up or make the plan of a call on a backend; cells of equal options share it."""
+    key = backend, settings, plan_key(call, spec, operands)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, backend.plan(backend, call, spec, operands, settings))
+    return plan
+
+
+def plan_key(call: Call, spec: CellSpec, operands: torch.dtype | None) -> tuple[Any, ...]:
+    """The key of the plan of a call on one backend under one setting.
+
+    It omits what :func:`~snnlstm.calls.keys.key_of` omits, and what follows from the rest: the spec
+    and the channels of x and mem give the weight's shape. It also omits gradients, because a plan
+    has both passes.
+    """
+    x, syn, mem, threshold = call.x, call.syn, call.mem, call.threshold
+    return (
+        spec, operands, call.record, call.lengths is None, x.shape, x.stride(), x.dtype,
+        x.device, syn.stride(), mem.shape, mem.stride(),
+        None if threshold is None else threshold.numel(), are_contiguous(call),
+    )  # fmt: skip
