@@ -83,7 +83,8 @@ docs: $(VENV)/.docs  ## build the documentation into out/docs; a warning or a de
 	$(RUN) -m sphinx -W --keep-going -q docs out/docs $(ARGS)
 	$(RUN) tools/dead_links.py out/docs
 
-NVCC     = $(or $(CUDACXX),$(shell nvcc --version 2>/dev/null | grep 'release $(CUDA)'))
+# Without site-packages, which an isolated build does not see.
+NVCC     = $(or $(CUDACXX),$(shell $(RUN) -S tools/local_version.py $(CUDA)))
 LOCAL   := $(if $(filter 12 13,$(CUDA)),cu)$(CUDA)
 BACKEND  = $(if $(filter cpu,$(CUDA)),off,$(if $(or $(NVCC),$(filter 12,$(CUDA))),on,pip))
 wheel: $(VENV)/.build  ## build the wheel with both backends into dist/ (CUDA=cpu|12|13: +cpu, +cu12 or +cu13)

@@ -107,7 +107,6 @@ def steps(place: Place, quick: bool) -> list[Step]:
         Step("kernels", 0, f"{python} -c '{check}'"),
         # The first has the imports, the context of the GPU and cuDNN's start.
         step("smoke fused", 60, 60, f"{smoke} fused"),
-        step("smoke hybrid", 80, 80, f"{smoke} hybrid"),
         step("smoke cudnn", 100, 100, f"{smoke} cudnn"),
         step("overlap", 130, 160, f"{python} -m benchmarks.gpu_overlap"),
         step("algorithms", 170, 360, f"{timed} --out {work}/algorithms.csv"),
@@ -126,7 +125,7 @@ def steps(place: Place, quick: bool) -> list[Step]:
     tests = "tests/cell/test_quant.py" if rehearsal else tests
     tests = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests} --backend"
     shapes = "" if rehearsal else "--shapes audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 "
-    beside += " sequence:cudnn sequence:hybrid" + ("" if rehearsal else " sequence:measure")
+    beside += " sequence:cudnn" + ("" if rehearsal else " sequence:measure")
     # torch.compile takes a minute of one core for a layer.
     beside += " snntorch-compile snntorch-compile-graph" if cores >= 8 else ""
     found.append(step("tests", 0, 1200, f"{tests} {place.device.split('-')[0]}"))

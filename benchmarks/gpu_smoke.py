@@ -70,7 +70,7 @@ thread loads at once. An even width has plain steps. Options may replace a size.
 GRAPHS = ("cuda",)
 """The devices whose results are also taken from a CUDA graph."""
 EXACT = ("float64", "float32")
-ALGORITHMS = ("fused", "hybrid", "cudnn")
+ALGORITHMS = ("fused", "cudnn")
 ROUNDING = ("max_pool, subtract", "avg_pool, zero", "inhibition", "quantised")
 """Rounding changes decisions of these options; coarse precisions leave them out."""
 SPIKING, ROUNDED, DECIDING = 0.15, 0.05, 0.02

@@ -145,7 +145,7 @@ struct BackwardArgs : PassArgs {
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
   void* grad_bias = nullptr;       // (4C,)
   void* grad_threshold = nullptr;  // (C,): summed over everything but the channels
-  // CUDA, hybrid and cudnn: the kernels write the gradient of every step's gate sums to d_gates,
+  // CUDA, cudnn: the kernels write the gradient of every step's gate sums to d_gates,
   // (T, N, Ho, Wo, 4, Cp) in the gate type, and mem after every step but the last to mem_after,
   // (T - 1, N, Ho, Wo, Cp) in that type.
   void* d_gates = nullptr;

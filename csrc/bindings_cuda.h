@@ -28,7 +28,7 @@ void check_pass(const Args& a, const cuda::Plan& plan) {
   if constexpr (backward) {
     aligned(a.d_gates, "d_gates"), aligned(a.mem_after, "mem_after");
     if (!cudnn) needs(a.mem0.data, "mem0");
-    if (plan.leaves_d_gates()) {
+    if (cudnn) {
       needs(a.d_gates, "d_gates");
       refuse_gradients(a);
     } else {
@@ -51,7 +51,7 @@ Plan make_cuda_plan(Cell cell, const cuda::Device& device, int matrix, int algor
   const auto [h, w] = tile;
   cell.has_lengths = lengths;
   return Plan(cell, device, numbered<cuda::Matrix>("matrix", matrix, 5),
-              numbered<cuda::Algorithm>("algorithm", algorithm, 4), backward, {shape, h, w});
+              numbered<cuda::Algorithm>("algorithm", algorithm, 3), backward, {shape, h, w});
 }
 
 template <class Plan, class Args>

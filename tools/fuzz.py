@@ -6,35 +6,27 @@ asked for in unusual ways (ASKED), and hooks bring saved tensors back in other m
 checks run on poisoned memory (checks.py). Hypothesis shrinks a failure, and prints the arguments of
 :func:`check` that show it; the same --seed finds it again.
 
-With --nonsense each call of the core comes with nonsense among its arguments first, and the core
-must raise an error. Such a call is printed before it is made, so that the last line names one that
-crashed.
-
     python -m tools.fuzz --minutes 10 --seed 0
-    python -m tools.fuzz --minutes 10 --nonsense cpu
 """
 
 import argparse
 import contextlib
-import os
-import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import hypothesis
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 import snnlstm
-from tests.shared import flat
 from tests.shared.cases import (
     GRADIENT_LAYOUTS,
     INPUT_LAYOUTS,
@@ -47,7 +39,7 @@ from tests.shared.cases import (
 )
 from tests.shared.checks import check_gradients, check_results
 from tests.shared.cpu_kernels import ISAS, Kernels, native, use
-from tests.shared.gradients import ASKED, KEPT, NAMES, OUTPUTS, leaves_and_gradients, total
+from tests.shared.gradients import ASKED, KEPT, NAMES, OUTPUTS
 from tests.shared.helpers import quietly
 from tests.shared.poison import HUGE, NAN
 
@@ -241,202 +233,16 @@ def _run(
     (checked if seed is None else hypothesis.seed(seed)(checked))()
 
 
-# ---- nonsense ------------------------------------------------------------------------------------
-
-_MOST_MEMORY = 1 << 34  # bytes that this process may take: the core must refuse larger sizes
-_ERRORS = (ValueError, TypeError, OverflowError)
-_WRONG: dict[type, list[Any]] = {
-    bool: ["x", ()],
-    int: [-1, 2**64, -(2**63) - 1, "x", 1.5, None, (), [1]],
-    float: ["x", None, (1,)],
-    str: ["", "nonsense", 7],
-    type(None): ["x", 1.5, (0,), [1]],  # a view that is not given
-}
-_PAIRS = [(-1, 1), (0, 1), (1,), (1, 2, 3), 3, None, ("x", 1), (2**40, 1)]
-_STRIDES = [-1, -(2**40), 2**49, 2**63, "x", 1.5, None]
-# Places in the tuple of a pass's fields (csrc/args.h) that must have an address on the CPU: those
-# of the workspace, x, syn0 and mem0.
-_NEEDED = (0, 6, 7, 8)
-_KERNELS = ("forward", "backward")
-# These take any numbers: max_tile_inputs, and the emulator's tile.
-_ANY_NUMBER = {("CpuPlan.__init__", 4), ("CudaPlan.__init__", "tile")}
-_UNCALLED = {"watch"}  # the emulator's, whose argument is a function of Python's
-
-
-def nonsense(value: Any, needed: Sequence[int] = ()) -> Any:
-    """Returns what must be refused in the place of a valid argument.
-
-    needed: the places in a pass's fields that must have an address.
-    """
-    if not isinstance(value, tuple):
-        return random.choice(_WRONG.get(type(value), [7, None, "x"]))
-    if len(value) == 2 and not isinstance(value[1], tuple):
-        return random.choice(_PAIRS)
-    at = random.randrange(len(value))
-    wrong = random.choice(_STRIDES) if len(value) == 5 else nonsense(value[at])
-    if at in needed and random.random() < 0.5:
-        wrong = (0, value[at][1]) if isinstance(value[at], tuple) else 0
-    changed = (*value[:at], wrong, *value[at + 1 :])
-    return random.choice([*[changed] * 9, value[:at], (*value, 0), list(value), "x"])
-
-
-class Spoiler:
-    """Stands before every function of a core, and calls it with nonsense first.
-
-    device: what the core knows of a GPU; None on the CPU.
-    """
-
-    def __init__(self, core: Any, device: Any) -> None:
-        self.core, self.device = core, device
-        self.last_cell: dict[str, Any] = {}  # the arguments of the last Cell
-        self.uncalled: set[str] = set()
-        for name, found in list(vars(core).items()):
-            if name.startswith("__"):
-                continue
-            if not isinstance(found, type):
-                setattr(core, name, self.before(name, found))
-                continue
-            for method, function in list(vars(found).items()):
-                static = isinstance(function, staticmethod)
-                if method == "__init__" or (method[0] != "_" and (static or callable(function))):
-                    wrapped = self.before(f"{name}.{method}", getattr(found, method))
-                    setattr(found, method, staticmethod(wrapped) if static else wrapped)
-
-    def before(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        self.uncalled.add(name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.uncalled.discard(name)
-            given: dict[Any, Any] = dict(enumerate(args)) | kwargs
-            places = [place for place in given if place != 0 or "." not in name]  # 0 is self
-            if places:
-                self.refuse(name, function, given, random.choices(places, k=random.choice([1, 2])))
-            if name == "Cell.__init__":
-                self.last_cell = kwargs
-            if not name.endswith(_KERNELS):  # whose results nobody reads
-                return function(*args, **kwargs)
-            return None
-
-        return call
-
-    def refuse(self, name: str, function: Callable[..., Any], given: Any, wrong: list[Any]) -> None:
-        """Calls a function with wrong arguments, or with one too many."""
-        needed = _NEEDED if self.device is None and "Plan" in name else ()
-        spoiled = given | {
-            place: "x" if (name, place) in _ANY_NUMBER else nonsense(given[place], needed)
-            for place in wrong
-        }
-        if random.random() < 0.1:
-            wrong, spoiled = ["one too many"], given | {"nonsense": 1}
-        by_place = [value for place, value in spoiled.items() if isinstance(place, int)]
-        by_name = {place: value for place, value in spoiled.items() if isinstance(place, str)}
-        said = f"{name}(*{by_place}, **{by_name}), wrong: {wrong}"
-        print(said, flush=True)
-        try:
-            function(*by_place, **by_name)
-        except _ERRORS:
-            return
-        raise AssertionError(f"accepted: {said}")
-
-    def call_others(self) -> None:
-        """Calls what no call of the cell does."""
-        core = self.core
-        if hasattr(core, "cpu_evaluate"):
-            core.set_isa(core.isa_name())
-            numbers = torch.zeros(2)
-            core.cpu_evaluate("tanh", 0, numbers.data_ptr(), numbers.data_ptr() + 4, 1)
-        if hasattr(core, "CudaPlan"):
-            device = core.CudaDevice(80, 108, 1 << 17)
-            core.cuda_full_precision(device)
-            core.CudaPlan.candidates(core.Cell(**self.last_cell), device, 1, False)
-        spk, _ = snnlstm.Leaky(beta=0.9)(torch.ones(3, requires_grad=True))
-        spk.sum().backward()
-
-    def extreme(self) -> None:
-        """Makes a cell of any size: the core must refuse it, or count the bytes it needs."""
-
-        def size(most: int) -> int:
-            return int(2 ** (random.random() ** 3 * most))
-
-        core, usual = self.core, self.last_cell
-        facts = dict(usual)
-        sizes = [name for name, value in facts.items() if len(name) < 4 and type(value) is int]
-        facts |= {name: size(64) for name in random.choices(sizes, k=random.choice([1, 1, 2, 3]))}
-        if random.random() < 0.5:
-            facts["kernel"] = tuple(min(size(31), 2000) // 2 * 2 + 1 for _ in range(2))
-        if random.random() < 0.5:
-            facts["stride"], facts["dilation"] = ((size(31), size(31)) for _ in range(2))
-        print(facts, flush=True)
-        algorithm, backward = random.randrange(3), random.random() < 0.5
-        try:
-            cell = core.Cell(**facts)
-            if self.device is None:
-                plan = core.CpuPlan(cell, algorithm, random.random(), 8, 2 ** random.randrange(15))
-                found = [bytes_ for _, _, bytes_ in plan.forms(backward, True)]
-                found += [plan.forward_workspace, plan.backward_workspace(backward)]
-            else:
-                plan = core.CudaPlan(cell, self.device, random.randrange(5), algorithm, backward)
-                found = [plan.packed_bytes, plan.workspace]
-        except (*_ERRORS, RuntimeError) as error:
-            print(error)
-        else:
-            assert all(0 <= bytes_ < 2**62 for bytes_ in found), found
-        self.last_cell = usual
-
-
-@contextlib.contextmanager
-def refusing(name: str) -> Iterator[Callable[[int, int], Counter[str]]]:
-    """Within the block a core gets nonsense; yields what :func:`run` is otherwise."""
-    torch.set_num_threads(1)
-    if sys.platform == "linux" and "asan" not in os.environ.get("LD_PRELOAD", ""):
-        import resource  # not on Windows; macOS refuses such limits
-
-        resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
-    core, installed = snnlstm._C, contextlib.nullcontext()
-    device = core.cuda_device(0) if name == "cuda" else None
-    if name == "emulator":
-        from tests.emulator.backend import emulated_core
-
-        emulated = emulated_core()
-        core, installed = emulated.module, emulated.installed()
-        device = core.CudaDevice(80, 108, 163 * 1024)
-    spoiler = Spoiler(core, device)
-
-    def refuse(count: int, seed: int) -> Counter[str]:
-        @hypothesis.seed(seed)
-        @settings(drawing(count), phases=[Phase.generate])  # the first failure ends the run
-        @given(cases(), st.integers(0, 2**32))
-        def check_case(case: Case, number: int) -> None:
-            random.seed(number)
-            with torch.device("cuda" if name == "cuda" else "cpu"):
-                inputs, grads = leaves_and_gradients(case)
-            total(flat.run(*inputs, case.options), grads).backward()
-            spoiler.call_others()
-            spoiler.extreme()
-
-        check_case()
-        return Counter(cases=count)
-
-    with installed:
-        yield refuse
-    prefix = "cpu" if name == "cpu" else "cuda"
-    missed = {f for f in spoiler.uncalled - _UNCALLED if f.lower().startswith(prefix)}
-    assert not missed, missed
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10, help="0: one round of examples")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--round", type=int, default=100, metavar="N", help="examples of a seed")
-    cores = ("cpu", "cuda", "emulator")
-    parser.add_argument("--nonsense", choices=cores, help="emulator: CUDA's core, emulated")
     chosen = parser.parse_args()
     end, done, seed = time.monotonic() + 60 * chosen.minutes, Counter[str](), chosen.seed
-    which = refusing(chosen.nonsense) if chosen.nonsense else contextlib.nullcontext(run)
-    with which as check_some, tqdm(unit=" calls", disable=None) as progress:
+    with tqdm(unit=" calls", disable=None) as progress:
         while not done or time.monotonic() < end:
-            done += check_some(chosen.round, seed)
+            done += run(chosen.round, seed)
             seed += 1
             progress.update(chosen.round)
     print(f"seeds {chosen.seed} to {seed - 1}: {dict(done)}")

@@ -89,8 +89,6 @@ def fill(venv: Path, core: Path | None) -> str:
 
 
 def find(program: str) -> str | None:
-    """Finds a program on PATH, beside this Python, or beside nvcc."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    folders = [f"{home}/bin" for home in [*homes, "/usr/local/cuda"] if home]
-    path = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), *folders]
-    return shutil.which(program, path=os.pathsep.join(path))
+    """Finds a program on PATH, beside this Python, or among CUDA's."""
+    path = [os.environ.get("PATH", ""), Path(sys.executable).parent, *local_version.places()]
+    return shutil.which(program, path=os.pathsep.join(map(str, path)))

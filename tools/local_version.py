@@ -72,22 +72,31 @@ def torch_for(cuda: float) -> list[str]:
     return ["torch", *index * (0 < cuda < 13)]
 
 
-def nvcc() -> tuple[str, int] | None:
-    """Returns the CUDA compiler that a build takes and its CUDA major version, or None."""
-    named = os.environ.get("CUDACXX")
+def places() -> list[Path]:
+    """Returns the folders in which a build looks for CUDA's programs, in this order."""
     homes = os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")
     package = importlib.util.find_spec("nvidia")
     sites = package.submodule_search_locations if package else None
-    places = [
+    return [
         *(Path(home, "bin") for home in homes if home),
         *map(Path, os.environ.get("PATH", "").split(os.pathsep)),
         *(place for site in sites or () for place in Path(site).glob("cu*/bin")),
         Path(TOOLKIT, "bin"),
     ]
-    candidates = [shutil.which(named)] if named else [str(place / "nvcc") for place in places]
+
+
+def nvcc(major: int | None = None) -> tuple[str, int] | None:
+    """Returns the CUDA compiler that a build takes, and its CUDA major version, or None.
+
+    major: the only one that serves, if it is given.
+    """
+    named = os.environ.get("CUDACXX")
+    candidates = [shutil.which(named)] if named else [str(place / "nvcc") for place in places()]
     for candidate in candidates:
         release = re.search(r"release (\d+)\.(\d+)", printed([candidate or "", "--version"]))
-        if release and (int(release[1]), int(release[2])) >= OLDEST_NVCC:
+        if not (candidate and release) or (int(release[1]), int(release[2])) < OLDEST_NVCC:
+            continue
+        if major in (None, int(release[1])):
             return candidate, int(release[1])
     return None
 
@@ -98,3 +107,7 @@ def printed(command: list[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+if __name__ == "__main__":  # the Makefile asks: prints the compiler, of a CUDA if it is given
+    print(*(nvcc(*map(int, sys.argv[1:])) or ())[:1])

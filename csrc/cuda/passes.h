@@ -39,13 +39,12 @@ struct ForwardPass : Pass {
 struct BackwardPass : Pass {
   bool spreads = true;  // no pooling window crosses a tile: the step needs no kernel before it
   DataPlan to_mem, to_x;
-  bool hybrid;  // torch forms the gradients of weight and bias
   WeightPlans weights;
   int bias_splits;
 
   // multiply: the forward pass's.
   BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
-               Algorithm algorithm, const BlockChoice& only);
+               const BlockChoice& only);
   void backward(const BackwardArgs& args, void* stream) const override;
   const Tiling& tiling() const override { return to_mem.tiling; }
   int64_t pixels() const { return s.c.T * s.c.N * s.pixels; }

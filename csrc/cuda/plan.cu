@@ -21,7 +21,6 @@ Plan::Plan(const Cell& given, const Device& device, Matrix numbers, Algorithm wa
                          double(c.Ho() * c.Wo()) / computed, backward);
   }
   name = kMultiplyNames[int(multiply)];
-  if (algorithm == Algorithm::hybrid) name = "hybrid-" + name;
   const int64_t neurons = c.C * c.Ho() * c.Wo();
   int64_t launched = 0;  // blocks of the largest launch
   if (algorithm == Algorithm::cudnn) {
@@ -29,7 +28,7 @@ Plan::Plan(const Cell& given, const Device& device, Matrix numbers, Algorithm wa
     pass_ = std::make_unique<CudnnPass>(cell, matrix, backward);
     name = "cudnn";
   } else if (backward) {
-    auto its = std::make_unique<BackwardPass>(cell, device, matrix, multiply, algorithm, only);
+    auto its = std::make_unique<BackwardPass>(cell, device, matrix, multiply, only);
     shape = its->to_mem.shape;
     launched = std::max(its->to_x.tiling.blocks(), c.N * ceil_div(neurons, kSpreadThreads));
     pass_ = std::move(its);
@@ -65,7 +64,6 @@ std::vector<Plan> Plan::candidates(const Cell& cell, const Device& device, Matri
     Plan other = plan(Algorithm::fused, row);
     if (other.shape == row) found.push_back(std::move(other));
   }
-  if (backward) found.push_back(plan(Algorithm::hybrid, first));
   found.push_back(plan(Algorithm::cudnn));
   const Algorithm chosen = plan(Algorithm::automatic).algorithm;
   const auto its = std::find_if(found.begin(), found.end(),

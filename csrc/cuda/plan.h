@@ -42,10 +42,7 @@ Matrix full_precision(const Device& device);
 enum class Algorithm : int {
   automatic = 0,  // one of those below, by rules.cpp
   fused = 1,      // a launch for every step, with tensor cores or without
-  // fused, but the backward pass leaves d_gates and mem_after for torch, which forms the gradients
-  // of the weight and the bias
-  hybrid = 2,
-  cudnn = 3,  // a step after torch's own convolution: ForwardArgs::gate_sums, d_gates
+  cudnn = 2,      // a step after torch's own convolution: ForwardArgs::gate_sums, d_gates
 };
 
 // Cp: C rounded up to whole vectors. saved_gates are (T, N, Ho, Wo, 4, Cp), saved_syn
@@ -78,15 +75,10 @@ class Plan {
   Algorithm algorithm;  // not automatic
   bool backward;
   int shape = -1;              // the steps' row; -1 without tensor cores
-  std::string name;            // such as "mma-tf32" or "hybrid-fma"
+  std::string name;            // such as "mma-tf32" or "cudnn"
   std::string reason_against;  // why no call can run, or ""
   // Sizes in bytes. A cudnn plan has no packed weight.
   int64_t packed_bytes = 0, workspace = 0;
-
-  // Whether the backward pass leaves d_gates (and mem_after) instead of parameters' gradients.
-  bool leaves_d_gates() const {
-    return algorithm == Algorithm::hybrid || algorithm == Algorithm::cudnn;
-  }
 
   // Returns the height and width of a step's tiles.
   std::pair<int, int> tile() const;

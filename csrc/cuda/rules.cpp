@@ -58,9 +58,6 @@ int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
 // Returns the algorithm of a pass. The same rules hold forward and backward, except where
 // `backward` is tested. plain: the step kernels multiply without tensor cores; tf32x3: in 3xTF32.
 // share: the part of their tiles' pixels that lies in images.
-//
-// "hybrid" is never chosen: where our kernels run the steps better, cuDNN's gradients of the
-// parameters gain less than the paper model's error.
 Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool plain, bool tf32x3,
                     double share, bool backward) {
   const int capability = device.compute_capability;

@@ -6,9 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ALGORITHMS = (
-    "auto", "direct", "winograd", "fused", "hybrid", "cudnn", "measure", "reference",
-)  # fmt: skip
+ALGORITHMS = "auto", "direct", "winograd", "fused", "cudnn", "measure", "reference"
 
 
 def _checked(what: str, name: str) -> str:
@@ -40,8 +38,6 @@ def set_algorithm(name: str) -> None:
         - ``"winograd"`` (CPU) applies if the kernel size allows it; rounding errors are slightly
           larger, and a NaN or an infinity spreads over the few pixels of its tile.
         - ``"fused"`` (CUDA) launches one kernel for each step.
-        - ``"hybrid"`` (CUDA) runs the steps like ``"fused"``, and torch (cuDNN) computes the
-          gradients of weight, bias and x over all steps at once.
         - ``"cudnn"`` (CUDA) leaves all convolutions to torch (cuDNN); the kernels do the rest.
         - ``"measure"`` (CUDA) times the algorithms at the first call of a shape, separately for the
           forward and backward pass, and keeps the fastest for the process. ``"auto"`` does so, too,

@@ -45,8 +45,8 @@ from .tensors import check_memory, contiguous_as, empty_bytes, pointer, real
 logger = logging.getLogger("snnlstm")
 
 # The order is that of csrc/cuda/plan.h; "direct" means "fused".
-_ALGORITHMS = ("auto", "fused", "hybrid", "cudnn")
-_HYBRID, _CUDNN = _ALGORITHMS.index("hybrid"), _ALGORITHMS.index("cudnn")
+_ALGORITHMS = ("auto", "fused", "cudnn")
+_CUDNN = _ALGORITHMS.index("cudnn")
 _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
 
@@ -69,8 +69,6 @@ class Plan(CommonPlan):
     Nothing depends on values, and each algorithm can read what another one has saved:
 
     - "fused": the kernels do everything, in one launch per step
-    - "hybrid": the kernels run the steps, and torch (cuDNN) computes the gradients of weight, bias
-      and x over all steps at once
     - "cudnn": torch convolves, and the kernels do the rest of a step
 
     The core's rules choose, or a measurement does: see :func:`snnlstm.set_algorithm`.
@@ -121,8 +119,7 @@ class Plan(CommonPlan):
         forward, backward = self._chosen[False], self._chosen.get(True)
         names = [forward.name]
         if backward is not None and backward.algorithm != forward.algorithm:
-            torch_convolves = {forward.algorithm, backward.algorithm} & {_HYBRID, _CUDNN}
-            names += [backward.name] if torch_convolves else []
+            names += [backward.name] if _CUDNN in (forward.algorithm, backward.algorithm) else []
         return f"{self.backend.name()}-{'+'.join(names)}"
 
     def _fastest(self, run: Callable[[Any], object], backward: bool, *wanted: bool) -> Any:
@@ -236,32 +233,18 @@ class Plan(CommonPlan):
             def run(fields: Fields) -> None:
                 core.backward(stream, (pointer(memory), 0, 0, 0, levels, 0, *fields))
 
-            return cudnn.backward(self, given, partial(cudnn.steps_backward, self, run, given))
-
-        def steps(out: Gradients, d_gates: Tensor | None, mems: Tensor | None) -> None:
-            """Run the kernels for the gradients that `out` has memory for.
-
-            With `d_gates` they leave the gradient of x to torch. `mems`, if given, receives mem
-            before each step but the first.
-            """
-            if d_gates is not None:
-                out = out._replace(x=None)
-            if kept is None:
-                packed, workspace, _held = self._memory(core, call.weight, stream)
-            else:
-                block = self.restored_block(kept, core.packed_bytes)
-                _held = empty_bytes(core.workspace, self.device)
-                packed, workspace = block.data_ptr(), _held.data_ptr()
-            mem_after = 0 if mems is None or len(mems) == 1 else mems[1].data_ptr()
-            fields = self.backward_fields(given, out, (pointer(d_gates), mem_after))
-            core.backward(stream, (workspace, packed, 0, 0, levels, 0, *fields))
-
-        if core.algorithm == _HYBRID:
-            return cudnn.backward(self, given, steps)
+            return cudnn.backward(self, given, run)
         out = empty_gradients(call.x, self.gradient_memory, given.wanted)
         if call.lengths is not None and out.x is not None:
             out.x.zero_()
-        steps(out, None, None)
+        if kept is None:
+            packed, workspace, _held = self._memory(core, call.weight, stream)
+        else:
+            block = self.restored_block(kept, core.packed_bytes)
+            _held = empty_bytes(core.workspace, self.device)
+            packed, workspace = block.data_ptr(), _held.data_ptr()
+        fields = self.backward_fields(given, out, (0, 0))
+        core.backward(stream, (workspace, packed, 0, 0, levels, 0, *fields))
         return out
 
 

@@ -1,9 +1,7 @@
 """The convolutions that cuDNN computes on CUDA instead of the kernels.
 
-"cudnn": cuDNN convolves x of several steps at once, and mem step by step; the kernels do the rest.
-"hybrid": the kernels run the steps, and cuDNN computes the gradients of x, weight and bias over all
-steps at once. Results and saved memory have the kernels' layouts. So does the gradient of the gate
-sums:
+cuDNN convolves x of several steps at once, and mem step by step; the kernels do the rest. Results
+and saved memory have the kernels' layouts. So does the gradient of the gate sums:
 
     d_gates   (T, N, Ho * Wo, 4 Cp)
     mems      (T, N, Ho * Wo, Cp), mem before each step
@@ -144,15 +142,10 @@ def forward(
         syn, mem = out_syn, out_mem
 
 
-def backward(
-    plan: Any,
-    given: BackwardInputs,
-    run_steps: Callable[[Gradients, Tensor, Tensor | None], None],
-) -> Gradients:
+def backward(plan: Any, given: BackwardInputs, run: Callable[[tuple], None]) -> Gradients:
     """The wanted gradients. cuDNN computes those of x, weight and bias after the steps.
 
-    `run_steps` fills in the gradients of syn, mem and threshold, d_gates, and mems, if given, whose
-    first step is filled in already.
+    `run` runs the kernels of one step.
     """
     call, x, wanted = given.call, given.call.x, given.wanted
     out = empty_gradients(x, plan.gradient_memory, (*wanted[:3], False, False, wanted[5]))
@@ -161,7 +154,7 @@ def backward(
     if call.lengths is not None:
         d_gates.zero_()
         x = torch.where(length_mask(call.lengths, plan.time), x, 0)
-    run_steps(out, d_gates, mems)
+    _steps_backward(plan, run, given, out, d_gates, mems)
     if out.x is not None:
         _data_gradient(plan, call, d_gates, out.x)
     mem = None if mems is None else images_of(mems, call.mem)
@@ -169,7 +162,7 @@ def backward(
     return out._replace(weight=weight, bias=bias)
 
 
-def steps_backward(
+def _steps_backward(
     plan: Any,
     run: Callable[[tuple], None],
     given: BackwardInputs,

@@ -8,7 +8,6 @@ nvidia-cuda-nvdisasm have cuobjdump and the nvdisasm that it calls. None of them
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import os
 import re
 import shutil
@@ -19,23 +18,17 @@ from itertools import groupby
 from pathlib import Path
 
 from tests.emulator.builder import CACHE, ROOT, run
+from tools import local_version
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 
 @cache
 def find(tool: str) -> str | None:
-    """Path of nvcc, cuobjdump or nvdisasm, or None."""
-    folders = [Path(os.environ[v]) / "bin" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
-    folders.append(Path("/usr/local/cuda/bin"))
-    spec = importlib.util.find_spec("nvidia")
-    for root in spec.submodule_search_locations or [] if spec else []:
-        folders += sorted(Path(root).glob("*/bin"))
-    if tool == "nvcc" and os.environ.get("CUDACXX"):
-        return os.environ["CUDACXX"]
-    return shutil.which(tool) or next(
-        (p for f in folders if (p := shutil.which(tool, path=f))), None
-    )
+    """Path of nvcc, cuobjdump or nvdisasm, or None; nvcc is the one that a build takes."""
+    if tool == "nvcc":
+        return next(iter(local_version.nvcc() or ()), None)
+    return shutil.which(tool, path=os.pathsep.join(map(str, local_version.places())))
 
 
 @cache

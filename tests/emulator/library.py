@@ -162,9 +162,9 @@ def own_kernels() -> Emulator:
     return Emulator(build("own"))
 
 
-def run_case(emulator: Emulator, name: str, bad: bool = False, given=None, out=None) -> None:
-    """Runs a CASE of kernels/, on arrays of 64 or those given. A report raises EmulationError."""
-    given = np.arange(64, dtype=np.float32) if given is None else given
+def run_case(emulator: Emulator, name: str, bad: bool = False, out=None) -> None:
+    """Runs a CASE of kernels/ on arrays of 64. A report raises EmulationError."""
+    given = np.arange(64, dtype=np.float32)
     out = np.zeros(64, np.float32) if out is None else out
     with emulator.arrays(**{"in": given, "out": (out, "w")}):
         emulator.call("run_case", name, int(bad), given, out)

@@ -88,19 +88,13 @@ CUDNN = {
 CUDNN["float32 on sm_75 cudnn"] = replace(
     MODES["float32 on sm_75"], precision="ieee", algorithm="cudnn"
 )
-# The kernels go through the steps, and torch forms the gradients of x, weight and bias.
-HYBRID = {
-    f"{name} hybrid": replace(MODES[name], algorithm="hybrid")
-    for name in ("float32", "float64", "tf32x3", "bfloat16 states", "bfloat16 autocast")
-}
 # On sm_90 the launches of a sequence's steps overlap. The emulator runs them in order, and reports
 # what a step does to the results of the one before while it has not waited for that.
 OVERLAPPING = {
     f"{name} on sm_90": replace(MODES[name], compute_capability=90)
     for name in ("float64", "tf32x3", "tf32", "bfloat16 states", "bfloat16 autocast")
 }
-FORWARD = MODES | CUDNN | OVERLAPPING
-ALL = FORWARD | HYBRID
+ALL = MODES | CUDNN | OVERLAPPING
 
 # Without reset, since coarse modes would decide some resets otherwise, and then differ.
 PLAIN = cases.PLAIN.but(reset="none", threshold="number")

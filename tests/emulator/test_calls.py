@@ -52,7 +52,7 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
+@pytest.mark.parametrize("algorithm", ["direct", "cudnn"])
 def test_nothing_waits_for_the_device(core, algorithm):
     """Therefore a CUDA graph can capture a call, forward and backward."""
     inputs = TRAINED.inputs()
@@ -64,7 +64,7 @@ def test_nothing_waits_for_the_device(core, algorithm):
     assert record.seen & set(WAITING)
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
+@pytest.mark.parametrize("algorithm", ["direct", "cudnn"])
 def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypatch, algorithm):
     guarded: list[torch.device] = []
     calls, asked = [], []
@@ -123,8 +123,6 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         ("ieee", 80, torch.float32, torch.float16, "direct", "mma-fp16"),
         ("ieee", 80, torch.float64, torch.float16, "direct", "fma"),
         ("ieee", 80, torch.float32, torch.float16, "cudnn", "cudnn"),
-        ("tf32", 80, torch.float32, None, "hybrid", "hybrid-mma-tf32"),
-        ("ieee", 86, torch.float32, None, "hybrid", "hybrid-fma"),
         ("tf32", 80, torch.float32, None, "fused", "mma-tf32"),
     ],
 )
@@ -141,10 +139,9 @@ def test_what_multiplies_follows_torch(
     assert {spk.dtype, syn.dtype, mem.dtype} == {dtype}
 
 
-@pytest.mark.parametrize("algorithm", ["hybrid", "cudnn"])
 @pytest.mark.parametrize(("capability", "contiguous"), [(75, True), (80, False)])
 def test_float32_without_tensor_cores_is_convolved_in_contiguous_images(
-    core, monkeypatch, algorithm, capability, contiguous
+    core, monkeypatch, capability, contiguous
 ):
     inputs, weights = (
         watched(monkeypatch, cuda.cudnn, f"conv2d_{name}") for name in ("input", "weight")
@@ -152,7 +149,7 @@ def test_float32_without_tensor_cores_is_convolved_in_contiguous_images(
     core.device(capability)
     case = PLAIN.but(channels=8, in_channels=2, time=3)
     with core.installed(), float32_precision("ieee"):
-        train(case, case.inputs(), algorithm)
+        train(case, case.inputs(), "cudnn")
     seen = [args[2] for args, _ in inputs + weights] + [args[0] for args, _ in weights]
     gates = [t for t in seen if t.shape[1] == 32]
     mems = [t for t in seen if t.shape[1] == 8]
@@ -205,7 +202,7 @@ def test_every_new_value_of_a_weight_is_seen(core):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
+@pytest.mark.parametrize("algorithm", ["direct", "cudnn"])
 @pytest.mark.parametrize(
     "mode", ["float32", pytest.param("bfloat16 autocast", marks=pytest.mark.emulator_long)]
 )
@@ -257,7 +254,7 @@ def test_one_algorithm_reads_what_the_other_saved(core):
     graded = [torch.randn(shape) for shape in PLAIN.output_shapes]
     with MODES["float32"].running(core):
         found = []
-        for first, second in permutations(("direct", "cudnn", "hybrid"), 2):
+        for first, second in permutations(("direct", "cudnn")):
             call = (*inputs, options)
             result = flat.forward(*call, True, first)
             found.append(flat.backward(call, result, graded, (True,) * 6, second))
@@ -265,7 +262,7 @@ def test_one_algorithm_reads_what_the_other_saved(core):
         torch.testing.assert_close(gradients, found[0], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn", "measure"])
+@pytest.mark.parametrize("algorithm", ["direct", "cudnn", "measure"])
 def test_a_loop_of_steps_has_the_gradients_of_the_sequence(core, algorithm):
     cell = snnlstm.SConv2dLSTM(2, 5, 3, threshold=0.1)
     x = torch.rand(4, 2, 2, 7, 6)
@@ -287,7 +284,7 @@ def test_the_built_core_serves_cuda_tensors_where_it_has_the_kernels():
     assert ("cuda" in native.DEVICES) == bool(native._C.build_info()["cuda_archs"])
 
 
-@pytest.mark.parametrize("algorithm", ["fused", "hybrid", "cudnn"])
+@pytest.mark.parametrize("algorithm", ["fused", "cudnn"])
 def test_fields_are_given_in_the_order_of_the_cores(core, monkeypatch, algorithm):
     """Every address is that of the tensor by whose name csrc/args.h calls it."""
     given, weights, levels = [], [], []

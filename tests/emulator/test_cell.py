@@ -15,7 +15,7 @@ from benchmarks import gpu_smoke
 from tests.emulator import test_cell_gradients
 from tests.emulator.backend import float32_precision
 from tests.emulator.builder import ROOT
-from tests.emulator.modes import ALL, CASES, FORWARD, MODES, PLAIN, SMOOTH, Mode, crossed
+from tests.emulator.modes import ALL, CASES, MODES, PLAIN, SMOOTH, Mode, crossed
 from tests.shared.cases import Case, cases, drawing, wanting_gradients
 from tests.shared.oracle import check_steps
 
@@ -35,7 +35,7 @@ def check(core, case: Case, mode: Mode) -> None:
         torch.testing.assert_close(trained, out, atol=0, rtol=0, equal_nan=False)
 
 
-@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(FORWARD, CASES))
+@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(ALL, CASES))
 def test_forward(core, mode, case, schedule):
     core.schedule(*schedule)
     check(core, case, ALL[mode])
@@ -111,7 +111,7 @@ def test_the_smoke_test_for_gpus_runs_every_kernel(core):
 
 @pytest.mark.drawn
 @pytest.mark.emulator_long
-@pytest.mark.parametrize("mode", FORWARD)
+@pytest.mark.parametrize("mode", ALL)
 def test_forward_of_random_calls(core, mode):
     @drawing(60)
     @given(cases((ALL[mode].dtype,)))

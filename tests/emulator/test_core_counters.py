@@ -74,8 +74,9 @@ def test_a_step_costs_little_more_than_it_must(core, layer, mode):
     for name, bound in ABOVE.get((layer, mode), {}).items():
         assert found[name] > goals[name], f"{name} is within its goal: drop the exception"
         goals[name] = bound
-    over = {n: round(found[n], 3) for n in goals if found[n] > goals[n]}
-    assert not over, f"above {goals}: {over}"
+    # A count below the least possible cost shows that the emulator misses some of it.
+    wrong = {n: round(found[n], 3) for n in goals if not 1 <= found[n] <= goals[n]}
+    assert not wrong, f"not between 1 and {goals}: {wrong}"
 
 
 @pytest.mark.emulator_long
@@ -84,7 +85,7 @@ def test_training_costs_little_more_than_it_must(core, mode):
     """The gradients together multiply twice as much as the step."""
     seen = measure(core, "mid", mode, training=True)
     for name, c in seen.items():
-        assert c.sectors <= GOALS["sectors"], name
-        assert c.banks <= GOALS["banks"], name
+        assert 1 <= c.sectors <= GOALS["sectors"], name
+        assert 1 <= c.banks <= GOALS["banks"], name
     fewest = 3 * fewest_mma(LAYERS["mid"], MODES[mode].dtype.itemsize)
     assert fewest <= sum(c.mma for c in seen.values()) <= GOALS["mma"] * fewest

@@ -1,4 +1,8 @@
-"""The emulator reports each kernel that does what it must not do, and not its innocent twin."""
+"""The emulator reports each kernel that does what it must not do, and not its innocent twin.
+
+Kinds of reports that a seeded fault of the project's kernels raises have no kernel here: see KINDS
+in test_core_mutations.py.
+"""
 
 import re
 
@@ -32,20 +36,14 @@ CASES = {
     "misaligned_rows": "misaligned ldmatrix",
     "copy_to_register": "cp_async .*: the target is no shared memory",
     "overflow": "signed overflow in an addition at .*violations.cu",
-    "read_before_wait": "while a cp_async of its own to it is under way",
     "wait_for_too_little": "while a cp_async of its own to it is under way",
     "return_with_copies": "returns with copies under way",
-    "wait_without_barrier": "race|uninitialised",
-    "read_before_write": "race|uninitialised",
     "overwrite_before_read": "race: .*, no barrier between them",
     "shuffle_is_no_fence": "race: .*neither a barrier nor a __syncwarp between them",
-    "rows_without_syncwarp": "race: .*neither a barrier nor a __syncwarp between them",
-    "never_written": "uninitialised: .*, which nobody has written",
     "same_element": "race: .* writes byte 0 of 'out'",
     "bytes_of_a_word": "race|uninitialised",
     "blocks_write": "race: .*nothing orders blocks",
     "blocks_read": "race: .*nothing orders blocks",
-    "read_before_launch_wait": f"race: .* reads .*launch before writes{WAIT}",
     "write_before_launch_wait": f"race: .* writes .*launch before writes{WAIT}",
     "overwrite_before_launch_wait": f"race: .* writes .*launch before reads{WAIT}",
     "another_thread_waits": f"race: .* reads .*launch before writes{WAIT}",
@@ -122,4 +120,4 @@ def test_a_schedule_repeats_itself(emulator):
 
 def test_without_cp_async_copies_are_done_at_once(emulator):
     emulator.settings.compute_capability = 75
-    assert violate(emulator, "read_before_wait", True) == ""
+    assert violate(emulator, "return_with_copies", True) == ""

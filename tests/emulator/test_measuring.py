@@ -17,7 +17,7 @@ from tests.shared.gradients import compare, gradients, gradients_for
 NARROW = PLAIN.but(time=2, batch=1, channels=6, height=4, width=6)
 WIDE = NARROW.but(channels=40)
 FORWARD = {"mma-tf32-4x1", "mma-tf32-2x1", "cudnn"}
-BACKWARD = {"mma-tf32-4x1", "mma-tf32-2x1x2", "hybrid-mma-tf32-2x1x2", "cudnn"}
+BACKWARD = {"mma-tf32-4x1", "mma-tf32-2x1x2", "cudnn"}
 ON_WIDE = {"mma-tf32-4x2", "mma-tf32-2x2"}
 
 
@@ -49,18 +49,18 @@ def test_forward_and_backward_are_measured_once_and_apart(core):
         assert set(clock.timed) == FORWARD
         assert cell.path.name == "emulator-measured-mma-tf32-2x1"
         clock.timed.clear()
-        clock.best = "hybrid-mma-tf32-2x1x2"
+        clock.best = "cudnn"
         spk.sum().backward()
         assert set(clock.timed) == BACKWARD
         clock.timed.clear()
         run(cell, x)
         assert clock.timed == []
-        assert cell.path.name == "emulator-measured-mma-tf32-2x1+hybrid-mma-tf32-2x1x2"
+        assert cell.path.name == "emulator-measured-mma-tf32-2x1+cudnn"
         cell(x[:1], *cell.reset_mem())  # another shape
         assert len(clock.timed) == len(FORWARD)
 
 
-SHORT = {"mma-tf32-2x1", "hybrid-mma-tf32-2x1x2", "cudnn"}
+SHORT = {"mma-tf32-2x1", "mma-tf32-2x1x2", "cudnn"}
 
 
 @pytest.mark.parametrize(

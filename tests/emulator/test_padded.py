@@ -14,7 +14,6 @@ DTYPES = torch.float32, torch.float64
 SHORT = {
     *(("fused", torch.float32, name) for name in NAMES),
     *itertools.product(["sm_90"], DTYPES, ["plain", "odd-pool"]),  # where blocks wait
-    ("hybrid", torch.float64, "segments"),
     ("cudnn", torch.float64, "plain"),
 }
 
@@ -23,7 +22,7 @@ SHORT = {
     ("how", "dtype", "name"),
     [
         pytest.param(*row, marks=[] if row in SHORT else pytest.mark.emulator_long)
-        for row in itertools.product(("fused", "hybrid", "cudnn", "sm_90"), DTYPES, NAMES)
+        for row in itertools.product(("fused", "cudnn", "sm_90"), DTYPES, NAMES)
     ],
 )
 def test_each_sample_is_as_it_is_alone(core, how, dtype, name):

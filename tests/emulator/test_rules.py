@@ -10,7 +10,7 @@ from benchmarks import devices
 from tests.emulator.backend import float32_precision
 from tests.shared.cases import FACTS
 
-NAMES = ("auto", "fused", "hybrid", "cudnn")
+NAMES = ("auto", "fused", "cudnn")
 # dtype, by csrc/args.h, and matrix, by csrc/cuda/plan.h; None: full precision.
 TYPES = {"tf32": (0, 1), "float32": (0, None), "fp16": (0, 3), "bf16": (3, 0), "float64": (1, 0)}
 
@@ -120,7 +120,7 @@ def test_what_the_rules_choose_is_timed_first(core, layer, name, backward):
     assert len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize("backward", ["hybrid", "cudnn", "direct"])
+@pytest.mark.parametrize("backward", ["cudnn", "direct"])
 def test_a_path_names_the_backward_pass_if_torch_convolves_there(core, monkeypatch, backward):
     core.device(algorithm="auto")
     plan_of = type(core.kernels).core_plan
@@ -134,5 +134,5 @@ def test_a_path_names_the_backward_pass_if_torch_convolves_there(core, monkeypat
     with core.installed(), float32_precision("tf32"):
         for _ in range(2):
             cell(x, *cell.reset_mem())[0].sum().backward()
-    named = {"hybrid": "+hybrid-mma-tf32", "cudnn": "+cudnn", "direct": ""}
-    assert cell.path.name == f"emulator-mma-tf32{named[backward]}"
+    named = "+cudnn" if backward == "cudnn" else ""
+    assert cell.path.name == f"emulator-mma-tf32{named}"

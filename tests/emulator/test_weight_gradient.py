@@ -1,8 +1,8 @@
 """The kernels that form the gradients of weight and bias, apart from the rest of a backward pass.
 
 The backward pass is given gates and syn that no forward pass has saved: positive ones, so that a
-sum loses what its rounding takes from it. Algorithm "hybrid" hands the same d_gates and mem to
-torch, which tells the tests what the kernels have summed.
+sum loses what its rounding takes from it. Algorithm "cudnn" hands equal d_gates and mem to torch,
+which tells the tests what the kernels have summed.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class Given:
 
         with monkeypatch.context() as patch:
             patch.setattr(cuda.cudnn, "_weight_gradient", note)
-            self.backward(algorithm="hybrid")
+            self.backward(algorithm="cudnn")
         return tuple(found)
 
 
 def test_only_one_of_both_is_wanted(core, monkeypatch):
-    given = Given(core, PLAIN, MODES["tf32"])
+    given = Given(core, PLAIN, MODES["tf32x3"])
     *_, weight, bias, _ = given.backward()
     assert torch.equal(given.backward((*BOTH[:4], False, False)).weight, weight)
     assert torch.equal(given.backward((*BOTH[:3], False, True, False)).bias, bias)

@@ -1,1 +1,1 @@
-"""The core computes what float64 does, refuses nonsense, and packs weights in time."""
+"""The core computes what float64 does, refuses what it cannot run, and packs weights in time."""

@@ -1,32 +1,70 @@
-"""Random calls pass, and of nonsense the compiled core raises an exception, and never crashes."""
+"""Random calls pass, and the core refuses what no kernel can run with an error that says why."""
 
 import shutil
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
-import torch  # before the core
+import torch  # noqa: F401 (before the core)
 
 from tests.shared.cases import FACTS, INPUT_LAYOUTS, PLAIN
 from tests.shared.cpu_kernels import ISAS, native
 from tests.shared.gradients import ASKED, KEPT
-from tests.shared.helpers import long, python
+from tests.shared.helpers import long, more_memory
 from tools import fuzz
 
 _C = pytest.importorskip("snnlstm._C")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("core", "count"), [("cpu", 50), ("cuda", 100), ("emulator", 15)])
-def test_random_calls_with_nonsense_among_the_arguments(core, count):
-    """fuzz.py runs as a process, whose last line of output names the call that went wrong."""
-    if core == "cuda" and not (hasattr(_C, "CudaPlan") and torch.cuda.is_available()):
-        pytest.skip("no GPU")
-    if core == "emulator" and not ((ROOT / "csrc").exists() and shutil.which("g++")):
-        pytest.skip("no sources or no compiler for the emulator")
-    what = f"-m tools.fuzz --nonsense {core} --minutes 0 --round {count} --seed 0"
-    done = python(*what.split(), cwd=ROOT)
-    last = done.stdout.strip().rpartition("\n")[2]
-    assert done.returncode == 0, f"{done.returncode} at call {last}\n{done.stderr}"
+def extreme(random: Random) -> dict[str, Any]:
+    """Returns the fields of a cell, with some sizes of up to 64 bits."""
+
+    def size(bits: int) -> int:
+        return int(2 ** (random.random() ** 3 * bits))
+
+    names = random.choices(("T", "N", "Cin", "C", "H", "W"), k=random.choice([1, 1, 2, 3]))
+    facts = FACTS | {"dtype": random.randrange(2)} | {name: size(64) for name in names}
+    facts["pool"], facts["pool_size"] = random.choice([(0, (1, 1)), (1, (2, 3)), (2, (1, 2))])
+    if random.random() < 0.5:
+        facts["kernel"] = tuple(min(size(31), 2000) // 2 * 2 + 1 for _ in range(2))
+    if random.random() < 0.5:
+        facts["stride"], facts["dilation"] = ((size(31), size(31)) for _ in range(2))
+    return facts
+
+
+@pytest.mark.parametrize("core", ["cpu", "emulator"])
+def test_a_cell_of_any_size_is_refused_or_its_memory_counted(core):
+    """A plan that does not fit into any memory must itself take less than 16 GiB."""
+    module: Any = _C
+    if core == "emulator":
+        if not ((ROOT / "csrc").exists() and shutil.which("g++")):
+            pytest.skip("no sources or no compiler for the emulator")
+        from tests.emulator.backend import emulated_core
+
+        module = emulated_core().module
+    with more_memory(1 << 34) if sys.platform == "linux" else nullcontext():
+        for seed in range(300):
+            random = Random(seed)
+            facts, backward = extreme(random), random.random() < 0.5
+            try:
+                cell = module.Cell(**facts)
+                if core == "cpu":
+                    threads = 2 ** random.randrange(15)
+                    plan = _C.CpuPlan(cell, random.randrange(3), random.random(), 8, threads)
+                    found = [plan.forward_workspace, plan.backward_workspace(backward)]
+                    found += [count for _, _, count in plan.forms(backward, True)]
+                else:
+                    device = module.CudaDevice(80, 108, 163 * 1024)
+                    numbers = random.randrange(5), random.randrange(4)
+                    plan = module.CudaPlan(cell, device, *numbers, backward)
+                    found = [plan.packed_bytes, plan.workspace]
+            except (ValueError, TypeError, RuntimeError):
+                continue
+            assert all(0 <= count < 2**62 for count in found), (facts, found)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +89,39 @@ def test_messages_name_what_is_wrong(changed, says):
 def test_the_cpu_kernels_take_no_half_type():
     with pytest.raises(ValueError, match="float32 and float64"):
         _C.CpuPlan(_C.Cell(**FACTS | {"dtype": 2}), 0, 1.0, 8, 1)
+
+
+ADDRESS = 1 << 20  # of memory that nobody touches
+VIEW = ADDRESS, (512, 512, 64, 8, 1)
+# The fields of a call of CpuPlan, in the order of csrc/args.h.
+COMMON = (
+    ADDRESS, ADDRESS, 0, 0, 0, 0, VIEW, VIEW, VIEW, ADDRESS, 0, ADDRESS, 0, True, ADDRESS, ADDRESS,
+    0, 0,
+)  # fmt: skip
+FIELDS = {
+    "forward": (*COMMON, 0, None, None, VIEW, VIEW, VIEW),
+    "backward": (*COMMON, *[None] * 7, ADDRESS, ADDRESS, ADDRESS, 0, 0),
+}
+# The places of fields that must be given.
+NEEDED = {
+    "forward": {0, 1, 6, 7, 8, 9, 11, 15, 21, 22, 23},
+    "backward": {0, 1, 6, 7, 8, 9, 11, 14, 15},
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields_that_are_missing_or_of_another_kind_are_refused(name):
+    """No kernel runs: each call is refused before any address is read."""
+    call, fields = getattr(_C.CpuPlan(_C.Cell(**FACTS), 0, 1.0, 8, 1), name), FIELDS[name]
+    wrong: list[Any] = [fields[:-1], (*fields, 0), list(fields)]
+    for place, field in enumerate(fields):
+        spoiled: list[Any] = ["x", 1.5, (1,), (ADDRESS, (-1, 0, 0, 0, 0)), (ADDRESS, (0,) * 4)]
+        if place in NEEDED[name]:
+            spoiled += [(0, VIEW[1]), None] if isinstance(field, tuple) else [0]
+        wrong += [(*fields[:place], each, *fields[place + 1 :]) for each in spoiled]
+    for spoiled in wrong:
+        with pytest.raises((TypeError, ValueError)):
+            call(spoiled)
 
 
 def test_an_image_too_large_for_lists_of_nonzeros_has_none():

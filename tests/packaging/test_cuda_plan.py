@@ -51,11 +51,15 @@ def plan(tmp_path):
 
 @pytest.fixture
 def in_python(tmp_path):
-    """Returns what tools/local_version.py finds on the same machine."""
-    program = "from tools import local_version; "
-    program += (
-        f"local_version.TOOLKIT = '{tmp_path}/default'; print((local_version.nvcc() or [''])[0])"
-    )
+    """Returns what tools/local_version.py and the tests' own tools find on the same machine."""
+    program = f"""
+from tests.emulator import gpu_tools
+from tools import local_version
+
+local_version.TOOLKIT = "{tmp_path}/default"
+(found,) = {{gpu_tools.find("nvcc"), next(iter(local_version.nvcc() or ()), None)}}
+print(found or "")
+"""
 
     def in_python(**environment: str) -> str:
         environment |= {"PATH": f"{tmp_path}/path", "PYTHONPATH": f"{tmp_path}/site"}
@@ -98,6 +102,13 @@ def test_a_compiler_that_does_not_serve_is_passed_over(add, plan, in_python, tmp
     newer = add("default/bin/nvcc", "release 11.8, V11.8.89")
     assert plan(CUDA_HOME=f"{tmp_path}/home")[:2] == (newer, "89")
     assert in_python(CUDA_HOME=f"{tmp_path}/home") == newer
+    add("path/nvcc", "release 12.9, V12.9.41")  # a wheel's name may ask for another CUDA
+    assert plan(SNNLSTM_LOCAL_VERSION="cu11")[0] == newer
+    program = f"from tools import local_version; local_version.TOOLKIT = '{tmp_path}/default'; "
+    program += "print(*(local_version.nvcc(major)[1] for major in (None, 12, 11)))"
+    environment = {"PATH": f"{tmp_path}/path"}
+    done = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env=environment)
+    assert done.split() == [b"12", b"12", b"11"]
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ class Backward {
     d_syn_ = state(plan.real, 1);
     sums_ = arena_.take(threshold_blocks() * threshold_pitch() * bytes_of(plan.real));
     if (!plan.spreads) spikes_ = state(plan.real, 1);
-    from_.d_gates = args.d_gates, mem_ = args.mem_after, from_.lengths = args.lengths;
-    if (plan.hybrid) return;
+    from_.lengths = args.lengths;
     from_.d_gates = state(plan.gates, 4 * s_.c.T);
     mem_ = state(plan.gates, std::max<int64_t>(s_.c.T - 1, 0));
     from_.parts[0] = arena_.take(plan.weights.x.part_bytes(plan.real));
@@ -54,7 +53,7 @@ class Backward {
   }
 
   // Returns the memory for mem after each step, or null if it is not needed.
-  void* own_mem() const { return a_.grad_weight || plan_.hybrid ? mem_ : nullptr; }
+  void* own_mem() const { return a_.grad_weight ? mem_ : nullptr; }
 
   Tensor d_gates(int64_t t) const { return image(from_.d_gates, s_, plan_.gates, 4, t); }
   NeuronBackward neuron(int64_t t) const {
@@ -202,12 +201,11 @@ DataPlan plan_to_mem(const Cell& c, const Device& device, Multiply multiply,
 }  // namespace
 
 BackwardPass::BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
-                           Algorithm algorithm, const BlockChoice& only)
+                           const BlockChoice& only)
     : Pass(cell, matrix),
       to_mem(plan_to_mem(s.c, device, multiply, only, spreads)),
       to_x(plan_data(s.c, device, multiply, true, false).value()),
-      hybrid(algorithm == Algorithm::hybrid),
-      weights(hybrid ? WeightPlans() : plan_weights(s.c, device, multiply)),
+      weights(plan_weights(s.c, device, multiply)),
       bias_splits(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * device.multiprocessors))) {
   packed = packed_backward(s.c, to_x, to_mem);
   workspace = Backward(*this, BackwardArgs(), nullptr).workspace();

@@ -27,7 +27,7 @@ template <bool transposed>
 __global__ void one_ldmatrix(const uint16_t* tiles, uint32_t* r) {
   auto& s = shared_memory<Tiles>();
   const int lane = int(threadIdx.x);
-  for (int i = lane; i < 256; i += 32) s.row[i / 8][i % 8] = tiles[i];
+  for (int i = 0; i < 8; ++i) s.row[lane][i] = tiles[8 * lane + i];  // 4 lanes meet a bank
   __syncwarp();
   uint32_t v[4];
   transposed ? ldmatrix_transposed(v, s.row[lane]) : ldmatrix(v, s.row[lane]);

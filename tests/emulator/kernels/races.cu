@@ -10,20 +10,9 @@ constexpr int kThreads = 64;
 struct Shared {
   float a[64];
   alignas(16) float copied[64][4], copied_later[64][4];  // of each thread
-  alignas(16) float tiles[2][8][4];
 };
 
 // ---- within a block -----------------------------------------------------------------------------
-
-CASE(read_before_wait) {
-  auto& s = shared_memory<Shared>();
-  const int i = int(threadIdx.x);
-  cp_async(s.copied[i], d.in + i / 4 * 4);
-  cp_async_commit();
-  if (!d.bad) cp_async_wait<0>();
-  d.out[i] = s.copied[i][0];
-  cp_async_wait<0>();
-}
 
 // Without a commit of its own the first copy belongs to the second group.
 CASE(wait_for_too_little) {
@@ -45,24 +34,6 @@ CASE(return_with_copies) {
   if (!d.bad) cp_async_wait<0>();
 }
 
-CASE(wait_without_barrier) {
-  auto& s = shared_memory<Shared>();
-  const int i = int(threadIdx.x);
-  cp_async(s.copied[i], d.in + i / 4 * 4);
-  cp_async_commit();
-  cp_async_wait<0>();
-  if (!d.bad) __syncthreads();
-  d.out[i] = s.copied[63 - i][0];
-}
-
-CASE(read_before_write) {
-  auto& s = shared_memory<Shared>();
-  const int i = int(threadIdx.x);
-  s.a[i] = float(i);
-  if (!d.bad) __syncthreads();
-  d.out[i] = s.a[(i + 32) % 64];
-}
-
 CASE(overwrite_before_read) {
   auto& s = shared_memory<Shared>();
   const int i = int(threadIdx.x);
@@ -81,23 +52,6 @@ CASE(shuffle_is_no_fence) {
   const int other = __shfl_xor_sync(full_warp, i, 2);
   if (!d.bad) __syncwarp();
   d.out[i] = s.a[other];
-}
-
-CASE(rows_without_syncwarp) {
-  auto& s = shared_memory<Shared>();
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  s.tiles[warp][7 - lane / 4][lane % 4] = float(lane);
-  if (!d.bad) __syncwarp();
-  uint32_t r[4];
-  ldmatrix(r, &s.tiles[warp][lane % 8][0]);
-  d.out[threadIdx.x] = detail::float_of(r[0]);
-}
-
-CASE(never_written) {
-  auto& s = shared_memory<Shared>();
-  if (!d.bad || threadIdx.x != 9) s.a[threadIdx.x] = 1;
-  __syncthreads();
-  d.out[threadIdx.x] = s.a[threadIdx.x];
 }
 
 CASE(same_element) {
@@ -127,15 +81,6 @@ CASES(blocks_read, 1, 2) {
 }
 
 // ---- between two launches that overlap ----------------------------------------------------------
-
-CASES(read_before_launch_wait, 2, 1) {
-  const int i = int(threadIdx.x);
-  float x = d.in[i];  // an input: no launch writes it
-  if (d.bad) x += d.out[i];
-  wait_for_launch_before();
-  if (!d.bad) x += d.out[i];
-  d.out[i] = x;
-}
 
 CASES(write_before_launch_wait, 2, 1) {
   auto* half = reinterpret_cast<uint16_t*>(d.out);

@@ -163,8 +163,7 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("saved gates", a.saved_gates, e.gates_of_all, reads);
     const Does some = a.lengths ? updates : writes;  // no kernel writes those of padded samples
     arrays.add("d_gates", a.d_gates, e.gates_of_all, some);
-    const int64_t mems = cudnn() ? 1 : c.T - 1;
-    arrays.add("mem after", a.mem_after, mems * e.shape.state() * e.gate, some);
+    arrays.add("mem after", a.mem_after, e.shape.state() * e.gate, some);
     arrays.add("saved syn", a.saved_syn, e.saved_syn(false), reads);
     arrays.add("winner", a.winner, c.T * c.N * 8, reads);
     arrays.add("places", a.places, e.places, reads);
