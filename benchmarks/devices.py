@@ -94,23 +94,23 @@ def goes_on(module: str, given: Sequence[str] | None, row: int, options: Any) ->
 @contextlib.contextmanager
 def blocks(device: str, shapes: tuple[int, int] | None) -> Iterator[None]:
     """Within the block, steps have these rows of kForwardShapes and kDataShapes (planning.h)."""
-    from snnlstm.native import function
+    from snnlstm.native import backends
 
     if shapes is None:
         yield
         return
-    before = function.BACKENDS[device]
+    before = backends.BACKENDS[device]
     other: Any = copy.copy(before)
 
-    def core_plan(sizes: Any, tf32: bool, algorithm: str, backward: bool) -> Any:
-        return before.core_plan(sizes, tf32, algorithm, backward, shape=shapes[backward])
+    def core_pass(s: Any, tf32: bool, algorithm: str, backward: bool, other: Any = None) -> Any:
+        return before.core_pass(s, tf32, algorithm, backward, other, shape=shapes[backward])
 
-    other.core_plan = core_plan
-    function.BACKENDS[device] = other
+    other.core_pass = core_pass
+    backends.BACKENDS[device] = other
     try:
         yield
     finally:
-        function.BACKENDS[device] = before
+        backends.BACKENDS[device] = before
 
 
 def captured(

@@ -28,8 +28,8 @@ from benchmarks.gpu import NOT_RUN
 from benchmarks.providers import FORMS, Provider, Setting
 from benchmarks.run import compare
 from snnlstm.calls.call import autocast_dtype, stateless_call
-from snnlstm.native import function
-from snnlstm.native.plan import Result
+from snnlstm.native import backends
+from snnlstm.native.plan import Plan, Result
 
 # The suite's own layers, users' layers at their batches, and all kinds of users' layers.
 _AT_BATCHES = ("column1-n128", "column3-n128", "eeg1-n32")
@@ -72,10 +72,10 @@ def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
             threshold=case.threshold, max_pool=case.max_pool, avg_pool=case.avg_pool,
             reset_mechanism=case.reset,
         )  # fmt: skip
-        backend = function.BACKENDS[x.device.type]
+        backend = backends.BACKENDS[x.device.type]
         settings = backend.settings("auto")
-        operands = function.operands_of(call, autocast_dtype(x.device.type))
-        plan: Any = backend.plan(backend, call, spec, operands, settings)
+        operands = backends.operands_of(call, autocast_dtype(x.device.type))
+        plan: Any = Plan(backend, call, spec, operands, settings)
     result = plan.forward(call, True)
     grads = torch.ones_like(result.spk), None, torch.ones_like(result.mem)
     wanted = case.grad_x, True, True, True, True, False
@@ -86,9 +86,9 @@ def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
     rows = []
     for backward, run in enumerate(ways):
         first: Any = None
-        candidates = plan.backend.candidates(plan, settings[2], bool(backward))
+        candidates = plan.backend.candidates(plan, settings.tf32, bool(backward))
         for number, core in enumerate(candidates):
-            plan._chosen[bool(backward)] = core
+            plan.passes._chosen[bool(backward)] = plan.passes._pass(core)
             try:
                 times, outs = seconds(plan.backend, run, setting.device == "cuda")
                 first = first or results(outs[0])
@@ -101,7 +101,7 @@ def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
             row = case.name, setting.dtype, *named, "*" if number == 0 else "", *found
             print(*["WRONG"] * bool(found[-1]), *row, flush=True)
             rows.append(row)
-        plan._chosen[bool(backward)] = candidates[0]
+        plan.passes._chosen[bool(backward)] = plan.passes._pass(candidates[0])
     return rows
 
 

@@ -24,7 +24,7 @@ from benchmarks import devices
 from benchmarks.cases import loop
 from snnlstm import _C
 from snnlstm.dispatch import entry
-from snnlstm.native import cudnn, function
+from snnlstm.native import backends, cudnn
 
 ROUNDS = 10  # of 20 measurements of each row
 X = torch.rand(16, 1, 2, 15, 17)
@@ -43,15 +43,15 @@ CONVOLUTIONS = {
 @contextlib.contextmanager
 def stubbed(device: str, algorithm: str) -> Iterator[None]:
     """Within the block, cells on the CPU run the backend of a device whose kernels do nothing."""
-    plan, kernels = _C.CpuPlan, ["forward", "backward"]
+    passes, kernels = _C.CpuPass, ["run"]
     if device != "cpu":
-        plan = devices.emulator().module.CudaPlan
+        passes = devices.emulator().module.CudaPass
         kernels += ["pack", "store_levels"]
     with (
         devices.running(device),
         mock.patch.dict(entry._entries, clear=True),
-        mock.patch.dict(function._plans, clear=True),
-        mock.patch.multiple(plan, **dict.fromkeys(kernels, lambda *_: None)),
+        mock.patch.dict(backends._plans, clear=True),
+        mock.patch.multiple(passes, **dict.fromkeys(kernels, lambda *_: None)),
         mock.patch.multiple(cudnn, **CONVOLUTIONS),
         snnlstm.algorithm(algorithm),
     ):

@@ -33,7 +33,7 @@ from benchmarks.cases import Case
 from benchmarks.gpu import NOT_RUN
 from benchmarks.networks import Network
 from benchmarks.providers import FORMS, TOLERANCE, Provider, Runner, Setting, Unavailable, find_form
-from snnlstm.dispatch import path
+from snnlstm.dispatch import reasons
 
 INTERRUPTED = 130  # the shell's status of a program that SIGINT ended
 # What the exit status says; the first of several counts.
@@ -150,7 +150,7 @@ class Suite:
     def __init__(self, args: argparse.Namespace) -> None:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
-        if slow := path.against_device(Setting(args.device).torch_device):
+        if slow := reasons.against_device(Setting(args.device).torch_device):
             raise ValueError(f"--device: {args.device} takes the reference path: {slow.reason}")
         if "tf32" in args.dtype and args.device == "cpu":
             raise ValueError("--dtype: tf32 needs --device cuda")

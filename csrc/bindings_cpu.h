@@ -14,15 +14,20 @@ namespace snnlstm::bindings {
 
 constexpr int kMostThreads = 1 << 14;  // workspaces grow with this number
 
-inline cpu::Plan make_cpu_plan(const Cell& cell, int algorithm, double density, int max_tile_inputs,
-                               int threads) {
+inline cpu::Pass make_cpu_pass(const Cell& cell, int algorithm, double density, int max_tile_inputs,
+                               int threads, bool backward, bool grad_x, bool grad_weight) {
   if (cell.dtype != DType::float32 && cell.dtype != DType::float64)
     throw py::value_error("the CPU kernels compute in float32 and float64");
   if (threads < 1 || threads > kMostThreads)
     throw py::value_error("threads must lie between 1 and " + std::to_string(kMostThreads));
   if (!(density >= 0 && density <= 1)) throw py::value_error("density must lie between 0 and 1");
-  return cpu::make_plan(cell, numbered<CpuAlgorithm>("algorithm", algorithm, 3), density,
-                        max_tile_inputs, threads);
+  const auto number = numbered<CpuAlgorithm>("algorithm", algorithm, 3);
+  return {cpu::choose(cell, number, density, max_tile_inputs, backward),
+          backward,
+          grad_x,
+          grad_weight,
+          cpu::kernels(),
+          threads};
 }
 
 // Estimates the share of nonzeros in x from values spread over all images that are not padded.
@@ -122,37 +127,36 @@ inline int percent_of(const Cell& cell, const py::handle& x, Address lengths) {
   return int(100 * part + 0.5);
 }
 
-// Returns the forms of the weight that a pass reads, each as (number, name, bytes). Forms with the
-// same number differ by name.
-inline py::list forms(const cpu::Plan& plan, bool backward, bool grad_x) {
+// Returns the layouts of the weight that a pass reads, each as (number, name, bytes). Layouts with
+// the same number differ by name.
+inline py::list layouts(const cpu::Pass& pass) {
   py::list found;
-  const int first = int(backward ? cpu::Form::backward : cpu::Form::forward);
+  const int first = int(pass.backward ? cpu::Form::backward : cpu::Form::forward);
   for (int number = first; number < first + 3; ++number) {
     const auto form = cpu::Form(number);
-    const Cell& cell = plan.cell(form);
-    if (!cpu::reads(cell, form, grad_x)) continue;
-    found.append(
-        py::make_tuple(number, cpu::form_name(cell, form), plan.kernels.packed_bytes(cell, form)));
+    if (!cpu::reads(pass.cell, form, pass.grad_x)) continue;
+    found.append(py::make_tuple(number, cpu::form_name(pass.cell, form),
+                                pass.kernels.packed_bytes(pass.cell, form)));
   }
   return found;
 }
 
-inline void pack(const cpu::Plan& plan, int form, Address weight, Address packed) {
+inline void pack(const cpu::Pass& pass, int number, Address weight, Address packed) {
   needs(at(weight), "weight");
   needs(at(packed), "packed");
-  const auto which = numbered<cpu::Form>("form", form, 6);
-  const Cell& cell = plan.cell(which);
-  if (!cpu::reads(cell, which, true)) throw py::value_error("form must be one that the plan reads");
+  const auto form = numbered<cpu::Form>("form", number, 6);
+  if ((form >= cpu::Form::backward) != pass.backward || !cpu::reads(pass.cell, form, true))
+    throw py::value_error("form must be one that the pass reads");
   py::gil_scoped_release release;
-  plan.kernels.pack_weight(cell, which, plan.threads, at(weight), at(packed));
+  pass.kernels.pack_weight(pass.cell, form, pass.threads, at(weight), at(packed));
 }
 
-// Runs a call of the plan. Refuses it if an argument that the plan's kernels read is missing.
+// Runs a call. Refuses it if an argument that the kernels read is missing.
 template <class Args>
-void run_pass(const cpu::Plan& plan, const py::tuple& given) {
+void run_as(const cpu::Pass& pass, const py::tuple& given) {
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
-  auto a = pass_args<Args>(forward ? plan.forward : plan.backward, given);
-  a.threads = plan.threads;
+  auto a = pass_args<Args>(pass.cell, given);
+  a.threads = pass.threads;
   needs(a.workspace, "workspace");
   bool grad_x = false;
   if constexpr (forward) {
@@ -169,9 +173,16 @@ void run_pass(const cpu::Plan& plan, const py::tuple& given) {
     if (cpu::reads(a.cell, cpu::Form(first + k), grad_x)) needs(weights[k], names[k]);
   py::gil_scoped_release release;
   if constexpr (forward)
-    plan.kernels.forward(a);
+    pass.kernels.forward(a);
   else
-    plan.kernels.backward(a);
+    pass.kernels.backward(a);
+}
+
+inline void run_pass(const cpu::Pass& pass, const py::tuple& given) {
+  if (pass.backward)
+    run_as<BackwardArgs>(pass, given);
+  else
+    run_as<ForwardArgs>(pass, given);
 }
 
 template <class Args>
@@ -202,24 +213,23 @@ inline void bind_cpu(py::module_& m) {
   m.def("leaky_forward", &run_leaky<LeakyForwardArgs>);
   m.def("leaky_backward", &run_leaky<LeakyBackwardArgs>);
 
-  using cpu::Plan;
-  py::class_<Plan>(m, "CpuPlan", py::module_local())
-      .def(py::init(&make_cpu_plan), py::arg("cell"), py::arg("algorithm"), py::arg("density"),
-           py::arg("max_tile_inputs"), py::arg("threads"))
-      .def_property_readonly("name", [](const Plan& p) { return cpu::algorithm_name(p.forward); })
-      .def_property_readonly(
-          "forward_workspace",
-          [](const Plan& p) { return p.kernels.forward_workspace(p.forward, p.threads); })
-      .def(
-          "backward_workspace",
-          [](const Plan& p, bool weight) {
-            return p.kernels.backward_workspace(p.backward, p.threads, weight);
-          },
-          py::arg("weight"))
-      .def("forms", &forms, py::arg("backward"), py::arg("grad_x") = false)
+  using cpu::Pass;
+  py::class_<Pass>(m, "CpuPass", py::module_local())
+      .def(py::init(&make_cpu_pass), py::arg("cell"), py::arg("algorithm"), py::arg("density"),
+           py::arg("max_tile_inputs"), py::arg("threads"), py::arg("backward") = false,
+           py::arg("grad_x") = false, py::arg("grad_weight") = false)
+      .def_property_readonly("name", [](const Pass& p) { return cpu::algorithm_name(p.cell); })
+      .def_property_readonly("workspace",
+                             [](const Pass& p) {
+                               const cpu::Kernels& k = p.kernels;
+                               return p.backward
+                                          ? k.backward_workspace(p.cell, p.threads, p.grad_weight)
+                                          : k.forward_workspace(p.cell, p.threads);
+                             })
+      .def_readonly("backward", &Pass::backward)
+      .def_property_readonly("layouts", &layouts)
       .def("pack", &pack)
-      .def("forward", &run_pass<ForwardArgs>)
-      .def("backward", &run_pass<BackwardArgs>);
+      .def("run", &run_pass);
 }
 
 }  // namespace snnlstm::bindings

@@ -1,9 +1,9 @@
-// Python bindings of the CUDA backend (csrc/cuda/plan.h). Memory is passed by address. bindings.cpp
+// Python bindings of the CUDA backend (csrc/cuda/pass.h). Memory is passed by address. bindings.cpp
 // includes this file if that backend is built, and the tests build it with the emulated kernels.
 #pragma once
 
 #include "bindings.h"
-#include "cuda/plan.h"
+#include "cuda/pass.h"
 
 namespace snnlstm::bindings {
 
@@ -13,17 +13,17 @@ inline void aligned(const void* memory, const char* name) {
     throw py::value_error(std::string(name) + " must be aligned to 16 bytes");
 }
 
-// Refuses a call that lacks what the plan's kernels read, or has memory that they cannot use.
+// Refuses a call that lacks what the pass's kernels read, or has memory that they cannot use.
 template <class Args>
-void check_pass(const Args& a, const cuda::Plan& plan) {
+void check_pass(const Args& a, const cuda::Pass& pass) {
   constexpr bool backward = std::is_same_v<Args, BackwardArgs>;
-  if (plan.backward != backward) throw py::value_error("the plan is for the other pass");
-  if (a.lengths && !plan.cell.has_lengths)
-    throw py::value_error("lengths must not be given: the plan was made without them");
+  if (pass.backward != backward) throw py::value_error("the pass has the other direction");
+  if (a.lengths && !pass.cell.has_lengths)
+    throw py::value_error("lengths must not be given: the pass was made without them");
   aligned(a.weight, "weight"), aligned(a.workspace, "workspace");
   aligned(a.saved_gates, "saved_gates"), aligned(a.saved_syn, "saved_syn");
-  if (plan.workspace > 0) needs(a.workspace, "workspace");
-  const bool cudnn = plan.algorithm == cuda::Algorithm::cudnn;
+  if (pass.workspace > 0) needs(a.workspace, "workspace");
+  const bool cudnn = pass.algorithm == cuda::Algorithm::cudnn;
   if (!cudnn) needs(a.weight, "weight");
   if constexpr (backward) {
     aligned(a.d_gates, "d_gates"), aligned(a.mem_after, "mem_after");
@@ -45,21 +45,29 @@ void check_pass(const Args& a, const cuda::Plan& plan) {
 }
 
 // matrix and algorithm: the numbers of cuda::Matrix and cuda::Algorithm.
-template <class Plan>
-Plan make_cuda_plan(Cell cell, const cuda::Device& device, int matrix, int algorithm, bool backward,
-                    int shape, std::pair<int, int> tile, bool lengths) {
+template <class Pass>
+Pass make_cuda_pass(Cell cell, const cuda::Device& device, int matrix, int algorithm, bool backward,
+                    int shape, std::pair<int, int> tile, bool lengths, const Pass* other) {
   const auto [h, w] = tile;
   cell.has_lengths = lengths;
-  return Plan(cell, device, numbered<cuda::Matrix>("matrix", matrix, 5),
-              numbered<cuda::Algorithm>("algorithm", algorithm, 3), backward, {shape, h, w});
+  return Pass(cell, device, numbered<cuda::Matrix>("matrix", matrix, 5),
+              numbered<cuda::Algorithm>("algorithm", algorithm, 3), backward, {shape, h, w}, other);
 }
 
-template <class Plan, class Args>
-void run_pass(const Plan& plan, Address stream, const py::tuple& given) {
-  const auto a = pass_args<Args>(plan.cell, given);
-  check_pass(a, plan);
+template <class Args, class Pass>
+void run_as(const Pass& pass, Address stream, const py::tuple& given) {
+  const auto a = pass_args<Args>(pass.cell, given);
+  check_pass(a, pass);
   py::gil_scoped_release release;
-  plan.run(a, at(stream));
+  pass.run(a, at(stream));
+}
+
+template <class Pass>
+void run_pass(const Pass& pass, Address stream, const py::tuple& given) {
+  if (pass.backward)
+    run_as<BackwardArgs>(pass, stream, given);
+  else
+    run_as<ForwardArgs>(pass, stream, given);
 }
 
 template <class Leaky, class Args>
@@ -69,8 +77,8 @@ void run_leaky(const cuda::Device& device, Address stream, const py::tuple& give
   Leaky::run(device, a, at(stream));
 }
 
-// The tests pass a Plan and a Leaky of their own, which check the memory of each call.
-template <class Plan = cuda::Plan, class Leaky = cuda::Leaky>
+// The tests have a Pass and a Leaky of their own, which check the memory of each call.
+template <class Pass = cuda::Pass, class Leaky = cuda::Leaky>
 void bind_cuda(py::module_& m) {
   py::class_<cuda::Device>(m, "CudaDevice", py::module_local())
       .def(py::init([](int compute_capability, int multiprocessors, int64_t shared_bytes) {
@@ -92,30 +100,31 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_leaky_forward", &run_leaky<Leaky, LeakyForwardArgs>);
   m.def("cuda_leaky_backward", &run_leaky<Leaky, LeakyBackwardArgs>);
 
-  py::class_<Plan>(m, "CudaPlan", py::module_local())
-      .def(py::init(&make_cuda_plan<Plan>), py::arg("cell"), py::arg("device"), py::arg("matrix"),
+  py::class_<Pass>(m, "CudaPass", py::module_local())
+      .def(py::init(&make_cuda_pass<Pass>), py::arg("cell"), py::arg("device"), py::arg("matrix"),
            py::arg("algorithm"), py::arg("backward"), py::arg("shape") = -1,
-           py::arg("tile") = std::pair(0, 0), py::arg("lengths") = false)
-      // The plans of a pass that are worth timing, the rules' choice first.
+           py::arg("tile") = std::pair(0, 0), py::arg("lengths") = false,
+           py::arg("other") = py::none())
+      // The passes that are worth timing, the rules' choice first.
       .def_static(
           "candidates",
           [](Cell cell, const cuda::Device& device, int matrix, bool backward, bool lengths) {
             cell.has_lengths = lengths;
             const auto numbers = numbered<cuda::Matrix>("matrix", matrix, 5);
-            std::vector<Plan> found;
-            for (cuda::Plan& plan : cuda::Plan::candidates(cell, device, numbers, backward))
-              found.emplace_back(std::move(plan));
+            std::vector<Pass> found;
+            for (cuda::Pass& pass : cuda::Pass::candidates(cell, device, numbers, backward))
+              found.emplace_back(std::move(pass));
             return found;
           },
           py::arg("cell"), py::arg("device"), py::arg("matrix"), py::arg("backward"),
           py::arg("lengths") = false)
-      .def_property_readonly("name", [](const Plan& p) { return p.name; })
-      .def_property_readonly("algorithm", [](const Plan& p) { return int(p.algorithm); })
-      .def_property_readonly("tile", &Plan::tile)
+      .def_property_readonly("name", [](const Pass& p) { return p.name; })
+      .def_property_readonly("algorithm", [](const Pass& p) { return int(p.algorithm); })
+      .def_property_readonly("tile", &Pass::tile)
       // The convolution that torch computes: kernel, stride, dilation and padding without the taps
       // that only meet the border, and the number of such taps on either side.
       .def_property_readonly("geometry",
-                             [](const Plan& p) {
+                             [](const Pass& p) {
                                const Cell c = within_image(p.cell);
                                using Pair = std::pair<int64_t, int64_t>;
                                return std::tuple<Pair, Pair, Pair, Pair, Pair>(
@@ -123,12 +132,12 @@ void bind_cuda(py::module_& m) {
                                    {c.dilation_h, c.dilation_w}, {c.pad_h(), c.pad_w()},
                                    {c.outer_h, c.outer_w});
                              })
-      .def_property_readonly("reason_against", [](const Plan& p) { return p.reason_against; })
-      .def_property_readonly("packed_bytes", [](const Plan& p) { return p.packed_bytes; })
-      .def_property_readonly("workspace", [](const Plan& p) { return p.workspace; })
+      .def_property_readonly("reason_against", [](const Pass& p) { return p.reason_against; })
+      .def_property_readonly("packed_bytes", [](const Pass& p) { return p.packed_bytes; })
+      .def_property_readonly("workspace", [](const Pass& p) { return p.workspace; })
       .def(
           "pack",
-          [](const Plan& p, Address weight, Address packed, Address stream, const Plan* other,
+          [](const Pass& p, Address weight, Address packed, Address stream, const Pass* other,
              Address other_packed) {
             needs(at(weight), "weight");
             if (p.packed_bytes > 0) needs(at(packed), "packed");
@@ -143,7 +152,7 @@ void bind_cuda(py::module_& m) {
       // values: doubles on the host
       .def(
           "store_levels",
-          [](const Plan& p, Address values, Address levels, Address stream) {
+          [](const Pass& p, Address values, Address levels, Address stream) {
             if (p.cell.num_levels > 0) {
               needs(at(values), "values");
               needs(at(levels), "levels");
@@ -152,8 +161,7 @@ void bind_cuda(py::module_& m) {
             p.store_levels(static_cast<const double*>(at(values)), at(levels), at(stream));
           },
           py::arg("values"), py::arg("levels"), py::arg("stream"))
-      .def("forward", &run_pass<Plan, ForwardArgs>)
-      .def("backward", &run_pass<Plan, BackwardArgs>);
+      .def("run", &run_pass<Pass>);
 }
 
 }  // namespace snnlstm::bindings

@@ -18,6 +18,7 @@ import torch
 
 import snnlstm.dispatch.entry
 import snnlstm.dispatch.path
+import snnlstm.dispatch.reasons
 from tests.shared.cpu_kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,8 +64,8 @@ class Backend:
         """Within the block, cells on the device run this implementation."""
         if self.name == "reference":
             with pytest.MonkeyPatch.context() as patch:
-                for module in (snnlstm.dispatch.path, snnlstm.dispatch.entry):
-                    patch.setattr(module, "kernels", None)
+                for module in (snnlstm.dispatch.reasons, snnlstm.dispatch.entry):
+                    patch.setattr(module, "backends", None)
                 yield
         elif self.name == "emulator":
             from tests.emulator.backend import emulated  # the first import builds the emulator

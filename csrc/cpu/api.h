@@ -1,4 +1,4 @@
-// The entry points of the CPU backend, in float32 and float64; csrc/cuda/plan.h has those of the
+// The entry points of the CPU backend, in float32 and float64; csrc/cuda/pass.h has those of the
 // CUDA backend. The caller allocates all memory, and asks for its sizes first.
 #pragma once
 
@@ -75,20 +75,19 @@ struct Kernels {
 // Returns the kernels of the instruction set in use.
 const Kernels& kernels();
 
-// A plan has the cell of each pass, with the algorithms of its convolutions and without the taps
-// that meet no pixel.
-struct Plan {
-  Cell forward, backward;
+// One pass: its cell has the algorithms of the convolutions, and no taps that meet no pixel.
+struct Pass {
+  Cell cell;
+  bool backward;
+  bool grad_x, grad_weight;  // whether the backward pass forms these gradients
   const Kernels& kernels;
   int threads;
-
-  const Cell& cell(Form form) const { return form < Form::backward ? forward : backward; }
 };
 
-// Chooses the algorithms. density is the share of nonzeros in x, and max_tile_inputs the side of
-// the largest Winograd tile whose rounding errors the weights admit.
-Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int max_tile_inputs,
-               int threads);
+// Chooses the algorithms of a pass. density is the share of nonzeros in x, and max_tile_inputs the
+// side of the largest Winograd tile whose rounding errors the weights admit.
+Cell choose(const Cell& cell, CpuAlgorithm algorithm, double density, int max_tile_inputs,
+            bool backward);
 
 // Returns the algorithms of a pass, such as "winograd4-sparse": first that of the recurrent half,
 // then that of the input half.

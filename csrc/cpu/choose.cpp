@@ -70,9 +70,12 @@ double tile_cost(const Cell& c, const TileForm& t, double channels, bool backwar
          filter_cost(c, points * t.parts(), channels, backward);
 }
 
-// Returns the cell with the algorithms of one pass. In the backward pass x_algorithm is the weight
-// gradient's.
-Cell choose(Cell c, CpuAlgorithm algorithm, double density, int max_tile_inputs, bool backward) {
+}  // namespace
+
+// In the backward pass x_algorithm is the weight gradient's.
+Cell choose(const Cell& cell, CpuAlgorithm algorithm, double density, int max_tile_inputs,
+            bool backward) {
+  Cell c = within_image(cell);
   if (algorithm == CpuAlgorithm::direct) return c;
   const bool forced = algorithm == CpuAlgorithm::winograd;
   // Inhibition chooses the first of equal neurons. Winograd's rounding would break the ties
@@ -106,15 +109,6 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int max_tile_inputs,
     if (cost < best) c.x_algorithm = CpuAlgorithm::sparse;
   }
   return c;
-}
-
-}  // namespace
-
-Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int max_tile_inputs,
-               int threads) {
-  const Cell c = within_image(cell);
-  return {choose(c, algorithm, density, max_tile_inputs, false),
-          choose(c, algorithm, density, max_tile_inputs, true), kernels(), threads};
 }
 
 std::string algorithm_name(const Cell& c) {

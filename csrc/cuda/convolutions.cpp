@@ -1,4 +1,4 @@
-// The convolutions of a plan: their sources, and how tensor cores walk through them.
+// The convolutions of a pass: their sources, and how tensor cores walk through them.
 #include "planning.h"
 
 namespace snnlstm::cuda {

@@ -1,4 +1,4 @@
-// The sizes and arguments of the convolution kernels that plans need, too.
+// The sizes and arguments of the convolution kernels that passes need, too.
 #pragma once
 
 #include "tile.h"

@@ -11,12 +11,12 @@
 
 namespace snnlstm::cuda {
 
-struct Pass;
-struct BackwardPass;
+struct Steps;
+struct BackwardSteps;
 
 // Memory for the packed weight of a pass.
 struct PackedFor {
-  const Pass* pass;
+  const Steps* pass;
   void* packed;
 };
 // Packs a weight for up to two passes of equal cells.
@@ -39,16 +39,16 @@ struct WeightSources {
 };
 // Sums the gradients of weight and bias, if they have an address, in parts. Sets p to how these
 // parts are to be added.
-void weight_gradient(const BackwardPass& plan, const WeightSources& sources, void* weight,
+void weight_gradient(const BackwardSteps& steps, const WeightSources& sources, void* weight,
                      void* bias, AddGradients& p, void* stream);
 // type: of the sums.
 void launch_add_gradients(AddGradients p, DType type, void* stream);
 
-// Describes the launch of a step's plan.
-inline Launch step_launch(const char* name, const StepPlan& plan, size_t bytes, void* stream,
+// Describes the launch of a step.
+inline Launch step_launch(const char* name, const StepBlocks& step, size_t bytes, void* stream,
                           bool overlaps, const char* file = __builtin_FILE(),
                           int line = __builtin_LINE()) {
-  return {name, plan.tiling.blocks(), plan.threads(), bytes, stream, overlaps, file, line};
+  return {name, step.tiling.blocks(), step.threads(), bytes, stream, overlaps, file, line};
 }
 
 // Calls f(E{}), E the type of elements that tensor core kernels are compiled for.

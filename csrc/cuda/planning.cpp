@@ -85,32 +85,32 @@ Multiply wanted_multiply(const Cell& cell, const Device& device, Matrix matrix) 
   return by_matrix[int(matrix)];
 }
 
-// The best plan so far, by rules::busiest().
-template <class Plan>
+// The best step so far, by rules::busiest().
+template <class Step>
 struct Best {
-  std::optional<Plan> plan;
+  std::optional<Step> step;
   double load = 0;
 
-  void offer(const Device& device, const Plan& other) {
+  void offer(const Device& device, const Step& other) {
     const int64_t outputs = int64_t(other.pixels()) * other.channels();
     const double its = rules::busiest(
         device, {other.tiling.blocks(), outputs, other.threads(), other.shared_bytes});
-    if (!plan || its < rules::kClearly * load) plan = other, load = its;
+    if (!step || its < rules::kClearly * load) step = other, load = its;
   }
 };
 
-// Offers every tile of the plan's blocks that fits. fits(any) tests the plan. any: whether rows may
+// Offers every tile of the step's blocks that fits. fits(any) tests the step. any: whether rows may
 // meet the same banks, which is tried if no tile fits otherwise.
 template <class Step, class Fits>
-void offer_tiles(Best<Step>& best, const Device& device, Step& plan,
+void offer_tiles(Best<Step>& best, const Device& device, Step& step,
                  const std::vector<TileSize>& sizes, const Cell& c, int64_t height, int64_t width,
                  Fits&& fits) {
   bool found = false;
   for (const bool any : {false, true}) {
     for (const TileSize& size : sizes) {
-      cut(plan.tiling, c, height, width, size);
+      cut(step.tiling, c, height, width, size);
       if (!fits(any)) continue;
-      best.offer(device, plan);
+      best.offer(device, step);
       found = true;
     }
     if (found) return;
@@ -119,103 +119,103 @@ void offer_tiles(Best<Step>& best, const Device& device, Step& plan,
 
 }  // namespace
 
-int64_t forward_shared_bytes(const ForwardPlan& plan, const MmaConv& conv, bool pools) {
-  int64_t epilogue = int64_t(8 * plan.channels_per_thread()) * plan.threads() * 4;
-  if (pools) epilogue += int64_t(plan.channels()) * plan.mem_pitch() * 4;
+int64_t forward_shared_bytes(const ForwardBlocks& step, const MmaConv& conv, bool pools) {
+  int64_t epilogue = int64_t(8 * step.channels_per_thread()) * step.threads() * 4;
+  if (pools) epilogue += int64_t(step.channels()) * step.mem_pitch() * 4;
   return round_up(std::max<int64_t>(conv.shared_bytes(), epilogue), 128);
 }
 
-ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matrix,
-                         const BlockChoice& only) {
+ForwardBlocks forward_blocks(const Cell& c, const Device& device, Matrix matrix,
+                             const BlockChoice& only) {
   const bool pools = c.pool != Pool::none;
-  ForwardPlan plan;
-  Best<ForwardPlan> best;
+  ForwardBlocks step;
+  Best<ForwardBlocks> best;
   const auto offer = [&](auto&& fits) {
     std::vector<TileSize> sizes;
-    if (!c.inhibition) sizes = tile_sizes(c, c.Ho(), c.Wo(), plan.pixels(), pools, only);
-    plan.fires = !sizes.empty();
-    if (!plan.fires) sizes = tile_sizes(c, c.Ho(), c.Wo(), plan.pixels(), false, only);
-    cover(plan.tiling, c, c.N, c.C, plan.channels());
-    offer_tiles(best, device, plan, sizes, c, c.Ho(), c.Wo(), fits);
+    if (!c.inhibition) sizes = tile_sizes(c, c.Ho(), c.Wo(), step.pixels(), pools, only);
+    step.fires = !sizes.empty();
+    if (!step.fires) sizes = tile_sizes(c, c.Ho(), c.Wo(), step.pixels(), false, only);
+    cover(step.tiling, c, c.N, c.C, step.channels());
+    offer_tiles(best, device, step, sizes, c, c.Ho(), c.Wo(), fits);
   };
-  plan.multiply = wanted_multiply(c, device, matrix);
-  if (plan.mma()) {
-    plan.tiles = c.C <= 8 ? 4 : 8;
+  step.multiply = wanted_multiply(c, device, matrix);
+  if (step.mma()) {
+    step.tiles = c.C <= 8 ? 4 : 8;
     for (const BlockShape& block : kForwardShapes) {
-      plan.shape = int(&block - kForwardShapes);
-      if ((only.shape >= 0 && only.shape != plan.shape) || (block.n == 2 && c.C <= 16)) continue;
-      plan.warps_m = block.m, plan.warps_n = block.n, plan.k_groups = block.k;
+      step.shape = int(&block - kForwardShapes);
+      if ((only.shape >= 0 && only.shape != step.shape) || (block.n == 2 && c.C <= 16)) continue;
+      step.warps_m = block.m, step.warps_n = block.n, step.k_groups = block.k;
       offer([&](bool any) {
-        MmaBuilder builder = plan.builder();
-        builder.add(x_segment(c), x_depth(c, plan.multiply), plan.tiling);
-        builder.add(mem_segment(c), mem_depth(c, plan.multiply), plan.tiling);
-        builder.finish(nullptr, 0, plan.threads());
-        plan.shared_bytes =
-            forward_shared_bytes(plan, builder.conv, pools) + 5 * plan.channels() * 4;
-        return plan.shared_bytes <= device.shared_bytes && (any || builder.fits_banks);
+        MmaBuilder builder = step.builder();
+        builder.add(x_segment(c), x_depth(c, step.multiply), step.tiling);
+        builder.add(mem_segment(c), mem_depth(c, step.multiply), step.tiling);
+        builder.finish(nullptr, 0, step.threads());
+        step.shared_bytes =
+            forward_shared_bytes(step, builder.conv, pools) + 5 * step.channels() * 4;
+        return step.shared_bytes <= device.shared_bytes && (any || builder.fits_banks);
       });
     }
-    if (best.plan) return *best.plan;
-    plan = ForwardPlan();
+    if (best.step) return *best.step;
+    step = ForwardBlocks();
   }
   for (const int columns : {64, 32}) {
     if (c.dtype == DType::float64 && columns < 64) continue;
-    plan.columns = columns;
+    step.columns = columns;
     offer([](bool) { return true; });
   }
-  return planned(best.plan, only);
+  return planned(best.step, only);
 }
 
-BackwardLayout::BackwardLayout(const DataPlan& plan, const MmaConv& conv, bool with_mem) {
-  mem_tile = 8 * plan.tiles * plan.threads() * 4;
-  mem_pitch = 32 * plan.warps_m + 2;
-  const int epilogue = mem_tile + (with_mem ? plan.channels() * mem_pitch * 4 : 0);
+BackwardLayout::BackwardLayout(const DataBlocks& step, const MmaConv& conv, bool with_mem) {
+  mem_tile = 8 * step.tiles * step.threads() * 4;
+  mem_pitch = 32 * step.warps_m + 2;
+  const int epilogue = mem_tile + (with_mem ? step.channels() * mem_pitch * 4 : 0);
   vectors = int(round_up(std::max(conv.shared_bytes(), epilogue), 128));
-  row_sums = vectors + plan.channels() * 4;
-  bytes = row_sums + plan.k_groups * plan.warps_m * plan.channels() * 4;
+  row_sums = vectors + step.channels() * 4;
+  bytes = row_sums + step.k_groups * step.warps_m * step.channels() * 4;
 }
 
-std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply multiply, bool is_x,
-                                  bool windows, const BlockChoice& only) {
+std::optional<DataBlocks> data_blocks(const Cell& c, const Device& device, Multiply multiply,
+                                      bool is_x, bool windows, const BlockChoice& only) {
   const int64_t height = is_x ? c.H : c.Ho(), width = is_x ? c.W : c.Wo();
   const int64_t columns = is_x ? c.Cin : c.C, images = is_x ? c.T * c.N : c.N;
-  DataPlan plan;
-  Best<DataPlan> best;
+  DataBlocks step;
+  Best<DataBlocks> best;
   const auto offer = [&](auto&& fits) {
-    cover(plan.tiling, c, images, columns, plan.channels());
-    offer_tiles(best, device, plan, tile_sizes(c, height, width, plan.pixels(), windows, only), c,
+    cover(step.tiling, c, images, columns, step.channels());
+    offer_tiles(best, device, step, tile_sizes(c, height, width, step.pixels(), windows, only), c,
                 height, width, fits);
   };
-  plan.multiply = multiply;
-  if (plan.mma()) {
+  step.multiply = multiply;
+  if (step.mma()) {
     // A warp reads its pixels once for all its tiles. A product takes 384 bytes of shared memory
     // with 2 tiles, 256 with 4 and 192 with 8.
-    plan.tiles = columns <= 16 ? 2 : columns <= 32 ? 4 : 8;
+    step.tiles = columns <= 16 ? 2 : columns <= 32 ? 4 : 8;
     const Segment segment = gates_segment(c, is_x);
     for (const BlockShape& block : kDataShapes) {
-      plan.shape = int(&block - kDataShapes);
-      if (only.shape >= 0 && only.shape != plan.shape) continue;
-      plan.warps_m = block.m, plan.warps_n = block.n, plan.k_groups = block.k;
+      step.shape = int(&block - kDataShapes);
+      if (only.shape >= 0 && only.shape != step.shape) continue;
+      step.warps_m = block.m, step.warps_n = block.n, step.k_groups = block.k;
       offer([&](bool any) {
-        MmaBuilder builder = plan.builder();
-        builder.add(segment, MmaDepth(builder.type, segment), plan.tiling);
-        builder.finish(nullptr, 0, plan.threads());
-        plan.shared_bytes = BackwardLayout(plan, builder.conv, windows).bytes;
-        return plan.shared_bytes <= device.shared_bytes && (any || builder.fits_banks);
+        MmaBuilder builder = step.builder();
+        builder.add(segment, MmaDepth(builder.type, segment), step.tiling);
+        builder.finish(nullptr, 0, step.threads());
+        step.shared_bytes = BackwardLayout(step, builder.conv, windows).bytes;
+        return step.shared_bytes <= device.shared_bytes && (any || builder.fits_banks);
       });
     }
-    if (best.plan) return best.plan;
-    plan = DataPlan();
+    if (best.step) return best.step;
+    step = DataBlocks();
   }
   for (const int tile : {64, 32, 16}) {
     if (c.dtype == DType::float64 && tile < 64) continue;
-    plan.columns = tile;
-    with_tile<16>(c.dtype, plan.columns, [&](auto real, auto size) {
-      plan.shared_bytes = int64_t(fma::StepShared<decltype(real), decltype(size)>::bytes(windows));
+    step.columns = tile;
+    with_tile<16>(c.dtype, step.columns, [&](auto real, auto size) {
+      step.shared_bytes = int64_t(fma::StepShared<decltype(real), decltype(size)>::bytes(windows));
     });
-    if (plan.shared_bytes <= device.shared_bytes) offer([](bool) { return true; });
+    if (step.shared_bytes <= device.shared_bytes) offer([](bool) { return true; });
   }
-  return best.plan;
+  return best.step;
 }
 
 // ---- packed weights -----------------------------------------------------------------------------
@@ -223,56 +223,56 @@ std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply 
 namespace {
 
 // columns: of all blocks.
-PackedPart packed_fma(const Cell& c, const StepPlan& plan, const Segment& segment, Use use,
+PackedPart packed_fma(const Cell& c, const StepBlocks& step, const Segment& segment, Use use,
                       int64_t columns) {
   PackedPart part;
-  part.use = use, part.columns = plan.columns;
+  part.use = use, part.columns = step.columns;
   part.pitch = fma::depth(segment) * part.columns * std::max(bytes_of(c.dtype), 4);
   part.blocks = ceil_div(columns, part.columns);
   return part;
 }
 
-PackedPart packed_mma(const StepPlan& plan, const MmaDepth& depth, Use use, int64_t blocks) {
+PackedPart packed_mma(const StepBlocks& step, const MmaDepth& depth, Use use, int64_t blocks) {
   PackedPart part;
-  part.use = use, part.multiply = plan.multiply;
+  part.use = use, part.multiply = step.multiply;
   part.depth = depth;
-  part.tiles = plan.tiles, part.warps_n = plan.warps_n;
-  part.unit_bytes = plan.builder().conv.unit_bytes;
+  part.tiles = step.tiles, part.warps_n = step.warps_n;
+  part.unit_bytes = step.builder().conv.unit_bytes;
   part.blocks = blocks;
   part.pitch = depth.units() * part.unit_bytes;
   return part;
 }
 
-PackedPart packed_transposed(const Cell& c, const DataPlan& plan, Use use) {
+PackedPart packed_transposed(const Cell& c, const DataBlocks& step, Use use) {
   const bool is_x = use == Use::gates_to_x;
   const int64_t columns = is_x ? c.Cin : c.C;
-  if (!plan.mma()) return packed_fma(c, plan, gates_segment(c, is_x), use, columns);
-  const MmaDepth depth(MmaType(plan.multiply), gates_segment(c, is_x));
-  return packed_mma(plan, depth, use, ceil_div(columns, plan.channels()));
+  if (!step.mma()) return packed_fma(c, step, gates_segment(c, is_x), use, columns);
+  const MmaDepth depth(MmaType(step.multiply), gates_segment(c, is_x));
+  return packed_mma(step, depth, use, ceil_div(columns, step.channels()));
 }
 
 }  // namespace
 
 // On tensor cores a block has the units of x, then those of mem.
-Packed packed_forward(const Cell& c, const ForwardPlan& plan) {
+Packed packed_forward(const Cell& c, const ForwardBlocks& step) {
   Packed p;
-  if (!plan.mma()) {
-    p.x = packed_fma(c, plan, x_segment(c), Use::x_to_gates, 4 * c.C);
-    p.mem = packed_fma(c, plan, mem_segment(c), Use::mem_to_gates, 4 * c.C);
+  if (!step.mma()) {
+    p.x = packed_fma(c, step, x_segment(c), Use::x_to_gates, 4 * c.C);
+    p.mem = packed_fma(c, step, mem_segment(c), Use::mem_to_gates, 4 * c.C);
     p.mem.start = p.x.bytes();
     p.bytes = p.x.bytes() + p.mem.bytes();
     return p;
   }
-  const int64_t blocks = ceil_div(c.C, plan.channels());
-  p.x = packed_mma(plan, x_depth(c, plan.multiply), Use::x_to_gates, blocks);
-  p.mem = packed_mma(plan, mem_depth(c, plan.multiply), Use::mem_to_gates, blocks);
+  const int64_t blocks = ceil_div(c.C, step.channels());
+  p.x = packed_mma(step, x_depth(c, step.multiply), Use::x_to_gates, blocks);
+  p.mem = packed_mma(step, mem_depth(c, step.multiply), Use::mem_to_gates, blocks);
   p.mem.start = p.x.pitch;
   p.x.pitch = p.mem.pitch = p.x.pitch + p.mem.pitch;
   p.bytes = p.x.bytes();
   return p;
 }
 
-Packed packed_backward(const Cell& c, const DataPlan& to_x, const DataPlan& to_mem) {
+Packed packed_backward(const Cell& c, const DataBlocks& to_x, const DataBlocks& to_mem) {
   Packed p;
   p.x = packed_transposed(c, to_x, Use::gates_to_x);
   p.mem = packed_transposed(c, to_mem, Use::gates_to_mem);
@@ -286,19 +286,19 @@ Packed packed_backward(const Cell& c, const DataPlan& to_x, const DataPlan& to_m
 namespace {
 
 // Returns the blocks of a split.
-int64_t blocks_of(const WeightPlan& w) {
+int64_t blocks_of(const WeightBlocks& w) {
   return w.mma() ? int64_t(w.column_blocks) * w.row_blocks()
                  : int64_t(w.part_rows) * w.part_columns / 4096;
 }
 
 // Plans one half of the weight's gradient on tensor cores, except its splits.
-WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool is_x, int most_rows,
-                        const TileSize& size) {
+WeightBlocks weight_tiles(const Cell& c, Multiply multiply, bool is_x, int most_rows,
+                          const TileSize& size) {
   const Shape s(c);
   const MmaType type(multiply);
   const Segment in = is_x ? x_segment(c) : mem_segment(c);
   const MmaDepth depth = is_x ? x_depth(c, multiply) : mem_depth(c, multiply);
-  WeightPlan w;
+  WeightBlocks w;
   w.multiply = multiply;
   // Up to 12 warps: all taps of 3x3, or more rows of fewer taps.
   w.tap_groups = int(std::min<int64_t>(ceil_div(depth.taps, weight_tile::kTaps), 3));
@@ -322,9 +322,9 @@ WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool is_x, int most_ro
 }
 
 // The same without tensor cores, of both halves. columns: of a tile.
-WeightPlan weight_fma(const Cell& c, int columns) {
+WeightBlocks weight_fma(const Cell& c, int columns) {
   const Shape s(c);
-  WeightPlan w;
+  WeightBlocks w;
   w.tiling.by_rows = Divisor(std::max<int64_t>(s.Ho, 1));
   w.tiling.by_cols = Divisor(std::max<int64_t>(s.Wo, 1));
   cover(w.tiling, c, c.T * c.N, 1, 1);
@@ -337,10 +337,10 @@ WeightPlan weight_fma(const Cell& c, int columns) {
 
 }  // namespace
 
-int WeightPlans::totals() const {
+int BothWeightBlocks::totals() const {
   const MmaType type(x.multiply);
   const int planes_of_warp = 32 / (64 / type.element);
-  const auto bytes = [&](const WeightPlan& w) {
+  const auto bytes = [&](const WeightBlocks& w) {
     return weight_tile::kTableBytes +
            2 * weight_tile::stage_bytes(w.warp_rows * planes_of_warp,
                                         weight_tile::kChannels / (64 / type.element),
@@ -349,39 +349,39 @@ int WeightPlans::totals() const {
   return std::max(bytes(x), bytes(mem));
 }
 
-WeightPlans plan_weights(const Cell& c, const Device& device, Multiply multiply) {
-  const auto with_splits = [&](WeightPlans plans) {
-    const int64_t blocks = blocks_of(plans.x) + (plans.side_by_side() ? 0 : blocks_of(plans.mem));
-    const int64_t unit = plans.x.mma() ? 1 : fma::kDepthUnit;
-    const int64_t pixels = plans.x.mma() ? weight_tile::kPixels : fma::kDepthUnit;
-    const int64_t splits = rules::splits(device, blocks, ceil_div(plans.x.total, unit) * pixels);
-    for (WeightPlan* w : {&plans.x, &plans.mem}) {
+BothWeightBlocks both_weight_blocks(const Cell& c, const Device& device, Multiply multiply) {
+  const auto with_splits = [&](BothWeightBlocks both) {
+    const int64_t blocks = blocks_of(both.x) + (both.side_by_side() ? 0 : blocks_of(both.mem));
+    const int64_t unit = both.x.mma() ? 1 : fma::kDepthUnit;
+    const int64_t pixels = both.x.mma() ? weight_tile::kPixels : fma::kDepthUnit;
+    const int64_t splits = rules::splits(device, blocks, ceil_div(both.x.total, unit) * pixels);
+    for (WeightBlocks* w : {&both.x, &both.mem}) {
       // A share is a multiple of a tile (mma), or of a chunk of pixels (fma).
       w->share = std::max<int64_t>(ceil_div(ceil_div(w->total, unit), splits), 1) * unit;
       w->splits = int(std::max<int64_t>(ceil_div(w->total, w->share), 1));
     }
-    return plans;
+    return both;
   };
   const auto sizes = tile_sizes(c, c.Ho(), c.Wo(), weight_tile::kPixels, false);
   for (const bool any : {false, true})
     for (const TileSize& size : sizes)
       for (const int most_rows : {4, 2, 1}) {
         if (multiply == Multiply::fma) break;
-        const WeightPlans plans = {weight_tiles(c, multiply, true, most_rows, size),
-                                   weight_tiles(c, multiply, false, most_rows, size)};
-        if (plans.shared_bytes() <= device.shared_bytes && plans.x.total < int64_t(1) << 30 &&
-            (any || (plans.x.fits_banks && plans.mem.fits_banks)))
-          return with_splits(plans);
+        const BothWeightBlocks both = {weight_tiles(c, multiply, true, most_rows, size),
+                                       weight_tiles(c, multiply, false, most_rows, size)};
+        if (both.shared_bytes() <= device.shared_bytes && both.x.total < int64_t(1) << 30 &&
+            (any || (both.x.fits_banks && both.mem.fits_banks)))
+          return with_splits(both);
       }
   // The tiles add the fewest rows and columns. Of equal tiles the widest wins.
-  std::optional<WeightPlan> best;
+  std::optional<WeightBlocks> best;
   for (const int columns : {64, 32}) {
-    const WeightPlan w = weight_fma(c, columns);
+    const WeightBlocks w = weight_fma(c, columns);
     if (!best || (c.dtype != DType::float64 && blocks_of(w) < blocks_of(*best))) best = w;
   }
-  WeightPlans plans = {*best, *best};
-  plans.x.tap_stride = int(c.Cin), plans.mem.tap_stride = int(c.C);
-  return with_splits(plans);
+  BothWeightBlocks both = {*best, *best};
+  both.x.tap_stride = int(c.Cin), both.mem.tap_stride = int(c.C);
+  return with_splits(both);
 }
 
 }  // namespace snnlstm::cuda

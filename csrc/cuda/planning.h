@@ -10,7 +10,7 @@
 
 #include "gemm.h"
 #include "images.h"
-#include "plan.h"
+#include "pass.h"
 
 namespace snnlstm::cuda {
 
@@ -125,7 +125,7 @@ constexpr BlockShape kForwardShapes[] = {
 constexpr BlockShape kDataShapes[] = {{4, 1, 1, "4x1"}, {2, 1, 2, "2x1x2"}};
 
 // A convolution with its epilogue.
-struct StepPlan {
+struct StepBlocks {
   Multiply multiply = Multiply::fma;
   Tiling tiling;
   int tiles = 0;                 // mma: n-tiles of a warp
@@ -142,7 +142,7 @@ struct StepPlan {
 };
 
 // On tensor cores a warp has 8 n-tiles (16 channels) or 4 (8 channels).
-struct ForwardPlan : StepPlan {
+struct ForwardBlocks : StepBlocks {
   bool fires = true;  // false: a kernel after the step fires
 
   int channels_per_thread() const { return mma() ? tiles / 2 : 1; }  // channels that a thread holds
@@ -151,21 +151,21 @@ struct ForwardPlan : StepPlan {
 };
 
 // Plans a step. only: the blocks that may be chosen.
-ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matrix,
-                         const BlockChoice& only);
+ForwardBlocks forward_blocks(const Cell& c, const Device& device, Matrix matrix,
+                             const BlockChoice& only);
 // Bytes of shared memory of a tensor core step. The epilogue takes the convolution's place.
-int64_t forward_shared_bytes(const ForwardPlan& plan, const MmaConv& conv, bool pools);
+int64_t forward_shared_bytes(const ForwardBlocks& step, const MmaConv& conv, bool pools);
 
 // The convolution of d_gates with the transposed weights: the gradient of x or of mem.
-struct DataPlan : StepPlan {
+struct DataBlocks : StepBlocks {
   int channels() const { return mma() ? 8 * tiles * warps_n : columns; }  // of a block
 };
 
 // Plans the gradient of x or of mem like a forward step, and with `windows` in tiles of whole
 // pooling windows; returns nothing if there are none. multiply: the forward pass's, which decides
 // the gates' type. only: the blocks that may be chosen.
-std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply multiply, bool is_x,
-                                  bool windows, const BlockChoice& only = {});
+std::optional<DataBlocks> data_blocks(const Cell& c, const Device& device, Multiply multiply,
+                                      bool is_x, bool windows, const BlockChoice& only = {});
 
 // The shared memory of a tensor core step, in bytes from its start. It begins with the convolution,
 // which the parked accumulators and the mem tile overwrite. The thresholds (vectors) and the sums
@@ -173,7 +173,7 @@ std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply 
 struct BackwardLayout {
   int mem_tile, mem_pitch, vectors, row_sums, bytes;
 
-  BackwardLayout(const DataPlan& plan, const MmaConv& conv, bool with_mem);
+  BackwardLayout(const DataBlocks& step, const MmaConv& conv, bool with_mem);
 };
 
 template <class Step>
@@ -222,12 +222,12 @@ struct Packed {
   PackedPart x, mem;
   int64_t bytes = 0;
 };
-Packed packed_forward(const Cell& c, const ForwardPlan& plan);
-Packed packed_backward(const Cell& c, const DataPlan& to_x, const DataPlan& to_mem);
+Packed packed_forward(const Cell& c, const ForwardBlocks& step);
+Packed packed_backward(const Cell& c, const DataBlocks& to_x, const DataBlocks& to_mem);
 
 // ---- the weight's gradient ----------------------------------------------------------------------
 
-struct WeightPlan {
+struct WeightBlocks {
   Multiply multiply = Multiply::fma;
   Tiling tiling;
   int splits = 1;
@@ -246,8 +246,8 @@ struct WeightPlan {
   }
 };
 
-struct WeightPlans {
-  WeightPlan x, mem;
+struct BothWeightBlocks {
+  WeightBlocks x, mem;
 
   // Whether the columns of x and of mem lie in the same parts.
   bool side_by_side() const { return !x.mma(); }
@@ -259,6 +259,6 @@ struct WeightPlans {
 
 // Plans both halves of the weight for one launch: the most rows and the tile that fit first, on
 // tensor cores if there are any, with rows that meet the same banks only if no others fit.
-WeightPlans plan_weights(const Cell& c, const Device& device, Multiply multiply);
+BothWeightBlocks both_weight_blocks(const Cell& c, const Device& device, Multiply multiply);
 
 }  // namespace snnlstm::cuda

@@ -20,6 +20,10 @@ from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, check_dense, flag, make_spe
 SIZES = {1: "L", 2: "H, W"}
 
 
+Outputs = tuple[Tensor, Tensor, Tensor]
+"""spk, syn and mem of a call."""
+
+
 class Call(NamedTuple):
     """The checked tensors of one call, which the module passes to the kernels."""
 

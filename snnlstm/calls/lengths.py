@@ -22,7 +22,6 @@ _INTS = (
 )  # fmt: skip
 
 
-
 class CheckedLengths(NamedTuple):
     """Lengths that a stack checked for sequences of `time` steps, and passes to its layers."""
 

@@ -11,7 +11,7 @@ from ..calls.call import Call
 from ..calls.keys import BoundedDict
 from ..calls.spec import CellSpec
 from . import cpu, cuda, cuda_check
-from .plan import CommonBackend, CommonPlan, Settings
+from .plan import CommonBackend, Plan, Settings
 from .tensors import are_contiguous
 
 BACKENDS: dict[str, CommonBackend] = {"cpu": cpu.Backend()}  # by device type
@@ -20,7 +20,7 @@ if _NO_CUDA is None:
     BACKENDS["cuda"] = cuda.Backend(_C)
 DEVICES = frozenset(BACKENDS)
 
-_plans: BoundedDict[Any, CommonPlan] = BoundedDict()
+_plans: BoundedDict[Any, Plan] = BoundedDict()
 
 
 def reason_against_device(device: torch.device, traced: bool) -> str | None:
@@ -45,12 +45,12 @@ def plan_of(
     operands: torch.dtype | None,
     backend: CommonBackend,
     settings: Settings,
-) -> CommonPlan:
+) -> Plan:
     """Look up or make the plan of a call on a backend; cells of equal options share it."""
     key = backend, settings, plan_key(call, spec, operands)
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans.keep(key, backend.plan(backend, call, spec, operands, settings))
+        plan = _plans.keep(key, Plan(backend, call, spec, operands, settings))
     return plan
 
 

@@ -1,4 +1,4 @@
-"""The CPU backend: plans, and weights in the kernels' order. Twin of :mod:`snnlstm.native.cuda`."""
+"""The CPU backend: its passes, and packed weights; twin of :mod:`snnlstm.native.cuda`."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ import torch  # torch must load its OpenMP runtime before the core uses it
 from torch import Tensor
 
 from .. import _C
-from ..calls.call import Call
+from ..calls.call import Call, Outputs
 from ..calls.keys import BoundedDict
-from ..calls.spec import DTYPES, HALF_TYPES, CellSpec
+from ..calls.spec import DTYPES, HALF_TYPES
 from . import pool
 from .plan import (
     BackwardInputs,
     CommonBackend,
-    CommonPlan,
+    CommonPasses,
     Fields,
     Gradients,
-    Outs,
-    Result,
+    Plan,
     Settings,
     Shapes,
     Sizes,
-    empty_gradients,
     make_cell,
 )
-from .tensors import pointer, readable
+from .tensors import pointer, readable, restored
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/args.h
 
@@ -120,84 +118,79 @@ def packed_weight(weight: Tensor, last: PackedWeight | None = None) -> PackedWei
     return packed
 
 
-# ---- plans ---------------------------------------------------------------------------------------
+# ---- passes --------------------------------------------------------------------------------------
 
 
 class Pass:
-    """One pass of a plan: the core's plan, the weight layouts that it reads, and its workspace.
+    """One pass of a plan: the core's pass, the weight layouts that it reads, and its workspace.
 
     `selection` has the value-dependent facts that choose a call's algorithms: the percentage of x's
-    numbers that are not zero, and :attr:`PackedWeight.max_tile_inputs`.
+    numbers that are not zero, and :attr:`PackedWeight.max_tile_inputs`. `wanted` has the gradients
+    that a backward pass computes.
     """
 
-    def __init__(
-        self, plan: Plan, selection: Any, backward: bool, grad_x: bool, weight: bool
-    ) -> None:
+    def __init__(self, passes: Passes, selection: Any, wanted: Sequence[bool] | None) -> None:
         percent, max_tile_inputs = selection
-        arguments = plan.algorithm, percent / 100, max_tile_inputs, plan.threads
-        self.core = core = _C.CpuPlan(plan.cell, *arguments)
-        self.selection, self.name = selection, f"cpu-{plan.isa}-{core.name}"
-        self._kernels = core.backward if backward else core.forward
-        self._levels = pointer(plan.levels)
-        self._bytes = core.backward_workspace(weight) if backward else core.forward_workspace
+        arguments = passes.algorithm, percent / 100, max_tile_inputs, passes.threads
+        grad_x, grad_weight = (False, False) if wanted is None else (wanted[0], wanted[3])
+        self.core = _C.CpuPass(passes.cell, *arguments, wanted is not None, grad_x, grad_weight)
+        self.selection, self.name = selection, f"cpu-{passes.isa}-{self.core.name}"
+        self._levels, self._bytes = pointer(passes.levels), self.core.workspace
         self._is_small = self._bytes <= pool.SMALL_WORKSPACE
         # Each layout's key, which is its number and name, and its size in bytes.
         self.layouts = tuple(
-            ((number, f"{plan.isa}:{name}"), size)
-            for number, name, size in core.forms(backward, grad_x)
+            ((number, f"{passes.isa}:{name}"), size) for number, name, size in self.core.layouts
         )
 
-    def run(self, packed: PackedWeight, order: Tensor | None, fields: Fields) -> None:
+    def run(self, call: Call, packed: PackedWeight, fields: Fields) -> None:
         """Run the kernels; `fields` are those from x on (csrc/args.h)."""
         weights = [0, 0, 0]
         for key, size in self.layouts:
             weights[key[0] % 3] = (packed.layouts.get(key) or packed.pack(self, key, size))[0]
+        order = None if call.lengths is None else longest_first(call.lengths)
         try:
             workspace = pool.small.pop() if self._is_small else pool.workspace(self._bytes)
         except IndexError:  # all small workspaces are in use
             workspace = pool.workspace(self._bytes)
         order_at = 0 if order is None else order.data_ptr()
-        self._kernels((workspace.data_ptr(), *weights, self._levels, order_at, *fields))
+        self.core.run((workspace.data_ptr(), *weights, self._levels, order_at, *fields))
         (pool.small.append if self._is_small else pool.let_go)(workspace)
 
 
-class Plan(CommonPlan):
-    """The plan of a call on the CPU; see :class:`snnlstm.native.plan.CommonPlan`.
+class Passes(CommonPasses):
+    """The passes of a plan; the density of x and the gain of the weight choose one for a call."""
 
-    The density of x and the gain of the weight choose the algorithms of a call.
-    """
-
-    def __init__(
-        self, backend: Backend, call: Call, spec: CellSpec, operands: Any, settings: Settings
-    ) -> None:
-        super().__init__(backend, call, spec, operands)
+    def __init__(self, plan: Plan, settings: Settings) -> None:
         algorithm, self.threads, self.isa = settings[:3]
         self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
-        self.cell = make_cell(_C, self)
-        self.levels = None if spec.quant is None else spec.quant.levels.to(self.dtype).contiguous()
+        self.cell, self.weight_shape = make_cell(_C, plan), plan.gradient_memory[3][0]
+        levels = plan.spec.quant
+        self.levels = None if levels is None else levels.levels.to(plan.dtype).contiguous()
         # An x of few channels gains nothing from lists of nonzeros, so its zeros are not counted.
-        self.counts_zeros = self.cin > 2
+        self.counts_zeros = plan.cin > 2
         # This guess saves the look-up of the packed weight, 1 us of a step.
         self._last_packed: Callable[[], PackedWeight | None] = lambda: None
         self._threshold: Tensor | None = None
         self._passes: dict[Any, Pass] = {}
 
-    def _new_pass(self, key: tuple[Any, ...]) -> Pass:
-        """Make a pass of this plan; `key` has the other arguments of :class:`Pass`."""
-        return self._passes.setdefault(key, Pass(self, *key))
+    def _pass(self, selection: Any, wanted: Sequence[bool] | None) -> Pass:
+        """Look up a pass, or make it."""
+        key = selection, None if wanted is None else (wanted[0], wanted[3])
+        return self._passes.get(key) or self._passes.setdefault(key, Pass(self, selection, wanted))
 
-    def _forward(self, call: Call, outs: Outs, saved: Tensor | None, fields: Fields) -> Result:
+    def forward(
+        self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields
+    ) -> tuple[Any, ...]:
+        """Run the forward pass; also returns a copy of the threshold, for training."""
         threshold, lengths = call.threshold, call.lengths
         packed = packed_weight(call.weight, self._last_packed())
         if packed is not self._last_packed():
             self._last_packed = ref(packed)
-        order = None if lengths is None else longest_first(lengths)
         percent = 100
         if self.counts_zeros:
             percent = _C.density(self.cell, fields[0], 0 if lengths is None else lengths.data_ptr())
-        key = (percent, packed.max_tile_inputs), False, False, False
-        a_pass = self._passes.get(key) or self._new_pass(key)
-        a_pass.run(packed, order, fields)
+        a_pass = self._pass((percent, packed.max_tile_inputs), None)
+        a_pass.run(call, packed, fields)
         copy = self._threshold  # equal values share the last copy
         if (
             saved is not None
@@ -209,19 +202,21 @@ class Plan(CommonPlan):
             )
         ):
             copy = self._threshold = threshold.clone()
-        return Result(*outs, saved, a_pass.name, a_pass.selection, packed, copy)
+        return a_pass.name, a_pass.selection, packed, copy
 
-    def _backward(
-        self, given: BackwardInputs, selection: Sequence[int], packed: PackedWeight | None
+    def backward(
+        self,
+        given: BackwardInputs,
+        out: Gradients,
+        fields: Fields,
+        selection: Sequence[int],
+        packed: PackedWeight | None,
     ) -> Gradients:
-        call, wanted = given.call, given.wanted
-        order = None if call.lengths is None else longest_first(call.lengths)
-        key = tuple(selection), True, wanted[0], wanted[3]
-        a_pass = self._passes.get(key) or self._new_pass(key)
+        """Run the backward pass of a forward pass's selection and packed weight."""
         if packed is None:  # a graph of torch.compile keeps only tensors
-            packed = packed_weight(self.restored_weight(call))
-        out = empty_gradients(call.x, self.gradient_memory, wanted, self.largest_gradient)
-        a_pass.run(packed, order, self.backward_fields(given, out))
+            x, weight = given.call.x, given.call.weight
+            packed = packed_weight(restored(weight, self.weight_shape, x.dtype, x.device))
+        self._pass(tuple(selection), given.wanted).run(given.call, packed, fields)
         return out
 
 
@@ -233,7 +228,7 @@ def longest_first(lengths: Tensor) -> Tensor:
 class Backend(CommonBackend):
     """The CPU backend."""
 
-    half_types, plan = False, Plan
+    half_types, passes = False, Passes
 
     def name(self) -> str:
         """Name of the kernels, such as ``"cpu-avx2"``; the name in a call's result says more."""

@@ -1,4 +1,4 @@
-"""The CUDA backend: plans and calls. Twin of :mod:`snnlstm.native.cpu`.
+"""The CUDA backend: passes; twin of :mod:`snnlstm.native.cpu`.
 
 Everything is enqueued on the current stream of the tensors' device and nothing waits for it, so
 that a CUDA graph can capture it. All memory comes from torch's caching allocator.
@@ -21,30 +21,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls.call import Call
-from ..calls.spec import CellSpec
+from ..calls.call import Call, Outputs
 from ..compat.torch_private import current_stream, fp32_precision
 from . import cudnn
-from .cudnn import Geometry
 from .plan import (
     BackwardInputs,
     CommonBackend,
-    CommonPlan,
+    CommonPasses,
     Fields,
     Gradients,
-    Outs,
-    Result,
+    Plan,
     Settings,
     Shapes,
     Sizes,
-    empty_gradients,
     make_cell,
 )
-from .tensors import check_memory, contiguous_as, empty_bytes, pointer, real
+from .tensors import check_memory, contiguous_as, empty_bytes, pointer, real, restored
 
 logger = logging.getLogger("snnlstm")
 
-# The order is that of csrc/cuda/plan.h; "direct" means "fused".
+# The order is that of csrc/cuda/pass.h; "direct" means "fused".
 _ALGORITHMS = ("auto", "fused", "cudnn")
 _CUDNN = _ALGORITHMS.index("cudnn")
 _EXACT, _TF32 = 0, 1
@@ -63,43 +59,109 @@ def _tf32_is_allowed() -> bool:
     return fp32_precision("cuda", "conv") == "tf32"
 
 
-class Plan(CommonPlan):
-    """The plan of a call on CUDA, which has a plan of the core for each pass.
+class Pass:
+    """One pass of a plan, by one of the core's passes: `algorithm` is fused or cudnn."""
+
+    def __init__(self, backend: Backend, plan: Plan, core: Any, levels: Tensor | None) -> None:
+        self.backend, self.plan, self.core, self._levels = backend, plan, core, levels
+        self.algorithm, self.name = core.algorithm, core.name
+        self._convolutions = cudnn.convolutions(plan, core, backend.device(plan.device))
+
+    def _levels_on(self, x: Tensor, stream: int) -> Tensor | None:
+        """The quantiser's levels on the device; each call copies them from the host."""
+        if self._levels is None:
+            return None
+        levels = x.new_empty(self._levels.numel(), dtype=real(x.dtype))
+        self.core.store_levels(self._levels.data_ptr(), levels.data_ptr(), stream)
+        return levels
+
+    def _memory(
+        self, weight: Tensor, stream: int, other: Pass | None = None, kept: Tensor | None = None
+    ) -> tuple[int, int, Tensor]:
+        """Addresses of the packed weight and of a workspace, and the memory that holds both.
+
+        `kept`, if given, receives the weight as the `other` pass reads it.
+        """
+        weight = contiguous_as(weight, self.plan.dtype)
+        workspace = -self.core.packed_bytes // 256 * -256
+        memory = empty_bytes(workspace + self.core.workspace, weight.device)
+        packed = memory.data_ptr()
+        also = () if other is None else (other.core, pointer(kept))
+        self.core.pack(weight.data_ptr(), packed, stream, *also)
+        return packed, packed + workspace, memory
+
+    def forward(
+        self,
+        call: Call,
+        outs: Outputs,
+        saved: Tensor | None,
+        fields: Fields,
+        other: Pass | None,
+        kept: Tensor | None,
+    ) -> None:
+        """Run a forward pass; `kept` receives the weight as the `other` pass reads it."""
+        stream = self.backend.stream(self.plan.device)
+        levels = self._levels_on(call.x, stream)
+        if self.algorithm == _CUDNN:
+            check_memory(call)
+            kernels = partial(self.core.run, stream)
+            how, levels_at = self._convolutions, pointer(levels)
+            return cudnn.forward(self.plan, how, kernels, call, levels_at, outs, saved)
+        packed, workspace, _held = self._memory(call.weight, stream, other, kept)
+        self.core.run(stream, (workspace, packed, 0, 0, pointer(levels), 0, *fields))
+        return None
+
+    def backward(
+        self, given: BackwardInputs, out: Gradients, fields: Fields, kept: Tensor | None
+    ) -> Gradients:
+        """Run a backward pass; `kept` is the packed weight, if the forward pass has saved it."""
+        call, stream = given.call, self.backend.stream(self.plan.device)
+        shape = self.plan.gradient_memory[3][0]
+        weight = restored(call.weight, shape, self.plan.dtype, self.plan.device)
+        levels = self._levels_on(call.x, stream)
+        if self.algorithm == _CUDNN:
+            memory = empty_bytes(self.core.workspace, self.plan.device)
+
+            def run(fields: Fields) -> None:
+                self.core.run(stream, (pointer(memory), 0, 0, 0, pointer(levels), 0, *fields))
+
+            given = given._replace(call=call._replace(weight=weight))
+            return cudnn.backward(self.plan, self._convolutions, given, out, run)
+        if call.lengths is not None and out.x is not None:
+            out.x.zero_()
+        if kept is None:
+            packed, workspace, _held = self._memory(weight, stream)
+        else:
+            block = self.plan.restored_block(kept, self.core.packed_bytes)
+            _held = empty_bytes(self.core.workspace, self.plan.device)
+            packed, workspace = block.data_ptr(), _held.data_ptr()
+        self.core.run(stream, (workspace, packed, 0, 0, pointer(levels), 0, *fields))
+        return out
+
+
+class Passes(CommonPasses):
+    """The passes of a plan; the core's rules choose, or a measurement does.
 
     Nothing depends on values, and each algorithm can read what another one has saved:
 
     - "fused": the kernels do everything, in one launch per step
     - "cudnn": torch convolves, and the kernels do the rest of a step
 
-    The core's rules choose, or a measurement does: see :func:`snnlstm.set_algorithm`.
+    See :func:`snnlstm.set_algorithm`.
     """
 
-    def __init__(
-        self, backend: Backend, call: Call, spec: CellSpec, operands: Any, settings: Settings
-    ) -> None:
-        super().__init__(backend, call, spec, operands)
-        algorithm, tf32, benchmark = settings.algorithm, settings.tf32, settings.benchmark
-        self.backend, self._tf32, self._algorithm = backend, tf32, algorithm
-        self._measures = algorithm == "measure" or (benchmark and algorithm == "auto")
-        self._chosen = {False: backend.core_plan(self, tf32, algorithm, False)}
-        # The fastest plans, at most 65, by pass and by the gradients that are wanted.
-        self._measured: dict[tuple[bool, ...], Any] = {}
-        self._name: str | None = None
-        self.geometry = Geometry(*self._chosen[False].geometry)
-        # cuDNN is said to have fast kernels of full float32 only for contiguous images.
-        self.contiguous = (
-            self.work == torch.float32 and backend.device(self.device).compute_capability < 80
-        )
-        self.real = real(self.dtype)
-        # cuDNN convolves x of this many steps at once, in self.real. For half types that would be
-        # slower without tensor cores for float32.
-        sums = 4 * math.prod(self.state) * self.real.itemsize
-        self.steps_at_once = min(self.time, max(cudnn.MOST_SUMS // max(sums, 1), 1))
-        if self.work.itemsize == 2 and backend.device(self.device).compute_capability < 80:
-            self.steps_at_once = 1
-        # Each call copies the levels from the host to the device.
-        levels = None if spec.quant is None else spec.quant.levels
+    def __init__(self, plan: Plan, settings: Settings) -> None:
+        self.backend: Backend = plan.backend  # type: ignore[assignment]
+        self.plan, self.settings = plan, settings
+        chosen = settings.algorithm == "auto" and settings.benchmark
+        self._measures = settings.algorithm == "measure" or chosen
+        levels = None if plan.spec.quant is None else plan.spec.quant.levels
         self.levels = None if levels is None else levels.to("cpu", torch.float64).contiguous()
+        self._chosen: dict[bool, Pass] = {}
+        self._chosen_for(False)
+        # The fastest passes, at most 65, by direction and by the gradients that are wanted.
+        self._measured: dict[tuple[bool, ...], Pass] = {}
+        self._name: str | None = None
 
     @property
     def name(self) -> str:
@@ -112,8 +174,8 @@ class Plan(CommonPlan):
 
     def _named(self) -> str:
         # Autograd's thread may add to self._measured meanwhile.
-        by_pass = {key[0]: core.name for key, core in self._measured.copy().items()}
-        names = [by_pass[backward] for backward in (False, True) if backward in by_pass]
+        by_direction = {key[0]: one.name for key, one in self._measured.copy().items()}
+        names = [by_direction[backward] for backward in (False, True) if backward in by_direction]
         if names:
             return f"{self.backend.name()}-measured-{'+'.join(names)}"
         forward, backward = self._chosen[False], self._chosen.get(True)
@@ -122,10 +184,13 @@ class Plan(CommonPlan):
             names += [backward.name] if _CUDNN in (forward.algorithm, backward.algorithm) else []
         return f"{self.backend.name()}-{'+'.join(names)}"
 
-    def _fastest(self, run: Callable[[Any], object], backward: bool, *wanted: bool) -> Any:
-        """The core's plan of a pass, measured if that is wanted and not yet known.
+    def _pass(self, core: Any) -> Pass:
+        return Pass(self.backend, self.plan, core, self.levels)
 
-        `run` runs the pass with a plan; `wanted` has what else its time depends on.
+    def _fastest(self, run: Callable[[Pass], object], backward: bool, *wanted: bool) -> Pass:
+        """The pass to run, measured if that is wanted and not yet known.
+
+        `run` runs a pass; `wanted` has what else its time depends on.
         """
         if not self._measures and backward in self._chosen:
             return self._chosen[backward]
@@ -133,125 +198,71 @@ class Plan(CommonPlan):
         key = backward, *wanted
         found = self._measured.get(key)
         if found is None and self._measures and self.backend.may_measure():
-            cores = self.backend.candidates(self, self._tf32, backward)
-            seconds = [self.backend.seconds(partial(run, core)) for core in cores]
+            cores = self.backend.candidates(self.plan, self.settings.tf32, backward)
+            passes = [*map(self._pass, cores)]
+            seconds = [self.backend.seconds(partial(run, one)) for one in passes]
             # setdefault keeps the first of two threads' measurements.
-            found = self._measured.setdefault(key, cores[seconds.index(min(seconds))])
+            found = self._measured.setdefault(key, passes[seconds.index(min(seconds))])
         return self._chosen_for(backward) if found is None else found
 
-    def _chosen_for(self, backward: bool) -> Any:
-        """The core's plan of a pass that is not measured; the backward plan is made when needed.
+    def _chosen_for(self, backward: bool) -> Pass:
+        """The pass of a direction that is not measured; the backward pass is made when needed.
 
-        Each candidate for the backward pass that packs a weight packs it as this plan does.
+        All backward candidates share one packed layout, so the forward pass may pack before the
+        fastest is known.
         """
         if backward not in self._chosen:
             self._name = None
-            self._chosen[backward] = self.backend.core_plan(
-                self, self._tf32, self._algorithm, backward
-            )
+            tf32, algorithm = self.settings.tf32, self.settings.algorithm
+            other = self._chosen[False].core if backward else None
+            core = self.backend.core_pass(self.plan, tf32, algorithm, backward, other)
+            self._chosen[backward] = self._pass(core)
         return self._chosen[backward]
 
-    @property
-    def stream(self) -> int:
-        """The current stream of the call's device."""
-        return self.backend.stream(self.device)
-
-    def _levels(self, x: Tensor) -> Tensor | None:
-        """The quantiser's levels on the device."""
-        if self.levels is None:
-            return None
-        levels = x.new_empty(self.levels.numel(), dtype=self.real)
-        values = self.levels.data_ptr()
-        self._chosen[False].store_levels(values, levels.data_ptr(), self.stream)
-        return levels
-
-    def _memory(
-        self, core: Any, weight: Tensor, stream: int, kept: Tensor | None = None
-    ) -> tuple[int, int, Tensor]:
-        """Addresses of the packed weight and of a workspace, and the memory that holds both.
-
-        `kept`, if given, receives the weight as the backward pass reads it.
-        """
-        weight = contiguous_as(weight, self.dtype)
-        workspace = -core.packed_bytes // 256 * -256
-        memory = empty_bytes(workspace + core.workspace, weight.device)
-        packed = memory.data_ptr()
-        other = () if kept is None else (self._chosen_for(True), kept.data_ptr())
-        core.pack(weight.data_ptr(), packed, stream, *other)
-        return packed, packed + workspace, memory
-
-    def _empty_kept(self, x: Tensor) -> Tensor | None:
-        """Memory for the weight as the backward pass reads it, if a call in training saves it."""
-        size = self._chosen_for(True).packed_bytes
-        return empty_bytes(size, x.device) if 0 < size <= KEPT_WEIGHT else None
-
-    def _forward(self, call: Call, outs: Outs, saved: Tensor | None, fields: Fields) -> Result:
-        with self.backend.guard(self.device):
-            kept = None if saved is None else self._empty_kept(call.x)
+    def forward(
+        self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields
+    ) -> tuple[Any, ...]:
+        """Run a forward pass; in training it may pack the weight for the backward pass, too."""
+        with self.backend.guard(self.plan.device):
+            other = kept = None
+            if saved is not None:
+                other = self._chosen_for(True)
+                size = other.core.packed_bytes
+                kept = empty_bytes(size, call.x.device) if 0 < size <= KEPT_WEIGHT else None
+                other = None if kept is None else other
             if call.lengths is not None:
                 outs[0].zero_()  # the host does not know the lengths
-            levels = self._levels(call.x)
 
-            def run(core: Any) -> None:
-                stream, levels_at = self.stream, pointer(levels)
-                if core.algorithm == _CUDNN:
-                    check_memory(call)
-                    kernels = partial(core.forward, stream)
-                    cudnn.forward(self, kernels, call, levels_at, outs, saved)
-                    return
-                packed, workspace, _held = self._memory(core, call.weight, stream, kept)
-                core.forward(stream, (workspace, packed, 0, 0, levels_at, 0, *fields))
+            def run(one: Pass) -> None:
+                one.forward(call, outs, saved, fields, other, kept)
 
             fastest = self._fastest(run, False)
             run(fastest)
         if fastest.algorithm == _CUDNN:  # it packs nothing
             kept = None
-        return Result(*outs, saved, self.name, packed=kept)
+        return self.name, (), kept
 
-    def _backward(
-        self, given: BackwardInputs, selection: Sequence[int], packed: Tensor | None
+    def backward(
+        self,
+        given: BackwardInputs,
+        out: Gradients,
+        fields: Fields,
+        selection: Sequence[int],
+        packed: Tensor | None,
     ) -> Gradients:
-        weight = self.restored_weight(given.call)
-        if weight is not given.call.weight:
-            given = given._replace(call=given.call._replace(weight=weight))
-        with self.backend.guard(self.device):
-            levels = self._levels(given.call.x)
+        """Run the backward pass of the wanted gradients."""
+        with self.backend.guard(self.plan.device):
 
-            def run(core: Any) -> Gradients:
-                return self._backward_by(core, given, pointer(levels), packed)
+            def run(one: Pass) -> Gradients:
+                return one.backward(given, out, fields, packed)
 
             return run(self._fastest(run, True, *given.wanted))
-
-    def _backward_by(
-        self, core: Any, given: BackwardInputs, levels: int, kept: Tensor | None
-    ) -> Gradients:
-        """The gradients; `kept` is the packed weight, if the forward pass has saved it."""
-        call, stream = given.call, self.stream
-        if core.algorithm == _CUDNN:
-            memory = empty_bytes(core.workspace, self.device)
-
-            def run(fields: Fields) -> None:
-                core.backward(stream, (pointer(memory), 0, 0, 0, levels, 0, *fields))
-
-            return cudnn.backward(self, given, run)
-        out = empty_gradients(call.x, self.gradient_memory, given.wanted)
-        if call.lengths is not None and out.x is not None:
-            out.x.zero_()
-        if kept is None:
-            packed, workspace, _held = self._memory(core, call.weight, stream)
-        else:
-            block = self.restored_block(kept, core.packed_bytes)
-            _held = empty_bytes(core.workspace, self.device)
-            packed, workspace = block.data_ptr(), _held.data_ptr()
-        fields = self.backward_fields(given, out, (0, 0))
-        core.backward(stream, (workspace, packed, 0, 0, levels, 0, *fields))
-        return out
 
 
 class Backend(CommonBackend):
     """The CUDA backend over `core`, a module like snnlstm._C."""
 
-    half_types, plan = True, Plan
+    half_types, passes = True, Passes
 
     def __init__(self, core: Any) -> None:
         self.core = core
@@ -309,24 +320,29 @@ class Backend(CommonBackend):
             matrix = _TF32 if tf32 else self.core.cuda_full_precision(device)
         return make_cell(self.core, s), device, matrix
 
-    def core_plan(self, s: Sizes, tf32: bool, algorithm: str, backward: bool, **blocks: Any) -> Any:
-        """The core's plan of a pass; a step may have only the `blocks`, if any are given."""
+    def core_pass(
+        self, s: Sizes, tf32: bool, algorithm: str, backward: bool, other: Any = None, **blocks: Any
+    ) -> Any:
+        """The core's pass; a step may have only the `blocks`, if any are given.
+
+        It need not plan the forward steps that an `other` pass of the same sizes has planned.
+        """
         algorithm = "fused" if algorithm == "direct" else algorithm
         number = _ALGORITHMS.index(algorithm) if algorithm in _ALGORITHMS else 0
-        return self.core.CudaPlan(
-            *self._facts(s, tf32), number, backward, lengths=s.has_lengths, **blocks
+        return self.core.CudaPass(
+            *self._facts(s, tf32), number, backward, lengths=s.has_lengths, other=other, **blocks
         )
 
     def candidates(self, s: Sizes, tf32: bool, backward: bool) -> list[Any]:
-        """The core's plans of a pass to time; if two are equally fast, the first one counts."""
-        return self.core.CudaPlan.candidates(*self._facts(s, tf32), backward, lengths=s.has_lengths)
+        """The core's passes to time; if two are equally fast, the first one counts."""
+        return self.core.CudaPass.candidates(*self._facts(s, tf32), backward, lengths=s.has_lengths)
 
     def reason_against(self, s: Sizes) -> str | None:
         """Why these kernels cannot run a call; None if they can."""
-        plans = (
-            self.core_plan(s, _tf32_is_allowed(), "fused", backward) for backward in (False, True)
-        )
-        return next((plan.reason_against for plan in plans if plan.reason_against), None)
+        tf32 = _tf32_is_allowed()
+        forward = self.core_pass(s, tf32, "fused", False)
+        backward = self.core_pass(s, tf32, "fused", True, forward)
+        return forward.reason_against or backward.reason_against or None
 
     def settings(self, algorithm: str) -> Settings:
         benchmark = torch.backends.cudnn.benchmark

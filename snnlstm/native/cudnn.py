@@ -7,13 +7,13 @@ and saved memory have the kernels' layouts. So does the gradient of the gate sum
     mems      (T, N, Ho * Wo, Cp), mem before each step
 
 Cp is C, padded to whole vectors. For torch these are channels-last images of 4 Cp and Cp channels,
-which are made contiguous where that makes cuDNN faster (`plan.contiguous`). cuDNN multiplies
-numbers of the type `plan.work`. The gate sums and d_gates have the type `plan.sums_dtype`. The host
-does not know the lengths of samples, so padded samples are convolved, too.
+which are made contiguous where that makes cuDNN faster. The host does not know the lengths of
+samples, so padded samples are convolved, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,16 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ..calls.call import Call
+from ..calls.call import Call, Outputs
 from ..calls.lengths import length_mask
 from ..compat.torch_private import convolution
-from .plan import BackwardInputs, Gradients, Outs, empty_gradients
-from .tensors import pointer, strided
+from .plan import BackwardInputs, Gradients, Plan
+from .tensors import pointer, real, strided
 
 MOST_SUMS = 64 << 20
 """Bytes of x's gate sums that are computed at once if they are those of several steps."""
-
-# Each `plan` here is a cuda.Plan.
 
 
 class Geometry(NamedTuple):
@@ -57,6 +55,42 @@ class Geometry(NamedTuple):
         return grad if (h, w) == (0, 0) else F.pad(grad, (w, w, h, h))
 
 
+class Convolutions(NamedTuple):
+    """How torch convolves in the passes of a plan."""
+
+    geometry: Geometry
+    work: torch.dtype
+    """The dtype of the numbers that are multiplied."""
+    sums_dtype: torch.dtype
+    """The dtype of the gate sums and of their gradient, d_gates."""
+    d_gates_shape: tuple[int, ...]
+    real: torch.dtype
+    """The dtype in which x of several steps is convolved."""
+    steps_at_once: int
+    """The number of steps whose x is convolved at once."""
+    contiguous: bool
+    """Whether images are made contiguous."""
+
+
+def convolutions(plan: Plan, core: Any, device: Any) -> Convolutions:
+    """How torch convolves in a pass of the `core` on a device."""
+    (_, sums_dtype), (syn, _), *_ = plan.saved.parts
+    work, wide = plan.operands or plan.dtype, real(plan.dtype)
+    sums, old = 4 * math.prod(plan.state) * wide.itemsize, device.compute_capability < 80
+    steps_at_once = min(plan.time, max(MOST_SUMS // max(sums, 1), 1))
+    return Convolutions(
+        Geometry(*core.geometry),
+        work,
+        sums_dtype,
+        (plan.time, *syn[1:3], 4 * syn[3]),
+        wide,
+        # For half types several steps would be slower without tensor cores for float32.
+        1 if work.itemsize == 2 and old else steps_at_once,
+        # cuDNN is said to have fast kernels of full float32 only for contiguous images.
+        work == torch.float32 and old,
+    )
+
+
 def _steps(tensor: Tensor, sequence: bool) -> Tensor:
     """The tensor of a sequence or of a step call, with a time axis."""
     return tensor if sequence else tensor.unsqueeze(0)
@@ -67,15 +101,15 @@ def images_of(pixels: Tensor, mem: Tensor) -> Tensor:
     return pixels.unflatten(-2, mem.shape[-2:]).movedim(-1, -3)
 
 
-def _ordered(plan: Any, images: Tensor) -> Tensor:
+def _ordered(how: Convolutions, images: Tensor) -> Tensor:
     """The images in the dtype and the memory layout that cuDNN convolves fastest."""
-    images = images.to(plan.work)
-    return images.contiguous() if plan.contiguous else images
+    images = images.to(how.work)
+    return images.contiguous() if how.contiguous else images
 
 
-def _part(plan: Any, weight: Tensor, d_gates: Tensor) -> Tensor:
+def _part(how: Convolutions, weight: Tensor, d_gates: Tensor) -> Tensor:
     """Weight (4C, ...) with zeros for the padding between gates, which d_gates has."""
-    weight = plan.geometry.inner(weight.detach().to(plan.work)).contiguous()
+    weight = how.geometry.inner(weight.detach().to(how.work)).contiguous()
     padding = (d_gates.shape[-1] - weight.shape[0]) // 4
     if padding == 0:
         return weight
@@ -94,38 +128,39 @@ def _step_of(call: Call, t: int) -> Call:
 
 
 def forward(
-    plan: Any,
+    plan: Plan,
+    how: Convolutions,
     run: Callable[[tuple], None],
     call: Call,
     levels: int,
-    outs: Outs,
+    outs: Outputs,
     saved: Tensor | None,
 ) -> None:
     """cuDNN convolves, and the kernels do the rest of each step by `run`, which runs one step.
 
-    x of several steps is convolved at once, in `plan.real`, so that the kernels add x's sums
+    x of several steps is convolved at once, in `how.real`, so that the kernels add x's sums
     before half types round them. x of one step is convolved with mem, if it has no stride.
     """
-    syn, mem, bias, geometry = call.syn, call.mem, pointer(call.bias), plan.geometry
+    syn, mem, bias, geometry = call.syn, call.mem, pointer(call.bias), how.geometry
     all_spk, all_syn, all_mem = outs
-    xs, at_once = _steps(call.x, call.sequence), plan.steps_at_once
+    xs, at_once = _steps(call.x, call.sequence), how.steps_at_once
     together = at_once == 1 and geometry.stride == (1, 1)
-    weight = geometry.inner(call.weight.detach().to(plan.work))
+    weight = geometry.inner(call.weight.detach().to(how.work))
     if not together:  # each convolution would copy a half that is not contiguous
         x_weight, weight = (w.contiguous() for w in weight.split([plan.cin, plan.c], 1))
-        x_weight = x_weight.to(plan.real)
+        x_weight = x_weight.to(how.real)
     spks, last = _steps(all_spk, call.sequence), plan.time - 1
     for t, x in enumerate(xs):
         spk: Tensor | None = spks[t]
-        images, x_sums = mem.to(plan.work), None
-        with torch.autocast(x.device.type, enabled=False):  # plan.work decides
+        images, x_sums = mem.to(how.work), None
+        with torch.autocast(x.device.type, enabled=False):  # how.work decides
             if together:
-                images = torch.cat([x.to(plan.work), images], 1)
+                images = torch.cat([x.to(how.work), images], 1)
             elif t % at_once == 0:
-                some = xs[t : t + at_once].to(plan.work).to(plan.real)
-                sums_of_x = _convolve(plan, some.flatten(0, 1), x_weight, geometry.stride)
+                some = xs[t : t + at_once].to(how.work).to(how.real)
+                sums_of_x = _convolve(how, some.flatten(0, 1), x_weight, geometry.stride)
                 sums_of_x = sums_of_x.unflatten(0, some.shape[:2])
-            sums = _convolve(plan, images, weight, (1, 1)).to(plan.sums_dtype)
+            sums = _convolve(how, images, weight, (1, 1)).to(how.sums_dtype)
         if not together:
             x_sums = sums_of_x[t % at_once]
         # Without record the states are updated in place, each neuron by one thread.
@@ -134,36 +169,43 @@ def forward(
         h_alone = not plan.spec.spiking and not call.record and call.lengths is None
         if t < last and h_alone:
             spk, out_mem = None, spks[t]  # spk is mem, and the next step reads it there
-        step, views = _step_of(call, t), (None, strided(syn), strided(mem))
+        step, views = _step_of(call, t), (None, *strided(syn, mem))
         run((
             0, 0, 0, 0, levels, 0, *plan.call_fields(views, step, saved, t), bias,
-            strided(sums), strided(x_sums), strided(spk), strided(out_syn), strided(out_mem),
+            *strided(sums, x_sums, spk, out_syn, out_mem),
         ))  # fmt: skip
         syn, mem = out_syn, out_mem
 
 
-def backward(plan: Any, given: BackwardInputs, run: Callable[[tuple], None]) -> Gradients:
+def backward(
+    plan: Plan,
+    how: Convolutions,
+    given: BackwardInputs,
+    out: Gradients,
+    run: Callable[[tuple], None],
+) -> Gradients:
     """The wanted gradients. cuDNN computes those of x, weight and bias after the steps.
 
     `run` runs the kernels of one step.
     """
     call, x, wanted = given.call, given.call.x, given.wanted
-    out = empty_gradients(x, plan.gradient_memory, (*wanted[:3], False, False, wanted[5]))
-    d_gates = x.new_empty(plan.d_gates_shape, dtype=plan.sums_dtype)
+    out = out._replace(weight=None, bias=None)  # cuDNN allocates these
+    d_gates = x.new_empty(how.d_gates_shape, dtype=how.sums_dtype)
     mems = _empty_mems(call, d_gates) if wanted[3] else None
     if call.lengths is not None:
         d_gates.zero_()
         x = torch.where(length_mask(call.lengths, plan.time), x, 0)
-    _steps_backward(plan, run, given, out, d_gates, mems)
+    _steps_backward(plan, how, run, given, out, d_gates, mems)
     if out.x is not None:
-        _data_gradient(plan, call, d_gates, out.x)
+        _data_gradient(how, call, d_gates, out.x)
     mem = None if mems is None else images_of(mems, call.mem)
-    weight, bias = _weight_gradient(plan, _steps(x, call.sequence), mem, d_gates, wanted[3:5])
+    weight, bias = _weight_gradient(plan, how, _steps(x, call.sequence), mem, d_gates, wanted[3:5])
     return out._replace(weight=weight, bias=bias)
 
 
 def _steps_backward(
-    plan: Any,
+    plan: Plan,
+    how: Convolutions,
     run: Callable[[tuple], None],
     given: BackwardInputs,
     out: Gradients,
@@ -184,7 +226,7 @@ def _steps_backward(
         into_syn = into_mem = None
     noise, grad_spk = (None if t is None else _steps(t, call.sequence) for t in (noise, grad_spk))
     c, last = mem.shape[1], plan.time - 1
-    mem_weight = _part(plan, call.weight[:, -c:], d_gates)
+    mem_weight = _part(how, call.weight[:, -c:], d_gates)
     d_syn = syn.new_empty(plan.state) if out.syn is None else out.syn
     d_threshold = None if out.threshold is None else call.x.new_empty((last + 1, c))
     live = None if call.lengths is None else length_mask(call.lengths, last + 1)
@@ -196,15 +238,15 @@ def _steps_backward(
         syn_before = syn if t == 0 else images_of(saved_syn[t - 1], mem)[:, :c]
         of_step = (None if each is None else each[t] for each in (grad_spk, noise, d_threshold))
         spk_grad, step_noise, step_threshold = of_step
-        views, step_grads = (None, strided(syn_before), None), (spk_grad, into_syn, into_mem)
+        views, step_grads = (None, *strided(syn_before), None), (spk_grad, into_syn, into_mem)
         step = BackwardInputs(_step_of(call, t), views, saved, step_grads, step_noise, ())
         results = Gradients(None, d_syn, None, None, None, step_threshold)
         mem_after = 0 if mems is None or t == last else mems[t + 1].data_ptr()
         run(plan.backward_fields(step, results, (d_gates[t].data_ptr(), mem_after), t))
         into_syn, before, into_mem = d_syn, into_mem, None
         if t > 0 or out.mem is not None:
-            images = _ordered(plan, images_of(d_gates[t], mem))
-            options = 1, plan.geometry.padding, plan.geometry.dilation
+            images = _ordered(how, images_of(d_gates[t], mem))
+            options = 1, how.geometry.padding, how.geometry.dilation
             into_mem = conv2d_input(mem.shape, mem_weight, images, *options).to(mem.dtype)
         if live is not None and into_mem is not None:
             into_mem = torch.where(live[t], into_mem, 0 if before is None else before)
@@ -223,32 +265,37 @@ def _empty_mems(call: Call, d_gates: Tensor) -> Tensor:
     return mems
 
 
-def _data_gradient(plan: Any, call: Call, d_gates: Tensor, out: Tensor) -> None:
+def _data_gradient(how: Convolutions, call: Call, d_gates: Tensor, out: Tensor) -> None:
     """The gradient of x at all steps, from that of the gate sums."""
-    geometry, x = plan.geometry, _steps(call.x, call.sequence)
-    x_weight = _part(plan, call.weight[:, : x.shape[2]], d_gates)
+    geometry, x = how.geometry, _steps(call.x, call.sequence)
+    x_weight = _part(how, call.weight[:, : x.shape[2]], d_gates)
     grads = images_of(d_gates.flatten(0, 1), call.mem)
     shape = (len(grads), *x.shape[2:])
     options = geometry.stride, geometry.padding, geometry.dilation
-    out.copy_(conv2d_input(shape, x_weight, _ordered(plan, grads), *options).view_as(out))
+    out.copy_(conv2d_input(shape, x_weight, _ordered(how, grads), *options).view_as(out))
 
 
 def _weight_gradient(
-    plan: Any, x: Tensor, mem: Tensor | None, d_gates: Tensor, wanted: Sequence[bool]
+    plan: Plan,
+    how: Convolutions,
+    x: Tensor,
+    mem: Tensor | None,
+    d_gates: Tensor,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and bias over all steps, as `wanted`.
 
     x is (T, N, Cin, H, W), and `mem`, (T, N, C or more, Ho, Wo), is that before each step, which
     only the weight's gradient needs.
     """
-    geometry, gates, c, dtype = plan.geometry, d_gates.shape[-1], plan.c, plan.dtype
+    geometry, gates, c, dtype = how.geometry, d_gates.shape[-1], plan.c, plan.dtype
     d_weight = d_bias = None
     if wanted[0]:
         assert mem is not None
-        grads = _ordered(plan, images_of(d_gates, mem).flatten(0, 1))
+        grads = _ordered(how, images_of(d_gates, mem).flatten(0, 1))
         halves = []
         for images, stride in (x, geometry.stride), (mem, (1, 1)):
-            images = _ordered(plan, images.flatten(0, 1))
+            images = _ordered(how, images.flatten(0, 1))
             shape = gates, images.shape[1], *geometry.kernel
             halves.append(
                 conv2d_weight(images, shape, grads, stride, geometry.padding, geometry.dilation)
@@ -268,13 +315,13 @@ def _sum(carried: Tensor | None, recorded: Tensor | None, step: int) -> Tensor |
     return recorded[step] if carried is None else carried + recorded[step]
 
 
-def _convolve(plan: Any, images: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
+def _convolve(how: Convolutions, images: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
     """Gate sums without the bias, which the kernels add."""
-    geometry = plan.geometry
+    geometry = how.geometry
     if images.device.type == "cpu":  # the emulator's sums must not depend on the layout
         images, weight = images.contiguous(), weight.contiguous()
     given = images, weight, None, stride, geometry.padding, geometry.dilation
-    if images.dtype == plan.work or convolution is None:
+    if images.dtype == how.work or convolution is None:
         return F.conv2d(*given)
     # TF32 holds half types in float32 exactly, so it may multiply them whatever torch's setting is.
     cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()

@@ -25,11 +25,11 @@ from ..compat.torch_private import (
     transforms_are_active,
 )
 from . import pool
-from .plan import CommonPlan
+from .plan import Plan
 from .tensors import check_memory
 
 
-def run_plan(plan: CommonPlan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor, str]:
+def run_plan(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor, str]:
     """Run the native kernels: spk, syn and mem as :func:`snnlstm.reference.run` returns them.
 
     The fourth result is the name of what ran, such as ``"cpu-avx2-winograd4-sparse"``.
@@ -78,7 +78,7 @@ def differentiable(name: str, forward: Callable, gradients: Callable) -> Any:
 
 
 def _forward(
-    ctx: Any, plan: CommonPlan, call: Call, *_tensors: Tensor | None
+    ctx: Any, plan: Plan, call: Call, *_tensors: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, str]:
     """Run the kernels on tensors that may require a gradient; also return the name of what ran."""
     spk, syn, mem, saved, name, selection, packed, copy = plan.forward(call, True)

@@ -29,8 +29,8 @@ from .backends import BACKENDS, operands_of, plan_of
 from .function import constant_states, reached
 from .half_types import in_float32
 from .plan import (
-    CommonPlan,
     Gradients,
+    Plan,
     Result,
     SavedLayout,
     Sizes,
@@ -76,7 +76,7 @@ def _sizes(call: Call, text: str) -> Sizes:
     return Sizes(call, *_traced_spec(text))
 
 
-def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[CommonPlan, Call]:
+def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[Plan, Call]:
     """The plan of an operator's call, and the call in the dtype of its text.
 
     Hooks on the tensors that a compiled graph saves may have changed some dtypes.

@@ -1,4 +1,4 @@
-"""What the plans of both devices share: sizes, what is saved, and the fields of a call."""
+"""A plan: both passes of equal calls. It owns their memory, their fields, and what one saves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..calls.call import Call
+from ..calls.call import Call, Outputs
 from ..calls.spec import DTYPES, POOLS, RESETS, CellSpec
 from ..compat.torch_private import guard_of
 from . import pool
@@ -19,7 +19,6 @@ from .tensors import (
     are_contiguous,
     image_strides,
     keep_empty,
-    pointer,
     restored,
     stochastic_noise,
     strided,
@@ -80,9 +79,6 @@ class SavedLayout:
         (shape, dtype), start = self.parts[number], self._offsets[number] or 0
         return block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
-
-Outs = tuple[Tensor, Tensor, Tensor]
-"""spk, syn and mem."""
 
 Fields = tuple[Any, ...]
 """The core's arguments in a call: the fields of a struct of csrc/args.h, in its order."""
@@ -234,16 +230,16 @@ class Settings(NamedTuple):
     """Whether cuDNN measures its algorithms, on CUDA."""
 
 
-class CommonPlan(Sizes, ABC):
-    """What follows from the sizes and strides of a call and the process's settings.
-
-    A plan serves all such calls, in any thread. This class is the part that both devices share.
+class Plan(Sizes):
+    """Both passes of the calls with the same sizes, strides and settings, in any thread.
 
     Attributes
     ----------
     spk_memory, state_memory : (shape, strides)
         Those of spk, and those of syn and mem.
     saved : SavedLayout
+    passes : CommonPasses
+        The device's part: it makes the passes, and runs one for each call.
     """
 
     def __init__(
@@ -252,18 +248,15 @@ class CommonPlan(Sizes, ABC):
         call: Call,
         spec: CellSpec,
         operands: torch.dtype | None,
+        settings: Settings,
     ) -> None:
         super().__init__(call, spec, operands)
-        self.work = operands or self.dtype  # torch convolves in this dtype
+        self.backend = backend
         spk, state = self.outputs()
         self.spk_memory, self.state_memory = (
             (shape, image_strides(call.x, shape)) for shape in (spk, state)
         )
         self.saved = SavedLayout(backend.saved_shapes(self))
-        (_, gates_dtype), (syn, _), *_ = self.saved.parts
-        # The gate sums that torch computes have this dtype, and so has their gradient, d_gates.
-        self.sums_dtype = gates_dtype
-        self.d_gates_shape = self.time, *syn[1:3], 4 * syn[3]
         self.largest_result = self._largest(self.spk_memory, self.state_memory)
         as_mem = tuple(call.mem.shape), call.mem.stride()
         self.results_like_mem = (
@@ -277,8 +270,9 @@ class CommonPlan(Sizes, ABC):
                 self.spk_memory[1], self.state_memory[1],
             )
         )  # fmt: skip
-        self._saved_as = [(t.shape, self.dtype, self.device) for t in call[:3]]
-        self._guard: Any = None  # recognises x, syn, mem and the saved block of an earlier call
+        self._saved_shapes = [tuple(tensor.shape) for tensor in call[:3]]
+        # They recognise the tensors that earlier calls have saved, by their requires_grad.
+        self._guards: dict[tuple[bool, ...], Any] = {}
         self.gradient_memory = gradient_memory(call.x, self)
         self.largest_gradient = self._largest(*self.gradient_memory)
         self._gradient_strides = [with_time(strides) for _, strides in self.gradient_memory[:3]]
@@ -287,6 +281,8 @@ class CommonPlan(Sizes, ABC):
         self.are_contiguous = are_contiguous(call)
         self.has_spk = spec.spiking or self.sequence
         self.passes_gradient = spec.passes_gradient(self.sequence)
+        self.is_stochastic = spec.surrogate.name == "SSO"
+        self.passes = backend.passes(self, settings)
 
     def _largest(self, *memory: tuple[Any, Any]) -> int:
         """Bytes of the largest tensor of these shapes."""
@@ -315,11 +311,11 @@ class CommonPlan(Sizes, ABC):
         call, views, saved, grads, noise, _ = given
         (x, syn, mem, *others), (x_strides, syn_strides, mem_strides) = out, self._gradient_strides
         return (
-            *self.call_fields(views, call, saved, step), strided(noise), *map(strided, grads),
+            *self.call_fields(views, call, saved, step), *strided(noise, *grads),
             None if x is None else (x.data_ptr(), x_strides),
             None if syn is None else (syn.data_ptr(), syn_strides),
-            None if mem is None else (mem.data_ptr(), mem_strides), *map(pointer, others),
-            *last,
+            None if mem is None else (mem.data_ptr(), mem_strides),
+            *[0 if other is None else other.data_ptr() for other in others], *last,
         )  # fmt: skip
 
     def restore(self, call: Call, saved: Tensor) -> tuple[Call, Tensor, Sequence[Any]]:
@@ -332,21 +328,22 @@ class CommonPlan(Sizes, ABC):
             lengths = restored(call.lengths, (self.n,), torch.int64, self.device)
             call = call._replace(lengths=lengths.contiguous())
         x, syn, mem = tensors = call[:3]
-        if self._guard is not None and self._guard.check(x, syn, mem, saved):
+        wanting = x.requires_grad, syn.requires_grad, mem.requires_grad
+        guard = self._guards.get(wanting)
+        if guard is not None and guard.check(*tensors, saved):
             x_at, syn_at, mem_at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
             if x_at and syn_at and mem_at and saved.data_ptr() % ALIGNMENT == 0:
                 at = (x_at, self.x_strides), (syn_at, self.syn_strides), (mem_at, self.mem_strides)
                 return call, saved, at
         block = self.restored_block(saved, self.saved.bytes)
-        x, syn, mem = (restored(t, *kind) for t, kind in zip(tensors, self._saved_as, strict=True))
-        views = [*map(strided, (x, syn, mem))]
-        strides = self.x_strides, self.syn_strides, self.mem_strides
-        if (
-            self._guard is None
-            and block is saved
-            and strides == tuple(view and view[1] for view in views)
-        ):
-            self._guard = guard_of((x, syn, mem, saved))
+        x, syn, mem = (
+            restored(tensor, shape, self.dtype, self.device)
+            for tensor, shape in zip(tensors, self._saved_shapes, strict=True)
+        )
+        views = strided(x, syn, mem)
+        strides = [self.x_strides, self.syn_strides, self.mem_strides]
+        if guard is None and block is saved and strides == [view and view[1] for view in views]:
+            self._guards[wanting] = guard_of((*tensors, saved))
         return call._replace(x=x, syn=syn, mem=mem), block, views
 
     def restored_block(self, saved: Tensor, size: int) -> Tensor:
@@ -354,16 +351,12 @@ class CommonPlan(Sizes, ABC):
         block = restored(saved, (size,), torch.uint8, self.device).contiguous()
         return block.clone() if block.data_ptr() % ALIGNMENT else block
 
-    def restored_weight(self, call: Call) -> Tensor:
-        """Restore the weight of a backward pass, as :meth:`restore` does."""
-        return restored(call.weight, self.gradient_memory[3][0], self.dtype, self.device)
-
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
         if not self.are_contiguous:
             call = with_numbers(call)
         x, syn, mem, bias = call.x, call.syn, call.mem, call.bias
-        outs: Outs
+        outs: Outputs
         if self.results_like_mem:  # empty_like takes two thirds of new_empty_strided's time
             outs = torch.empty_like(mem), torch.empty_like(mem), torch.empty_like(mem)
         else:
@@ -388,14 +381,10 @@ class CommonPlan(Sizes, ABC):
             (spk.data_ptr(), self.spk_strides) if self.has_spk else None,
             (new_syn.data_ptr(), self.out_strides), (new_mem.data_ptr(), self.out_strides),
         )  # fmt: skip
-        result = self._forward(call, outs, saved, fields)
+        ran = self.passes.forward(call, outs, saved, fields)
         if call.lengths is not None and not call.record:
             keep_empty(call, outs[1:], (syn, mem))
-        return result
-
-    @abstractmethod
-    def _forward(self, call: Call, outs: Outs, saved: Tensor | None, fields: Fields) -> Result:
-        """Fill in spk, syn and mem, and what is saved; `fields` are those from x on."""
+        return Result(spk, new_syn, new_mem, saved, *ran)
 
     @pool.where_it_fits
     def backward(
@@ -414,11 +403,13 @@ class CommonPlan(Sizes, ABC):
         and `packed` are from the forward pass's result; `packed` may be None.
         """
         call, saved, views = self.restore(call, saved)
-        call = with_numbers(call)
-        noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
-        out = self._backward(
-            BackwardInputs(call, views, saved, grads, noise, wanted), selection, packed
-        )
+        call, noise = with_numbers(call), None
+        if self.is_stochastic:
+            noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
+        given = BackwardInputs(call, views, saved, grads, noise, wanted)
+        out = empty_gradients(call.x, self.gradient_memory, wanted, self.largest_gradient)
+        fields = self.backward_fields(given, out)
+        out = self.passes.backward(given, out, fields, selection, packed)
         if call.lengths is not None:
             keep_empty(call, (out.syn, out.mem), (None, None) if call.record else grads[1:])
         if out.threshold is None or call.threshold is None:
@@ -427,9 +418,29 @@ class CommonPlan(Sizes, ABC):
         total = out.threshold.sum() if self.thresholds == 1 else out.threshold
         return out._replace(threshold=total.reshape(call.threshold.shape).to(self.dtype))
 
+
+class CommonPasses(ABC):
+    """A device's part of a plan: it makes the passes, and runs one for each call."""
+
     @abstractmethod
-    def _backward(self, given: BackwardInputs, selection: Sequence[int], packed: Any) -> Gradients:
-        """The wanted gradients; the threshold's has one number per channel, (C,)."""
+    def forward(
+        self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields
+    ) -> tuple[Any, ...]:
+        """Fill in spk, syn and mem, and what is saved; `fields` are those from x on.
+
+        The results are those of :class:`Result` from the name on.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        given: BackwardInputs,
+        out: Gradients,
+        fields: Fields,
+        selection: Sequence[int],
+        packed: Any,
+    ) -> Gradients:
+        """Fill in the gradients, and return them; the threshold's has one number per channel."""
 
 
 class CommonBackend(ABC):
@@ -438,8 +449,8 @@ class CommonBackend(ABC):
     half_types: ClassVar[bool]
     """Whether float16 and bfloat16 run without conversion."""
 
-    plan: ClassVar[Any]
-    """The class of its plans, whose arguments are those of :class:`CommonPlan` and the settings."""
+    passes: ClassVar[Any]
+    """The class of its :class:`CommonPasses`, whose arguments are a plan and the settings."""
 
     @abstractmethod
     def name(self) -> str:

@@ -57,11 +57,12 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def strided(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    """Address and five strides; None if there is no tensor, or an empty one."""
-    if tensor is None or not (address := tensor.data_ptr()):
-        return None
-    return address, with_time(tensor.stride())
+def strided(*tensors: Tensor | None) -> list[tuple[int, tuple[int, ...]] | None]:
+    """Address and five strides of each; None for a missing tensor, or an empty one."""
+    return [
+        None if t is None or not (address := t.data_ptr()) else (address, with_time(t.stride()))
+        for t in tensors
+    ]
 
 
 def with_time(strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,14 +16,8 @@ from ..calls import spec
 from ..calls.call import checked_call, dtype_source, state_tensor
 from ..calls.lengths import CheckedLengths, checked_lengths, held, mask_padding
 from ..dispatch.entry import run_call, run_traced
-from ..dispatch.path import (
-    EXPORT,
-    LastPath,
-    asked_every_call,
-    beyond_forward,
-    log_fallback,
-    log_once,
-)
+from ..dispatch.path import LastPath, log_fallback, log_once
+from ..dispatch.reasons import EXPORT, asked_every_call, beyond_forward
 
 States = Sequence[Tensor | None]
 """h and c, (N, C, Ho, Wo) each; None means zeros."""

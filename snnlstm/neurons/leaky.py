@@ -28,15 +28,8 @@ from ..compat.snntorch import (
     recognise_traced,
 )
 from ..compat.torch_private import NO_LEVEL, has_ended, level_of
-from ..dispatch.path import (
-    LastPath,
-    Path,
-    against_device,
-    log_fallback,
-    native_path,
-    reason_now,
-    recorded_now,
-)
+from ..dispatch.path import LastPath, Path, log_fallback, native_path
+from ..dispatch.reasons import against_device, reason_now, recorded_now
 from ..reference import called, fire, reset_signal
 from ..surrogate import NONE, Surrogate
 from .state import NO_RESET

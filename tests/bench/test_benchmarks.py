@@ -47,7 +47,7 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
 
 
 def test_the_reference_path_is_not_timed_as_ours(monkeypatch, capsys):
-    monkeypatch.setattr(snnlstm.dispatch.path, "kernels", None)
+    monkeypatch.setattr(snnlstm.dispatch.reasons, "backends", None)
     with pytest.raises(SystemExit):
         run.main(TINY)
     assert "--device: cpu takes the reference path: the compiled" in capsys.readouterr().err

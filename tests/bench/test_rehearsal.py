@@ -28,7 +28,7 @@ from benchmarks import (
     run,
 )
 from benchmarks.cases import Case
-from snnlstm.native import cuda, leaky
+from snnlstm.native import leaky, plan
 from tests.emulator.test_core_mutations import NOTICED_BY_SMOKE
 from tests.shared.helpers import long
 
@@ -78,22 +78,22 @@ def test_each_step_that_checks_spikes_fails_where_they_are_wrong(
     mutant, monkeypatch, tmp_path, capsys
 ):
     """Coarse types are the harder ones: there rounding excuses some spikes."""
-    forward = cuda.Plan.forward
+    forward = plan.Plan.forward
 
     def mutated(self, call, training):
         result = forward(self, call, training)
         MUTANTS[mutant](result.spk)
         return result
 
-    run_leaky = leaky.run
+    run_leaky = leaky.run_neurons
 
     def mutated_leaky(*call):
         spk, mem = run_leaky(*call)
         MUTANTS[mutant](spk.detach())
         return spk, mem
 
-    monkeypatch.setattr(cuda.Plan, "forward", mutated)
-    monkeypatch.setattr(leaky, "run", mutated_leaky)
+    monkeypatch.setattr(plan.Plan, "forward", mutated)
+    monkeypatch.setattr(leaky, "run_neurons", mutated_leaky)
     monkeypatch.setattr(gpu_smoke, "EXACT", ())
     device = ["--device", "emulator-a100"]
     sizes = ["--sizes", *["2", "1", "3", "5", "6", "7"]]

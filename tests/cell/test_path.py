@@ -14,7 +14,8 @@ import snnlstm
 from snnlstm import Path
 from snnlstm.calls.keys import BoundedDict
 from snnlstm.compat import torch_private
-from snnlstm.dispatch.path import against_device
+from snnlstm.dispatch.reasons import against_device
+from snnlstm.native import function
 from tests.shared.cpu_kernels import native, needs_core
 from tests.shared.helpers import close, described, ours, states, steps, theirs, twins
 
@@ -220,7 +221,7 @@ def test_the_user_may_choose_the_reference_path_where_plans_exist(name, monkeypa
     run, x = RUNS[name](), steps(3, 2, 2, 6, 7)
     x = x[..., 0] if name == "signals" else x
     expected = run(x)[-1]
-    monkeypatch.setattr(native, "run", None)
+    monkeypatch.setattr(function, "run_plan", None)
     monkeypatch.setattr(native.BACKENDS["cpu"], "reason_against", None)
     for _ in range(2):
         with snnlstm.algorithm("reference"):
@@ -368,8 +369,8 @@ def test_a_fake_tensor_mode_computes_no_numbers(make, later):
 
 
 def without_the_core(monkeypatch):
-    for module in (snnlstm.dispatch.path, snnlstm.dispatch.entry):
-        monkeypatch.setattr(module, "kernels", None)
+    for module in (snnlstm.dispatch.reasons, snnlstm.dispatch.entry):
+        monkeypatch.setattr(module, "backends", None)
 
 
 def on_an_old_gpu(monkeypatch):
@@ -386,7 +387,7 @@ LOGGED = {
     "each cell": (None, lambda: ours(spike_grad=torch.sigmoid),
                   [f"{KNOWN} %s: spike_grad is unknown to the kernels"] * 2),
     "hooks": (None, lambda: hooked_cell(), ["SConv2dLSTM %s: conv carries hooks"]),
-    "core": (without_the_core, ours, [f"SConv2dLSTM %s: {snnlstm.dispatch.path._MISSING}"]),
+    "core": (without_the_core, ours, [f"SConv2dLSTM %s: {snnlstm.dispatch.reasons._MISSING}"]),
     "GPU": (on_an_old_gpu, ours, ["SConv2dLSTM %s: GPU 3 is too old"]),
     "native": (None, ours, []),
 }  # fmt: skip

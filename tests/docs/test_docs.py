@@ -114,7 +114,7 @@ def test_python_blocks_run_in_order_and_every_cell_spikes(
     for needed in NEEDED.get(page.name, ()):
         pytest.importorskip(needed, reason=f"pip install {needed}")
     if page.parent.name == "emulator" and not (
-        snnlstm.dispatch.path.kernels and shutil.which("g++")
+        snnlstm.dispatch.reasons.backends and shutil.which("g++")
     ):
         pytest.skip("no compiler, or no core")
     monkeypatch.chdir(ROOT)

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from snnlstm.native import backends as native
 from snnlstm.native import cuda
-from snnlstm.native import function as native
 from tests.emulator.builder import build
 from tests.emulator.library import EmulationError, Emulator, symbolise
 
@@ -66,12 +66,12 @@ class Emulated(cuda.Backend):
     def may_measure(self) -> bool:
         return True
 
-    def core_plan(
-        self, sizes: Any, tf32: bool, algorithm: str, backward: bool, **blocks: Any
+    def core_pass(
+        self, s: Any, tf32: bool, algorithm: str, backward: bool, other: Any = None, **blocks: Any
     ) -> Any:
         if self.algorithm != "auto" and algorithm in ("auto", "direct", "winograd", "measure"):
             algorithm = self.algorithm
-        return super().core_plan(sizes, tf32, algorithm, backward, tile=self.tile, **blocks)
+        return super().core_pass(s, tf32, algorithm, backward, other, tile=self.tile, **blocks)
 
 
 class Core(Emulator):

@@ -13,9 +13,9 @@ from tests.emulator.library import Launch
 from tests.shared.cases import FACTS
 
 LAYERS: dict[str, Layer] = {**CPU_CASES, **GPU_CASES}
-# dtype and matrix, by the numbers of csrc/args.h and csrc/cuda/plan.h.
+# dtype and matrix, by the numbers of csrc/args.h and csrc/cuda/pass.h.
 MODES = {"float32": (0, 0), "fp16": (2, 0), "tf32": (0, 1), "bf16": (3, 0)}
-FUSED = 1  # of csrc/cuda/plan.h
+FUSED = 1  # of csrc/cuda/pass.h
 ADDRESS = 1 << 20  # of memory that nobody touches
 
 
@@ -24,7 +24,7 @@ def plan(
 ) -> Any:
     """The core's plan of a launch for every step."""
     cell, device = core.module.Cell(**FACTS | facts), core.kernels.device(torch.device("cpu"))
-    return core.module.CudaPlan(cell, device, matrix, FUSED, backward, lengths=lengths)
+    return core.module.CudaPass(cell, device, matrix, FUSED, backward, lengths=lengths)
 
 
 def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:

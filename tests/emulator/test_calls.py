@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
 from snnlstm.calls.keys import BoundedDict
+from snnlstm.native import backends as native
 from snnlstm.native import cuda, operators
-from snnlstm.native import function as native
 from snnlstm.quant import state_quant
 from tests.emulator.backend import float32_precision
 from tests.emulator.modes import MODES, PLAIN
@@ -80,15 +80,15 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         return core.module.CudaDevice(80, 108, 163 * 1024)
 
     def note(name, place):
-        method = getattr(core.module.CudaPlan, name)
+        method = getattr(core.module.CudaPass, name)
 
         def noted(*args, **kwargs):
             calls.append((name, list(guarded), args[place]))
             return method(*args, **kwargs)
 
-        monkeypatch.setattr(core.module.CudaPlan, name, noted)
+        monkeypatch.setattr(core.module.CudaPass, name, noted)
 
-    for name, place in {"pack": 3, "store_levels": -1, "forward": 1, "backward": 1}.items():
+    for name, place in {"pack": 3, "store_levels": -1, "run": 1}.items():
         note(name, place)
     monkeypatch.setattr(torch.cuda, "device", guard)
     monkeypatch.setattr(cuda, "current_stream", lambda _: 77)
@@ -290,16 +290,15 @@ def test_fields_are_given_in_the_order_of_the_cores(core, monkeypatch, algorithm
     given, weights, levels = [], [], []
 
     def note(name, place, noting):
-        of = getattr(core.module.CudaPlan, name)
+        of = getattr(core.module.CudaPass, name)
 
         def noted(*args):
             noting(args[place])
             return of(*args)
 
-        monkeypatch.setattr(core.module.CudaPlan, name, noted)
+        monkeypatch.setattr(core.module.CudaPass, name, noted)
 
-    note("forward", 2, given.append)
-    note("backward", 2, given.append)
+    note("run", 2, given.append)
     note("pack", 2, weights.append)
     note("store_levels", 2, levels.append)
     monkeypatch.setattr(native, "_plans", BoundedDict())

@@ -180,7 +180,7 @@ def test_a_plan_is_named_while_another_thread_measures():
                 self[True, len(self)] = core  # as the other thread does
                 yield key, core
 
-    plan = cuda.Plan.__new__(cuda.Plan)
-    plan.backend, plan._name = SimpleNamespace(name=lambda: "cuda"), None
-    plan._measured = Growing({(False,): SimpleNamespace(name="fused")})
-    assert plan.name == "cuda-measured-fused"
+    passes = cuda.Passes.__new__(cuda.Passes)
+    passes.backend, passes._name = SimpleNamespace(name=lambda: "cuda"), None
+    passes._measured = Growing({(False,): SimpleNamespace(name="fused")})
+    assert passes.name == "cuda-measured-fused"

@@ -11,7 +11,7 @@ from tests.emulator.backend import float32_precision
 from tests.shared.cases import FACTS
 
 NAMES = ("auto", "fused", "cudnn")
-# dtype, by csrc/args.h, and matrix, by csrc/cuda/plan.h; None: full precision.
+# dtype, by csrc/args.h, and matrix, by csrc/cuda/pass.h; None: full precision.
 TYPES = {"tf32": (0, 1), "float32": (0, None), "fp16": (0, 3), "bf16": (3, 0), "float64": (1, 0)}
 
 # us of a forward step on paper, by a model without the host's part: cuDNN with our neurons, and our
@@ -68,7 +68,7 @@ def facts_of(core, layer, card: str, dtype: str, **more):
 
 def chosen(core, layer, card: str, dtype: str, backward: bool, **more) -> str:
     facts = facts_of(core, layer, card, dtype, **more)
-    return NAMES[core.module.CudaPlan(*facts, 0, backward).algorithm]
+    return NAMES[core.module.CudaPass(*facts, 0, backward).algorithm]
 
 
 @pytest.mark.parametrize(("layer", "card", "dtype", "cudnn", "ours"), PAPER)
@@ -105,7 +105,7 @@ def test_full_precision_is_three_products_on_large_chips(core, card):
     ],
 )
 def test_blocks_follow_the_rounds(core, card, layer, shape):
-    found = core.module.CudaPlan.candidates(*facts_of(core, layer, card, "tf32"), False)
+    found = core.module.CudaPass.candidates(*facts_of(core, layer, card, "tf32"), False)
     assert next(p.name for p in found if p.name.startswith("mma")) == f"mma-tf32-{shape}"
 
 
@@ -115,7 +115,7 @@ def test_blocks_follow_the_rounds(core, card, layer, shape):
 )
 def test_what_the_rules_choose_is_timed_first(core, layer, name, backward):
     facts = facts_of(core, layer, "a100", "tf32")
-    found = [plan.name for plan in core.module.CudaPlan.candidates(*facts, backward)]
+    found = [plan.name for plan in core.module.CudaPass.candidates(*facts, backward)]
     assert found[0].startswith(name)
     assert len(set(found)) == len(found)
 
@@ -123,13 +123,13 @@ def test_what_the_rules_choose_is_timed_first(core, layer, name, backward):
 @pytest.mark.parametrize("backward", ["cudnn", "direct"])
 def test_a_path_names_the_backward_pass_if_torch_convolves_there(core, monkeypatch, backward):
     core.device(algorithm="auto")
-    plan_of = type(core.kernels).core_plan
+    core_pass = type(core.kernels).core_pass
 
-    def planned(kernels, sizes, tf32, algorithm, is_backward, **blocks):
+    def planned(kernels, sizes, tf32, algorithm, is_backward, *others, **blocks):
         wanted = backward if is_backward else "fused"
-        return plan_of(kernels, sizes, tf32, wanted, is_backward, **blocks)
+        return core_pass(kernels, sizes, tf32, wanted, is_backward, *others, **blocks)
 
-    monkeypatch.setattr(type(core.kernels), "core_plan", planned)
+    monkeypatch.setattr(type(core.kernels), "core_pass", planned)
     cell, x = snnlstm.SConv2dLSTM(1, 8, 3, threshold=0.1), torch.rand(3, 1, 1, 10, 9)
     with core.installed(), float32_precision("tf32"):
         for _ in range(2):

@@ -38,13 +38,13 @@ CASES = {
 def test_tiles_of_many_shapes(core, monkeypatch, name, mode, size):
     case, tiles = CASES[name]
     case = case.but(height=size[0], width=size[1])
-    planned = watched(monkeypatch, type(core.kernels), "core_plan")
+    planned = watched(monkeypatch, type(core.kernels), "core_pass")
     for number, tile in enumerate(tiles):
         core.schedule("ahead", number)
         forced = replace(MODES[mode], tile=tile)
         test_cell.check(core, case, forced)
         assert test_cell_gradients.check(core, case, forced), "choose another seed"
-    seen = {(backward, plan.tile) for (*_, backward), plan in planned}
+    seen = {(arguments[4], made.tile) for arguments, made in planned}
     assert seen == {(backward, tile) for backward in (False, True) for tile in tiles}
 
 

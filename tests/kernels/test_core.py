@@ -54,14 +54,14 @@ def test_a_cell_of_any_size_is_refused_or_its_memory_counted(core):
                 cell = module.Cell(**facts)
                 if core == "cpu":
                     threads = 2 ** random.randrange(15)
-                    plan = _C.CpuPlan(cell, random.randrange(3), random.random(), 8, threads)
-                    found = [plan.forward_workspace, plan.backward_workspace(backward)]
-                    found += [count for _, _, count in plan.forms(backward, True)]
+                    numbers = random.randrange(3), random.random(), 8, threads
+                    a_pass = _C.CpuPass(cell, *numbers, backward, True, random.random() < 0.5)
+                    found = [a_pass.workspace, *(count for _, _, count in a_pass.layouts)]
                 else:
                     device = module.CudaDevice(80, 108, 163 * 1024)
                     numbers = random.randrange(5), random.randrange(4)
-                    plan = module.CudaPlan(cell, device, *numbers, backward)
-                    found = [plan.packed_bytes, plan.workspace]
+                    a_pass = module.CudaPass(cell, device, *numbers, backward)
+                    found = [a_pass.packed_bytes, a_pass.workspace]
             except (ValueError, TypeError, RuntimeError):
                 continue
             assert all(0 <= count < 2**62 for count in found), (facts, found)
@@ -88,12 +88,12 @@ def test_messages_name_what_is_wrong(changed, says):
 
 def test_the_cpu_kernels_take_no_half_type():
     with pytest.raises(ValueError, match="float32 and float64"):
-        _C.CpuPlan(_C.Cell(**FACTS | {"dtype": 2}), 0, 1.0, 8, 1)
+        _C.CpuPass(_C.Cell(**FACTS | {"dtype": 2}), 0, 1.0, 8, 1)
 
 
 ADDRESS = 1 << 20  # of memory that nobody touches
 VIEW = ADDRESS, (512, 512, 64, 8, 1)
-# The fields of a call of CpuPlan, in the order of csrc/args.h.
+# The fields of a call of CpuPass, in the order of csrc/args.h.
 COMMON = (
     ADDRESS, ADDRESS, 0, 0, 0, 0, VIEW, VIEW, VIEW, ADDRESS, 0, ADDRESS, 0, True, ADDRESS, ADDRESS,
     0, 0,
@@ -112,7 +112,8 @@ NEEDED = {
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields_that_are_missing_or_of_another_kind_are_refused(name):
     """No kernel runs: each call is refused before any address is read."""
-    call, fields = getattr(_C.CpuPlan(_C.Cell(**FACTS), 0, 1.0, 8, 1), name), FIELDS[name]
+    call = _C.CpuPass(_C.Cell(**FACTS), 0, 1.0, 8, 1, name == "backward").run
+    fields = FIELDS[name]
     wrong: list[Any] = [fields[:-1], (*fields, 0), list(fields)]
     for place, field in enumerate(fields):
         spoiled: list[Any] = ["x", 1.5, (1,), (ADDRESS, (-1, 0, 0, 0, 0)), (ADDRESS, (0,) * 4)]
@@ -129,7 +130,7 @@ def test_an_image_too_large_for_lists_of_nonzeros_has_none():
 
     def algorithm(width):
         facts = {"Cin": 512, "C": 16, "H": 1, "W": width, "kernel": (1, 3)}
-        return _C.CpuPlan(_C.Cell(**FACTS | facts), 0, 0.01, 8, 1).name
+        return _C.CpuPass(_C.Cell(**FACTS | facts), 0, 0.01, 8, 1).name
 
     assert algorithm(2**10).endswith("-sparse")
     assert not algorithm(2**20).endswith("-sparse")

@@ -43,10 +43,10 @@ def test_the_bindings_read_the_fields_in_their_order(function):
 def test_the_cpu_gives_the_fields_in_their_order(monkeypatch):
     """Few fields are absent in these calls, and all addresses differ."""
     given, orders = [], []
-    for name in ("forward", "backward"):
-        kernels = getattr(_C.CpuPlan, name)
-        noting = lambda plan, fields, run=kernels: given.append(fields) or run(plan, fields)  # noqa: E731
-        monkeypatch.setattr(_C.CpuPlan, name, noting)
+    run = _C.CpuPass.run
+    monkeypatch.setattr(
+        _C.CpuPass, "run", lambda of, fields: given.append(fields) or run(of, fields)
+    )
     longest_first = cpu.longest_first
     monkeypatch.setattr(
         cpu, "longest_first", lambda of: orders.append(longest_first(of)) or orders[-1]
@@ -66,7 +66,7 @@ def test_the_cpu_gives_the_fields_in_their_order(monkeypatch):
     packed = cpu.packed_weight(cell.conv.weight)
     for pass_number, struct in enumerate(("ForwardArgs", "BackwardArgs")):
         fields = by_name(struct, given[pass_number])
-        of_device = {"levels": address(plan.levels), "order": address(orders[pass_number])}
+        of_device = {"levels": address(plan.passes.levels), "order": address(orders[pass_number])}
         of_device["workspace"] = address(pool.small[-1])
         for (number, _), (at, _) in packed.layouts.items():
             if number // 3 == pass_number:
@@ -90,7 +90,7 @@ def test_leaky_gives_the_fields_in_their_order(monkeypatch):
     graded, mem = torch.tensor(0.5), torch.rand(2, 3, 4, requires_grad=True)
     neurons = leaky.Neurons("zero", surrogate.SSO(1, 0.25), beta, threshold, graded, True)
     x = torch.rand(5, 2, 3, 4, requires_grad=True)
-    spk, after = leaky.run(neurons, x, mem)
+    spk, after = leaky.run_neurons(neurons, x, mem)
     common = {
         "dtype": 0, "reset": 1, "surrogate": neurons.surrogate.kind, "T": 5, "n": 24,
         "surrogate_p0": neurons.surrogate.p0, "surrogate_p1": neurons.surrogate.p1,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import snnlstm
-import snnlstm.dispatch.path
+import snnlstm.dispatch.reasons
 from tests.shared import flat
 
-native = snnlstm.dispatch.path.kernels
+native = snnlstm.dispatch.reasons.backends
 needs_core = pytest.mark.skipif(native is None, reason="the core is not built")
 ISAS: list[str] = snnlstm._C.isa_names() if native else []
 

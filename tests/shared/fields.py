@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from snnlstm.native import plan as plans
-from snnlstm.native.plan import CommonPlan
+from snnlstm.native.plan import Plan
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 OF_THE_CORE = ("cell", "threads")  # Python does not give these in a call
@@ -56,7 +56,7 @@ class Noted:
         self.expected: list[dict[str, Any]] = []
         self.noise: Tensor | None = None
 
-    def common(self, plan: CommonPlan, call: Any, saved: Tensor) -> dict[str, Any]:
+    def common(self, plan: Plan, call: Any, saved: Tensor) -> dict[str, Any]:
         """Returns the fields of both passes, but those that a device's plan adds."""
         names = "saved_gates", "saved_syn", "winner", "places"
         parts = (plan.saved.part(saved, number) for number in range(4))
@@ -74,16 +74,16 @@ class Noted:
 def noted() -> Iterator[Noted]:
     """Within the block plans note what a test compares with the fields of their calls."""
     found = Noted()
-    forward, backward, noise = CommonPlan.forward, CommonPlan.backward, plans.stochastic_noise
+    forward, backward, noise = Plan.forward, Plan.backward, plans.stochastic_noise
 
-    def noting_forward(plan: CommonPlan, call: Any, training: bool) -> Any:
+    def noting_forward(plan: Plan, call: Any, training: bool) -> Any:
         result = forward(plan, call, training)
         outs = {"spk": view(result.spk), "syn": view(result.syn), "mem": view(result.mem)}
         fields = found.common(plan, call, result.saved) | outs
         found.expected.append(fields | {"bias": address(call.bias)})
         return result
 
-    def noting_backward(plan: CommonPlan, call: Any, saved: Any, grads: Any, *others: Any) -> Any:
+    def noting_backward(plan: Plan, call: Any, saved: Any, grads: Any, *others: Any) -> Any:
         out = backward(plan, call, saved, grads, *others)
         fields = found.common(plan, call, saved) | {"noise": view(found.noise)}
         fields |= zip(("grad_spk", "grad_syn", "grad_mem"), map(view, grads), strict=True)
@@ -100,7 +100,7 @@ def noted() -> Iterator[Noted]:
         return found.noise
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CommonPlan, "forward", noting_forward)
-        patch.setattr(CommonPlan, "backward", noting_backward)
+        patch.setattr(Plan, "forward", noting_forward)
+        patch.setattr(Plan, "backward", noting_backward)
         patch.setattr(plans, "stochastic_noise", noting_noise)
         yield found

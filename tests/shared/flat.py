@@ -8,10 +8,10 @@ from torch import Tensor
 
 import snnlstm
 import snnlstm.dispatch.entry
-import snnlstm.dispatch.path
+import snnlstm.dispatch.reasons
 from snnlstm.calls.call import Call, autocast_dtype
 
-_native = snnlstm.dispatch.path.kernels
+_native = snnlstm.dispatch.reasons.backends
 _last = ""
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -29,8 +29,8 @@ def plan_of(arguments: Sequence, algorithm: str) -> Any:
     """Returns the plan of a call of seven tensors and the options."""
     call, spec = call_of(arguments), arguments[-1].spec
     operands = _native.operands_of(call, autocast_dtype(call.x.device.type))
-    settings = _native.BACKENDS[call.x.device.type].settings(algorithm)
-    return _native.plan_of(call, spec, operands, settings)
+    backend = _native.BACKENDS[call.x.device.type]
+    return _native.plan_of(call, spec, operands, backend, backend.settings(algorithm))
 
 
 def reference(*arguments) -> Three:
@@ -47,7 +47,7 @@ def run(*arguments) -> Three:
         if torch.compiler.is_compiling():
             *out, path = snnlstm.dispatch.entry.run_traced(call, spec, None)
         else:
-            *out, path = snnlstm.dispatch.entry.run({}, call, spec, None)
+            *out, path = snnlstm.dispatch.entry.run_call({}, call, spec, None)
             assert path.native, path
             _last = path.name
     return tuple(out)

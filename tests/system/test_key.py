@@ -13,7 +13,7 @@ import snnlstm
 import snnlstm.dispatch.entry
 from snnlstm.calls.keys import BoundedDict
 from snnlstm.compat import torch_private
-from tests.shared.cpu_kernels import needs_core
+from tests.shared.cpu_kernels import native, needs_core
 from tests.shared.helpers import ours, states, steps
 
 pytestmark = needs_core
@@ -112,8 +112,9 @@ def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         return tuple(items)
 
     def key_less(*args: Any) -> Any:
-        spec, tensors, settings = key(*args)
-        return None if name == "spec" else spec, tensors, None if name == "algorithm" else settings
+        spec, tensors, backend, settings = key(*args)
+        spec, settings = None if name == "spec" else spec, None if name == "algorithm" else settings
+        return spec, tensors, backend, settings
 
     monkeypatch.setattr(snnlstm.dispatch.entry, "guard_of", lambda _: None)
     monkeypatch.setattr(snnlstm.dispatch.entry, "key_of", less)
@@ -132,7 +133,7 @@ def after(first: dict[str, Any], second: dict[str, Any], monkeypatch: pytest.Mon
 def test_each_item_of_a_key_is_needed(name, monkeypatch):
     # Autocast changes the path on processors that multiply bfloat16.
     monkeypatch.setattr(torch_private, "multiplies_bfloat16", True)
-    monkeypatch.setattr(snnlstm.dispatch.path, "_AMX_CHANNELS", 2)
+    monkeypatch.setattr(snnlstm.dispatch.reasons, "_AMX_CHANNELS", 2)
     first, second = pair(name)
     monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
     expected = outcome(ours(), second)
@@ -141,8 +142,20 @@ def test_each_item_of_a_key_is_needed(name, monkeypatch):
     assert (after(first, second, monkeypatch) == expected) == (name in NEEDLESS)
 
 
+def test_two_backends_of_equal_settings_share_nothing(monkeypatch):
+    """Two emulated GPUs have equal settings."""
+    cell = ours()
+    outcome(cell, GIVEN)
+    entry, other = cell._entry, type(native.BACKENDS["cpu"])()
+    monkeypatch.setitem(native.BACKENDS, "cpu", other)
+    outcome(cell, GIVEN)
+    assert cell._entry is not entry
+    assert cell._entry.plan.backend is other
+
+
 # The items of what a guard knows beside the tensors, and what differs in them.
 GUARDED = {"record": "record", "grad mode": "grad mode", "settings": "algorithm", "tensors": ""}
+ITEMS = "record", "grad mode", "backend", "settings", "tensors"
 
 
 @pytest.mark.parametrize("name", GUARDED)
@@ -150,7 +163,7 @@ def test_each_item_of_a_guard_is_needed(name, monkeypatch):
     first, second = pair(GUARDED[name]) if name != "tensors" else (GIVEN, GIVEN | {"bias": None})
     expected = outcome(ours(), second)
     assert after(first, second, monkeypatch) == expected
-    guarded, place = snnlstm.dispatch.entry._guarded, [*GUARDED].index(name)
+    guarded, place = snnlstm.dispatch.entry._guarded, ITEMS.index(name)
 
     def less(*args: Any) -> tuple[Any, ...]:
         items = guarded(*args)

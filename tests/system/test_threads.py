@@ -134,13 +134,14 @@ def test_the_gil_is_released(direction, monkeypatch):
     """Python goes on in another thread while the core works."""
     torch.set_num_threads(1)
     case = LARGE.but(time=200, channels=32, record=False)
-    leaves, function = wanting_gradients(case.inputs()), getattr(snnlstm._C.CpuPlan, direction)
+    leaves, function = wanting_gradients(case.inputs()), snnlstm._C.CpuPass.run
     working, seen = threading.Event(), []
 
-    def watched(*args, **kwargs):
-        working.set()
+    def watched(a_pass, fields):
+        if a_pass.backward == (direction == "backward"):
+            working.set()
         try:
-            return function(*args, **kwargs)
+            return function(a_pass, fields)
         finally:
             working.clear()
 
@@ -148,7 +149,7 @@ def test_the_gil_is_released(direction, monkeypatch):
         seen.append(working.is_set())
         time.sleep(0.0005)
 
-    monkeypatch.setattr(snnlstm._C.CpuPlan, direction, watched)
+    monkeypatch.setattr(snnlstm._C.CpuPass, "run", watched)
     for module, table in ((native, "_plans"), (snnlstm.dispatch.entry, "_entries")):
         monkeypatch.setattr(module, table, BoundedDict())  # plans keep the core's functions
     with beside(look):

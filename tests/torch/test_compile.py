@@ -14,7 +14,7 @@ from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 from torch.utils._pytree import tree_leaves
 
 import snnlstm
-from snnlstm.native import function as native
+from snnlstm.native import backends as native
 from snnlstm.native import operators
 from tests.shared.helpers import close, described, flat, ours, same_gradients, states, steps
 
@@ -289,9 +289,9 @@ def test_a_cuda_graph_holds_the_whole_loop(monkeypatch):
     core = SimpleNamespace(cuda_padded_channels=lambda channels: channels + 1)
     monkeypatch.setitem(native.BACKENDS, "meta", native.cuda.Backend(core))
     monkeypatch.setitem(
-        snnlstm.dispatch.path.NATIVE_PATHS, "meta", snnlstm.dispatch.path.native_path("cuda")
+        snnlstm.dispatch.reasons.NATIVE_PATHS, "meta", snnlstm.dispatch.path.native_path("cuda")
     )
-    monkeypatch.setattr(snnlstm.dispatch.path, "against_device", lambda *_: None)
+    monkeypatch.setattr(snnlstm.dispatch.reasons, "against_device", lambda *_: None)
     nodes = []
 
     def note(graph, _):

@@ -4,7 +4,7 @@
 //
 // mem before the first step lies apart from mem before the others, as in forward.cu.
 #include "../launchers.h"
-#include "../passes.h"
+#include "../steps.h"
 #include "backward.cuh"
 
 namespace snnlstm::cuda {
@@ -13,21 +13,21 @@ namespace {
 
 class Backward {
  public:
-  Backward(const BackwardPass& plan, const BackwardArgs& args, void* stream)
-      : plan_(plan), a_(args), s_(plan.s), stream_(stream), arena_(args.workspace) {
+  Backward(const BackwardSteps& steps, const BackwardArgs& args, void* stream)
+      : steps_(steps), a_(args), s_(steps.s), stream_(stream), arena_(args.workspace) {
     const auto state = [&](DType type, int64_t count) {
       return arena_.take(count * s_.state() * bytes_of(type));
     };
-    d_syn_ = state(plan.real, 1);
-    sums_ = arena_.take(threshold_blocks() * threshold_pitch() * bytes_of(plan.real));
-    if (!plan.spreads) spikes_ = state(plan.real, 1);
+    d_syn_ = state(steps.real, 1);
+    sums_ = arena_.take(threshold_blocks() * threshold_pitch() * bytes_of(steps.real));
+    if (!steps.spreads) spikes_ = state(steps.real, 1);
     from_.lengths = args.lengths;
-    from_.d_gates = state(plan.gates, 4 * s_.c.T);
-    mem_ = state(plan.gates, std::max<int64_t>(s_.c.T - 1, 0));
-    from_.parts[0] = arena_.take(plan.weights.x.part_bytes(plan.real));
-    if (!plan.weights.side_by_side())
-      from_.parts[1] = arena_.take(plan.weights.mem.part_bytes(plan.real));
-    from_.bias_parts = arena_.take(plan.bias_splits * 4 * s_.Cp * bytes_of(plan.real));
+    from_.d_gates = state(steps.gates, 4 * s_.c.T);
+    mem_ = state(steps.gates, std::max<int64_t>(s_.c.T - 1, 0));
+    from_.parts[0] = arena_.take(steps.weights.x.part_bytes(steps.real));
+    if (!steps.weights.side_by_side())
+      from_.parts[1] = arena_.take(steps.weights.mem.part_bytes(steps.real));
+    from_.bias_parts = arena_.take(steps.bias_splits * 4 * s_.Cp * bytes_of(steps.real));
   }
 
   int64_t workspace() const { return arena_.bytes(); }
@@ -36,40 +36,40 @@ class Backward {
     const Cell& c = s_.c;
     for (int64_t t = c.T - 1; t >= 0; --t) step(t);
     data_gradients();
-    from_.x = tensor(a_.x, plan_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
+    from_.x = tensor(a_.x, steps_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
     from_.mem = state_tensor(c, a_.mem0, 0, 4);
-    if (c.T > 1) from_.mem_later = image(mem_, s_, plan_.gates);
+    if (c.T > 1) from_.mem_later = image(mem_, s_, steps_.gates);
     AddGradients add;
-    weight_gradient(plan_, from_, a_.grad_weight, a_.grad_bias, add, stream_);
-    add.sums[1] = {sums_,    threshold_blocks(), 1,         int(threshold_pitch()),
-                   int(c.C), a_.grad_threshold,  plan_.type};
-    launch_add_gradients(add, plan_.real, stream_);
+    weight_gradient(steps_, from_, a_.grad_weight, a_.grad_bias, add, stream_);
+    add.sums[1] = {sums_,    threshold_blocks(), 1,          int(threshold_pitch()),
+                   int(c.C), a_.grad_threshold,  steps_.type};
+    launch_add_gradients(add, steps_.real, stream_);
   }
 
  private:
-  int64_t threshold_blocks() const { return plan_.to_mem.tiling.tiles(); }
+  int64_t threshold_blocks() const { return steps_.to_mem.tiling.tiles(); }
   int64_t threshold_pitch() const {
-    return plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels();
+    return steps_.to_mem.tiling.by_columns.value * steps_.to_mem.channels();
   }
 
   // Returns the memory for mem after each step, or null if it is not needed.
   void* own_mem() const { return a_.grad_weight ? mem_ : nullptr; }
 
-  Tensor d_gates(int64_t t) const { return image(from_.d_gates, s_, plan_.gates, 4, t); }
+  Tensor d_gates(int64_t t) const { return image(from_.d_gates, s_, steps_.gates, 4, t); }
   NeuronBackward neuron(int64_t t) const {
     const Cell& c = s_.c;
     NeuronBackward n = neuron_backward(a_, t);
-    n.spreads = plan_.spreads;
-    n.gates = image(a_.saved_gates, s_, plan_.gates, 4, t);
+    n.spreads = steps_.spreads;
+    n.gates = image(a_.saved_gates, s_, steps_.gates, 4, t);
     const int64_t before = t >= 3 && fault(Fault::early_syn_backward) ? 0 : t - 1;
-    if (t > 0) n.syn_prev = image(a_.saved_syn, s_, plan_.type, 1, before);
-    if (t < c.T - 1) n.d_syn_in = image(d_syn_, s_, plan_.real);
+    if (t > 0) n.syn_prev = image(a_.saved_syn, s_, steps_.type, 1, before);
+    if (t < c.T - 1) n.d_syn_in = image(d_syn_, s_, steps_.real);
     if (t > 0)
-      n.d_syn_out = image(d_syn_, s_, plan_.real);
+      n.d_syn_out = image(d_syn_, s_, steps_.real);
     else
       n.grad_syn0 = state_tensor(c, a_.grad_syn0, 0, 4);
     n.d_gates = d_gates(t);
-    if (own_mem() && t < c.T - 1) n.own_mem = image(mem_, s_, plan_.gates, 1, t);
+    if (own_mem() && t < c.T - 1) n.own_mem = image(mem_, s_, steps_.gates, 1, t);
     if (a_.grad_threshold) n.sums = sums_;
     n.first_sums = t == c.T - 1;
     return n;
@@ -84,49 +84,49 @@ class Backward {
   void step(int64_t t) const {
     const Cell& c = s_.c;
     NeuronBackward n = neuron(t);
-    if (!plan_.spreads) launch_spread(n, image(spikes_, s_, plan_.real), c.N, stream_);
+    if (!steps_.spreads) launch_spread(n, image(spikes_, s_, steps_.real), c.N, stream_);
     Segment s;
     if (t < c.T - 1) s = transposed(d_gates(t + 1), false);
     run_step(s, n);
   }
 
-  MmaConv conv(const DataPlan& plan, const PackedPart& part, const Segment& s) const {
-    MmaBuilder builder = plan.builder();
-    if (s.channels > 0) builder.add(s, part.depth, plan.tiling);
-    builder.finish(part.in(a_.weight), part.pitch, plan.threads());
-    builder.conv.k_groups = plan.k_groups;
+  MmaConv conv(const DataBlocks& step, const PackedPart& part, const Segment& s) const {
+    MmaBuilder builder = step.builder();
+    if (s.channels > 0) builder.add(s, part.depth, step.tiling);
+    builder.finish(part.in(a_.weight), part.pitch, step.threads());
+    builder.conv.k_groups = step.k_groups;
     return builder.conv;
   }
 
   // If s has no channels, this is the last step, which has nothing to convolve or to overlap.
   void run_step(const Segment& s, const NeuronBackward& n) const {
-    const DataPlan& plan = plan_.to_mem;
+    const DataBlocks& step = steps_.to_mem;
     const bool overlaps = s.channels > 0;
-    if (!plan.mma()) {
+    if (!step.mma()) {
       BackwardFma p;
-      p.tiling = plan.tiling;
-      p.d_gates = plan_.packed.mem.with_weight(s, a_.weight);
+      p.tiling = step.tiling;
+      p.d_gates = steps_.packed.mem.with_weight(s, a_.weight);
       p.neuron = n;
-      return with_tile<16>(plan_.type, plan.columns, [&](auto real, auto tile) {
+      return with_tile<16>(steps_.type, step.columns, [&](auto real, auto tile) {
         using R = decltype(real);
         using T = decltype(tile);
         const bool gathers = n.fire.pool != Pool::none && n.spreads;
         const size_t bytes = fma::StepShared<R, T>::bytes(gathers);
-        const Launch how = step_launch("backward step (fma)", plan, bytes, stream_, overlaps);
+        const Launch how = step_launch("backward step (fma)", step, bytes, stream_, overlaps);
         launch(how, &backward_fma<R, T>, p);
       });
     }
     BackwardMma p;
-    p.tiling = plan.tiling;
-    p.conv = conv(plan, plan_.packed.mem, s), p.tiles = plan.tiles;
+    p.tiling = step.tiling;
+    p.conv = conv(step, steps_.packed.mem, s), p.tiles = step.tiles;
     p.neuron = n;
-    const BackwardLayout layout(plan, p.conv, s_.c.pool != Pool::none && plan_.spreads);
+    const BackwardLayout layout(step, p.conv, s_.c.pool != Pool::none && steps_.spreads);
     p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
     p.vectors = layout.vectors, p.row_sums = layout.row_sums;
     const bool plain = is_plain(n);
     const char* const name = plain ? "backward step (mma, plain)" : "backward step (mma)";
-    const Launch how = step_launch(name, plan, size_t(layout.bytes), stream_, overlaps);
-    with_element(plan.multiply, [&](auto element) {
+    const Launch how = step_launch(name, step, size_t(layout.bytes), stream_, overlaps);
+    with_element(step.multiply, [&](auto element) {
       using E = decltype(element);
       launch(how, plain ? &backward_mma<E, true> : &backward_mma<E, false>, p);
     });
@@ -141,36 +141,36 @@ class Backward {
     Multiply multiply = Multiply::fma;
     int bytes = 0;
     size_t fma_bytes = 0;
-    const auto add = [&](int k, const DataPlan& plan, const PackedPart& part, const Tensor& out,
+    const auto add = [&](int k, const DataBlocks& step, const PackedPart& part, const Tensor& out,
                          int64_t height, int64_t width) {
       if (!out.present()) return;
       const Segment s = transposed(d_gates(0), part.use == Use::gates_to_x);
       const auto fill = [&](auto& job) {
-        job.tiling = plan.tiling, job.blocks = int(plan.tiling.blocks());
+        job.tiling = step.tiling, job.blocks = int(step.tiling.blocks());
         job.out = out, job.height = int(height), job.width = int(width);
         job.lengths = a_.lengths;
       };
-      if (plan.mma()) {
+      if (step.mma()) {
         DataGradientMma& job = mma.job[k];
         fill(job);
-        job.conv = conv(plan, part, s), job.tiles = plan.tiles;
-        multiply = plan.multiply;
-        bytes = std::max(bytes, BackwardLayout(plan, job.conv, false).bytes);
+        job.conv = conv(step, part, s), job.tiles = step.tiles;
+        multiply = step.multiply;
+        bytes = std::max(bytes, BackwardLayout(step, job.conv, false).bytes);
       } else {
         fill(fma.job[k]);
         fma.job[k].d_gates = part.with_weight(s, a_.weight);
-        fma.job[k].columns = plan.columns;
-        with_tile<16>(plan_.type, plan.columns, [&](auto real, auto tile) {
+        fma.job[k].columns = step.columns;
+        with_tile<16>(steps_.type, step.columns, [&](auto real, auto tile) {
           const size_t of_tile = sizeof(fma::GemmShared<decltype(real), decltype(tile)>);
           fma_bytes = std::max(fma_bytes, of_tile);
         });
       }
     };
-    const Tensor x = tensor(a_.grad_x, plan_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
-    add(0, plan_.to_x, plan_.packed.x, x, c.H, c.W);
-    add(1, plan_.to_mem, plan_.packed.mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
+    const Tensor x = tensor(a_.grad_x, steps_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
+    add(0, steps_.to_x, steps_.packed.x, x, c.H, c.W);
+    add(1, steps_.to_mem, steps_.packed.mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
     const auto blocks = [](const auto& jobs) { return jobs.job[0].blocks + jobs.job[1].blocks; };
-    with_real(plan_.type, [&](auto real) {
+    with_real(steps_.type, [&](auto real) {
       using R = decltype(real);
       const Launch how{"data gradient (fma)", blocks(fma), fma::kThreads, fma_bytes, stream_};
       launch(how, &data_gradient_fma<R>, fma);
@@ -181,7 +181,7 @@ class Backward {
                  [&](auto element) { launch(how, &data_gradient_mma<decltype(element)>, mma); });
   }
 
-  const BackwardPass& plan_;
+  const BackwardSteps& steps_;
   const BackwardArgs& a_;
   const Shape& s_;
   void* stream_;
@@ -191,27 +191,27 @@ class Backward {
 };
 
 // Plans tiles of whole pooling windows, if possible.
-DataPlan plan_to_mem(const Cell& c, const Device& device, Multiply multiply,
-                     const BlockChoice& only, bool& spreads) {
-  const auto whole = plan_data(c, device, multiply, false, c.pool != Pool::none, only);
+DataBlocks blocks_to_mem(const Cell& c, const Device& device, Multiply multiply,
+                         const BlockChoice& only, bool& spreads) {
+  const auto whole = data_blocks(c, device, multiply, false, c.pool != Pool::none, only);
   spreads = whole.has_value();
-  return spreads ? *whole : planned(plan_data(c, device, multiply, false, false, only), only);
+  return spreads ? *whole : planned(data_blocks(c, device, multiply, false, false, only), only);
 }
 
 }  // namespace
 
-BackwardPass::BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
-                           const BlockChoice& only)
+BackwardSteps::BackwardSteps(const Cell& cell, const Device& device, Matrix matrix,
+                             Multiply multiply, const BlockChoice& only)
     : Pass(cell, matrix),
-      to_mem(plan_to_mem(s.c, device, multiply, only, spreads)),
-      to_x(plan_data(s.c, device, multiply, true, false).value()),
-      weights(plan_weights(s.c, device, multiply)),
+      to_mem(blocks_to_mem(s.c, device, multiply, only, spreads)),
+      to_x(data_blocks(s.c, device, multiply, true, false).value()),
+      weights(both_weight_blocks(s.c, device, multiply)),
       bias_splits(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * device.multiprocessors))) {
   packed = packed_backward(s.c, to_x, to_mem);
   workspace = Backward(*this, BackwardArgs(), nullptr).workspace();
 }
 
-void BackwardPass::backward(const BackwardArgs& args, void* stream) const {
+void BackwardSteps::backward(const BackwardArgs& args, void* stream) const {
   Backward(*this, args, stream).run();
 }
 

@@ -4,7 +4,7 @@
 // The states before the first step stay in the caller's layout, apart from the others. In front of
 // our own images they would make all steps alike, but would need a copy in each call.
 #include "../launchers.h"
-#include "../passes.h"
+#include "../steps.h"
 #include "forward.cuh"
 
 namespace snnlstm::cuda {
@@ -13,8 +13,8 @@ namespace {
 
 class Forward {
  public:
-  Forward(const ForwardPass& plan, const ForwardArgs& args, void* stream)
-      : plan_(plan), a_(args), s_(plan.s), stream_(stream), arena_(args.workspace) {
+  Forward(const ForwardSteps& steps, const ForwardArgs& args, void* stream)
+      : steps_(steps), a_(args), s_(steps.s), stream_(stream), arena_(args.workspace) {
     if (s_.c.T < 2) return;
     // States between two steps, which the caller may not ask for.
     for (void*& mem : mem_) mem = s_.c.spiking ? take_state() : nullptr;
@@ -26,12 +26,12 @@ class Forward {
   void run() const {
     for (int64_t t = 0; t < s_.c.T; ++t) {
       step(t);
-      if (!plan_.step.fires) fire(t);
+      if (!steps_.step.fires) fire(t);
     }
   }
 
  private:
-  void* take_state() { return arena_.take(s_.state() * bytes_of(plan_.type)); }
+  void* take_state() { return arena_.take(s_.state() * bytes_of(steps_.type)); }
 
   bool training() const { return a_.saved_gates != nullptr; }
   // Says whether the caller's states are those of all samples after step t.
@@ -40,51 +40,51 @@ class Forward {
   }
 
   Tensor state(const View& v, int64_t t) const {
-    return state_tensor(s_.c, v, t, plan_.step.channels_per_thread());
+    return state_tensor(s_.c, v, t, steps_.step.channels_per_thread());
   }
   bool keeps_mem() const { return a_.record || a_.spk_is_mem(); }
   Tensor mem_before(int64_t t) const {
     if (t == 0) return state(a_.mem0, 0);
     if (!keeps_mem())
-      return image(mem_[fault(Fault::wrong_mem_buffer) ? 1 : t & 1], s_, plan_.type);
+      return image(mem_[fault(Fault::wrong_mem_buffer) ? 1 : t & 1], s_, steps_.type);
     return state(a_.spk_is_mem() ? a_.spk : a_.mem, t - 1);
   }
   Tensor syn_before(int64_t t) const {
     if (t == 0) return state(a_.syn0, 0);
     if (training()) return saved_syn(t >= 3 && fault(Fault::early_syn_forward) ? 0 : t - 1);
-    return a_.record ? state(a_.syn, t - 1) : image(syn_, s_, plan_.type);
+    return a_.record ? state(a_.syn, t - 1) : image(syn_, s_, steps_.type);
   }
-  Tensor saved_syn(int64_t t) const { return image(a_.saved_syn, s_, plan_.type, 1, t); }
+  Tensor saved_syn(int64_t t) const { return image(a_.saved_syn, s_, steps_.type, 1, t); }
 
   NeuronForward neuron(int64_t t) const {
-    NeuronForward n = neuron_forward(a_, t, plan_.step.channels_per_thread());
-    n.fires = plan_.step.fires;
+    NeuronForward n = neuron_forward(a_, t, steps_.step.channels_per_thread());
+    n.fires = steps_.step.fires;
     n.syn_in = syn_before(t), n.mem_in = mem_before(t);
-    if (!writes_states(t) && !keeps_mem()) n.own_mem = image(mem_[(t + 1) & 1], s_, plan_.type);
+    if (!writes_states(t) && !keeps_mem()) n.own_mem = image(mem_[(t + 1) & 1], s_, steps_.type);
     if (t + 1 < s_.c.T) {
       if (training())
         n.own_syn = saved_syn(t);
       else if (!a_.record)
-        n.own_syn = image(syn_, s_, plan_.type);
+        n.own_syn = image(syn_, s_, steps_.type);
     }
-    if (training()) n.gates_out = image(a_.saved_gates, s_, plan_.gates, 4, t);
+    if (training()) n.gates_out = image(a_.saved_gates, s_, steps_.gates, 4, t);
     return n;
   }
 
   void step(int64_t t) const {
     const Cell& c = s_.c;
-    const ForwardPlan& step = plan_.step;
+    const ForwardBlocks& step = steps_.step;
     const NeuronForward n = neuron(t);
     Segment x = x_segment(c), mem = mem_segment(c);
-    x.src = tensor(a_.x, plan_.type, t, {1, c.N, c.Cin, c.H, c.W}, 4);
+    x.src = tensor(a_.x, steps_.type, t, {1, c.N, c.Cin, c.H, c.W}, 4);
     mem.src = n.mem_in;
     if (!step.mma()) {
       ForwardFma p;
       p.tiling = step.tiling;
       p.neuron = n;
-      p.x = plan_.packed.x.with_weight(x, a_.weight);
-      p.mem = plan_.packed.mem.with_weight(mem, a_.weight);
-      return with_tile<32>(plan_.type, step.columns, [&](auto real, auto tile) {
+      p.x = steps_.packed.x.with_weight(x, a_.weight);
+      p.mem = steps_.packed.mem.with_weight(mem, a_.weight);
+      return with_tile<32>(steps_.type, step.columns, [&](auto real, auto tile) {
         using R = decltype(real);
         using T = decltype(tile);
         const size_t bytes = sizeof(fma::GemmShared<R, T>);
@@ -93,9 +93,9 @@ class Forward {
       });
     }
     MmaBuilder builder = step.builder();
-    builder.add(x, plan_.packed.x.depth, step.tiling);
-    builder.add(mem, plan_.packed.mem.depth, step.tiling);
-    builder.finish(plan_.packed.x.in(a_.weight), plan_.packed.x.pitch, step.threads());
+    builder.add(x, steps_.packed.x.depth, step.tiling);
+    builder.add(mem, steps_.packed.mem.depth, step.tiling);
+    builder.finish(steps_.packed.x.in(a_.weight), steps_.packed.x.pitch, step.threads());
     ForwardMma p;
     p.tiling = step.tiling;
     p.neuron = n;
@@ -122,7 +122,7 @@ class Forward {
     launch_fire(p, s_.c.inhibition, stream_);
   }
 
-  const ForwardPass& plan_;
+  const ForwardSteps& steps_;
   const ForwardArgs& a_;
   const Shape& s_;
   void* stream_;
@@ -132,14 +132,14 @@ class Forward {
 
 }  // namespace
 
-ForwardPass::ForwardPass(const Cell& cell, const Device& device, Matrix matrix,
-                         const BlockChoice& only)
-    : Pass(cell, matrix), step(plan_forward(s.c, device, matrix, only)) {
+ForwardSteps::ForwardSteps(const Cell& cell, const Device& device, Matrix matrix,
+                           const BlockChoice& only)
+    : Steps(cell, matrix), step(forward_blocks(s.c, device, matrix, only)) {
   packed = packed_forward(s.c, step);
   workspace = Forward(*this, ForwardArgs(), nullptr).workspace();
 }
 
-void ForwardPass::forward(const ForwardArgs& args, void* stream) const {
+void ForwardSteps::forward(const ForwardArgs& args, void* stream) const {
   Forward(*this, args, stream).run();
 }
 

@@ -1,7 +1,7 @@
 #include <initializer_list>
 
 #include "../launch.cuh"
-#include "../plan.h"
+#include "../pass.h"
 #include "leaky.cuh"
 
 namespace snnlstm::cuda {

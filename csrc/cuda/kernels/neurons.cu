@@ -1,6 +1,6 @@
 // Runs the neurons of one step after torch's own convolution.
 #include "../launchers.h"
-#include "../passes.h"
+#include "../steps.h"
 #include "neurons.cuh"
 
 namespace snnlstm::cuda {
@@ -17,7 +17,7 @@ Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
 
 }  // namespace
 
-CudnnPass::CudnnPass(const Cell& of, Matrix matrix, bool backward) : Pass(of, matrix) {
+CudnnSteps::CudnnSteps(const Cell& of, Matrix matrix, bool backward) : Steps(of, matrix) {
   const Cell& c = s.c;
   const auto sizes = [&](bool windows) {
     return tile_sizes(c, c.Ho(), c.Wo(), neurons::kPixels, windows);
@@ -31,9 +31,9 @@ CudnnPass::CudnnPass(const Cell& of, Matrix matrix, bool backward) : Pass(of, ma
   workspace = sums_bytes + (whole_windows ? 0 : s.state() * bytes_of(real));
 }
 
-int CudnnPass::pitch() const { return int(of_step.by_columns.value) * neurons::kChannels; }
+int CudnnSteps::pitch() const { return int(of_step.by_columns.value) * neurons::kChannels; }
 
-void CudnnPass::forward(const ForwardArgs& args, void* stream) const {
+void CudnnSteps::forward(const ForwardArgs& args, void* stream) const {
   const Cell& c = s.c;
   ForwardNeurons p;
   p.tiling = of_step;
@@ -56,7 +56,7 @@ void CudnnPass::forward(const ForwardArgs& args, void* stream) const {
   launch_fire(fire, c.inhibition, stream);
 }
 
-void CudnnPass::backward(const BackwardArgs& args, void* stream) const {
+void CudnnSteps::backward(const BackwardArgs& args, void* stream) const {
   const Cell& c = s.c;
   char* const space = static_cast<char*>(args.workspace);
   BackwardNeurons p;

@@ -1,19 +1,19 @@
 // Launches the kernels that convert the weight and the quantiser's levels to the form that the
 // other kernels read.
 #include "../launchers.h"
-#include "../passes.h"
+#include "../steps.h"
 #include "pack.cuh"
 
 namespace snnlstm::cuda {
 
 namespace {
 
-WeightMap map_of(const Pass& pass, const void* weight, Use use) {
+WeightMap map_of(const Steps& pass, const void* weight, Use use) {
   const Shape& s = pass.s;
   return {weight, s.c.dtype, int(s.c.C), int(s.Cp), int(s.c.Cin), int(s.taps), pass.taps, use};
 }
 
-FmaPacking fma_packing_of(const Pass& pass, const PackedPart& part, const void* weight,
+FmaPacking fma_packing_of(const Steps& pass, const PackedPart& part, const void* weight,
                           void* packed) {
   FmaPacking p;
   p.map = map_of(pass, weight, part.use);
@@ -24,7 +24,7 @@ FmaPacking fma_packing_of(const Pass& pass, const PackedPart& part, const void* 
   return p;
 }
 
-MmaPacking mma_packing_of(const Pass& pass, const PackedPart& part, const void* weight,
+MmaPacking mma_packing_of(const Steps& pass, const PackedPart& part, const void* weight,
                           void* packed) {
   MmaPacking p;
   p.map = map_of(pass, weight, part.use);
@@ -61,7 +61,7 @@ void pack_weight(const void* weight, std::initializer_list<PackedFor> all, void*
   launch(how, &pack_mma<kPackThreads>, on_mma);
 }
 
-void Plan::store_levels(const double* values, void* levels, void* stream) const {
+void Pass::store_levels(const double* values, void* levels, void* stream) const {
   const OnDevice on(device_);
   with_real(cell.dtype, [&](auto real) {
     using R = decltype(real);

@@ -1,6 +1,6 @@
 // Launches the kernels that form the gradients of weight and bias over all steps.
 #include "../launchers.h"
-#include "../passes.h"
+#include "../steps.h"
 #include "weight_gradient_mma.cuh"
 
 namespace snnlstm::cuda {
@@ -8,23 +8,23 @@ namespace snnlstm::cuda {
 namespace {
 
 // threads: of a block of the launch, which may have more warps than the job.
-WeightGradientMma mma_job(const BackwardPass& all, const WeightPlan& plan,
+WeightGradientMma mma_job(const BackwardSteps& all, const WeightBlocks& part,
                           const WeightGradientJob& grad, bool is_x, int threads) {
-  const MmaType type(plan.multiply);
-  const MmaDepth depth = is_x ? x_depth(all.s.c, plan.multiply) : mem_depth(all.s.c, plan.multiply);
+  const MmaType type(part.multiply);
+  const MmaDepth depth = is_x ? x_depth(all.s.c, part.multiply) : mem_depth(all.s.c, part.multiply);
   WeightGradientMma p;
   p.grad = grad;
-  p.column_blocks = plan.column_blocks, p.row_blocks = plan.row_blocks();
-  p.splits = plan.splits;
-  p.warp_rows = plan.warp_rows, p.tap_groups = plan.tap_groups;
-  p.planes = plan.warp_rows * type.element / 2;
+  p.column_blocks = part.column_blocks, p.row_blocks = part.row_blocks();
+  p.splits = part.splits;
+  p.warp_rows = part.warp_rows, p.tap_groups = part.tap_groups;
+  p.planes = part.warp_rows * type.element / 2;
   while (4 * p.planes > 1 << p.unit_bits) ++p.unit_bits;
-  p.column_pitch = plan.column_pitch;
-  p.buffer_bytes = plan.buffer_bytes;
+  p.column_pitch = part.column_pitch;
+  p.buffer_bytes = part.buffer_bytes;
   p.totals = all.weights.totals();
   Segment in = grad.in;
   for (MmaSegment& m : p.source) {
-    m = mma_segment(in, type, depth, plan.tiling);
+    m = mma_segment(in, type, depth, part.tiling);
     m.tail_steps = 2;  // warps read whole chunks: zeros follow the last channel
     // A tile's one or two chunks are loaded during the 4 k-blocks of the previous tile.
     const int64_t k_blocks = 8 / type.element;
@@ -48,29 +48,29 @@ void launch_add_gradients(AddGradients p, DType type, void* stream) {
       p.of_weight = 4 * w.C * (w.chunks(0) + w.chunks(1));
     }
     const int64_t blocks = p.of_weight + p.sums[0].launched() + p.sums[1].launched();
-    const Launch how{"add gradients", blocks, kReduceThreads, bytes, stream};
+    const Launch how{"add gradients", part, kReduceThreads, bytes, stream};
     launch(how, &add_gradients<R>, p);
   });
 }
 
-void weight_gradient(const BackwardPass& plan, const WeightSources& sources, void* weight,
+void weight_gradient(const BackwardSteps& steps, const WeightSources& sources, void* weight,
                      void* bias, AddGradients& add, void* stream) {
-  const Shape& s = plan.s;
+  const Shape& s = steps.s;
   const Cell& c = s.c;
   SumGates sums;
-  sums.d_gates = sources.d_gates, sums.type = plan.gates;
+  sums.d_gates = sources.d_gates, sums.type = steps.gates;
   sums.columns = int(4 * s.Cp);
-  sums.pixels = plan.pixels(), sums.share = ceil_div(sums.pixels, plan.bias_splits);
+  sums.pixels = steps.pixels(), sums.share = ceil_div(sums.pixels, steps.bias_splits);
   sums.parts = sources.bias_parts;
   sums.lengths = sources.lengths, sums.batch = c.N, sums.of_image = s.pixels;
-  if (bias != nullptr) sums.splits = plan.bias_splits;
-  add.sums[0] = {sources.bias_parts, plan.bias_splits, 4, int(s.Cp), int(c.C), bias, plan.type};
+  if (bias != nullptr) sums.splits = steps.bias_splits;
+  add.sums[0] = {sources.bias_parts, steps.bias_splits, 4, int(s.Cp), int(c.C), bias, steps.type};
 
   WeightGradientsFma plain;
   WeightGradientsMma mma;
   plain.bias = mma.bias = sums;
   auto& grad = plain.job;
-  const WeightPlan* plans[2] = {&plan.weights.x, &plan.weights.mem};
+  const WeightBlocks* both[2] = {&steps.weights.x, &steps.weights.mem};
   grad[0].in = x_segment(c);
   grad[0].in.src = sources.x;
   grad[1].in = mem_segment(c);
@@ -79,42 +79,42 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& sources, voi
   ReduceWeights& r = add.weight;
   for (int k = 0; k < 2; ++k) {
     WeightGradientJob& g = grad[k];
-    const WeightPlan& part = *plans[k];
-    g.d_gates = image(sources.d_gates, s, plan.gates, 4);
+    const WeightBlocks& part = *both[k];
+    g.d_gates = image(sources.d_gates, s, steps.gates, 4);
     g.tiling = part.tiling;
     g.Ho = int(s.Ho), g.Wo = int(s.Wo);
     g.rows = int(4 * s.Cp), g.columns = int(s.taps * g.in.channels);
     g.share = part.share, g.total = part.total;
     g.lengths = sources.lengths;
-    g.parts = sources.parts[plan.weights.side_by_side() ? 0 : k];
+    g.parts = sources.parts[steps.weights.side_by_side() ? 0 : k];
     g.part_rows = part.part_rows, g.part_columns = part.part_columns;
     ReduceWeight& h = r.half[k];
     h.parts = g.parts, h.splits = part.splits;
-    if (k == 1 && plan.weights.side_by_side())
-      h.parts = static_cast<char*>(g.parts) + grad[0].columns * bytes_of(plan.real);
+    if (k == 1 && steps.weights.side_by_side())
+      h.parts = static_cast<char*>(g.parts) + grad[0].columns * bytes_of(steps.real);
     h.part_rows = part.part_rows, h.part_columns = part.part_columns;
     h.channels = g.in.channels, h.tap_stride = part.tap_stride;
     h.first_channel = k == 0 ? 0 : int(c.Cin);
   }
-  r.C = int(c.C), r.Cp = int(s.Cp), r.taps = int(s.taps), r.places = plan.taps;
+  r.C = int(c.C), r.Cp = int(s.Cp), r.taps = int(s.taps), r.places = steps.taps;
   r.all_channels = int(c.Cin + c.C);
-  r.grad = weight, r.type = plan.type;
-  const WeightPlan& x = plan.weights.x;
+  r.grad = weight, r.type = steps.type;
+  const WeightBlocks& x = steps.weights.x;
   if (x.mma()) {
-    const int threads = plan.weights.threads();
+    const int threads = steps.weights.threads();
     for (int k = 0; k < 2; ++k) {
-      mma.job[k] = mma_job(plan, *plans[k], grad[k], k == 0, threads);
+      mma.job[k] = mma_job(steps, *both[k], grad[k], k == 0, threads);
       const WeightGradientMma& job = mma.job[k];
       if (weight != nullptr) mma.blocks += job.column_blocks * job.row_blocks * job.splits;
     }
     static_assert(sizeof(mma) <= 4096, "a kernel takes at most 4096 bytes of arguments");
     const Launch how{"weight gradient (mma)", mma.blocks + mma.bias.blocks(), threads,
-                     size_t(plan.weights.shared_bytes()), stream};
+                     size_t(steps.weights.shared_bytes()), stream};
     with_element(x.multiply,
                  [&](auto element) { launch(how, &weight_gradient_mma<decltype(element)>, mma); });
   } else {
     if (weight != nullptr) plain.blocks = int(x.part_bytes(DType::float32) / (4 * 4096));
-    with_tile<32>(plan.real, x.columns, [&](auto real, auto tile) {
+    with_tile<32>(steps.real, x.columns, [&](auto real, auto tile) {
       using R = decltype(real);
       using T = decltype(tile);
       const Launch how{"weight gradient (fma)", plain.blocks + plain.bias.blocks(), fma::kThreads,

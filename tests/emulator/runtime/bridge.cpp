@@ -95,7 +95,7 @@ struct Extents {
   int64_t size, real, gate;  // of an element: of the states, the compute type, the gates
   int64_t weight, gates_of_all, places;
 
-  Extents(const cuda::Plan& plan, bool record = false) : Extents(plan.cell, plan.matrix, record) {}
+  Extents(const cuda::Pass& plan, bool record = false) : Extents(plan.cell, plan.matrix, record) {}
   Extents(const Cell& c, cuda::Matrix matrix, bool record)
       : shape(c),
         input{c.T, c.N, c.Cin, c.H, c.W},
@@ -116,9 +116,9 @@ struct Extents {
 
 // What the kernels of a plan read and write in a call. A step with cudnn may write
 // the states where it has read them.
-struct CheckedPlan : cuda::Plan {
-  using cuda::Plan::Plan;
-  explicit CheckedPlan(cuda::Plan&& plan) : cuda::Plan(std::move(plan)) {}
+struct CheckedPass : cuda::Pass {
+  using cuda::Pass::Pass;
+  explicit CheckedPass(cuda::Pass&& plan) : cuda::Pass(std::move(plan)) {}
 
   bool cudnn() const { return algorithm == cuda::Algorithm::cudnn; }
 
@@ -152,7 +152,7 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("winner", a.winner, c.T * c.N * 8, writes);
     arrays.add("places", a.places, e.places, writes);
     arrays.commit();
-    cuda::Plan::run(a, stream);
+    cuda::Pass::run(a, stream);
   }
 
   void run(BackwardArgs a, void* stream) const {
@@ -178,24 +178,24 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("grad_bias", a.grad_bias, 4 * c.C * e.size, writes);
     arrays.add("grad_threshold", a.grad_threshold, c.C * e.size, writes);
     arrays.commit();
-    cuda::Plan::run(a, stream);
+    cuda::Pass::run(a, stream);
   }
 
-  void pack(const void* weight, void* packed, void* stream, const CheckedPlan* other,
+  void pack(const void* weight, void* packed, void* stream, const CheckedPass* other,
             void* other_packed) const {
     Arrays arrays;
     arrays.add("weight", weight, Extents(*this).weight, reads);
     arrays.add("packed weight", packed, packed_bytes, writes);
     if (other) arrays.add("other packed weight", other_packed, other->packed_bytes, writes);
     arrays.commit();
-    cuda::Plan::pack(weight, packed, stream, other, other_packed);
+    cuda::Pass::pack(weight, packed, stream, other, other_packed);
   }
 
   void store_levels(const double* values, void* levels, void* stream) const {
     Arrays arrays;
     arrays.add("levels", levels, cell.num_levels * Extents(*this).real, writes);
     arrays.commit();
-    cuda::Plan::store_levels(values, levels, stream);
+    cuda::Pass::store_levels(values, levels, stream);
   }
 };
 
@@ -241,5 +241,5 @@ struct CheckedLeaky : cuda::Leaky {
 
 PYBIND11_MODULE(snnlstm_emulator, m) {
   bindings::bind_cell(m);
-  bindings::bind_cuda<CheckedPlan, CheckedLeaky>(m);
+  bindings::bind_cuda<CheckedPass, CheckedLeaky>(m);
 }

@@ -1,14 +1,19 @@
 #include "launchers.h"
-#include "passes.h"
-#include "plan.h"
+#include "pass.h"
+#include "steps.h"
 
 namespace snnlstm::cuda {
 
-Plan::Plan(const Cell& given, const Device& device, Matrix numbers, Algorithm wanted,
-           bool is_backward, const BlockChoice& only)
+Pass::Pass(const Cell& given, const Device& device, Matrix numbers, Algorithm wanted,
+           bool is_backward, const BlockChoice& only, const Pass* other)
     : cell(given), matrix(numbers), algorithm(wanted), backward(is_backward) {
   device_ = device.number;
-  auto steps = std::make_unique<ForwardPass>(cell, device, matrix, backward ? BlockChoice() : only);
+  const auto plan_forward = [&](const BlockChoice& choice) {
+    return std::make_shared<const ForwardSteps>(cell, device, matrix, choice);
+  };
+  forward_ = other ? other->forward_ : plan_forward({});
+  const bool any_blocks = only.shape < 0 && only.h == 0 && only.w == 0;
+  const auto steps = backward || any_blocks ? forward_ : plan_forward(only);
   const Cell& c = steps->s.c;
   reason_against = cuda::reason_against(c, 0);
   const Multiply multiply = steps->step.multiply;
@@ -25,72 +30,73 @@ Plan::Plan(const Cell& given, const Device& device, Matrix numbers, Algorithm wa
   int64_t launched = 0;  // blocks of the largest launch
   if (algorithm == Algorithm::cudnn) {
     cell.T = 1;
-    pass_ = std::make_unique<CudnnPass>(cell, matrix, backward);
+    steps_ = std::make_shared<const CudnnSteps>(cell, matrix, backward);
     name = "cudnn";
   } else if (backward) {
-    auto its = std::make_unique<BackwardPass>(cell, device, matrix, multiply, only);
+    const auto its = std::make_shared<const BackwardSteps>(cell, device, matrix, multiply, only);
     shape = its->to_mem.shape;
     launched = std::max(its->to_x.tiling.blocks(), c.N * ceil_div(neurons, kSpreadThreads));
-    pass_ = std::move(its);
+    steps_ = its;
   } else {
     shape = steps->step.shape;
     launched = c.N * ceil_div(neurons, kFireThreads);
-    pass_ = std::move(steps);
+    steps_ = steps;
   }
-  launched = std::max(launched, pass_->tiling().blocks());
-  packed_bytes = pass_->packed.bytes, workspace = pass_->workspace;
+  launched = std::max(launched, steps_->tiling().blocks());
+  packed_bytes = steps_->packed.bytes, workspace = steps_->workspace;
   if (only.shape >= 0 && shape >= 0)
     name = name + "-" + (backward ? kDataShapes : kForwardShapes)[shape].name;
   if (reason_against.empty()) reason_against = cuda::reason_against(cell, launched);
 }
 
-std::pair<int, int> Plan::tile() const { return {pass_->tiling().h, pass_->tiling().w}; }
+std::pair<int, int> Pass::tile() const { return {steps_->tiling().h, steps_->tiling().w}; }
 
-Plan::Plan(Plan&&) noexcept = default;
-Plan& Plan::operator=(Plan&&) noexcept = default;
-Plan::~Plan() = default;
+Pass::Pass(Pass&&) noexcept = default;
+Pass& Pass::operator=(Pass&&) noexcept = default;
+Pass::~Pass() = default;
 
-std::vector<Plan> Plan::candidates(const Cell& cell, const Device& device, Matrix matrix,
+std::vector<Pass> Pass::candidates(const Cell& cell, const Device& device, Matrix matrix,
                                    bool backward) {
-  std::vector<Plan> found;
-  const auto plan = [&](Algorithm algorithm, int shape = -1) {
-    return Plan(cell, device, matrix, algorithm, backward, {shape});
+  std::vector<Pass> found;
+  const auto pass = [&](Algorithm algorithm, int shape = -1) {
+    const Pass* other = found.empty() ? nullptr : &found.front();
+    return Pass(cell, device, matrix, algorithm, backward, {shape}, other);
   };
-  const int first = plan(Algorithm::fused).shape;
-  found.push_back(plan(Algorithm::fused, first));
+  const int first = pass(Algorithm::fused).shape;
+  found.push_back(pass(Algorithm::fused, first));
   const int rows = int(backward ? std::size(kDataShapes) : std::size(kForwardShapes));
   for (int row = 0; first >= 0 && row < rows; ++row) {
     if (row == first) continue;
-    Plan other = plan(Algorithm::fused, row);
+    Pass other = pass(Algorithm::fused, row);
     if (other.shape == row) found.push_back(std::move(other));
   }
-  found.push_back(plan(Algorithm::cudnn));
-  const Algorithm chosen = plan(Algorithm::automatic).algorithm;
+  found.push_back(pass(Algorithm::cudnn));
+  const Algorithm chosen = pass(Algorithm::automatic).algorithm;
   const auto its = std::find_if(found.begin(), found.end(),
-                                [&](const Plan& p) { return p.algorithm == chosen; });
+                                [&](const Pass& p) { return p.algorithm == chosen; });
   std::rotate(found.begin(), its, its + 1);
   return found;
 }
 
-void Plan::pack(const void* weight, void* packed, void* stream, const Plan* other,
+void Pass::pack(const void* weight, void* packed, void* stream, const Pass* other,
                 void* other_packed) const {
   const OnDevice on(device_);
   if (other)
-    pack_weight(weight, {{pass_.get(), packed}, {other->pass_.get(), other_packed}}, stream);
+    pack_weight(weight, {{steps_.get(), packed}, {other->steps_.get(), other_packed}}, stream);
   else
-    pack_weight(weight, {{pass_.get(), packed}}, stream);
+    pack_weight(weight, {{steps_.get(), packed}}, stream);
 }
 
-void Plan::run(const ForwardArgs& args, void* stream) const {
+void Pass::run(const ForwardArgs& args, void* stream) const {
   if (!reason_against.empty()) throw std::runtime_error(reason_against);
   const OnDevice on(device_);
-  pass_->forward(as_run(args, pass_->s.c), stream);
+  steps_->forward(as_run(args, steps_->s.c), stream);
 }
 
-void Plan::run(const BackwardArgs& args, void* stream) const {
+void Pass::run(const BackwardArgs& args, void* stream) const {
   if (!reason_against.empty()) throw std::runtime_error(reason_against);
   const OnDevice on(device_);
-  pass_->backward(as_run(args, pass_->s.c), stream);
+  steps_->backward(as_run(args, steps_->s.c), stream);
 }
 
 #if defined(__CUDACC__)

@@ -1,6 +1,5 @@
-// The CUDA backend's plan, the counterpart of csrc/cpu's: all that follows from the cell, the
-// device and the algorithm for one pass of a call. Python makes it once for each kind of call, and
-// a call adds addresses and strides.
+// One pass on CUDA, the counterpart of csrc/cpu's: all that follows from the cell, the device and
+// the algorithm. Python makes it once for equal calls, and a call adds addresses and strides.
 //
 // All memory belongs to the caller, on the device. No function allocates, synchronises or creates a
 // stream, so a graph can capture every call. CUDA's errors, and shapes that cannot be run, are
@@ -55,19 +54,21 @@ struct BlockChoice {
   int shape = -1, h = 0, w = 0;
 };
 
-struct Pass;
+struct ForwardSteps;
+struct Steps;
 
-class Plan {
+class Pass {
  public:
-  Plan(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm, bool backward,
-       const BlockChoice& only = {});
-  Plan(Plan&&) noexcept;
-  Plan& operator=(Plan&&) noexcept;
-  ~Plan();
+  // other: a pass of the same plan, whose forward steps this one need not plan again.
+  Pass(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm, bool backward,
+       const BlockChoice& only = {}, const Pass* other = nullptr);
+  Pass(Pass&&) noexcept;
+  Pass& operator=(Pass&&) noexcept;
+  ~Pass();
 
-  // Returns the plans of a pass that are worth timing, the rules' choice first: fused for each kind
+  // Returns the passes that are worth timing, the rules' choice first: fused for each kind
   // of block, and the other algorithms.
-  static std::vector<Plan> candidates(const Cell& cell, const Device& device, Matrix matrix,
+  static std::vector<Pass> candidates(const Cell& cell, const Device& device, Matrix matrix,
                                       bool backward);
 
   Cell cell;  // cudnn: of one step, T is 1
@@ -77,15 +78,15 @@ class Plan {
   int shape = -1;              // the steps' row; -1 without tensor cores
   std::string name;            // such as "mma-tf32" or "cudnn"
   std::string reason_against;  // why no call can run, or ""
-  // Sizes in bytes. A cudnn plan has no packed weight.
+  // Sizes in bytes. A cudnn pass has no packed weight.
   int64_t packed_bytes = 0, workspace = 0;
 
   // Returns the height and width of a step's tiles.
   std::pair<int, int> tile() const;
 
-  // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous, in the cell's dtype. other: the plan of
-  // the call's other pass, if the same launch packs its weight, too.
-  void pack(const void* weight, void* packed, void* stream, const Plan* other = nullptr,
+  // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous, in the cell's dtype. other: the
+  // plan's other pass, if the same launch packs its weight, too.
+  void pack(const void* weight, void* packed, void* stream, const Pass* other = nullptr,
             void* other_packed = nullptr) const;
   // Writes the state quantiser's levels on the device, (num_levels,) in the compute type. values:
   // on the host; the caller may free them at once.
@@ -94,11 +95,12 @@ class Plan {
   void run(const BackwardArgs& args, void* stream) const;
 
  private:
-  int device_;  // on which everything is launched
-  std::unique_ptr<const Pass> pass_;
+  int device_;                                   // on which everything is launched
+  std::shared_ptr<const ForwardSteps> forward_;  // of any blocks
+  std::shared_ptr<const Steps> steps_;
 };
 
-// Launches all steps of snntorch.Leaky, on the device's `stream`: one kernel a pass, and no plan.
+// Launches all steps of snntorch.Leaky, on the device's `stream`: one kernel a pass.
 struct Leaky {
   static void run(const Device& device, const LeakyForwardArgs& args, void* stream);
   static void run(const Device& device, const LeakyBackwardArgs& args, void* stream);

@@ -1,4 +1,4 @@
-// What a plan has computed for its pass. The launchers add addresses and strides.
+// What a pass has computed for its steps. The launchers add addresses and strides.
 #pragma once
 
 #include <stdexcept>
@@ -7,7 +7,7 @@
 
 namespace snnlstm::cuda {
 
-struct Pass {
+struct Steps {
   Shape s;  // of the cell as the kernels run it
   KernelTaps taps;
   DType type, real, gates;  // of the states, of sums, of gates
@@ -15,48 +15,48 @@ struct Pass {
   int64_t workspace = 0;
 
   // c: the caller's.
-  Pass(const Cell& c, Matrix matrix)
+  Steps(const Cell& c, Matrix matrix)
       : s(as_run(c)), taps(c), type(c.dtype), real(real_of(type)), gates(gate_type(type, matrix)) {}
-  virtual ~Pass() = default;
+  virtual ~Steps() = default;
   virtual void forward(const ForwardArgs&, void*) const { refuse(); }
   virtual void backward(const BackwardArgs&, void*) const { refuse(); }
   virtual const Tiling& tiling() const = 0;  // of a step
 
  private:
-  static void refuse() { throw std::logic_error("the plan is for the other pass"); }
+  static void refuse() { throw std::logic_error("the pass has the other direction"); }
 };
 
 // forward.cu
-struct ForwardPass : Pass {
-  ForwardPlan step;
+struct ForwardSteps : Steps {
+  ForwardBlocks step;
 
-  ForwardPass(const Cell& cell, const Device& device, Matrix matrix, const BlockChoice& only);
+  ForwardSteps(const Cell& cell, const Device& device, Matrix matrix, const BlockChoice& only);
   void forward(const ForwardArgs& args, void* stream) const override;
   const Tiling& tiling() const override { return step.tiling; }
 };
 
 // backward.cu
-struct BackwardPass : Pass {
+struct BackwardSteps : Steps {
   bool spreads = true;  // no pooling window crosses a tile: the step needs no kernel before it
-  DataPlan to_mem, to_x;
-  WeightPlans weights;
+  DataBlocks to_mem, to_x;
+  BothWeightBlocks weights;
   int bias_splits;
 
   // multiply: the forward pass's.
-  BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
-               const BlockChoice& only);
+  BackwardSteps(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
+                const BlockChoice& only);
   void backward(const BackwardArgs& args, void* stream) const override;
   const Tiling& tiling() const override { return to_mem.tiling; }
   int64_t pixels() const { return s.c.T * s.c.N * s.pixels; }
 };
 
 // neurons.cu
-struct CudnnPass : Pass {
+struct CudnnSteps : Steps {
   Tiling of_step;
   bool whole_windows;
   int64_t sums_bytes = 0;  // backward: the threshold's gradient, (tiles, pitch), before the spikes'
 
-  CudnnPass(const Cell& cell, Matrix matrix, bool backward);
+  CudnnSteps(const Cell& cell, Matrix matrix, bool backward);
   void forward(const ForwardArgs& args, void* stream) const override;
   void backward(const BackwardArgs& args, void* stream) const override;
   const Tiling& tiling() const override { return of_step; }
