@@ -202,7 +202,7 @@ DataBlocks blocks_to_mem(const Cell& c, const Device& device, Multiply multiply,
 
 BackwardSteps::BackwardSteps(const Cell& cell, const Device& device, Matrix matrix,
                              Multiply multiply, const BlockChoice& only)
-    : Pass(cell, matrix),
+    : Steps(cell, matrix),
       to_mem(blocks_to_mem(s.c, device, multiply, only, spreads)),
       to_x(data_blocks(s.c, device, multiply, true, false).value()),
       weights(both_weight_blocks(s.c, device, multiply)),

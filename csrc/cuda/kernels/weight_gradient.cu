@@ -48,7 +48,7 @@ void launch_add_gradients(AddGradients p, DType type, void* stream) {
       p.of_weight = 4 * w.C * (w.chunks(0) + w.chunks(1));
     }
     const int64_t blocks = p.of_weight + p.sums[0].launched() + p.sums[1].launched();
-    const Launch how{"add gradients", part, kReduceThreads, bytes, stream};
+    const Launch how{"add gradients", blocks, kReduceThreads, bytes, stream};
     launch(how, &add_gradients<R>, p);
   });
 }
