@@ -30,13 +30,14 @@ from benchmarks import devices
 from benchmarks.cases import widest_gap
 from benchmarks.providers import TOLERANCE, WIDE, Setting
 from snnlstm.reference import fire
+from tests.shared.table import arguments_of
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "max_pool, subtract": {"max_pool": 2, "reset_mechanism": "subtract"},
-    "avg_pool, zero": {"avg_pool": 2, "reset_mechanism": "zero"},
-    "stride, dilation": {"stride": 2, "dilation": 2},
-    "inhibition": {"inhibition": True},
+    "max_pool, subtract": arguments_of("max_pool"),
+    "avg_pool, zero": arguments_of("avg_pool", reset="zero"),
+    "stride, dilation": arguments_of("dilation and stride", reset="none"),
+    "inhibition": arguments_of("inhibition", reset="none"),
     "quantised": {"state_quant": snnlstm.quant.state_quant(6)},
     # A kernel of its own forms the spikes if a window is larger than a tile.
     "one window": {"avg_pool": "image"},
@@ -150,9 +151,11 @@ class Cell:
         self.captures = setting.device in GRAPHS and not second
         device = torch.device("cuda:1") if second else setting.torch_device
         on: Any = {"device": device, "dtype": setting.torch_dtype}
-        x, stride = torch.rand(t, n, cin, h, w).gt(0.7), options.get("stride", 1)
+        x, stride = torch.rand(t, n, cin, h, w).gt(0.7), options.get("stride", (1, 1))
         x = x.movedim(2, -1).contiguous().movedim(-1, 2) if channels_last else x
-        states = torch.rand(2 - leaky, n, c, -(-h // stride), -(-w // stride)).sub(0.5).mul(0.4)
+        states = (
+            torch.rand(2 - leaky, n, c, -(-h // stride[0]), -(-w // stride[1])).sub(0.5).mul(0.4)
+        )
         numbers = torch.linspace(0.2, 0.9, cin)[:, None, None]
         named = {"image": lambda: (h, w), "channels": numbers.clone}
         self.options = {

@@ -1,10 +1,10 @@
 """Compares random calls of the cell with the float64 reference: ``make fuzz MINUTES=10``.
 
-A call has any options, shape, dtype, memory layout, instruction set and algorithm. A sequence runs
-as one call, in steps or in chunks; the caller hands states on, or a cell keeps them. Gradients are
-asked for in unusual ways (ASKED), and hooks bring saved tensors back in other memory (KEPT). The
-checks run on poisoned memory (checks.py). Hypothesis shrinks a failure, and prints the arguments of
-:func:`check` that show it; the same --seed finds it again.
+A call has any options, shape, dtype, memory layout, instruction set, algorithm, and lengths of its
+samples. A sequence runs as one call, in steps or in chunks; the caller hands states on, or a cell
+keeps them. Gradients are asked for in unusual ways (ASKED), and hooks bring saved tensors back in
+other memory (KEPT). The checks run on poisoned memory (checks.py). Hypothesis shrinks a failure,
+and prints the arguments of :func:`check` that show it; the same --seed finds it again.
 
     python -m tools.fuzz --minutes 10 --seed 0
 """
@@ -36,6 +36,7 @@ from tests.shared.cases import (
     cases,
     drawing,
     options,
+    padded,
 )
 from tests.shared.checks import check_gradients, check_results
 from tests.shared.cpu_kernels import ISAS, Kernels, native, use
@@ -72,25 +73,29 @@ class Calls(Kernels):
                 return super().run(*arguments)
             by_cell, by_steps = "cell" in self.way and chosen.spiking, self.way in BY_STEPS
             call = (self._cell if by_cell else self._functional)(inputs, chosen)
-            found, syn, mem = [], inputs.syn, inputs.mem
+            found, syn, mem, left = [], inputs.syn, inputs.mem, chosen.lengths
             for x in inputs.x.split(1 if by_steps else self.chunk):
-                found.append(call(x, syn, mem))
+                lengths = left and tuple(min(max(length, 0), len(x)) for length in left)
+                left = left and tuple(length - len(x) for length in left)
+                found.append(call(x, syn, mem, lengths))
                 syn, mem = found[-1][1][-1], found[-1][2][-1]
         spks, syns, mems = zip(*found, strict=True)
         if chosen.record:
             syn, mem = torch.cat(syns), torch.cat(mems)
-        # A step of a cell that does not spike has no spk.
-        return torch.cat(spks if chosen.spiking or not by_steps else mems), syn, mem
+        # A step call of a cell that does not spike has no spk.
+        no_spk = by_steps and not chosen.spiking and chosen.lengths is None
+        return torch.cat(mems if no_spk else spks), syn, mem
 
     def _functional(self, inputs: Inputs, chosen: Options) -> Callable[..., Any]:
         """Returns a function that runs one or several steps from given states."""
-        if self.way == "steps":
+        if self.way == "steps" and chosen.lengths is None:
             step = replace(chosen, sequence=False, record=False)
-            return lambda x, syn, mem: [
+            return lambda x, syn, mem, _: [
                 o[None] for o in super(Calls, self).run(x[0], syn, mem, *inputs[3:], step)
             ]
-        recorded = replace(chosen, record=True)
-        return lambda x, syn, mem: super(Calls, self).run(x, syn, mem, *inputs[3:], recorded)
+        return lambda x, syn, mem, lengths: super(Calls, self).run(
+            x, syn, mem, *inputs[3:], replace(chosen, record=True, lengths=lengths)
+        )
 
     def _cell(self, inputs: Inputs, chosen: Options) -> Callable[..., Any]:
         """Returns a function that runs one or several steps by a cell, which keeps the states."""
@@ -105,9 +110,9 @@ class Calls(Kernels):
         del cell.conv.weight, cell.conv.bias
         cell.conv._parameters = {"weight": inputs.weight, "bias": inputs.bias}
 
-        def call(x: Tensor, syn: Tensor, mem: Tensor) -> Any:
-            one = self.way in BY_STEPS
-            out = [o[None] for o in cell(x[0])] if one else cell(x, record=True)
+        def call(x: Tensor, syn: Tensor, mem: Tensor, lengths: Any) -> Any:
+            one = self.way in BY_STEPS and lengths is None
+            out = [o[None] for o in cell(x[0])] if one else cell(x, record=True, lengths=lengths)
             assert cell.path.native, str(cell.path)
             return out
 
@@ -171,7 +176,7 @@ def large_cases(draw: Any) -> Case:
         names = ("time", "batch", "channels", "in_channels")
         largest = max(names, key=lambda name: getattr(case, name))
         case = replace(case, **{largest: getattr(case, largest) // 2})
-    return case
+    return padded(draw, case)
 
 
 def _work(case: Case) -> int:

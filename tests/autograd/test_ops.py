@@ -12,12 +12,12 @@ from torch.library import opcheck
 from snnlstm import surrogate
 from snnlstm.calls.spec import CellSpec
 from snnlstm.native import operators
-from tests.kernels.alone import ALONE
 from tests.shared import cases, flat
 from tests.shared.cases import Case, wanting_gradients
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.gradients import KEPT
 from tests.shared.helpers import close, watched
+from tests.shared.table import tagged
 
 pytestmark = [
     needs_core,
@@ -25,8 +25,7 @@ pytestmark = [
 ]
 
 PLAIN = cases.PLAIN.but(in_channels=2, channels=3, height=6, width=8, record=False)
-ALIKE = ("plain", "one step", "last states", "max_pool", "avg_pool", "inhibition", "quantised")
-CASES = {name: ALONE[name] for name in (*ALIKE, "dilation and stride")} | {
+CASES = tagged("operators") | {
     "no bias": PLAIN.but(bias=False, threshold="number"),
     "float64": PLAIN.but(dtype=torch.float64),
     "channels_last": PLAIN.but(layouts=("channels_last",) * 4),

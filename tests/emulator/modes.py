@@ -11,9 +11,9 @@ from torch.backends import mkldnn, nnpack
 from snnlstm import surrogate
 from snnlstm.quant import state_quant
 from tests.emulator.backend import float32_precision
-from tests.kernels import alone
 from tests.shared import cases, flat
 from tests.shared.cases import SILENT, Case
+from tests.shared.table import tagged
 
 SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
 
@@ -96,13 +96,10 @@ OVERLAPPING = {
 }
 ALL = MODES | CUDNN | OVERLAPPING
 
-# Without reset, since coarse modes would decide some resets otherwise, and then differ.
 PLAIN = cases.PLAIN.but(reset="none", threshold="number")
-CASES = {
+CASES = tagged("emulator") | {
     "plain": PLAIN,
-    **{name: alone.ALONE[name].but(reset="none") for name in ("one step", "one pixel")},
     "odd sizes": PLAIN.but(batch=1, height=9, width=13),
-    "one channel": alone.ALONE["one channel"].but(reset="none"),
     "wide": PLAIN.but(time=2, batch=1, in_channels=16, channels=24, height=16, width=16),
     "channels last": PLAIN.but(
         in_channels=8, channels=16, height=8, width=8, layouts=("channels_last",) * 4
@@ -110,7 +107,6 @@ CASES = {
     "sliced": PLAIN.but(layouts=("sliced",) * 4),
     "long": PLAIN.but(time=18, batch=1, height=3, width=4),
     "kernel 5x1": PLAIN.but(kernel_size=(5, 1), reset="subtract"),
-    "kernel 1x1": PLAIN.but(kernel_size=(1, 1), reset="zero"),
     "short chunks": PLAIN.but(
         kernel_size=(1, 1),
         time=2,
@@ -119,36 +115,28 @@ CASES = {
         height=4,
         layouts=("channels_last",) * 4,
     ),
-    "stride, dilation": PLAIN.but(stride=(2, 3), dilation=(2, 1)),
-    "max pool": PLAIN.but(pool="max", pool_size=(2, 2), reset="subtract"),
-    "uneven average pool": PLAIN.but(pool="avg", pool_size=(3, 2)),
-    "inhibition": PLAIN.but(inhibition=True, reset="zero"),
     "pooled inhibition": PLAIN.but(inhibition=True, pool="max", pool_size=(2, 2)),
-    "one window": alone.ALONE["a window as large as the image"].but(reset="none"),
-    "quantised": PLAIN.but(quant=state_quant(3), reset="subtract"),
     "quantised and pooled": PLAIN.but(
         quant=state_quant(4, uniform=False), pool="max", pool_size=(2, 2)
     ),
-    "checkpoint": PLAIN.but(checkpoint=True, time=5, record=False, reset="subtract"),
     "threshold per channel": PLAIN.but(threshold="column", bias=False, graded=0.7),
     "kernel 5x5": PLAIN.but(kernel_size=(5, 5), time=1, batch=1),
     # Taps that only ever meet the border, and images of one column, which run as one row.
-    "one column": PLAIN.but(height=13, width=1, reset="subtract"),
     "pooled column": PLAIN.but(height=14, width=1, pool="max", pool_size=(3, 1), stride=(1, 3)),
     "kernel 9x7": PLAIN.but(kernel_size=(9, 7), height=3, width=4, dilation=(1, 2)),
-    "no spikes": PLAIN.but(**SILENT, record=False),
     "no spikes, one step": PLAIN.but(**SILENT, sequence=False, record=False),
 }
-# Calls without decisions, for the gradients of coarse modes.
+# Calls without decisions, for the gradients of coarse modes, which would decide some resets
+# otherwise, and then differ.
 SMOOTH = {
     "last states": PLAIN.but(record=False),
     "average pool": PLAIN.but(pool="avg", pool_size=(2, 2)),
     **{
-        name: CASES[name]
+        name: CASES[name].but(reset="none")
         for name in (
-            "plain", "one step", "wide", "channels last", "short chunks", "stride, dilation",
-            "one pixel", "one column", "kernel 9x7", "threshold per channel", "no spikes",
-            "no spikes, one step",
+            "plain", "one step", "wide", "channels last", "short chunks", "dilation and stride",
+            "one pixel", "one column", "kernel 9x7", "threshold per channel", "lengths",
+            "no spikes, last states", "no spikes, one step",
         )
     },
 }  # fmt: skip

@@ -280,6 +280,17 @@ def test_a_loop_of_steps_has_the_gradients_of_the_sequence(core, algorithm):
     torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
 
 
+def test_a_batch_without_steps_keeps_its_states_and_gives_no_gradient(core):
+    cell, x = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1), torch.ones(3, 7, 2, 5, 5)
+    with core.installed():
+        for lengths in (torch.zeros(7, dtype=torch.int32), [0] * 7):
+            cell.reset_mem()
+            spk, syn, mem = cell(x, lengths=lengths)
+            assert not torch.cat([spk.flatten(), syn.flatten(), mem.flatten()]).any()
+            (gradient,) = torch.autograd.grad(mem.sum(), cell.conv.weight)
+            assert not gradient.any()
+
+
 def test_the_built_core_serves_cuda_tensors_where_it_has_the_kernels():
     assert ("cuda" in native.DEVICES) == bool(native._C.build_info()["cuda_archs"])
 

@@ -53,7 +53,8 @@ def test_forward(core, mode, case, schedule):
     ("name", "plain"),
     [
         ("plain", True), ("wide", True), ("channels last", True), ("odd sizes", False),
-        ("quantised", False), ("max pool", False), ("inhibition", False), ("no spikes", False),
+        ("quantised", False), ("max_pool", False), ("inhibition", False),
+        ("no spikes, last states", False),
     ],
 )  # fmt: skip
 def test_plain_steps_have_an_instance_of_their_own(core, mode, name, plain):

@@ -69,6 +69,10 @@ FEW = [
       for mode in (*ONE, MODES["float64"])),
     (MODES["tf32"], SMOOTH["average pool"].but(time=2)),  # pooled in float32
     (MODES["float64"], TINY.but(inhibition=True)),  # the winner is chosen in a kernel of its own
+    # Blocks of padded samples wait for the launch before, too, and cuDNN convolves padded samples.
+    *((ALL[name], CASES[case])
+      for name in ("float32 on sm_75", "float64 on sm_90", "tf32x3 on sm_90", "float64 cudnn")
+      for case in ("lengths", "lengths, avg_pool")),
     # The blocks on tensor cores, which are of three widths, with steps that are plain or not.
     *((MODES[name], TINY.but(in_channels=cin, channels=c, width=width))
       for name in ("tf32", "tf32x3", *(name for name in MODES if "float16 autocast" in name))

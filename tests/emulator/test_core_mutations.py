@@ -27,7 +27,7 @@ NOTICED = {
     (test_cell, "tf32", "inhibition"): (
         "no_highest_barrier", "no_highest_reuse_barrier", "no_winner_barrier"
     ),
-    (test_cell, "tf32", "max pool"): ("no_reset",),
+    (test_cell, "tf32", "max_pool"): ("no_reset",),
     (test_cell, "tf32", "odd sizes"): ("wrong_tail_mask",),
     (test_cell, "tf32 on sm_90", "plain"): ("no_launch_wait_mma",),
     (test_cell, "float64 on sm_90", "plain"): ("no_launch_wait_forward_fma",),
@@ -39,7 +39,7 @@ NOTICED = {
         "wrong_tap_stride", "lost_part", "no_k_groups_barrier", "no_bias_barrier", "lost_bias_row",
         "no_weight_tile_wait", "no_weight_tile_barrier", "lost_totals",
     ),
-    (test_cell_gradients, "float32", "max pool"): ("no_gather_barrier",),
+    (test_cell_gradients, "float32", "max_pool"): ("no_gather_barrier",),
     (test_cell_gradients, "float64 on sm_90", "plain"): ("no_launch_wait_backward_fma",),
 }  # fmt: skip
 

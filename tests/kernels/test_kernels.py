@@ -11,17 +11,18 @@ import torch
 
 import snnlstm
 from snnlstm.quant import state_quant
-from tests.kernels.alone import ALONE, LEVELS
 from tests.shared import flat
 from tests.shared.cases import LAYOUTS, PLAIN, SILENT, SURROGATES, Inputs
 from tests.shared.checks import check_gradients, check_results, infer
 from tests.shared.cpu_kernels import Kernels, native, needs_core, one_thread
 from tests.shared.gradients import NAMES, compare, gradients
 from tests.shared.helpers import same, steps, twins
+from tests.shared.table import TABLE, tagged
 
 pytestmark = needs_core
 
-CASES = ALONE | LEVELS
+CASES = {name: case for name, (_, case) in TABLE.items()}
+ALONE = {name: case for name, case in CASES.items() if name not in tagged("results")}
 DOUBLE = PLAIN.but(dtype=torch.float64)
 
 

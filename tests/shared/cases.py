@@ -36,6 +36,7 @@ class Options(CellSpec):
 
     sequence: bool = False
     record: bool = False
+    lengths: tuple[int, ...] | None = None  # the steps of each sample of a sequence
 
     def __hash__(self) -> int:
         return super().__hash__()
@@ -126,8 +127,15 @@ class Case:
     def state_shape(self) -> tuple[int, int, int, int]:
         return (self.batch, self.channels, *self.options.state_size(self.height, self.width))
 
+    @property
+    def running(self) -> Tensor:
+        """Returns which steps are a sample's own, (T, N), or ()."""
+        if self.options.lengths is None:
+            return torch.tensor(True)
+        return torch.arange(self.time)[:, None] < torch.tensor(self.options.lengths)
+
     def inputs(self) -> Inputs:
-        """Returns the case's numbers, which are equal at every call."""
+        """Returns the case's numbers, equal at every call; x of padded samples is NaN."""
         random = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -137,6 +145,8 @@ class Case:
         x = normal(*lead, self.batch, self.in_channels, self.height, self.width)
         kept = torch.rand(x.shape, generator=random) < self.density
         x = torch.where(kept, torch.ones_like(x) if self.spikes else x, 0)
+        if self.layouts[0] not in ("expanded", "overlapping"):  # whose samples share memory
+            x[~self.running] = torch.nan
         c, fan_in = self.channels, self.in_channels + self.channels
         kh, kw = self.options.kernel_size
         weight = normal(4 * c, fan_in, kh, kw) * self.gain / (fan_in * kh * kw) ** 0.5
@@ -285,7 +295,7 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.flo
     (kh, kw), (ho, wo) = chosen.kernel_size, chosen.state_size(height, width)
     if batch * ho * wo * kh * kw * channels * (in_channels + channels) > _MOST_WORK:
         batch, in_channels = 1, min(in_channels, 5)
-    return Case(
+    case = Case(
         chosen,
         draw(st.sampled_from(dtypes)),
         draw(st.integers(1, 5)) if chosen.sequence else 1,
@@ -302,6 +312,14 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.flo
         (draw(layout), draw(layout), draw(layout), draw(layout)),
         draw(st.integers(0, 2**16)),
     )
+    return padded(draw, case)
+
+
+def padded(draw: Any, case: Case) -> Case:
+    """Returns the case with lengths, which a third of the sequences have."""
+    if not case.options.sequence or draw(st.integers(0, 2)) > 0:
+        return case
+    return case.but(lengths=draw(st.tuples(*[st.integers(0, case.time)] * case.batch)))
 
 
 def drawing(count: int) -> settings:

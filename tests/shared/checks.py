@@ -53,7 +53,8 @@ def check_results(case: Case, kernels: Kernels) -> None:
     else:
         same(trained, last)
     for tensor, kept in zip(inputs, before, strict=True):
-        assert tensor is None or torch.equal(tensor, kept), "an input was written to"
+        assert tensor is None or torch.equal(tensor.isnan(), kept.isnan())
+        assert tensor is None or torch.equal(tensor.nan_to_num(), kept.nan_to_num())
 
 
 def check_gradients(

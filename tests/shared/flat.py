@@ -22,7 +22,8 @@ def call_of(arguments: Sequence) -> Call:
     *tensors, options = arguments
     if not options.spiking:
         tensors[5:7] = None, None
-    return Call(*tensors, None, options.record)
+    lengths = None if options.lengths is None else torch.tensor(options.lengths)
+    return Call(*tensors, lengths, options.record)
 
 
 def plan_of(arguments: Sequence, algorithm: str) -> Any:

@@ -107,7 +107,8 @@ def exact_steps(
 
     `syn` and `mem` hold all states of a run: each step starts from the states before it.
     """
-    step = replace(options, sequence=False, record=False, quant=None, surrogate=surrogate.NONE)
+    alone = {"sequence": False, "record": False, "lengths": None}
+    step = replace(options, **alone, quant=None, surrogate=surrogate.NONE)
     wide = inputs.double()
     before = [wide.syn, wide.mem]
     steps = (steps_of(t.detach().double(), options) for t in (wide.x, syn, mem))
@@ -122,18 +123,27 @@ def check_steps(
     """Compares the outputs of a call that returned every state, step by step.
 
     `error` bounds what one step may add to the error of syn and mem. It is an absolute error, or a
-    relative one for states larger than 1.
+    relative one for states larger than 1. Padded samples keep their states, and do not spike.
     """
-    options = case.options
+    options, before = case.options, inputs[1:3]
     steps = zip(*(steps_of(t.detach(), options) for t in out), strict=True)
     exact = exact_steps(inputs, *out[1:], options)
-    for (spk, syn, mem), (exact_syn, exact_mem) in zip(steps, exact, strict=True):
-        for value, wanted in ((syn, exact_syn), (mem, exact_mem)):
-            band = error * max(1.0, float(wanted.abs().max()))
+    for t, ((spk, syn, mem), wanted) in enumerate(zip(steps, exact, strict=True)):
+        if options.lengths is not None:
+            own = case.running[t]
+            assert not spk[~own].any()
+            for state, kept in zip((syn, mem), before, strict=True):
+                assert torch.equal(state[~own], kept[~own])
+            before = syn, mem
+            spk, syn, mem, *wanted = (each[own] for each in (spk, syn, mem, *wanted))
+            if not own.any():
+                continue
+        for value, exact_value in zip((syn, mem), wanted, strict=True):
+            band = error * max(1.0, float(exact_value.abs().max()))
             if options.quant is not None:
-                assert_quantised(value, wanted, options.quant.levels, band)
+                assert_quantised(value, exact_value, options.quant.levels, band)
             else:
-                torch.testing.assert_close(value.double(), wanted, atol=band, rtol=0)
+                torch.testing.assert_close(value.double(), exact_value, atol=band, rtol=0)
         check_spikes(spk, mem, inputs.threshold.detach(), inputs.graded, options)
 
 
