@@ -47,7 +47,7 @@ coverage: $(VENV)/.instruments  ## the lines and branches of Python and C++ that
 versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Python, in fresh environments (3 GB each)
 	$(VENV)/bin/nox $(ARGS)
 
-bench: $(VENV)/.installed  ## measure networks of users with either library's cell
+bench: $(VENV)/.demo  ## measure networks of users with either library's cell
 	$(RUN) -m benchmarks $(ARGS)
 
 # The first Python whose torch sees the GPU runs it; without one $(VENV) gets such a torch.
@@ -114,7 +114,7 @@ $(RUN):
 # each build would start from nothing. Where there is a compiler, a core that fails is an error.
 NO_DEPS = $(if $(wildcard $@),$(if $(filter pyproject.toml,$?),,--no-deps))
 $(VENV)/.demo: EXTRAS = bench
-$(VENV)/.installed: EXTRAS = test,bench
+$(VENV)/.installed: EXTRAS = test
 $(VENV)/.demo $(VENV)/.installed: export SNNLSTM_CORE ?= $(if $(shell command -v c++ g++ clang++),on)
 $(VENV)/.demo $(VENV)/.installed: pyproject.toml snnlstm/version.py $(CSRC) | $(RUN)
 	@echo "Installing torch, snntorch, the packages of the extras [$(EXTRAS)] and snnlstm into $(VENV)."

@@ -1,5 +1,6 @@
 """Defines the fixtures that all tests share."""
 
+import gc
 import os
 
 # OpenMP reads this variable when torch loads it: waiting threads then leave cores to other workers.
@@ -131,3 +132,9 @@ def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with request.getfixturevalue("backend").running():
         yield
+
+
+def pytest_collection_finish() -> None:
+    """Leaves all that is imported out of later garbage collections, which many tests ask for."""
+    gc.collect()
+    gc.freeze()

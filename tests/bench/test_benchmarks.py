@@ -9,19 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
-from tests.shared.helpers import measures_memory
-
-pytest.importorskip("pandas")
-pytest.importorskip("matplotlib")
-
 import pandas as pd
+import pytest
 
 import snnlstm
 from benchmarks import accuracy, gpu_smoke, machine, networks, peak_memory, report, run
 from benchmarks.cases import Case, parse_case
 from benchmarks.providers import FORMS, MODES, Provider, Setting
+from tests.shared.helpers import long, measures_memory
 
 SMALL = Case("small", 3, 2, 5, 4, 6, 7, threshold=0.02, density=0.3)
 TINY = ["--shape", "2 1 2 4 6 6 3 name=small", "--seconds", "0.01"]
@@ -53,7 +48,7 @@ def test_the_reference_path_is_not_timed_as_ours(monkeypatch, capsys):
     assert "--device: cpu takes the reference path: the compiled" in capsys.readouterr().err
 
 
-def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeypatch):
+def test_the_suite_writes_rows_and_a_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(peak_memory, "measure", lambda *job, device: 3.0)
     providers = ("snntorch", "sequence-checkpoint", "sequence:direct")
     asked = ["--shapes", "documentation-n1", "--providers", *providers, "--memory"]
@@ -71,8 +66,6 @@ def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeypat
     shape = rows["shape"].max()
     assert parse_case(shape).shape == shape
     assert re.search(r"\*\*small\*\*: .* \| [\d.]+ / [\d.]+ \| [\d.]+x / [\d.]+x \| ", table)
-    for mode in MODES:
-        assert (tmp_path / f"speedup-1-float32-{mode}.svg").stat().st_size > 10_000
     columns = "version,processor,network,form,inference,training\n"
     for history in (tmp_path / "history.csv", report.HISTORY):
         assert history.read_text().startswith(columns)
@@ -192,6 +185,7 @@ def test_agreement_notices_a_difference_in_each_result(result):
             run.compare(SMALL, "float32", expected, actual | {result: wrong})
 
 
+@long
 @measures_memory
 def test_peak_memory_is_the_memory_that_is_used():
     """Training keeps at least gates, states and spikes of every step."""
@@ -229,8 +223,18 @@ def test_the_other_commands_print_their_tables(capsys, monkeypatch):
     assert all(right for _, right in lines)
 
 
+@long
+def test_the_suite_draws_a_picture_of_each_mode(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert suite(tmp_path, *TINY)[0] == 0
+    for mode in MODES:
+        assert (tmp_path / f"speedup-1-float32-{mode}.svg").stat().st_size > 10_000
+
+
+@long
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_a_network_that_a_release_was_not_timed_with_has_no_label(mode):
+    pytest.importorskip("matplotlib")
     labels = [text.get_text() for text in report.draw_history(mode).axes[0].texts]
     assert "" in labels
     assert not any("nan" in label for label in labels)

@@ -20,6 +20,8 @@ from benchmarks.demo import seeds, training
 from benchmarks.demo.training import load_split
 from tests.shared.helpers import long
 
+pytestmark = long  # `make demo` runs it, too
+
 
 @pytest.fixture
 def _few_digits(monkeypatch):
@@ -62,7 +64,6 @@ def test_a_seed_is_trained_once_and_has_a_row(tmp_path, monkeypatch):
     assert found.accuracy.between(0, 1).all()
 
 
-@long
 def test_training_reaches_the_same_accuracy_with_either_cell():
     """The committed rows say how far seeds move an accuracy."""
     committed = pd.read_csv(seeds.ROWS).accuracy

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import snntorch
 import torch
 
 import snnlstm
-from tests.shared.helpers import HANG
+from tests.shared.fresh import fresh
+from tests.shared.helpers import HANG, long
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GAIN = r"snnlstm trained \d+\.\d times as fast, in processor time"
@@ -51,9 +53,15 @@ def test_both_libraries_learn_from_samples_of_different_lengths(name, tiny, caps
     assert (theirs - ours).abs().lt(1e-4).float().mean() > 0.95  # rounding may decide a spike
 
 
-def test_the_video_is_predicted_and_drawn(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
+@pytest.mark.parametrize("by", ["a stand-in", pytest.param("matplotlib", marks=long)])
+def test_the_video_is_predicted_and_drawn(by, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    if by == "matplotlib":
+        pytest.importorskip("matplotlib")
+    else:
+        drawing = SimpleNamespace(imsave=lambda path, image, **_: torch.save(image, path))
+        monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace(image=drawing))
+        monkeypatch.setitem(sys.modules, "matplotlib.image", drawing)
     names = example("video.py")
     names["main"](["--batches", "2"])
     assert "times as fast as a loop" in capsys.readouterr().out
@@ -63,7 +71,19 @@ def test_the_video_is_predicted_and_drawn(tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(names["plain"](lstm, film), lstm(film)[0][-1])
 
 
-@pytest.mark.slow
+def test_one_process_trains_where_several_may():
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    program = f"""
+import os, runpy
+os.environ.update({place!r})
+runpy.run_path("examples/distributed.py")["main"](["--samples", "32"])
+"""
+    done = fresh(program, [EXAMPLES.parent])
+    assert done.returncode == 0, done.stderr
+    assert re.search(GAIN, done.stdout)
+
+
+@long
 def test_two_processes_train_together():
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

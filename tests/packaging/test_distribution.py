@@ -100,6 +100,7 @@ def test_the_sdist_holds_what_the_repository_does(sdist):
     assert [name for name in names if re.search(r"\.(so|o|pyc)$|^(build|dist|\.venv)/", name)] == []
 
 
+@long
 def test_a_wheel_holds_the_package_alone_needs_torch_alone_and_computes(sdist, tmp_path):
     """The wheel runs outside of the source tree, by the kernels, forward and backward."""
     wheel, _ = built(tmp_path / "wheel", sdist, COMPILED)

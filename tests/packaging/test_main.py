@@ -14,6 +14,7 @@ import torch
 
 import snnlstm
 from snnlstm import __main__ as report
+from tests.shared.fresh import fresh
 from tests.shared.helpers import python
 
 
@@ -77,9 +78,8 @@ net = torch.nn.Sequential(snntorch.SConv2dLSTM(2, 3, 3, init_hidden=True))
 print(snnlstm.accelerate(net))
 net(torch.ones(1, 2, 5, 5))
 """
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    for program, mentions in (["-c", code], 2), (["-m", "snnlstm"], 1):
-        done = python(*program, cwd=tmp_path, env=environment)
+    for program, module, mentions in (code, False, 2), ("snnlstm", True, 1):
+        done = fresh(program, [tmp_path], module)
         said = done.stdout + done.stderr
         assert f"the checkout {tmp_path.resolve()}" in said
         assert said.count("run Python in another folder") == mentions
@@ -96,7 +96,7 @@ cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
 cell(torch.ones(1, 2, 5, 5))
 print(cell.path)
 """
-    done = python("-c", code, cwd=tmp_path)
+    done = fresh(code, [tmp_path])
     assert done.stdout == "reference (the compiled core does not load: GLIBC_2.99 not found)\n"
     assert "reference path, which is slower: the compiled core does not load" in done.stderr
 

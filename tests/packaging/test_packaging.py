@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import runpy
@@ -16,6 +15,7 @@ import pytest
 
 import snnlstm
 from snnlstm import _C
+from tests.shared.fresh import fresh
 from tests.shared.helpers import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +106,5 @@ assert cell.path.name.startswith("cpu-"), cell.path
 from snnlstm import _C
 print(before == runtimes(), len(before), _C.openmp_library() in before)
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(snnlstm.__file__).parents[1])}
-    printed = output(sys.executable, "-c", program, cwd=tmp_path, env=environment)
-    assert printed.split() == ["True", "1", "True"]
+    done = fresh(program, [Path(snnlstm.__file__).parents[1], tmp_path])
+    assert done.stdout.split() == ["True", "1", "True"], done.stderr

@@ -11,7 +11,8 @@ from snntorch.functional import probe
 from torch import nn
 
 import snnlstm
-from tests.shared.helpers import close, ours, python, quietly, steps, theirs
+from tests.shared.fresh import fresh
+from tests.shared.helpers import close, ours, quietly, steps, theirs
 
 X = steps(1, 2, 2, 6, 6)[0]
 # A file of an earlier release has for each cell its arguments, its state_dict, an input of three
@@ -83,7 +84,7 @@ def test_a_missing_or_broken_snntorch_costs_no_more_than_its_features(tmp_path, 
     else:
         (tmp_path / "snntorch.py").write_text(stub)
         code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + code
-    done = python("-c", code)
+    done = fresh(code)
     assert done.returncode == 0, done.stderr
     base, *refused = done.stdout.splitlines()
     assert base == "torch.nn.modules.module"
@@ -96,7 +97,7 @@ def test_a_missing_or_broken_snntorch_costs_no_more_than_its_features(tmp_path, 
 def test_it_imports_where_unix_modules_are_missing():
     code = "import sys, snntorch\nfor name in ('fcntl', 'grp', 'pwd', 'resource', 'termios'):\n"
     code += "    sys.modules[name] = None\nimport os; del os.register_at_fork, os.fork\n"
-    assert python("-c", code + "import snnlstm").returncode == 0
+    assert fresh(code + "import snnlstm").returncode == 0
 
 
 # ---- patch ----------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 import gc
 import mmap
-import os
 import random
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from tests.shared.helpers import (
     in_threads,
     more_memory,
     ours,
-    python,
     same,
 )
 
@@ -130,26 +130,31 @@ def test_the_limit_of_a_control_group_counts(name, tmp_path, monkeypatch):
     assert pool._memory.__wrapped__() == machine
 
 
-KEPT = """
-import torch
-from snnlstm.native import pool
-blocks = [pool.empty((2 << 20,), torch.uint8) for _ in range(3)]
-pool.small.append(pool.workspace(100))
-del blocks
-print(pool.free_bytes() >> 20)
-"""
+def fresh_pool(monkeypatch: pytest.MonkeyPatch, cache: str) -> ModuleType:
+    """Loads the module as a process with this setting does."""
+    monkeypatch.setenv("SNNLSTM_CACHE", cache)
+    assert pool.__spec__ is not None
+    spec = spec_from_file_location("fresh_pool", pool.__spec__.origin)
+    assert spec is not None
+    spec.loader.exec_module(made := module_from_spec(spec))
+    return made
 
 
 @pytest.mark.parametrize(("cache", "kept"), [("", 6), ("5", 4), ("0", 0)])
-def test_the_environment_bounds_what_is_kept(cache, kept):
-    ended = python("-c", KEPT, env=os.environ | {"SNNLSTM_CACHE": cache})
-    assert ended.stdout == f"{kept}\n", ended.stderr
+def test_the_environment_bounds_what_is_kept(cache, kept, monkeypatch):
+    fresh = fresh_pool(monkeypatch, cache)
+    blocks = [fresh.empty((2 << 20,), torch.uint8) for _ in range(3)]
+    fresh.small.append(fresh.workspace(100))
+    del blocks
+    assert fresh.free_bytes() == kept * MIB
+    assert len(fresh.small) == bool(kept)
 
 
 @pytest.mark.parametrize("cache", ["much", "-1", "1.5"])
-def test_the_environment_must_have_a_number(cache):
-    ended = python("-c", KEPT, env=os.environ | {"SNNLSTM_CACHE": cache})
-    assert f"SNNLSTM_CACHE must be a whole number of MiB, got '{cache}'" in ended.stderr
+def test_the_environment_must_have_a_number(cache, monkeypatch):
+    text = f"SNNLSTM_CACHE must be a whole number of MiB, got '{cache}'"
+    with pytest.raises(ValueError, match=text):
+        fresh_pool(monkeypatch, cache)
 
 
 # ---- counting without locks ----------------------------------------------------------------------

@@ -16,7 +16,16 @@ from torch.utils._pytree import tree_leaves
 import snnlstm
 from snnlstm.native import backends as native
 from snnlstm.native import operators
-from tests.shared.helpers import close, described, flat, ours, same_gradients, states, steps
+from tests.shared.helpers import (
+    close,
+    described,
+    flat,
+    long,
+    ours,
+    same_gradients,
+    states,
+    steps,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -52,15 +61,19 @@ class Functional(nn.Module):
 
 
 class Alone(nn.Module):
-    """A surrogate or a quantiser, of numbers that are parameters."""
+    """Every surrogate and a quantiser, each of numbers that are parameters."""
 
-    def __init__(self, function):
+    def __init__(self):
         super().__init__()
-        self.function = function
-        self.numbers = nn.Parameter(torch.cat([torch.linspace(-3, 3, 101), torch.zeros(1)]))
+        kinds = [kind.name for kind in snnlstm.surrogate.KINDS[1:] if kind.name != "SSO"]
+        self.functions = [getattr(snnlstm.surrogate, name)() for name in kinds]  # SSO draws anew
+        self.functions.append(snnlstm.quant.state_quant(4))
+        numbers = torch.cat([torch.linspace(-3, 3, 101), torch.zeros(1)])
+        self.numbers = nn.ParameterList(numbers.clone() for _ in self.functions)
 
     def forward(self):
-        return self.function(self.numbers)
+        pairs = zip(self.functions, self.numbers, strict=True)
+        return [function(numbers) for function, numbers in pairs]
 
 
 CHANNELS_LAST = [((steps(1, 2, 2, 6, 6)[0].to(memory_format=torch.channels_last),), {})] * 2
@@ -74,18 +87,20 @@ OBJECTS = {
         for options in (
             {}, {"max_pool": 2, "reset_mechanism": "subtract", "init_hidden": True},
             {"avg_pool": 2, "reset_mechanism": "zero", "learn_threshold": True, "output": True},
-            {"state_quant": snnlstm.quant.state_quant(4)}, {"inhibition": True},
-            {"stride": 2, "dilation": 2}, {"surrogate_disable": True}, {"checkpoint": True},
-            {"spike_grad": torch.sigmoid}, {"dtype": torch.float64}, {"bias": False},
+            {"state_quant": snnlstm.quant.state_quant(4), "stride": 2, "dilation": 2},
+            {"inhibition": True, "dtype": torch.float64, "bias": False},
+            {"surrogate_disable": True, "checkpoint": True}, {"spike_grad": torch.sigmoid},
         )
     },
-    "a sequence": (lambda: ours(reset_mechanism="subtract"), whole()),
-    "recorded": (lambda: ours(batch_first=True), whole(record=True)),
+    "a sequence": (
+        lambda: ours(reset_mechanism="subtract", batch_first=True), whole(record=True),
+    ),
     "channels_last": (ours, CHANNELS_LAST),
     "lengths": (ours, [whole(lengths=torch.tensor(n), record=True)[0] for n in ([3, 1], [0, 2])]),
     "signals": (lambda: snnlstm.SConv1dLSTM(2, 3, 5, threshold=0.05, max_pool=2), whole(2, 2, 9)),
-    "ConvLSTM": (lambda: snnlstm.ConvLSTM(2, [5, 3], 3, 2, True), whole(2, 2, 5, 6)),
-    "ConvLSTM, stride": (lambda: snnlstm.ConvLSTM(2, 3, 3, 2, stride=2), whole(2, 2, 5, 6)),
+    "ConvLSTM": (
+        lambda: snnlstm.ConvLSTM(2, [5, 3], 3, 2, True, stride=2), whole(2, 2, 5, 6),
+    ),
     "ConvLSTMCell": (
         lambda: snnlstm.ConvLSTMCell(2, 3, 3), step_calls(shape=(2, 2, 5, 6), cur_state=PAIR),
     ),
@@ -96,11 +111,7 @@ OBJECTS = {
     "functional": (lambda: Functional(spike_grad=ATAN(2)), whole()),
     "functional, step": (lambda: Functional(spike_grad=ATAN(2), stride=2), step_calls(1)),
     "functional, made within": (lambda: Functional(spike_grad=None), whole()),
-    "quantiser": (lambda: Alone(snnlstm.quant.state_quant(4)), [((), {})]),
-    **{
-        kind.name: (lambda kind=kind: Alone(getattr(snnlstm.surrogate, kind.name)()), [((), {})])
-        for kind in snnlstm.surrogate.KINDS[1:] if kind.name != "SSO"  # it draws other numbers
-    },
+    "surrogates and a quantiser": (Alone, [((), {})]),
 }  # fmt: skip
 
 
@@ -142,39 +153,51 @@ def test_under_autocast(backend):
     assert cell.path.name.startswith(backend.device.type if backend.native else "reference")
 
 
+# What changes one after the other. The surrogate's number stays atan's 2: of a number that changes
+# dynamo 2.13 makes a symbol, and then cannot trace the surrogate's backward pass in plain torch.
 LATER = {
-    "threshold": lambda cell: setattr(cell, "threshold", 0.3),
-    "reset": lambda cell: setattr(cell, "reset_mechanism", "subtract"),
+    "direct": lambda cell: None,
+    "reference": lambda cell: None,
+    "surrogate": lambda cell: setattr(cell, "spike_grad", snnlstm.surrogate.sigmoid(2)),
     "pool": lambda cell: setattr(cell, "max_pool", 2),
-    "surrogate": lambda cell: setattr(cell, "spike_grad", snnlstm.surrogate.sigmoid(3)),
+    "threshold": lambda cell: setattr(cell, "threshold", 0.05),
+    "reset": lambda cell: setattr(cell, "reset_mechanism", "subtract"),
+    "state": lambda cell: setattr(cell, "mem", states(2, 3, 6, 6)[1]),
     "state_dict": lambda cell: cell.load_state_dict(
         ours(seed=5, reset_mechanism="zero").state_dict()
     ),
-    "weight_norm": lambda cell: nn.utils.parametrizations.weight_norm(cell.conv),
     "dtype": lambda cell: cell.double(),
-    "state": lambda cell: setattr(cell, "mem", states(2, 3, 6, 6)[1]),
-    "direct": lambda cell: None,
-    "reference": lambda cell: None,
+    "weight_norm": lambda cell: nn.utils.parametrizations.weight_norm(cell.conv),
 }
+SAME_RESULTS = {"direct", "reference", "surrogate", "dtype", "weight_norm"}
 
 
-@pytest.mark.parametrize("name", LATER)
-def test_what_changes_after_compiling_is_followed(name):
+def alike(one, other):
+    return one.shape == other.shape and torch.allclose(one.double(), other.double(), atol=1e-5)
+
+
+def test_what_changes_after_compiling_is_followed():
     """The table has no hooks on conv, because dynamo looks for hooks only when it compiles."""
     changed, eager = ours(threshold=0.02), ours(threshold=0.02)
     compiled = torch.compile(changed, fullgraph=True, backend="aot_eager")
     x = steps(4, 2, 2, 6, 6)
-    before = compiled(x)[2]
-    for cell in (changed, eager):
-        cell.reset_mem()
-        LATER[name](cell)
-    x = x.to(changed.graded_spikes_factor.dtype)
-    with snnlstm.algorithm(name if name in snnlstm.calls.algorithms.ALGORITHMS else "auto"):
-        actual, expected = compiled(x), eager(x)
-    assert name != "reference" or changed.path == eager.path
-    close(actual, expected)
-    changes_mem = name in ("reset", "state_dict", "state")
-    assert torch.allclose(actual[2].float(), before, atol=1e-5) != changes_mem
+    before = compiled(x)
+    with torch._dynamo.config.patch(recompile_limit=len(LATER) + 1):
+        for name, change in LATER.items():
+            for cell in (changed, eager):
+                cell.reset_mem()
+                cell.zero_grad()
+                change(cell)
+            x = x.to(changed.graded_spikes_factor.dtype)
+            with snnlstm.algorithm(name if name in snnlstm.calls.algorithms.ALGORITHMS else "auto"):
+                actual, expected = compiled(x), eager(x)
+            assert name != "reference" or changed.path == eager.path
+            for spk, _, mem in (actual, expected):
+                (spk.sum() + mem.square().sum()).backward()
+            close(actual, expected)
+            same_gradients(changed, eager)
+            assert all(map(alike, actual, before)) == (name in SAME_RESULTS), name
+            before = actual
 
 
 @pytest.mark.parametrize(
@@ -207,7 +230,7 @@ def test_the_functional_form_recognises_surrogates(library, dynamic):
 
 def test_the_functional_form_names_what_torch_compile_cannot_take():
     """Closures that the traced code makes, and foreign functions, take the reference path."""
-    weight, x = torch.randn(12, 5, 3, 3) / 9, steps(3, 2, 2, 6, 6)
+    weight, x = torch.randn(12, 5, 3, 3) / 9, steps(2, 2, 2, 6, 6)
 
     def call(spike, quant=None):
         spike = surrogate.atan() if spike is None else spike
@@ -215,7 +238,7 @@ def test_the_functional_form_names_what_torch_compile_cannot_take():
             x, weight=weight, threshold=0.01, spike_grad=spike, state_quant=quant
         )
 
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
     for spike in (None, torch.sigmoid, surrogate.custom_surrogate(lambda x, grad, spk: grad)):
         close(compiled(spike), call(spike))
     slope = surrogate.fast_sigmoid(torch.tensor(25.0))
@@ -225,25 +248,29 @@ def test_the_functional_form_names_what_torch_compile_cannot_take():
     ):
         with pytest.raises(torch._dynamo.exc.Unsupported, match=text):
             compiled(*arguments)
-    close(torch.compile(call, backend="aot_eager")(slope), call(slope))
+    close(torch.compile(call, backend="eager")(slope), call(slope))
 
 
-def network() -> snnlstm.Sequential:
-    """Makes a stem, two cells and a readout."""
+def network(stem: bool) -> snnlstm.Sequential:
+    """Makes a stem, if it is wanted, two cells and a readout."""
     cells = (
         ours(3, 4, 3, threshold=0.05, max_pool=2, init_hidden=True),
         ours(4, 4, 3, threshold=0.05, reset_mechanism="zero", init_hidden=True),
     )
-    stem, head = nn.Conv2d(2, 3, 3, padding=1), nn.Linear(64, 3)
-    return snnlstm.Sequential(stem, nn.ReLU(), *cells, nn.Flatten(), head)
+    first = (nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) if stem else ()
+    return snnlstm.Sequential(*first, *cells, nn.Flatten(), nn.Linear(64, 3))
 
 
-def test_inductor_trains_a_network_as_eager_does():
-    """The graph of the default backend packs the weights anew after each step of the optimizer."""
-    x, target = steps(3, 4, 2, 8, 8), torch.tensor([0, 1, 2, 1])
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=long)])
+def test_inductor_trains_a_network_as_eager_does(whole):
+    """The graph of the default backend packs the weights anew after each step of the optimizer.
+
+    The whole network has a stem, and another graph for inference.
+    """
+    x, target = steps(3, 4, 3, 8, 8), torch.tensor([0, 1, 2, 1])
     nets, losses = [], []
     for compiled in (False, True):
-        net = network()
+        net = network(stem=whole)
         call = torch.compile(net, fullgraph=True) if compiled else net
         optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
         losses.append([])
@@ -256,7 +283,8 @@ def test_inductor_trains_a_network_as_eager_does():
             losses[-1].append(loss.item())
         nets.append(net.eval())
         with torch.no_grad():
-            losses[-1].append(call(x).sum().item())
+            if whole:
+                losses[-1].append(call(x).sum().item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-4)
     assert losses[0][4] < losses[0][0] - 0.02
     close(nets[1].state_dict(), nets[0].state_dict(), atol=2e-3)
@@ -323,18 +351,11 @@ T, F = True, False
 # gives up above 8 graphs, and fullgraph=True raises. Passed states take a graph for a new cell's, a
 # reset cell's and a step's.
 GRAPHS = {
-    "hidden": ("hidden", [(2, T)] * 3, [2, 2, 2]),
-    "hidden, inference": ("hidden", [(2, F)] * 3, [2, 2, 2]),
-    "stored": ("stored", [(2, T)] * 3, [2, 2, 2]),
-    "passed": ("passed", [(2, T)] * 3, [2, 3, 3]),
-    "sequence": ("sequence", [(2, T)] * 3, [1, 1, 1]),
-    "sequence, inference": ("sequence", [(2, F)] * 3, [1, 1, 1]),
-    "last batches": ("hidden", [(4, T), (4, T), (3, T), (6, F), (1, F)] * 2,
-                     [2, 2, 4, 6, 8, *[8] * 5]),
-    "last batches, sequence": ("sequence", [(4, T), (4, T), (3, T), (6, F), (1, F)] * 2,
-                               [1, 1, 2, 3, 4, *[4] * 5]),
-    "any size": ("stored", [(2, T), (3, T), (5, T), (2, T), (7, T)], [2, 4, 4, 4, 4]),
-    "any size, passed": ("passed", [(3, T), (2, T), (4, T), (3, T)], [2, 4, 4, 4]),
+    "hidden": ("hidden", [(4, T), (4, T), (3, T), (6, F), (1, F)] * 2, [2, 2, 4, 6, 8, *[8] * 5]),
+    "sequence": ("sequence", [(4, T), (4, T), (3, T), (6, F), (1, F)] * 2,
+                 [1, 1, 2, 3, 4, *[4] * 5]),
+    "stored": ("stored", [(2, T), (2, T), (3, T), (5, T), (2, T), (7, T)], [2, 2, 4, 4, 4, 4]),
+    "passed": ("passed", [(3, T), (3, T), (2, T), (4, T), (3, T)], [2, 3, 5, 5, 5]),
 }  # fmt: skip
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from snnlstm.compat import torch_private
-from tests.shared.helpers import ours, python, same, steps
+from tests.shared.fresh import fresh
+from tests.shared.helpers import ours, same, steps
 
 # What a guard looks at. It reads memory as the first tensor's, so it must look at all of it.
 LOOKS = {
@@ -81,7 +82,7 @@ print(cell.path.native, cell.mem.double().sum().item(), cell.conv.bias.grad.doub
 
 
 def test_a_torch_without_any_of_them_computes_the_same():
-    outs = [python("-c", f"HIDDEN = {hidden}\n{PROGRAM}") for hidden in (True, False)]
+    outs = [fresh(f"HIDDEN = {hidden}\n{PROGRAM}") for hidden in (True, False)]
     assert outs[1].stdout, outs[1].stderr
     assert outs[0].stdout == outs[1].stdout
     assert "has no torch._C._current_graph_task_id: a cell does not notice" in outs[0].stderr
