@@ -379,10 +379,10 @@ class SConv2dLSTM(CellAttributes):
         else:  # nn.Module.__setattr__ is slow
             attributes = self.__dict__
             attributes["_path"], attributes["spk"] = path, spk
-            if path.native:
-                attributes.pop("reset", None)
-            elif path.slow:
+            if path.slow:
                 log_fallback(path, self)
+            else:
+                attributes.pop("reset", None)
         if not call.record:
             self._state.store(syn, mem, traced)
         elif syn.shape[0] > 0:  # a sequence without a step leaves the states as they were
