@@ -136,7 +136,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             if isinstance(state.get(name), FunctionType):
                 state[name] = recognise(state[name])
         if "mem" in self._buffers:
-            state["_buffers"] = {**self._buffers, "mem": self._buffers["mem"].detach()}
+            state["_buffers"] = {**self._buffers, "mem": self.mem.detach()}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

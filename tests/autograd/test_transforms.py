@@ -124,6 +124,14 @@ def test_a_leaky_is_reset_after_vmap(reset, algorithm):
         torch.testing.assert_close(layer(x[0]), snnlstm.Leaky(0.5)(x[0]))
 
 
+def test_a_leaky_is_copied_after_vmap():
+    layer = snnlstm.Leaky(0.5)
+    torch.func.vmap(layer)(torch.rand(2, 3, 5))
+    for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert duplicate.mem.shape == (0,)
+        duplicate(torch.rand(3, 5))
+
+
 def test_a_state_goes_on_within_a_derivative_but_not_into_the_next():
     _, cell = cells()
 
