@@ -8,12 +8,12 @@ Pass::Pass(const Cell& given, const Device& device, Matrix numbers, Algorithm wa
            bool is_backward, const BlockChoice& only, const Pass* other)
     : cell(given), matrix(numbers), algorithm(wanted), backward(is_backward) {
   device_ = device.number;
-  const auto plan_forward = [&](const BlockChoice& choice) {
-    return std::make_shared<const ForwardSteps>(cell, device, matrix, choice);
-  };
-  forward_ = other ? other->forward_ : plan_forward({});
+  forward_ = other ? std::make_unique<const ForwardSteps>(*other->forward_)
+                   : std::make_unique<const ForwardSteps>(cell, device, matrix, BlockChoice());
   const bool any_blocks = only.shape < 0 && only.h == 0 && only.w == 0;
-  const auto steps = backward || any_blocks ? forward_ : plan_forward(only);
+  auto steps = backward || any_blocks
+                   ? std::make_unique<const ForwardSteps>(*forward_)
+                   : std::make_unique<const ForwardSteps>(cell, device, matrix, only);
   const Cell& c = steps->s.c;
   reason_against = cuda::reason_against(c, 0);
   const Multiply multiply = steps->step.multiply;
@@ -30,17 +30,17 @@ Pass::Pass(const Cell& given, const Device& device, Matrix numbers, Algorithm wa
   int64_t launched = 0;  // blocks of the largest launch
   if (algorithm == Algorithm::cudnn) {
     cell.T = 1;
-    steps_ = std::make_shared<const CudnnSteps>(cell, matrix, backward);
+    steps_ = std::make_unique<const CudnnSteps>(cell, matrix, backward);
     name = "cudnn";
   } else if (backward) {
-    const auto its = std::make_shared<const BackwardSteps>(cell, device, matrix, multiply, only);
+    auto its = std::make_unique<const BackwardSteps>(cell, device, matrix, multiply, only);
     shape = its->to_mem.shape;
     launched = std::max(its->to_x.tiling.blocks(), c.N * ceil_div(neurons, kSpreadThreads));
-    steps_ = its;
+    steps_ = std::move(its);
   } else {
     shape = steps->step.shape;
     launched = c.N * ceil_div(neurons, kFireThreads);
-    steps_ = steps;
+    steps_ = std::move(steps);
   }
   launched = std::max(launched, steps_->tiling().blocks());
   packed_bytes = steps_->packed.bytes, workspace = steps_->workspace;

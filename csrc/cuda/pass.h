@@ -96,8 +96,8 @@ class Pass {
 
  private:
   int device_;                                   // on which everything is launched
-  std::shared_ptr<const ForwardSteps> forward_;  // of any blocks
-  std::shared_ptr<const Steps> steps_;
+  std::unique_ptr<const ForwardSteps> forward_;  // of any blocks
+  std::unique_ptr<const Steps> steps_;
 };
 
 // Launches all steps of snntorch.Leaky, on the device's `stream`: one kernel a pass.

@@ -36,6 +36,8 @@ class Neurons(NamedTuple):
     graded: Tensor
     sequence: bool = False
     """Whether x has all steps, (T, ...)."""
+    static: Any = None
+    """What :func:`static_fields` returns, if the layer has asked for it."""
 
 
 def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Any:
@@ -90,6 +92,16 @@ def run_neurons(
 @pool.where_it_fits
 def _forward(neurons: Neurons, x: Tensor, mem: Tensor, record: bool) -> tuple[Tensor, Tensor]:
     """As :func:`run_neurons`, without gradients."""
+    if neurons.static is not None:
+        _, _, beta, threshold, graded, sequence, (first, of_beta, of_threshold) = neurons
+        dtype = real(x.dtype)
+        spk, after = _empty_like(x, dtype), _empty_like(x if record or not sequence else mem, dtype)
+        BACKENDS[x.device.type].leaky((
+            *first, beta.data_ptr(), *of_beta, threshold.data_ptr(), *of_threshold,
+            graded.data_ptr(), mem.data_ptr(), x.data_ptr(), spk.data_ptr(), after.data_ptr(),
+            record,
+        ), False, x.device)  # fmt: skip
+        return spk, after
     x = _without_gaps(x, neurons.sequence)
     shape, strides, dtype = x.shape, x.stride(), real(x.dtype)
     if neurons.sequence:
@@ -111,18 +123,42 @@ def _fields(
     before: Tensor | None,
 ) -> tuple[tuple[Any, ...], Any]:
     """Both passes' fields (csrc/args.h), and their tensors; `shape` is x's, `strides` a step's."""
-    reset, surrogate, beta, threshold, graded, sequence = neurons
+    _, _, beta, threshold, graded, sequence, _ = neurons
     dtype = real(x_type)
     held = [
         t if t.dtype is dtype and t.dim() == 0 and not t.is_neg() else contiguous_as(t, dtype)
         for t in neurons[2:5]
     ]
-    time, shape = (shape[0], shape[1:]) if sequence else (1, shape)
+    step = shape[sequence:]
     return (
-        DTYPES.index(x_type), RESETS.index(reset), surrogate.kind, surrogate.p0, surrogate.p1,
-        time, math.prod(shape), held[0].data_ptr(), *place(beta, shape, strides),
-        held[1].data_ptr(), *place(threshold, shape, strides), held[2].data_ptr(), pointer(before),
+        *_first_fields(neurons, x_type, shape), held[0].data_ptr(), *place(beta, step, strides),
+        held[1].data_ptr(), *place(threshold, step, strides), held[2].data_ptr(), pointer(before),
     ), held  # fmt: skip
+
+
+def _first_fields(
+    neurons: Neurons, x_type: torch.dtype, shape: Sequence[int]
+) -> tuple[int | float, ...]:
+    """The fields before the addresses; `shape` is x's."""
+    surrogate, time = neurons.surrogate, shape[0] if neurons.sequence else 1
+    return (
+        DTYPES.index(x_type), RESETS.index(neurons.reset), surrogate.kind, surrogate.p0,
+        surrogate.p1, time, math.prod(shape[neurons.sequence :]),
+    )  # fmt: skip
+
+
+def static_fields(neurons: Neurons, x: Tensor, mem: Tensor) -> Any:
+    """The fields that equal calls share, besides addresses; None if a tensor must be copied."""
+    if _without_gaps(x, neurons.sequence) is not x:
+        return None
+    shape, strides = x.shape[neurons.sequence :], x.stride()[neurons.sequence :]
+    parameters, dtype = neurons[2:5], real(x.dtype)
+    if _laid_out(mem, shape, strides, dtype, x.device) is not mem:
+        return None
+    if any(contiguous_as(parameter, dtype) is not parameter for parameter in parameters):
+        return None
+    of_beta, of_threshold = (place(parameter, shape, strides) for parameter in parameters[:2])
+    return _first_fields(neurons, x.dtype, x.shape), of_beta, of_threshold
 
 
 def _without_gaps(x: Tensor, sequence: bool) -> Tensor:
@@ -249,7 +285,7 @@ def _by_formula(
     wanted: Sequence[bool],
 ) -> Sequence[Tensor | None]:
     """The same gradients in plain torch, which can be differentiated again."""
-    reset, surrogate, beta, threshold, graded, sequence = neurons
+    reset, surrogate, beta, threshold, graded, sequence, _ = neurons
     mems = after.unbind() if sequence else (after,)
     spks, others = (
         [None] * len(mems) if g is None else g.unbind() if sequence else (g,) for g in grads

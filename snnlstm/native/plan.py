@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -336,13 +337,14 @@ class Plan(Sizes):
                 at = (x_at, self.x_strides), (syn_at, self.syn_strides), (mem_at, self.mem_strides)
                 return call, saved, at
         block = self.restored_block(saved, self.saved.bytes)
-        x, syn, mem = (
+        x, syn, mem = found = [
             restored(tensor, shape, self.dtype, self.device)
             for tensor, shape in zip(tensors, self._saved_shapes, strict=True)
-        )
+        ]
         views = strided(x, syn, mem)
         strides = [self.x_strides, self.syn_strides, self.mem_strides]
-        if guard is None and block is saved and strides == [view and view[1] for view in views]:
+        is_kept = all(map(operator.is_, (*found, block), (*tensors, saved)))
+        if guard is None and is_kept and strides == [view and view[1] for view in views]:
             self._guards[wanting] = guard_of((*tensors, saved))
         return call._replace(x=x, syn=syn, mem=mem), block, views
 

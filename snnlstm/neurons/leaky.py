@@ -27,7 +27,7 @@ from ..compat.snntorch import (
     recognise_surrogate,
     recognise_traced,
 )
-from ..compat.torch_private import NO_LEVEL, has_ended, level_of
+from ..compat.torch_private import NO_LEVEL, guard_of, has_ended, level_of
 from ..dispatch.path import LastPath, Path, log_fallback, native_path
 from ..dispatch.reasons import against_device, reason_now, recorded_now
 from ..reference import called, fire, reset_signal
@@ -39,7 +39,7 @@ try:
 except ImportError:  # path.against_device says why
     kernels = None  # type: ignore[assignment]
 
-PRIVATE = ("_base", "_path", "_layer_name", "_recognised")
+PRIVATE = ("_base", "_path", "_layer_name", "_recognised", "_last")
 """The attributes of an instance that only our class has."""
 
 _TRACED = Path("reference", "torch.compile traces plain operators")
@@ -131,7 +131,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without what cannot be copied: mem's graph, snnTorch's closures."""
         state = self.__dict__.copy()
-        state.pop("_recognised", None)
+        for name in ("_recognised", "_last"):
+            state.pop(name, None)
         for name, recognise in _CLOSURES.items():
             if isinstance(state.get(name), FunctionType):
                 state[name] = recognise(state[name])
@@ -356,20 +357,28 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
                 if not isinstance(value, Tensor):
                     raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
             return Path("reference", "x or mem is of a subclass of Tensor")
-        path = reason_now() or against_device(x.device)
+        path = reason_now()
         if path is not None:
             return path
         surrogate: Any = self._surrogate()
+        reason = own or self._option_against(surrogate)
         beta, threshold, graded = parameters = [*map(self._parameter, _PARAMETERS)]
-        reason = (
-            own
-            or self._option_against(surrogate)
-            or self._tensors_against(x, mem, parameters, sequence)
-        )
+        static, tensors = (surrogate, self._base, sequence), (x, mem, *parameters)
+        last = self.__dict__.get("_last")
+        if reason is None and last is not None and last[0] == static and last[1].check(*tensors):
+            return kernels.Neurons(last[2], surrogate, beta, threshold, graded, sequence, last[3])
+        path = against_device(x.device)
+        if path is not None:
+            return path
+        reason = reason or self._tensors_against(x, mem, parameters, sequence)
         if reason is not None:
             return _slow(reason)
         reset = snntorch.STATE_FUNCTIONS[self._base]
-        return kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
+        neurons = kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
+        if mem.shape == x.shape[sequence:] and (guard := guard_of(tensors)) is not None:
+            fields = kernels.static_fields(neurons, x, mem)
+            self.__dict__["_last"] = static, guard, reset, fields
+        return neurons
 
     def _tensors_against(
         self, x: Tensor, mem: Tensor, parameters: Sequence[Any], sequence: bool

@@ -43,7 +43,7 @@ def followed(call) -> tuple[list[str], list[str]]:
 
 
 def told(mark: str) -> tuple[list[str], list[int]]:
-    """Returns the files of a list in the architecture, and the numbers of the sentence before it."""
+    """Returns the files of a list in the architecture, and the numbers of the line before it."""
     before, _, rest = (ROOT / "docs" / "architecture.md").read_text().partition(f"<!-- {mark}:beg")
     way = rest.partition(f"<!-- {mark}:end -->")[0]
     sentence = before.rstrip().rpartition("\n\n")[2]
@@ -63,7 +63,7 @@ def test_a_step_call_goes_the_way_that_the_architecture_tells():
 def test_a_backward_pass_goes_the_way_that_the_architecture_tells():
     """Also where the states require gradients, and did not in the plan's first backward pass."""
     cell, x = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1), torch.rand(1, 2, 5, 5)
-    states = [torch.zeros(1, 3, 5, 5, requires_grad=wanted) for wanted in (False, False, True, True)]
+    states = [torch.zeros(1, 3, 5, 5, requires_grad=k > 1) for k in range(4)]
     for syn, mem in (states[:2], states[:2], states[2:], states[2:]):
         spk = cell(x, syn, mem)[0]
         entered, frames = followed(partial(spk.backward, torch.ones_like(spk)))

@@ -401,6 +401,66 @@ def test_a_sample_without_steps_keeps_its_mem(again: bool) -> None:
     close(*found, atol=0)
 
 
+# ---- what changes between calls ------------------------------------------------------------------
+
+
+def parameter(name: str, value: Tensor) -> Any:
+    def change(layer: Any) -> None:
+        layer._buffers[name] = value
+
+    return change
+
+
+CHANGED: dict[str, Any] = {
+    "reset_delay": lambda layer: setattr(layer, "reset_delay", False),
+    "inhibition": lambda layer: setattr(layer, "inhibition", True),
+    "state_quant": lambda layer: setattr(layer, "state_quant", lambda mem: (mem * 8).round() / 8),
+    "spike_grad": lambda layer: setattr(layer, "spike_grad", snntorch.surrogate.triangular()),
+    "foreign": lambda layer: setattr(layer, "spike_grad", lambda u: (u > 0.1).float() + 0 * u),
+    "state_function": lambda layer: setattr(layer, "state_function", layer._base_zero),
+    "fire": lambda layer: setattr(layer, "fire", lambda mem: mem - 1),
+    "beta": parameter("beta", torch.tensor(0.2)),
+    "betas": parameter("beta", torch.linspace(0.1, 0.5, 5)),
+    "beta of float64": parameter("beta", torch.linspace(0.1, 0.5, 5, dtype=F64)),
+    "threshold": parameter("threshold", torch.linspace(0.1, 0.5, 5)),
+    "graded": parameter("graded_spikes_factor", torch.tensor(-2.0)),
+    "mem": lambda layer: setattr(layer, "mem", layer.mem.t().contiguous().t()),
+    "mem of float64": lambda layer: setattr(layer, "mem", layer.mem.double()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_what_changes_after_a_call_takes_effect(change: str) -> None:
+    found, x = [], inputs(3, 5)
+    for layer in twins(graded_spikes_factor=torch.tensor(0.5)):
+        for x_t in x[:2]:
+            layer(x_t)
+        CHANGED[change](layer)
+        x_t = x[2].clone().requires_grad_()
+        spk, mem = layer(x_t)
+        (grad,) = torch.autograd.grad(spk.sum() + mem.square().sum(), x_t)
+        found.append((spk, mem, grad.to(mem.dtype)))
+    close(*found, atol=1e-6)
+
+
+@pytest.mark.parametrize("around", ["reference", "vmap", "autocast", "inference"])
+def test_what_is_active_after_a_call_takes_effect(around: str) -> None:
+    layer, x = twins()[0], inputs(3, 5)
+    expected = twins()[1](x[0], torch.zeros(3, 5))
+    for _ in range(2):
+        layer(x[0], torch.zeros(3, 5))
+    if around == "vmap":
+        out = torch.func.vmap(lambda one: layer(one, torch.zeros(5)))(x[0])
+    elif around == "reference":
+        with snnlstm.algorithm("reference"):
+            out = layer(x[0], torch.zeros(3, 5))
+    else:
+        with torch.autocast("cpu") if around == "autocast" else torch.inference_mode():
+            out = layer(x[0], torch.zeros(3, 5))
+    close(out, expected, atol=0)
+    assert layer.path.native == (around in ("autocast", "inference"))
+
+
 # ---- no signal of the last step stays ------------------------------------------------------------
 
 
