@@ -321,8 +321,6 @@ def _faster_in_torch(call: Call, algorithm: str) -> Path | None:
 
 def against_device(device: torch.device, traced: bool = False) -> Path | None:
     """Why the reference path runs all calls on a device; None if the kernels can."""
-    if device.type == "cpu" and kernels is not None:
-        return None
     if device.type not in ("cpu", "cuda"):
         also = "; the CPU has native kernels" if device.type == "mps" and kernels else ""
         return Path("reference", f"there are no kernels for device {device.type}{also}", slow=True)
