@@ -113,7 +113,7 @@ struct PassArgs {
   View syn0, mem0;                  // (N, C, Ho, Wo) states before the first step
   const void* threshold = nullptr;  // (C,), or one number with threshold_stride = 0
   int64_t threshold_stride = 0;
-  const void* graded_factor = nullptr;  // one number in the compute type
+  const void* graded_factor = nullptr;  // one number
   const int64_t* lengths = nullptr;  // (N,): steps of each sample, 0 to T; null: all samples have T
   bool record = false;               // syn and mem have every step t, or only the last step
   // Training: the activated gates of every step, and syn after it, in the backend's layout.

@@ -159,20 +159,20 @@ Enum numbered(const char* name, int64_t number, int count) {
   return Enum(number);
 }
 
-// Refuses sizes below 1 (the numbers of steps and images may be 0), and products of sizes that the
-// kernels' integers cannot hold.
+// Refuses sizes below 1, and products of sizes that the kernels' integers cannot hold. The caller
+// keeps calls without a step or an image away: no kernel would write their results.
 inline void check_sizes(const Cell& c) {
   for (const int64_t size : {c.Cin, c.C, c.H, c.W, int64_t(c.kernel_h), int64_t(c.kernel_w),
                              int64_t(c.stride_h), int64_t(c.stride_w), int64_t(c.dilation_h),
                              int64_t(c.dilation_w), int64_t(c.pool_h), int64_t(c.pool_w)})
     if (size < 1) throw py::value_error("every size of a cell must be positive");
-  if (c.T < 0 || c.N < 0 || c.num_levels < 0)
-    throw py::value_error("T, N and num_levels must not be negative");
+  if (c.T < 1 || c.N < 1) throw py::value_error("T and N must be at least 1");
+  if (c.num_levels < 0) throw py::value_error("num_levels must not be negative");
   const double taps = double(c.kernel_h) * c.kernel_w, channels = double(c.Cin) + 4. * double(c.C);
   // Bounds of the rows and columns: the image, a border no wider than the image, and padding.
   const double height = 3. * double(c.H) + 64, width = 3. * double(c.W) + 64;
   const double image = (channels + 64) * height * width, weight = (channels + 64) * channels * taps;
-  const double images = std::max(double(c.T), 1.) * std::max(double(c.N), 1.) * image;
+  const double images = double(c.T) * double(c.N) * image;
   // The gradient of x has a list of taps for each offset within a stride.
   const double places =
       double(std::min<int64_t>(c.stride_h, c.H)) * double(std::min<int64_t>(c.stride_w, c.W));

@@ -20,7 +20,6 @@ inline cpu::Plan make_cpu_plan(const Cell& cell, int algorithm, double density, 
     throw py::value_error("the CPU kernels compute in float32 and float64");
   if (threads < 1 || threads > kMostThreads)
     throw py::value_error("threads must lie between 1 and " + std::to_string(kMostThreads));
-  if (cell.T < 1 || cell.N < 1) throw py::value_error("T and N must be at least 1");
   if (!(density >= 0 && density <= 1)) throw py::value_error("density must lie between 0 and 1");
   return cpu::make_plan(cell, numbered<CpuAlgorithm>("algorithm", algorithm, 3), density,
                         max_tile_inputs, threads);

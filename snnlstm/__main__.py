@@ -6,6 +6,7 @@ names whatever is missing or broken.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import platform
@@ -36,7 +37,7 @@ FACTS = (
     ("in use", "snnlstm._C", "isa_name"),
     ("OpenMP", "snnlstm._C", "openmp_library"),
     ("used on", "snnlstm.native.function", "DEVICES"),
-    ("algorithm", "snnlstm.dispatch.path", "get_algorithm"),
+    ("algorithm", "snnlstm.calls.algorithms", "get_algorithm"),
     ("driver's CUDA", "snnlstm.__main__", "driver"),
     ("GPUs", "snnlstm.__main__", "gpus"),
 )
@@ -143,4 +144,7 @@ def table(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        "python -m snnlstm", description="Reports what was built and found, and what is wrong."
+    ).parse_args()
     print(table(collect()))

@@ -1,6 +1,8 @@
 // What a plan has computed for its pass. The launchers add addresses and strides.
 #pragma once
 
+#include <stdexcept>
+
 #include "planning.h"
 
 namespace snnlstm::cuda {
@@ -16,9 +18,12 @@ struct Pass {
   Pass(const Cell& c, Matrix matrix)
       : s(as_run(c)), taps(c), type(c.dtype), real(real_of(type)), gates(gate_type(type, matrix)) {}
   virtual ~Pass() = default;
-  virtual void forward(const ForwardArgs&, void*) const {}
-  virtual void backward(const BackwardArgs&, void*) const {}
+  virtual void forward(const ForwardArgs&, void*) const { refuse(); }
+  virtual void backward(const BackwardArgs&, void*) const { refuse(); }
   virtual const Tiling& tiling() const = 0;  // of a step
+
+ private:
+  static void refuse() { throw std::logic_error("the plan is for the other pass"); }
 };
 
 // forward.cu

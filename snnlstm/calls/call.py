@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..compat.torch_private import transforms_are_active
+from ..compat.torch_private import has_ended, transforms_are_active
 from ..surrogate import is_number
 from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, flag, make_spec
 
@@ -68,6 +68,7 @@ def checked_call(
     returns the state. `traced` says whether torch.compile traces the call. Errors call x `name`. If
     `dims` is 1, all tensors but the weight have a length L instead of H and W.
     """
+    check_transforms(x)
     if batch_first and isinstance(x, Tensor) and x.dim() == dims + 3:
         x = x.transpose(0, 1)
     x = input_tensor(x, weight, channels[0], batch_first, dims, name)
@@ -155,6 +156,18 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name} must be dense, as {name}.to_dense() is, got layout {tensor.layout}"
         )
+
+
+def check_transforms(x: Any, **states: Any) -> None:
+    """Refuse tensors of a transform of torch.func that has ended: the kernels cannot read them."""
+    for name, tensor in {"x": x, **states}.items():
+        if isinstance(tensor, Tensor) and has_ended(tensor):
+            raise RuntimeError(
+                f"{name} belongs to a transform of torch.func that has ended: return it from the "
+                "transformed function, and pass what the transform returns"
+                + ", or call reset_mem() to start from zeros"
+                * (name != "x")
+            )
 
 
 def real_tensor(name: str, value: Any) -> Tensor:

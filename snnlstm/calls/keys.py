@@ -86,10 +86,12 @@ def plan_key(
 
 def are_contiguous(call: Call) -> bool:
     """Whether the core can read bias, threshold and graded factor without a copy."""
-    return all(
-        t is None or (t.dtype == call.x.dtype and t.is_contiguous() and not t.is_neg())
-        for t in call[4:7]
-    )
+    return all(t is None or is_contiguous_as(t, call.x.dtype) for t in call[4:7])
+
+
+def is_contiguous_as(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the core can read a tensor without a copy as contiguous numbers of `dtype`."""
+    return tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def _key_of_numbers(tensor: Tensor) -> Any:

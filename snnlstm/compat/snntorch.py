@@ -1,8 +1,7 @@
 """What the package takes from snnTorch, which is optional.
 
-This file has the classes that ours replace, the recognition of snnTorch's surrogates and
-quantisers, and the registry through which snnTorch's own ``reset_hidden`` and ``detach_hidden``
-reach our cells. If snnTorch is missing or broken, everything else works.
+This file has the classes that ours replace, and the recognition of snnTorch's surrogates and
+quantisers. If snnTorch is missing or broken, everything else works.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ import textwrap
 import threading
 import tokenize
 import types
-import weakref
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -320,7 +318,7 @@ def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
     for name, method in released.items():
         if (name in own and name not in called) or getattr(ours, name, None) is not method:
             return f"its {name} was replaced"
-    chosen = own.get("state_function")
+    chosen = own.get("state_function") or layer._modules.get("state_function")
     if chosen is not None:
         name = getattr(chosen, "__name__", "")
         if name not in STATE_FUNCTIONS or (
@@ -377,90 +375,3 @@ def _results_agree(results: Callable[[], Iterable[tuple[Outs, Outs, Sequence[Ten
     except Exception:  # another release may raise anything
         return False
     return True
-
-
-_alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-
-def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
-    """The registered cells of a class that are alive.
-
-    The list is made without a lock, because a fork or a signal handler could find it taken. Other
-    threads may make and drop cells meanwhile.
-    """
-    cells = [reference() for reference in _alive.valuerefs()]
-    return [cell for cell in cells if isinstance(cell, kind)]
-
-
-class StandIn(weakref.ref):
-    """A stand-in for a cell in snnTorch's list, which does not keep the cell alive.
-
-    It passes on whatever snnTorch does to it while the cell lives. If the cell dies while another
-    thread walks the list, it accepts every access, where a weakref.proxy would raise.
-    """
-
-    __slots__ = ("_vacancy",)
-    _vacancy: Iterator[bool]
-
-    def __init__(self, cell: nn.Module) -> None:
-        super().__init__(cell)  # type: ignore[call-arg]
-        object.__setattr__(self, "_vacancy", iter((True,)))
-
-    def gives_way(self) -> bool:
-        """Whether the cell has died; True only once, so that only one thread takes its place."""
-        return self() is None and next(self._vacancy, False)
-
-    @property  # type: ignore[misc]  # writable in object
-    def __class__(self) -> type:  # isinstance reads this attribute
-        cell = self()
-        return StandIn if cell is None else type(cell)
-
-    def __getattr__(self, name: str) -> Any:
-        cell = self()
-        if cell is None and name in ("syn", "mem"):
-            return torch.zeros(0, device="cpu")
-        return getattr(cell, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        cell = self()
-        if cell is not None:
-            setattr(cell, name, value)
-
-
-def register(cell: nn.Module) -> None:
-    """Let the classmethods of both libraries reach a cell, without keeping the cell alive.
-
-    snnTorch's reset_hidden and detach_hidden walk ``SpikingNeuron.instances`` by position, so the
-    list never becomes shorter, and a new cell takes the place of a dead one.
-    """
-    _alive[id(cell)] = cell
-    instances, mine = _instances(), StandIn(cell)
-    for position, other in enumerate(instances):
-        if type(other) is StandIn and other.gives_way():
-            instances[position] = mine
-            return
-    instances.append(mine)
-
-
-def take_out(cells: Collection[nn.Module]) -> None:
-    """Remove cells from snnTorch's list, which would keep its own cells alive forever.
-
-    The list keeps its length, because another thread may be walking it by position.
-    """
-    ids, instances = {id(cell) for cell in cells}, _instances()
-    for position, one in enumerate(instances):
-        if id(one() if type(one) is StandIn else one) in ids:
-            instances[position] = StandIn(nn.Module())  # whose module is dead
-
-
-def clear_registries() -> None:
-    """Forget every cell, as ``SpikingNeuron.init()`` does."""
-    _alive.clear()
-    if Neuron is not None:
-        Neuron.instances = []
-
-
-def _instances() -> list[Any]:
-    """snnTorch's list of neurons."""
-    instances = getattr(Neuron, "instances", None)
-    return instances if isinstance(instances, list) else []

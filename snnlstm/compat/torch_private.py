@@ -62,6 +62,15 @@ recorder: Callable[[], Any] = partial(
 )
 """The mode in which torch.fx.experimental.proxy_tensor.make_fx records; None if it does not."""
 
+dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", _always)
+"""How many modes intercept torch's operators: a recorder, a FakeTensorMode, or the user's."""
+
+fake_mode: Callable[[], Any] = partial(
+    _find("_C._get_dispatch_mode", lambda _: None, "cells raise errors in a FakeTensorMode"),
+    _find("_C._TorchDispatchModeKey.FAKE", None),
+)
+"""The FakeTensorMode in which operators return tensors without memory; None outside of one."""
+
 forward_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level", -1)
 """Level of forward-mode differentiation; -1 if it is not active, or if torch does not say."""
 
@@ -105,6 +114,15 @@ level_of: Callable[[Tensor], int] = _find("_C._functorch.maybe_get_level", lambd
 
 It is NO_LEVEL for a plain tensor, and less than that if a derivative has ended.
 """
+
+
+def has_ended(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a transform of torch.func that has ended."""
+    if torch.compiler.is_compiling():
+        return False
+    level = level_of(tensor)
+    return level < NO_LEVEL or (level > NO_LEVEL and not transforms_are_active())
+
 
 is_batch: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", _never)
 """Whether a gradient is batched, as with is_grads_batched=True."""

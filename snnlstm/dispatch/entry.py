@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import reference
 from ..calls import algorithms
-from ..calls.call import Call, autocast_dtype, may_require_grad
+from ..calls.call import Call, autocast_dtype, check_transforms, may_require_grad
 from ..calls.keys import BoundedDict, key_of
 from ..calls.spec import HALF_TYPES, CellSpec, are_ours
 from ..compat.torch_private import any_autocast, guard_of
@@ -154,9 +154,13 @@ def run(
                 return None
             last["_entry"] = entry
     path = now or entry.fallback
-    if spec.checkpoint and (entry.training or overrides) and may_checkpoint():
-        return _run_in_segments(path, call, entry, overrides)
-    return _run_by(path, call, entry, overrides)
+    try:
+        if spec.checkpoint and (entry.training or overrides) and may_checkpoint():
+            return _run_in_segments(path, call, entry, overrides)
+        return _run_by(path, call, entry, overrides)
+    except RuntimeError:
+        check_transforms(call.x, syn=call.syn, mem=call.mem)
+        raise
 
 
 def run_traced(

@@ -24,7 +24,9 @@ from ..calls.keys import OF_TORCH
 from ..calls.spec import CellSpec
 from ..compat import torch_private
 from ..compat.torch_private import (
+    dispatch_modes,
     exporting,
+    fake_mode,
     forward_level,
     global_hooks,
     is_tracing,
@@ -235,8 +237,11 @@ def recorded_now(traced: bool = False) -> Path | None:
     if transforms_are_active():
         return Path("reference", "a torch.func transform is active")
     if not traced:
-        if is_tracing() or recorder() is not None:
+        modes = dispatch_modes()
+        if is_tracing() or (modes and recorder() is not None):
             return Path("reference", "tracing records plain operators")
+        if modes and fake_mode() is not None:
+            return Path("reference", "a FakeTensorMode is active")
         if forward_level() >= 0:
             return Path("reference", "forward-mode differentiation is active")
     return None

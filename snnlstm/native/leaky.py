@@ -58,7 +58,7 @@ def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> An
     for outer, inner in pairwise(varies):
         if strides[outer] != strides[inner] * shape[inner]:
             return None
-    return count, strides[varies[-1]]
+    return count, max(1, strides[varies[-1]])  # an empty x may have a stride of 0
 
 
 def run(neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..calls.call import Call, restored
+from ..calls.keys import are_contiguous
 from ..calls.spec import DTYPES, POOLS, RESETS, CellSpec
 from ..compat.torch_private import guard_of
 from . import pool
@@ -268,7 +269,7 @@ class CommonPlan(Sizes, ABC):
         self._gradient_strides = [with_time(strides) for _, strides in self.gradient_memory[:3]]
         self.threshold_stride = 0 if self.thresholds == 1 else 1
         # The kernels may be able to read bias, threshold and graded factor without a copy.
-        self.are_contiguous = with_numbers(call) is call
+        self.are_contiguous = are_contiguous(call)
         self.has_spk = spec.spiking or self.sequence
         self.passes_gradient = spec.passes_gradient(self.sequence)
 

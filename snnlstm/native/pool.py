@@ -8,7 +8,9 @@ within the most bytes that were in use at once plus 1 GiB.
 
 Garbage collection and signal handlers run anywhere in a thread, and a fork copies other threads in
 the middle of their work. So there are no locks, and no counters, which would lose updates: a block
-comes and goes by one append or pop of a deque, which is atomic, and the deques' lengths count.
+comes and goes by one append or pop, which is atomic, and the lengths of deques and dictionaries
+count. When a tensor dies, its block is only noted; the next allocation frees it. The note is C code
+alone, because Python drops what a signal handler raises in the callback of a weak reference.
 """
 
 from __future__ import annotations
@@ -49,9 +51,17 @@ LIMITS = {
     "memory": "/sys/fs/cgroup/memory{}/memory.limit_in_bytes",  # version 1
 }
 
-# The blocks of one size: free ones, each with its age, and an item for each one in use.
-Blocks = tuple[deque[tuple[int, Any]], deque[None]]
+
+class _Lent(weakref.ref):
+    """Refers to the view of a block that a tensor's storage holds, and has the `block`."""
+
+    block: mmap.mmap
+
+
+# The blocks of one size: free ones, each with its age, and those in use, by their id().
+Blocks = tuple[deque[tuple[int, Any]], dict[int, _Lent]]
 _blocks: dict[int, Blocks] = {}  # by size; three sizes lie between two powers of two
+_returned: deque[_Lent] = deque()  # blocks that no tensor uses, but that still count as in use
 _workspaces: deque[tuple[int, Tensor]] = deque()
 # Small workspaces that no call uses, all of one size. They have no limit: there are only as many as
 # calls have run at once, and the system gives memory only to pages that were written.
@@ -63,6 +73,7 @@ _most_used = 0  # bytes in use at once; a thread may overwrite another's number
 def empty_cache() -> None:
     """Return the memory that no tensor uses, free blocks and workspaces, to the system."""
     global _most_used
+    _take_back()
     _most_used = 0
     for queue in [small, *_queues()]:
         queue.clear()
@@ -72,6 +83,7 @@ def empty_cache() -> None:
 
 def free_bytes() -> int:
     """Bytes in blocks that no tensor uses, and in large workspaces that no call uses."""
+    _take_back()
     blocks = sum(size * len(free) for size, (free, _) in _blocks.copy().items())
     return blocks + sum(memory.nbytes for _, memory in _workspaces.copy())
 
@@ -80,18 +92,20 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A contiguous, uninitialised CPU tensor; its block comes back when nothing refers to it."""
     count = math.prod(shape)
     size = count * dtype.itemsize
-    if size < SMALLEST:
+    if size < SMALLEST or not CACHE:
         return torch.empty(shape, dtype=dtype, device="cpu")
+    _take_back()
     quarter = 1 << (size.bit_length() - 3)
     rounded = -(-size // quarter) * quarter
-    free, used = _blocks.get(rounded) or _blocks.setdefault(rounded, (deque(), deque()))
+    free, used = _blocks.get(rounded) or _blocks.setdefault(rounded, (deque(), {}))
     try:
         age, block = free.pop()
     except IndexError:
         age, block = None, _allocate(rounded)
     view = memoryview(block)  # the tensor's storage refers to this view
-    weakref.finalize(view, _give_back, block).atexit = False
-    used.append(None)
+    lent = _Lent(view, _returned.append)
+    lent.block = block
+    used[id(lent)] = lent
     if age is None:
         _drop_oldest()
     return torch.frombuffer(view, dtype=dtype, count=count).view(shape)
@@ -173,25 +187,34 @@ def _allocate(size: int) -> mmap.mmap:
     return block
 
 
-def _give_back(block: mmap.mmap) -> None:
-    free, used = _blocks[size := len(block)]
-    if size >= MAPPED:
-        with suppress(AttributeError, OSError):  # Windows has no madvise
-            block.madvise(mmap.MADV_FREE)  # the system takes the pages if it lacks memory
-    with suppress(IndexError):  # a signal handler raised an error before the block was counted
-        used.pop()
-    free.append((next(_ages), block))
-    _drop_oldest(size)
-
-
-def _drop_oldest(returned: int = 0) -> None:
-    """Drop the blocks that came back first, as long as they exceed the limit.
-
-    `returned` bytes were in use until now. Use is highest just before a block comes back.
-    """
+def _take_back() -> None:
+    """Free the blocks that no tensor uses any more, and drop those that exceed the limit."""
     global _most_used
-    used = sum(size * len(used) for size, (_, used) in _blocks.copy().items())
-    _most_used = max(_most_used, used + returned)
+    if not _returned:
+        return
+    _most_used = max(_most_used, _used_bytes())  # use was highest just before a block came back
+    while _returned:
+        with suppress(IndexError, ValueError):  # another thread has taken it back
+            lent = _returned[0]
+            free, used = _blocks[size := len(lent.block)]
+            if used.pop(id(lent), None) is not None:
+                if size >= MAPPED:
+                    with suppress(AttributeError, OSError):  # Windows has no madvise
+                        lent.block.madvise(mmap.MADV_FREE)  # the system takes pages if it must
+                free.append((next(_ages), lent.block))
+            _returned.remove(lent)
+    _drop_oldest()
+
+
+def _used_bytes() -> int:
+    return sum(size * len(used) for size, (_, used) in _blocks.copy().items())
+
+
+def _drop_oldest() -> None:
+    """Drop the blocks that came back first, as long as they exceed the limit."""
+    global _most_used
+    used = _used_bytes()
+    _most_used = max(_most_used, used)
     most = max(0, min(CACHE, _most_used + SPARE - used, _memory() // 2 - used))
     while free_bytes() > most:
         with suppress(IndexError, ValueError):  # another thread took the block

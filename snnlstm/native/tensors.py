@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..calls.call import Call
+from ..calls.keys import are_contiguous, is_contiguous_as
 from ..surrogate import Surrogate
 
 
@@ -29,23 +30,17 @@ def readable(tensor: Tensor, name: str = "a tensor") -> Tensor:
 
 def contiguous_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor, or a copy, in `dtype`, contiguous and not lazily negated."""
-    if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
+    if is_contiguous_as(tensor, dtype):
         return tensor
     return readable(tensor).resolve_neg().to(dtype).contiguous()
 
 
 def with_numbers(call: Call) -> Call:
     """The call, or one whose bias, threshold and graded factor the core can read."""
-    bias, threshold, graded = call[4:7]
-    if bias is not None:
-        bias = contiguous_as(bias, call.x.dtype)
-    if threshold is not None:
-        threshold = contiguous_as(threshold, call.x.dtype)
-    if graded is not None:
-        graded = contiguous_as(graded, real(call.x.dtype))
-    if bias is call.bias and threshold is call.threshold and graded is call.graded:
+    if are_contiguous(call):
         return call
-    return call._replace(bias=bias, threshold=threshold, graded=graded)
+    numbers = (None if t is None else contiguous_as(t, call.x.dtype) for t in call[4:7])
+    return Call._make((*call[:4], *numbers, *call[7:]))
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..calls.call import SIZES, CheckedLengths
 from ..calls.lengths import held, hold_last, mask_padding
 from ..compat.snntorch import SEQUENCE_NEURONS, Neuron, TheirLeaky
-from ..dispatch.path import HOOKS, REPLACED, beyond_forward, reason_now
+from ..dispatch.path import GLOBAL_HOOKS, HOOKS, REPLACED, beyond_forward, reason_now, recorded_now
 from ..native import pool
 from ..neurons.attributes import CELL
 from ..neurons.leaky import Leaky
@@ -38,6 +38,7 @@ LARGE_STATE = "it keeps a state, and one step of it is larger than 128 KiB"
 TO_STACK = "the layers before it run step by step, and one of their steps is larger than 1 MiB"
 ONE_CALL = "one call for all steps"
 TAKES = "it takes sequences"
+CONSTANT = "every step of its input is the same tensor"
 PER_SAMPLE = ALONE, LARGE  # the reasons of layers that neither mix samples nor keep a state
 
 
@@ -51,9 +52,9 @@ class LayerReport:
         Name of the layer, as ``named_modules()`` gives it.
     layer : str
         Name of its class.
-    kind : {"sequence", "fold", "step"}
+    kind : {"sequence", "fold", "step", "once"}
         One call with the whole sequence; one call with all steps as a larger batch, (T * N, ...);
-        or one call for each step.
+        one call for each step; or one call for all equal steps.
     reason : str
         Reason, in plain words.
     """
@@ -78,10 +79,12 @@ _LEAST_DIM: dict[type[nn.Module], int] = {
 }  # fmt: skip
 
 
-def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | None) -> LayerReport:
+def report_of(
+    name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | None, constant: bool = False
+) -> LayerReport:
     """How a layer runs over a sequence x; an x of `dim` dimensions is one of its steps.
 
-    `by_step` is the reason to run all steps one by one, if there is one.
+    `by_step` is a reason to run all steps one by one; `constant` says that all are one tensor.
     """
     whole = x.dim() > dim
     size = counted_bytes(x) // (x.shape[0] if whole else 1)
@@ -91,7 +94,8 @@ def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | N
             who = f"layer {name} ({type(layer).__name__})"
             raise ValueError(f"{who} needs whole sequences, but {by_step}")
     elif getattr(layer, "_takes_sequences", False):  # a Sequential that carries hooks
-        kind, reason = "sequence", TAKES
+        if reason != GLOBAL_HOOKS:  # these see each step of every layer
+            kind, reason = "sequence", TAKES
     elif isinstance(layer, SConv2dLSTM):
         if type(layer).forward is not SConv2dLSTM.forward:
             reason = "its class has a forward of its own"
@@ -118,6 +122,8 @@ def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | N
         reason = reason or not_per_sample(layer)
         if reason is None and not _has_batch(layer, dim):
             reason = f"at a step of {dim} dimensions it may mix samples"
+        if reason is None and constant and not getattr(layer, "inplace", False):
+            kind, reason = "once", CONSTANT
         if reason is None and size * _widening(layer) > LARGEST:
             reason = LARGE
         if reason is None:
@@ -163,12 +169,24 @@ def _widening(layer: Any) -> float:
     return 1
 
 
-def unshared(x: Tensor, layer: nn.Module) -> Tensor:
-    """A copy of x if x is a view and the layer may modify it; else x.
+def is_constant(x: Tensor) -> bool:
+    """Whether all steps of x (T, ...) are one tensor in memory, and no gradient tells them apart.
 
-    Autograd lets no layer modify one of several views in place; without autograd nothing is copied.
+    An export, a trace or a transform would make that a property of later inputs, too.
     """
-    if not torch.is_grad_enabled() or not (torch.compiler.is_compiling() or x._is_view()):
+    if type(x) is not Tensor or x.layout is not torch.strided or x.shape[0] < 2 or x.stride(0):
+        return False
+    told_apart = x.requires_grad and torch.is_grad_enabled()
+    return not told_apart and recorded_now(torch.compiler.is_compiling()) is None
+
+
+def unshared(x: Tensor, layer: nn.Module, repeated: bool = False) -> Tensor:
+    """A copy of x if the layer may modify it, and x is a view, or `repeated` for other steps.
+
+    Autograd lets no layer modify one of several views in place; without autograd they may be.
+    """
+    is_view = torch.is_grad_enabled() and (torch.compiler.is_compiling() or x._is_view())
+    if not (repeated or is_view):
         return x
     listed = type(layer) in _LEAST_DIM or type(layer).__module__.startswith("snntorch.")
     safe = listed and not getattr(layer, "inplace", False) and changed(layer) is None

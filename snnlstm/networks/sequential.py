@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..calls.call import checked_lengths
+from ..calls.call import check_transforms, checked_lengths
 from ..calls.lengths import mask_padding
 from ..calls.spec import flag
 from ..compat.snntorch import SEQUENCE_NEURONS
@@ -29,10 +29,12 @@ from .layers import (
     counted_bytes,
     exchanged,
     first_item,
+    is_constant,
     joined,
     mapped,
     not_per_sample,
     report_of,
+    stack,
     unshared,
     whole_sequence,
 )
@@ -47,7 +49,7 @@ class Sequential(nn.Sequential):
 
     The results, the gradients and the final states are those of a loop over the steps that calls
     the layers one after the other, but each cell gets all steps in one call. After a call
-    :attr:`report` shows which of three kinds of calls each layer got:
+    :attr:`report` shows which of four kinds of calls each layer got:
 
     - *sequence*: :class:`SConv2dLSTM`, :class:`Leaky` (on the CPU where a step is at most 128 KiB),
       and snnTorch's StateLeaky, LinearLeaky, AssociativeLeaky and LeakyParallel, one call for all
@@ -59,7 +61,10 @@ class Sequential(nn.Sequential):
     - *step*: all other layers, one call for each step: snnTorch's other neurons, batch norm in
       training (its statistics are those of one step), dropout in training (a new mask for every
       step), layers with hooks, modules that are not known here, and on the CPU layers whose input
-      or output at one step exceeds 128 KiB. Adjacent ones all run one step, then the next.
+      or output at one step exceeds 128 KiB. Adjacent ones all run one step, then the next;
+    - *once*: the leading layers of kind *fold*, however large, if all steps are the same image,
+      ``x.expand(T, ...)``, without `lengths`: one call with one step. x must require no gradient,
+      and the layers must carry no hooks and not work in place.
 
     The layers of a stack within the stack are reported one by one. If a layer returns a tuple, such
     as ``spk, syn, mem``, the next layer gets its first item. The last layer's tuple is returned,
@@ -229,6 +234,7 @@ def _over_time(
     """Run the layers over a sequence; returns their results, and how each layer ran."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    check_transforms(x)
     if x.dim() < 2 or x.shape[1 if batch_first else 0] == 0:
         shape = "(N, T, ...)" if batch_first else "(T, N, ...)"
         raise ValueError(f"x must have shape {shape} with at least one step, got {tuple(x.shape)}")
@@ -241,29 +247,39 @@ def _over_time(
     by_step = shared and f"layer {shared} is in several places and may keep a state"
     out, before = x, ""
     folded: torch.Size | None = None  # (T, N) while `out` has all steps as one batch
+    once = x[0] if lengths is None and is_constant(x) else None  # stands for all steps of `out`
     reports: list[LayerReport] = []
     while rest := layers[len(reports) :]:
         name, layer = rest[0]
         x = first_item(before, out)
         whole = x if folded is None else x.unflatten(0, folded)
-        report = report_of(name, layer, whole, whole.dim() - 1, by_step)
+        constant = once is not None
+        report = report_of(name, layer, whole, whole.dim() - 1, by_step, constant)
         if lengths is not None and not reports and report.kind != "sequence":
             x = mask_padding(x, lengths)  # a NaN in the padding must not reach a gradient
         if folded is not None and report.kind != "fold":
             x, folded = whole, None
+        if report.kind != "once":
+            once = None
         if report.kind == "step":
-            out = _step_by_step(rest, x, lengths, by_step, reports)
+            out = _step_by_step(rest, x, lengths, by_step, reports, constant and bool(reports))
         elif report.kind == "sequence":
             out = whole_sequence(name, layer, x, lengths, last=len(rest) == 1)
+            reports.append(report)
+        elif once is not None:
+            once = layer(once)
+            out = once.expand(len(whole), *once.shape)
             reports.append(report)
         else:
             if folded is None:
                 x, folded = x.flatten(0, 1), x.shape[:2]
-            out = layer(unshared(x, layer))
+            out = layer(unshared(x, layer, constant and x.stride(0) == 0))
             reports.append(report)
         before = reports[-1].name
     if folded is not None:
         out = out.unflatten(0, folded)
+    if once is not None and reports:
+        out = stack([once] * len(out))  # the caller may write to single steps
     if lengths is not None and reports and reports[-1].reason in PER_SAMPLE:
         out = mask_padding(out, lengths)
     if not traced:
@@ -321,8 +337,12 @@ def _step_by_step(
     lengths: Tensor | None,
     by_step: str | None,
     reports: list[LayerReport],
+    repeated: bool,
 ) -> Any:
-    """Run the leading layers that go step by step over (T, N, ...), each step through all."""
+    """Run the leading layers that go step by step over (T, N, ...), each step through all.
+
+    No layer may modify steps that are `repeated` in x.
+    """
     outs: list[Any] = list(x.unbind(0))  # the gradient of each x[t] would be as large as x
     calls: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
     before = ""
@@ -340,10 +360,10 @@ def _step_by_step(
         if lengths is not None and report.reason not in PER_SAMPLE:
             call = Frozen(layer, call, lengths)
         calls.append((before, layer, call))
-        outs[0], before = call(unshared(first, layer)), name
+        outs[0], before = call(unshared(first, layer, repeated)), name
     for t in range(1, len(outs)):
         for previous, layer, call in calls:
-            outs[t] = call(unshared(first_item(previous, outs[t]), layer))
+            outs[t] = call(unshared(first_item(previous, outs[t]), layer, repeated))
     return joined(before, outs)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..calls.spec import OPTIONS, RESETS, a_module, flag, never_spikes
+from ..compat.registry import register
 from ..compat.snntorch import (
     COMPARED,
     Base,
@@ -24,9 +25,7 @@ from ..compat.snntorch import (
     library,
     recognise_quant,
     recognise_surrogate,
-    register,
     replaced,
-    take_out,
 )
 from ..dispatch.path import against_device
 from ..neurons.leaky import PRIVATE, Leaky
@@ -223,13 +222,10 @@ def _swap(
         {name: result for name, result in results.items() if isinstance(result, str)},
     )
     swapped = [pair for pair in pairs.items() if isinstance(pair[1], nn.Module)]
-    cells = [pair for pair in swapped if not isinstance(pair[0], TheirLeaky)]
-    take_out([cell for pair in cells for cell in pair])
     for layer, made in swapped:
         object.__setattr__(layer, "__class__", type(made))
         object.__setattr__(layer, "__dict__", made.__dict__)
-    for cell, _ in cells:
-        register(cell)
+        register(layer)
     if not any(isinstance(module, _SWAPPED) for module in pairs):
         logger.warning("%s found neither SConv2dLSTM nor Leaky in the model", action)
     logger.info("%s", report.headline)
@@ -269,7 +265,6 @@ def _results() -> Iterator[Any]:
     for reset, graded, quant in product(RESETS, (1.0, 0.5), (False, torch.round)):
         options = {"reset_mechanism": reset, "state_quant": quant}
         cell = _their_cell(threshold=0.25, learn_threshold=True, **options)
-        take_out([cell])
         cell.graded_spikes_factor.fill_(graded)
         weights = cell.conv.weight, cell.conv.bias
         options |= {"threshold": cell.threshold, "graded_spikes_factor": graded}
@@ -285,6 +280,7 @@ def _their_cell(**options: Any) -> Any:
     with torch.device("cpu"), Constants():
         cell = type(Base.__name__, (Base,), {})(1, 1, 1, **options)
     object.__setattr__(cell, "__class__", Base)
+    register(cell)  # snnTorch's list would keep it alive
     return cell
 
 
@@ -324,7 +320,9 @@ def _other_leaky(old: Any, kind: type[nn.Module]) -> nn.Module | str:
     if (reason := replaced(old, TheirLeaky)) is not None:
         return reason
     new = nn.Module.__new__(kind)
-    new.__dict__ = {k: v for k, v in old.__dict__.items() if k not in (*PRIVATE, "reset")}
+    private = (*PRIVATE, "reset", "state_function")
+    new.__dict__ = {k: v for k, v in old.__dict__.items() if k not in private}
+    new.state_function = old.state_function
     return new
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..calls import spec
 from ..calls.call import values
 from ..calls.spec import RESETS, CellSpec, Reset
-from ..compat.snntorch import Base, alive, clear_registries, register
+from ..compat.registry import alive, clear_registries, register
+from ..compat.snntorch import Base
 from ..dispatch.path import LastPath
 from ..surrogate import is_number
 from .state import NO_RESET, State

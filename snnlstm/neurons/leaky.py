@@ -5,24 +5,29 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import product
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..calls.call import check_transforms
 from ..calls.lengths import hold_last, last_state, mask_padding
 from ..calls.spec import DTYPES, RESETS
 from ..compat import snntorch
+from ..compat.registry import instances, register
 from ..compat.snntorch import (
     Neuron,
     TheirLeaky,
     held_by,
     kind_of,
+    recognise_quant,
     recognise_surrogate,
     recognise_traced,
 )
+from ..compat.torch_private import NO_LEVEL, has_ended, level_of
 from ..dispatch.path import (
     LastPath,
     Path,
@@ -41,12 +46,13 @@ try:
 except ImportError:  # path.against_device says why
     kernels = None  # type: ignore[assignment]
 
-PRIVATE = ("_path", "_layer_name", "_recognised")
+PRIVATE = ("_base", "_path", "_layer_name", "_recognised")
 """The attributes of an instance that only our class has."""
 
 _TRACED = Path("reference", "torch.compile traces plain operators")
 _PARAMETERS = ("beta", "threshold", "graded_spikes_factor")
 _TENSORS = {Tensor, nn.Parameter}
+_CLOSURES: dict[str, Any] = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
 _BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # what surrogate_disable makes of spike_grad
 
 
@@ -66,7 +72,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     zeros in a new layer, after ``reset_mem()``, and for an x of another shape than mem's.
 
     The kernels cover x of float32, float64, float16 and bfloat16 on the CPU and on CUDA, with a
-    beta and a threshold that are numbers or vary along one dimension of x. Plain torch runs other
+    beta and a threshold that are numbers or lie in memory in x's order. Plain torch runs other
     calls, such as those with ``reset_delay=False``, ``inhibition``, ``state_quant`` or a surrogate
     of your own. snnTorch's own forward runs if a method of the layer was replaced, or if the
     installed snnTorch computes Leaky differently from 1.0.0. :attr:`path` says why. Except in
@@ -89,11 +95,60 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """
 
     path = LastPath()
+    registers_itself = True  # snnTorch's constructor does not enter it in the list
+    _base: str
+    """Name of the method that is ``state_function``."""
+
+    @wraps(TheirLeaky.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        instances()  # snnTorch's own list would take a layer that is not whole
+        super().__init__(*args, **kwargs)
+        register(self)
 
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
             raise AttributeError(NO_RESET)
-        return super().__getattr__(name)
+        found = super().__getattr__(name)
+        if name == "mem" and has_ended(found) and level_of(found) > NO_LEVEL:
+            # A reset makes zeros like this attribute, but no operator reads what outlived a vmap.
+            return torch.zeros(0, dtype=found.dtype, device=found.device)
+        return found
+
+    @property
+    def state_function(self) -> Any:
+        """The method that computes the next mem; snnTorch's constructor chooses it by the reset.
+
+        It is made when it is read: a layer that held its own method would be part of a cycle, and
+        only the garbage collector would free it.
+        """
+        other = self.__dict__.get("state_function") or self._modules.get("state_function")
+        return other or getattr(type(self), self._base).__get__(self)
+
+    @state_function.setter
+    def state_function(self, value: Any) -> None:
+        name = getattr(value, "__name__", "")
+        self.__dict__.pop("state_function", None)
+        if getattr(value, "__func__", self) is getattr(type(self), name, None):
+            self._base = name
+        else:
+            self.__dict__["state_function"] = value
+
+    # ---- copies ---------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes without what cannot be copied: mem's graph, snnTorch's closures."""
+        state = self.__dict__.copy()
+        state.pop("_recognised", None)
+        for name, recognise in _CLOSURES.items():
+            if isinstance(state.get(name), FunctionType):
+                state[name] = recognise(state[name])
+        if "mem" in self._buffers:
+            state["_buffers"] = {**self._buffers, "mem": self._buffers["mem"].detach()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register(self)
 
     # ---- the call -------------------------------------------------------------------------
 
@@ -120,14 +175,20 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """
         if mem is not None and self.init_hidden:
             raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
+        own = snntorch.replaced(self, TheirLeaky)
+        if torch.compiler.is_compiling():
+            return self._without_kernels(_TRACED, input_, mem, own is not None)
         before: Any = self._buffers.get("mem") if mem is None else mem
-        traced, own = torch.compiler.is_compiling(), snntorch.replaced(self, TheirLeaky)
-        neurons: Any = _TRACED if traced else self._described(input_, before, False, own)
-        if type(neurons) is Path:
-            return self._without_kernels(neurons, input_, mem, own is not None)
-        if before.shape != input_.shape:
-            before = torch.zeros_like(input_, dtype=kernels.real(input_.dtype))
-        spk, after = kernels.run(neurons, input_, before)
+        try:
+            neurons: Any = self._described(input_, before, False, own)
+            if type(neurons) is Path:
+                return self._without_kernels(neurons, input_, mem, own is not None)
+            if before.shape != input_.shape:
+                before = torch.zeros_like(input_, dtype=kernels.real(input_.dtype))
+            spk, after = kernels.run(neurons, input_, before)
+        except RuntimeError:
+            check_transforms(input_, mem=before)
+            raise
         self._keep(input_, after)
         return spk if self.init_hidden and not self.output else (spk, after)
 
@@ -140,12 +201,16 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """
         hooks = tuple(self._forward_hooks.values())
         every, before = record or bool(hooks) or lengths is not None, self._buffers["mem"]
-        if lengths is not None:  # a NaN in the padding must not reach a gradient
-            x = mask_padding(x, lengths)
-        if before.shape != x.shape[1:]:
-            before = torch.zeros_like(x[0], dtype=kernels.real(x.dtype))
-        neurons: Any = self._described(x, before, True, None)
-        spk, mem = kernels.run(neurons, x, before, every)
+        try:
+            if lengths is not None:  # a NaN in the padding must not reach a gradient
+                x = mask_padding(x, lengths)
+            if before.shape != x.shape[1:]:
+                before = torch.zeros_like(x[0], dtype=kernels.real(x.dtype))
+            neurons: Any = self._described(x, before, True, None)
+            spk, mem = kernels.run(neurons, x, before, every)
+        except RuntimeError:
+            check_transforms(x, mem=before)
+            raise
         after = mem[-1].clone() if mem.shape == x.shape else mem
         if lengths is not None:
             spk, after = mask_padding(spk, lengths), last_state(mem, before, lengths)
@@ -205,7 +270,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         mem = mem.to(torch.promote_types(mem.dtype, torch.float32))
         surrogate = self._spikes(dtype, traced)
 
-        reset = snntorch.STATE_FUNCTIONS[self.state_function.__name__]
+        reset = snntorch.STATE_FUNCTIONS[self._base]
         delay, guard = self.reset_delay, False
         signal: Any = None
         if reset == "subtract" or not delay:
@@ -264,7 +329,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             return theirs
         if kept is not None and kept[0] is theirs:
             _, names, numbers, ours = kept
-            if all(map(operator.is_, numbers, held_by(theirs, names))):
+            if not names or all(map(operator.is_, numbers, held_by(theirs, names))):
                 return ours
         kind, ours = kind_of(theirs), NONE if theirs is _BYPASS else recognise_surrogate(theirs)
         known = ours if type(ours) is Surrogate else None
@@ -310,7 +375,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         )
         if reason is not None:
             return _slow(reason)
-        reset = snntorch.STATE_FUNCTIONS[self.state_function.__name__]
+        reset = snntorch.STATE_FUNCTIONS[self._base]
         return kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
 
     def _tensors_against(
@@ -321,7 +386,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         graded = parameters[2]
         if graded.requires_grad or graded.numel() != 1:
             return "graded_spikes_factor is learned, or is not a single number"
-        device, one = x.device, x.dim() == sequence
+        device, one = x.device, x.dim() == sequence  # a step's only number
         for name, tensor in zip(_PARAMETERS, parameters, strict=True):
             # A number on x's device needs no closer look, which would take half a microsecond.
             if one or tensor.dim() or tensor.device != device or type(tensor) not in _TENSORS:
@@ -399,7 +464,6 @@ def _results() -> Iterator[Any]:
     for reset, beta, attributes in product(RESETS, (-0.5, 0.5, 1.5), _PROBED):
         options = {"learn_beta": True, "learn_threshold": True, "reset_mechanism": reset}
         layer = Leaky(beta, 0.375, **options).to("cpu")
-        snntorch.take_out([layer])
         for name, value in attributes.items():
             setattr(layer, name, value)
         theirs, ours = TheirLeaky.forward(layer, *leaves), layer._plain(*leaves, traced=False)

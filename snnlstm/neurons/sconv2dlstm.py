@@ -22,7 +22,7 @@ from ..calls.call import (
     values,
 )
 from ..calls.spec import CellSpec
-from ..compat.snntorch import register
+from ..compat.registry import register
 from ..dispatch.entry import Results, run, run_traced
 from ..dispatch.path import EXPORT, Path, asked_every_call, log_fallback
 from ..reference import Overrides
@@ -288,11 +288,12 @@ class SConv2dLSTM(CellAttributes):
         if self._dims == 1:
             fresh = path.native and not traced
             spk, syn, mem = (_of_length(result, fresh) for result in (spk, syn, mem))
-        if now is not EXPORT:  # tracers must not outlive the export in the cell
-            self._keep(call, (spk, syn, mem, path), traced)
+        out = spk, syn, mem
         if self.batch_first:
-            spk, syn, mem = batch_before_time(call, True, spk, syn, mem)
-        return spk if self.init_hidden and not self.output else (spk, syn, mem)
+            out = batch_before_time(call, True, spk, syn, mem)
+        if now is not EXPORT:  # tracers must not outlive the export in the cell
+            self._keep(call, (out[0], syn, mem, path), traced)
+        return out[0] if self.init_hidden and not self.output else out
 
     def _unchecked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any) -> Call | None:
         """Return the call as it came, if nothing in it needs a conversion."""
@@ -370,10 +371,8 @@ class SConv2dLSTM(CellAttributes):
         return now, overrides
 
     def _keep(self, call: Call, results: Results, traced: bool) -> None:
-        """Keep the results of a call that succeeded."""
+        """Keep the results of a call that succeeded: spk as returned, and states of (T, N, ...)."""
         spk, syn, mem, path = results
-        if self.batch_first and call.sequence:
-            spk = spk.transpose(0, 1)
         if traced:  # dynamo follows attributes, not dictionaries
             self._path, self.spk = path, spk
         else:  # nn.Module.__setattr__ is slow

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..calls.call import check_dense, state_tensor
-from ..compat.torch_private import NO_LEVEL, backward_pass, level_of, transforms_are_active
+from ..compat.torch_private import NO_LEVEL, backward_pass, has_ended, level_of
 
 NO_RESET = "no reset signal is kept: mem_reset(mem) computes it from the mem before the step"
 """The error of the attribute ``reset`` of a cell and of a Leaky."""
@@ -89,10 +89,7 @@ class State:
 
     def has_ended(self) -> bool:
         """Whether the states belong to a transform of torch.func that has ended."""
-        if torch.compiler.is_compiling():
-            return False
-        ended, last = sorted((level_of(self.syn), level_of(self.mem)))
-        return ended < NO_LEVEL or (last > NO_LEVEL and not transforms_are_active())
+        return has_ended(self.syn) or has_ended(self.mem)
 
     def forget_ended(self) -> None:
         """Empty the states if they belong to a transform that has ended."""

@@ -7,11 +7,15 @@ import copy
 import pickle
 
 import pytest
+import snntorch
 import torch
 import torch.nn.functional as F
+from snntorch import utils
+from torch import nn
 
 import snnlstm
 from tests.autograd.loops import cells, events, zeros
+from tests.shared.helpers import ours
 
 
 def vmap(cell, x):
@@ -58,6 +62,66 @@ def test_a_state_that_outlives_a_transform_of_torch_func_is_refused_until_it_is_
     assert cell.mem.dtype == cell.conv.weight.dtype
     _, fresh = cells()
     torch.testing.assert_close(cell.double()(x)[2], fresh(x)[2])
+
+
+def of_vmap(shape):
+    kept = []
+    torch.func.vmap(lambda x: kept.append(x) or x)(torch.rand(2, *shape))
+    return kept[0]
+
+
+def of_grad(shape):
+    kept = []
+    torch.func.grad(lambda x: kept.append(x * 1) or x.sum())(torch.rand(shape))
+    return kept[0]
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "reference"])
+@pytest.mark.parametrize("time", [(), (2,)], ids=["step", "sequence"])
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("make", [ours, lambda: snnlstm.Leaky(0.5)], ids=["cell", "Leaky"])
+def test_an_x_that_outlived_vmap_is_refused_by_name(make, later, time, algorithm):
+    layer, shape = make(), (*time, 1, 2, 5, 5)
+    call = (lambda x: snnlstm.unroll(x, layer)) if time else layer
+    with snnlstm.algorithm(algorithm):
+        if later:
+            call(torch.rand(shape))
+        mem = layer.mem
+        with pytest.raises(RuntimeError, match=r"^x belongs to .* that has ended: return it"):
+            call(of_vmap(shape))
+        assert layer.mem is mem
+        call(torch.rand(shape))
+
+
+@pytest.mark.parametrize("name", ["x", "syn", "mem"])
+def test_what_outlived_a_derivative_is_refused_by_name(name):
+    """torch reads such tensors, and the kernels do not."""
+    shapes = {"x": (1, 2, 5, 5), "syn": (1, 3, 5, 5), "mem": (1, 3, 5, 5)}
+    given = {key: torch.rand(shape) for key, shape in shapes.items()}
+    cell = ours()
+    with pytest.raises(RuntimeError, match=f"^{name} belongs to .* that has ended: return it"):
+        cell(**given | {name: of_grad(shapes[name])})
+
+
+RESETS = {
+    "reset_mem": lambda layer: layer.reset_mem(),
+    "reset_hidden": lambda layer: snntorch.Leaky.reset_hidden(),
+    "utils.reset": lambda layer: utils.reset(nn.Sequential(layer)),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "reference"])
+@pytest.mark.parametrize("reset", RESETS)
+def test_a_leaky_is_reset_after_vmap(reset, algorithm):
+    layer, x = snnlstm.Leaky(0.5), torch.rand(2, 3, 5)
+    with snnlstm.algorithm(algorithm):
+        torch.func.vmap(layer)(x)
+        for call in (layer, lambda step: snnlstm.unroll(step[None], layer)):
+            with pytest.raises(RuntimeError, match=r"^mem .* has ended: .* or call reset_mem\(\)"):
+                call(x[0])
+        RESETS[reset](layer)
+        assert layer.mem.shape == (0,)
+        torch.testing.assert_close(layer(x[0]), snnlstm.Leaky(0.5)(x[0]))
 
 
 def test_a_state_goes_on_within_a_derivative_but_not_into_the_next():

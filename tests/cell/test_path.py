@@ -7,6 +7,7 @@ from importlib import util
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 
 import snnlstm
@@ -343,6 +344,24 @@ def test_reasons_that_come_and_go(reason, call):
     assert cell.path == Path("reference", reason)
     if reason.startswith("a tensor"):
         close([o.as_subclass(torch.Tensor) for o in out], ours()(X, *START))
+
+
+@pytest.mark.parametrize("make", [ours, partial(snnlstm.Leaky, 0.5)], ids=["cell", "Leaky"])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_fake_tensor_mode_computes_no_numbers(make, later):
+    layer = make()
+    out = layer(X)
+    layer.reset_mem()
+    if later:  # the layer has an entry, and a state
+        layer(X)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = layer(X)
+    assert layer.path == Path("reference", "a FakeTensorMode is active")
+    for fake, real in zip(fakes, out, strict=True):
+        assert isinstance(fake, FakeTensor)
+        assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+    layer.reset_mem()
+    layer(X)
 
 
 # ---- the log -----------------------------------------------------------------------------------

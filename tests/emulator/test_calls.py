@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
 from snnlstm.calls.keys import BoundedDict
-from snnlstm.native import cuda
+from snnlstm.native import cuda, operators
 from snnlstm.native import function as native
 from snnlstm.quant import state_quant
 from tests.emulator.backend import float32_precision
@@ -227,6 +227,29 @@ def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
         actual = trained(torch.compile(run, fullgraph=True, backend="aot_eager"))
         expected = trained(run)
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6, check_stride=True)
+
+
+def test_a_call_of_half_types_copies_no_parameter(core):
+    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, dtype=torch.float16)
+    x = torch.rand(2, 1, 2, 5, 5, dtype=torch.float16)
+    with MODES["float16 states"].running(core), Record() as record:
+        cell(x)[0].sum().backward()
+    assert cell.path.native
+    assert "_to_copy" not in record.seen
+
+
+def test_calls_of_the_operator_share_no_plan_that_reads_numbers_otherwise(core):
+    """A bias with strides is copied, whatever the numbers of the call before were."""
+    case = PLAIN.but(dtype=torch.float16, graded=0.7)
+    x, syn, mem, weight, bias, threshold, graded = case.inputs()
+    text = f"{operators.LAYOUT}|{x.dtype}|None|{case.options.spec.serialized}"
+    found = []
+    with MODES["float16 states"].running(core):
+        for each in (bias, torch.stack([bias, bias + 1], -1)[:, 0]):
+            tensors = x, syn, mem, weight, each, threshold, graded.float()
+            out = torch.ops.snnlstm.forward(*tensors, None, False, text, "auto", False)
+            found.append(out[:3])
+    torch.testing.assert_close(*found, atol=0, rtol=0)
 
 
 def test_one_algorithm_reads_what_the_other_saved(core):

@@ -34,6 +34,8 @@ def test_random_calls_with_nonsense_among_the_arguments(core, count):
     [
         ({"dtype": 99}, "dtype must be less than 4, got 99"),
         ({"C": 0}, "every size of a cell must be positive"),
+        ({"T": 0}, "T and N must be at least 1"),
+        ({"N": 0}, "T and N must be at least 1"),
         ({"H": 2**62}, "the sizes of a cell are too large"),
         ({"kernel": (2, 3)}, "kernel must be odd"),
         ({"pool": 1, "pool_size": (9, 1)}, "pool_size must fit into the state"),
@@ -46,10 +48,9 @@ def test_messages_name_what_is_wrong(changed, says):
         _C.Cell(**FACTS | changed)
 
 
-@pytest.mark.parametrize("changed", [{"T": 0}, {"N": 0}, {"dtype": 2}], ids=str)
-def test_what_the_cpu_kernels_do_not_take(changed):
-    with pytest.raises(ValueError, match=r"at least 1|float32 and float64"):
-        _C.CpuPlan(_C.Cell(**FACTS | changed), 0, 1.0, 8, 1)
+def test_the_cpu_kernels_take_no_half_type():
+    with pytest.raises(ValueError, match="float32 and float64"):
+        _C.CpuPlan(_C.Cell(**FACTS | {"dtype": 2}), 0, 1.0, 8, 1)
 
 
 def test_an_image_too_large_for_lists_of_nonzeros_has_none():

@@ -37,10 +37,19 @@ def test_the_table_tells_what_is_there_and_what_is_missing(monkeypatch, absent, 
     for fact in (snnlstm.__version__, sys.executable, platform.platform()):
         assert fact in table
     assert table.count("missing: ModuleNotFoundError") >= len(absent.split())
+    assert absent or "missing: " not in table
     assert ("Nothing is wrong." in table) == (not problem) == ("problem: " not in table)
     assert problem in table.splitlines()[-1]
     for fact in ("in use", "OpenMP", "native core", "numpy", "snntorch"):
         assert facts[fact] in table
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--all", 2)])
+def test_its_only_argument_is_help(argument, status):
+    done = python("-m", "snnlstm", argument)
+    assert done.returncode == status
+    assert "usage: python -m snnlstm [-h]" in done.stdout + done.stderr
+    assert "torch" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -35,16 +35,20 @@ def test_layers_that_change_under_way_take_effect():
     assert one.report[0].reason == "its forward was replaced"
 
 
-def test_global_hooks_are_called_at_every_step():
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_global_hooks_are_called_at_every_step(batch_first):
     seen = []
-    net = snnlstm.Sequential(nn.Tanh())
+    inner = snnlstm.Sequential(nn.Sigmoid(), hidden(2, 2, 3), batch_first=batch_first)
+    net = snnlstm.Sequential(nn.Tanh(), inner, nn.ReLU())
+    expected = loop(copy.deepcopy(net), X)
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
     try:
-        net(X)
+        close(net(X), expected)
     finally:
         handle.remove()
-    assert seen.count(nn.Tanh) == T
-    assert net.report[0].reason == "global module hooks are registered"
+    of_a_step = [nn.Tanh, nn.Sigmoid, nn.Conv2d, snnlstm.SConv2dLSTM, snnlstm.Sequential, nn.ReLU]
+    assert [kind for kind in seen if kind in of_a_step] == [*of_a_step * T, snnlstm.Sequential]
+    assert {layer.reason for layer in net.report} == {"global module hooks are registered"}
 
 
 REASONS = {

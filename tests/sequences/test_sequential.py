@@ -7,11 +7,12 @@ import snntorch
 import torch
 from snntorch import utils
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import snnlstm
 from tests.sequences import stacks
 from tests.sequences.stacks import FORMS, PLAIN, N, T, X, equals_the_loop, hidden, leaky, loop
-from tests.shared.helpers import close, flat, ours, theirs
+from tests.shared.helpers import close, flat, ours, theirs, watched
 
 
 class Cumulative(nn.Module):
@@ -129,6 +130,113 @@ def test_functional_call_uses_the_parameters_that_it_is_given():
     utils.reset(net)
     net.load_state_dict(given, strict=False)
     close(out, flat(net(X)))
+
+
+# Stacks that begin with stateless layers, and how they run if all steps are one image.
+CONSTANT = {
+    "a cell": (lambda: [nn.Conv2d(2, 2, 3), nn.Tanh(), hidden(2, 3, 3)], "once once sequence"),
+    "large images": (lambda: [nn.Conv2d(2, 9, 3), nn.MaxPool2d(2), hidden(9, 3, 3)],
+                     "once once sequence"),
+    "Leaky": (
+        lambda: [nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(32, 3), snnlstm.Leaky(0.9, **PLAIN)],
+        "once once once sequence",
+    ),
+    "snntorch's Leaky": (lambda: [nn.Conv2d(2, 2, 3), leaky()], "once step"),
+    "no state": (lambda: [nn.Identity(), nn.GroupNorm(1, 2), nn.Flatten()], "once once once"),
+    "in place": (lambda: [nn.Conv2d(2, 2, 3), nn.ReLU(inplace=True), nn.Conv2d(2, 3, 3), Halves()],
+                 "once fold fold step"),
+    "an unknown layer that writes": (lambda: [nn.Conv2d(2, 2, 3), Halves()], "once step"),
+    "an unknown state": (lambda: [nn.Sigmoid(), Cumulative(), nn.Tanh()], "once step fold"),
+    "batch norm": (lambda: [nn.Tanh(), nn.BatchNorm2d(2), nn.ReLU()], "once step fold"),
+    "dropout": (lambda: [nn.Conv2d(2, 2, 3), nn.Dropout(0.5), nn.Tanh()], "once step fold"),
+    "into the batch": (lambda: [nn.Flatten(0), nn.Linear(72 * N, 2)], "step step"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("form", "largest"), [*((form, None) for form in FORMS), ("Sequential", 0)]
+)
+@pytest.mark.parametrize("name", CONSTANT)
+def test_a_constant_image_equals_the_loop(name, form, largest, grad, monkeypatch):
+    make, kinds = CONSTANT[name]
+    if largest is not None:
+        monkeypatch.setattr(snnlstm.networks.layers, "LARGEST", largest)
+        kinds = kinds.replace("fold", "step")
+        kinds = kinds.replace("sequence", "step") if name == "Leaky" else kinds
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(grad):
+        equals_the_loop(nn.Sequential(*make()), X[:1].expand_as(X), kinds, 1e-5, form)
+
+
+def test_one_constant_sample_may_be_written_to():
+    x = X[:1, :1].expand(T, -1, -1, -1, -1)
+    with torch.no_grad():
+        net = snnlstm.Sequential(nn.Conv2d(2, 2, 3), nn.LeakyReLU(inplace=True))
+        close(net(x), loop(copy.deepcopy(net), x))
+        net = snnlstm.Sequential(nn.LeakyReLU(inplace=True))
+        close(net(x.clone()[:1].expand_as(x)), nn.functional.leaky_relu(x))
+
+
+def test_a_constant_image_is_not_repeated_in_memory(monkeypatch):
+    seen = watched(monkeypatch, snnlstm.networks.sequential, "whole_sequence")
+    snnlstm.unroll(X[:1].expand_as(X), nn.Conv2d(2, 2, 3), nn.Tanh(), hidden(2, 3, 3))
+    x = seen[0][0][2]
+    assert x.shape == (T, N, 2, 4, 4)
+    assert x.stride(0) == 0
+    net = snnlstm.Sequential(nn.Conv2d(2, 2, 3))
+    out = net(X[:1].expand_as(X))
+    assert net.report[0].reason == "every step of its input is the same tensor"
+    expected = out[1].clone()
+    out[0].zero_()
+    close(out[1], expected, atol=0)
+
+
+def test_each_step_of_a_constant_image_has_its_gradient():
+    found = []
+    net = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Tanh())
+    for run in (snnlstm.Sequential.of(net), lambda x: loop(net, x)):
+        x = X[:1].expand_as(X).requires_grad_()
+        stacks.total(run(x).square()).backward()
+        found.append(x.grad)
+    close(*found, atol=1e-5)
+
+
+@pytest.mark.parametrize("around", ["hooks", "global hooks", "lengths", "shared"])
+def test_what_looks_at_single_steps_gets_them(around):
+    net, seen = snnlstm.Sequential(nn.Tanh(), nn.Sigmoid()), []
+    x, lengths, handle = X[:1].expand_as(X), None, None
+
+    def hook(module, args, out):
+        seen.append(len(args[0]))
+
+    if around == "hooks":
+        handle = net[0].register_forward_hook(hook)
+    elif around == "global hooks":
+        handle = nn.modules.module.register_module_forward_hook(hook)
+    elif around == "lengths":
+        lengths = [T, 0, 1]
+    elif around == "shared":
+        cell = hidden(2, 2, 3)
+        net = snnlstm.Sequential(nn.Tanh(), cell, cell)
+    net(x, lengths)
+    if handle is not None:
+        handle.remove()
+    assert "once" not in [layer.kind for layer in net.report[:1]]
+    assert seen.count(N) == {"hooks": T, "global hooks": 2 * T}.get(around, 0)
+
+
+def test_a_constant_example_makes_no_constant_program():
+    net = snnlstm.Sequential(nn.Conv2d(2, 2, 3), nn.Tanh())
+    x = X[:1].expand_as(X)
+    expected = loop(net, X)
+    close(torch.jit.trace(net, x, check_trace=False)(X), expected)
+    close(torch.export.export(net, (x,)).module()(X), expected)
+    close(make_fx(net)(x)(X), expected)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    close(compiled(x), loop(net, x))
+    close(compiled(X), expected)
+    close(torch.func.vmap(net)(torch.stack([x, x])), torch.stack(2 * [loop(net, x)]))
 
 
 IN_EVALUATION = {

@@ -130,6 +130,18 @@ def test_parameters_without_numbers(name: str, beta: tuple[int, ...], shape: Any
         assert getattr(layer, name).grad.shape == beta
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["step", "sequence"])
+@pytest.mark.parametrize("name", ["beta", "threshold"])
+def test_an_empty_expanded_x_beside_a_vector(name: str, whole: bool) -> None:
+    layer = twins(**{name: torch.rand(5), f"learn_{name}": True})[0]
+    x = torch.zeros(1, 1, 1).expand(3, 0, 5)
+    spk, mem = layer.sequence(x, True) if whole else layer(x[0])
+    assert layer.path.native
+    assert spk.shape == mem.shape == (x.shape if whole else (0, 5))
+    (spk.sum() + mem.sum()).backward()
+    assert not getattr(layer, name).grad.any()
+
+
 # ---- gradients -----------------------------------------------------------------------------------
 
 

@@ -1,29 +1,101 @@
-"""snnTorch's list of all neurons, and ours, know every living cell and keep none alive."""
+"""snnTorch's list of all neurons, and ours, know every living layer of ours and keep none alive."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
 import snntorch
 import snntorch.functional.quant
+import snntorch.utils
 import torch
+from torch import nn
 
 import snnlstm
-from tests.shared.helpers import described, ours
+from tests.shared.helpers import close, described, ours, steps, theirs
+
+X = torch.ones(1, 2, 5, 5)
 
 
-def test_cells_are_not_kept_alive():
-    cell = ours()
-    cell(torch.ones(1, 2, 5, 5))
-    seen, entries = weakref.ref(cell), len(snntorch.SpikingNeuron.instances)
-    del cell
+def leaky(library=snnlstm, **options):
+    return library.Leaky(0.9, threshold=0.3, learn_beta=True, **options)
+
+
+def accelerated(layer):
+    return snnlstm.accelerate(layer).model
+
+
+def patched():
+    with snnlstm.patch():
+        return leaky(snntorch)
+
+
+class Mine(snnlstm.Leaky):
+    pass
+
+
+LAYERS = {
+    "cell": ours,
+    "leaky": leaky,
+    "subclass": lambda: Mine(0.9, threshold=0.3, learn_beta=True),
+    "patched": patched,
+    "an accelerated cell": lambda: accelerated(theirs()),
+    "an accelerated leaky": lambda: accelerated(leaky(snntorch)),
+    "a copy": lambda: copy.deepcopy(leaky()),
+    "a pickle": lambda: pickle.loads(pickle.dumps(leaky())),
+}
+made = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+RESTORED = {
+    "a restored cell": lambda: snnlstm.restore(ours()).model,
+    "a restored leaky": lambda: snnlstm.restore(leaky()).model,
+}
+
+
+@made
+def test_layers_are_not_kept_alive(make):
+    """Each dies with its last reference, without the garbage collector, also after a call."""
+    make()  # what is compared once with snnTorch's leaves garbage
+    gc.collect()
+    gc.disable()
+    try:
+        seen = []
+        for _ in range(50):
+            layer = make()
+            assert layer in snntorch.SpikingNeuron.instances
+            layer(layer(X)[0][:, :2])
+            assert layer.mem.requires_grad
+            seen.append(weakref.ref(layer))
+        entries = len(snntorch.SpikingNeuron.instances)
+        del layer
+        assert [one() for one in seen] == [None] * 50
+    finally:
+        gc.enable()
+    snntorch.Leaky.reset_hidden()
+    snntorch.SConv2dLSTM.reset_hidden()
+    assert entries < 9, "a dead layer's place is not reused"
+
+
+@pytest.mark.parametrize("make", RESTORED.values(), ids=RESTORED)
+def test_restored_layers_are_not_kept_alive_either(make):
+    """They hold their own method, as all of snnTorch's do, so the garbage collector frees them."""
+    seen = weakref.ref(make())
     gc.collect()
     assert seen() is None
-    snntorch.Leaky.reset_hidden()  # snnTorch walks the list and drops dead entries
-    snntorch.SConv2dLSTM.reset_hidden()
+
+
+def test_swaps_do_not_make_the_list_longer():
+    net = nn.Sequential(theirs(), leaky(snntorch), snntorch.Synaptic(0.9, 0.8))
+    lengths = set()
     for _ in range(5):
-        ours()
-    assert len(snntorch.SpikingNeuron.instances) == entries, "a dead cell's place is not reused"
+        for swap in (snnlstm.accelerate, snnlstm.restore):
+            swap(net)
+            lengths.add(len(snntorch.SpikingNeuron.instances))
+            assert {*net} == {*snntorch.SpikingNeuron.instances}
+    snnlstm.accelerate(net)
+    snnlstm.accelerate(net)
+    assert max(lengths) - 3 <= 5, "a swap leaves entries behind"
+    assert len(snntorch.SpikingNeuron.instances) == max(lengths)
 
 
 def test_the_list_may_be_walked_in_the_midst_of_a_cells_end():
@@ -41,6 +113,47 @@ def test_the_list_may_be_walked_in_the_midst_of_a_cells_end():
     gc.collect()
     assert seen() is None
     assert walks
+
+
+@pytest.mark.parametrize("make", [*LAYERS.values(), *RESTORED.values()], ids=[*LAYERS, *RESTORED])
+def test_snntorch_reaches_every_living_layer(make):
+    layer, gone = make(), make()
+    kind = snntorch.Leaky if isinstance(layer, snntorch.Leaky) else snntorch.SConv2dLSTM
+    del gone
+    for reset in (kind.reset_hidden, lambda: snntorch.utils.reset(nn.Sequential(layer))):
+        layer(X)
+        kind.detach_hidden()
+        assert layer.mem.any()
+        assert not layer.mem.requires_grad
+        reset()
+        assert not layer.mem.any()
+
+
+def test_the_list_is_a_list_of_the_layers_themselves():
+    layer, cell, other = leaky(), ours(), snntorch.Synaptic(0.9, 0.8)
+    known = snntorch.SpikingNeuron.instances
+    assert [*known] == known[:] == [layer, cell, other]
+    assert known[1] is known[-2] is cell
+    del cell
+    assert [*known] == [layer, other]  # a loop over the list calls methods of each neuron
+    snntorch.Leaky(0.9)
+    assert len(known) == 3, "snnTorch's neuron does not take the vacant place"
+    known.remove(layer)
+    assert layer not in known
+    known[0] = known[1] = layer
+    known.clear()
+    assert snntorch.SpikingNeuron.instances is known
+    again = leaky()
+    assert [*known] == [again]
+
+
+def test_a_constructor_that_fails_leaves_nothing_behind():
+    for options in ({"reset_mechanism": "none at all"}, {"bias": 1}):
+        with pytest.raises((TypeError, ValueError)):
+            leaky(**options)
+        gc.collect()
+        assert not [*snntorch.SpikingNeuron.instances]
+    snntorch.Leaky.reset_hidden()
 
 
 @pytest.mark.parametrize("library", [snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM])
@@ -96,3 +209,72 @@ def test_the_registries_survive_being_cleared(monkeypatch):
     snnlstm.SConv2dLSTM.reset_hidden()
     assert after.mem.any()
     assert snntorch.SpikingNeuron.instances == []
+
+
+# ---- within compiled code ------------------------------------------------------------------------
+
+
+class Resets(nn.Module):
+    """Resets its layers at the start of each sequence, as many of snnTorch's users write it."""
+
+    def __init__(self, library):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lif = leaky(library, init_hidden=True)
+        self.cell = library.SConv2dLSTM(2, 3, 3, threshold=0.1, init_hidden=True)
+
+    def forward(self, x):
+        snntorch.utils.reset(self)
+        return torch.stack([self.cell(self.lif(x_t)) for x_t in x])
+
+
+@pytest.fixture
+def nets(fresh_compiler):
+    return Resets(snnlstm), Resets(snntorch)
+
+
+def trains_alike(compiled, expected, calls, seed=0):
+    for k in range(calls):
+        results = []
+        for net in (compiled, expected):
+            net.zero_grad()
+            spk = net(steps(3, 2, 2, 6, 7, seed=seed + k))
+            spk.square().sum().backward()
+            results.append((spk, *(p.grad for p in net.parameters())))
+        close(*results)
+        assert results[0][0].any()
+
+
+def test_compiled_code_resets_the_layers(nets):
+    """Also layers of other networks, which come, are used and die between the calls."""
+    net, expected = nets
+    other = Resets(snnlstm)
+    other(steps(3, 2, 2, 6, 7))
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    trains_alike(compiled, expected, calls=3)
+    assert not other.lif.mem.any() | other.cell.mem.any()
+    del other
+    trains_alike(compiled, expected, calls=3, seed=3)
+    other = Resets(snnlstm)
+    other(steps(3, 2, 2, 6, 7))
+    trains_alike(compiled, expected, calls=1)
+    assert not other.lif.mem.any() | other.cell.mem.any()
+
+
+def test_garbage_that_holds_layers_does_not_end_a_compilation(nets):
+    """The collector may run between the trace of the list and the guards of its entries."""
+    net, expected = nets
+    gc.disable()
+    try:
+        old = Resets(snnlstm)
+        old.itself = [old]
+        del old
+
+        def backend(graph, _):
+            gc.collect()
+            return graph
+
+        compiled = torch.compile(net, backend=backend, fullgraph=True)
+        trains_alike(compiled, expected, calls=2)
+    finally:
+        gc.enable()

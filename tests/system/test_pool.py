@@ -45,7 +45,8 @@ def mebibytes(count: int) -> Tensor:
 
 
 def used_bytes() -> int:
-    return sum(size * len(used) for size, (_, used) in pool._blocks.items())
+    pool._take_back()
+    return pool._used_bytes()
 
 
 # ---- the bound -----------------------------------------------------------------------------------
@@ -184,9 +185,9 @@ def test_garbage_collection_while_a_block_comes_back(monkeypatch):
     before, threshold, cycles = used_bytes(), gc.get_threshold(), 0
     original = pool._drop_oldest
 
-    def collecting(returned=0):
-        gc.collect(0)  # gives back the blocks of cycles, in the middle of _give_back
-        original(returned)
+    def collecting():
+        gc.collect(0)  # the blocks of cycles come back while others are taken back
+        original()
 
     monkeypatch.setattr(pool, "_drop_oldest", collecting)
     gc.set_threshold(1)
@@ -241,8 +242,28 @@ def test_an_interrupted_allocation_counts_as_none(monkeypatch):
         mebibytes(2)
     monkeypatch.undo()
     assert (used_bytes(), pool.free_bytes()) == (before, 2 * MIB)
-    pool._give_back(mmap.mmap(-1, 2 * MIB))
-    assert used_bytes() <= before
+
+
+def test_no_python_runs_when_a_tensor_dies():
+    """Python drops what a signal handler raises in the callback of a weak reference."""
+    called, block = [], mebibytes(8)
+    sys.setprofile(lambda frame, event, _: called.append((event, frame.f_code.co_name)))
+    del block
+    sys.setprofile(None)
+    assert [name for event, name in called if event == "call"] == []
+    assert pool.free_bytes() == 8 * MIB
+
+
+def test_an_interrupted_return_frees_a_block_once(monkeypatch):
+    """A handler may raise an error in the middle, and another call then takes the block back."""
+    before, block = used_bytes(), mebibytes(8)
+    del block
+    ages = pool._ages
+    monkeypatch.setattr(pool, "_ages", iter(()))
+    with pytest.raises(StopIteration):
+        pool._take_back()
+    monkeypatch.setattr(pool, "_ages", ages)
+    assert (used_bytes(), pool.free_bytes(), len(pool._returned)) == (before, 0, 0)
 
 
 # ---- what lies in blocks -------------------------------------------------------------------------
@@ -415,7 +436,11 @@ class Block:
 
 @linux
 def test_the_system_may_take_the_pages_of_a_free_block():
-    block = mebibytes(8)
-    pool._give_back(one := Block())
-    assert one.told == mmap.MADV_FREE
+    block, view = mebibytes(8), memoryview(b"0")
+    one = pool._Lent(view, pool._returned.append)
+    one.block = Block()
+    pool._blocks[8 * MIB][1][id(one)] = one
+    del view
+    assert pool.free_bytes() == 8 * MIB
+    assert one.block.told == mmap.MADV_FREE
     del block

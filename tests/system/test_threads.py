@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from functools import partial
 
 import pytest
 import snntorch
@@ -165,10 +166,12 @@ def test_cells_come_and_go_while_another_thread_resets_all():
         for library in (snntorch, snnlstm):
             library.SConv2dLSTM.reset_hidden()
             library.SConv2dLSTM.detach_hidden()
+            library.Leaky.reset_hidden()
+            library.Leaky.detach_hidden()
 
     with beside(walk):
         sys.setswitchinterval(1e-5)
         for _ in range(30):
-            made = [ours(1, 1, 1) for _ in range(10)]
+            made = [make() for _ in range(5) for make in (ours, partial(snnlstm.Leaky, 0.9))]
             del made
     assert len(snntorch.SpikingNeuron.instances) < 30

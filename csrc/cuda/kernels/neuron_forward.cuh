@@ -23,8 +23,8 @@ struct Fire {
   const void* levels = nullptr;     // (num_levels,) in the compute type
   const void* threshold = nullptr;  // (C,) or, with stride 0, one number
   int64_t threshold_stride = 0;
-  const void* graded = nullptr;  // one number in the compute type
-  Tensor spk;                    // (1, N, C, Hp, Wp); threshold and bias have the same type
+  const void* graded = nullptr;  // one number
+  Tensor spk;  // (1, N, C, Hp, Wp); threshold, graded factor and bias have the same type
   void* places = nullptr;  // max pooling in training: PassArgs::places of the step, (N, C, Hp, Wp)
   const int64_t* lengths = nullptr;  // (N,) steps of each sample, or null
   int step = 0;                      // number of the step
@@ -117,7 +117,7 @@ SNNLSTM_DEVICE R threshold_of(const Fire& f, int c) {
 
 template <class R>
 SNNLSTM_DEVICE R graded_of(const Fire& f) {
-  return *static_cast<const R*>(f.graded);
+  return read<R>(f.graded, f.spk.type, 0);
 }
 
 template <class R>

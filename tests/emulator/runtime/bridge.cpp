@@ -129,7 +129,7 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("mem0", a.mem0, e.state, cell.dtype, reads);
     arrays.add("packed weight", a.weight, packed_bytes, reads);
     arrays.add("threshold", a.threshold, (1 + (cell.C - 1) * a.threshold_stride) * e.size, reads);
-    arrays.add("graded factor", a.graded_factor, e.real, reads);
+    arrays.add("graded factor", a.graded_factor, e.size, reads);
     arrays.add("levels", a.levels, cell.num_levels * e.real, reads);
     arrays.add("workspace", a.workspace, workspace, writes);
     arrays.add("lengths", a.lengths, cell.N * 8, reads);
