@@ -17,13 +17,14 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import snnlstm
+import snnlstm.dispatch.entry
 from benchmarks import peak_memory
 from snnlstm.native.plan import SavedLayout
 from tests.autograd.loops import STEPS, both, cells, events, loss_of, unroll, zeros
 from tests.shared import flat
 from tests.shared.cases import PLAIN, Inputs, wanting_gradients
-from tests.shared.cpu_kernels import needs_core
-from tests.shared.gradients import OUTPUTS, leaves_and_gradients, total
+from tests.shared.cpu_kernels import native, needs_core
+from tests.shared.gradients import KEPT, OUTPUTS, leaves_and_gradients, total
 from tests.shared.helpers import (
     close,
     in_threads,
@@ -31,6 +32,7 @@ from tests.shared.helpers import (
     ours,
     same,
     same_gradients,
+    states,
     steps,
     watched,
 )
@@ -258,6 +260,22 @@ def test_hooks_that_bring_back_another_shape_are_refused(checkpoint):
         _, _, mem = ours(events(1)[0])
     with pytest.raises(RuntimeError, match="must keep its shape"):
         mem.sum().backward()
+
+
+@pytest.mark.parametrize("kept", ["copied", "widened", "negated", "strided"])
+def test_hooks_on_saved_tensors_come_and_go(kept):
+    """One plan serves all backward passes, whatever the first one has met."""
+    cell, found = ours(), []
+    x, state = steps(1, 3, 2, 6, 7)[0].requires_grad_(), states(3, 3, 6, 7)
+    for back in (None, KEPT[kept], KEPT[kept], None):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, back or (lambda t: t)):
+            spk, _, mem = cell(x, *state)
+            found.append(torch.autograd.grad(spk.sum() + mem.square().sum(), x)[0])
+        if len(found) == 1:
+            native._plans.clear(), snnlstm.dispatch.entry._entries.clear()
+            cell._entry = None
+    for grad in found[1:]:
+        close(grad, found[0], atol=1e-6)
 
 
 def test_a_saved_block_that_comes_back_misaligned_is_copied(monkeypatch):
