@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .compat.torch_private import forward_level, transforms_are_active
+from .compat.torch_private import forward_level, is_tracing, transforms_are_active
 
 __all__ = [
     "LSO",
@@ -184,7 +184,7 @@ class Surrogate:
         if torch.compiler.is_compiling():
             # dynamo fails at an apply() without a gradient.
             spike: Any = _Spike.apply if x.requires_grad else heaviside_step
-        elif transforms_are_active():
+        elif transforms_are_active() or is_tracing():
             spike = _SpikeForwardMode.apply
         elif forward_level() < 0 and not (x.requires_grad and torch.is_grad_enabled()):
             return heaviside_step(x)

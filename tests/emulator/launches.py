@@ -45,9 +45,9 @@ def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
     with core.dry() as launches:
         forward, backward = (plan(core, matrix, a_pass, **facts) for a_pass in (False, True))
         forward.pack(ADDRESS, ADDRESS, 0, backward, ADDRESS)
-        forward.forward(0, (*common, 0, None, None, *(state,) * 3))
+        forward.run(0, (*common, 0, None, None, *(state,) * 3))
         gradients = *(state,) * 3, x, state, state, *(ADDRESS,) * 3
-        backward.backward(0, (*common, None, *gradients, 0, 0))
+        backward.run(0, (*common, None, *gradients, 0, 0))
     return launches
 
 

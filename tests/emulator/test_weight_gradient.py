@@ -52,7 +52,7 @@ class Given:
         """mem before each step, (T, N, Cp, Ho, Wo), and d_gates, (T, N, Ho * Wo, 4, Cp)."""
         found = []
 
-        def note(plan, x, mem, d_gates, wanted):
+        def note(plan, how, x, mem, d_gates, wanted):
             found.extend((mem.double(), d_gates.double().unflatten(-1, (4, -1))))
             return None, None
 
