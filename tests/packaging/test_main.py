@@ -46,7 +46,9 @@ def test_the_table_tells_what_is_there_and_what_is_missing(monkeypatch, absent, 
 
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--all", 2)])
 def test_its_only_argument_is_help(argument, status):
-    done = python("-m", "snnlstm", argument)
+    program = f"import runpy, sys; sys.argv[1:] = [{argument!r}]\n"
+    program += "runpy.run_module('snnlstm', run_name='__main__', alter_sys=True)"
+    done = fresh(program)
     assert done.returncode == status
     assert "usage: python -m snnlstm [-h]" in done.stdout + done.stderr
     assert "torch" not in done.stdout

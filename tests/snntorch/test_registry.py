@@ -238,7 +238,7 @@ def trains_alike(compiled, expected, calls, seed=0):
         results = []
         for net in (compiled, expected):
             net.zero_grad()
-            spk = net(steps(3, 2, 2, 6, 7, seed=seed + k))
+            spk = net(steps(2, 2, 2, 6, 7, seed=seed + k))
             spk.square().sum().backward()
             results.append((spk, *(p.grad for p in net.parameters())))
         close(*results)
