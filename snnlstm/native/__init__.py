@@ -1,6 +1,6 @@
 """The compiled core and its callers: no other package imports ``snnlstm._C``.
 
-:mod:`~snnlstm.native.function` finds the plan of a call, and runs the call.
+:mod:`~snnlstm.native.backends` finds the plan of a call; :mod:`~snnlstm.native.function` runs it.
 """
 
 from __future__ import annotations

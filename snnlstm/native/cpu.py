@@ -17,7 +17,6 @@ from . import pool
 from .plan import (
     BackwardInputs,
     CommonBackend,
-    CommonPasses,
     Fields,
     Gradients,
     Plan,
@@ -157,7 +156,7 @@ class Pass:
         (pool.small.append if self._is_small else pool.let_go)(workspace)
 
 
-class Passes(CommonPasses):
+class Passes:
     """The passes of a plan; the density of x and the gain of the weight choose one for a call."""
 
     def __init__(self, plan: Plan, settings: Settings) -> None:
@@ -204,19 +203,13 @@ class Passes(CommonPasses):
             copy = self._threshold = threshold.clone()
         return a_pass.name, a_pass.selection, packed, copy
 
-    def backward(
-        self,
-        given: BackwardInputs,
-        out: Gradients,
-        fields: Fields,
-        selection: Sequence[int],
-        packed: PackedWeight | None,
-    ) -> Gradients:
+    def backward(self, given: BackwardInputs, out: Gradients, fields: Fields) -> Gradients:
         """Run the backward pass of a forward pass's selection and packed weight."""
+        packed = given.packed
         if packed is None:  # a graph of torch.compile keeps only tensors
             x, weight = given.call.x, given.call.weight
             packed = packed_weight(restored(weight, self.weight_shape, x.dtype, x.device))
-        self._pass(tuple(selection), given.wanted).run(given.call, packed, fields)
+        self._pass(tuple(given.selection), given.wanted).run(given.call, packed, fields)
         return out
 
 

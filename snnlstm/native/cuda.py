@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -27,7 +27,6 @@ from . import cudnn
 from .plan import (
     BackwardInputs,
     CommonBackend,
-    CommonPasses,
     Fields,
     Gradients,
     Plan,
@@ -111,10 +110,8 @@ class Pass:
         self.core.run(stream, (workspace, packed, 0, 0, pointer(levels), 0, *fields))
         return None
 
-    def backward(
-        self, given: BackwardInputs, out: Gradients, fields: Fields, kept: Tensor | None
-    ) -> Gradients:
-        """Run a backward pass; `kept` is the packed weight, if the forward pass has saved it."""
+    def backward(self, given: BackwardInputs, out: Gradients, fields: Fields) -> Gradients:
+        """Run a backward pass, on the weight that the forward pass has packed, if it was saved."""
         call, stream = given.call, self.backend.stream(self.plan.device)
         shape = self.plan.gradient_memory[3][0]
         weight = restored(call.weight, shape, self.plan.dtype, self.plan.device)
@@ -129,17 +126,17 @@ class Pass:
             return cudnn.backward(self.plan, self._convolutions, given, out, run)
         if call.lengths is not None and out.x is not None:
             out.x.zero_()
-        if kept is None:
+        if given.packed is None:
             packed, workspace, _held = self._memory(weight, stream)
         else:
-            block = self.plan.restored_block(kept, self.core.packed_bytes)
+            block = self.plan.restored_block(given.packed, self.core.packed_bytes)
             _held = empty_bytes(self.core.workspace, self.plan.device)
             packed, workspace = block.data_ptr(), _held.data_ptr()
         self.core.run(stream, (workspace, packed, 0, 0, pointer(levels), 0, *fields))
         return out
 
 
-class Passes(CommonPasses):
+class Passes:
     """The passes of a plan; the core's rules choose, or a measurement does.
 
     Nothing depends on values, and each algorithm can read what another one has saved:
@@ -242,19 +239,12 @@ class Passes(CommonPasses):
             kept = None
         return self.name, (), kept
 
-    def backward(
-        self,
-        given: BackwardInputs,
-        out: Gradients,
-        fields: Fields,
-        selection: Sequence[int],
-        packed: Tensor | None,
-    ) -> Gradients:
+    def backward(self, given: BackwardInputs, out: Gradients, fields: Fields) -> Gradients:
         """Run the backward pass of the wanted gradients."""
         with self.backend.guard(self.plan.device):
 
             def run(one: Pass) -> Gradients:
-                return one.backward(given, out, fields, packed)
+                return one.backward(given, out, fields)
 
             return run(self._fastest(run, True, *given.wanted))
 

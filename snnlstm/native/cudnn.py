@@ -217,7 +217,7 @@ def _steps_backward(
     `out` receives the gradients of syn, mem and threshold that it has memory for. `d_gates` and
     `mems`, if given, receive what the module's docstring says.
     """
-    call, _, saved, grads, noise, _ = given
+    call, _, saved, grads, noise = given[:5]
     syn, mem, record = call.syn, call.mem, call.record
     saved_syn = plan.saved.part(saved, 1)
     grad_spk, into_syn, into_mem = grads
@@ -239,7 +239,7 @@ def _steps_backward(
         of_step = (None if each is None else each[t] for each in (grad_spk, noise, d_threshold))
         spk_grad, step_noise, step_threshold = of_step
         views, step_grads = (None, *strided(syn_before), None), (spk_grad, into_syn, into_mem)
-        step = BackwardInputs(_step_of(call, t), views, saved, step_grads, step_noise, ())
+        step = BackwardInputs(_step_of(call, t), views, saved, step_grads, step_noise)
         results = Gradients(None, d_syn, None, None, None, step_threshold)
         mem_after = 0 if mems is None or t == last else mems[t + 1].data_ptr()
         run(plan.backward_fields(step, results, (d_gates[t].data_ptr(), mem_after), t))

@@ -92,24 +92,13 @@ def run_neurons(
 @pool.where_it_fits
 def _forward(neurons: Neurons, x: Tensor, mem: Tensor, record: bool) -> tuple[Tensor, Tensor]:
     """As :func:`run_neurons`, without gradients."""
-    if neurons.static is not None:
-        _, _, beta, threshold, graded, sequence, (first, of_beta, of_threshold) = neurons
-        dtype = real(x.dtype)
-        spk, after = _empty_like(x, dtype), _empty_like(x if record or not sequence else mem, dtype)
-        BACKENDS[x.device.type].leaky((
-            *first, beta.data_ptr(), *of_beta, threshold.data_ptr(), *of_threshold,
-            graded.data_ptr(), mem.data_ptr(), x.data_ptr(), spk.data_ptr(), after.data_ptr(),
-            record,
-        ), False, x.device)  # fmt: skip
-        return spk, after
-    x = _without_gaps(x, neurons.sequence)
-    shape, strides, dtype = x.shape, x.stride(), real(x.dtype)
-    if neurons.sequence:
-        shape, strides = shape[1:], strides[1:]
-    before = _laid_out(mem, shape, strides, dtype, x.device)
+    before, dtype, whole = mem, real(x.dtype), neurons.sequence
+    if neurons.static is None:
+        x = _without_gaps(x, whole)
+        before = _laid_out(mem, x.shape[whole:], x.stride()[whole:], dtype, x.device)
     spk = _empty_like(x, dtype)
-    after = _empty_like(x if record or not neurons.sequence else before, dtype)
-    fields, _held = _fields(neurons, x.dtype, x.shape, strides, before)
+    after = _empty_like(x if record or not whole else before, dtype)
+    fields, _held = _fields(neurons, x.dtype, x.shape, x.stride()[whole:], before)
     into = x.data_ptr(), spk.data_ptr(), after.data_ptr(), record
     BACKENDS[x.device.type].leaky((*fields, *into), False, x.device)
     return spk, after
@@ -123,16 +112,18 @@ def _fields(
     before: Tensor | None,
 ) -> tuple[tuple[Any, ...], Any]:
     """Both passes' fields (csrc/args.h), and their tensors; `shape` is x's, `strides` a step's."""
-    _, _, beta, threshold, graded, sequence, _ = neurons
-    dtype = real(x_type)
-    held = [
-        t if t.dtype is dtype and t.dim() == 0 and not t.is_neg() else contiguous_as(t, dtype)
-        for t in neurons[2:5]
-    ]
-    step = shape[sequence:]
+    held: Sequence[Tensor] = neurons[2:5]
+    if neurons.static is None:
+        dtype, step = real(x_type), shape[neurons.sequence :]
+        held = [contiguous_as(parameter, dtype) for parameter in held]
+        first = _first_fields(neurons, x_type, shape)
+        of_beta, of_threshold = (place(parameter, step, strides) for parameter in neurons[2:4])
+    else:
+        first, of_beta, of_threshold = neurons.static
+    beta, threshold, graded = held
     return (
-        *_first_fields(neurons, x_type, shape), held[0].data_ptr(), *place(beta, step, strides),
-        held[1].data_ptr(), *place(threshold, step, strides), held[2].data_ptr(), pointer(before),
+        *first, beta.data_ptr(), *of_beta, threshold.data_ptr(), *of_threshold, graded.data_ptr(),
+        pointer(before),
     ), held  # fmt: skip
 
 

@@ -118,7 +118,9 @@ class BackwardInputs(NamedTuple):
     saved: Tensor
     grads: Sequence[Tensor | None]  # the gradients of spk, syn and mem
     noise: Tensor | None  # the stochastic surrogate's numbers
-    wanted: Sequence[bool]  # whether each of Gradients is computed
+    wanted: Sequence[bool] = ()  # whether each of Gradients is computed
+    selection: Sequence[int] = ()  # as in the forward pass's Result
+    packed: Any = None  # as in the forward pass's Result; None if it was not kept
 
 
 class Sizes:
@@ -239,8 +241,9 @@ class Plan(Sizes):
     spk_memory, state_memory : (shape, strides)
         Those of spk, and those of syn and mem.
     saved : SavedLayout
-    passes : CommonPasses
-        The device's part: it makes the passes, and runs one for each call.
+    passes : Passes
+        The device's part (:mod:`~snnlstm.native.cpu`, :mod:`~snnlstm.native.cuda`): it makes the
+        passes, and chooses and runs one for each call.
     """
 
     def __init__(
@@ -309,7 +312,7 @@ class Plan(Sizes):
         self, given: BackwardInputs, out: Gradients, last: Fields = (0, 0), step: int = 0
     ) -> Fields:
         """The fields of BackwardArgs from x on; `last` are d_gates and mem_after."""
-        call, views, saved, grads, noise, _ = given
+        call, views, saved, grads, noise = given[:5]
         (x, syn, mem, *others), (x_strides, syn_strides, mem_strides) = out, self._gradient_strides
         return (
             *self.call_fields(views, call, saved, step), *strided(noise, *grads),
@@ -408,10 +411,10 @@ class Plan(Sizes):
         call, noise = with_numbers(call), None
         if self.is_stochastic:
             noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
-        given = BackwardInputs(call, views, saved, grads, noise, wanted)
+        given = BackwardInputs(call, views, saved, grads, noise, wanted, selection, packed)
         out = empty_gradients(call.x, self.gradient_memory, wanted, self.largest_gradient)
         fields = self.backward_fields(given, out)
-        out = self.passes.backward(given, out, fields, selection, packed)
+        out = self.passes.backward(given, out, fields)
         if call.lengths is not None:
             keep_empty(call, (out.syn, out.mem), (None, None) if call.record else grads[1:])
         if out.threshold is None or call.threshold is None:
@@ -421,30 +424,6 @@ class Plan(Sizes):
         return out._replace(threshold=total.reshape(call.threshold.shape).to(self.dtype))
 
 
-class CommonPasses(ABC):
-    """A device's part of a plan: it makes the passes, and runs one for each call."""
-
-    @abstractmethod
-    def forward(
-        self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields
-    ) -> tuple[Any, ...]:
-        """Fill in spk, syn and mem, and what is saved; `fields` are those from x on.
-
-        The results are those of :class:`Result` from the name on.
-        """
-
-    @abstractmethod
-    def backward(
-        self,
-        given: BackwardInputs,
-        out: Gradients,
-        fields: Fields,
-        selection: Sequence[int],
-        packed: Any,
-    ) -> Gradients:
-        """Fill in the gradients, and return them; the threshold's has one number per channel."""
-
-
 class CommonBackend(ABC):
     """The kernels of a device type."""
 
@@ -452,7 +431,12 @@ class CommonBackend(ABC):
     """Whether float16 and bfloat16 run without conversion."""
 
     passes: ClassVar[Any]
-    """The class of its :class:`CommonPasses`, whose arguments are a plan and the settings."""
+    """The class of its passes, made from a plan and the settings.
+
+    ``forward(call, outs, saved, fields)`` fills in spk, syn, mem and what is saved, and returns a
+    :class:`Result` from the name on. ``backward(given, out, fields)`` fills in and returns the
+    gradients, the threshold's with one number per channel. `fields` are those from x on.
+    """
 
     @abstractmethod
     def name(self) -> str:

@@ -363,21 +363,20 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         surrogate: Any = self._surrogate()
         reason = own or self._option_against(surrogate)
         beta, threshold, graded = parameters = [*map(self._parameter, _PARAMETERS)]
-        static, tensors = (surrogate, self._base, sequence), (x, mem, *parameters)
+        reset = snntorch.STATE_FUNCTIONS[self._base]
+        static, tensors = (surrogate, reset, sequence), (x, mem, *parameters)
         last = self.__dict__.get("_last")
         if reason is None and last is not None and last[0] == static and last[1].check(*tensors):
-            return kernels.Neurons(last[2], surrogate, beta, threshold, graded, sequence, last[3])
+            return kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence, last[2])
         path = against_device(x.device)
         if path is not None:
             return path
         reason = reason or self._tensors_against(x, mem, parameters, sequence)
         if reason is not None:
             return _slow(reason)
-        reset = snntorch.STATE_FUNCTIONS[self._base]
         neurons = kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
         if mem.shape == x.shape[sequence:] and (guard := guard_of(tensors)) is not None:
-            fields = kernels.static_fields(neurons, x, mem)
-            self.__dict__["_last"] = static, guard, reset, fields
+            self.__dict__["_last"] = static, guard, kernels.static_fields(neurons, x, mem)
         return neurons
 
     def _tensors_against(
