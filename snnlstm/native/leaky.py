@@ -7,6 +7,7 @@ tensors are read without a copy if they have no gaps and all have the same order
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -93,63 +94,58 @@ def run_neurons(
 def _forward(neurons: Neurons, x: Tensor, mem: Tensor, record: bool) -> tuple[Tensor, Tensor]:
     """As :func:`run_neurons`, without gradients."""
     before, dtype, whole = mem, real(x.dtype), neurons.sequence
-    if neurons.static is None:
+    static: Any = neurons.static
+    parameters: Sequence[Tensor] = neurons[2:5]
+    if static is None:
         x = _without_gaps(x, whole)
-        before = _laid_out(mem, x.shape[whole:], x.stride()[whole:], dtype, x.device)
+        strides = x.stride()[whole:]
+        before = _laid_out(mem, x.shape[whole:], strides, dtype, x.device)
+        static, parameters = _prepared(neurons, x.dtype, x.shape, strides)
     spk = _empty_like(x, dtype)
     after = _empty_like(x if record or not whole else before, dtype)
-    fields, _held = _fields(neurons, x.dtype, x.shape, x.stride()[whole:], before)
     into = x.data_ptr(), spk.data_ptr(), after.data_ptr(), record
-    BACKENDS[x.device.type].leaky((*fields, *into), False, x.device)
+    fields = *_fields(static, parameters, before), *into
+    BACKENDS[x.device.type].leaky(fields, False, x.device)
     return spk, after
 
 
-def _fields(
-    neurons: Neurons,
-    x_type: torch.dtype,
-    shape: Sequence[int],
-    strides: Sequence[int],
-    before: Tensor | None,
-) -> tuple[tuple[Any, ...], Any]:
-    """Both passes' fields (csrc/args.h), and their tensors; `shape` is x's, `strides` a step's."""
-    held: Sequence[Tensor] = neurons[2:5]
-    if neurons.static is None:
-        dtype, step = real(x_type), shape[neurons.sequence :]
-        held = [contiguous_as(parameter, dtype) for parameter in held]
-        first = _first_fields(neurons, x_type, shape)
-        of_beta, of_threshold = (place(parameter, step, strides) for parameter in neurons[2:4])
-    else:
-        first, of_beta, of_threshold = neurons.static
-    beta, threshold, graded = held
+def _fields(static: Any, parameters: Sequence[Tensor], before: Tensor | None) -> tuple[Any, ...]:
+    """Both passes' fields (csrc/args.h), of what :func:`_prepared` returns."""
+    first, of_beta, of_threshold = static
+    beta, threshold, graded = parameters
     return (
         *first, beta.data_ptr(), *of_beta, threshold.data_ptr(), *of_threshold, graded.data_ptr(),
         pointer(before),
-    ), held  # fmt: skip
-
-
-def _first_fields(
-    neurons: Neurons, x_type: torch.dtype, shape: Sequence[int]
-) -> tuple[int | float, ...]:
-    """The fields before the addresses; `shape` is x's."""
-    surrogate, time = neurons.surrogate, shape[0] if neurons.sequence else 1
-    return (
-        DTYPES.index(x_type), RESETS.index(neurons.reset), surrogate.kind, surrogate.p0,
-        surrogate.p1, time, math.prod(shape[neurons.sequence :]),
     )  # fmt: skip
 
 
+def _prepared(
+    neurons: Neurons, x_type: torch.dtype, shape: Sequence[int], strides: Sequence[int]
+) -> tuple[Any, Sequence[Tensor]]:
+    """What equal calls share of the fields, and beta, threshold and graded as the core reads them.
+
+    `shape` is x's, and `strides` are those of a step.
+    """
+    surrogate, step = neurons.surrogate, shape[neurons.sequence :]
+    first = (
+        DTYPES.index(x_type), RESETS.index(neurons.reset), surrogate.kind, surrogate.p0,
+        surrogate.p1, shape[0] if neurons.sequence else 1, math.prod(step),
+    )  # fmt: skip
+    of_beta, of_threshold = (place(parameter, step, strides) for parameter in neurons[2:4])
+    parameters = [contiguous_as(parameter, real(x_type)) for parameter in neurons[2:5]]
+    return (first, of_beta, of_threshold), parameters
+
+
 def static_fields(neurons: Neurons, x: Tensor, mem: Tensor) -> Any:
-    """The fields that equal calls share, besides addresses; None if a tensor must be copied."""
-    if _without_gaps(x, neurons.sequence) is not x:
-        return None
+    """What equal calls share of the fields; None if a tensor must be copied in each call."""
     shape, strides = x.shape[neurons.sequence :], x.stride()[neurons.sequence :]
-    parameters, dtype = neurons[2:5], real(x.dtype)
-    if _laid_out(mem, shape, strides, dtype, x.device) is not mem:
+    if (
+        _without_gaps(x, neurons.sequence) is not x
+        or _laid_out(mem, shape, strides, real(x.dtype), x.device) is not mem
+    ):
         return None
-    if any(contiguous_as(parameter, dtype) is not parameter for parameter in parameters):
-        return None
-    of_beta, of_threshold = (place(parameter, shape, strides) for parameter in parameters[:2])
-    return _first_fields(neurons, x.dtype, x.shape), of_beta, of_threshold
+    static, parameters = _prepared(neurons, x.dtype, x.shape, strides)
+    return static if all(map(operator.is_, parameters, neurons[2:5])) else None
 
 
 def _without_gaps(x: Tensor, sequence: bool) -> Tensor:
@@ -262,7 +258,8 @@ def _by_kernels(
     x = _empty_like(after, x_type) if wanted[0] else None
     mem = _empty_like(like, dtype) if wanted[1] or neurons.sequence else None
     beta, threshold = (_empty_like(like, dtype) if want else None for want in wanted[2:])
-    fields, _held = _fields(neurons, x_type, shape, step_strides, before)
+    static, parameters = _prepared(neurons, x_type, shape, step_strides)
+    fields = _fields(static, parameters, before)
     others = after, noise, *laid, x, mem, beta, threshold
     BACKENDS[device.type].leaky((*fields, *map(pointer, others)), True, device)
     return x, mem, beta, threshold
