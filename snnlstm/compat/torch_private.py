@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import torch
@@ -183,3 +183,52 @@ def guard_of(tensors: Sequence[Tensor]) -> Any:
     occurs twice never matches. The result is None if torch has no such check.
     """
     return None if _guards is None else _guard(_guards, tensors)
+
+# ---- recorded graphs -----------------------------------------------------------------------------
+
+
+def memory_of(tensor: Tensor) -> int:
+    """A number for the memory of a tensor, which other tensors in the same memory share."""
+    return tensor.untyped_storage()._cdata
+
+
+def size_hint(size: Any) -> int:
+    """A recorded size as a number; a size that may change is as it was when it was recorded."""
+    return size if isinstance(size, int) else size.node.hint
+
+
+@lru_cache(maxsize=None)
+def schema_effects(name: str) -> tuple[frozenset[int], bool] | None:
+    """The arguments to which torch's operators of a name write, and whether they draw numbers.
+
+    The arguments are given by their positions. The result is None if there is no such operator.
+    """
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return None
+    written, draws = set(), False
+    for overload in (getattr(packet, key) for key in packet.overloads()):
+        arguments = overload._schema.arguments
+        if not any(argument.is_out for argument in arguments):
+            for position, argument in enumerate(arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written.add(position)
+            draws |= torch.Tag.nondeterministic_seeded in overload.tags
+    return frozenset(written), draws
+
+
+def backend_of(name: str) -> Callable[..., Any]:
+    """The backend of torch.compile of a name."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)
+
+
+def graph_break(gm: Any) -> str | None:
+    """The place and the reason of the break that ended a recorded graph; None without one."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if not getattr(reason, "graph_break", False):
+        return None
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    place = f"{frame.filename}:{frame.lineno}" if frame else "an unknown place"
+    return f"torch.compile ended it by a graph break at {place}, {reason.reason.splitlines()[0]}"

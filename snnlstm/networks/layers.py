@@ -119,8 +119,7 @@ def report_of(
             reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
         elif reason is None and (torch.compiler.is_compiling() or not layer.takes(x, whole)):
             reason = "plain torch runs it, and its path says why"
-        elif reason is None and size > LARGEST:
-            reason = LARGE_STATE
+        reason = reason or too_large(size, LARGE_STATE)
         if reason is None:
             kind, reason = "sequence", ONE_CALL
     elif Neuron is not None and isinstance(layer, Neuron):
@@ -131,11 +130,21 @@ def report_of(
             reason = f"at a step of {dim} dimensions it may mix samples"
         if reason is None and constant and not getattr(layer, "inplace", False):
             kind, reason = "once", CONSTANT
-        if reason is None and size * _widening(layer) > LARGEST:
-            reason = LARGE
+        if reason is None:
+            reason = too_large(size * _widening(layer))
         if reason is None:
             kind, reason = "fold", ALONE
     return LayerReport(name, type(layer).__name__, kind, str(reason))
+
+
+def too_large(step: float, reason: str = LARGE) -> str | None:
+    """The reason for which steps of so many bytes run one by one; None if they are small."""
+    return reason if step > LARGEST else None
+
+
+def too_large_to_stack(step: float) -> str | None:
+    """The same for a cell or Leaky whose steps must be stacked first."""
+    return TO_STACK if step > LARGEST_STACKED else None
 
 
 def counted_bytes(x: Tensor) -> int:

@@ -19,7 +19,6 @@ from ..dispatch.path import log_once
 from ..neurons.attributes import CELL
 from ..neurons.sconv2dlstm import SConv2dLSTM
 from .layers import (
-    LARGEST_STACKED,
     ONE_CALL,
     PER_SAMPLE,
     TO_STACK,
@@ -35,6 +34,7 @@ from .layers import (
     not_per_sample,
     report_of,
     stack,
+    too_large_to_stack,
     unshared,
     whole_sequence,
 )
@@ -349,8 +349,9 @@ def _step_by_step(
     for name, layer in layers:
         first = first_item(before, outs[0])
         report = report_of(name, layer, first, first.dim(), by_step)
-        if calls and report.reason == ONE_CALL and counted_bytes(first) > LARGEST_STACKED:
-            report = replace(report, kind="step", reason=TO_STACK)
+        to_stack = too_large_to_stack(counted_bytes(first))
+        if calls and report.reason == ONE_CALL and to_stack:
+            report = replace(report, kind="step", reason=to_stack)
         if report.kind != "step":
             break
         reports.append(report)

@@ -1,0 +1,1 @@
+"""A backend of torch.compile, which turns the recorded steps of a loop into sequences."""

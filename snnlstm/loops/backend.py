@@ -1,0 +1,188 @@
+"""The backend of torch.compile, and the log of what became of a loop."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ..calls.keys import BoundedDict
+from ..compat.torch_private import backend_of, graph_break
+from ..dispatch.path import log_once
+from ..native.operators import OPAQUE, PLAIN
+from ..networks.layers import ALONE, CONSTANT, ONE_CALL, LayerReport
+from . import rows
+from .rewrite import Writer
+from .steps import IN_PLACE, Loop
+
+logger = logging.getLogger("snnlstm")
+
+OLDEST = 2, 13
+"""The oldest torch whose graphs are known to have the form that is read here."""
+
+
+def compile_loop(
+    gm: GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend "snnlstm" of torch.compile: a loop over steps runs as sequences.
+
+    ``torch.compile(net, backend="snnlstm")`` finds it by its name. A cell or Leaky that the loop
+    calls once a step gets all steps in one call, and so do layers that treat every sample by
+    itself. A call that is the same in each step runs once. The log (INFO) tells what became of
+    each layer, and warns if a cell or Leaky still runs step by step.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        The graph that torch.compile has recorded.
+    example_inputs : sequence of Tensor
+        Its inputs.
+    options : dict, optional
+        ``{"inner": "inductor"}`` hands the new graph to the backend of this name. Without it the
+        graph runs as it is.
+    mode : None
+        Accepted for torch.compile; this backend has no modes.
+
+    Raises
+    ------
+    RuntimeError
+        If torch is older than 2.13.
+    ValueError
+        If an option or a mode is unknown.
+    """
+    unknown = set(options or ()) - {"inner"}
+    if unknown or mode is not None:
+        given = f"options {sorted(unknown)}" if unknown else f"mode={mode!r}"
+        raise ValueError(f'backend "snnlstm" takes options={{"inner": name}} alone, got {given}')
+    version = torch.__version__
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        raise RuntimeError(f'backend "snnlstm" needs torch {needed} or newer, got {version}')
+    inner = (options or {}).get("inner")
+    loop = Loop(gm.graph)
+    graph = Writer(loop, OPAQUE if inner else PLAIN).write()
+    _log(loop, gm)
+    new = GraphModule(gm, graph)
+    return backend_of(inner)(new, example_inputs) if inner else new.forward
+
+
+# ---- the log ------------------------------------------------------------------------------------
+
+_PLAIN = "torch.compile records it as plain operations, and its path says why"
+_OURS = "SConv2dLSTM", "SConv1dLSTM", "Leaky"
+_steps_seen: BoundedDict[Any, set[int]] = BoundedDict()  # the numbers of steps, by loop
+
+
+@dataclass
+class _Layer:
+    """A module of the network, and the node of each call that has its result."""
+
+    name: str
+    kind: type
+    calls: list[Node] = field(default_factory=list)
+
+    @property
+    def is_neuron(self) -> bool:
+        """Whether it is a cell or a Leaky, of either library."""
+        return any(base.__name__ in _OURS for base in self.kind.__mro__)
+
+    @property
+    def is_ours(self) -> bool:
+        return any(base.__module__.startswith("snnlstm.") for base in self.kind.__mro__)
+
+
+def _layers(loop: Loop) -> Iterator[_Layer]:
+    """The layers of a loop, in the order of their first calls."""
+    nodes: dict[str, tuple[type, list[Node]]] = {}
+    for node in loop.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack and node.target is not rows.ITEM:
+            path, kind = list(stack.values())[-1]
+            nodes.setdefault(path, (kind, []))[1].append(node)
+    for path, (kind, called) in nodes.items():
+        name = re.sub(r"_modules\['(.*?)'\]", r"\1", path)
+        name = re.sub(r"^L\['\w+'\]\.?", "", name).replace("'", "")
+        operators = [node for node in called if node.target in rows.STATEFUL]
+        last = called[-1].target
+        calls = operators or [node for node in called if node.target == last]
+        if name:
+            yield _Layer(name, kind, calls)
+
+
+def _report(loop: Loop, layer: _Layer) -> LayerReport:
+    """How a layer runs in the new graph."""
+    calls = layer.calls
+    alone = list(dict.fromkeys(loop.same[call] for call in calls))
+    runs = {loop.runs[call][0] for call in alone if call in loop.runs}
+    single = [call for call in alone if call not in loop.runs]
+    has_states = calls[0].target in rows.STATEFUL
+    reason = next((loop.reasons[call] for call in alone if call in loop.reasons), None)
+    if len(alone) == 1 < len(calls):
+        kind, reason = "once", CONSTANT
+    elif runs and len(runs) + len(single) == 1:
+        kind, reason = ("sequence", ONE_CALL) if has_states else ("fold", ALONE)
+    elif len(runs) > len(single):
+        kind, reason = "sequence", f"{len(alone)} steps in {len(runs) + len(single)} calls: {reason}"
+    else:
+        kind = "step"
+        if layer.is_neuron and not has_states:
+            reason = _PLAIN
+        elif any(loop.memory[call] & loop.written for call in calls):
+            reason = IN_PLACE
+        reason = reason or "it is not known to treat every sample by itself"
+    return LayerReport(layer.name, layer.kind.__name__, kind, str(reason))
+
+
+def _log(loop: Loop, gm: GraphModule) -> None:
+    """Tell what became of each layer, and warn of neurons that run step by step."""
+    layers = list(_layers(loop))
+    reports = [(layer, _report(loop, layer)) for layer in layers if len(layer.calls) > 1]
+    if reports:
+        logger.info("torch.compile: %s", "; ".join(str(report) for _, report in reports))
+    neurons = [layer for layer in layers if layer.is_neuron]
+    for layer in neurons:
+        if not layer.is_ours:
+            text = "layer %s is snntorch's %s and runs as plain operations: call snnlstm.accelerate"
+            logger.warning(f"{text}(net) before torch.compile", layer.name, layer.kind.__name__)
+    for layer, report in reports:
+        if layer.is_neuron and layer.is_ours and report.kind == "step":
+            text = "torch.compile: layer %s (%s) stays a loop of steps: %s"
+            logger.warning(text, layer.name, report.layer, report.reason)
+    ours = [layer for layer in neurons if layer.is_ours and _is_step(layer.calls[0])]
+    counts = {len(layer.calls) for layer in ours}
+    if counts == {1}:
+        text = "torch.compile: the graph has one step of layer %s: %s"
+        logger.warning(text, ours[0].name, graph_break(gm) or _OUTSIDE)
+    elif counts:
+        _warn_of_lengths(ours[0], max(counts))
+
+
+_OUTSIDE = "the loop lies outside of what is compiled, so compile the function that has the loop"
+
+
+def _is_step(call: Node) -> bool:
+    """Whether a call of an operator is one of a step, not of a sequence."""
+    return call.target in rows.STATEFUL and rows.row_of(call) is not None
+
+
+def _warn_of_lengths(layer: _Layer, steps: int) -> None:
+    """Warn when a loop is compiled for a second number of steps."""
+    seen = _steps_seen.keep((layer.name, layer.calls[0].meta.get("stack_trace")), set())
+    seen.add(steps)
+    if len(seen) == 2:
+        logger.warning(
+            "torch.compile: the loop around layer %s is compiled anew for each number of steps, by "
+            "now %s, and after some more runs as it is: pad all inputs to one number of steps, or "
+            "let snnlstm.unroll run the layers",
+            layer.name, " and ".join(map(str, sorted(seen))),
+        )  # fmt: skip

@@ -1,0 +1,250 @@
+"""The functions whose calls of several steps can become one call, each with the way to call it.
+
+In the call for all steps, a tensor that differs from step to step has them as its first dimension,
+(T, ...). The functions are known by name: a row serves ``F.relu(x)``, ``torch.relu(x)`` and
+``x.relu()``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from ..compat.torch_private import memory_of, size_hint
+
+CELL = torch.ops.snnlstm.forward.default
+LEAKY = torch.ops.snnlstm.leaky.default
+STATEFUL = frozenset((CELL, LEAKY))
+ITEM = operator.getitem
+
+# ---- what a node is -----------------------------------------------------------------------------
+
+
+def name_of(node: Node) -> str:
+    """Name of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def is_operator(node: Node) -> bool:
+    """Whether a node calls a function of the module operator."""
+    return getattr(operator, name_of(node), None) is node.target
+
+
+def is_of_torch(node: Node) -> bool:
+    """Whether a node calls a method of a tensor, or one of torch's functions by its name."""
+    if node.op == "call_method":
+        return True
+    spaces = torch, F, torch._C._nn
+    return any(getattr(space, name_of(node), None) is node.target for space in spaces)
+
+
+def value_of(node: Any) -> Any:
+    """What a node returned when it was recorded, a tensor without memory."""
+    return node.meta.get("example_value") if isinstance(node, Node) else None
+
+
+def shape_of(node: Node) -> Any:
+    """Shape and dtype of a node's result; None if it is no tensor."""
+    value = value_of(node)
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
+
+
+def dim_of(node: Node) -> int:
+    return value_of(node).dim()
+
+
+def requires_grad(node: Any) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def bytes_of(node: Node) -> int:
+    """Bytes of a node's result; of several tensors, those of the largest."""
+    value = value_of(node)
+    if isinstance(value, tuple | list):
+        tensors = [item for item in value if isinstance(item, Tensor)]
+    else:
+        tensors = [value] if isinstance(value, Tensor) else []
+    sizes = [t.element_size() * size_hint(t.numel()) for t in tensors]
+    return max(sizes, default=0)
+
+
+# ---- the rows -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """How calls of a function become one.
+
+    Parameters
+    ----------
+    together : callable
+        Called with a :class:`~snnlstm.loops.rewrite.Writer` and a run, writes the one call, and
+        returns its result.
+    states : tuple of (int, int)
+        Positions of the states among the arguments, each with its position among the results.
+    options : tuple of int
+        Positions of the arguments that all steps of a layer with states share.
+    first_alone : bool
+        Whether all other arguments than the first one must be the same in each step.
+    """
+
+    together: Callable[[Any, Any], Any]
+    states: tuple[tuple[int, int], ...] = ()
+    options: tuple[int, ...] = ()
+    first_alone: bool = True
+
+
+def _first(w: Any, run: Any) -> Any:
+    """The first arguments of the calls, as a sequence, (T, ...)."""
+    return w.sequence([call.args[0] for call in run.calls])
+
+
+def _rest(w: Any, run: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The other arguments, which are the same in each call."""
+    call = run.calls[0]
+    return [w.copied(arg) for arg in call.args[1:]], w.copied(dict(call.kwargs))
+
+
+def _leading(w: Any, run: Any) -> Any:
+    """A function of the last dimensions takes any number of leading ones."""
+    args, kwargs = _rest(w, run)
+    return w.call(run.calls[0].target, _first(w, run), *args, **kwargs)
+
+
+def _folded(w: Any, run: Any) -> Any:
+    """A function that treats every sample by itself takes the steps as a larger batch."""
+    args, kwargs = _rest(w, run)
+    batch = w.call("flatten", _first(w, run), 0, 1)
+    out = w.call(run.calls[0].target, batch, *args, **kwargs)
+    return w.call("unflatten", out, 0, (len(run.calls), -1))
+
+
+def _elementwise(w: Any, run: Any) -> Any:
+    """Operands are aligned to the right, as torch broadcasts them."""
+    rank = max(dim_of(arg) for arg in run.calls[0].all_input_nodes)
+
+    def joined(args: Sequence[Any]) -> Any:
+        if not isinstance(args[0], Node):
+            return args[0]
+        if w.is_one(args):
+            return w.copied(args[0])
+        out, missing = w.sequence(args), rank - dim_of(args[0])
+        return w.call(ITEM, out, (slice(None),) + (None,) * missing) if missing else out
+
+    args = [joined(column) for column in zip(*(call.args for call in run.calls), strict=True)]
+    names = run.calls[0].kwargs
+    kwargs = {name: joined([call.kwargs[name] for call in run.calls]) for name in names}
+    return w.call(run.calls[0].target, *args, **kwargs)
+
+
+def _behind_time(dim: int) -> int:
+    """A dimension of a step as a dimension of all steps."""
+    return dim + 1 if dim >= 0 else dim
+
+
+def _flattened(w: Any, run: Any) -> Any:
+    call = run.calls[0]
+    dims = {"start_dim": 0, "end_dim": -1}
+    dims.update(zip(dims, call.args[1:], strict=False))
+    dims.update(call.kwargs)
+    return w.call("flatten", _first(w, run), *map(_behind_time, dims.values()))
+
+
+def _reshaped(w: Any, run: Any) -> Any:
+    sizes: Any = run.calls[0].args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+        sizes = sizes[0]
+    return w.call("reshape", _first(w, run), (len(run.calls), *w.copied(list(sizes))))
+
+
+def _concatenated(w: Any, run: Any) -> Any:
+    tensors: Any = zip(*(call.args[0] for call in run.calls), strict=True)
+    dim = (*run.calls[0].args[1:], *run.calls[0].kwargs.values(), 0)[0]
+    return w.call(torch.cat, [w.sequence(column) for column in tensors], _behind_time(dim))
+
+
+def _cells(w: Any, run: Any) -> Any:
+    """All steps of a cell; the steps may differ in whether a result needs a gradient."""
+    _, *args = run.calls[0].args
+    syn, mem, *parameters, _, text, algorithm, _ = map(w.copied, args)
+    training = any(call.args[-1] for call in run.calls)
+    x = _first(w, run)
+    return w.call(CELL, x, syn, mem, *parameters, run.record, text, algorithm, training)
+
+
+def _leakies(w: Any, run: Any) -> Any:
+    _, *args = run.calls[0].args
+    mem, *parameters, text, _, _ = map(w.copied, args)
+    return w.call(LEAKY, _first(w, run), mem, *parameters, text, True, run.record)
+
+
+# The states are arguments 1 and 2 of a cell, and argument 1 of a Leaky; spk is result 0.
+_CELL = Row(_cells, states=((1, 1), (2, 2)), options=(3, 4, 5, 6, 7, 9, 10))
+_LEAKY = Row(_leakies, states=((1, 1),), options=(2, 3, 4, 5))
+_LEADING, _FOLDED = Row(_leading), Row(_folded)
+_ELEMENTWISE = Row(_elementwise, first_alone=False)
+_FLATTEN, RESHAPE = Row(_flattened), Row(_reshaped)
+_CAT = Row(_concatenated, first_alone=False)
+
+_ELEMENTWISE_NAMES = frozenset(
+    "add sub rsub mul div truediv floordiv mod remainder pow neg pos abs sign sqrt square exp log "
+    "eq ne lt le gt ge and_ or_ xor invert logical_and logical_or logical_not where maximum "
+    "minimum clamp clamp_min clamp_max relu relu6 leaky_relu elu selu silu gelu softplus hardtanh "
+    "sigmoid tanh float double half bfloat16 bool to nan_to_num detach dropout".split()
+)
+# The number of dimensions of a batch, or the least number.
+_OF_BATCHES = {
+    "conv1d": 3, "conv2d": 4, "conv3d": 5,
+    "max_pool1d": 3, "max_pool2d": 4, "max_pool3d": 5,
+    "avg_pool1d": 3, "avg_pool2d": 4, "avg_pool3d": 5,
+    "adaptive_avg_pool1d": 3, "adaptive_avg_pool2d": 4, "adaptive_max_pool2d": 4,
+}  # fmt: skip
+_OF_ANY_BATCHES = frozenset(("batch_norm", "group_norm"))
+
+
+def row_of(node: Node) -> Row | None:
+    """How the calls of a node's function become one; None if they cannot, or nobody knows.
+
+    The node must have no effect, such as a dropout or batch norm in training has.
+    """
+    args, value = node.args, value_of(node)
+    if node.target is CELL:
+        return _CELL if dim_of(args[0]) == 4 and args[7] is None else None
+    if node.target is LEAKY:
+        return None if args[6] else _LEAKY
+    if not isinstance(value, Tensor) or not (is_operator(node) or is_of_torch(node)):
+        return None
+    name, inputs = name_of(node), node.all_input_nodes
+    if name in _ELEMENTWISE_NAMES:
+        return _ELEMENTWISE if inputs and _promotes_alike(inputs) else None
+    if not args or not isinstance(value_of(args[0]), Tensor):
+        return _CAT if name == "cat" and inputs and dim_of(inputs[0]) else None
+    dim = dim_of(args[0])
+    if name in ("linear", "layer_norm") and dim:
+        return _LEADING
+    if name == "pad" and (*args[2:], *node.kwargs.values(), "constant")[0] == "constant":
+        return _LEADING
+    if _OF_BATCHES.get(name) == dim or (name in _OF_ANY_BATCHES and dim >= 2):
+        return _FOLDED
+    if name == "flatten" and dim:
+        return _FLATTEN
+    if name in ("view", "reshape") and not node.kwargs:
+        sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
+        return RESHAPE if not isinstance(sizes[0], torch.dtype) else None
+    return None
+
+
+def _promotes_alike(inputs: Sequence[Node]) -> bool:
+    """Whether the result's dtype stays as it is if numbers, (), become a tensor, (T,)."""
+    if not all(isinstance(value_of(arg), Tensor) for arg in inputs):
+        return False
+    dims = {dim_of(arg) for arg in inputs}
+    return 0 not in dims or dims == {0} or len({value_of(arg).dtype for arg in inputs}) == 1

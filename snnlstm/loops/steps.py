@@ -1,0 +1,496 @@
+"""Finds the calls of a recorded loop that can become one.
+
+torch.compile unrolls a loop over steps: its graph has a call of each layer for each step. A group
+has the calls of one layer; a run has consecutive calls of a group that become one call. Calls form
+a run only if none of them needs a result of another, except for the states that a cell or Leaky
+hands from step to step.
+
+What a node needs is more than its arguments. Nodes that write to memory keep their order with all
+that read or write it, random nodes of a layer keep theirs, and nothing moves across a node that
+changes a setting, such as the grad mode.
+"""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from types import FunctionType
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from ..compat.torch_private import schema_effects
+from ..networks.layers import LARGE, LARGE_STATE, too_large, too_large_to_stack
+from . import rows
+
+# ---- what a node does beside computing its result -----------------------------------------------
+
+
+class Effects(NamedTuple):
+    """What a node does beside computing its result.
+
+    Attributes
+    ----------
+    writes : sequence of Node
+        Arguments to whose memory it writes.
+    draws : bool
+        Whether it draws random numbers.
+    unknown : bool
+        Whether nothing is known about it.
+    """
+
+    writes: Sequence[Node] = ()
+    draws: bool = False
+    unknown: bool = False
+
+
+_NONE = Effects()
+_IN_PLACE = frozenset(
+    "setitem delitem iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift "
+    "irshift iconcat".split()
+)
+# These have no operator of their name, and no effect.
+_PURE = frozenset(
+    "float double half bfloat16 int long bool getattr cross_entropy one_hot normalize interpolate "
+    "sym_size sym_not sym_min sym_max sym_int sym_float _are_functorch_transforms_active".split()
+)
+_WRITE_BUFFERS = frozenset(("batch_norm", "instance_norm"))  # without saying so
+
+
+def _effects(node: Node) -> Effects:
+    """What a node does; a function that is not known writes to all of its arguments, and draws."""
+    number = isinstance(rows.value_of(node), int | float | torch.SymInt | torch.SymFloat)
+    if number or node.op not in ("call_function", "call_method") or node.target in rows.STATEFUL:
+        return _NONE
+    name, tensors = rows.name_of(node), [arg for arg in node.all_input_nodes if memory(arg)]
+    everything = Effects(tensors, True, True)
+    if rows.is_operator(node):
+        return Effects([tensors[0]]) if name in _IN_PLACE and tensors else _NONE
+    if not rows.is_of_torch(node) or "out" in node.kwargs:
+        return everything
+    named = _named_arguments(node)
+    if named.get("inplace"):
+        return Effects(tensors[:1], bool(named.get("training")))
+    if name in _WRITE_BUFFERS:
+        return Effects(tensors[1:]) if named.get("training", True) else _NONE
+    if name in _PURE:
+        return _NONE
+    found = schema_effects(name)
+    if found is None:
+        return everything
+    positions, draws = found
+    writes = [arg for at, arg in enumerate(node.args) if at in positions and arg in tensors]
+    if len(writes) < len(positions):  # it is a list of tensors, or was given by name
+        writes = tensors if positions else []
+    return Effects(writes, draws and bool(named.get("training", True)))
+
+
+def _named_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a function that is written in Python, with its defaults, by name."""
+    if not isinstance(node.target, FunctionType):
+        return {}
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def memory(node: Node) -> set[int]:
+    """The memory of a node's result: a number for each storage."""
+    found: set[int] = set()
+    pending = [node.meta.get("example_value")]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            found.add(rows.memory_of(value))
+        elif isinstance(value, tuple | list):
+            pending += value
+    return found
+
+
+OTHER_SETTINGS = "a setting, such as the grad mode, changes between the steps"
+WEIGHTS = "its weights differ from step to step"
+FEEDBACK = "its input, or its state, depends on its last result"
+IN_PLACE = "its results are modified in place"
+MEMORY = "all steps at once would take too much memory"
+
+PIECE = 16 << 20
+"""The most bytes that the steps of one layer take at once where no gradients are recorded."""
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Run:
+    """Calls that become one.
+
+    Attributes
+    ----------
+    row : Row
+    calls : list of Node
+        In the order of their steps.
+    record : bool
+        Whether anybody but the next step reads a state before the last one.
+    """
+
+    row: rows.Row
+    calls: list[Node]
+    record: bool = False
+
+
+class Loop:
+    """The calls of a graph, and the runs that they form.
+
+    Parameters
+    ----------
+    graph : torch.fx.Graph
+        Recorded by torch.compile, with an ``example_value`` for each node.
+
+    Attributes
+    ----------
+    same : dict of Node to Node
+        The first of all nodes that compute the same, for each node.
+    written : set of int
+        Memory to which some node writes.
+    users : dict of Node to list of Node
+        The nodes that take a node, or one that is the same, as an argument.
+    runs : dict of Node to (Run, int)
+        The run of a call, and the call's position in it.
+    reasons : dict of Node to str
+        Why a call does not continue the run of the call before.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.same: dict[Node, Node] = {}
+        self.users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
+        self.runs: dict[Node, tuple[Run, int]] = {}
+        self.reasons: dict[Node, str] = {}
+        self.effects = {node: _effects(node) for node in self.nodes}
+        self.memory = {node: memory(node) for node in self.nodes}
+        self.written = {
+            place
+            for effects in self.effects.values()
+            for written in effects.writes
+            for place in self.memory[written]
+        }
+        self._number = {node: number for number, node in enumerate(self.nodes)}
+        self._regions = self._needs_of_effects()
+        self._find_equal()
+        self._unit = list(range(len(self.nodes)))
+        self._calls_of: dict[int, list[int]] = {}
+        self._handed: dict[int, set[int]] = {}
+        self._last: dict[Node | None, Node] = {}  # the first call of the chain that ends with it
+        groups = self._groups()
+        limit = self._longest_run(groups)
+        for row, calls in groups:
+            self._form_runs(row, calls, limit)
+
+    def is_fresh(self, node: Node) -> bool:
+        """Whether a node has no effect, and nothing ever writes to its result or its arguments."""
+        effects = self.effects[node]
+        if node.op not in ("call_function", "call_method") or any(effects):
+            return False
+        touched = set(self.memory[node]).union(*(self.memory[a] for a in node.all_input_nodes))
+        return touched.isdisjoint(self.written)
+
+    def region(self, node: Node) -> int:
+        """The number of the region in which a node lies; in each, the settings are the same."""
+        return self._regions[self._number[node]]
+
+    # ---- what each node needs -------------------------------------------------------------------
+
+    def _needs_of_effects(self) -> list[int]:
+        """Find the nodes that each node must follow beside its arguments; return the regions.
+
+        Between nodes that change a setting lies a region, which has a number.
+        """
+        self._needs: list[set[int]] = [set() for _ in self.nodes]
+        writer: dict[int, int] = {}
+        readers: dict[int, list[int]] = {}
+        drawn: dict[Any, int] = {}
+        barrier, region, since, regions = -1, 0, [0], []
+        for number, node in enumerate(self.nodes):
+            needs, effects = self._needs[number], self.effects[node]
+            writes = {place for arg in effects.writes for place in self.memory[arg]}
+            touched = set(self.memory[node]).union(
+                *(self.memory[a] for a in node.all_input_nodes)
+            )
+            for place in touched & self.written:
+                if place in writer:
+                    needs.add(writer[place])
+                if place in writes:
+                    needs.update(readers.pop(place, ()))
+                    writer[place] = number
+                else:
+                    readers.setdefault(place, []).append(number)
+            if effects.unknown:
+                needs.update(drawn.values())
+                drawn = {None: number}
+            elif effects.draws:
+                layer = node.target, node.meta.get("stack_trace")
+                needs.update(drawn[key] for key in (None, layer) if key in drawn)
+                drawn[layer] = number
+            changes_settings = effects.unknown and not touched
+            if changes_settings or node.op == "output":
+                needs.update(since)
+                barrier, region, since = number, region + 1, []
+            elif barrier >= 0 and node.op != "placeholder":
+                needs.add(barrier)
+            since.append(number)
+            needs.discard(number)
+            regions.append(region)
+        return regions
+
+    def _find_equal(self) -> None:
+        """Find the nodes that compute the same from the same."""
+        first: dict[Any, Node] = {}
+        for number, node in enumerate(self.nodes):
+            self.same[node] = node
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.SymInt):  # equal sizes, however they were computed
+                key: Any = str(value)
+            elif self.is_fresh(node):
+                arguments = self._frozen((node.args, node.kwargs), lambda arg: self.same[arg])
+                key = node.target, arguments, self._regions[number]
+            else:
+                key = None
+            if key is not None:
+                self.same[node] = first.setdefault(key, node)
+            if self._is_its_argument(node):
+                self.same[node] = self.same[node.args[0]]
+            if self.same[node] is node:
+                for arg in node.all_input_nodes:
+                    self._needs[number].add(self._number[self.same[arg]])
+                    self.users[self.same[arg]].append(node)
+
+    def _is_its_argument(self, node: Node) -> bool:
+        """Whether a node returns its argument: a detach does so where no gradient is recorded."""
+        if not self.is_fresh(node) or len(node.all_input_nodes) != 1:
+            return False
+        argument, value = rows.value_of(node.args[0]), rows.value_of(node)
+        detached = rows.name_of(node) == "detach" and not argument.requires_grad
+        return detached or (isinstance(value, Tensor) and value is argument)
+
+    def _frozen(self, value: Any, of_node: Any) -> Any:
+        """A hashable form of arguments, with `of_node` applied to nodes."""
+        if isinstance(value, Node):
+            return of_node(value)
+        if isinstance(value, list | tuple):
+            return tuple(self._frozen(item, of_node) for item in value)
+        if isinstance(value, dict):
+            return tuple((key, self._frozen(item, of_node)) for key, item in value.items())
+        if isinstance(value, slice):
+            return "slice", self._frozen((value.start, value.stop, value.step), of_node)
+        return repr(value)
+
+    # ---- the groups -----------------------------------------------------------------------------
+
+    def _groups(self) -> list[tuple[rows.Row, list[int]]]:
+        """The calls of each layer that runs may have.
+
+        Two calls of a function belong to one layer if their arguments do: each node has a color,
+        which equals that of the same expression in other steps.
+        """
+        colors: dict[Node, int] = {}
+        numbers: dict[Any, int] = {}
+        groups: dict[int, tuple[rows.Row, list[int]]] = {}
+        for number, node in enumerate(self.nodes):
+            if self.same[node] is not node:
+                colors[node] = colors[self.same[node]]
+                continue
+            row = rows.row_of(node) if self.is_fresh(node) else None
+            key: Any = node
+            if row is not None and row.states:
+                key = self._chain(number, row)
+            elif (piece := self.piece(node)) is not None:
+                key = piece[:2]
+            elif row is not None or node.target is rows.ITEM:
+                key = (
+                    node.target,
+                    self._frozen((node.args, node.kwargs), lambda arg: colors[self.same[arg]]),
+                    str(rows.shape_of(node)),
+                )
+            colors[node] = color = numbers.setdefault(key, len(numbers))
+            if row is not None:
+                groups.setdefault(color, (row, []))[1].append(number)
+        return [(row, calls) for row, calls in groups.values() if len(calls) > 1]
+
+    def _chain(self, number: int, row: rows.Row) -> Any:
+        """The first call of a chain, in which each call starts from the last one's states."""
+        node = self.nodes[number]
+        handed: set[int] = set()
+        before = {self._handed_by(node.args[at], item, handed) for at, item in row.states}
+        previous = before.pop() if len(before) == 1 else None
+        if previous not in self._last or not self._continues(row, node, previous):
+            self._last[node] = node
+            return node
+        self._handed[number] = handed
+        self._last[node] = self._last.pop(previous)  # another call may not continue from it
+        return self._last[node]
+
+    def _continues(self, row: rows.Row, node: Node, previous: Node) -> bool:
+        """Whether two calls have the same options, weights and shapes."""
+        frozen = [
+            self._frozen([call.args[at] for at in row.options], self.same.get)
+            for call in (node, previous)
+        ]
+        x, before = node.args[0], previous.args[0]
+        return frozen[0] == frozen[1] and str(rows.shape_of(x)) == str(rows.shape_of(before))
+
+    def _handed_by(self, state: Any, item: int, handed: set[int]) -> Node | None:
+        """The call whose result a state is; `handed` gets the node between the two calls."""
+        state = self.same[state]
+        if state.target is not rows.ITEM or state.args[1] != item:
+            return None
+        handed.add(self._number[state])
+        call = self.same[state.args[0]]
+        return call if call.target in rows.STATEFUL else None
+
+    def piece(self, node: Node) -> tuple[Node, int, int] | None:
+        """The sequence, dimension and step of ``x[t]``, ``x[:, t]`` or an item of ``x.unbind()``.
+
+        None if the node is none of these.
+        """
+        if node.target is not rows.ITEM or not self.is_fresh(node):
+            return None
+        source, index = self.same[node.args[0]], node.args[1]
+        if isinstance(source.meta.get("example_value"), tuple | list):
+            if rows.name_of(source) != "unbind" or not isinstance(index, int):
+                return None
+            _, *rest = *source.args, *source.kwargs.values()
+            return self.same[source.args[0]], rest[0] if rest else 0, index
+        before, last = (index[:-1], index[-1]) if isinstance(index, tuple) else ((), index)
+        if type(last) is not int or last < 0 or any(part != slice(None) for part in before):
+            return None
+        return source, len(before), last
+
+    # ---- the runs -------------------------------------------------------------------------------
+
+    def _longest_run(self, groups: Sequence[tuple[rows.Row, list[int]]]) -> int:
+        """How many steps a run may have, so that the results of all fit into memory.
+
+        Where gradients are recorded, a loop keeps all steps, too.
+        """
+        nodes = [self.nodes[calls[0]] for _, calls in groups]
+        if any(map(rows.requires_grad, self.nodes)):
+            return len(self.nodes)
+        return max(1, PIECE // max(map(rows.bytes_of, nodes), default=1))
+
+    def _reason_against(self, row: rows.Row, calls: Sequence[Node]) -> str | None:
+        """Why no calls of a group become one; None if they may."""
+        first, x = calls[0], calls[0].all_input_nodes[0]
+        if row.first_alone:
+            others = zip(*(call.all_input_nodes[1:] for call in calls), strict=True)
+            if not row.states and any(len({self.same[n] for n in nodes}) > 1 for nodes in others):
+                return WEIGHTS
+        if rows.value_of(x).device.type != "cpu":
+            return None
+        if first.target is not rows.CELL:
+            step = max(map(rows.bytes_of, (first, *first.all_input_nodes[:1])))
+            return too_large(step, LARGE_STATE if row.states else LARGE)
+        return None if self._is_sequence(calls) else too_large_to_stack(rows.bytes_of(x))
+
+    def _is_sequence(self, calls: Sequence[Node]) -> bool:
+        """Whether the first arguments of calls lie in one memory."""
+        origins = set()
+        for call in calls:
+            x = self.same[call.args[0]]
+            owner = self.same[x.args[0]] if x.target is rows.ITEM else x
+            piece = self.piece(x)
+            origins.add(piece[:2] if piece else self.runs.get(owner, (x,))[0])
+        return len(origins) == 1
+
+    def _form_runs(self, row: rows.Row, calls: list[int], limit: int) -> None:
+        """Let the calls of a group form runs of at most `limit` calls."""
+        nodes = [self.nodes[number] for number in calls]
+        reason = self._reason_against(row, nodes)
+        if reason is not None:
+            self.reasons.update(dict.fromkeys(nodes[1:], reason))
+            return
+        for numbers in self._independent(row, calls, limit):
+            if len(numbers) > 1:
+                run = Run(row, [self.nodes[number] for number in numbers])
+                run.record = bool(row.states) and self._needs_states(numbers)
+                self.runs.update((node, (run, at)) for at, node in enumerate(run.calls))
+                self._contract(numbers)
+
+    def _independent(self, row: rows.Row, calls: list[int], limit: int) -> list[list[int]]:
+        """Cut the calls of a group where one needs the result of another.
+
+        One pass over the graph finds, for each node, the last run that it depends on.
+        """
+        runs: list[list[int]] = []
+        members, depends_on = {number: at for at, number in enumerate(calls)}, {}
+        for unit in self.order():
+            needed = self._needs[unit]
+            at = members.get(unit)
+            if at is None:
+                depends_on[unit] = max((depends_on[u] for u in needed), default=-1)
+                continue
+            others = needed - self._handed.get(unit, set())
+            own = max((depends_on[u] for u in others), default=-1)
+            reason = None
+            if runs:
+                last = members[runs[-1][-1]]
+                if own == len(runs) - 1:
+                    between = {self._regions[unit], self._regions[calls[last]]}
+                    reason = OTHER_SETTINGS if len(between) > 1 else FEEDBACK
+                elif row.states and at != last + 1:
+                    reason = FEEDBACK
+                elif at // limit != last // limit:
+                    reason = MEMORY
+            if reason is not None:
+                self.reasons[self.nodes[unit]] = reason
+            if reason is not None or not runs:
+                runs.append([])
+            runs[-1].append(unit)
+            depends_on[unit] = len(runs) - 1
+        return [sorted(run) for run in runs]
+
+    def _needs_states(self, calls: Sequence[int]) -> bool:
+        """Whether anybody but the next step reads a state before the last one."""
+        nodes = [self.nodes[number] for number in calls]
+        states = {item for node in nodes[:-1] for item in self.users[node] if item.args[1] > 0}
+        handed = {self.nodes[n] for number in calls[1:] for n in self._handed[number]}
+        inside = handed.union(nodes)
+        return any(user not in inside for node in states | handed for user in self.users[node])
+
+    def _contract(self, calls: list[int]) -> None:
+        """Make the calls of a run one unit, that of the first one."""
+        unit, *others = calls
+        needs = self._needs[unit]
+        for other in others:
+            needs |= self._needs[other] - self._handed.get(other, set())
+            self._unit[other] = unit
+        gone = set(others)
+        self._needs[unit] = needs
+        for number, needed in enumerate(self._needs):
+            if self._unit[number] == number and not gone.isdisjoint(needed):
+                needed -= gone
+                needed.add(unit)
+
+    def order(self) -> Iterator[int]:
+        """The units in an order in which each follows all that it needs; early nodes come early."""
+        waiting: dict[int, int] = {}
+        after: dict[int, list[int]] = {}
+        ready = []
+        for unit, of_itself in enumerate(self._unit):
+            if of_itself != unit:
+                continue
+            needed = self._needs[unit]
+            waiting[unit] = len(needed)
+            for other in needed:
+                after.setdefault(other, []).append(unit)
+            if not needed:
+                ready.append(unit)
+        while ready:
+            unit = heapq.heappop(ready)
+            yield unit
+            for other in after.get(unit, ()):
+                waiting[other] -= 1
+                if not waiting[other]:
+                    heapq.heappush(ready, other)
