@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial, reduce
-from typing import Any
+from functools import cache, partial, reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -184,6 +184,7 @@ def guard_of(tensors: Sequence[Tensor]) -> Any:
     """
     return None if _guards is None else _guard(_guards, tensors)
 
+
 # ---- recorded graphs -----------------------------------------------------------------------------
 
 
@@ -197,24 +198,40 @@ def size_hint(size: Any) -> int:
     return size if isinstance(size, int) else size.node.hint
 
 
-@lru_cache(maxsize=None)
-def schema_effects(name: str) -> tuple[frozenset[int], bool] | None:
-    """The arguments to which torch's operators of a name write, and whether they draw numbers.
+class Operators(NamedTuple):
+    """What is known of torch's operators of one name.
 
-    The arguments are given by their positions. The result is None if there is no such operator.
+    Attributes
+    ----------
+    writes : frozenset of int
+        Positions of the arguments to which they write.
+    draws : bool
+        Whether they draw random numbers.
+    pointwise : bool
+        Whether they treat each number by itself.
     """
-    packet = getattr(torch.ops.aten, name, None)
+
+    writes: frozenset[int]
+    draws: bool
+    pointwise: bool
+
+
+@cache
+def operators_named(name: str) -> Operators | None:
+    """What is known of torch's operators of a name; None if there are none."""
+    packet, tags = getattr(torch.ops.aten, name, None), set()
     if packet is None:
         return None
-    written, draws = set(), False
+    writes = set()
     for overload in (getattr(packet, key) for key in packet.overloads()):
         arguments = overload._schema.arguments
         if not any(argument.is_out for argument in arguments):
+            tags.update(overload.tags)
             for position, argument in enumerate(arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    written.add(position)
-            draws |= torch.Tag.nondeterministic_seeded in overload.tags
-    return frozenset(written), draws
+                    writes.add(position)
+    draws, pointwise = torch.Tag.nondeterministic_seeded in tags, torch.Tag.pointwise in tags
+    return Operators(frozenset(writes), draws, pointwise)
 
 
 def backend_of(name: str) -> Callable[..., Any]:
@@ -226,7 +243,7 @@ def backend_of(name: str) -> Callable[..., Any]:
 
 def graph_break(gm: Any) -> str | None:
     """The place and the reason of the break that ended a recorded graph; None without one."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
     if not getattr(reason, "graph_break", False):
         return None
     frame = reason.user_stack[-1] if reason.user_stack else None

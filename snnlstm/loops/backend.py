@@ -14,9 +14,8 @@ from torch.fx import GraphModule, Node
 
 from ..calls.keys import BoundedDict
 from ..compat.torch_private import backend_of, graph_break
-from ..dispatch.path import log_once
 from ..native.operators import OPAQUE, PLAIN
-from ..networks.layers import ALONE, CONSTANT, ONE_CALL, LayerReport
+from ..networks.layers import ALONE, CONSTANT, LARGE_STATE, ONE_CALL, TO_STACK, LayerReport
 from . import rows
 from .rewrite import Writer
 from .steps import IN_PLACE, Loop
@@ -132,7 +131,8 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
     elif runs and len(runs) + len(single) == 1:
         kind, reason = ("sequence", ONE_CALL) if has_states else ("fold", ALONE)
     elif len(runs) > len(single):
-        kind, reason = "sequence", f"{len(alone)} steps in {len(runs) + len(single)} calls: {reason}"
+        pieces = f"{len(alone)} steps in {len(runs) + len(single)} calls"
+        kind, reason = "sequence", f"{pieces}: {reason}"
     else:
         kind = "step"
         if layer.is_neuron and not has_states:
@@ -155,7 +155,8 @@ def _log(loop: Loop, gm: GraphModule) -> None:
             text = "layer %s is snntorch's %s and runs as plain operations: call snnlstm.accelerate"
             logger.warning(f"{text}(net) before torch.compile", layer.name, layer.kind.__name__)
     for layer, report in reports:
-        if layer.is_neuron and layer.is_ours and report.kind == "step":
+        by_size = report.reason in (LARGE_STATE, TO_STACK)  # the loop is faster
+        if layer.is_neuron and layer.is_ours and report.kind == "step" and not by_size:
             text = "torch.compile: layer %s (%s) stays a loop of steps: %s"
             logger.warning(text, layer.name, report.layer, report.reason)
     ours = [layer for layer in neurons if layer.is_ours and _is_step(layer.calls[0])]

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from ..compat.torch_private import memory_of
 from . import rows
 from .steps import Loop, Run
 
@@ -142,7 +143,7 @@ class Writer:
             self._results[run, item] = self.call(rows.ITEM, result, item)
             if item == 0 or run.record:
                 parts = [rows.value_of(call)[item] for call in run.calls]
-                self._shared.update(map(rows.memory_of, parts))
+                self._shared.update(map(memory_of, parts))
 
     def _copy(self, node: Node) -> Node:
         new = self.graph.node_copy(node, self._single)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from ..compat.torch_private import memory_of, size_hint
+from ..compat.torch_private import operators_named, size_hint
 
 CELL = torch.ops.snnlstm.forward.default
 LEAKY = torch.ops.snnlstm.leaky.default
@@ -194,12 +194,8 @@ _ELEMENTWISE = Row(_elementwise, first_alone=False)
 _FLATTEN, RESHAPE = Row(_flattened), Row(_reshaped)
 _CAT = Row(_concatenated, first_alone=False)
 
-_ELEMENTWISE_NAMES = frozenset(
-    "add sub rsub mul div truediv floordiv mod remainder pow neg pos abs sign sqrt square exp log "
-    "eq ne lt le gt ge and_ or_ xor invert logical_and logical_or logical_not where maximum "
-    "minimum clamp clamp_min clamp_max relu relu6 leaky_relu elu selu silu gelu softplus hardtanh "
-    "sigmoid tanh float double half bfloat16 bool to nan_to_num detach dropout".split()
-)
+_NOT_ELEMENTWISE = {"getitem", "matmul", "concat"}  # of the module operator
+_ALSO_ELEMENTWISE = {"to", "float", "double", "half", "bfloat16", "detach", "dropout"}
 # The number of dimensions of a batch, or the least number.
 _OF_BATCHES = {
     "conv1d": 3, "conv2d": 4, "conv3d": 5,
@@ -223,7 +219,7 @@ def row_of(node: Node) -> Row | None:
     if not isinstance(value, Tensor) or not (is_operator(node) or is_of_torch(node)):
         return None
     name, inputs = name_of(node), node.all_input_nodes
-    if name in _ELEMENTWISE_NAMES:
+    if _is_elementwise(node):
         return _ELEMENTWISE if inputs and _promotes_alike(inputs) else None
     if not args or not isinstance(value_of(args[0]), Tensor):
         return _CAT if name == "cat" and inputs and dim_of(inputs[0]) else None
@@ -240,6 +236,15 @@ def row_of(node: Node) -> Row | None:
         sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
         return RESHAPE if not isinstance(sizes[0], torch.dtype) else None
     return None
+
+
+def _is_elementwise(node: Node) -> bool:
+    name = name_of(node)
+    if is_operator(node):
+        return name not in _NOT_ELEMENTWISE
+    known = operators_named(name)
+    pointwise = known is not None and known.pointwise and "memory_format" not in node.kwargs
+    return pointwise or name in _ALSO_ELEMENTWISE
 
 
 def _promotes_alike(inputs: Sequence[Node]) -> bool:

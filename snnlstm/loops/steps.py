@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import heapq
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from types import FunctionType
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..compat.torch_private import schema_effects
+from ..compat.torch_private import memory_of, operators_named
 from ..networks.layers import LARGE, LARGE_STATE, too_large, too_large_to_stack
 from . import rows
 
@@ -49,16 +50,12 @@ class Effects(NamedTuple):
 
 
 _NONE = Effects()
-_IN_PLACE = frozenset(
-    "setitem delitem iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift "
-    "irshift iconcat".split()
-)
-# These have no operator of their name, and no effect.
-_PURE = frozenset(
-    "float double half bfloat16 int long bool getattr cross_entropy one_hot normalize interpolate "
-    "sym_size sym_not sym_min sym_max sym_int sym_float _are_functorch_transforms_active".split()
-)
-_WRITE_BUFFERS = frozenset(("batch_norm", "instance_norm"))  # without saying so
+# Methods of tensors and functions without an operator of their name, and without an effect.
+_PURE = {
+    "float", "double", "half", "bfloat16", "int", "long", "bool", "cross_entropy", "normalize",
+    "interpolate", "_are_functorch_transforms_active",
+}  # fmt: skip
+_WRITE_BUFFERS = {"batch_norm", "instance_norm"}  # without saying so
 
 
 def _effects(node: Node) -> Effects:
@@ -68,8 +65,11 @@ def _effects(node: Node) -> Effects:
         return _NONE
     name, tensors = rows.name_of(node), [arg for arg in node.all_input_nodes if memory(arg)]
     everything = Effects(tensors, True, True)
-    if rows.is_operator(node):
-        return Effects([tensors[0]]) if name in _IN_PLACE and tensors else _NONE
+    if rows.is_operator(node):  # in place, operator.iadd(a, b) is named after Tensor.__iadd__
+        in_place = name in ("setitem", "delitem") or (
+            name[0] == "i" and hasattr(operator, f"__{name[1:]}__")
+        )
+        return Effects(tensors[:1] if in_place else ())
     if not rows.is_of_torch(node) or "out" in node.kwargs:
         return everything
     named = _named_arguments(node)
@@ -79,14 +79,13 @@ def _effects(node: Node) -> Effects:
         return Effects(tensors[1:]) if named.get("training", True) else _NONE
     if name in _PURE:
         return _NONE
-    found = schema_effects(name)
-    if found is None:
+    known = operators_named(name)
+    if known is None:
         return everything
-    positions, draws = found
-    writes = [arg for at, arg in enumerate(node.args) if at in positions and arg in tensors]
-    if len(writes) < len(positions):  # it is a list of tensors, or was given by name
-        writes = tensors if positions else []
-    return Effects(writes, draws and bool(named.get("training", True)))
+    writes = [arg for at, arg in enumerate(node.args) if at in known.writes and arg in tensors]
+    if len(writes) < len(known.writes):  # it is a list of tensors, or was given by name
+        writes = tensors
+    return Effects(writes, known.draws and bool(named.get("training", True)))
 
 
 def _named_arguments(node: Node) -> dict[str, Any]:
@@ -105,7 +104,7 @@ def memory(node: Node) -> set[int]:
     while pending:
         value = pending.pop()
         if isinstance(value, Tensor):
-            found.add(rows.memory_of(value))
+            found.add(memory_of(value))
         elif isinstance(value, tuple | list):
             pending += value
     return found
@@ -216,9 +215,7 @@ class Loop:
         for number, node in enumerate(self.nodes):
             needs, effects = self._needs[number], self.effects[node]
             writes = {place for arg in effects.writes for place in self.memory[arg]}
-            touched = set(self.memory[node]).union(
-                *(self.memory[a] for a in node.all_input_nodes)
-            )
+            touched = set(self.memory[node]).union(*(self.memory[a] for a in node.all_input_nodes))
             for place in touched & self.written:
                 if place in writer:
                     needs.add(writer[place])
@@ -251,7 +248,7 @@ class Loop:
         for number, node in enumerate(self.nodes):
             self.same[node] = node
             value = node.meta.get("example_value")
-            if isinstance(value, torch.SymInt):  # equal sizes, however they were computed
+            if node.op == "call_function" and isinstance(value, torch.SymInt):  # equal sizes, however they were computed
                 key: Any = str(value)
             elif self.is_fresh(node):
                 arguments = self._frozen((node.args, node.kwargs), lambda arg: self.same[arg])
@@ -361,8 +358,8 @@ class Loop:
         if isinstance(source.meta.get("example_value"), tuple | list):
             if rows.name_of(source) != "unbind" or not isinstance(index, int):
                 return None
-            _, *rest = *source.args, *source.kwargs.values()
-            return self.same[source.args[0]], rest[0] if rest else 0, index
+            dim = (*source.args[1:], *source.kwargs.values(), 0)[0]
+            return self.same[source.args[0]], dim, index
         before, last = (index[:-1], index[-1]) if isinstance(index, tuple) else ((), index)
         if type(last) is not int or last < 0 or any(part != slice(None) for part in before):
             return None
@@ -424,7 +421,8 @@ class Loop:
         One pass over the graph finds, for each node, the last run that it depends on.
         """
         runs: list[list[int]] = []
-        members, depends_on = {number: at for at, number in enumerate(calls)}, {}
+        members = {number: at for at, number in enumerate(calls)}
+        depends_on: dict[int, int] = {}
         for unit in self.order():
             needed = self._needs[unit]
             at = members.get(unit)
