@@ -7,6 +7,7 @@ its defects repaired.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -190,3 +191,88 @@ def sconv2dlstm(
     """
     call, spec = stateless_call(x, syn, mem, weight, bias, **options)
     return batch_before_time(call, options.get("batch_first", False), *run(call, spec))
+
+
+# ---- Leaky ---------------------------------------------------------------------------------------
+
+
+def real_dtype(x: Tensor, beta: Tensor) -> torch.dtype:
+    """The dtype of a Leaky's spikes: at least float32; integers are numbers beside beta."""
+    if x.dtype is torch.float32:
+        return x.dtype
+    real = x.is_floating_point() or x.is_complex()
+    return torch.promote_types(x.dtype if real else beta.dtype, torch.float32)
+
+
+def leaky_step(
+    x: Tensor,
+    mem: Tensor,
+    beta: Tensor,
+    threshold: Tensor,
+    graded: Tensor,
+    surrogate: Callable[[Tensor], Tensor],
+    reset: str,
+    dtype: torch.dtype,
+    guard: bool = True,
+    at_once: Any = None,
+    quant: Callable[[Tensor], Tensor] | None = None,
+    inhibition: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One step of Leaky, written as in snnTorch 1.0.0; the results are spk and mem.
+
+    spk is of `dtype`, :func:`real_dtype`'s. mem is promoted as in snnTorch, whose spikes and resets
+    are always float32. `guard` says whether the threshold may be infinite. `at_once` is the number
+    of the reset mechanism, if neurons that fire are reset in the same step (reset_delay=False).
+    """
+    delay = at_once is None
+    x = x.to(dtype)
+    if mem.shape != x.shape:
+        mem = torch.zeros_like(x)
+    mem = mem.to(torch.promote_types(mem.dtype, torch.float32))
+
+    signal: Any = None
+    # A user's function may draw random numbers, so it is called as often as in snnTorch.
+    if reset != "none" or not delay or type(surrogate) is not Surrogate:
+        signal = reset_signal(mem, threshold, surrogate)
+    if not delay:  # a user's function may write into what it has returned
+        signal = signal.clone()
+    if reset == "zero":
+        mem = (1 - signal) * mem
+    mem = beta.clamp(0, 1) * mem + x
+    if reset == "subtract":
+        mem = mem - _amount(signal, threshold, guard)
+    if quant is not None:
+        mem = called("state_quant", quant, mem)
+    if inhibition:  # along dimension 1, and without the graded factor
+        shift = mem - threshold
+        spk = called("spike_grad", surrogate, shift).to(dtype)
+        winners = torch.zeros_like(spk)
+        winners[torch.arange(len(spk), device=spk.device), shift.argmax(1)] = 1
+        spk = spk * winners
+    else:
+        spk = fire(mem, threshold, graded, surrogate, quant).to(dtype)
+    if delay:
+        return spk, mem
+
+    # The neurons that have fired, and were not reset in this step, are reset at once.
+    if isinstance(at_once, Tensor):
+        rest = spk / torch.where(at_once == 2, 1, graded) - signal
+        amount = torch.where(at_once == 0, _amount(rest, threshold, guard), rest * mem)
+        return spk, torch.where(at_once == 2, mem, mem - amount).to(mem.dtype)
+    if at_once == 2:
+        return spk, mem
+    rest = spk / graded - signal
+    return spk, mem - (rest * mem if at_once == 1 else _amount(rest, threshold, guard))
+
+
+def _amount(signal: Tensor, threshold: Tensor, guard: bool) -> Tensor:
+    """signal * threshold; with a `guard` 0 * inf is 0, without a gradient."""
+    if not guard:
+        return signal * threshold
+    if not signal.requires_grad:
+        return (signal * threshold).nan_to_num(0, math.inf, -math.inf)
+    # The gradient of a signal is the threshold, which must be finite, too.
+    without = (signal == 0) & threshold.isinf()
+    if signal.dim() and not threshold.dim():  # torch ignores the dtype of such a number
+        threshold = threshold.to(signal.dtype)
+    return signal * torch.where(without, 0, threshold)

@@ -179,7 +179,8 @@ def values(value: Any) -> Tensor:
     return (value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")).detach()
 
 
-def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether a shape broadcasts to another one."""
     return len(shape) <= len(target) and all(
         size == 1 or size == want
         for size, want in zip(reversed(shape), reversed(target), strict=False)
@@ -199,7 +200,7 @@ def state_broadcast(name: str, shape: Sequence[int], state: Sequence[int], spec:
     """Check that a shape broadcasts to the shapes of mem and of the pooled mem."""
     windows = spec.pool_size[4 - len(state) :]
     pooled = (*state[:2], *(size // w for size, w in zip(state[2:], windows, strict=True)))
-    if not _broadcasts(shape, state) or not _broadcasts(shape, pooled):
+    if not broadcasts(shape, state) or not broadcasts(shape, pooled):
         both = f"mem's shape {tuple(state)}"
         if spec.pool != "none":
             both += f" and to the pooled one {pooled}"

@@ -24,6 +24,7 @@ class Path:
     ----------
     name : str
         ``"reference"``, or the name of the native kernels, such as ``"cpu-avx2-direct"``.
+        ``"compiled"`` if the backend of torch.compile chooses between these two.
     reason : str
         Why, in plain words.
     slow : bool, default False
@@ -41,8 +42,8 @@ class Path:
 
     @property
     def native(self) -> bool:
-        """Whether the native kernels ran."""
-        return self.name != "reference"
+        """Whether the native kernels ran, and not plain torch or what a compiler chose."""
+        return self.name not in ("reference", "compiled")
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"

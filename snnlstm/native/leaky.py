@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..calls.call import may_require_grad
+from ..calls.call import broadcasts, may_require_grad
+from ..calls.keys import OF_TORCH
 from ..calls.spec import DTYPES, RESETS
 from ..surrogate import Surrogate
 from . import pool
 from .backends import BACKENDS
 from .function import beyond_kernels, differentiable, reached
 from .tensors import contiguous_as, pointer, real, restored, stochastic_noise
+
+PARAMETERS = ("beta", "threshold", "graded_spikes_factor")
 
 
 class Neurons(NamedTuple):
@@ -65,6 +68,43 @@ def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> An
     return count, max(1, strides[varies[-1]])  # an empty x may have a stride of 0
 
 
+def reason_against(x: Tensor, mem: Tensor, parameters: Sequence[Any], sequence: bool) -> str | None:
+    """Why the kernels cannot run a layer on its backend; None if they can.
+
+    `parameters` are beta, threshold and graded.
+    """
+    if x.dtype not in DTYPES or mem.dtype not in DTYPES:
+        return f"x is of {x.dtype} and mem of {mem.dtype}"
+    graded = parameters[2]
+    if graded.requires_grad or graded.numel() != 1:
+        return "graded_spikes_factor is learned, or is not a single number"
+    device, one = x.device, x.dim() == sequence  # a step's only number
+    for name, tensor in zip(PARAMETERS, parameters, strict=True):
+        # A number on x's device needs no closer look, which would take half a microsecond.
+        if one or tensor.dim() or tensor.device != device or type(tensor) not in OF_TORCH:
+            reason = _parameter_against(name, tensor, x, sequence)
+            if reason is not None:
+                return reason
+    wider = mem.dtype is torch.float64 and x.dtype is not torch.float64
+    if (wider or mem.device != device) and mem.shape == x.shape[sequence:]:
+        return "mem is on another device, or of torch.float64, which x is not"
+    return None
+
+
+def _parameter_against(name: str, tensor: Any, x: Tensor, sequence: bool) -> str | None:
+    """Why the kernels cannot read a parameter in a call with x."""
+    if type(tensor) not in OF_TORCH or tensor.device != x.device:
+        return f"{name} is on another device, or of a subclass of Tensor"
+    step = x.shape[sequence:]
+    if tensor.numel() == 0 or not broadcasts(tensor.shape, step):
+        return f"{name} is empty, or does not broadcast to x"
+    dtype = real(x.dtype)
+    # torch ignores the dtype of a number beside a tensor with dimensions.
+    if (tensor.dim() or not step) and torch.promote_types(tensor.dtype, dtype) is not dtype:
+        return f"{name} is of {tensor.dtype}, which results would also have"
+    return None
+
+
 def run_neurons(
     neurons: Neurons, x: Tensor, mem: Tensor, record: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -87,17 +127,17 @@ def run_neurons(
         if mem.is_inference():  # autograd refuses to save it
             tensors = x, mem.clone(), *tensors[2:]
         return _apply(neurons, *tensors)
-    return _forward(neurons, x, mem, record)
+    return forward(neurons, x, mem, record)
 
 
 @pool.where_it_fits
-def _forward(neurons: Neurons, x: Tensor, mem: Tensor, record: bool) -> tuple[Tensor, Tensor]:
+def forward(neurons: Neurons, x: Tensor, mem: Tensor, record: bool) -> tuple[Tensor, Tensor]:
     """As :func:`run_neurons`, without gradients."""
     before, dtype, whole = mem, real(x.dtype), neurons.sequence
     static: Any = neurons.static
     parameters: Sequence[Tensor] = neurons[2:5]
     if static is None:
-        x = _without_gaps(x, whole)
+        x = without_gaps(x, whole)
         strides = x.stride()[whole:]
         before = _laid_out(mem, x.shape[whole:], strides, dtype, x.device)
         static, parameters = _prepared(neurons, x.dtype, x.shape, strides)
@@ -131,16 +171,32 @@ def _prepared(
         DTYPES.index(x_type), RESETS.index(neurons.reset), surrogate.kind, surrogate.p0,
         surrogate.p1, shape[0] if neurons.sequence else 1, math.prod(step),
     )  # fmt: skip
-    of_beta, of_threshold = (place(parameter, step, strides) for parameter in neurons[2:4])
-    parameters = [contiguous_as(parameter, real(x_type)) for parameter in neurons[2:5]]
+    dtype = real(x_type)
+    of_beta, beta = _placed(neurons.beta, step, strides, dtype)
+    of_threshold, threshold = _placed(neurons.threshold, step, strides, dtype)
+    parameters = beta, threshold, contiguous_as(neurons.graded, dtype)
     return (first, of_beta, of_threshold), parameters
+
+
+def _placed(
+    parameter: Tensor, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+) -> tuple[Any, Tensor]:
+    """What :func:`place` returns, and the parameter as the core reads it.
+
+    A parameter that varies in another order than x becomes one with a number for each neuron.
+    """
+    found = place(parameter, shape, strides)
+    if found is not None:
+        return found, contiguous_as(parameter, dtype)
+    whole = parameter.detach().expand(shape)
+    return (whole.numel(), 1), _laid_out(whole, shape, strides, dtype, whole.device)
 
 
 def static_fields(neurons: Neurons, x: Tensor, mem: Tensor) -> Any:
     """What equal calls share of the fields; None if a tensor must be copied in each call."""
     shape, strides = x.shape[neurons.sequence :], x.stride()[neurons.sequence :]
     if (
-        _without_gaps(x, neurons.sequence) is not x
+        without_gaps(x, neurons.sequence) is not x
         or _laid_out(mem, shape, strides, real(x.dtype), x.device) is not mem
     ):
         return None
@@ -148,20 +204,13 @@ def static_fields(neurons: Neurons, x: Tensor, mem: Tensor) -> Any:
     return static if all(map(operator.is_, parameters, neurons[2:5])) else None
 
 
-def _without_gaps(x: Tensor, sequence: bool) -> Tensor:
+def without_gaps(x: Tensor, sequence: bool) -> Tensor:
     """x, or a copy of it without gaps in memory, in any order but with time outermost."""
     if not x.is_contiguous():
         kept = torch.empty_like(x, device="meta").stride() == x.stride()  # True without gaps
         if not kept or (sequence and x.stride(0) * x.shape[0] != x.numel()):
             return x.contiguous()
     return x.resolve_neg()
-
-
-def step_strides(x: Tensor, sequence: bool) -> tuple[int, ...]:
-    """Strides of a step of x in the memory that the kernels read."""
-    if not x.is_contiguous():
-        x = _without_gaps(torch.empty_strided(x.shape, x.stride(), device="meta"), sequence)
-    return x.stride()[sequence:]
 
 
 def _laid_out(
@@ -194,7 +243,7 @@ def _differentiable_forward(
     ctx: Any, neurons: Neurons, x: Tensor, mem: Tensor, beta: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run the kernels; the tensors are those that may require a gradient."""
-    spk, after = _forward(neurons, x, mem, True)
+    spk, after = forward(neurons, x, mem, True)
     learned = beta.requires_grad or threshold.requires_grad
     before = mem if learned or neurons.reset == "zero" else None  # whether it is read
     ctx.save_for_backward(before, after, beta, threshold, neurons.graded)
@@ -220,30 +269,49 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         found = _by_formula(neurons, before, after, grads, given)
         found = found[0].to(ctx.dtypes[0]), *found[1:]
     else:
-        found = _by_kernels(ctx, neurons, before, after, grads, given)
-    x, mem, d_beta, d_threshold = found
-    return (
-        None, x if given[0] else None, mem.to(ctx.dtypes[1]) if given[1] else None,
-        None if d_beta is None else d_beta.sum_to_size(beta.shape).to(beta.dtype),
-        None if d_threshold is None
-        else d_threshold.sum_to_size(threshold.shape).to(threshold.dtype),
-    )  # fmt: skip
+        kept = ctx.dtypes[0], ctx.shape, ctx.strides, ctx.device
+        found = by_kernels(neurons, *kept, before, after, grads, given)
+    return None, *of_arguments(found, given, ctx.dtypes[1], beta, threshold)
 
 
 _apply = differentiable("_Leaky", _differentiable_forward, _gradients)
 
 
+def of_arguments(
+    found: Sequence[Any],
+    wanted: Sequence[bool],
+    mem_type: torch.dtype,
+    beta: Tensor,
+    threshold: Tensor,
+) -> Sequence[Tensor | None]:
+    """The gradients of x, mem, beta and threshold, in the shapes and dtypes of these."""
+    x, mem, *sums = found
+    return (
+        x if wanted[0] else None,
+        mem.to(mem_type) if wanted[1] else None,
+        *(
+            None if total is None else total.sum_to_size(parameter.shape).to(parameter.dtype)
+            for total, parameter in zip(sums, (beta, threshold), strict=True)
+        ),
+    )
+
+
 @pool.where_it_fits
-def _by_kernels(
-    ctx: Any,
+def by_kernels(
     neurons: Neurons,
+    x_type: torch.dtype,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    device: torch.device,
     before: Tensor | None,
     after: Tensor,
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> Sequence[Tensor | None]:
-    """The gradients of x and mem, and those of beta and threshold, per neuron."""
-    x_type, shape, strides, device = ctx.dtypes[0], ctx.shape, ctx.strides, ctx.device
+    """The gradients of x and mem, and those of beta and threshold, per neuron.
+
+    `shape`, `strides` and `device` are those that `after`, mem of all steps, had when it was saved.
+    """
     step, step_strides, dtype = shape, strides, real(x_type)
     after = _laid_out(after, shape, strides, dtype, device)
     like = after

@@ -8,7 +8,7 @@ strings, so a spec is passed as text.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ from ..calls.call import (
 )
 from ..calls.lengths import recorded_states
 from ..calls.spec import HALF_TYPES, CellSpec
-from . import pool
+from . import leaky_operators, pool
 from .backends import BACKENDS, operands_of, plan_of
-from .function import constant_states, reached
+from .function import constant_states, reached, run_plan
 from .half_types import in_float32
 from .plan import (
     Gradients,
@@ -182,6 +182,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.record, ctx.text, ctx.algorithm, _training = inputs
     ctx.save_for_backward(*tensors, *output[3:])
     ctx.set_materialize_grads(False)
+    spec, sequence = _traced_spec(ctx.text)[0], tensors[0].dim() == 5
+    constant = () if spec.passes_gradient(sequence) else output[:1]
+    if not any(ctx.needs_input_grad[:5]):  # only the threshold wants one
+        constant += output[1:3][: constant_states(spec, sequence)]
+    ctx.mark_non_differentiable(*constant, *output[3:])
 
 
 def _backward_of_operator(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -210,12 +215,24 @@ def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Te
     operands = operands_of(call, autocast_dtype(x.device.type))
     text = f"{LAYOUT}|{x.dtype}|{operands}|{spec.serialized}"
     spk, new_syn, new_mem, *_ = _forward_operator(*tensors, record, text, algorithm, training)
-    if not spec.passes_gradient(call.sequence):
-        spk = spk.detach()
-    others = may_require_grad(call[:5])
-    constant = 0 if others else constant_states(spec, call.sequence)
-    new_syn = new_syn.detach() if constant > 0 else new_syn
-    new_mem = new_mem.detach() if constant > 1 else new_mem
     if lengths is not None and record:
         new_syn, new_mem = recorded_states(call, new_syn, new_mem)
     return spk, new_syn, new_mem, None
+
+
+def _run_plainly(*arguments: Any) -> tuple[Any, ...]:
+    """The results of ``snnlstm::forward``, with what is saved in torch's graph instead."""
+    text, algorithm, training = arguments[_FIELDS:]
+    plan, call = _planned(arguments[:_FIELDS], text, algorithm)
+    spk, syn, mem, _ = run_plan(plan, call, training)
+    return spk, syn, mem, None, None
+
+
+# A compiler that runs its graph by itself calls these functions with an operator's arguments:
+# torch's dispatcher would take 50 to 100 us a call. A compiler that hands its graph on to another
+# one puts the other operator in the place of the composite one.
+PLAIN: dict[Any, Callable[..., tuple[Any, ...]]] = {
+    torch.ops.snnlstm.forward.default: _run_plainly,
+    leaky_operators.leaky: leaky_operators.run_plainly,
+}
+OPAQUE: dict[Any, Any] = {leaky_operators.leaky: torch.ops.snnlstm.leaky_kernels.default}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache, wraps
 from itertools import product
 from types import FunctionType
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls import algorithms
 from ..calls.call import check_transforms
 from ..calls.lengths import hold_last, last_state, mask_padding
-from ..calls.spec import DTYPES, RESETS
+from ..calls.spec import RESETS
 from ..compat import snntorch
 from ..compat.registry import instances, register
 from ..compat.snntorch import (
@@ -30,19 +31,21 @@ from ..compat.snntorch import (
 from ..compat.torch_private import NO_LEVEL, guard_of, has_ended, level_of
 from ..dispatch.path import LastPath, Path, log_fallback, native_path
 from ..dispatch.reasons import against_device, reason_now, recorded_now
-from ..reference import called, fire, reset_signal
+from ..reference import leaky_step, real_dtype
 from ..surrogate import NONE, Surrogate
 from .state import NO_RESET
 
 try:
     from ..native import leaky as kernels
+    from ..native import leaky_operators as operators
 except ImportError:  # path.against_device says why
-    kernels = None  # type: ignore[assignment]
+    kernels = operators = None  # type: ignore[assignment]
 
-PRIVATE = ("_base", "_path", "_layer_name", "_recognised", "_last")
+PRIVATE = ("_base", "_path", "_layer_name", "_recognised", "_last", "_text")
 """The attributes of an instance that only our class has."""
 
 _TRACED = Path("reference", "torch.compile traces plain operators")
+_COMPILED = Path("compiled", "torch.compile's backend chooses between kernels and plain operators")
 _PARAMETERS = ("beta", "threshold", "graded_spikes_factor")
 _TENSORS = {Tensor, nn.Parameter}
 _CLOSURES: dict[str, Any] = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
@@ -64,15 +67,14 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     **The layer is stateful**: a call without mem continues from the last call's. It starts from
     zeros in a new layer, after ``reset_mem()``, and for an x of another shape than mem's.
 
-    The kernels cover x of float32, float64, float16 and bfloat16 on the CPU and on CUDA, with a
-    beta and a threshold that are numbers or lie in memory in x's order. Plain torch runs other
-    calls, such as those with ``reset_delay=False``, ``inhibition``, ``state_quant`` or a surrogate
-    of your own. snnTorch's own forward runs if a method of the layer was replaced, or if the
-    installed snnTorch computes Leaky differently from 1.0.0. :attr:`path` says why. Except in
-    snnTorch's own forward, four things differ from snnTorch: spk is float64 if x is (snnTorch's is
-    float32); mem is float32 if x is of a half type, even with ``reset_mechanism="none"``; an
-    infinite threshold makes no NaN where nothing is reset; and the layer stores no ``reset``, which
-    ``mem_reset(mem)`` computes from the mem before the step.
+    The kernels cover x of float32, float64, float16 and bfloat16 on the CPU and on CUDA. Plain
+    torch runs other calls, such as those with ``reset_delay=False``, ``inhibition``,
+    ``state_quant`` or a surrogate of your own. snnTorch's own forward runs if a method of the layer
+    was replaced, or if the installed snnTorch computes Leaky differently from 1.0.0. :attr:`path`
+    says why. Except in snnTorch's own forward, four things differ from snnTorch: spk is float64 if
+    x is (snnTorch's is float32); mem is float32 if x is of a half type, even with
+    ``reset_mechanism="none"``; an infinite threshold makes no NaN where nothing is reset; and the
+    layer stores no ``reset``, which ``mem_reset(mem)`` computes from the mem before the step.
 
     Attributes
     ----------
@@ -91,12 +93,29 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     registers_itself = True  # snnTorch's constructor does not enter it in the list
     _base: str
     """Name of the method that is ``state_function``."""
+    _text: str = ""
+    """Reset and surrogate for an operator; empty if the kernels do not know the surrogate."""
 
     @wraps(TheirLeaky.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         instances()  # snnTorch's own list would take a layer that is not whole
         super().__init__(*args, **kwargs)
         register(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "spike_grad" or name == "_base":
+            self._remake_text()
+
+    def _remake_text(self) -> None:
+        """Make the text again, at once, because torch.compile must find it ready."""
+        base, text = self.__dict__.get("_base"), ""
+        if base is not None and type(self.__dict__.get("spike_grad")) in (Surrogate, FunctionType):
+            known = self._surrogate()
+            if known is not None:
+                numbers = known.kind, known.p0, known.p1
+                text = f"{snntorch.STATE_FUNCTIONS[base]} {numbers}"
+        self.__dict__["_text"] = text
 
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
@@ -142,6 +161,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._remake_text()
         register(self)
 
     # ---- the call -------------------------------------------------------------------------
@@ -171,7 +191,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
         own = snntorch.replaced(self, TheirLeaky)
         if torch.compiler.is_compiling():
-            return self._without_kernels(_TRACED, input_, mem, own is not None)
+            return self._traced(input_, mem, own)
         before: Any = self._buffers.get("mem") if mem is None else mem
         try:
             neurons: Any = self._described(input_, before, False, own)
@@ -222,6 +242,21 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         own, mem = snntorch.replaced(self, TheirLeaky), self._buffers.get("mem")
         return type(self._described(x, mem, sequence, own)) is not Path
 
+    def _traced(self, x: Tensor, mem: Tensor | None, own: str | None) -> Any:
+        """Run a step that torch.compile traces: as one operator, or in plain torch."""
+        before: Any = self._buffers.get("mem") if mem is None else mem
+        parameters = beta, threshold, graded = [*map(self._parameter, _PARAMETERS)]
+        if (
+            own is not None or operators is None or not self._text or not self.reset_delay
+            or self.inhibition or self.state_quant or recorded_now(True) is not None
+            or algorithms.current == "reference" or x.device.type not in kernels.BACKENDS
+            or kernels.reason_against(x, before, parameters, False) is not None
+        ):  # fmt: skip
+            return self._without_kernels(_TRACED, x, mem, own is not None)
+        spk, after = operators.leaky(x, before, beta, threshold, graded, self._text, False, False)
+        self.mem, self._path = after, _COMPILED
+        return spk if self.init_hidden and not self.output else (spk, after)
+
     def _without_kernels(self, path: Path, x: Tensor, mem: Tensor | None, own: bool) -> Any:
         """Run a step in plain torch; if the layer has a method of its `own`, snnTorch's forward."""
         before: Any = self._buffers.get("mem")
@@ -249,60 +284,21 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return out
 
     def _plain(self, x: Tensor, mem: Tensor, traced: bool) -> tuple[Tensor, Tensor]:
-        """One step, written as in snnTorch 1.0.0; spk has the dtype of x, or float32.
-
-        Dtypes are promoted as in snnTorch, whose spikes and resets are always float32.
-        """
+        """One step in plain torch."""
         beta, threshold, graded = map(self._parameter, _PARAMETERS)
-        dtype = x.dtype
-        if dtype is not torch.float32:  # integers count as numbers beside the parameters
-            real = x.is_floating_point() or x.is_complex()
-            dtype = torch.promote_types(dtype if real else beta.dtype, torch.float32)
-            x = x.to(dtype)
-        if mem.shape != x.shape:
-            mem = torch.zeros_like(x)
-        mem = mem.to(torch.promote_types(mem.dtype, torch.float32))
-        surrogate = self._spikes(dtype, traced)
-
-        reset = snntorch.STATE_FUNCTIONS[self._base]
-        delay, guard = self.reset_delay, False
-        signal: Any = None
-        if reset == "subtract" or not delay:
-            guard = traced or _may_be_infinite(threshold)
-        # A user's function may draw random numbers, so it is called as often as in snnTorch.
-        if reset != "none" or not delay or type(surrogate) is not Surrogate:
-            signal = reset_signal(mem, threshold, surrogate)
-        if not delay:  # a user's function may write into what it has returned
-            signal = signal.clone()
-        if reset == "zero":
-            mem = (1 - signal) * mem
-        mem = beta.clamp(0, 1) * mem + x
-        if reset == "subtract":
-            mem = mem - _amount(signal, threshold, guard)
-        if self.state_quant:
-            mem = called("state_quant", self.state_quant, mem)
-        if self.inhibition:  # along dimension 1, and without the graded factor
-            shift = mem - threshold
-            spk = called("spike_grad", surrogate, shift).to(dtype)
-            winners = torch.zeros_like(spk)
-            winners[torch.arange(len(spk), device=spk.device), shift.argmax(1)] = 1
-            spk = spk * winners
-        else:
-            spk = fire(mem, threshold, graded, surrogate, self.state_quant or None).to(dtype)
-        if delay:
-            return spk, mem
-
-        # The neurons that have fired, and were not reset in this step, are reset at once.
-        said = self._parameter("reset_mechanism_val")
-        if traced:  # the compiler cannot read the number
-            rest = spk / torch.where(said == 2, 1, graded) - signal
-            amount = torch.where(said == 0, _amount(rest, threshold, guard), rest * mem)
-            return spk, torch.where(said == 2, mem, mem - amount).to(mem.dtype)
-        number = int(said)
-        if number == 2:
-            return spk, mem
-        rest = spk / graded - signal
-        return spk, mem - (rest * mem if number == 1 else _amount(rest, threshold, guard))
+        dtype = real_dtype(x, beta)
+        reset, delay = snntorch.STATE_FUNCTIONS[self._base], self.reset_delay
+        guard = traced
+        if not traced and (reset == "subtract" or not delay):
+            guard = _may_be_infinite(threshold)
+        at_once: Any = None
+        if not delay:  # the compiler cannot read the number
+            said = self._parameter("reset_mechanism_val")
+            at_once = said if traced else int(said)
+        return leaky_step(
+            x, mem, beta, threshold, graded, self._spikes(dtype, traced), reset, dtype, guard,
+            at_once, self.state_quant or None, self.inhibition,
+        )  # fmt: skip
 
     def _keep(self, x: Tensor, mem: Tensor) -> None:
         """Keep the results of a call that succeeded."""
@@ -330,6 +326,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if known or kind is None:  # else the attempt may have failed
             names = kind.parameters if kind else ()
             self.__dict__["_recognised"] = theirs, names, held_by(theirs, names), known
+            if known and not self._text:
+                self._remake_text()
         return known
 
     def _spikes(self, dtype: torch.dtype, traced: bool) -> Any:
@@ -371,33 +369,13 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         path = against_device(x.device)
         if path is not None:
             return path
-        reason = reason or self._tensors_against(x, mem, parameters, sequence)
+        reason = reason or kernels.reason_against(x, mem, parameters, sequence)
         if reason is not None:
             return _slow(reason)
         neurons = kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
         if mem.shape == x.shape[sequence:] and (guard := guard_of(tensors)) is not None:
             self.__dict__["_last"] = static, guard, kernels.static_fields(neurons, x, mem)
         return neurons
-
-    def _tensors_against(
-        self, x: Tensor, mem: Tensor, parameters: Sequence[Any], sequence: bool
-    ) -> str | None:
-        if x.dtype not in DTYPES or mem.dtype not in DTYPES:
-            return f"x is of {x.dtype} and mem of {mem.dtype}"
-        graded = parameters[2]
-        if graded.requires_grad or graded.numel() != 1:
-            return "graded_spikes_factor is learned, or is not a single number"
-        device, one = x.device, x.dim() == sequence  # a step's only number
-        for name, tensor in zip(_PARAMETERS, parameters, strict=True):
-            # A number on x's device needs no closer look, which would take half a microsecond.
-            if one or tensor.dim() or tensor.device != device or type(tensor) not in _TENSORS:
-                reason = _parameter_against(name, tensor, x, sequence)
-                if reason is not None:
-                    return reason
-        wider = mem.dtype is torch.float64 and x.dtype is not torch.float64
-        if (wider or mem.device != device) and mem.shape == x.shape[sequence:]:
-            return "mem is on another device, or of torch.float64, which x is not"
-        return None
 
     def _option_against(self, surrogate: Surrogate | None) -> str | None:
         if not self.reset_delay:
@@ -414,19 +392,6 @@ def _slow(reason: str) -> Path:
     return Path("reference", reason, slow=True)
 
 
-def _amount(signal: Tensor, threshold: Tensor, guard: bool) -> Tensor:
-    """signal * threshold; with a `guard` 0 * inf is 0, without a gradient."""
-    if not guard:
-        return signal * threshold
-    if not signal.requires_grad:
-        return (signal * threshold).nan_to_num(0, math.inf, -math.inf)
-    # The gradient of a signal is the threshold, which must be finite, too.
-    without = (signal == 0) & threshold.isinf()
-    if signal.dim() and not threshold.dim():  # torch ignores the dtype of such a number
-        threshold = threshold.to(signal.dtype)
-    return signal * torch.where(without, 0, threshold)
-
-
 def _may_be_infinite(threshold: Tensor) -> bool:
     """Whether a threshold has an infinity; True if reading its numbers is impossible or slow."""
     if threshold.device.type != "cpu" or type(threshold) not in _TENSORS or recorded_now():
@@ -434,20 +399,6 @@ def _may_be_infinite(threshold: Tensor) -> bool:
     if threshold.numel() == 1:
         return math.isinf(threshold.item())
     return bool(threshold.isinf().any())
-
-
-def _parameter_against(name: str, tensor: Any, x: Tensor, sequence: bool) -> str | None:
-    """Why the kernels cannot read a parameter in a call with x."""
-    if type(tensor) not in _TENSORS or tensor.device != x.device:
-        return f"{name} is on another device, or of a subclass of Tensor"
-    step = x.shape[sequence:]
-    if kernels.place(tensor, step, kernels.step_strides(x, sequence)) is None:
-        return f"{name} is empty, does not broadcast to x, or varies in another order than x"
-    real = kernels.real(x.dtype)
-    # torch ignores the dtype of a number beside a tensor with dimensions.
-    if (tensor.dim() or not step) and torch.promote_types(tensor.dtype, real) is not real:
-        return f"{name} is of {tensor.dtype}, which results would also have"
-    return None
 
 
 _PROBED: tuple[dict[str, Any], ...] = (

@@ -62,14 +62,17 @@ def test_recognition_that_failed_is_tried_again(monkeypatch: Any) -> None:
     def fails(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    layer, x = twins()[0], inputs(3, 5)[0]
+    x = inputs(3, 5)[0]
     with monkeypatch.context() as patched:
         patched.setattr(torch.autograd, "grad", fails)
         patched.setattr(compat, "_released", set())
+        layer = twins()[0]
         layer(x)
         assert layer.path.reason == "the surrogate is not a known one"
     layer(x)
     assert layer.path.native
+    torch.compile(layer, backend="eager", fullgraph=True)(x)
+    assert layer.path.name == "compiled"
 
 
 # ---- parameters ----------------------------------------------------------------------------------

@@ -1,0 +1,321 @@
+"""Leaky's operators pass torch's checks and give equal numbers, and traces keep them."""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import snntorch
+import torch
+from torch import Tensor, nn
+from torch.library import opcheck
+
+import snnlstm
+from snnlstm.native import operators
+from tests.shared import flat
+from tests.shared.cases import wanting_gradients
+from tests.shared.cpu_kernels import needs_core
+from tests.shared.helpers import close, steps
+from tests.shared.table import tagged
+from tests.snntorch.test_leaky import F64, LEARN, inputs
+
+pytestmark = [needs_core, pytest.mark.usefixtures("fresh_compiler")]
+
+COMPOSITE = torch.ops.snnlstm.leaky.default
+KERNELS = operators.OPAQUE[COMPOSITE]
+PLAIN = operators.PLAIN[COMPOSITE]
+SHAPE = 2, 3, 4, 5
+# The shapes of beta and threshold; the last threshold varies in another order than an x does.
+PARAMETERS = {
+    "numbers": ((), ()),
+    "vectors": ((5,), (3, 1, 1)),
+    "other order": ((2, 3, 4, 5), (2, 1, 4, 1)),
+}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": lambda x: x,
+    "transposed": lambda x: x.transpose(-1, -3).contiguous().transpose(-1, -3),
+    "expanded": lambda x: x[..., :1, :].expand(x.shape),
+}
+
+
+def arguments(
+    *,
+    parameters: str = "numbers",
+    reset: str = "subtract",
+    surrogate: str = "(1, 2.0, 0.0)",
+    dtype: torch.dtype = F64,
+    sequence: bool = False,
+    record: bool = False,
+    layout: str = "dense",
+    mem: tuple[int, ...] = SHAPE,
+) -> list[Any]:
+    """Makes the arguments of an operator; the first four require a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    real = F64 if dtype is F64 else torch.float32
+    x_shape = (3, *SHAPE) if sequence else SHAPE
+    shapes = [x_shape, mem, *PARAMETERS[parameters]]
+    tensors = [torch.rand(shape, generator=generator, dtype=F64).to(real) for shape in shapes]
+    tensors[0] = LAYOUTS[layout](tensors[0]).to(dtype)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    return [*leaves, torch.tensor(0.5, dtype=real), f"{reset} {surrogate}", sequence, record]
+
+
+def outcome(operator: Callable[..., Any], given: list[Any], only: int | None = None) -> list[Any]:
+    """Returns spk, mem and four gradients, of both results or of `only` one."""
+    leaves = given[:4]
+    out = operator(*given)
+    weights = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape) for o in out]
+    terms = [(o * w).sum() for o, w in zip(out, weights, strict=True)]
+    loss = sum(terms) if only is None else terms[only]
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return [*out, *grads]
+
+
+FORMS = [(False, False), (True, False), (True, True)]
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS)
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+@pytest.mark.parametrize(("sequence", "record"), FORMS)
+def test_each_operator_computes_the_formula(
+    sequence: bool, record: bool, reset: str, parameters: str
+) -> None:
+    form = {"sequence": sequence, "record": record, "reset": reset, "parameters": parameters}
+    for layout, mem in product(LAYOUTS, (SHAPE, (0,))):
+        for only in (None, 0, 1):
+            found = [
+                outcome(operator, arguments(**form, layout=layout, mem=mem), only)
+                for operator in (COMPOSITE, KERNELS, PLAIN)
+            ]
+            for other in found[1:]:
+                close(other, found[0], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_types_and_gradients_of_narrow_types(dtype: torch.dtype) -> None:
+    exact = {"atol": 0.02, "rtol": 0.02} if dtype.itemsize == 2 else {}
+    for sequence, record in FORMS:
+        form = {"sequence": sequence, "record": record, "dtype": dtype}
+        composite, *others = (
+            outcome(operator, arguments(**form)) for operator in (COMPOSITE, KERNELS, PLAIN)
+        )
+        for other in others:
+            close(other[:2], composite[:2], atol=0, rtol=0)
+            close(other[2:], composite[2:], **exact)
+        assert [t.dtype for t in composite[:3]] == [torch.float32, torch.float32, dtype]
+
+
+@pytest.mark.parametrize("operator", [COMPOSITE, KERNELS, PLAIN])
+def test_without_a_surrogate_the_gradient_is_exact(operator: Any) -> None:
+    """mem is linear in x, mem and beta between thresholds; spikes pass no gradient."""
+    for sequence, record in FORMS:
+        given = arguments(surrogate="(0, 0.0, 0.0)", sequence=sequence, record=record)
+        given[3] = given[3].detach()
+
+        def mem(*leaves: Tensor, given: list[Any] = given) -> Tensor:
+            spk, mem = operator(*leaves, *given[3:])
+            assert not spk.requires_grad
+            return mem
+
+        assert torch.autograd.gradcheck(mem, given[:3], eps=1e-7)
+
+
+FAST = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@pytest.mark.parametrize(("sequence", "record"), FORMS)
+def test_opcheck(sequence: bool, record: bool) -> None:
+    for changes in (
+        {}, {"mem": (0,)}, {"dtype": torch.float16}, {"layout": "transposed", "reset": "zero"},
+        {"layout": "expanded", "parameters": "vectors"}, {"parameters": "other order"},
+    ):  # fmt: skip
+        given = arguments(sequence=sequence, record=record, **changes)
+        checks = {} if not changes else {"test_utils": FAST}
+        opcheck(KERNELS, given, **checks)
+
+
+def test_what_the_kernels_cannot_run_runs_plainly_or_raises() -> None:
+    learned, wider = arguments(), arguments()
+    learned[4].requires_grad_()
+    wider[0] = torch.rand(SHAPE)  # mem stays float64
+    for given in (learned, wider):
+        close(PLAIN(*given), COMPOSITE(*given), atol=0)
+        with pytest.raises(ValueError, match="the kernels cannot run this Leaky"):
+            KERNELS(*given)
+    on_meta, empty = arguments(), arguments()
+    on_meta[:5] = [tensor.detach().to("meta") for tensor in on_meta[:5]]
+    assert PLAIN(*on_meta)[0].is_meta
+    empty[:2] = (tensor[:0] for tensor in empty[:2])
+    close(PLAIN(*empty), COMPOSITE(*empty))
+
+
+# ---- traces --------------------------------------------------------------------------------------
+
+
+class Loop(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        self.leaky = snnlstm.Leaky(0.8, threshold=0.3, **options)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mem, spks = self.leaky.reset_mem(), []
+        for x_t in x:
+            spk, mem = self.leaky(self.linear(x_t), mem)
+            spks.append(spk)
+        return torch.stack(spks), mem
+
+
+def keeping(graphs: list[list[Any]], inner: Any = None) -> Callable[..., Any]:
+    """Returns a backend that notes the nodes of its graphs, and hands these to `inner`."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append([*graph.graph.nodes])
+        return graph if inner is None else torch._dynamo.lookup_backend(inner)(graph, inputs)
+
+    return backend
+
+
+def targets(nodes: Any) -> list[Any]:
+    return [node.target for node in nodes]
+
+
+@pytest.mark.parametrize("inner", [None, "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "options", [LEARN, {"reset_mechanism": "zero", "spike_grad": snnlstm.surrogate.sigmoid(5)}]
+)
+def test_a_trace_keeps_the_operator_and_each_backend_computes_the_same(
+    options: dict[str, Any], inner: str | None
+) -> None:
+    graphs: list[Any] = []
+    found = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        net = Loop(**options).double()
+        call = torch.compile(net, backend=keeping(graphs, inner), fullgraph=True)
+        x = inputs(3, 5, dtype=F64).requires_grad_()
+        spk, mem = (call if compiled else net)(x)
+        (spk.mul(mem.detach().cos()).sum() + mem.square().sum()).backward()
+        found.append([spk, mem, net.leaky.mem, x.grad, *(p.grad for p in net.parameters())])
+        assert net.leaky.path.name == ("compiled" if compiled else net.leaky.path.name)
+        assert net.leaky.path.native is not compiled
+    assert targets(graphs[0]).count(COMPOSITE) == len(x)
+    close(*found, atol=1e-12, rtol=1e-12)
+
+
+def test_aot_autograd_takes_the_operator_apart_but_keeps_the_kernels() -> None:
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs: list[Any] = []
+
+    def note(graph: Any, _: Any) -> Any:
+        graphs.append([*graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    for operator in (COMPOSITE, KERNELS):
+        graphs.clear()
+        compiled = torch.compile(
+            operator, backend=aot_autograd(fw_compiler=note, bw_compiler=note), fullgraph=True
+        )
+        found = outcome(compiled, arguments(sequence=True))
+        close(found, outcome(COMPOSITE, arguments(sequence=True)), atol=1e-12)
+        called = {target for graph in graphs for target in targets(graph)}
+        assert (KERNELS in called) == (operator is KERNELS)
+        assert COMPOSITE not in called
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "spike_grad": lambda layer: setattr(layer, "spike_grad", snnlstm.surrogate.sigmoid(3)),
+    "a closure": lambda layer: setattr(layer, "spike_grad", snntorch.surrogate.fast_sigmoid(4)),
+    "its number": lambda layer: setattr(layer, "spike_grad", snntorch.surrogate.fast_sigmoid(8)),
+    "foreign": lambda layer: setattr(layer, "spike_grad", lambda u: (u > 0.1).float() + 0 * u),
+    "state_function": lambda layer: setattr(layer, "state_function", layer._base_zero),
+    "threshold": lambda layer: setattr(layer, "threshold", torch.tensor(0.2)),
+    "beta": lambda layer: setattr(layer, "beta", torch.linspace(0.1, 0.5, 5)),
+    "state_quant": lambda layer: setattr(layer, "state_quant", lambda mem: (mem * 8).round() / 8),
+    "no state_quant": lambda layer: setattr(layer, "state_quant", False),
+    "reset_delay": lambda layer: setattr(layer, "reset_delay", False),
+    "a delay again": lambda layer: setattr(layer, "reset_delay", True),
+    "inhibition": lambda layer: setattr(layer, "inhibition", True),
+    "init_hidden": lambda layer: setattr(layer, "init_hidden", True),
+}
+
+
+def test_what_changes_after_compiling_is_followed() -> None:
+    layers = [snnlstm.Leaky(0.8, threshold=0.3, output=True) for _ in range(2)]
+    compiled = torch.compile(layers[0], backend="eager", fullgraph=True)
+    x = inputs(3, 5)[0]
+    with torch._dynamo.config.patch(recompile_limit=2 * len(CHANGES) + 2):
+        for change in (lambda _: None, *CHANGES.values()):
+            found = []
+            for layer, call in zip(layers, (compiled, layers[1]), strict=True):
+                change(layer)
+                layer.reset_mem()
+                x_t = x.clone().requires_grad_()
+                for _ in range(2):
+                    spk, mem = call(x_t)
+                grads = torch.autograd.grad(spk.sum() + mem.square().sum(), x_t)
+                found.append((spk, mem, *grads))
+            close(*found, atol=1e-6)
+
+
+def test_the_users_choice_of_plain_torch_is_followed() -> None:
+    layer, x, graphs = snnlstm.Leaky(0.8), inputs(3, 5)[0], []
+    compiled = torch.compile(layer, backend=keeping(graphs), fullgraph=True)
+    for name, path in (("auto", "compiled"), ("reference", "reference"), ("auto", "compiled")):
+        layer.reset_mem()
+        with snnlstm.algorithm(name):
+            compiled(x)
+        assert layer.path.name == path
+    assert [COMPOSITE in targets(graph) for graph in graphs[:2]] == [True, False]
+
+
+@pytest.mark.parametrize("reset", ["none", "subtract", "zero"])
+@pytest.mark.parametrize("inner", [None, "aot_eager", "inductor"])
+def test_a_cells_constant_results_have_no_graph_in_any_backend(
+    reset: str, inner: str | None
+) -> None:
+    """Only the threshold is learned, so some states depend on nothing that wants a gradient."""
+    graphs: list[Any] = []
+    found = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        cell = snnlstm.SConv2dLSTM(
+            2, 3, 3, threshold=0.05, learn_threshold=True, reset_mechanism=reset, dtype=F64
+        )
+        cell.conv.requires_grad_(False)
+        cell.conv.bias.data.fill_(0.4)
+
+        def loop(x: Tensor, cell: Any = cell) -> list[Tensor]:
+            out = []
+            for x_t in x:
+                out += cell(x_t)
+            return out
+
+        call = torch.compile(loop, backend=keeping(graphs, inner), fullgraph=True)
+        out = (call if compiled else loop)(steps(3, 2, 2, 6, 6).double())
+        sum((o * o.detach().cos()).sum() for o in out if o.requires_grad).backward()
+        found.append(([o.requires_grad for o in out], [*out, cell.threshold.grad]))
+    assert found[0][0] == found[1][0]
+    close(found[0][1], found[1][1], atol=1e-12)
+    assert "detach" not in targets(graphs[0])
+
+
+@pytest.mark.parametrize("name", tagged("operators"))
+def test_a_cells_operator_runs_plainly(name: str) -> None:
+    """Without torch's dispatcher it gives equal bits, and records the same gradients."""
+    case = tagged("operators")[name]
+    found = []
+    forward = torch.ops.snnlstm.forward.default
+    for operator in (forward, operators.PLAIN[forward]):
+        inputs_ = wanting_gradients(case.inputs())
+        call = flat.call_of((*inputs_, case.options))
+        given = (*call, f"0|{call.x.dtype}|None|{case.options.spec.serialized}", "auto", True)
+        spk, syn, mem, *_ = operator(*given)
+        out = [o for o in (spk, syn, mem) if o.requires_grad]
+        leaves = [t for t in inputs_ if t is not None and t.requires_grad]
+        loss = sum((o * o.detach().cos()).sum() for o in out)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        found.append([*out, *grads])
+    close(*found, atol=0, rtol=0)
