@@ -1,0 +1,1 @@
+"""Loops over steps that torch.compile's backend "snnlstm" computes together equal eager's loops."""

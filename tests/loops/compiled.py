@@ -1,0 +1,213 @@
+"""Runs a network eagerly and compiled, compares all that a call leaves, and counts its calls."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from snntorch import utils
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from snnlstm.native import operators
+from tests.shared.helpers import close
+
+BACKEND = os.environ.get("SNNLSTM_TEST_BACKEND", "snnlstm")
+merges = pytest.mark.skipif(BACKEND != "snnlstm", reason="only our backend merges calls")
+
+# The names that calls are counted by; others keep torch's.
+_NAMES = {
+    "snnlstm::forward": "cell", "snnlstm::leaky": "leaky",
+    "conv2d": "conv", "_convolution": "conv", "addmm": "linear",
+}  # fmt: skip
+_STATES = ("syn", "mem", "spk")
+# utils.reset makes its global variables in its first call, and torch.compile cannot trace that.
+utils.reset(nn.Module())
+
+
+class Calls(TorchFunctionMode):
+    """Counts, by name, the calls of torch's functions and of the kernels in compiled graphs.
+
+    A kernel's own calls of torch's functions are not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.graphs = 0
+        self._within = False
+
+    def __getitem__(self, name: str) -> int:
+        return self.counts[name]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        with self._one(str(getattr(function, "_name", getattr(function, "__name__", "")))):
+            return function(*args, **kwargs or {})
+
+    @contextmanager
+    def _one(self, name: str) -> Iterator[None]:
+        name = name.removesuffix(".default")
+        if self._within:
+            yield
+            return
+        self.counts[_NAMES.get(name, name)] += 1
+        self._within = name.startswith("snnlstm::")
+        try:
+            yield
+        finally:
+            self._within = False
+
+    @contextmanager
+    def counted(self) -> Iterator[Callable[..., Any]]:
+        """Yields BACKEND, with kernels and graphs that count their calls here."""
+
+        def counting(name: str, function: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self._one(name):
+                    return function(*args, **kwargs)
+
+            return run
+
+        def backend(graph: Any, inputs: Any, **options: Any) -> Any:
+            self.graphs += 1
+            compiled = lookup_backend(BACKEND)(graph, inputs, **options)
+
+            def run(*args: Any) -> Any:
+                with self:
+                    return compiled(*args)
+
+            return run
+
+        with pytest.MonkeyPatch.context() as patch:
+            for operator, function in getattr(operators, "PLAIN", {}).items():
+                name = operator.name().removesuffix(".default")
+                patch.setitem(operators.PLAIN, operator, counting(name, function))
+            yield backend
+
+
+@dataclass
+class Outcome:
+    """Holds what a call of a network leaves, by name, and the calls in its compiled graphs."""
+
+    results: dict[str, Any]
+    calls: Calls = field(default_factory=Calls)
+
+
+def weighted(out: Tensor) -> Tensor:
+    """Returns a sum of the elements with small dyadic factors that tell steps and samples apart."""
+    factors = torch.arange(out.numel(), device=out.device) * 7 % 5 - 1
+    return (out * factors.reshape(out.shape).to(out.dtype) / 4).sum()
+
+
+def outcome(
+    make: Callable[[], Any],
+    *inputs: Tensor,
+    training: bool,
+    compiled: bool,
+    run: Callable[..., Any] | None = None,
+    times: int = 1,
+    graph_breaks: bool = False,
+    **options: Any,
+) -> Outcome:
+    """Makes a network, calls it, and in training also forms gradients.
+
+    `run(net, *inputs)` takes the place of `net(*inputs)`, and is then what is compiled. The network
+    is called `times` times, each with the states of the call before. `options` are those of
+    torch.compile.
+    """
+    torch.manual_seed(0)
+    net, calls = make(), Calls()
+    function = net if run is None else lambda *args: run(net, *args)
+    leaves = [x.detach().clone() for x in inputs]
+    for leaf in leaves:
+        leaf.requires_grad_(training and leaf.is_floating_point())
+    found: dict[str, Any] = {}
+    with calls.counted() as backend, torch.set_grad_enabled(training):
+        if compiled:
+            torch._dynamo.reset()
+            options = {"fullgraph": not graph_breaks, "backend": backend} | options
+            function = torch.compile(function, **options)
+        for call in range(times):
+            torch.manual_seed(1)
+            outs = tree_leaves(function(*leaves))
+            found |= {f"output {k} of call {call}": out for k, out in enumerate(outs)}
+            found[f"random numbers after call {call}"] = torch.rand(3)
+    if training:
+        wanted = [out for out in found.values() if isinstance(out, Tensor) and out.requires_grad]
+        found["with gradients"] = torch.tensor(
+            [isinstance(out, Tensor) and out.requires_grad for out in found.values()]
+        )
+        if wanted:
+            sum(weighted(out).double() for out in wanted).backward()
+        found |= {f"gradient of input {k}": leaf.grad for k, leaf in enumerate(leaves)}
+        found |= {f"gradient of {name}": p.grad for name, p in net.named_parameters()}
+    found |= {f"input {k}": leaf for k, leaf in enumerate(leaves)}
+    found |= dict(net.named_buffers())
+    for name, module in net.named_modules():
+        kept = {state: getattr(module, state, None) for state in _STATES}
+        found |= {f"{name}.{state}": kept[state] for state in kept if kept[state] is not None}
+    kept = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in found.items()}
+    return Outcome(kept, calls)
+
+
+def equal(actual: Outcome, expected: Outcome, atol: float = 0.0, rtol: float = 0.0) -> None:
+    """Asserts that two calls left the same; an error names the first difference.
+
+    `atol` is for numbers up to 1; that of a tensor grows with its largest number.
+    """
+    assert list(actual.results) == list(expected.results)
+    for name, value in expected.results.items():
+        other = actual.results[name]
+        try:
+            if isinstance(value, Tensor):
+                largest = float(value.double().abs().nan_to_num().max()) if value.numel() else 0.0
+                close(other, value, atol=atol * max(1.0, largest), rtol=rtol)
+            else:
+                assert other is None if value is None else other == value
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+def as_eager(
+    make: Callable[[], Any],
+    *inputs: Tensor,
+    training: bool = True,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+    **options: Any,
+) -> Calls:
+    """Asserts that the compiled network leaves what the eager one does; returns its calls."""
+    run, times = options.get("run"), options.get("times", 1)
+    eager = outcome(make, *inputs, training=training, compiled=False, run=run, times=times)
+    compiled = outcome(make, *inputs, training=training, compiled=True, **options)
+    equal(compiled, eager, atol, rtol)
+    return compiled.calls
+
+
+def dyadic_(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Fills weights of ordinary layers with 0, 1/2, 1 and negative ones, so that sums are exact."""
+    random = torch.Generator().manual_seed(seed)
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d
+    for layer in net.modules():
+        if isinstance(layer, kinds):
+            for parameter in layer.parameters():
+                numbers = torch.randint(-2, 3, parameter.shape, generator=random) / 2
+                keep = torch.rand(parameter.shape, generator=random) < 0.5
+                parameter.data.copy_(numbers * keep)
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.eps = 0.25  # with a variance of 3.75 its root is 2
+            layer.running_var.fill_(3.75)
+            layer.running_mean.copy_(torch.arange(len(layer.running_mean)) / 2)
+    return net
+
+
+def numbers(*shape: int, seed: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns multiples of 1/4 between -1 and 2."""
+    random = torch.Generator().manual_seed(seed)
+    return (torch.randint(-4, 9, shape, generator=random) / 4).to(dtype)

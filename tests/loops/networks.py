@@ -1,0 +1,549 @@
+"""Networks with a loop over steps, as users write them, and the calls that are left of the loops.
+
+They are written for snnTorch, and snnlstm.accelerate makes its layers ours. T is the number of
+steps; N, that of samples, equals no other size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import snntorch as snn
+import torch
+import torch.nn.functional as F
+from snntorch import surrogate, utils
+from torch import Tensor, nn
+
+import snnlstm
+from tests.loops.compiled import dyadic_, numbers
+
+T, N = 4, 3
+
+
+@dataclass(frozen=True)
+class Network:
+    """Describes a network, its inputs, and the calls that are left in its compiled graph.
+
+    make: makes the network with snnTorch's layers. shapes: of its inputs. run: takes the place of
+    net(*inputs). training, inference: the number of calls by their names in tests/loops/compiled.py
+    (`inference` names those that differ). dtype: of the network. exact: weights and results are
+    dyadic, and equal eager's by bits. prepare: changes the network once it is accelerated.
+    """
+
+    make: Callable[[], nn.Module]
+    shapes: tuple[tuple[int, ...], ...]
+    training: dict[str, int] = field(default_factory=dict)
+    inference: dict[str, int] = field(default_factory=dict)
+    run: Callable[..., Any] | None = None
+    dtype: torch.dtype = torch.float64
+    exact: bool = False
+    prepare: Callable[[nn.Module], object] = lambda net: None
+
+    def made(self) -> nn.Module:
+        net = self.make()
+        if self.exact:
+            dyadic_(net)
+        snnlstm.accelerate(net)
+        self.prepare(net)
+        return net.to(self.dtype)
+
+    def inputs(self) -> list[Tensor]:
+        return [numbers(*shape, seed=k).to(self.dtype) for k, shape in enumerate(self.shapes)]
+
+    def expected(self, training: bool) -> dict[str, int]:
+        return self.training if training else self.training | self.inference
+
+
+def leaky(**options: Any) -> nn.Module:
+    """Makes snnTorch's layer, which spikes often."""
+    grad = surrogate.fast_sigmoid(slope=5)
+    return snn.Leaky(**{"beta": 0.9, "threshold": 0.4, "spike_grad": grad} | options)
+
+
+def exact_leaky(**options: Any) -> nn.Module:
+    """Makes a Leaky whose sums and gradients are dyadic."""
+    grad = snnlstm.surrogate.LSO(0.5)
+    return leaky(**{"beta": 0.5, "threshold": 0.625, "spike_grad": grad} | options)
+
+
+def cell(*channels: int, **options: Any) -> nn.Module:
+    grad = surrogate.straight_through_estimator()
+    return snn.SConv2dLSTM(*channels, **{"threshold": 0.05, "spike_grad": grad} | options)
+
+
+# ---- snnTorch's tutorials and documentation ------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """Tutorial 5: one image for all steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.lif1 = nn.Linear(12, 10), leaky(beta=0.95)
+        self.fc2, self.lif2 = nn.Linear(10, 5), leaky(beta=0.95)
+
+    def forward(self, x: Tensor) -> Any:
+        mem1 = self.lif1.init_leaky()
+        mem2 = self.lif2.init_leaky()
+        spk2_rec = []
+        mem2_rec = []
+        for _ in range(T):
+            cur1 = self.fc1(x)
+            spk1, mem1 = self.lif1(cur1, mem1)
+            cur2 = self.fc2(spk1)
+            spk2, mem2 = self.lif2(cur2, mem2)
+            spk2_rec.append(spk2)
+            mem2_rec.append(mem2)
+        return torch.stack(spk2_rec, dim=0), torch.stack(mem2_rec, dim=0)
+
+
+class Convolutional(nn.Module):
+    """Tutorial 6: two convolutions with pools, and one image for all steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.lif1 = nn.Conv2d(1, 4, 5), leaky(beta=0.5)
+        self.conv2, self.lif2 = nn.Conv2d(4, 6, 3), leaky(beta=0.5)
+        self.fc1, self.lif3 = nn.Linear(6, 5), leaky(beta=0.5)
+
+    def forward(self, x: Tensor) -> Any:
+        batch_size = x.shape[0]
+        mem1 = self.lif1.init_leaky()
+        mem2 = self.lif2.init_leaky()
+        mem3 = self.lif3.init_leaky()
+        spk3_rec = []
+        mem3_rec = []
+        for _ in range(T):
+            cur1 = F.max_pool2d(self.conv1(x), 2)
+            spk1, mem1 = self.lif1(cur1, mem1)
+            cur2 = F.max_pool2d(self.conv2(spk1), 2)
+            spk2, mem2 = self.lif2(cur2, mem2)
+            cur3 = self.fc1(spk2.view(batch_size, -1))
+            spk3, mem3 = self.lif3(cur3, mem3)
+            spk3_rec.append(spk3)
+            mem3_rec.append(mem3)
+        return torch.stack(spk3_rec, dim=0), torch.stack(mem3_rec, dim=0)
+
+
+def events() -> nn.Sequential:
+    """Tutorial 7: layers that keep their states, for events of (T, N, ...)."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.MaxPool2d(2),
+        leaky(init_hidden=True),
+        nn.Conv2d(4, 6, 3),
+        nn.MaxPool2d(2),
+        leaky(init_hidden=True),
+        nn.Flatten(),
+        nn.Linear(6, 5),
+        leaky(init_hidden=True, output=True),
+    )
+
+
+def over_events(net: nn.Module, data: Tensor) -> Tensor:
+    """Loops outside of the network, as tutorial 7 does."""
+    spk_rec = []
+    utils.reset(net)
+    for step in range(data.size(0)):
+        spk_out, mem_out = net(data[step])
+        spk_rec.append(spk_out)
+    return torch.stack(spk_rec)
+
+
+class Documentation(nn.Module):
+    """The example in snnTorch's documentation of the cell; x (N, T, C, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sclstm1 = cell(1, 4, 3, max_pool=2)
+        self.sclstm2 = cell(4, 6, 3, max_pool=2)
+        self.fc1 = nn.Linear(6 * 2 * 2, 5)
+        self.lif1 = leaky(beta=0.5)
+
+    def forward(self, x: Tensor) -> Any:
+        syn1, mem1 = self.sclstm1.reset_mem()
+        syn2, mem2 = self.sclstm2.reset_mem()
+        mem3 = self.lif1.init_leaky()
+        spk3_rec = []
+        mem3_rec = []
+        num_steps = x.size()[1]
+        for step in range(num_steps):
+            x_step = x[:, step, :, :, :]
+            spk1, syn1, mem1 = self.sclstm1(x_step, syn1, mem1)
+            spk2, syn2, mem2 = self.sclstm2(spk1, syn2, mem2)
+            cur = self.fc1(spk2.flatten(1))
+            spk3, mem3 = self.lif1(cur, mem3)
+            spk3_rec.append(spk3)
+            mem3_rec.append(mem3)
+        return torch.stack(spk3_rec), torch.stack(mem3_rec)
+
+
+# ---- variants ------------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """Has two linear layers with Leaky each, for x of (..., 6)."""
+
+    steps: Callable[..., Any] = staticmethod(lambda x: x)
+    """Makes the steps of x."""
+
+    def __init__(self, make: Callable[..., nn.Module] = leaky, **options: Any) -> None:
+        super().__init__()
+        self.fc1, self.lif1 = nn.Linear(6, 8), make(**options)
+        self.fc2, self.lif2 = nn.Linear(8, 5), make(**options)
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        return self.lif1.reset_mem(), self.lif2.reset_mem()
+
+    def step(self, x: Tensor, mem1: Tensor, mem2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        spk, mem1 = self.lif1(self.fc1(x), mem1)
+        spk, mem2 = self.lif2(self.fc2(spk), mem2)
+        return spk, mem1, mem2
+
+    def forward(self, x: Tensor) -> Any:
+        mem1, mem2 = self.start()
+        out = []
+        for x_t in self.steps(x):
+            spk, mem1, mem2 = self.step(x_t, mem1, mem2)
+            out.append(spk)
+        return torch.stack(out), mem1, mem2
+
+
+class Unbound(Layers):
+    steps = staticmethod(lambda x: x.unbind(0))
+
+
+class BatchFirst(Layers):
+    steps = staticmethod(lambda x: [x[:, t] for t in range(x.shape[1])])
+
+
+class Exact(Layers):
+    def __init__(self) -> None:
+        super().__init__(exact_leaky)
+
+
+class Half(Exact):
+    """Gives its second layer spikes of x's half type; Leaky's are float32."""
+
+    def step(self, x: Tensor, mem1: Tensor, mem2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        spk, mem1 = self.lif1(self.fc1(x), mem1)
+        spk, mem2 = self.lif2(self.fc2(spk.to(x.dtype)), mem2)
+        return spk, mem1, mem2
+
+
+class Learned(Layers):
+    def __init__(self) -> None:
+        super().__init__(learn_beta=True, learn_threshold=True)
+
+
+class Hidden(nn.Module):
+    """Keeps all states, and resets them within forward; x (T, N, 2, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = cell(2, 3, 3, init_hidden=True, avg_pool=2)
+        self.fc = nn.Linear(3 * 3 * 3, 5)
+        self.lif = leaky(init_hidden=True, output=True)
+
+    def forward(self, x: Tensor) -> Any:
+        utils.reset(self)
+        spikes, mems = [], []
+        for x_t in x:
+            spk, mem = self.lif(self.fc(self.cell(x_t).flatten(1)))
+            spikes.append(spk)
+            mems.append(mem)
+        return torch.stack(spikes), torch.stack(mems)
+
+
+class LearnedCell(nn.Module):
+    """Learns the threshold of a cell, whose first state it is given; x (T, N, 2, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = cell(2, 3, 3, learn_threshold=True, reset_mechanism="subtract")
+
+    def forward(self, x: Tensor, syn: Tensor, mem: Tensor) -> Any:
+        out = []
+        for x_t in x:
+            spk, syn, mem = self.cell(x_t, syn, mem / 4 if not out else mem)
+            out.append((spk, mem))
+        return out, syn
+
+
+class Residual(nn.Module):
+    """Adds what it has around a block, with batch norms; x (T, N, 3, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.lif1 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), leaky()
+        self.conv2, self.bn2, self.lif2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), leaky()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        mem1, mem2 = self.lif1.reset_mem(), self.lif2.reset_mem()
+        out = []
+        for x_t in x:
+            spk1, mem1 = self.lif1(self.bn1(self.conv1(x_t)), mem1)
+            spk2, mem2 = self.lif2(self.bn2(self.conv2(spk1)) + x_t, mem2)
+            out.append(self.fc(F.adaptive_avg_pool2d(spk2 + spk1, 1).flatten(1)))
+        return torch.stack(out)
+
+
+class Feedback(Layers):
+    """Sends the spikes of the second layer back into the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back = nn.Linear(5, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        mem1, mem2 = self.start()
+        spk2, out = x.new_zeros(N, 5), []
+        for x_t in x:
+            spk1, mem1 = self.lif1(self.fc1(x_t) + self.back(spk2), mem1)
+            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+            out.append(spk2)
+        return torch.stack(out)
+
+
+class Branches(Layers):
+    """Joins two branches of the same x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc2, self.fc3, self.lif3 = nn.Linear(6, 5), nn.Linear(13, 4), leaky()
+
+    def forward(self, x: Tensor) -> Any:
+        mem1, mem2 = self.start()
+        mem3, out = self.lif3.reset_mem(), []
+        for x_t in x:
+            spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+            spk2, mem2 = self.lif2(self.fc2(x_t), mem2)
+            spk3, mem3 = self.lif3(self.fc3(torch.cat([spk1, spk2], dim=1)), mem3)
+            out.append(spk3)
+        return torch.stack(out)
+
+
+class Dropout(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def step(self, x: Tensor, mem1: Tensor, mem2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        spk, mem1 = self.lif1(self.fc1(x), mem1)
+        spk, mem2 = self.lif2(self.fc2(self.drop(spk)), mem2)
+        return spk, mem1, mem2
+
+
+class Truncated(Layers):
+    """Detaches the states behind every second step."""
+
+    def forward(self, x: Tensor) -> Any:
+        mem1, mem2 = self.start()
+        out = []
+        for t in range(x.shape[0]):
+            spk, mem1, mem2 = self.step(x[t], mem1, mem2)
+            out.append(spk)
+            if t % 2 == 1:
+                mem1, mem2 = mem1.detach(), mem2.detach()
+        return torch.stack(out), mem2
+
+
+class Changed(Layers):
+    """Resets one state, and halves the other, in the middle of the loop."""
+
+    def forward(self, x: Tensor) -> Any:
+        mem1, mem2 = self.start()
+        out = []
+        for t in range(x.shape[0]):
+            if t == 2:
+                mem1 = self.lif1.reset_mem()
+                mem2 = mem2 * 0.5
+            spk, mem1, mem2 = self.step(x[t], mem1, mem2)
+            out.append(mem2)
+        return torch.stack(out), spk
+
+
+class Sums(Layers):
+    """Sums spikes and mem in place."""
+
+    def forward(self, x: Tensor) -> Any:
+        mem1, mem2 = self.start()
+        total, acc = 0, x.new_zeros(N, 5)
+        for x_t in x:
+            spk, mem1, mem2 = self.step(x_t, mem1, mem2)
+            total += spk
+            acc.add_(mem2)
+        return total, acc
+
+
+class Preallocated(Layers):
+    """Writes each step into slices of tensors."""
+
+    def forward(self, x: Tensor) -> Any:
+        mem1, mem2 = self.start()
+        spikes, mems = x.new_zeros(T, N, 5), x.new_empty(N, T, 5)
+        for t in range(T):
+            spikes[t], mem1, mem2 = self.step(x[t], mem1, mem2)
+            mems[:, t] = mem2
+        return spikes, mems
+
+
+class Interleaved(nn.Module):
+    """Runs two networks step by step, the second on what the first has; x (T, N, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.between = Layers(), Layers(), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        states, others, out = self.one.start(), self.other.start(), []
+        for x_t in x:
+            spk, *states = self.one.step(x_t, *states)
+            spk, *others = self.other.step(self.between(spk), *others)
+            out.append(spk)
+        return torch.stack(out)
+
+
+class Twice(Layers):
+    """Calls each layer twice in a step, on two inputs and with two states."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        states, others = self.start(), self.start()
+        out = []
+        for x_t, y_t in zip(x, y, strict=True):
+            spk, *states = self.step(x_t, *states)
+            other, *others = self.step(y_t, *others)
+            out.append(spk - other)
+        return torch.stack(out)
+
+
+class Again(Layers):
+    """Calls one Leaky twice in a step, the second time on its own spikes."""
+
+    def forward(self, x: Tensor) -> Any:
+        mem, _ = self.start()
+        out = []
+        for x_t in x:
+            spk, mem = self.lif1(self.fc1(x_t), mem)
+            spk, mem = self.lif1(spk, mem)
+            out.append(spk)
+        return torch.stack(out)
+
+
+class Watched(Layers):
+    """Counts spikes without gradients in each step."""
+
+    def forward(self, x: Tensor) -> Any:
+        mem1, mem2 = self.start()
+        out, count = [], x.new_zeros(5)
+        for x_t in x:
+            spk, mem1, mem2 = self.step(x_t, mem1, mem2)
+            with torch.no_grad():
+                count = count + spk.sum(0)
+            out.append(spk)
+        return torch.stack(out), count
+
+
+class Normalised(Layers):
+    """Normalises by the batch's statistics with the function, which writes its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Any:
+        mem1, mem2 = self.start()
+        out = []
+        for x_t in x:
+            cur = F.batch_norm(self.fc1(x_t), self.mean, self.var, None, None, True, 0.5)
+            spk, mem1 = self.lif1(cur, mem1)
+            spk, mem2 = self.lif2(self.fc2(spk), mem2)
+            out.append(spk)
+        return torch.stack(out)
+
+
+class Scale(torch.autograd.Function):
+    """Doubles, and triples gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 3
+
+
+class Scaled(Layers):
+    """Has an autograd.Function of the user's in the loop."""
+
+    def step(self, x: Tensor, mem1: Tensor, mem2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        spk, mem1 = self.lif1(self.fc1(x), mem1)
+        spk, mem2 = self.lif2(self.fc2(Scale.apply(spk)), mem2)
+        return spk, mem1, mem2
+
+
+class Rates(Layers):
+    """Draws spikes with x as their rates in each step, for one x of all steps."""
+
+    def forward(self, x: Tensor) -> Any:
+        mem1, mem2 = self.start()
+        out = []
+        for _ in range(T):
+            spk, mem1, mem2 = self.step((torch.rand_like(x) < x).to(x), mem1, mem2)
+            out.append(spk)
+        return torch.stack(out)
+
+
+def under_autocast(net: nn.Module, x: Tensor) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return net(x)
+
+
+def merged(linear: int = 2, leaky: int = 2, **others: int) -> dict[str, int]:
+    return {"linear": linear, "leaky": leaky} | others
+
+
+FLAT, IMAGES = (T, N, 6), (T, N, 2, 6, 6)
+# A network that runs step by step in part has numbers of calls that are sums with T.
+NETWORKS = {
+    "tutorial 5": Network(Dense, ((N, 12),), merged()),
+    "tutorial 6": Network(Convolutional, ((N, 1, 12, 12),), merged(1, 3, conv=2)),
+    "tutorial 7": Network(
+        events, ((T, N, 2, 10, 10),), merged(1, 3, conv=2), run=over_events
+    ),
+    "documentation": Network(Documentation, ((N, T, 1, 8, 8),), merged(1, 1, cell=2)),
+    "hidden": Network(Hidden, (IMAGES,), merged(1, 1, cell=1)),
+    "for step in x": Network(Layers, (FLAT,), merged()),
+    "unbind": Network(Unbound, (FLAT,), merged()),
+    "x[:, t]": Network(BatchFirst, ((N, T, 6),), merged()),
+    "learned": Network(Learned, (FLAT,), merged()),
+    "learned cell": Network(LearnedCell, (IMAGES, (N, 3, 6, 6), (N, 3, 6, 6)), {"cell": 1}),
+    "residual": Network(Residual, ((T, N, 3, 5, 5),), merged(1, 2, conv=2, batch_norm=2 * T)),
+    "residual, evaluation": Network(
+        Residual, ((T, N, 3, 5, 5),), merged(1, 2, conv=2), prepare=nn.Module.eval
+    ),
+    "feedback": Network(Feedback, (FLAT,), merged(1 + 2 * T, 2 * T)),
+    "branches": Network(Branches, (FLAT,), merged(3, 3)),
+    "dropout": Network(Dropout, (FLAT,), merged(dropout=T)),
+    "dropout, evaluation": Network(Dropout, (FLAT,), merged(), prepare=nn.Module.eval),
+    "detach": Network(Truncated, (FLAT,), merged(2, 4), {"leaky": 2}),
+    "changed states": Network(Changed, (FLAT,), merged(2, 4)),
+    "sums in place": Network(Sums, (FLAT,), merged()),
+    "slices": Network(Preallocated, (FLAT,), merged()),
+    "interleaved": Network(Interleaved, (FLAT,), merged(5, 4)),
+    "twice, apart": Network(Twice, (FLAT, FLAT), merged(4, 4)),
+    "twice, one state": Network(Again, (FLAT,), merged(1, 2 * T)),
+    "no_grad": Network(Watched, (FLAT,)),
+    "F.batch_norm": Network(Normalised, (FLAT,), merged(batch_norm=T)),
+    "autograd.Function": Network(Scaled, (FLAT,)),
+    "rates": Network(Rates, ((N, 6),), merged(rand_like=T)),
+    "dyadic": Network(Exact, (FLAT,), merged(), dtype=torch.float32, exact=True),
+    "bfloat16": Network(Half, (FLAT,), merged(), dtype=torch.bfloat16, exact=True),
+    "float16": Network(Half, (FLAT,), merged(), dtype=torch.float16, exact=True),
+    "autocast": Network(
+        Exact, (FLAT,), merged(), run=under_autocast, dtype=torch.float32, exact=True
+    ),
+}  # fmt: skip

@@ -1,0 +1,92 @@
+"""Programs that are drawn leave what they leave eagerly: results, gradients, buffers and states."""
+
+import pytest
+import torch
+from hypothesis import assume, given, note
+from torch import Tensor, nn
+
+from tests.loops.compiled import Outcome, equal, outcome
+from tests.loops.programs import Program, programs
+from tests.shared.cases import drawing
+
+MARGIN = 1e-9  # between mem and a threshold, where results are compared with a tolerance
+BITS = {torch.float32: 18, torch.float64: 44}  # of sums that are exact in any order
+
+
+def bits(result: object) -> float:
+    """Returns the number of bits from the highest to the lowest bit in a tensor."""
+    if not isinstance(result, Tensor) or not result.is_floating_point():
+        return 0
+    mantissas, exponents = torch.frexp(result.detach().double())
+    whole = (mantissas * 2.0**53).long()
+    used = whole != 0
+    if not used.any() or not result.isfinite().all():
+        return 0 if result.isfinite().all() else float("inf")
+    lowest = (whole & -whole).double().log2() - 53 + exponents
+    return float(exponents[used].max() - lowest[used].min())
+
+
+def margin_of(program: Program, training: bool) -> float:
+    """Returns the least distance of any mem, before or after a step, from its threshold."""
+    found = [float("inf")]
+
+    def look(neuron: nn.Module, inputs: tuple, *_: object) -> None:
+        for mem in (neuron.mem, *inputs[1:]):
+            if isinstance(mem, Tensor) and mem.numel():
+                found.append(float((mem.detach() - neuron.threshold.detach()).abs().min()))
+
+    def make() -> nn.Module:
+        net = program.made(torch.float64)
+        for layer in net.children():
+            if hasattr(layer, "reset_mem"):
+                layer.register_forward_pre_hook(look)
+                layer.register_forward_hook(look)
+        return net
+
+    run(program, make, torch.float64, training, compiled=False)
+    return min(found)
+
+
+def run(program, make, dtype, training, compiled) -> Outcome:
+    return outcome(
+        make, program.x(dtype), training=training, compiled=compiled, times=program.times
+    )
+
+
+def check(program: Program, training: bool) -> None:
+    """Compares a program's results; rejects a program that autograd refuses."""
+
+    def both(dtype: torch.dtype, *modes: bool) -> list[Outcome]:
+        return [run(program, lambda: program.made(dtype), dtype, training, mode) for mode in modes]
+
+    try:
+        wide = both(torch.float64, False)[0]
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error) or "in-place" in str(error):
+            assume(False)
+        raise
+    if not program.exact:
+        assume(margin_of(program, training) > MARGIN)
+        equal(both(torch.float64, True)[0], wide, atol=1e-9, rtol=1e-9)
+        return
+    most = max(map(bits, (v for name, v in wide.results.items() if "random" not in name)))
+    dtypes = [dtype for dtype, number in BITS.items() if most <= number]
+    assume(dtypes)
+    eager, compiled = both(dtypes[0], False, True)
+    equal(compiled, eager)
+
+
+@pytest.mark.drawn
+@drawing(20)
+@given(programs(training=True))
+def test_training(program):
+    note(str(program))
+    check(program, training=True)
+
+
+@pytest.mark.drawn
+@drawing(10)
+@given(programs(training=False))
+def test_inference(program):
+    note(str(program))
+    check(program, training=False)
