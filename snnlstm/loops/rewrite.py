@@ -82,9 +82,12 @@ class Writer:
         """The tensors of all steps as one, (T, ...)."""
         nodes = [self._loop.same[node] for node in nodes]
         key = self._loop.region(self._at), *nodes
-        if key not in self._sequences:
-            self._sequences[key] = self._joined(nodes)
-        return self._sequences[key]
+        if key in self._sequences:
+            return self._sequences[key]
+        sequence = self._joined(nodes)
+        if not any(self._loop.memory[node] & self._loop.written for node in nodes):
+            self._sequences[key] = sequence  # else another call may see other numbers
+        return sequence
 
     # ---- sequences ------------------------------------------------------------------------------
 
@@ -119,7 +122,7 @@ class Writer:
 
     def _stacked(self, node: Node) -> Node | None:
         """Write a stack of what was taken apart; None if the node is none."""
-        if node.target is not torch.stack or not self._loop.is_fresh(node):
+        if node.target is not torch.stack or not self._loop.is_pure(node):
             return None
         nodes = node.args[0]
         if not any(self._place(n) or self._loop.piece(n) for n in nodes):
@@ -148,7 +151,7 @@ class Writer:
     def _copy(self, node: Node) -> Node:
         new = self.graph.node_copy(node, self._single)
         new.target = self._operators.get(node.target, node.target)
-        if self._loop.is_fresh(node):
+        if self._loop.is_pure(node):
             self._removable.append(new)
             if rows.row_of(node) is rows.RESHAPE:  # a view of a step may be none of all steps
                 new.target = "reshape"

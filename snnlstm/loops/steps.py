@@ -182,19 +182,17 @@ class Loop:
         self._unit = list(range(len(self.nodes)))
         self._calls_of: dict[int, list[int]] = {}
         self._handed: dict[int, set[int]] = {}
-        self._last: dict[Node | None, Node] = {}  # the first call of the chain that ends with it
+        self._last: dict[Node, Node] = {}  # the first call of the chain that ends with it
         groups = self._groups()
         limit = self._longest_run(groups)
         for row, calls in groups:
             self._form_runs(row, calls, limit)
 
-    def is_fresh(self, node: Node) -> bool:
-        """Whether a node has no effect, and nothing ever writes to its result or its arguments."""
-        effects = self.effects[node]
-        if node.op not in ("call_function", "call_method") or any(effects):
+    def is_pure(self, node: Node) -> bool:
+        """Whether a node only computes its result, to which nothing ever writes."""
+        if node.op not in ("call_function", "call_method") or any(self.effects[node]):
             return False
-        touched = set(self.memory[node]).union(*(self.memory[a] for a in node.all_input_nodes))
-        return touched.isdisjoint(self.written)
+        return self.memory[node].isdisjoint(self.written)
 
     def region(self, node: Node) -> int:
         """The number of the region in which a node lies; in each, the settings are the same."""
@@ -215,7 +213,7 @@ class Loop:
         for number, node in enumerate(self.nodes):
             needs, effects = self._needs[number], self.effects[node]
             writes = {place for arg in effects.writes for place in self.memory[arg]}
-            touched = set(self.memory[node]).union(*(self.memory[a] for a in node.all_input_nodes))
+            touched = self._touched(node)
             for place in touched & self.written:
                 if place in writer:
                     needs.add(writer[place])
@@ -242,6 +240,10 @@ class Loop:
             regions.append(region)
         return regions
 
+    def _touched(self, node: Node) -> set[int]:
+        """The memory of a node's result and arguments."""
+        return self.memory[node].union(*(self.memory[arg] for arg in node.all_input_nodes))
+
     def _find_equal(self) -> None:
         """Find the nodes that compute the same from the same."""
         first: dict[Any, Node] = {}
@@ -250,7 +252,7 @@ class Loop:
             value = node.meta.get("example_value")
             if node.op == "call_function" and isinstance(value, torch.SymInt):  # equal sizes, however they were computed
                 key: Any = str(value)
-            elif self.is_fresh(node):
+            elif self.is_pure(node) and self._touched(node).isdisjoint(self.written):
                 arguments = self._frozen((node.args, node.kwargs), lambda arg: self.same[arg])
                 key = node.target, arguments, self._regions[number]
             else:
@@ -266,7 +268,7 @@ class Loop:
 
     def _is_its_argument(self, node: Node) -> bool:
         """Whether a node returns its argument: a detach does so where no gradient is recorded."""
-        if not self.is_fresh(node) or len(node.all_input_nodes) != 1:
+        if not self.is_pure(node) or len(node.all_input_nodes) != 1:
             return False
         argument, value = rows.value_of(node.args[0]), rows.value_of(node)
         detached = rows.name_of(node) == "detach" and not argument.requires_grad
@@ -294,26 +296,24 @@ class Loop:
         """
         colors: dict[Node, int] = {}
         numbers: dict[Any, int] = {}
-        groups: dict[int, tuple[rows.Row, list[int]]] = {}
+        groups: dict[Any, tuple[rows.Row, list[int]]] = {}
         for number, node in enumerate(self.nodes):
             if self.same[node] is not node:
                 colors[node] = colors[self.same[node]]
                 continue
-            row = rows.row_of(node) if self.is_fresh(node) else None
+            row = rows.row_of(node) if self.is_pure(node) else None
             key: Any = node
             if row is not None and row.states:
-                key = self._chain(number, row)
+                key = self._options(row, node)
             elif (piece := self.piece(node)) is not None:
                 key = piece[:2]
-            elif row is not None or node.target is rows.ITEM:
-                key = (
-                    node.target,
-                    self._frozen((node.args, node.kwargs), lambda arg: colors[self.same[arg]]),
-                    str(rows.shape_of(node)),
-                )
-            colors[node] = color = numbers.setdefault(key, len(numbers))
+            elif node.op in ("call_function", "call_method"):
+                arguments = self._frozen((node.args, node.kwargs), lambda a: colors[self.same[a]])
+                key = node.target, arguments, str(rows.shape_of(node))
+            colors[node] = numbers.setdefault(key, len(numbers))
             if row is not None:
-                groups.setdefault(color, (row, []))[1].append(number)
+                group = self._chain(number, row) if row.states else colors[node]
+                groups.setdefault(group, (row, []))[1].append(number)
         return [(row, calls) for row, calls in groups.values() if len(calls) > 1]
 
     def _chain(self, number: int, row: rows.Row) -> Any:
@@ -322,21 +322,18 @@ class Loop:
         handed: set[int] = set()
         before = {self._handed_by(node.args[at], item, handed) for at, item in row.states}
         previous = before.pop() if len(before) == 1 else None
-        if previous not in self._last or not self._continues(row, node, previous):
+        known = previous is not None and previous in self._last
+        if not known or self._options(row, node) != self._options(row, previous):
             self._last[node] = node
             return node
         self._handed[number] = handed
         self._last[node] = self._last.pop(previous)  # another call may not continue from it
         return self._last[node]
 
-    def _continues(self, row: rows.Row, node: Node, previous: Node) -> bool:
-        """Whether two calls have the same options, weights and shapes."""
-        frozen = [
-            self._frozen([call.args[at] for at in row.options], self.same.get)
-            for call in (node, previous)
-        ]
-        x, before = node.args[0], previous.args[0]
-        return frozen[0] == frozen[1] and str(rows.shape_of(x)) == str(rows.shape_of(before))
+    def _options(self, row: rows.Row, node: Node) -> Any:
+        """What two calls of one layer with states have in common: options, weights and shapes."""
+        options = self._frozen([node.args[at] for at in row.options], self.same.get)
+        return node.target, options, str(rows.shape_of(node.args[0]))
 
     def _handed_by(self, state: Any, item: int, handed: set[int]) -> Node | None:
         """The call whose result a state is; `handed` gets the node between the two calls."""
@@ -352,7 +349,7 @@ class Loop:
 
         None if the node is none of these.
         """
-        if node.target is not rows.ITEM or not self.is_fresh(node):
+        if node.target is not rows.ITEM or not self.is_pure(node):
             return None
         source, index = self.same[node.args[0]], node.args[1]
         if isinstance(source.meta.get("example_value"), tuple | list):
