@@ -50,7 +50,9 @@ class Program:
         """Returns the program's forward."""
         body = indent("\n".join(self.body), " " * 8)
         start = indent("\n".join(self.start), " " * 4)
-        return f"def forward(self, x):\n{start}\n    {self.head}\n{body}\n    return {self.result}\n"
+        return (
+            f"def forward(self, x):\n{start}\n    {self.head}\n{body}\n    return {self.result}\n"
+        )
 
     @property
     def exact(self) -> bool:
@@ -226,7 +228,11 @@ def _plain(p: _Draft) -> None:
         choices += ["{v} = F.max_pool2d({0}, 3, 1, 1)"]
         choices += ["{v} = F.avg_pool2d(F.pad({0}, (0, 1, 0, 1)), 2, 1)"]
     if not p.random:
-        choices += ["dropout", "{v} = F.dropout({0}, 0.5)", "{v} = {0} * (torch.rand_like({0}) < 0.5)"]
+        choices += [
+            "dropout",
+            "{v} = F.dropout({0}, 0.5)",
+            "{v} = {0} * (torch.rand_like({0}) < 0.5)",
+        ]
     line = p.one_of(*choices)
     if line == "norm":
         made = "nn.BatchNorm2d(2)" if kind == "image" else "nn.BatchNorm1d(6)"

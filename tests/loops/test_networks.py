@@ -1,11 +1,9 @@
 """Users' loops leave what they leave eagerly, and their steps are computed together."""
 
 import pytest
-import torch
-from torch import nn
 
-from tests.loops.compiled import BACKEND, as_eager, merges
-from tests.loops.networks import FLAT, NETWORKS, Layers, Network, Truncated, numbers
+from tests.loops.compiled import BACKEND, as_eager
+from tests.loops.networks import NETWORKS, Network
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 

@@ -1,0 +1,158 @@
+"""The log says what became of each layer's steps, and warns where a loop stays one."""
+
+import logging
+from typing import Any
+
+import pytest
+import snntorch as snn
+import torch
+from torch import nn
+from torch.torch_version import TorchVersion
+
+import snnlstm
+from tests.loops.compiled import BACKEND, merges
+from tests.loops.networks import Documentation, leaky
+from tests.loops.test_rules import N, T, feedback, looped, numbers
+
+pytestmark = [merges, pytest.mark.usefixtures("fresh_compiler")]
+
+INFO, WARNING = logging.INFO, logging.WARNING
+
+
+def all_steps(net: Any, x: torch.Tensor) -> Any:
+    mem, out = net.lif1.reset_mem(), []
+    for x_t in x:
+        spk, mem = net.lif1(net.fc1(x_t), mem)
+        out.append(net.drop(spk))
+    return torch.stack(out)
+
+
+def broken(net: Any, x: torch.Tensor) -> Any:
+    """Breaks the graph in each step, behind a Leaky."""
+    mem, out = net.lif1.reset_mem(), []
+    for x_t in x:
+        spk, mem = net.lif1(net.fc1(x_t), mem)
+        torch._dynamo.graph_break()
+        out.append(spk)
+    return torch.stack(out)
+
+
+def detached(net: Any, x: torch.Tensor) -> Any:
+    mem, out = net.lif1.reset_mem(), []
+    for x_t in x:
+        spk, mem = net.lif1(net.fc1(x_t), mem)
+        mem = mem.detach()
+        out.append(spk)
+    return torch.stack(out)
+
+
+def theirs() -> nn.Module:
+    """Makes a network of snnTorch's layers that nobody has accelerated."""
+    return Documentation()
+
+
+def one_of_theirs() -> nn.Module:
+    """Makes an accelerated network, of which one Leaky became snnTorch's again."""
+    net = looped(all_steps)()
+    net.lif1 = leaky()
+    return net
+
+
+STEPS, IMAGES = (T, N, 6), (N, T, 1, 8, 8)
+# What is compiled; the shape of x; the level; and the words of one message of that level.
+MESSAGES = {
+    "a line for each layer": (looped(all_steps), STEPS, INFO, ["fc1", "Linear", "fold"]),
+    "of neurons, too": (looped(all_steps), STEPS, INFO, ["lif1", "Leaky", "sequence"]),
+    "of what stays": (looped(all_steps), STEPS, INFO, ["drop", "Dropout", "step"]),
+    "feedback": (looped(feedback), STEPS, WARNING, ["lif1", "Leaky", "own result"]),
+    "feedback of the second": (looped(feedback), STEPS, WARNING, ["lif2", "Leaky", "own result"]),
+    "a detach in each step": (looped(detached), STEPS, WARNING, ["lif1", "detach"]),
+    "a graph break": (looped(broken), STEPS, WARNING, ["lif1", "test_log.py:"]),
+    "a single step": (looped(all_steps), (1, N, 6), WARNING, ["one step", "lif1", "outside"]),
+    "snnTorch's cell": (theirs, IMAGES, WARNING, ["sclstm1", "SConv2dLSTM", "accelerate"]),
+    "snnTorch's Leaky": (theirs, IMAGES, WARNING, ["lif1", "Leaky", "accelerate"]),
+    "one of snnTorch's": (one_of_theirs, STEPS, WARNING, ["lif1", "Leaky", "accelerate"]),
+}  # fmt: skip
+SECOND = ["lif1", f"{T - 1} and {T}", "unroll"]  # the second number of steps
+UNKNOWN = r"inner.*got.*(outer|fastest)"  # another option, or a mode
+OLDER = r"torch 2\.13.*got 2\.9\.1"
+
+
+def compiled(make: Any, *shapes: tuple[int, ...], **options: Any) -> None:
+    """Compiles a network and calls it with x of these shapes."""
+    net = torch.compile(make(), backend=BACKEND, **options)
+    for shape in shapes:
+        net(numbers(*shape))
+
+
+def said(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "snnlstm" and record.levelno == level
+        and "accelerate(): " not in record.getMessage()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_messages(name, caplog):
+    make, shape, level, words = MESSAGES[name]
+    with caplog.at_level(INFO, "snnlstm"):
+        compiled(make, shape)
+    messages = said(caplog, level)
+    assert any(all(word in message for word in words) for message in messages), messages
+
+
+def test_a_loop_that_is_merged_has_no_warning_and_one_message(caplog):
+    with caplog.at_level(INFO, "snnlstm"):
+        net = looped(all_steps)()
+        caplog.clear()  # what accelerate said
+        compiled(lambda: net, STEPS, STEPS)
+    assert not said(caplog, WARNING)
+    assert len(said(caplog, INFO)) == 1
+
+
+def test_a_second_number_of_steps_has_a_warning_and_a_third_no_other(caplog):
+    with caplog.at_level(WARNING, "snnlstm"):
+        net = torch.compile(looped(all_steps)(), backend=BACKEND)
+        net(numbers(T, N, 6))
+        assert not said(caplog, WARNING)
+        net(numbers(T - 1, N, 6))
+        net(numbers(T + 1, N, 6))
+    messages = said(caplog, WARNING)
+    assert len([m for m in messages if all(word in m for word in SECOND)]) == 1, messages
+
+
+def test_snntorchs_layers_that_are_ours_by_patch_have_no_warning(caplog):
+    with caplog.at_level(WARNING, "snnlstm"), snnlstm.patch():
+        compiled(lambda: Documentation(), IMAGES)
+    assert not said(caplog, WARNING)
+
+
+def test_another_neuron_of_snntorch_is_no_layer_of_ours(caplog):
+    """accelerate would not change it, so nobody is told to call it."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lif = snn.Synaptic(alpha=0.5, beta=0.5, init_hidden=True)
+
+        def forward(self, x):
+            self.lif.reset_mem()
+            return torch.stack([self.lif(x_t) for x_t in x])
+
+    with caplog.at_level(WARNING, "snnlstm"):
+        compiled(Net, STEPS)
+    assert not said(caplog, WARNING)
+
+
+def test_an_older_torch_is_refused_by_its_version(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1"))
+    with pytest.raises(RuntimeError, match=OLDER):
+        compiled(looped(all_steps), STEPS)
+
+
+@pytest.mark.parametrize("options", [{"options": {"outer": 1}}, {"mode": "fastest"}], ids=str)
+def test_unknown_options_are_refused(options):
+    with pytest.raises(Exception, match=UNKNOWN):
+        compiled(looped(all_steps), STEPS, **options)
