@@ -190,7 +190,8 @@ def guard_of(tensors: Sequence[Tensor]) -> Any:
 
 def memory_of(tensor: Tensor) -> int:
     """A number for the memory of a tensor, which other tensors in the same memory share."""
-    return tensor.untyped_storage()._cdata
+    strided = tensor.layout is torch.strided
+    return tensor.untyped_storage()._cdata if strided else id(tensor)
 
 
 def size_hint(size: Any) -> int:

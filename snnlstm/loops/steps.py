@@ -12,7 +12,6 @@ changes a setting, such as the grad mode.
 
 from __future__ import annotations
 
-import heapq
 import inspect
 import operator
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import networkx  # torch itself needs it
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -70,9 +70,10 @@ def _effects(node: Node) -> Effects:
             name[0] == "i" and hasattr(operator, f"__{name[1:]}__")
         )
         return Effects(tensors[:1] if in_place else ())
-    if not rows.is_of_torch(node) or "out" in node.kwargs:
-        return everything
     named = _named_arguments(node)
+    # An embedding with a max_norm writes to its weight.
+    if not rows.is_of_torch(node) or "out" in node.kwargs or named.get("max_norm") is not None:
+        return everything
     if named.get("inplace"):
         return Effects(tensors[:1], bool(named.get("training")))
     if name in _WRITE_BUFFERS:
@@ -180,7 +181,6 @@ class Loop:
         self._regions = self._needs_of_effects()
         self._find_equal()
         self._unit = list(range(len(self.nodes)))
-        self._calls_of: dict[int, list[int]] = {}
         self._handed: dict[int, set[int]] = {}
         self._last: dict[Node, Node] = {}  # the first call of the chain that ends with it
         groups = self._groups()
@@ -250,8 +250,8 @@ class Loop:
         for number, node in enumerate(self.nodes):
             self.same[node] = node
             value = node.meta.get("example_value")
-            if node.op == "call_function" and isinstance(value, torch.SymInt):  # equal sizes, however they were computed
-                key: Any = str(value)
+            if isinstance(value, torch.SymInt) and node.op != "placeholder":
+                key: Any = str(value)  # sizes are equal, however they were computed
             elif self.is_pure(node) and self._touched(node).isdisjoint(self.written):
                 arguments = self._frozen((node.args, node.kwargs), lambda arg: self.same[arg])
                 key = node.target, arguments, self._regions[number]
@@ -421,7 +421,7 @@ class Loop:
         members = {number: at for at, number in enumerate(calls)}
         depends_on: dict[int, int] = {}
         for unit in self.order():
-            needed = self._needs[unit]
+            needed = self._needs_of(unit)
             at = members.get(unit)
             if at is None:
                 depends_on[unit] = max((depends_on[u] for u in needed), default=-1)
@@ -429,7 +429,7 @@ class Loop:
             others = needed - self._handed.get(unit, set())
             own = max((depends_on[u] for u in others), default=-1)
             reason = None
-            if runs:
+            if runs:  # why this call may not continue the run of the last one
                 last = members[runs[-1][-1]]
                 if own == len(runs) - 1:
                     between = {self._regions[unit], self._regions[calls[last]]}
@@ -457,35 +457,17 @@ class Loop:
     def _contract(self, calls: list[int]) -> None:
         """Make the calls of a run one unit, that of the first one."""
         unit, *others = calls
-        needs = self._needs[unit]
         for other in others:
-            needs |= self._needs[other] - self._handed.get(other, set())
+            self._needs[unit] |= self._needs[other] - self._handed.get(other, set())
             self._unit[other] = unit
-        gone = set(others)
-        self._needs[unit] = needs
-        for number, needed in enumerate(self._needs):
-            if self._unit[number] == number and not gone.isdisjoint(needed):
-                needed -= gone
-                needed.add(unit)
+
+    def _needs_of(self, unit: int) -> set[int]:
+        return {self._unit[number] for number in self._needs[unit]}
 
     def order(self) -> Iterator[int]:
         """The units in an order in which each follows all that it needs; early nodes come early."""
-        waiting: dict[int, int] = {}
-        after: dict[int, list[int]] = {}
-        ready = []
-        for unit, of_itself in enumerate(self._unit):
-            if of_itself != unit:
-                continue
-            needed = self._needs[unit]
-            waiting[unit] = len(needed)
-            for other in needed:
-                after.setdefault(other, []).append(unit)
-            if not needed:
-                ready.append(unit)
-        while ready:
-            unit = heapq.heappop(ready)
-            yield unit
-            for other in after.get(unit, ()):
-                waiting[other] -= 1
-                if not waiting[other]:
-                    heapq.heappush(ready, other)
+        graph = networkx.DiGraph()
+        for unit in sorted(set(self._unit)):
+            graph.add_node(unit)
+            graph.add_edges_from((needed, unit) for needed in self._needs_of(unit))
+        return networkx.lexicographical_topological_sort(graph)
