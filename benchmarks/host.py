@@ -1,14 +1,16 @@
 """Measures the time of a step call in Python and torch, with kernels that do nothing.
 
-    python -m benchmarks.host
+    python -m benchmarks.host [--compile]
 
 Prints microseconds a step of a loop of step calls, without gradients and with a backward pass. The
 rows are the CPU backend, the CUDA backend (of tests/emulator, so that no GPU is needed), and the
 same where cuDNN convolves (and takes no time). The numbers are medians over alternating rounds.
+With --compile it prints the processor time for which torch.compile traces a call instead.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import statistics
 import time
@@ -18,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import snnlstm
 from benchmarks import devices
@@ -69,8 +72,41 @@ def _measure(step: Callable) -> tuple[float, float]:
     return (middle - begin) * each, (time.perf_counter() - middle) * each
 
 
+def _traced(layers: nn.Sequential, time_steps: int) -> float:
+    """Returns the processor's seconds for which dynamo compiles a loop of calls."""
+
+    def loop_of_calls(x: torch.Tensor) -> list[torch.Tensor]:
+        layers[-1].reset_mem()
+        return [layers(x_t) for x_t in x]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loop_of_calls, backend="eager", fullgraph=True)
+    x = torch.rand(time_steps, 1, 2, 8, 8)
+    begin = time.process_time()
+    compiled(x)
+    return time.process_time() - begin
+
+
+def print_tracing() -> None:
+    """Prints how long dynamo traces a call, from loops of 5 and of 25 calls."""
+    print("Milliseconds of the processor for which torch.compile traces a call")
+    for name, layers in {
+        "SConv2dLSTM": [snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, init_hidden=True)],
+        "Linear and Leaky": [nn.Linear(8, 8), snnlstm.Leaky(0.9, init_hidden=True)],
+    }.items():
+        net = nn.Sequential(*layers)
+        _traced(net, 2)
+        short, whole = (min(_traced(net, steps) for _ in range(3)) for steps in (5, 25))
+        print(f"  {name:34} {(whole - short) / 20 * 1e3:6.1f}")
+
+
 def main() -> None:
     """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compile", action="store_true", help="time torch.compile's traces")
+    if parser.parse_args().compile:
+        print_tracing()
+        return
     ways = ("cpu", "auto"), ("emulator-a100", "auto"), ("emulator-a100", "cudnn")
     cells = {way: snnlstm.SConv2dLSTM(2, 12, 3, threshold=0.1) for way in ways}
     times: dict[tuple[str, str], list[tuple[float, float]]] = {way: [] for way in ways}

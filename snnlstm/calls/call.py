@@ -124,7 +124,11 @@ def stateless_call(
 
 def may_require_grad(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a result of a call with these tensors may require a gradient."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # dynamo traces a loop faster than any()
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def as_image(tensor: Tensor) -> Tensor:

@@ -312,12 +312,13 @@ def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
 
     A layer may replace the methods in `called`, because ours calls them, too.
     """
-    own, ours, (forward, released) = layer.__dict__, type(layer), _RELEASED[kind]
-    if kind.forward is not forward or "forward" in own:
-        return "its forward was replaced"
-    for name, method in released.items():
-        if (name in own and name not in called) or getattr(ours, name, None) is not method:
-            return f"its {name} was replaced"
+    own, (_, released) = layer.__dict__, _RELEASED[kind]
+    found = "forward" if "forward" in own else _patched(type(layer), kind)
+    for name in released:
+        if name in own and name not in called:
+            found = name
+    if found is not None:
+        return f"its {found} was replaced"
     chosen = own.get("state_function") or layer._modules.get("state_function")
     if chosen is not None:
         name = getattr(chosen, "__name__", "")
@@ -327,6 +328,17 @@ def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
             return "its state_function was replaced"
     if not _follows(kind):
         return f"the installed snntorch computes {kind.__name__} differently from snntorch 1.0.0"
+    return None
+
+
+def _patched(ours: Any, kind: Any) -> str | None:
+    """The method of a class of ours, or the forward of snnTorch's `kind`, that was replaced."""
+    forward, released = _RELEASED[kind]
+    if kind.forward is not forward:
+        return "forward"
+    for name, method in released.items():
+        if getattr(ours, name, None) is not method:
+            return name
     return None
 
 
@@ -358,6 +370,8 @@ def source_of(kind: Any) -> int | None:
     return checksum
 
 
+# The compiler asks while it traces.
+_patched._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _follows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -123,6 +123,35 @@ def reason_against_conv(
     return None
 
 
+def unrecorded_while_tracing() -> bool:
+    """Whether torch.compile traces no export, and no transform of torch.func.
+
+    The compiler asks once for each call that it traces. It guards on transforms by itself.
+    """
+    return recorded_now(True) is None
+
+
+def plain_while_tracing(cell: type, released: tuple[Any, ...], conv: type) -> bool:
+    """Whether a cell and its conv are plain as far as their classes and the process say.
+
+    The compiler asks once for each call that it traces, and puts no guard on the answer.
+    `released` are the class's own fire and mem_reset.
+    """
+    return (
+        conv is nn.Conv2d
+        and (conv.__call__, conv.forward, conv._conv_forward) == _TORCHS[conv]
+        and (F.conv1d, F.conv2d) == _FUNCTIONS
+        and (cell.fire, cell.mem_reset) == released  # type: ignore[attr-defined]
+        and not global_hooks()
+        and unrecorded_while_tracing()
+    )
+
+
+# torch.compiler.assume_constant_result sets this flag, but its import loads the compiler.
+unrecorded_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+plain_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def asked_every_call(
     conv: Any,
     kind: type[nn.Conv1d | nn.Conv2d],

@@ -31,7 +31,6 @@ from .half_types import in_float32
 from .plan import (
     Gradients,
     Plan,
-    Result,
     SavedLayout,
     Sizes,
     empty_gradients,
@@ -108,6 +107,8 @@ def _check_fit(call: Call, spec: CellSpec) -> None:
         and (bias is None or bias.shape == (4 * channels,))
         and (threshold is None or threshold.numel() in (1, channels))
         and (graded is None or graded.numel() == 1)
+        and all(t is None or t.device == x.device for t in call[1:8])
+        and all(t is None or t.layout is torch.strided for t in call[:7])
     )  # fmt: skip
     if not fits:
         shapes = {k: tuple(t.shape) for k, t in call._asdict().items() if isinstance(t, Tensor)}
@@ -119,32 +120,27 @@ def _check_fit(call: Call, spec: CellSpec) -> None:
     schema=f"({_CALL}, bool training) -> ({', '.join(['Tensor'] * 5)})",
 )  # fmt: skip
 @pool.where_it_fits
-def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Run a plan's forward pass; also return what is saved for the backward pass."""
     text, algorithm, training = arguments[_FIELDS:]
     plan, call = _planned(arguments[:_FIELDS], text, algorithm)
-    result = plan.forward(call, training)
-    return _forward_outputs(call.x, result)
-
-
-def _forward_outputs(x: Tensor, r: Result) -> tuple[Tensor, ...]:
-    """A forward pass's results, as its operator returns them; nothing is saved in inference."""
-    saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved
+    r, x = plan.forward(call, training), call.x
+    saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved  # not in inference
     # A graph of CUDA operators must have no tensor on the CPU.
     selection = torch.tensor(r.selection, dtype=torch.int64).to(x.device)
     return r.spk, r.syn, r.mem, saved, selection
 
 
-@_forward_operator.register_fake
+@_forward.register_fake
 def _(*arguments):
     call, (text, _, training) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    _check_fit(call, _traced_spec(text)[0])  # torch.compile does not trace the module's checks
     s, x = _sizes(call, text), call.x
     spk, state = (empty_like_images(x, shape) for shape in s.outputs())
     layout = SavedLayout(BACKENDS[x.device.type].saved_shapes(s) if training else ())
     saved = x.new_empty(layout.bytes, dtype=torch.uint8)
-    selection = (0, 0) if x.device.type == "cpu" else ()
-    return _forward_outputs(
-        x, Result(spk, state, torch.empty_like(state), saved, selection=selection)
-    )
+    selection = x.new_empty(2 if x.device.type == "cpu" else 0, dtype=torch.int64)
+    return spk, state, torch.empty_like(state), saved, selection
 
 
 @torch.library.custom_op(
@@ -199,7 +195,22 @@ def _backward_of_operator(ctx: Any, *grads: Tensor | None) -> tuple:
     return (*(g if want else None for g, want in zip(out, wanted, strict=True)), *(None,) * 6)
 
 
-_forward_operator.register_autograd(_backward_of_operator, setup_context=_setup_context)
+_forward.register_autograd(_backward_of_operator, setup_context=_setup_context)
+_forward_operator = torch.ops.snnlstm.forward.default  # dynamo traces this one faster
+
+
+def run_tensors(
+    tensors: tuple[Tensor | None, ...],
+    record: bool,
+    operands: torch.dtype | None,
+    serialized: str,
+    algorithm: str,
+) -> Sequence[Tensor]:
+    """The spk, syn and mem of a call whose tensors the kernels can read as they are."""
+    # A graph in torch.compile's cache on disk must not serve a build with another layout.
+    text = f"{LAYOUT}|{tensors[0].dtype}|{operands}|{serialized}"  # type: ignore[union-attr]
+    training = may_require_grad(tensors[:6])
+    return _forward_operator(*tensors, record, text, algorithm, training)[:3]
 
 
 def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -209,12 +220,9 @@ def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Te
         return in_float32(call, lambda step: run_operator(step, spec, algorithm))
     if weight.dtype != x.dtype:  # autocast makes the states of a half-precision module float32
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    tensors = x, syn, mem, weight, bias, threshold, graded, lengths
-    training = may_require_grad(tensors[:6])
-    # A graph in torch.compile's cache on disk must not serve a build with another layout.
     operands = operands_of(call, autocast_dtype(x.device.type))
-    text = f"{LAYOUT}|{x.dtype}|{operands}|{spec.serialized}"
-    spk, new_syn, new_mem, *_ = _forward_operator(*tensors, record, text, algorithm, training)
+    tensors = x, syn, mem, weight, bias, threshold, graded, lengths
+    spk, new_syn, new_mem = run_tensors(tensors, record, operands, spec.serialized, algorithm)
     if lengths is not None and record:
         new_syn, new_mem = recorded_states(call, new_syn, new_mem)
     return spk, new_syn, new_mem, None
@@ -232,7 +240,7 @@ def _run_plainly(*arguments: Any) -> tuple[Any, ...]:
 # torch's dispatcher would take 50 to 100 us a call. A compiler that hands its graph on to another
 # one puts the other operator in the place of the composite one.
 PLAIN: dict[Any, Callable[..., tuple[Any, ...]]] = {
-    torch.ops.snnlstm.forward.default: _run_plainly,
+    _forward_operator: _run_plainly,
     leaky_operators.leaky: leaky_operators.run_plainly,
 }
 OPAQUE: dict[Any, Any] = {leaky_operators.leaky: torch.ops.snnlstm.leaky_kernels.default}

@@ -30,7 +30,12 @@ from ..compat.snntorch import (
 )
 from ..compat.torch_private import NO_LEVEL, guard_of, has_ended, level_of
 from ..dispatch.path import LastPath, Path, log_fallback, native_path
-from ..dispatch.reasons import against_device, reason_now, recorded_now
+from ..dispatch.reasons import (
+    against_device,
+    reason_now,
+    recorded_now,
+    unrecorded_while_tracing,
+)
 from ..reference import leaky_step, real_dtype
 from ..surrogate import NONE, Surrogate
 from .state import NO_RESET
@@ -248,13 +253,14 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         parameters = beta, threshold, graded = [*map(self._parameter, _PARAMETERS)]
         if (
             own is not None or operators is None or not self._text or not self.reset_delay
-            or self.inhibition or self.state_quant or recorded_now(True) is not None
+            or self.inhibition or self.state_quant or not unrecorded_while_tracing()
             or algorithms.current == "reference" or x.device.type not in kernels.BACKENDS
             or kernels.reason_against(x, before, parameters, False) is not None
         ):  # fmt: skip
             return self._without_kernels(_TRACED, x, mem, own is not None)
         spk, after = operators.leaky(x, before, beta, threshold, graded, self._text, False, False)
-        self.mem, self._path = after, _COMPILED
+        self._buffers["mem"] = after
+        object.__setattr__(self, "_path", _COMPILED)  # nn.Module's takes long to trace
         return spk if self.init_hidden and not self.output else (spk, after)
 
     def _without_kernels(self, path: Path, x: Tensor, mem: Tensor | None, own: bool) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..calls import spec
+from ..calls import algorithms, spec
 from ..calls.call import (
     Call,
     as_image,
@@ -23,9 +23,17 @@ from ..calls.call import (
 from ..calls.lengths import checked_lengths
 from ..calls.spec import CellSpec
 from ..compat.registry import register
+from ..compat.torch_private import any_autocast
 from ..dispatch.entry import Results, run_call, run_traced
 from ..dispatch.path import Path, log_fallback
-from ..dispatch.reasons import EXPORT, asked_every_call
+from ..dispatch.reasons import (
+    EXPORT,
+    NATIVE_PATHS,
+    ONES,
+    asked_every_call,
+    operators,
+    plain_while_tracing,
+)
 from ..reference import Overrides
 from .attributes import CellAttributes
 from .state import State
@@ -271,6 +279,11 @@ class SConv2dLSTM(CellAttributes):
         # The functions below get this as an argument.
         traced = torch.compiler.is_compiling()
         described = self._spec or self._describe()
+        if traced and lengths is None and record is False:
+            results = self._traced_step(x, syn, mem, described)
+            if results is not None:
+                self._keep(False, results, True)
+                return results[0] if self.init_hidden and not self.output else results[:3]
         now, overrides = self._asked(described, traced)
         results, call = None, None
         if overrides is None and not traced:
@@ -293,8 +306,60 @@ class SConv2dLSTM(CellAttributes):
         if self.batch_first:
             out = batch_before_time(call, True, spk, syn, mem)
         if now is not EXPORT:  # tracers must not outlive the export in the cell
-            self._keep(call, (out[0], syn, mem, path), traced)
+            self._keep(call.record, (out[0], syn, mem, path), traced)
         return out[0] if self.init_hidden and not self.output else out
+
+    def _traced_step(self, x: Any, syn: Any, mem: Any, spec: CellSpec) -> Results | None:
+        """Run a plain step that torch.compile traces; None if a step needs a closer look.
+
+        The compiler takes some 0.04 ms for each bytecode. So this function asks little in few of
+        them, and leaves the errors of tensors that do not fit to the operator's fake kernel.
+        """
+        own, conv, state = self.__dict__, self._modules.get("conv"), self._state
+        if (
+            conv is None or not plain_while_tracing(type(self), _RELEASED, type(conv))
+            or not spec.serialized or spec.checkpoint or spec.quant is not None
+            or ((syn is None or mem is None) and state.restarted)
+        ):  # fmt: skip
+            return None
+        inside = conv.__dict__
+        if (
+            inside["_forward_hooks"] or inside["_forward_pre_hooks"]
+            or inside["_backward_hooks"] or inside["_backward_pre_hooks"]
+            or (inside["stride"], inside["dilation"], inside["padding"], inside["groups"])
+            != (ONES[2], spec.dilation, spec.padding, 1)
+            or inside["padding_mode"] != "zeros"
+        ):  # fmt: skip
+            return None
+        for name in ("conv", "threshold", "graded_spikes_factor", "fire", "mem_reset"):
+            if name in own:  # it hides the class's or the registered one
+                return None
+        for name in ("forward", "_conv_forward", "weight", "bias"):
+            if name in inside:
+                return None
+        syn, mem = state.syn if syn is None else syn, state.mem if mem is None else mem
+        weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
+        graded, threshold = map(self._buffers.get, ("graded_spikes_factor", "threshold"))
+        if threshold is None:
+            threshold = self._parameters.get("threshold")
+        for tensor in (x, syn, mem, weight, threshold, graded):
+            if not isinstance(tensor, Tensor):
+                return None
+        dtype, device, algorithm = x.dtype, x.device, algorithms.current
+        if (
+            x.dim() != 4 or 0 in x.shape or device.type not in NATIVE_PATHS or any_autocast()
+            or dtype not in (torch.float32, torch.float64) or algorithm == "reference"
+            or not dtype == syn.dtype == mem.dtype == weight.dtype == threshold.dtype
+            or graded.dtype != dtype or (bias is not None and bias.dtype != dtype)
+            or (x.shape[0], self.out_channels, *spec.state_size(*x.shape[2:])) != syn.shape
+            or syn.shape != mem.shape or threshold.dim() or graded.dim() or graded.requires_grad
+            or not threshold.device == graded.device == device
+        ):  # fmt: skip
+            return None
+        tensors = x, syn, mem, weight, bias, threshold, graded, None
+        assert operators is not None
+        out = operators.run_tensors(tensors, False, None, spec.serialized, algorithm)
+        return (*out, NATIVE_PATHS[device.type])
 
     def _unchecked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any) -> Call | None:
         """Return the call as it came, if nothing in it needs a conversion."""
@@ -371,11 +436,12 @@ class SConv2dLSTM(CellAttributes):
             overrides = overrides._replace(conv=self._on_images(conv))
         return now, overrides
 
-    def _keep(self, call: Call, results: Results, traced: bool) -> None:
+    def _keep(self, record: bool, results: Results, traced: bool) -> None:
         """Keep the results of a call that succeeded: spk as returned, and states of (T, N, ...)."""
         spk, syn, mem, path = results
         if traced:  # dynamo follows attributes, not dictionaries
-            self._path, self.spk = path, spk
+            object.__setattr__(self, "_path", path)  # nn.Module's takes long to trace
+            object.__setattr__(self, "spk", spk)
         else:  # nn.Module.__setattr__ is slow
             attributes = self.__dict__
             attributes["_path"], attributes["spk"] = path, spk
@@ -383,7 +449,7 @@ class SConv2dLSTM(CellAttributes):
                 log_fallback(path, self)
             else:
                 attributes.pop("reset", None)
-        if not call.record:
+        if not record:
             self._state.store(syn, mem, traced)
         elif syn.shape[0] > 0:  # a sequence without a step leaves the states as they were
             # The states are copies: snnTorch detaches states in place, which views refuse.
@@ -419,7 +485,7 @@ def _of_length(image: Tensor, fresh: bool) -> Tensor:
 _NEVER_CALLED = (
     "_base_state_function", "_base_state_reset_zero", "_base_sub", "_base_zero", "_base_int",
 )  # fmt: skip
-_FIRE, _MEM_RESET = SConv2dLSTM.fire, SConv2dLSTM.mem_reset
+_RELEASED = _FIRE, _MEM_RESET = SConv2dLSTM.fire, SConv2dLSTM.mem_reset
 
 
 class SConv1dLSTM(SConv2dLSTM):

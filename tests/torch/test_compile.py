@@ -15,6 +15,7 @@ from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 from torch.utils._pytree import tree_leaves
 
 import snnlstm
+from snnlstm.calls import spec
 from snnlstm.native import backends as native
 from snnlstm.native import operators
 from tests.shared.helpers import (
@@ -199,6 +200,148 @@ def test_what_changes_after_compiling_is_followed():
             same_gradients(changed, eager)
             assert all(map(alike, actual, before)) == (name in SAME_RESULTS), name
             before = actual
+
+
+# Values that are no defaults; the order keeps the options from contradicting each other.
+VALUES = {
+    "reset_mechanism": "zero", "max_pool": 2, "inhibition": True, "surrogate_disable": True,
+    "spike_grad": snnlstm.surrogate.sigmoid(3), "state_quant": snnlstm.quant.state_quant(4),
+    "stride": 2, "dilation": 3, "checkpoint": True, "batch_first": True, "output": True,
+    "init_hidden": True, "avg_pool": 2,
+}  # fmt: skip
+
+
+def test_every_option_that_changes_after_compiling_is_followed():
+    """Each is set and then set back, after a first step that starts from zeros."""
+    assert set(VALUES) == set(spec.OPTIONS)
+    cells = [ours(threshold=0.02, output=True) for _ in range(2)]
+    compiled = torch.compile(cells[0], fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=8 * len(VALUES)):
+        for name, value in VALUES.items():
+            before = getattr(cells[0], name)
+            for now in (before, value, before):
+                results = []
+                for cell, call in zip(cells, (compiled, cells[1]), strict=True):
+                    setattr(cell, name, now)
+                    cell.reset_mem()
+                    cell.zero_grad()
+                    outs = flat([call(x) for x in steps(2, 2, 2, 6, 6)])
+                    sum(o.square().sum() for o in outs if o.requires_grad).backward()
+                    results.append([*outs, cell.conv.weight.grad])
+                close(*results)
+
+
+def in_place_of_fire(mem):
+    return (mem > 0.03).float() + 0 * mem
+
+
+class Loud(snnlstm.SConv2dLSTM):
+    def fire(self, mem):
+        return 2 * super().fire(mem)
+
+
+def hooked(cell):
+    cell.conv.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def in_doubles(name):
+    return lambda cell: cell._buffers.update({name: cell._buffers[name].double()})
+
+
+# What a call needs besides its tensors being read, and how the cell gets it.
+UNUSUAL = {
+    "a hook": hooked,
+    "fire": lambda cell: setattr(cell, "fire", in_place_of_fire),
+    "a subclass": lambda cell: setattr(cell, "__class__", Loud),
+    "conv's forward": lambda cell: setattr(cell.conv, "forward", lambda x: conv_of(cell, 3 * x)),
+    "a function for conv": lambda cell: as_a_function(cell),
+    "padding": lambda cell: setattr(cell.conv, "padding", "same"),
+    "conv's dilation": lambda cell: setattr(cell.conv, "dilation", (1, 1)),
+    "threshold of float64": in_doubles("threshold"),
+    "graded of float64": in_doubles("graded_spikes_factor"),
+    "a threshold a channel": lambda cell: setattr(cell, "threshold", torch.full((3, 1, 1), 0.05)),
+    "a threshold a column": lambda cell: setattr(cell, "threshold", torch.full((6,), 0.05)),
+    "a learned factor": lambda cell: learned_factor(cell),
+    "bfloat16": lambda cell: cell.bfloat16(),
+    "a quantiser": lambda cell: setattr(cell, "state_quant", snnlstm.quant.state_quant(4)),
+    "a surrogate": lambda cell: setattr(cell, "spike_grad", torch.sigmoid),
+    "hidden threshold": lambda cell: cell.__dict__.update(threshold=torch.tensor(0.02)),
+    "hidden weight": lambda cell: cell.conv.__dict__.update(weight=cell.conv.weight.detach() * 2),
+}
+
+
+def conv_of(cell, x):
+    return nn.functional.conv2d(x, cell.conv.weight, cell.conv.bias, padding=1)
+
+
+def as_a_function(cell):
+    conv = cell.conv
+    del cell.conv
+    cell.conv = lambda x: conv(x) * 2
+
+
+def learned_factor(cell):
+    del cell.graded_spikes_factor
+    cell.graded_spikes_factor = nn.Parameter(torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_a_trace_looks_closer_where_a_call_is_unusual(name):
+    """A second step does not start from zeros, so most of its checks could be left out."""
+    results = []
+    for compiled in (True, False):
+        cell = ours(threshold=0.05)
+        UNUSUAL[name](cell)
+        call = torch.compile(cell, backend="eager", fullgraph=True) if compiled else cell
+        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+        outs = flat([call(x.to(dtype)) for x in steps(3, 2, 2, 6, 6)])
+        loss, learned = sum(o.float().square().sum() for o in outs), [*cell.parameters()]
+        grads = torch.autograd.grad(loss, learned, allow_unused=True) if learned else ()
+        results.append(([*outs, *grads], cell.path.native))
+    close(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_the_trace_of_a_plain_step_is_its_operator():
+    graphs = []
+    cell = ours()
+
+    def loop(x):
+        syn, mem = cell.reset_mem()
+        for x_t in x:
+            spk, syn, mem = cell(x_t, syn, mem)
+        return spk, syn, mem
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(loop, backend=backend, fullgraph=True)(steps(3, 2, 2, 6, 6))
+    names = [node.name.rstrip("_0123456789") for node in graphs[0].graph.nodes
+             if node.op.startswith("call")]  # fmt: skip
+    last = len(names) - names[::-1].index("forward_default") - 1
+    second = names.index("forward_default", names.index("forward_default") + 1)
+    assert [names[k] for k in range(second, last)] == ["forward_default", "syn", "mem"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, syn, mem: (x[:, :1], syn, mem), lambda x, syn, mem: (x[..., :0], syn, mem),
+        lambda x, syn, mem: (x, syn[:1], mem), lambda x, syn, mem: (x, syn, mem[..., 1:]),
+        lambda x, syn, mem: (x.to(torch.complex64), syn, mem), lambda x, syn, mem: (x, [syn], mem),
+        lambda x, syn, mem: (x.to("meta"), syn, mem), lambda x, syn, mem: (x, syn.to("meta"), mem),
+        lambda x, syn, mem: (x.tolist(), syn, mem), lambda x, syn, mem: (x.to_sparse(), syn, mem),
+    ],
+)  # fmt: skip
+def test_wrong_tensors_raise_while_the_compiler_traces(wrong):
+    cell = ours()
+    given = steps(1, 2, 2, 6, 6)[0], *states(2, 3, 6, 6)
+    compiled = torch.compile(cell, backend="eager")
+    compiled(*given)
+    for call in (cell, compiled):
+        with pytest.raises(Exception):  # noqa: B017  dynamo wraps it
+            call(*wrong(*given))
 
 
 @pytest.mark.parametrize(
