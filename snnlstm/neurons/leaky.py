@@ -150,6 +150,17 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         else:
             self.__dict__["state_function"] = value
 
+    def reset_mem(self) -> Tensor:
+        """Set mem to zero, and return it.
+
+        torch.compile would compile anew for each shape of the stored mem; an empty one means zeros.
+        """
+        if not torch.compiler.is_compiling():
+            return super().reset_mem()
+        mem = self._parameter("threshold").detach().new_zeros(0)
+        self._buffers["mem"] = mem  # nn.Module.__setattr__ would look at the old one
+        return mem
+
     # ---- copies ---------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
