@@ -439,7 +439,7 @@ def test_a_state_that_is_written():
 
 @MODES
 def test_batch_norm_writes_its_buffers_without_saying_so(training):
-    """Each step reads the statistics behind Leaky, before the next one writes them in front of it."""
+    """Each step reads the statistics behind Leaky; the next one writes them in front of it."""
 
     def forward(net, x):
         mean, var = net.bn.running_mean, net.bn.running_var
