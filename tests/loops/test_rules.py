@@ -307,6 +307,32 @@ def test_layers_of_other_parameters_or_settings_are_not_one():
     expect(check(forward), leaky=2, linear=1)
 
 
+def test_numbers_that_differ_from_step_to_step():
+    """A call that has another number in each step is another call."""
+
+    def forward(net, x):
+        mem, out = net.lif1.reset_mem(), []
+        for t in range(T):
+            spk, mem = net.lif1(net.fc1(x[t]) * (t + 1) + x[t].sum(t % 2, keepdim=True), mem)
+            out.append(torch.clamp(spk, max=t / 4))
+        return torch.stack(out)
+
+    check(forward)
+
+
+def test_steps_of_other_shapes():
+    """A Leaky starts from zeros where x has another shape than its mem."""
+
+    def forward(net, x):
+        out = []
+        for t in range(T):
+            spk, mem = net.lif1(net.fc1(x[t][: 2 if t < 2 else N]))
+            out += [spk, mem]
+        return out
+
+    expect(check(forward), linear=2, leaky=2)
+
+
 # ---- writing in place ----------------------------------------------------------------------------
 
 
@@ -742,6 +768,34 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize(0)": lambda x: F.normalize(x, dim=0),
     "einsum": lambda x: torch.einsum("ni,mi->nm", x, x),
     "cdist": lambda x: torch.cdist(x, x),
+    "batch_norm of its own": lambda x: F.batch_norm(x, None, None, training=True),
+    "dropout in evaluation": lambda x: F.dropout(x, 0.5, False),
+    "where": lambda x: torch.where(x > 0, x, x.mean(0)),
+    "alpha": lambda x: torch.add(x, x.sum(1, keepdim=True), alpha=2),
+    "a number in float64": lambda x: x * x.mean().double(),
+    "a vector in float64": lambda x: x * x.mean(0).double(),
+    "integers": lambda x: (x * 4).long() // 3,
+    "type_as": lambda x: (x > 0).type_as(x),
+    "column": lambda x: x[:, 0],
+    "last": lambda x: x[..., -1:],
+    "None": lambda x: x[None],
+    "expand": lambda x: x[:1].expand(N, 6) + 1,
+    "repeat": lambda x: x.repeat(2, 1),
+    "chunk": lambda x: torch.cat(x.chunk(2, dim=1)[::-1], dim=1),
+    "split": lambda x: x.split([1, 2])[1],
+    "permute": lambda x: x.permute(1, 0),
+    "pad": lambda x: F.pad(x, (1, 0)),
+    "pad of samples": lambda x: F.pad(x, (0, 0, 1, 0)),
+    "circular pad": lambda x: F.pad(x[None], (1, 2), mode="circular"),
+    "cat(-1)": lambda x: torch.cat([x, x[:, :2]], -1),
+    "cat(-2)": lambda x: torch.cat([x, torch.ones(1, 6)], dim=-2),
+    "cat with the same": lambda x: torch.cat([torch.ones(N, 2), x], dim=1),
+    "stack(1)": lambda x: torch.stack([x, x * 2], dim=1),
+    "another weight in each step": lambda x: F.linear(x, x),
+    "another bias in each step": lambda x: F.linear(x, torch.eye(6), x[0]),
+    "one image for each sample": lambda x: F.max_pool2d(x.view(N, 1, 2, 3), (1, 2)).flatten(1),
+    "max_pool with indices": lambda x: F.max_pool1d(x[None], 2, return_indices=True)[1],
+    "gather": lambda x: x.gather(0, torch.zeros(N, 6, dtype=torch.long)),
 }  # fmt: skip
 
 
@@ -796,17 +850,23 @@ class Cells(nn.Module):
 @MODES
 @pytest.mark.parametrize("options", [{"lengths": True}, {"checkpoint": True}, {}], ids=str)
 def test_calls_of_sequences_are_left_as_they_are(options, training):
-    """Sequences are not stacked once more, and `lengths` are those of each."""
+    """Sequences are not stacked once more, and `lengths` are those of each.
+
+    In training, checkpoint=True cuts them into segments, which here are steps.
+    """
 
     def make():
         return Cells(**options).double()
 
     x = numbers(T, N, 2, 5, 5, dtype=torch.float64)
-    expect(as_eager(make, x, training=training, atol=1e-10, rtol=1e-10), cell=2)
+    cut = training and "checkpoint" in options
+    expect(as_eager(make, x, training=training, atol=1e-10, rtol=1e-10), cell=2 * T if cut else 2)
 
 
 @MODES
 def test_checkpointed_cells_and_those_with_all_options(training):
+    """In training each step is an operator of a higher order, and such stay where they are."""
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -821,7 +881,7 @@ def test_checkpointed_cells_and_those_with_all_options(training):
 
     x = numbers(T, N, 2, 6, 6, dtype=torch.float64)
     calls = as_eager(lambda: Net().double(), x, training=training, atol=1e-10, rtol=1e-10)
-    expect(calls, cell=1)
+    expect(calls, cell=T if training else 1)
 
 
 def test_large_convolutions_are_not_stacked():
