@@ -550,6 +550,7 @@ NETWORKS = {
     "bfloat16": Network(Half, (FLAT,), merged(), dtype=torch.bfloat16, exact=True, rounding=0.03),
     "float16": Network(Half, (FLAT,), merged(), dtype=torch.float16, exact=True, rounding=4e-3),
     "autocast": Network(
-        Exact, (FLAT,), merged(), run=under_autocast, dtype=torch.float32, exact=True, rounding=0.03,
+        Exact, (FLAT,), merged(), run=under_autocast, dtype=torch.float32, exact=True,
+        rounding=0.03,
     ),
 }  # fmt: skip
