@@ -34,14 +34,15 @@ utils.reset(nn.Module())
 class Calls(TorchFunctionMode):
     """Counts, by name, the calls of torch's functions and of the kernels in compiled graphs.
 
-    A kernel's own calls of torch's functions are not counted.
+    Neither a kernel's own calls of torch's functions are counted, nor backward passes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.graphs = 0
-        self._within = False
+        self._within = False  # a kernel
+        self._running = False  # a compiled graph
 
     def __getitem__(self, name: str) -> int:
         return self.counts[name]
@@ -53,7 +54,7 @@ class Calls(TorchFunctionMode):
     @contextmanager
     def _one(self, name: str) -> Iterator[None]:
         name = name.removesuffix(".default")
-        if self._within:
+        if self._within or not self._running:
             yield
             return
         self.counts[_NAMES.get(name, name)] += 1
@@ -79,8 +80,12 @@ class Calls(TorchFunctionMode):
             compiled = lookup_backend(BACKEND)(graph, inputs, **options)
 
             def run(*args: Any) -> Any:
-                with self:
-                    return compiled(*args)
+                self._running = True
+                try:
+                    with self:
+                        return compiled(*args)
+                finally:
+                    self._running = False
 
             return run
 

@@ -64,8 +64,8 @@ MESSAGES = {
     "a line for each layer": (looped(all_steps), STEPS, INFO, ["fc1", "Linear", "fold"]),
     "of neurons, too": (looped(all_steps), STEPS, INFO, ["lif1", "Leaky", "sequence"]),
     "of what stays": (looped(all_steps), STEPS, INFO, ["drop", "Dropout", "step"]),
-    "feedback": (looped(feedback), STEPS, WARNING, ["lif1", "Leaky", "own result"]),
-    "feedback of the second": (looped(feedback), STEPS, WARNING, ["lif2", "Leaky", "own result"]),
+    "feedback": (looped(feedback), STEPS, WARNING, ["lif1", "Leaky", "last result"]),
+    "feedback of the second": (looped(feedback), STEPS, WARNING, ["lif2", "Leaky", "last result"]),
     "a detach in each step": (looped(detached), STEPS, WARNING, ["lif1", "detach"]),
     "a graph break": (looped(broken), STEPS, WARNING, ["lif1", "test_log.py:"]),
     "a single step": (looped(all_steps), (1, N, 6), WARNING, ["one step", "lif1", "outside"]),
@@ -107,7 +107,7 @@ def test_a_loop_that_is_merged_has_no_warning_and_one_message(caplog):
     with caplog.at_level(INFO, "snnlstm"):
         net = looped(all_steps)()
         caplog.clear()  # what accelerate said
-        compiled(lambda: net, STEPS, STEPS)
+        compiled(lambda: net, STEPS)
     assert not said(caplog, WARNING)
     assert len(said(caplog, INFO)) == 1
 

@@ -3,24 +3,18 @@
 import pytest
 
 from tests.loops.compiled import BACKEND, as_eager
-from tests.loops.networks import NETWORKS, Network
-
-MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+from tests.loops.networks import NETWORKS
 
 
-def check(network: Network, training: bool, times: int = 1, **options):
-    tolerance = 0.0 if network.exact else 1e-10
-    return as_eager(
-        network.made, *network.inputs(), training=training, atol=tolerance, rtol=tolerance,
-        run=network.run, times=times, **options,
-    )  # fmt: skip
-
-
-@MODES
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name, training):
-    calls = check(NETWORKS[name], training)
+    network = NETWORKS[name]
+    error = network.tolerance(training)
+    calls = as_eager(
+        network.made, *network.inputs(), training=training, atol=error, rtol=error, run=network.run
+    )
     assert calls.graphs == 1
     if BACKEND == "snnlstm":
-        expected = NETWORKS[name].expected(training)
+        expected = network.expected(training)
         assert {kind: calls[kind] for kind in expected} == expected
