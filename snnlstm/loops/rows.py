@@ -61,8 +61,10 @@ def dim_of(node: Node) -> int:
 
 
 def requires_grad(node: Any) -> bool:
+    """Whether a node's result, or one of its results, requires a gradient."""
     value = value_of(node)
-    return isinstance(value, Tensor) and value.requires_grad
+    values = value if isinstance(value, tuple | list) else (value,)
+    return any(isinstance(item, Tensor) and item.requires_grad for item in values)
 
 
 def bytes_of(node: Node) -> int:
@@ -188,7 +190,7 @@ def _leakies(w: Any, run: Any) -> Any:
 
 # The states are arguments 1 and 2 of a cell, and argument 1 of a Leaky; spk is result 0.
 _CELL = Row(_cells, states=((1, 1), (2, 2)), options=(3, 4, 5, 6, 7, 9, 10))
-_LEAKY = Row(_leakies, states=((1, 1),), options=(2, 3, 4, 5))
+LEAKIES = Row(_leakies, states=((1, 1),), options=(2, 3, 4, 5))
 _LEADING, _FOLDED = Row(_leading), Row(_folded)
 _ELEMENTWISE = Row(_elementwise, first_alone=False)
 _FLATTEN, RESHAPE = Row(_flattened), Row(_reshaped)
@@ -215,7 +217,7 @@ def row_of(node: Node) -> Row | None:
     if node.target is CELL:
         return _CELL if dim_of(args[0]) == 4 and args[7] is None else None
     if node.target is LEAKY:
-        return None if args[6] else _LEAKY
+        return None if args[6] else LEAKIES
     if not isinstance(value, Tensor) or not (is_operator(node) or is_of_torch(node)):
         return None
     name, inputs = name_of(node), node.all_input_nodes

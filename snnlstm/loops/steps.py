@@ -408,7 +408,8 @@ class Loop:
         for numbers in self._independent(row, calls, limit):
             if len(numbers) > 1:
                 run = Run(row, [self.nodes[number] for number in numbers])
-                run.record = bool(row.states) and self._needs_states(numbers)
+                keeps_all = row is rows.LEAKIES and rows.requires_grad(self.nodes[numbers[0]])
+                run.record = bool(row.states) and (keeps_all or self._needs_states(numbers))
                 self.runs.update((node, (run, at)) for at, node in enumerate(run.calls))
                 self._contract(numbers)
 
