@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..native.operators import OPAQUE, PLAIN
 from ..networks.layers import ALONE, CONSTANT, LARGE_STATE, ONE_CALL, TO_STACK, LayerReport
 from . import rows
 from .rewrite import Writer
-from .steps import IN_PLACE, Loop
+from .steps import IN_PLACE, STATES, Loop
 
 logger = logging.getLogger("snnlstm")
 
@@ -78,7 +78,7 @@ def compile_loop(
 # ---- the log ------------------------------------------------------------------------------------
 
 _PLAIN = "torch.compile records it as plain operations, and its path says why"
-_OURS = "SConv2dLSTM", "SConv1dLSTM", "Leaky"
+_NEURONS = "SConv2dLSTM", "SConv1dLSTM", "Leaky"
 _steps_seen: BoundedDict[Any, set[int]] = BoundedDict()  # the numbers of steps, by loop
 
 
@@ -87,35 +87,32 @@ class _Layer:
     """A module of the network, and the node of each call that has its result."""
 
     name: str
-    kind: type
-    calls: list[Node] = field(default_factory=list)
-
-    @property
-    def is_neuron(self) -> bool:
-        """Whether it is a cell or a Leaky, of either library."""
-        return any(base.__name__ in _OURS for base in self.kind.__mro__)
-
-    @property
-    def is_ours(self) -> bool:
-        return any(base.__module__.startswith("snnlstm.") for base in self.kind.__mro__)
+    kind: str
+    is_neuron: bool
+    """Whether it is a cell or a Leaky, of either library."""
+    is_ours: bool
+    calls: list[Node]
 
 
 def _layers(loop: Loop) -> Iterator[_Layer]:
     """The layers of a loop, in the order of their first calls."""
-    nodes: dict[str, tuple[type, list[Node]]] = {}
+    modules: dict[str, tuple[Any, list[Node]]] = {}
     for node in loop.nodes:
-        stack = node.meta.get("nn_module_stack")
-        if stack and node.target is not rows.ITEM:
-            path, kind = list(stack.values())[-1]
-            nodes.setdefault(path, (kind, []))[1].append(node)
-    for path, (kind, called) in nodes.items():
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        if node.target in rows.STATEFUL or (stack and node.target is not rows.ITEM):
+            path, kind = stack[-1] if stack else ("", None)
+            modules.setdefault(path, (kind, []))[1].append(node)
+    for path, (kind, nodes) in modules.items():
+        operators = [node for node in nodes if node.target in rows.STATEFUL]
+        bases = getattr(kind, "__mro__", ())
+        title = getattr(kind, "__name__", "Leaky" if nodes[0].target is rows.LEAKY else "cell")
         name = re.sub(r"_modules\['(.*?)'\]", r"\1", path)
         name = re.sub(r"^L\['\w+'\]\.?", "", name).replace("'", "")
-        operators = [node for node in called if node.target in rows.STATEFUL]
-        last = called[-1].target
-        calls = operators or [node for node in called if node.target == last]
-        if name:
-            yield _Layer(name, kind, calls)
+        is_neuron = bool(operators) or any(base.__name__ in _NEURONS for base in bases)
+        is_ours = bool(operators) or any(base.__module__.startswith("snnlstm.") for base in bases)
+        calls = operators or [node for node in nodes if node.target == nodes[-1].target]
+        if name or is_neuron:
+            yield _Layer(name or title, title, is_neuron, is_ours, calls)
 
 
 def _report(loop: Loop, layer: _Layer) -> LayerReport:
@@ -139,8 +136,10 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
             reason = _PLAIN
         elif any(loop.memory[call] & loop.written for call in calls):
             reason = IN_PLACE
+        elif has_states:
+            reason = reason or STATES
         reason = reason or "it is not known to treat every sample by itself"
-    return LayerReport(layer.name, layer.kind.__name__, kind, str(reason))
+    return LayerReport(layer.name, layer.kind, kind, str(reason))
 
 
 def _log(loop: Loop, gm: GraphModule) -> None:
@@ -153,7 +152,7 @@ def _log(loop: Loop, gm: GraphModule) -> None:
     for layer in neurons:
         if not layer.is_ours:
             text = "layer %s is snntorch's %s and runs as plain operations: call snnlstm.accelerate"
-            logger.warning(f"{text}(net) before torch.compile", layer.name, layer.kind.__name__)
+            logger.warning(f"{text}(net) before torch.compile", layer.name, layer.kind)
     for layer, report in reports:
         by_size = report.reason in (LARGE_STATE, TO_STACK)  # the loop is faster
         if layer.is_neuron and layer.is_ours and report.kind == "step" and not by_size:
@@ -168,7 +167,10 @@ def _log(loop: Loop, gm: GraphModule) -> None:
         _warn_of_lengths(ours[0], max(counts))
 
 
-_OUTSIDE = "the loop lies outside of what is compiled, so compile the function that has the loop"
+_OUTSIDE = (
+    "the loop lies outside of what is compiled, so compile the function that has it, or a graph "
+    "break cut it, which TORCH_LOGS=graph_breaks shows"
+)
 
 
 def _is_step(call: Node) -> bool:

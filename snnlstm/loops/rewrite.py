@@ -95,7 +95,7 @@ class Writer:
         if self.is_one(nodes):
             one, same = self._single(nodes[0]), [-1] * rows.dim_of(nodes[0])
             return self.call("expand", self.call("unsqueeze", one, 0), len(nodes), *same)
-        places = [self._place(node) or self._loop.piece(node) for node in nodes]
+        places = [self._place(node) or self._piece(node) for node in nodes]
         # Consecutive steps of one origin have one key.
         keys = [place and (*place[:2], place[2] - t) for t, place in enumerate(places)]
         counts, spans = Counter(keys), []
@@ -108,6 +108,12 @@ class Writer:
             else:
                 spans.append(self._span(members[0][1], len(members)))
         return spans[0] if len(spans) == 1 else self.call(torch.cat, spans)
+
+    def _piece(self, node: Node) -> tuple[Node, int, int] | None:
+        """What :meth:`Loop.piece` returns, where the settings are those in which it was taken."""
+        piece = self._loop.piece(node)
+        alike = self._loop.region(node) == self._loop.region(self._at)
+        return piece if piece and (alike or not rows.requires_grad(piece[0])) else None
 
     def _span(self, first: Any, count: int) -> Node:
         """As many steps of a sequence, from the place of the first one."""
@@ -125,7 +131,8 @@ class Writer:
         if node.target is not torch.stack or not self._loop.is_pure(node):
             return None
         nodes = node.args[0]
-        if not any(self._place(n) or self._loop.piece(n) for n in nodes):
+        taken = any(self._place(n) or self._loop.piece(n) for n in nodes)
+        if not taken or rows.requires_grad(node) != any(map(rows.requires_grad, nodes)):
             return None
         dim = (*node.args[1:], *node.kwargs.values(), 0)[0]
         out = self.sequence(nodes)

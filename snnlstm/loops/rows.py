@@ -7,9 +7,11 @@ In the call for all steps, a tensor that differs from step to step has them as i
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -43,6 +45,15 @@ def is_of_torch(node: Node) -> bool:
         return True
     spaces = torch, F, torch._C._nn
     return any(getattr(space, name_of(node), None) is node.target for space in spaces)
+
+
+def named_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a function that is written in Python, with its defaults, by name."""
+    if not isinstance(node.target, FunctionType):
+        return {}
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def value_of(node: Any) -> Any:
@@ -230,7 +241,8 @@ def row_of(node: Node) -> Row | None:
         return _LEADING
     if name == "pad" and (*args[2:], *node.kwargs.values(), "constant")[0] == "constant":
         return _LEADING
-    if _OF_BATCHES.get(name) == dim or (name in _OF_ANY_BATCHES and dim >= 2):
+    own = name == "batch_norm" and named_arguments(node).get("training", True)  # statistics
+    if _OF_BATCHES.get(name) == dim or (name in _OF_ANY_BATCHES and dim >= 2 and not own):
         return _FOLDED
     if name == "flatten" and dim:
         return _FLATTEN

@@ -12,11 +12,9 @@ changes a setting, such as the grad mode.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import networkx  # torch itself needs it
@@ -70,7 +68,7 @@ def _effects(node: Node) -> Effects:
             name[0] == "i" and hasattr(operator, f"__{name[1:]}__")
         )
         return Effects(tensors[:1] if in_place else ())
-    named = _named_arguments(node)
+    named = rows.named_arguments(node)
     # An embedding with a max_norm writes to its weight.
     if not rows.is_of_torch(node) or "out" in node.kwargs or named.get("max_norm") is not None:
         return everything
@@ -89,15 +87,6 @@ def _effects(node: Node) -> Effects:
     return Effects(writes, known.draws and bool(named.get("training", True)))
 
 
-def _named_arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a function that is written in Python, with its defaults, by name."""
-    if not isinstance(node.target, FunctionType):
-        return {}
-    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-    bound.apply_defaults()
-    return bound.arguments
-
-
 def memory(node: Node) -> set[int]:
     """The memory of a node's result: a number for each storage."""
     found: set[int] = set()
@@ -113,6 +102,7 @@ def memory(node: Node) -> set[int]:
 
 OTHER_SETTINGS = "a setting, such as the grad mode, changes between the steps"
 WEIGHTS = "its weights differ from step to step"
+STATES = "its states are reset, detached or changed between the steps"
 FEEDBACK = "its input, or its state, depends on its last result"
 IN_PLACE = "its results are modified in place"
 MEMORY = "all steps at once would take too much memory"
@@ -377,9 +367,9 @@ class Loop:
     def _reason_against(self, row: rows.Row, calls: Sequence[Node]) -> str | None:
         """Why no calls of a group become one; None if they may."""
         first, x = calls[0], calls[0].all_input_nodes[0]
-        if row.first_alone:
-            others = zip(*(call.all_input_nodes[1:] for call in calls), strict=True)
-            if not row.states and any(len({self.same[n] for n in nodes}) > 1 for nodes in others):
+        if row.first_alone and not row.states:
+            others = {self._frozen((call.args[1:], call.kwargs), self.same.get) for call in calls}
+            if len(others) > 1:
                 return WEIGHTS
         if rows.value_of(x).device.type != "cpu":
             return None
@@ -436,7 +426,7 @@ class Loop:
                     between = {self._regions[unit], self._regions[calls[last]]}
                     reason = OTHER_SETTINGS if len(between) > 1 else FEEDBACK
                 elif row.states and at != last + 1:
-                    reason = FEEDBACK
+                    reason = STATES
                 elif at // limit != last // limit:
                     reason = MEMORY
             if reason is not None:

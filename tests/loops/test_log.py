@@ -67,7 +67,7 @@ MESSAGES = {
     "feedback": (looped(feedback), STEPS, WARNING, ["lif1", "Leaky", "last result"]),
     "feedback of the second": (looped(feedback), STEPS, WARNING, ["lif2", "Leaky", "last result"]),
     "a detach in each step": (looped(detached), STEPS, WARNING, ["lif1", "detach"]),
-    "a graph break": (looped(broken), STEPS, WARNING, ["lif1", "test_log.py:"]),
+    "a graph break": (looped(broken), STEPS, WARNING, ["one step", "Leaky", "graph_breaks"]),
     "a single step": (looped(all_steps), (1, N, 6), WARNING, ["one step", "lif1", "outside"]),
     "snnTorch's cell": (theirs, IMAGES, WARNING, ["sclstm1", "SConv2dLSTM", "accelerate"]),
     "snnTorch's Leaky": (theirs, IMAGES, WARNING, ["lif1", "Leaky", "accelerate"]),
