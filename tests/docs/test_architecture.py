@@ -62,8 +62,11 @@ def test_a_step_call_goes_the_way_that_the_architecture_tells():
 
 def test_a_backward_pass_goes_the_way_that_the_architecture_tells():
     """Also where the states require gradients, and did not in the plan's first backward pass."""
-    cell, x = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1), torch.rand(1, 2, 5, 5)
-    states = [torch.zeros(1, 3, 5, 5, requires_grad=k > 1) for k in range(4)]
+    cell, x = (
+        snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1),
+        torch.rand(1, 2, 5, 13),
+    )  # nobody else's plan
+    states = [torch.zeros(1, 3, 5, 13, requires_grad=k > 1) for k in range(4)]
     for syn, mem in (states[:2], states[:2], states[2:], states[2:]):
         spk = cell(x, syn, mem)[0]
         entered, frames = followed(partial(spk.backward, torch.ones_like(spk)))
