@@ -78,7 +78,8 @@ struct Cell {
 inline Cell within_image(const Cell& cell) {
   Cell c = cell;
   const auto trim = [](int64_t size, int& kernel, int& stride, int& dilation, int& outer) {
-    const int64_t reach = size > 1 ? (size - 1) / dilation : 0, most = (kernel - 1) / 2;
+    const int64_t reach = size > 1 ? (size - 1) / dilation : 0;
+    const int64_t most = (kernel - 1) / 2;
     outer = int(most > reach ? most - reach : 0);
     kernel -= 2 * outer;
     if (kernel == 1) dilation = 1;

@@ -93,7 +93,8 @@ class Fields {
   }
   void one(bool& flag) {
     int64_t number;
-    one(number), flag = number != 0;
+    one(number);
+    flag = number != 0;
   }
 
   PyObject* given_;
@@ -168,10 +169,12 @@ inline void check_sizes(const Cell& c) {
     if (size < 1) throw py::value_error("every size of a cell must be positive");
   if (c.T < 1 || c.N < 1) throw py::value_error("T and N must be at least 1");
   if (c.num_levels < 0) throw py::value_error("num_levels must not be negative");
-  const double taps = double(c.kernel_h) * c.kernel_w, channels = double(c.Cin) + 4. * double(c.C);
+  const double taps = double(c.kernel_h) * c.kernel_w;
+  const double channels = double(c.Cin) + 4. * double(c.C);
   // Bounds of the rows and columns: the image, a border no wider than the image, and padding.
   const double height = 3. * double(c.H) + 64, width = 3. * double(c.W) + 64;
-  const double image = (channels + 64) * height * width, weight = (channels + 64) * channels * taps;
+  const double image = (channels + 64) * height * width;
+  const double weight = (channels + 64) * channels * taps;
   const double images = double(c.T) * double(c.N) * image;
   // The gradient of x has a list of taps for each offset within a stride.
   const double places =
@@ -188,7 +191,12 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
                       int num_levels, bool spiking) {
   Cell c;
   c.dtype = numbered<DType>("dtype", dtype, kDTypes);
-  c.T = T, c.N = N, c.Cin = Cin, c.C = C, c.H = H, c.W = W;
+  c.T = T;
+  c.N = N;
+  c.Cin = Cin;
+  c.C = C;
+  c.H = H;
+  c.W = W;
   std::tie(c.kernel_h, c.kernel_w) = kernel;
   std::tie(c.stride_h, c.stride_w) = stride;
   std::tie(c.dilation_h, c.dilation_w) = dilation;
@@ -196,7 +204,8 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
   std::tie(c.pool_h, c.pool_w) = pool_size;
   c.reset = numbered<Reset>("reset", reset, kResets);
   c.surrogate = numbered<Surrogate>("surrogate", surrogate, kSurrogates);
-  c.surrogate_p0 = p0, c.surrogate_p1 = p1;
+  c.surrogate_p0 = p0;
+  c.surrogate_p1 = p1;
   c.inhibition = inhibition;
   c.num_levels = num_levels;
   c.spiking = spiking;

@@ -33,7 +33,8 @@ inline cpu::Pass make_cpu_pass(const Cell& cell, int algorithm, double density, 
 // Estimates the share of nonzeros in x from values spread over all images that are not padded.
 template <class T>
 double density(const Cell& c, const View& x, const int64_t* lengths) {
-  const int64_t plane = c.H * c.W, size = c.Cin * plane;
+  const int64_t plane = c.H * c.W;
+  const int64_t size = c.Cin * plane;
   const auto steps = [&](int64_t n) { return lengths ? std::min(lengths[n], c.T) : c.T; };
   int64_t images = 0, seen = 0, nonzero = 0;
   for (int64_t n = 0; n < c.N; ++n) images += steps(n);
@@ -205,7 +206,8 @@ inline void bind_cpu(py::module_& m) {
   m.def("copy_weight", &copy_weight);
   m.def("cpu_padded_channels", [](int dtype, int64_t C) {
     Cell cell;
-    cell.dtype = numbered<DType>("dtype", dtype, 2), cell.C = C;
+    cell.dtype = numbered<DType>("dtype", dtype, 2);
+    cell.C = C;
     counted("C", C, 1);
     return cpu::kernels().padded_channels(cell);
   });

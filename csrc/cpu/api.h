@@ -23,7 +23,8 @@ enum class Form : int {
 // Says whether a call reads this form. grad_x says whether the call is a backward pass that gives x
 // a gradient.
 inline bool reads(const Cell& c, Form form, bool grad_x) {
-  const bool tiles = c.tiled(), tiles_of_x = tiles && c.stride_h == 1 && c.stride_w == 1;
+  const bool tiles = c.tiled();
+  const bool tiles_of_x = tiles && c.stride_h == 1 && c.stride_w == 1;
   switch (form) {
     case Form::forward:
       return !tiles || c.keeps_equal() || c.x_algorithm != CpuAlgorithm::winograd;

@@ -128,10 +128,12 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = how.grid, config.blockDim = how.block;
+    config.gridDim = how.grid;
+    config.blockDim = how.block;
     config.dynamicSmemBytes = how.shared_bytes;
     config.stream = stream;
-    config.attrs = &overlap, config.numAttrs = how.overlaps && may_overlap ? 1 : 0;
+    config.attrs = &overlap;
+    config.numAttrs = how.overlaps && may_overlap ? 1 : 0;
     std::tuple<Params...> values(static_cast<Params>(args)...);
     std::apply(
         [&](auto&... value) {

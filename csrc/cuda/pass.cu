@@ -43,7 +43,8 @@ Pass::Pass(const Cell& given, const Device& device, Matrix numbers, Algorithm wa
     steps_ = std::move(steps);
   }
   launched = std::max(launched, steps_->tiling().blocks());
-  packed_bytes = steps_->packed.bytes, workspace = steps_->workspace;
+  packed_bytes = steps_->packed.bytes;
+  workspace = steps_->workspace;
   if (only.shape >= 0 && shape >= 0)
     name = name + "-" + (backward ? kDataShapes : kForwardShapes)[shape].name;
   if (reason_against.empty()) reason_against = cuda::reason_against(cell, launched);

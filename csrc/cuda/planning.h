@@ -212,7 +212,8 @@ struct PackedPart {
   int64_t bytes() const { return blocks * pitch; }
   const char* in(const void* packed) const { return static_cast<const char*>(packed) + start; }
   Segment with_weight(Segment s, const void* packed) const {
-    s.weight = in(packed), s.weight_pitch = pitch;
+    s.weight = in(packed);
+    s.weight_pitch = pitch;
     return s;
   }
 };

@@ -50,7 +50,10 @@ int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
     const int64_t parts = std::clamp<int64_t>(rounds * device.multiprocessors / blocks, 1, most);
     const double part =
         double(parts * blocks) / double(round_up(parts * blocks, device.multiprocessors));
-    if (part > filled + 0.05) best = parts, filled = part;
+    if (part > filled + 0.05) {
+      best = parts;
+      filled = part;
+    }
   }
   return best;
 }

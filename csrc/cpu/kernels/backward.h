@@ -70,7 +70,8 @@ class Backward {
   void steps(const Phases& phases, int thread) {
     const bool wants_weight = a_.grad_weight != nullptr;
     WeightSums<T, VL>& sums = weights_.sums();
-    const int64_t T_ = a_.cell.T, weight_tasks = wants_weight ? weights_.tasks() : 0;
+    const int64_t T_ = a_.cell.T;
+    const int64_t weight_tasks = wants_weight ? weights_.tasks() : 0;
     phases.run(0, tasks_.count + (wants_weight ? sums.chunks() : 0), [&](int64_t task) {
       if (task < tasks_.count)
         neuron_.clear(task);
@@ -88,8 +89,8 @@ class Backward {
       const RowTasks next = t > 0 ? tasks_.at(t - 1) : tasks;
       const int64_t groups = tasks.groups(), x_count = x_tasks(tasks);
       const int64_t groups_first = tasks.most_together > 1 && l_.exceeds_any_l2() ? groups : 0;
-      const int64_t all = groups + weight_tasks + x_count,
-                    with_next = all + next.count - tasks.count;
+      const int64_t all = groups + weight_tasks + x_count;
+      const int64_t with_next = all + next.count - tasks.count;
       // The largest tasks come first, so that no thread begins a large task when the others are
       // done.
       phases.run(phase++, with_next + padded(tasks), [&](int64_t task) {
@@ -135,12 +136,16 @@ class Backward {
 
   // Does the tasks of a group, which are the same rows of each of its images.
   void rows(int64_t t, const RowTasks& tasks, int64_t group, int thread) {
-    const bool mem_wanted = t > 0 || a_.grad_mem0.data, x_wanted = a_.grad_x.data && l_.tiled_x();
+    const bool mem_wanted = t > 0 || a_.grad_mem0.data;
+    const bool x_wanted = a_.grad_x.data && l_.tiled_x();
     if (!mem_wanted && !x_wanted) return;
     const int64_t first = tasks.first(group), together = tasks.together(group);
-    const int64_t begin = tasks_.begin(first), end = tasks_.end(first), block = l_.block_rows();
+    const int64_t begin = tasks_.begin(first);
+    const int64_t end = tasks_.end(first);
+    const int64_t block = l_.block_rows();
     for (int64_t h = begin; h < end; h += block) {
-      const int64_t stop = h + block < end ? h + block : end, n = tasks_.image(first);
+      const int64_t stop = h + block < end ? h + block : end;
+      const int64_t n = tasks_.image(first);
       T* out = mem_wanted ? neuron_.mem_grad(thread, 0) + (h - begin) * l_.Wo * l_.Cp : nullptr;
       if (!a_.cell.tiled())
         to_mem_.rows(
@@ -164,7 +169,8 @@ class Backward {
     const BackwardScratch& s = scratch_[thread];
     const TileBlock<T> b =
         tile_block(l_, l_.form, end - begin, 4 * l_.Cp, together, tasks_.most_together);
-    const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
+    const int64_t pixel = 4 * l_.Cp;
+    const int64_t row = l_.Wm * pixel;
     for (int64_t k = 0; k < together; ++k)
       inputs_.run(b, neuron_.d_gates(t, n + k) + begin * row, row, pixel,
                   s.tiles.values + k * b.image_values());

@@ -56,7 +56,8 @@ class EqualPixels {
     auto* const marks = reinterpret_cast<uint8_t*>(sums);
     std::memset(marks, 0, rows * columns_);
     bool any = false;
-    const int most_h = std::min(c_.pool_h, c_.kernel_h), most_w = std::min(c_.pool_w, c_.kernel_w);
+    const int most_h = std::min(c_.pool_h, c_.kernel_h);
+    const int most_w = std::min(c_.pool_w, c_.kernel_w);
     for (int dh = 0; dh < most_h; ++dh)
       for (int dw = dh == 0 ? 1 : 1 - most_w; dw < most_w; ++dw)
         any |= look(mem, rows, dh, dw, s, marks);
@@ -126,7 +127,8 @@ class EqualPixels {
   // row, and numbers beyond a row's last pixel do not count. Returns whether there are any.
   bool look(const T* mem, int64_t rows, int dh, int dw, const Scratch& s, uint8_t* marks) const {
     const int64_t down = dh * c_.dilation_h, right = dw * c_.dilation_w;
-    const int64_t away = down * columns_ + right, seen = seen_rows(rows) * columns_ - away;
+    const int64_t away = down * columns_ + right;
+    const int64_t seen = seen_rows(rows) * columns_ - away;
     const uint32_t* const keys = s.keys;
     uint8_t* const __restrict repeats = s.repeats;
     for (int64_t k = 0; k < seen; ++k) repeats[k] = keys[k] == keys[k + away];

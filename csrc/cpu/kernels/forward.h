@@ -93,8 +93,8 @@ class Forward {
     states_.allocate(workspace);
     scratch_ = workspace.take<ForwardScratch>(a_.threads);
     const int64_t points = c.tiled() ? l_.form.points() : 0;
-    const TileBlock<T> mem_tiles = tiles(block_, l_.Cp, 1),
-                       x_tiles = tiles(block_, x_channels(), 1);
+    const TileBlock<T> mem_tiles = tiles(block_, l_.Cp, 1);
+    const TileBlock<T> x_tiles = tiles(block_, x_channels(), 1);
     for (int k = 0; k < a_.threads; ++k) {
       const ForwardScratch s{
           workspace.take<RowBlock>(tasks_.most_together),
@@ -181,11 +181,14 @@ class Forward {
     const Cell& c = a_.cell;
     const int64_t first = b0 * c.stride_h - l_.ph;
     const int64_t rows = patch_rows(b1 - b0);
-    const int64_t row = l_.Wx * c.Cin, border = l_.pw * c.Cin, right = (l_.pw + c.W) * c.Cin;
+    const int64_t row = l_.Wx * c.Cin;
+    const int64_t border = l_.pw * c.Cin;
+    const int64_t right = (l_.pw + c.W) * c.Cin;
     const auto clamp = [](int64_t k, int64_t least, int64_t most) {
       return k < least ? least : k < most ? k : most;
     };
-    const int64_t top = clamp(-first, 0, rows), bottom = clamp(c.H - first, top, rows);
+    const int64_t top = clamp(-first, 0, rows);
+    const int64_t bottom = clamp(c.H - first, top, rows);
     std::memset(patch, 0, top * row * sizeof(T));
     std::memset(patch + bottom * row, 0, (rows - bottom) * row * sizeof(T));
     for (int64_t k = top; k < bottom; ++k) {
@@ -256,8 +259,8 @@ class Forward {
   // gates are assembled and used one strip of rows at a time.
   void tiled(int64_t t, int64_t together, int64_t b0, int64_t b1, const ForwardScratch& s) {
     const Cell& c = a_.cell;
-    const TileBlock<T> mem_tiles = tiles(b1 - b0, l_.Cp, together),
-                       x_tiles = tiles(b1 - b0, x_channels(), together);
+    const TileBlock<T> mem_tiles = tiles(b1 - b0, l_.Cp, together);
+    const TileBlock<T> x_tiles = tiles(b1 - b0, x_channels(), together);
     const bool x_too = c.x_algorithm == CpuAlgorithm::winograd;
     bool any = !equal_.sought();  // says whether any pixel's sums are Winograd's
     for (const RowBlock* b = s.blocks; equal_.sought() && b < s.blocks + together; ++b)

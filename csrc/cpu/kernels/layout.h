@@ -39,7 +39,8 @@ struct VectorBlock {
 // vectors, and the last block has the rest. A rest of three short vectors is split into one vector
 // and a pair, which one of the processor's longer vectors holds (Merged).
 inline VectorBlock vector_block(int64_t vectors, int64_t v, int bytes) {
-  const int64_t whole = vectors / 4 * 4, rest = vectors - whole;
+  const int64_t whole = vectors / 4 * 4;
+  const int64_t rest = vectors - whole;
   if (v < whole) return {v / 4 * 4, 4};
   if (rest < 3 || 2 * bytes > kNativeBytes) return {whole, int(rest)};
   return v < whole + 2 ? VectorBlock{whole, 2} : VectorBlock{whole + 2, 1};
@@ -168,7 +169,8 @@ struct Layout {
   // rows of tiles below the block, so that a block of few rows would transform more of those rows
   // than of its own.
   int64_t rows_of_tiles(const TileForm& t) const {
-    const int64_t unit = whole(t.h, c.dilation_h, 1), columns = tiles(t.w, c.dilation_w, Wo);
+    const int64_t unit = whole(t.h, c.dilation_h, 1);
+    const int64_t columns = tiles(t.w, c.dilation_w, Wo);
     const int64_t in_unit = columns * unit / t.h.tile;
     int64_t units = (wanted_tiles(t) + in_unit - 1) / in_unit;
     if (units < t.h.parts) units = t.h.parts;
@@ -219,7 +221,8 @@ struct Layout {
   int64_t task_rows(int threads) const {
     int64_t rows = block_rows();
     const int64_t wanted = 4 * threads;
-    const int64_t whole_tiles = whole(form.h, c.dilation_h, 1), least = whole_tiles * form.h.parts;
+    const int64_t whole_tiles = whole(form.h, c.dilation_h, 1);
+    const int64_t least = whole_tiles * form.h.parts;
     const auto tasks = [&](int64_t of) { return c.N * ((Ho + of - 1) / of); };
     const auto worth = [&](int64_t of) {
       return !exceeds_l2() || of * Wo >= 128 || tasks(2 * of) < threads;

@@ -25,7 +25,8 @@ struct ExpConstants<float> {
 template <>
 struct ExpConstants<double> {
   static constexpr int mantissa = 52, bias = 1023;
-  static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+  static constexpr double ln2_high = 6.93145751953125e-1;
+  static constexpr double ln2_low = 1.42860682030941723212e-6;
   static constexpr double limit = 708.0;
   static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int terms = 12;

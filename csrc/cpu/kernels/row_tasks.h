@@ -36,7 +36,8 @@ struct RowTasks {
   // one step may get, as lengths, how many steps each sample has left.
   int64_t sample(int64_t image) const { return a_->order ? a_->order[image] : image; }
   int64_t steps(int64_t task) const {
-    const int64_t T = a_->cell.T, given = a_->lengths ? a_->lengths[sample(image(task))] : T;
+    const int64_t T = a_->cell.T;
+    const int64_t given = a_->lengths ? a_->lengths[sample(image(task))] : T;
     return given < T ? given : T;
   }
   int64_t images() const { return count / per_image; }

@@ -111,7 +111,8 @@ class StateRows {
 
   // Writes zeros on both sides of a row of mem, or, outside the image, into the whole row.
   void clear_border(T* row, bool image) const {
-    const int64_t all = l_.Wm * l_.Cp, left = image ? l_.pw * l_.Cp : all;
+    const int64_t all = l_.Wm * l_.Cp;
+    const int64_t left = image ? l_.pw * l_.Cp : all;
     std::memset(row, 0, left * sizeof(T));
     if (!image) return;
     const int64_t right = left + l_.Wo * l_.Cp;

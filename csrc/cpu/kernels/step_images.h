@@ -98,7 +98,9 @@ class StepBuffers {
   // the padding.
   void clear_border(T* image, int64_t rows, int64_t columns, int64_t height, int64_t width,
                     int64_t pixel) const {
-    const int64_t row = columns * pixel, left = l_.pw * pixel, right = left + width * pixel;
+    const int64_t row = columns * pixel;
+    const int64_t left = l_.pw * pixel;
+    const int64_t right = left + width * pixel;
     std::memset(image, 0, l_.ph * row * sizeof(T));
     for (int64_t h = l_.ph; h < l_.ph + height; ++h) {
       std::memset(image + h * row, 0, left * sizeof(T));

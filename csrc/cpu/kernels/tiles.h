@@ -59,7 +59,9 @@ template <class T, int VL>
 TileBlock<T> tile_block(const Layout<T, VL>& l, const TileForm& form, int64_t rows,
                         int64_t channels, int64_t images, int64_t most_images) {
   TileBlock<T> b;
-  b.form = form, b.dilation_h = l.c.dilation_h, b.dilation_w = l.c.dilation_w;
+  b.form = form;
+  b.dilation_h = l.c.dilation_h;
+  b.dilation_w = l.c.dilation_w;
   const auto more = [&](const Axis& a, int64_t dilation) { return (a.parts - 1) * dilation; };
   b.rows = l.tiles(form.h, l.c.dilation_h, rows);
   b.columns = l.tiles(form.w, l.c.dilation_w, l.Wo);
@@ -145,7 +147,8 @@ class InputTransform {
   void tiles(const TileBlock<T>& b, const T* in, int64_t row, int64_t pixel, int count,
              T* out) const {
     const int inputs = b.form.w.inputs();
-    const int64_t point = b.values_stride, points = inputs * point;
+    const int64_t point = b.values_stride;
+    const int64_t points = inputs * point;
     const int64_t next = b.form.w.tile * pixel;
     if (!w_) return h_(in, {row, pixel, 0}, out, {points, b.channels, 0}, count, 1, nullptr, {});
     if (!h_) return w_(in, {pixel, next, 0}, out, {point, b.channels, 0}, count, 1, nullptr, {});
@@ -172,7 +175,9 @@ struct SummedChannels {
 // products sum over. Sums in pieces round less.
 template <int most, class T, class F>
 void part_runs(const TileBlock<T>& b, const SummedChannels& summed, F&& f) {
-  const int64_t len = summed.len, used = summed.used, pieces = (used + most - 1) / most;
+  const int64_t len = summed.len;
+  const int64_t used = summed.used;
+  const int64_t pieces = (used + most - 1) / most;
   Run runs[most];
   int64_t values = 0;
   int number = 0;
@@ -181,7 +186,10 @@ void part_runs(const TileBlock<T>& b, const SummedChannels& summed, F&& f) {
       for (int64_t first = 0; first < len; first += summed.every)
         for (int64_t p = 1, begin = 0, end; p <= pieces; ++p, begin = end) {
           end = p < pieces ? used * p / pieces : used;
-          if (values + end - begin > most) f(runs, number), values = number = 0;
+          if (values + end - begin > most) {
+            f(runs, number);
+            values = number = 0;
+          }
           runs[number++] = {b.part(i, j) + first + begin,
                             (i * b.form.w.parts + j) * len + first + begin, end - begin};
           values += end - begin;
@@ -201,8 +209,14 @@ struct TileRows {
         columns(b.columns),
         image(b.image_values()),
         row(b.in_columns * b.channels) {
-    if (b.in_columns == b.columns) columns *= rows, rows = 1;
-    if (rows == 1 && image == columns * b.channels) columns *= images, images = 1;
+    if (b.in_columns == b.columns) {
+      columns *= rows;
+      rows = 1;
+    }
+    if (rows == 1 && image == columns * b.channels) {
+      columns *= images;
+      images = 1;
+    }
   }
 };
 
@@ -210,7 +224,8 @@ struct TileRows {
 template <class S, int NV, class T = typename S::Scalar>
 void multiply(const TileBlock<T>& b, const T* values, const T* weight, const SummedChannels& summed,
               bool add, T* products) {
-  constexpr int64_t width = NV * S::lanes, in_cache = chunk_length<T>(width);
+  constexpr int64_t width = NV * S::lanes;
+  constexpr int64_t in_cache = chunk_length<T>(width);
   constexpr int most = in_cache < 48 ? in_cache : 48;  // longer sums would have larger errors
   const TileRows rows(b);
   for (int k = 0; k < b.form.points(); ++k) {

@@ -70,9 +70,12 @@ class WeightGradient {
   int64_t tasks() const { return splits() * pieces() * l_.Cb; }
   void add(const StepImages<T>& step, int64_t N, int64_t task, int thread,
            const TileBuffers<T>& tiles) {
-    const int64_t cb = task % l_.Cb, index = task / l_.Cb % pieces(),
-                  split = task / l_.Cb / pieces();
-    const int64_t part = split / bands_, band = split % bands_, blocks = pixel_blocks();
+    const int64_t cb = task % l_.Cb;
+    const int64_t index = task / l_.Cb % pieces();
+    const int64_t split = task / l_.Cb / pieces();
+    const int64_t part = split / bands_;
+    const int64_t band = split % bands_;
+    const int64_t blocks = pixel_blocks();
     const Images images{split, N * part / image_splits_, N * (part + 1) / image_splits_,
                         blocks * band / bands_ * block_rows(),
                         std::min(blocks * (band + 1) / bands_ * block_rows(), l_.Ho)};
@@ -146,7 +149,8 @@ class WeightGradient {
   void by_tiles(const StepImages<T>& step, const Images& all, int64_t cb, bool is_x, int64_t piece,
                 const TileBuffers<T>& tiles) {
     if (cb % kShared != 0) return;
-    const int64_t channels = is_x ? c_.Cin : c_.C, first = piece * kTilePiece;
+    const int64_t channels = is_x ? c_.Cin : c_.C;
+    const int64_t first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
     const int64_t block = l_.rows_of_tiles(l_.grad_form), stride = channels * kGates;
     each_images(all, true, [&](int64_t n, int64_t images) {
@@ -169,7 +173,8 @@ class WeightGradient {
   PixelRows<T> pixel_rows(const StepImages<T>& step, int64_t n, int64_t images, int64_t h,
                           int64_t rows, int64_t cb, bool is_x) const {
     PixelRows<T> p;
-    p.images = images, p.d_image = 4 * l_.mem_image();
+    p.images = images;
+    p.d_image = 4 * l_.mem_image();
     p.in_image = is_x ? l_.x_image() : l_.mem_image();
     p.d_pixel = 4 * l_.Cp;
     p.d_row = l_.Wm * p.d_pixel;
@@ -215,7 +220,8 @@ class WeightGradient {
   template <int NV>
   void add_run(bool finite, const Run& run, bool is_x, const PixelRows<T>& p, T* out) const {
     if (finite) return weight_grad_run<S, NV>(p, run.in, run.len, out);
-    const int64_t channels = is_x ? c_.Cin : c_.C, first = run.w - (is_x ? 0 : l_.Kx);
+    const int64_t channels = is_x ? c_.Cin : c_.C;
+    const int64_t first = run.w - (is_x ? 0 : l_.Kx);
     for (int64_t k = first, n; k < first + run.len; k += n, out += n * NV * VL) {
       n = std::min(channels - k % channels, first + run.len - k);
       weight_grad_run<S, NV>(met_by(k / channels % c_.kernel_w, is_x, p), run.in + k - first, n,
@@ -225,13 +231,17 @@ class WeightGradient {
 
   // Returns the pixels, in whole rows, from which a column of taps meets the image.
   PixelRows<T> met_by(int64_t column, bool is_x, PixelRows<T> p) const {
-    const int64_t first = column * c_.dilation_w - l_.pw, width = is_x ? c_.W : l_.Wo;
+    const int64_t first = column * c_.dilation_w - l_.pw;
+    const int64_t width = is_x ? c_.W : l_.Wo;
     const auto meets = [&](int64_t w) {
       const int64_t at = first + w * (is_x ? c_.stride_w : 1);
       return 0 <= at && at < width;
     };
     int64_t w = 0;
-    for (; p.pixels > 0 && !meets(w); ++w, --p.pixels) p.in += p.in_pixel, p.d_gates += p.d_pixel;
+    for (; p.pixels > 0 && !meets(w); ++w, --p.pixels) {
+      p.in += p.in_pixel;
+      p.d_gates += p.d_pixel;
+    }
     while (p.pixels > 0 && !meets(w + p.pixels - 1)) --p.pixels;
     return p;
   }
@@ -243,7 +253,10 @@ class WeightGradient {
       const MetTaps taps = l_.met(k, is_x);
       return taps.first <= row && row < taps.last;
     };
-    for (; p.rows > 0 && !meets(h); ++h, --p.rows) p.in += p.in_row, p.d_gates += p.d_row;
+    for (; p.rows > 0 && !meets(h); ++h, --p.rows) {
+      p.in += p.in_row;
+      p.d_gates += p.d_row;
+    }
     while (p.rows > 0 && !meets(h + p.rows - 1)) --p.rows;
     return p;
   }
@@ -291,7 +304,9 @@ class WeightGradient {
   // channel are compacted.
   void compactly(const StepImages<T>& step, const Images& images, bool is_x, const Run* runs,
                  int count, const WeightScratch& s, T* out) {
-    const int64_t C = c_.C, vectors = l_.few_vectors(), width = vectors * VL;
+    const int64_t C = c_.C;
+    const int64_t vectors = l_.few_vectors();
+    const int64_t width = vectors * VL;
     T* const sums = s.few_sums;
     std::memset(sums, 0, kPiece * width * sizeof(T));
     each_pixel_block(step, images, 0, is_x, [&](int64_t h, PixelRows<T> p) {

@@ -71,7 +71,8 @@ class WeightSums {
   void write(int64_t task, int thread, T* grad_weight) const {
     const int64_t cb = task % l_.Cb, group = task / l_.Cb;
     const bool is_x = group < groups(l_.c.Cin);
-    const int64_t count = is_x ? l_.c.Cin : l_.c.C, stride = count * kGates;
+    const int64_t count = is_x ? l_.c.Cin : l_.c.C;
+    const int64_t stride = count * kGates;
     const int64_t first = (is_x ? group : group - groups(l_.c.Cin)) * P::together(l_);
     const int64_t n = count - first < P::together(l_) ? count - first : P::together(l_);
     const T* in = total_ + (is_x ? 0 : x_size_) + first * kGates;

@@ -36,11 +36,12 @@ struct Transform {
   // The points +-p, +-q and +-r, as far as A has them. p q r = 1.
   static constexpr bool infinite = A % 2 == 0;
   static constexpr int pairs = (A - 1) / 2;
-  static constexpr double p = pairs == 1   ? 1
-                              : pairs == 2 ? 2. / 3
-                                           : 0.5,
-                          q = pairs == 2 ? 1.5 : 1, r = 2;
-  static constexpr double pp = p * p, qq = q * q, rr = r * r;
+  static constexpr double p = pairs == 1 ? 1 : pairs == 2 ? 2. / 3 : 0.5;
+  static constexpr double q = pairs == 2 ? 1.5 : 1;
+  static constexpr double r = 2;
+  static constexpr double pp = p * p;
+  static constexpr double qq = q * q;
+  static constexpr double rr = r * r;
 
   // BT makes A values of A inputs.
   struct Inputs {
@@ -90,8 +91,8 @@ struct Transform {
     static constexpr bool adds = false;
     static SNNLSTM_INLINE void apply(const R (&x)[N], R (&y)[A]) {
       constexpr double scale_p = (pairs > 1 ? pp - qq : 1) * (pairs > 2 ? pp - rr : 1);
-      constexpr double scale_q = (qq - pp) * (pairs > 2 ? qq - rr : 1),
-                       scale_r = (rr - pp) * (rr - qq);
+      constexpr double scale_q = (qq - pp) * (pairs > 2 ? qq - rr : 1);
+      constexpr double scale_r = (rr - pp) * (rr - qq);
       y[0] = x[0];
       pair(x, p, 0.5 / (pp * scale_p), y[1], y[2]);
       if constexpr (pairs > 1) pair(x, q, 0.5 / (qq * scale_q), y[3], y[4]);
@@ -230,7 +231,8 @@ class PlaneTransform {
       return h_(in, from_h, out, {to.row, to.column, to.batch}, from_w_, batches, start,
                 {at.row, at.column, at.batch});
     alignas(64) T half[kMostBatches * 8 * 8 * S::lanes];
-    const int64_t row = from_w_ * S::lanes, image = to_h_ * row;
+    const int64_t row = from_w_ * S::lanes;
+    const int64_t image = to_h_ * row;
     h_(in, from_h, half, {row, S::lanes, image}, from_w_, batches, nullptr, {});
     w_(half, {S::lanes, row, image}, out, to_w, to_h_, batches, start, at_w);
   }

@@ -118,11 +118,14 @@ class Backward {
     }
     BackwardMma p;
     p.tiling = step.tiling;
-    p.conv = conv(step, steps_.packed.mem, s), p.tiles = step.tiles;
+    p.conv = conv(step, steps_.packed.mem, s);
+    p.tiles = step.tiles;
     p.neuron = n;
     const BackwardLayout layout(step, p.conv, s_.c.pool != Pool::none && steps_.spreads);
-    p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
-    p.vectors = layout.vectors, p.row_sums = layout.row_sums;
+    p.mem_tile = layout.mem_tile;
+    p.mem_pitch = layout.mem_pitch;
+    p.vectors = layout.vectors;
+    p.row_sums = layout.row_sums;
     const bool plain = is_plain(n);
     const char* const name = plain ? "backward step (mma, plain)" : "backward step (mma)";
     const Launch how = step_launch(name, step, size_t(layout.bytes), stream_, overlaps);
@@ -146,14 +149,18 @@ class Backward {
       if (!out.present()) return;
       const Segment s = transposed(d_gates(0), part.use == Use::gates_to_x);
       const auto fill = [&](auto& job) {
-        job.tiling = step.tiling, job.blocks = int(step.tiling.blocks());
-        job.out = out, job.height = int(height), job.width = int(width);
+        job.tiling = step.tiling;
+        job.blocks = int(step.tiling.blocks());
+        job.out = out;
+        job.height = int(height);
+        job.width = int(width);
         job.lengths = a_.lengths;
       };
       if (step.mma()) {
         DataGradientMma& job = mma.job[k];
         fill(job);
-        job.conv = conv(step, part, s), job.tiles = step.tiles;
+        job.conv = conv(step, part, s);
+        job.tiles = step.tiles;
         multiply = step.multiply;
         bytes = std::max(bytes, BackwardLayout(step, job.conv, false).bytes);
       } else {

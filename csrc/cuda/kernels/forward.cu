@@ -59,7 +59,8 @@ class Forward {
   NeuronForward neuron(int64_t t) const {
     NeuronForward n = neuron_forward(a_, t, steps_.step.channels_per_thread());
     n.fires = steps_.step.fires;
-    n.syn_in = syn_before(t), n.mem_in = mem_before(t);
+    n.syn_in = syn_before(t);
+    n.mem_in = mem_before(t);
     if (!writes_states(t) && !keeps_mem()) n.own_mem = image(mem_[(t + 1) & 1], s_, steps_.type);
     if (t + 1 < s_.c.T) {
       if (training())

@@ -253,7 +253,8 @@ class BackwardTile {
       } else {
         const auto gradient = [&](R grad, int px, int ch, R u) {
           const bool real = (px ? p.at.valid[1] : p.at.valid[0]) && p.c0 + ch < p_.C;
-          const int y = px ? p.at.y[1] : p.at.y[0], x = px ? p.at.x[1] : p.at.x[0];
+          const int y = px ? p.at.y[1] : p.at.y[0];
+          const int x = px ? p.at.x[1] : p.at.x[0];
           return real ? spike_gradient(p.c0 + ch, y, x, u, grad) : R(0);
         };
         for_each_value(spike, gradient, p.mem);
@@ -264,7 +265,8 @@ class BackwardTile {
       unrolled<4>([&](int ch) {
         R pair[2];
         load_vector(&tile.at(first + ch, m), pair);
-        spike[0][ch] = pair[0], spike[1][ch] = pair[1];
+        spike[0][ch] = pair[0];
+        spike[1][ch] = pair[1];
       });
     }
   }
@@ -287,8 +289,10 @@ class BackwardTile {
         const NeuronGrad<R> d = N::backward(p_.reset, a, p.syn_prev[px][ch], p.tanh_syn[px][ch],
                                             reset, grad, d_syn[px][ch]);
         d_syn[px][ch] = d.syn_prev;
-        p.gate[0][px][ch] = d.pre.i, p.gate[1][px][ch] = d.pre.f;
-        p.gate[2][px][ch] = d.pre.o, p.gate[3][px][ch] = d.pre.g;
+        p.gate[0][px][ch] = d.pre.i;
+        p.gate[1][px][ch] = d.pre.f;
+        p.gate[2][px][ch] = d.pre.o;
+        p.gate[3][px][ch] = d.pre.g;
         of_threshold[px][ch] =
             -through_spike - (p_.reset == Reset::subtract && reset ? grad : R(0));
       });
@@ -308,13 +312,16 @@ class BackwardTile {
   // Sums over 8 lanes. The first two exchanges each halve the channels that a lane keeps.
   SNNLSTM_DEVICE void reduce(const R (&sum)[4], int first, const RowSums<R>& to) const {
     const int bit = to.bit;
-    const bool upper = (int(threadIdx.x) & bit) != 0, odd = (int(threadIdx.x) & 2 * bit) != 0;
+    const bool upper = (int(threadIdx.x) & bit) != 0;
+    const bool odd = (int(threadIdx.x) & 2 * bit) != 0;
     R two[2];
     unrolled<2>([&](int ch) {
-      const R mine = upper ? sum[2 + ch] : sum[ch], other = upper ? sum[ch] : sum[2 + ch];
+      const R mine = upper ? sum[2 + ch] : sum[ch];
+      const R other = upper ? sum[ch] : sum[2 + ch];
       two[ch] = mine + __shfl_xor_sync(full_warp, other, bit);
     });
-    const R mine = odd ? two[1] : two[0], other = odd ? two[0] : two[1];
+    const R mine = odd ? two[1] : two[0];
+    const R other = odd ? two[0] : two[1];
     R one = mine + __shfl_xor_sync(full_warp, other, 2 * bit);
     one += __shfl_xor_sync(full_warp, one, 4 * bit);
     if ((int(threadIdx.x) & 4 * bit) != 0) return;

@@ -183,9 +183,10 @@ SNNLSTM_DEVICE void for_each_window(const Fire& fire, const Tiling& tiling, cons
 #pragma unroll 1
   for (unsigned i = threadIdx.x; i < windows * unsigned(channels); i += blockDim.x) {
     unsigned row = i, ch = i;
-    if (by_channel)
-      ch = i & unsigned(channels - 1), row = i / unsigned(channels);
-    else
+    if (by_channel) {
+      ch = i & unsigned(channels - 1);
+      row = i / unsigned(channels);
+    } else
       row = tiling.by_windows.split(ch);
     const int col = int(tiling.by_window.split(row)), c = c0 + int(ch);
     const int y = block.y0 / fire.pool_h + int(row), x = block.x0 / fire.pool_w + col;

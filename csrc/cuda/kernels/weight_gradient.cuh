@@ -125,7 +125,8 @@ class WeightGradientFma {
       return unsigned(channel) * unsigned(a.c) + unsigned(shift_y_) * unsigned(a.h) +
              unsigned(shift_x_) * unsigned(a.w);
     };
-    shift_ = int(shift(s.src)), shift_later_ = int(shift(own.later));
+    shift_ = int(shift(s.src));
+    shift_later_ = int(shift(own.later));
     const auto is_float = [](const WeightGradientJob& job) {
       return job.in.src.type == DType::float32 &&
              (!job.later.present() || job.later.type == DType::float32);
@@ -136,7 +137,8 @@ class WeightGradientFma {
     end_ = begin_ + of_.share < of_.total ? begin_ + of_.share : of_.total;
     const int64_t first = begin_ + tid_, size = int64_t(of_.Ho) * of_.Wo;
     const int64_t image = first / size;
-    pixel_ = int(first % size), n_ = int(image % of_.tiling.by_batch.value);
+    pixel_ = int(first % size);
+    n_ = int(image % of_.tiling.by_batch.value);
     t_ = int(image / of_.tiling.by_batch.value);
   }
 
@@ -192,10 +194,13 @@ class WeightGradientFma {
   SNNLSTM_DEVICE void locate(int chunk) {
     if (tid_ >= T::kDepth) return;
     const Tiling& tiling = of_.tiling;  // of tiles of one pixel
-    unsigned y = unsigned(pixel_), x = tiling.by_cols.split(y), image = y;
+    unsigned y = unsigned(pixel_);
+    unsigned x = tiling.by_cols.split(y);
+    unsigned image = y;
     y = tiling.by_rows.split(image);
     unsigned steps = unsigned(n_) + image;
-    n_ = int(tiling.by_batch.split(steps)), t_ += int(steps);
+    n_ = int(tiling.by_batch.split(steps));
+    t_ += int(steps);
     pixel_ = int(y) * of_.Wo + int(x);
     fma::SourcePixel& at = shared_.where[chunk & 1][tid_];
     const bool real = begin_ + int64_t(chunk) * T::kDepth + tid_ < end_ &&
