@@ -97,8 +97,8 @@ struct View {
   int64_t stride[5] = {0, 0, 0, 0, 0};
 };
 
-// The arguments of both passes. Python passes the fields from workspace to places, and then those of
-// the pass, in this order (bindings.h).
+// The arguments of both passes. Python passes the fields from workspace to places, and then those
+// of the pass, in this order (bindings.h).
 struct PassArgs {
   Cell cell;
   int threads = 1;  // CPU

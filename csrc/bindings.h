@@ -24,8 +24,8 @@ constexpr int64_t kMostElements = int64_t(1) << 48;  // of an image or weight; n
 inline void* at(Address address) { return reinterpret_cast<void*>(address); }
 
 // Refuses a null pointer.
-inline void needs(const void* given, const char* name) {
-  if (!given) throw py::value_error(std::string(name) + " must be given");
+inline void needs(const void* address, const char* name) {
+  if (!address) throw py::value_error(std::string(name) + " must be given");
 }
 
 // Refuses a number of elements or bytes that no memory can hold.
@@ -66,8 +66,8 @@ inline View view(const py::handle& from) {
 // Checks the length of a call's tuple and reads it field by field.
 class Fields {
  public:
-  Fields(const py::tuple& given, Py_ssize_t count) : given_(given.ptr()) {
-    const Py_ssize_t size = PyTuple_GET_SIZE(given_);
+  Fields(const py::tuple& fields, Py_ssize_t count) : fields_(fields.ptr()) {
+    const Py_ssize_t size = PyTuple_GET_SIZE(fields_);
     if (size != count)
       throw py::value_error("a call of this pass takes " + std::to_string(count) + " fields, got " +
                             std::to_string(size));
@@ -79,7 +79,7 @@ class Fields {
   }
 
  private:
-  py::handle next() { return PyTuple_GET_ITEM(given_, used_++); }
+  py::handle next() { return PyTuple_GET_ITEM(fields_, used_++); }
   void one(View& v) { v = view(next()); }
   template <class T>
   void one(T*& address) {
@@ -97,7 +97,7 @@ class Fields {
     flag = number != 0;
   }
 
-  PyObject* given_;
+  PyObject* fields_;
   Py_ssize_t used_ = 0;
 };
 
@@ -107,11 +107,11 @@ constexpr Py_ssize_t kPassFields = 18;
 
 // Reads a call of either pass. Refuses it if an argument that all kernels read is missing.
 template <class Args>
-Args pass_args(const Cell& cell, const py::tuple& given) {
+Args pass_args(const Cell& cell, const py::tuple& fields) {
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
   Args a;
   a.cell = cell;
-  Fields f(given, kPassFields + (forward ? 6 : 12));
+  Fields f(fields, kPassFields + (forward ? 6 : 12));
   f.read(a.workspace, a.weight, a.weight_mem, a.weight_x, a.levels, a.order, a.x, a.syn0, a.mem0,
          a.threshold, a.threshold_stride, a.graded_factor, a.lengths, a.record, a.saved_gates,
          a.saved_syn, a.winner, a.places);
@@ -138,10 +138,10 @@ Args pass_args(const Cell& cell, const py::tuple& given) {
   return a;
 }
 
-// These refuse memory for results that only other algorithms form.
+// These refuse memory for results that only other algorithms compute.
 inline void refuse_gradients(const BackwardArgs& a) {
   if (a.grad_weight || a.grad_bias)
-    throw py::value_error("grad_weight and grad_bias must not be given: torch forms them");
+    throw py::value_error("grad_weight and grad_bias must not be given: torch computes them");
 }
 inline void refuse_d_gates(const BackwardArgs& a) {
   if (a.d_gates || a.mem_after)
@@ -234,10 +234,10 @@ inline void bind_cell(py::module_& m) {
 constexpr Py_ssize_t kLeakyFields = 15;
 
 template <class Args>
-Args leaky_args(const py::tuple& given) {
+Args leaky_args(const py::tuple& fields) {
   constexpr bool backward = std::is_same_v<Args, LeakyBackwardArgs>;
   Args a;
-  Fields f(given, kLeakyFields + (backward ? 8 : 4));
+  Fields f(fields, kLeakyFields + (backward ? 8 : 4));
   int64_t dtype, reset, surrogate;
   f.read(dtype, reset, surrogate, a.surrogate_p0, a.surrogate_p1, a.T, a.n, a.beta, a.threshold,
          a.graded_factor, a.mem0);

@@ -131,15 +131,15 @@ inline int percent_of(const Cell& cell, const py::handle& x, Address lengths) {
 // Returns the layouts of the weight that a pass reads, each as (number, name, bytes). Layouts with
 // the same number differ by name.
 inline py::list layouts(const cpu::Pass& pass) {
-  py::list found;
+  py::list layouts;
   const int first = int(pass.backward ? cpu::Form::backward : cpu::Form::forward);
   for (int number = first; number < first + 3; ++number) {
     const auto form = cpu::Form(number);
     if (!cpu::reads(pass.cell, form, pass.grad_x)) continue;
-    found.append(py::make_tuple(number, cpu::form_name(pass.cell, form),
-                                pass.kernels.packed_bytes(pass.cell, form)));
+    layouts.append(py::make_tuple(number, cpu::form_name(pass.cell, form),
+                                  pass.kernels.packed_bytes(pass.cell, form)));
   }
-  return found;
+  return layouts;
 }
 
 inline void pack(const cpu::Pass& pass, int number, Address weight, Address packed) {
@@ -154,9 +154,9 @@ inline void pack(const cpu::Pass& pass, int number, Address weight, Address pack
 
 // Runs a call. Refuses it if an argument that the kernels read is missing.
 template <class Args>
-void run_as(const cpu::Pass& pass, const py::tuple& given) {
+void run_as(const cpu::Pass& pass, const py::tuple& fields) {
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
-  auto a = pass_args<Args>(pass.cell, given);
+  auto a = pass_args<Args>(pass.cell, fields);
   a.threads = pass.threads;
   needs(a.workspace, "workspace");
   bool grad_x = false;
@@ -179,16 +179,16 @@ void run_as(const cpu::Pass& pass, const py::tuple& given) {
     pass.kernels.backward(a);
 }
 
-inline void run_pass(const cpu::Pass& pass, const py::tuple& given) {
+inline void run_pass(const cpu::Pass& pass, const py::tuple& fields) {
   if (pass.backward)
-    run_as<BackwardArgs>(pass, given);
+    run_as<BackwardArgs>(pass, fields);
   else
-    run_as<ForwardArgs>(pass, given);
+    run_as<ForwardArgs>(pass, fields);
 }
 
 template <class Args>
-void run_leaky(const py::tuple& given) {
-  auto a = leaky_args<Args>(given);
+void run_leaky(const py::tuple& fields) {
+  auto a = leaky_args<Args>(fields);
   a.threads = most_threads();
   py::gil_scoped_release release;
   if constexpr (std::is_same_v<Args, LeakyForwardArgs>)

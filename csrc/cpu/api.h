@@ -52,7 +52,7 @@ struct Kernels {
   double (*sparse_cost)(const Cell&, double density);
 
   // These return the size of a call's workspace in bytes. `weight` says whether the backward pass
-  // forms the weight's gradient.
+  // computes the weight's gradient.
   int64_t (*forward_workspace)(const Cell&, int threads);
   int64_t (*backward_workspace)(const Cell&, int threads, bool weight);
 
@@ -80,7 +80,7 @@ const Kernels& kernels();
 struct Pass {
   Cell cell;
   bool backward;
-  bool grad_x, grad_weight;  // whether the backward pass forms these gradients
+  bool grad_x, grad_weight;  // whether the backward pass computes these gradients
   const Kernels& kernels;
   int threads;
 };

@@ -84,8 +84,8 @@ inline cudaError_t prepare(const void* kernel, cudaStream_t stream, bool& may_ov
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto found = prepared.find({kernel, device}); found != prepared.end()) {
-    may_overlap = found->second;
+  if (const auto known = prepared.find({kernel, device}); known != prepared.end()) {
+    may_overlap = known->second;
     return cudaSuccess;
   }
   status = cudaStreamIsCapturing(stream, &capture);

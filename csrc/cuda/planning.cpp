@@ -27,11 +27,11 @@ std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, i
   const auto count = [](int64_t all, int64_t size) {
     return ceil_div(std::max<int64_t>(all, 1), size);
   };
-  std::vector<TileSize> found;
+  std::vector<TileSize> sizes;
   if (only.h > 0) {
     if (only.h * only.w <= pixels && only.h % unit_h == 0 && only.w % unit_w == 0)
-      found.push_back({only.h, only.w, 0});
-    return found;
+      sizes.push_back({only.h, only.w, 0});
+    return sizes;
   }
   for (int64_t w = unit_w; unit_h * w <= pixels; w += unit_w) {
     const int64_t columns = count(width, w);
@@ -42,13 +42,13 @@ std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, i
       if (h > unit_h && count(height, h - unit_h) == rows) continue;
       // In sectors of 8 numbers. A row that continues beyond the tile costs one more at each end.
       const int64_t read = (h + halo) * (ceil_div(w, 8) + (w < width ? 2 : 0)) * 8;
-      found.push_back({int(h), int(w), rows * columns * (4 * pixels + read)});
+      sizes.push_back({int(h), int(w), rows * columns * (4 * pixels + read)});
     }
   }
   const auto less = [](const TileSize& a, const TileSize& b) { return a.cost < b.cost; };
-  std::stable_sort(found.begin(), found.end(), less);
-  while (!found.empty() && found.back().cost >= 2 * found.front().cost) found.pop_back();
-  return found;
+  std::stable_sort(sizes.begin(), sizes.end(), less);
+  while (!sizes.empty() && sizes.back().cost >= 2 * sizes.front().cost) sizes.pop_back();
+  return sizes;
 }
 
 void cut(Tiling& tiling, const Cell& c, int64_t height, int64_t width, const TileSize& size) {
@@ -89,15 +89,15 @@ Multiply wanted_multiply(const Cell& cell, const Device& device, Matrix matrix) 
 template <class Step>
 struct Best {
   std::optional<Step> step;
-  double load = 0;
+  double least = 0;
 
   void offer(const Device& device, const Step& other) {
     const int64_t outputs = int64_t(other.pixels()) * other.channels();
-    const double its = rules::busiest(
+    const double load = rules::busiest(
         device, {other.tiling.blocks(), outputs, other.threads(), other.shared_bytes});
-    if (!step || its < rules::kClearly * load) {
+    if (!step || load < rules::kClearly * least) {
       step = other;
-      load = its;
+      least = load;
     }
   }
 };
@@ -108,15 +108,15 @@ template <class Step, class Fits>
 void offer_tiles(Best<Step>& best, const Device& device, Step& step,
                  const std::vector<TileSize>& sizes, const Cell& c, int64_t height, int64_t width,
                  Fits&& fits) {
-  bool found = false;
+  bool fitted = false;
   for (const bool any : {false, true}) {
     for (const TileSize& size : sizes) {
       cut(step.tiling, c, height, width, size);
       if (!fits(any)) continue;
       best.offer(device, step);
-      found = true;
+      fitted = true;
     }
-    if (found) return;
+    if (fitted) return;
   }
 }
 

@@ -2,7 +2,7 @@
 // run side by side:
 //   rows     the recurrent data gradient of step t and then, while the rows lie in cache, the
 //            neurons of step t - 1 (neuron_backward.h)
-//   inputs   the data gradient of x, if it is wanted (with Winograd the rows tasks form it too)
+//   inputs   the data gradient of x, if it is wanted (with Winograd the rows tasks compute it too)
 //   weights  step t's part of the weight gradient (weight_gradient.h)
 // The workspace holds two time steps of d gates, mem and x, for any T.
 #pragma once
@@ -32,14 +32,14 @@ class Backward {
         neuron_(a_, l_, tasks_),
         weights_(l_, args.threads) {
     const Cell& c = a_.cell;
-    if constexpr (kHasWinograd<T, VL>) inputs_ = InputTransform<S>(l_.form);
+    if constexpr (kHasWinograd<T, VL>) inputs_ = InputTransform<S>(l_.winograd);
     x_rows_ = l_.block_rows();
     x_blocks_ = (c.H + x_rows_ - 1) / x_rows_;
     Workspace workspace(args.workspace);
     allocate(workspace);
   }
 
-  // `weight` says whether the call forms the weight's gradient.
+  // `weight` says whether the call computes the weight's gradient.
   static int64_t workspace(const Cell& cell, int threads, bool weight) {
     BackwardArgs args;
     args.cell = cell;
@@ -124,7 +124,7 @@ class Backward {
     neuron_.allocate(workspace);
     scratch_ = workspace.take<BackwardScratch>(a_.threads);
     const int64_t rows = tasks_.most_together * (l_.tiled_x() ? l_.block_rows() : x_rows_);
-    TileSizes sizes(l_, l_.form, 4 * l_.Cp, tasks_.most_together);
+    TileSizes sizes(l_, l_.winograd, 4 * l_.Cp, tasks_.most_together);
     if (a_.grad_weight) sizes.cover(weights_.tile_sizes());
     for (int k = 0; k < a_.threads; ++k) {
       BackwardScratch s;
@@ -162,13 +162,13 @@ class Backward {
     }
   }
 
-  // Forms data gradients by Winograd, for state rows [begin, end) of `together` images from n on:
-  // mem's in mem_grad, unless that is null, and x's if it is wanted.
+  // Computes data gradients by Winograd, for state rows [begin, end) of `together` images from n
+  // on: mem's in mem_grad, unless that is null, and x's if it is wanted.
   void tiled(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, bool x_wanted,
              T* mem_grad, int thread) {
     const BackwardScratch& s = scratch_[thread];
     const TileBlock<T> b =
-        tile_block(l_, l_.form, end - begin, 4 * l_.Cp, together, tasks_.most_together);
+        tile_block(l_, l_.winograd, end - begin, 4 * l_.Cp, together, tasks_.most_together);
     const int64_t pixel = 4 * l_.Cp;
     const int64_t row = l_.Wm * pixel;
     for (int64_t k = 0; k < together; ++k)

@@ -25,8 +25,9 @@ class DataGrad {
         sw_(stride_w),
         lists_(new RunList[int64_t(stride_h) * stride_w]) {
     if constexpr (kHasWinograd<T, VL>) {
-      outputs_ = PlaneTransform<S>::outputs(l.form, l.form.h.tile, l.form.w.tile);
-      outputs_of_two_ = PlaneTransform<Two>::outputs(l.form, l.form.h.tile, l.form.w.tile);
+      outputs_ = PlaneTransform<S>::outputs(l.winograd, l.winograd.h.tile, l.winograd.w.tile);
+      outputs_of_two_ =
+          PlaneTransform<Two>::outputs(l.winograd, l.winograd.h.tile, l.winograd.w.tile);
     }
     const int64_t pixel = 4 * l.Cp;
     const int64_t row = l.Wm * pixel;
@@ -89,7 +90,7 @@ class DataGrad {
   void tile_sweep(const TileBlock<T>& b, const T* values, const T* weight, T* products,
                   int64_t block, int64_t rows, T* out) const {
     const int64_t channels = vectors_ * VL;
-    const TileForm& t = b.form;
+    const WinogradTile& t = b.winograd;
     const auto& outputs = choose_outputs<NV>();
     constexpr int lanes = NV % 2 ? VL : Two::lanes;
     constexpr int batches = NV * VL / lanes;

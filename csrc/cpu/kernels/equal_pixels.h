@@ -1,4 +1,4 @@
-// Finds pixels of one pooling window whose recurrent inputs may be equal, and forms their sums
+// Finds pixels of one pooling window whose recurrent inputs may be equal, and computes their sums
 // directly. Direct sums of equal inputs are bitwise equal, so max_pool meets exact ties and takes
 // the first pixel, as snnTorch does. Winograd's rounding depends on a pixel's place and neighbours
 // in the tile, and would decide such ties by chance. Nearly silent layers, as all layers are when
@@ -16,7 +16,7 @@
 
 SNNLSTM_BEGIN_ISA
 
-// How the recurrent sums of a pixel are formed.
+// How the recurrent sums of a pixel are computed.
 enum class Sums : uint8_t {
   tiled = 0,     // by Winograd
   directly = 1,  // the pixel may have an equal
@@ -64,7 +64,7 @@ class EqualPixels {
     if (!any) return rows * l_.Wo;
     decide(rows, sums);
     int64_t left = 0;
-    const int64_t tile_rows = l_.whole(l_.form.h, c_.dilation_h, 1);
+    const int64_t tile_rows = l_.whole(l_.winograd.h, c_.dilation_h, 1);
     for (int64_t h = 0; h < rows; h += tile_rows)
       left += leave(h + tile_rows < rows ? tile_rows : rows - h, sums + h * columns_);
     return left;

@@ -76,7 +76,7 @@ struct Math : Simd<T, VL> {
 
   static SNNLSTM_INLINE R sigmoid(R x) { return T(1) / (T(1) + exp(-x)); }
 
-  // tanh is e / (e + 2). e = exp(2|x|) - 1 is formed without cancellation, so that the relative
+  // tanh is e / (e + 2). e = exp(2|x|) - 1 is computed without cancellation, so that the relative
   // error stays small near 0.
   static SNNLSTM_INLINE R tanh(R x) {
     const R bounded = S::lesser(splat(T(20)), S::abs(x));

@@ -40,7 +40,7 @@ class NeuronBackward {
 
   StepImages<T> images(int64_t t) const { return images_.images(t); }
   const T* d_gates(int64_t t, int64_t image) const { return images_.d_gates(t, image); }
-  // Returns a task's rows of the gradient of mem, which the next step's convolution has formed.
+  // Returns a task's rows of the gradient of mem, which the next step's convolution has computed.
   // `slot` counts the tasks that a thread works on together.
   T* mem_grad(int thread, int64_t slot) const {
     return scratch_[thread].mem_grad + slot * task_size();

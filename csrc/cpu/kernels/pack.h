@@ -157,7 +157,7 @@ struct Packing {
   // out + (p * parts + k) * stride.
   static void tile_weights(const L& l, const T* in, bool flipped, int64_t stride, T* out) {
     using D = Simd<double, VL>;
-    const TileForm& t = l.form;
+    const WinogradTile& t = l.winograd;
     const auto transform = PlaneTransform<D>::taps(t, t.h.part, t.w.part);
     const int64_t points = t.points(), parts = t.parts();
     alignas(64) double taps[5 * 5 * VL], values[8 * 8 * VL];

@@ -44,7 +44,7 @@ struct Quad {
 
 // The taps are cut into groups whose weights stay in cache: several kernel rows, one row, or a part
 // of a row. A list holds the nonzeros of the input rows under one output row and group, column by
-// column, so that the entries of an output pixel are contiguous. (With dilation, columns that meet
+// column, so that the entries of an output pixel are adjacent. (With dilation, columns that meet
 // in a pixel lie side by side in the list.) If a group has one kernel row, the list of an input row
 // serves all kernel rows.
 template <class T, int VL>

@@ -89,8 +89,8 @@ class StateRows {
   // Returns how many rows of mem, border included, the kernel reads for `rows` state rows.
   int64_t seen_rows(int64_t rows) const {
     const Cell& c = a_.cell;
-    return l_.whole(l_.form.h, c.dilation_h, rows) +
-           ((c.tiled() ? l_.form.h.taps() : c.kernel_h) - 1) * c.dilation_h;
+    return l_.whole(l_.winograd.h, c.dilation_h, rows) +
+           ((c.tiled() ? l_.winograd.h.taps() : c.kernel_h) - 1) * c.dilation_h;
   }
 
   T* first_syn(const Rows& r, int64_t h) const { return r.syn + (h - r.first) * l_.Wo * l_.Cp; }

@@ -1,4 +1,4 @@
-// The images from which a time step's gradients are formed: d gates, mem before the step and x,
+// The images from which a time step's gradients follow: d gates, mem before the step and x,
 // channels-last with a zero border (layout.h). The steps alternate between two buffers: while the
 // tasks of one step read one buffer, others write the images of the step before into the other.
 #pragma once
@@ -23,7 +23,7 @@ class StepBuffers {
  public:
   explicit StepBuffers(const Layout<T, VL>& l) : l_(l) {}
 
-  // Takes memory for all samples, and for x if the weight gradient is formed.
+  // Takes memory for all samples, and for x if the weight gradient is wanted.
   void allocate(Workspace& workspace, const BackwardArgs& a) {
     const int64_t N = l_.c.N;
     with_x_ = a.grad_weight != nullptr;

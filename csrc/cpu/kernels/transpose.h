@@ -1,4 +1,4 @@
-// Copies between the caller's tensors (any strides) and channels-last rows. Rows of contiguous
+// Copies between the caller's tensors (any strides) and channels-last rows. Rows of adjacent
 // columns (NCHW) are transposed in registers. Several rows that follow each other without a gap in
 // the caller's tensor are transposed as one long row, because short rows would not fill the
 // registers.

@@ -41,14 +41,15 @@ class WeightGradient {
         bands_(std::min(count_splits() / image_splits_, pixel_blocks())),
         sums_(l, x_in_tiles(), splits(), blocks_of_a_split()) {
     if constexpr (kHasWinograd<T, VL>) {
-      inputs_ = InputTransform<S>(l.grad_form);
-      taps_ = PlaneTransform<GateVector>::taps(l.grad_form, l.grad_form.h.tile, l.grad_form.w.tile);
+      inputs_ = InputTransform<S>(l.grad_winograd);
+      taps_ = PlaneTransform<GateVector>::taps(l.grad_winograd, l.grad_winograd.h.tile,
+                                               l.grad_winograd.w.tile);
     }
   }
 
   // Returns the sizes of the tile buffers that add() needs.
   TileSizes tile_sizes() const {
-    return TileSizes(l_, l_.grad_form, kTilePiece + VL, images_together(true));
+    return TileSizes(l_, l_.grad_winograd, kTilePiece + VL, images_together(true));
   }
 
   void allocate(Workspace& workspace) {
@@ -105,7 +106,7 @@ class WeightGradient {
   // Returns the blocks in which the weight gradient of mem takes an image, and their rows.
   int64_t pixel_blocks() const { return (l_.Ho + block_rows() - 1) / block_rows(); }
   int64_t block_rows() const {
-    return c_.tiled() ? l_.rows_of_tiles(l_.grad_form) : pixel_block_rows();
+    return c_.tiled() ? l_.rows_of_tiles(l_.grad_winograd) : pixel_block_rows();
   }
   int64_t blocks_of_a_split() const {
     return (c_.N + image_splits_ - 1) / image_splits_ * ((pixel_blocks() + bands_ - 1) / bands_);
@@ -114,9 +115,9 @@ class WeightGradient {
   // Returns how many small images are summed together, so that the sums are read and written once
   // for all of them.
   int64_t images_together(bool in_tiles) const {
-    const int64_t rows = in_tiles ? l_.rows_of_tiles(l_.grad_form) : pixel_block_rows();
+    const int64_t rows = in_tiles ? l_.rows_of_tiles(l_.grad_winograd) : pixel_block_rows();
     if (rows < l_.Ho || c_.N == 0) return 1;
-    const int64_t images = in_tiles ? l_.images_of(l_.grad_form) : kBlockPixels / l_.pixels;
+    const int64_t images = in_tiles ? l_.images_of(l_.grad_winograd) : kBlockPixels / l_.pixels;
     return images < 1 ? 1 : images < c_.N ? images : c_.N;
   }
 
@@ -128,7 +129,7 @@ class WeightGradient {
       f(n, images.last - n < most ? images.last - n : most);
   }
 
-  // Says whether Winograd forms x's weight gradient. With few channels that gains nothing, and
+  // Says whether Winograd computes x's weight gradient. With few channels that gains nothing, and
   // direct sums round less.
   bool x_in_tiles() const { return c_.x_algorithm == CpuAlgorithm::winograd && c_.Cin > 4; }
 
@@ -152,11 +153,11 @@ class WeightGradient {
     const int64_t channels = is_x ? c_.Cin : c_.C;
     const int64_t first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
-    const int64_t block = l_.rows_of_tiles(l_.grad_form), stride = channels * kGates;
+    const int64_t block = l_.rows_of_tiles(l_.grad_winograd), stride = channels * kGates;
     each_images(all, true, [&](int64_t n, int64_t images) {
       for (int64_t h = all.top; h < all.bottom; h += block) {
         PixelRows<T> p = pixel_rows(step, n, images, h, std::min(block, all.bottom - h), cb, is_x);
-        const TileBlock<T> b = tile_block(l_, l_.grad_form, p.rows, (len + VL - 1) / VL * VL,
+        const TileBlock<T> b = tile_block(l_, l_.grad_winograd, p.rows, (len + VL - 1) / VL * VL,
                                           images, images_together(true));
         for (int64_t k = 0; k < images; ++k)
           inputs_.run(b, p.in + k * p.in_image + first, p.in_row, p.in_pixel,
@@ -300,7 +301,7 @@ class WeightGradient {
     });
   }
 
-  // Forms the sums of a cell with so few channels that most lanes hold none: the lanes with a
+  // Computes the sums of a cell with so few channels that most lanes hold none: the lanes with a
   // channel are compacted.
   void compactly(const StepImages<T>& step, const Images& images, bool is_x, const Run* runs,
                  int count, const WeightScratch& s, T* out) {

@@ -87,7 +87,7 @@ void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* o
   }
 }
 
-// Forms the weight gradient of one block of tiles by Winograd: transforms the gates' gradient of
+// Computes the weight gradient of one block of tiles by Winograd: transforms the gates' gradient of
 // one channel block, and adds its products with the transformed inputs (tiles.h), over all tiles,
 // to `len` rows of (4, VL) of the sums (points, parts, sums_stride). p.in is not used.
 template <class S, class V, class T = typename S::Scalar>
@@ -96,7 +96,7 @@ void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, con
   constexpr int VL = S::lanes;
   constexpr int kGates = 4 * VL;
   const Plane from{b.dilation_h * p.d_row, b.dilation_w * p.d_pixel, V::lanes};
-  const Plane to{b.form.w.inputs() * b.products_stride, b.products_stride, V::lanes};
+  const Plane to{b.winograd.w.inputs() * b.products_stride, b.products_stride, V::lanes};
   for (int64_t k = 0; k < b.images * b.count(); ++k, d_values += kGates) {
     const int64_t image = k / b.count(), tile = k % b.count();
     const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
@@ -105,10 +105,10 @@ void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, con
   }
   d_values -= b.images * b.count() * kGates;
   const TileRows rows(b);
-  for (int point = 0; point < b.form.points(); ++point)
-    for (int part = 0; part < b.form.parts(); ++part, sums += sums_stride) {
-      const T* in =
-          values + point * b.values_stride + b.part(part / b.form.w.parts, part % b.form.w.parts);
+  for (int point = 0; point < b.winograd.points(); ++point)
+    for (int part = 0; part < b.winograd.parts(); ++part, sums += sums_stride) {
+      const T* in = values + point * b.values_stride +
+                    b.part(part / b.winograd.w.parts, part % b.winograd.w.parts);
       PixelRows<T> tiles;
       tiles.in = in;
       tiles.in_image = rows.image;

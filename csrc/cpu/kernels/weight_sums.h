@@ -103,7 +103,7 @@ class WeightSums {
   // Transforms the sums of one channel, whose points lie `stride` apart, into its taps.
   void taps_of_tile(const T* in, int64_t stride, T* out) const {
     using V = typename Merged<S, 4>::Vector;
-    const TileForm& t = l_.grad_form;
+    const WinogradTile& t = l_.grad_winograd;
     const auto outputs = PlaneTransform<V>::outputs(t, t.h.part, t.w.part);
     const int64_t point = t.parts() * stride;
     alignas(64) T taps[5 * 5 * kGates];

@@ -17,7 +17,7 @@
 // instead of the taps.
 //
 // A transform takes one axis at a time and is a loop over lines, so that code for nine lengths of
-// line serves every pair of forms.
+// line serves every tile.
 #pragma once
 
 #include "../tiling.h"
@@ -26,7 +26,7 @@
 SNNLSTM_BEGIN_ISA
 
 using cpu::Axis;
-using cpu::TileForm;
+using cpu::WinogradTile;
 
 // One dimension of the transforms, on values of type R (vectors).
 template <class R, class T, int A>
@@ -171,7 +171,7 @@ void transform_lines(const T* in, const Lines& from, T* out, const Lines& to, in
   transform_each_line<S, Op, false>(in, from, out, to, lines, batches, start, Lines{});
 }
 
-// The transforms along an axis, which are null for a kernel of one tap. `form` is the number of
+// The transforms along an axis, which are null for a kernel of one tap. `sizes` is the number of
 // inputs, or ten times that plus the number of outputs or taps.
 template <class S>
 class AxisTransforms {
@@ -189,17 +189,17 @@ class AxisTransforms {
   }
 
  private:
-  template <int form>
-  using Inputs = typename Of<form>::Inputs;
-  template <int form>
-  using Outputs = typename Of<form / 10>::template Outputs<form % 10>;
-  template <int form>
-  using Taps = typename Of<form / 10>::template Taps<form % 10>;
+  template <int sizes>
+  using Inputs = typename Of<sizes>::Inputs;
+  template <int sizes>
+  using Outputs = typename Of<sizes / 10>::template Outputs<sizes % 10>;
+  template <int sizes>
+  using Taps = typename Of<sizes / 10>::template Taps<sizes % 10>;
 
   template <template <int> class Op, int... compiled>
-  static AxisTransform<T> find(int form) {
+  static AxisTransform<T> find(int sizes) {
     AxisTransform<T> lines = nullptr;
-    ((form == compiled && (lines = transform_lines<S, Op<compiled>>)), ...);
+    ((sizes == compiled && (lines = transform_lines<S, Op<compiled>>)), ...);
     return lines;
   }
 };
@@ -237,12 +237,12 @@ class PlaneTransform {
     w_(half, {S::lanes, row, image}, out, to_w, to_h_, batches, start, at_w);
   }
 
-  static PlaneTransform outputs(const TileForm& t, int height, int width) {
+  static PlaneTransform outputs(const WinogradTile& t, int height, int width) {
     using P = AxisTransforms<S>;
     return {P::outputs(t.h, height), t.h.inputs(), height,
             P::outputs(t.w, width),  t.w.inputs(), width};
   }
-  static PlaneTransform taps(const TileForm& t, int height, int width) {
+  static PlaneTransform taps(const WinogradTile& t, int height, int width) {
     using P = AxisTransforms<S>;
     return {P::taps(t.h, height), height, t.h.inputs(), P::taps(t.w, width), width, t.w.inputs()};
   }

@@ -1,5 +1,5 @@
-// Kernels for spikes that a step's tiles cannot form, because pooling windows may cross the tiles
-// and inhibition looks at a whole sample.
+// Kernels for spikes that a step's tiles cannot compute, because pooling windows may cross the
+// tiles and inhibition looks at a whole sample.
 #pragma once
 
 #include "neuron_backward.cuh"

@@ -70,8 +70,8 @@ class Gemm {
     const bool strided = s.dgrad_stride_h.value > 1 || s.dgrad_stride_w.value > 1;
     const R* weight = reinterpret_cast<const R*>(static_cast<const char*>(s.weight) +
                                                  block_.column * s.weight_pitch);
-    tap_ = 0;
-    channel_ = tid_;  // for locate()
+    tap_ = 0;  // for locate(), like the channel
+    channel_ = tid_;
     __syncthreads();  // all threads have read the previous segment
     locate(s, 0);
     locate(s, 1);

@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
 
     // The second m16 tile waits in shared memory, since the epilogue needs its registers.
     auto* parked = reinterpret_cast<float*>(shared);
-    const int stride = 4 * int(blockDim.x), own = 4 * int(threadIdx.x);
-    const auto place = [&](int k) { return parked + (k * stride + own); };
+    const int stride = 4 * int(blockDim.x), offset = 4 * int(threadIdx.x);
+    const auto place = [&](int k) { return parked + (k * stride + offset); };
     float sum[4][2][kPerThread], *flat = &sum[0][0][0];
     take<Tiles>(acc[1], sum);
     unrolled<kTiles>([&](int k) {

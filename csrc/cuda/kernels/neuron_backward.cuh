@@ -1,5 +1,5 @@
 // The neurons of the backward pass of one time step: spike, pooling, reset, LSTM. All backward
-// kernels share this; they differ in how they form the recurrent gradient of mem. The forward pass
+// kernels share this; they differ in how they sum the recurrent gradient of mem. The forward pass
 // has saved the activated gates and syn before the step, from which this part recomputes mem.
 //   d_gates   (T, N, Ho, Wo, 4, Cp)  gradient of the gates before activation, for the convolutions
 //   own_mem  (T, N, Ho, Wo, Cp)     mem after the step, for the weight gradient
@@ -57,7 +57,7 @@ struct RowSums {
 
 template <class R, bool plain = false, class OfStates = Unknown, class OfGates = Unknown>
 class BackwardTile {
-  using Own = Known<R, Access::channels>;  // images in the compute type
+  using OwnImage = Known<R, Access::channels>;  // images in the compute type
 
  public:
   using N = Neuron<Math<R>>;
@@ -136,7 +136,7 @@ class BackwardTile {
     if (p_.grad_syn0.present())
       store_patch<OfStates>(p_.grad_syn0, p.at, p.c0, d_syn);
     else if (p_.d_syn_out.present())
-      store_patch<Own>(p_.d_syn_out, p.at, p.c0, d_syn);
+      store_patch<OwnImage>(p_.d_syn_out, p.at, p.c0, d_syn);
     if (p_.sums == nullptr) return;
     R sum[4];
     unrolled<4>([&](int ch) { sum[ch] = of_threshold[0][ch] + of_threshold[1][ch]; });
@@ -230,7 +230,7 @@ class BackwardTile {
   SNNLSTM_DEVICE void from_later(const Patch& p, Recurrent&& recurrent, R (&d_syn)[2][4],
                                  R (&d_mem)[2][4]) const {
     const bool starts = !plain && p_.fire.is_last(block_.n);  // nothing comes from later steps
-    if (p_.d_syn_in.present() && !starts) load_patch<Own>(p_.d_syn_in, p.at, p.c0, d_syn);
+    if (p_.d_syn_in.present() && !starts) load_patch<OwnImage>(p_.d_syn_in, p.at, p.c0, d_syn);
     if (!starts) recurrent(d_mem);
     if (plain || starts || !p_.at_ends)
       add_patch(p_.grad_mem, p.at, p.c0, d_mem), add_patch(p_.grad_syn, p.at, p.c0, d_syn);
@@ -260,7 +260,7 @@ class BackwardTile {
         for_each_value(spike, gradient, p.mem);
       }
     } else if (!plain && p_.spikes_in.present()) {
-      load_patch<Own>(p_.spikes_in, p.at, p.c0, spike);
+      load_patch<OwnImage>(p_.spikes_in, p.at, p.c0, spike);
     } else if (gathers()) {
       unrolled<4>([&](int ch) {
         R pair[2];

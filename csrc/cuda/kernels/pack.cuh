@@ -1,4 +1,4 @@
-// Converts the quantiser's levels and the convolution's weight to the form that the kernels read.
+// Converts the quantiser's levels and the convolution's weight to what the kernels read.
 #pragma once
 
 #include "../planning.h"

@@ -1,4 +1,4 @@
-// Launches the kernels that form the gradients of weight and bias over all steps.
+// Launches the kernels that compute the gradients of weight and bias over all steps.
 #include "../launchers.h"
 #include "../steps.h"
 #include "weight_gradient_mma.cuh"
