@@ -81,13 +81,13 @@ class Backward {
     return s;
   }
 
-  void step(int64_t t) const {
+  void step(int64_t t) {
     const Cell& c = s_.c;
     NeuronBackward n = neuron(t);
     if (!steps_.spreads) launch_spread(n, image(spikes_, s_, steps_.real), c.N, stream_);
     Segment s;
     if (t < c.T - 1) s = transposed(d_gates(t + 1), false);
-    run_step(s, n);
+    run_step(t, s, n);
   }
 
   MmaConv conv(const DataBlocks& step, const PackedPart& part, const Segment& s) const {
@@ -98,8 +98,9 @@ class Backward {
     return builder.conv;
   }
 
-  // If s has no channels, this is the last step, which has nothing to convolve or to overlap.
-  void run_step(const Segment& s, const NeuronBackward& n) const {
+  // The last step, t = T - 1, has nothing to convolve or to overlap; s is absent. The steps before
+  // the one before it differ from that one in the address of d_gates alone.
+  void run_step(int64_t t, const Segment& s, const NeuronBackward& n) {
     const DataBlocks& step = steps_.to_mem;
     const bool overlaps = s.channels > 0;
     if (!step.mma()) {
@@ -118,7 +119,9 @@ class Backward {
     }
     BackwardMma p;
     p.tiling = step.tiling;
-    p.conv = conv(step, steps_.packed.mem, s);
+    if (t >= s_.c.T - 2) conv_ = conv(step, steps_.packed.mem, s);
+    conv_.segment[0].s.src = s.src;
+    p.conv = conv_;
     p.tiles = step.tiles;
     p.neuron = n;
     const BackwardLayout layout(step, p.conv, s_.c.pool != Pool::none && steps_.spreads);
@@ -135,8 +138,8 @@ class Backward {
     });
   }
 
-  // Forms the gradients of x, at all steps, and of the first mem in one launch, or in two if only
-  // one of them can use tensor cores.
+  // Computes the gradients of x, at all steps, and of the first mem in one launch, or in two if
+  // only one of them can use tensor cores.
   void data_gradients() const {
     const Cell& c = s_.c;
     Jobs<DataGradientFma> fma;
@@ -195,6 +198,7 @@ class Backward {
   Arena arena_;
   void *mem_ = nullptr, *d_syn_ = nullptr, *sums_ = nullptr, *spikes_ = nullptr;
   WeightSources from_;
+  MmaConv conv_;
 };
 
 // Plans tiles of whole pooling windows, if possible.
