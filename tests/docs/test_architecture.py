@@ -101,6 +101,13 @@ def test_a_file_of_each_row_or_step_has_the_names_of_it():
                 assert re.search(rf"\b{name}\b", text), f"no {name} in the files of: {row}"
 
 
+def test_an_option_touches_as_many_files_as_its_steps_name():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    steps = page.partition("## Add an option\n")[2].partition("\n## ")[0]
+    files = set(re.findall(r"`((?:snnlstm|csrc|tests|tools|docs)/[^`]+\.\w+)`", steps))
+    assert len(files) == int(re.search(r"touches (\d+) files", steps)[1])
+
+
 def added_options() -> list[str]:
     """Returns the arguments of the cell that snnTorch's does not have, but for torch's own two."""
     mine, reference = (
