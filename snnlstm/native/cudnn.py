@@ -169,8 +169,8 @@ def forward(
         h_alone = not plan.spec.spiking and not call.record and call.lengths is None
         if t < last and h_alone:
             spk, out_mem = None, spks[t]  # spk is mem, and the next step reads it there
-        views = None, *strided(syn, mem)
-        fields = plan.call_fields(views, _step_of(call, t), saved, t)
+        views, step = (None, *strided(syn, mem)), _step_of(call, t)  # step owns its lengths
+        fields = plan.call_fields(views, step, saved, t)
         results = strided(sums, x_sums, spk, out_syn, out_mem)
         run_kernels((0, 0, 0, 0, levels, 0, *fields, bias, *results))
         syn, mem = out_syn, out_mem
