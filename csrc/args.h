@@ -78,7 +78,8 @@ struct Cell {
 inline Cell within_image(const Cell& cell) {
   Cell c = cell;
   const auto trim = [](int64_t size, int& kernel, int& stride, int& dilation, int& outer) {
-    const int64_t reach = size > 1 ? (size - 1) / dilation : 0, most = (kernel - 1) / 2;
+    const int64_t reach = size > 1 ? (size - 1) / dilation : 0;
+    const int64_t most = (kernel - 1) / 2;
     outer = int(most > reach ? most - reach : 0);
     kernel -= 2 * outer;
     if (kernel == 1) dilation = 1;
@@ -96,8 +97,8 @@ struct View {
   int64_t stride[5] = {0, 0, 0, 0, 0};
 };
 
-// The arguments of both passes. Python passes the fields from workspace to places, and then those of
-// the pass, in this order (bindings.h).
+// The arguments of both passes. Python passes the fields from workspace to places, and then those
+// of the pass, in this order (bindings.h).
 struct PassArgs {
   Cell cell;
   int threads = 1;  // CPU

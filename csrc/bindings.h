@@ -24,8 +24,8 @@ constexpr int64_t kMostElements = int64_t(1) << 48;  // of an image or weight; n
 inline void* at(Address address) { return reinterpret_cast<void*>(address); }
 
 // Refuses a null pointer.
-inline void needs(const void* given, const char* name) {
-  if (!given) throw py::value_error(std::string(name) + " must be given");
+inline void needs(const void* address, const char* name) {
+  if (!address) throw py::value_error(std::string(name) + " must be given");
 }
 
 // Refuses a number of elements or bytes that no memory can hold.
@@ -66,8 +66,8 @@ inline View view(const py::handle& from) {
 // Checks the length of a call's tuple and reads it field by field.
 class Fields {
  public:
-  Fields(const py::tuple& given, Py_ssize_t count) : given_(given.ptr()) {
-    const Py_ssize_t size = PyTuple_GET_SIZE(given_);
+  Fields(const py::tuple& fields, Py_ssize_t count) : fields_(fields.ptr()) {
+    const Py_ssize_t size = PyTuple_GET_SIZE(fields_);
     if (size != count)
       throw py::value_error("a call of this pass takes " + std::to_string(count) + " fields, got " +
                             std::to_string(size));
@@ -79,7 +79,7 @@ class Fields {
   }
 
  private:
-  py::handle next() { return PyTuple_GET_ITEM(given_, used_++); }
+  py::handle next() { return PyTuple_GET_ITEM(fields_, used_++); }
   void one(View& v) { v = view(next()); }
   template <class T>
   void one(T*& address) {
@@ -93,10 +93,11 @@ class Fields {
   }
   void one(bool& flag) {
     int64_t number;
-    one(number), flag = number != 0;
+    one(number);
+    flag = number != 0;
   }
 
-  PyObject* given_;
+  PyObject* fields_;
   Py_ssize_t used_ = 0;
 };
 
@@ -106,11 +107,11 @@ constexpr Py_ssize_t kPassFields = 18;
 
 // Reads a call of either pass. Refuses it if an argument that all kernels read is missing.
 template <class Args>
-Args pass_args(const Cell& cell, const py::tuple& given) {
+Args pass_args(const Cell& cell, const py::tuple& fields) {
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
   Args a;
   a.cell = cell;
-  Fields f(given, kPassFields + (forward ? 6 : 12));
+  Fields f(fields, kPassFields + (forward ? 6 : 12));
   f.read(a.workspace, a.weight, a.weight_mem, a.weight_x, a.levels, a.order, a.x, a.syn0, a.mem0,
          a.threshold, a.threshold_stride, a.graded_factor, a.lengths, a.record, a.saved_gates,
          a.saved_syn, a.winner, a.places);
@@ -137,10 +138,10 @@ Args pass_args(const Cell& cell, const py::tuple& given) {
   return a;
 }
 
-// These refuse memory for results that only other algorithms form.
+// These refuse memory for results that only other algorithms compute.
 inline void refuse_gradients(const BackwardArgs& a) {
   if (a.grad_weight || a.grad_bias)
-    throw py::value_error("grad_weight and grad_bias must not be given: torch forms them");
+    throw py::value_error("grad_weight and grad_bias must not be given: torch computes them");
 }
 inline void refuse_d_gates(const BackwardArgs& a) {
   if (a.d_gates || a.mem_after)
@@ -168,10 +169,12 @@ inline void check_sizes(const Cell& c) {
     if (size < 1) throw py::value_error("every size of a cell must be positive");
   if (c.T < 1 || c.N < 1) throw py::value_error("T and N must be at least 1");
   if (c.num_levels < 0) throw py::value_error("num_levels must not be negative");
-  const double taps = double(c.kernel_h) * c.kernel_w, channels = double(c.Cin) + 4. * double(c.C);
+  const double taps = double(c.kernel_h) * c.kernel_w;
+  const double channels = double(c.Cin) + 4. * double(c.C);
   // Bounds of the rows and columns: the image, a border no wider than the image, and padding.
   const double height = 3. * double(c.H) + 64, width = 3. * double(c.W) + 64;
-  const double image = (channels + 64) * height * width, weight = (channels + 64) * channels * taps;
+  const double image = (channels + 64) * height * width;
+  const double weight = (channels + 64) * channels * taps;
   const double images = double(c.T) * double(c.N) * image;
   // The gradient of x has a list of taps for each offset within a stride.
   const double places =
@@ -188,7 +191,12 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
                       int num_levels, bool spiking) {
   Cell c;
   c.dtype = numbered<DType>("dtype", dtype, kDTypes);
-  c.T = T, c.N = N, c.Cin = Cin, c.C = C, c.H = H, c.W = W;
+  c.T = T;
+  c.N = N;
+  c.Cin = Cin;
+  c.C = C;
+  c.H = H;
+  c.W = W;
   std::tie(c.kernel_h, c.kernel_w) = kernel;
   std::tie(c.stride_h, c.stride_w) = stride;
   std::tie(c.dilation_h, c.dilation_w) = dilation;
@@ -196,7 +204,8 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
   std::tie(c.pool_h, c.pool_w) = pool_size;
   c.reset = numbered<Reset>("reset", reset, kResets);
   c.surrogate = numbered<Surrogate>("surrogate", surrogate, kSurrogates);
-  c.surrogate_p0 = p0, c.surrogate_p1 = p1;
+  c.surrogate_p0 = p0;
+  c.surrogate_p1 = p1;
   c.inhibition = inhibition;
   c.num_levels = num_levels;
   c.spiking = spiking;
@@ -225,10 +234,10 @@ inline void bind_cell(py::module_& m) {
 constexpr Py_ssize_t kLeakyFields = 15;
 
 template <class Args>
-Args leaky_args(const py::tuple& given) {
+Args leaky_args(const py::tuple& fields) {
   constexpr bool backward = std::is_same_v<Args, LeakyBackwardArgs>;
   Args a;
-  Fields f(given, kLeakyFields + (backward ? 8 : 4));
+  Fields f(fields, kLeakyFields + (backward ? 8 : 4));
   int64_t dtype, reset, surrogate;
   f.read(dtype, reset, surrogate, a.surrogate_p0, a.surrogate_p1, a.T, a.n, a.beta, a.threshold,
          a.graded_factor, a.mem0);

@@ -33,7 +33,8 @@ inline cpu::Pass make_cpu_pass(const Cell& cell, int algorithm, double density, 
 // Estimates the share of nonzeros in x from values spread over all images that are not padded.
 template <class T>
 double density(const Cell& c, const View& x, const int64_t* lengths) {
-  const int64_t plane = c.H * c.W, size = c.Cin * plane;
+  const int64_t plane = c.H * c.W;
+  const int64_t size = c.Cin * plane;
   const auto steps = [&](int64_t n) { return lengths ? std::min(lengths[n], c.T) : c.T; };
   int64_t images = 0, seen = 0, nonzero = 0;
   for (int64_t n = 0; n < c.N; ++n) images += steps(n);
@@ -130,15 +131,15 @@ inline int percent_of(const Cell& cell, const py::handle& x, Address lengths) {
 // Returns the layouts of the weight that a pass reads, each as (number, name, bytes). Layouts with
 // the same number differ by name.
 inline py::list layouts(const cpu::Pass& pass) {
-  py::list found;
+  py::list layouts;
   const int first = int(pass.backward ? cpu::Form::backward : cpu::Form::forward);
   for (int number = first; number < first + 3; ++number) {
     const auto form = cpu::Form(number);
     if (!cpu::reads(pass.cell, form, pass.grad_x)) continue;
-    found.append(py::make_tuple(number, cpu::form_name(pass.cell, form),
-                                pass.kernels.packed_bytes(pass.cell, form)));
+    layouts.append(py::make_tuple(number, cpu::form_name(pass.cell, form),
+                                  pass.kernels.packed_bytes(pass.cell, form)));
   }
-  return found;
+  return layouts;
 }
 
 inline void pack(const cpu::Pass& pass, int number, Address weight, Address packed) {
@@ -153,9 +154,9 @@ inline void pack(const cpu::Pass& pass, int number, Address weight, Address pack
 
 // Runs a call. Refuses it if an argument that the kernels read is missing.
 template <class Args>
-void run_as(const cpu::Pass& pass, const py::tuple& given) {
+void run_as(const cpu::Pass& pass, const py::tuple& fields) {
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
-  auto a = pass_args<Args>(pass.cell, given);
+  auto a = pass_args<Args>(pass.cell, fields);
   a.threads = pass.threads;
   needs(a.workspace, "workspace");
   bool grad_x = false;
@@ -178,16 +179,16 @@ void run_as(const cpu::Pass& pass, const py::tuple& given) {
     pass.kernels.backward(a);
 }
 
-inline void run_pass(const cpu::Pass& pass, const py::tuple& given) {
+inline void run_pass(const cpu::Pass& pass, const py::tuple& fields) {
   if (pass.backward)
-    run_as<BackwardArgs>(pass, given);
+    run_as<BackwardArgs>(pass, fields);
   else
-    run_as<ForwardArgs>(pass, given);
+    run_as<ForwardArgs>(pass, fields);
 }
 
 template <class Args>
-void run_leaky(const py::tuple& given) {
-  auto a = leaky_args<Args>(given);
+void run_leaky(const py::tuple& fields) {
+  auto a = leaky_args<Args>(fields);
   a.threads = most_threads();
   py::gil_scoped_release release;
   if constexpr (std::is_same_v<Args, LeakyForwardArgs>)
@@ -205,7 +206,8 @@ inline void bind_cpu(py::module_& m) {
   m.def("copy_weight", &copy_weight);
   m.def("cpu_padded_channels", [](int dtype, int64_t C) {
     Cell cell;
-    cell.dtype = numbered<DType>("dtype", dtype, 2), cell.C = C;
+    cell.dtype = numbered<DType>("dtype", dtype, 2);
+    cell.C = C;
     counted("C", C, 1);
     return cpu::kernels().padded_channels(cell);
   });

@@ -55,24 +55,24 @@ Pass make_cuda_pass(Cell cell, const cuda::Device& device, int matrix, int algor
 }
 
 template <class Args, class Pass>
-void run_as(const Pass& pass, Address stream, const py::tuple& given) {
-  const auto a = pass_args<Args>(pass.cell, given);
+void run_as(const Pass& pass, Address stream, const py::tuple& fields) {
+  const auto a = pass_args<Args>(pass.cell, fields);
   check_pass(a, pass);
   py::gil_scoped_release release;
   pass.run(a, at(stream));
 }
 
 template <class Pass>
-void run_pass(const Pass& pass, Address stream, const py::tuple& given) {
+void run_pass(const Pass& pass, Address stream, const py::tuple& fields) {
   if (pass.backward)
-    run_as<BackwardArgs>(pass, stream, given);
+    run_as<BackwardArgs>(pass, stream, fields);
   else
-    run_as<ForwardArgs>(pass, stream, given);
+    run_as<ForwardArgs>(pass, stream, fields);
 }
 
 template <class Leaky, class Args>
-void run_leaky(const cuda::Device& device, Address stream, const py::tuple& given) {
-  const auto a = leaky_args<Args>(given);
+void run_leaky(const cuda::Device& device, Address stream, const py::tuple& fields) {
+  const auto a = leaky_args<Args>(fields);
   py::gil_scoped_release release;
   Leaky::run(device, a, at(stream));
 }
@@ -108,16 +108,17 @@ void bind_cuda(py::module_& m) {
       // The passes that are worth timing, the rules' choice first.
       .def_static(
           "candidates",
-          [](Cell cell, const cuda::Device& device, int matrix, bool backward, bool lengths) {
+          [](Cell cell, const cuda::Device& device, int matrix, bool backward, bool lengths,
+             const Pass* other) {
             cell.has_lengths = lengths;
             const auto numbers = numbered<cuda::Matrix>("matrix", matrix, 5);
-            std::vector<Pass> found;
-            for (cuda::Pass& pass : cuda::Pass::candidates(cell, device, numbers, backward))
-              found.emplace_back(std::move(pass));
-            return found;
+            std::vector<Pass> passes;
+            for (cuda::Pass& pass : cuda::Pass::candidates(cell, device, numbers, backward, other))
+              passes.emplace_back(std::move(pass));
+            return passes;
           },
           py::arg("cell"), py::arg("device"), py::arg("matrix"), py::arg("backward"),
-          py::arg("lengths") = false)
+          py::arg("lengths") = false, py::arg("other") = py::none())
       .def_property_readonly("name", [](const Pass& p) { return p.name; })
       .def_property_readonly("algorithm", [](const Pass& p) { return int(p.algorithm); })
       .def_property_readonly("tile", &Pass::tile)

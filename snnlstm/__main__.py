@@ -125,8 +125,8 @@ def problems(facts: dict[str, Any]) -> list[str]:
     elif is_missing(facts["GPUs"]):
         texts.append(f"torch cannot use the GPU ({facts['GPUs']})")
     elif not is_missing(core):  # as the first call on each GPU does
-        said = [attempt(partial(cuda_check.trouble, i)) for i in range(len(facts["GPUs"]))]
-        reasons = dict.fromkeys(text for text in said if text)
+        answers = [attempt(partial(cuda_check.trouble, i)) for i in range(len(facts["GPUs"]))]
+        reasons = dict.fromkeys(text for text in answers if text)
         texts += [f"CUDA tensors take the reference path: {reason}" for reason in reasons]
     return texts
 
@@ -139,8 +139,8 @@ def table(facts: dict[str, Any]) -> str:
         for key, fact in items:
             text = ", ".join(fact) if isinstance(fact, list | tuple | frozenset) else fact
             lines.append(f"{name} {key}".ljust(19) + str(text or "none"))
-    found = [f"problem: {text}" for text in facts["problems"]]
-    return "\n".join([*lines[:-1], "", *(found or ["Nothing is wrong."])])
+    problems = [f"problem: {text}" for text in facts["problems"]]
+    return "\n".join([*lines[:-1], "", *(problems or ["Nothing is wrong."])])
 
 
 if __name__ == "__main__":

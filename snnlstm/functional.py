@@ -1,4 +1,4 @@
-"""The stateless form of the cell."""
+"""The cell as a function, which keeps no state."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ class Overrides(NamedTuple):
     mem_reset: Callable[[Tensor], Tensor] | None = None
 
 
-def called(name: str, function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+def called(name: str, function: Callable[[Tensor], Tensor], argument: Tensor) -> Tensor:
     """Call a user's function, whose result must be a tensor."""
-    out: Any = function(given)
+    out: Any = function(argument)
     if not isinstance(out, Tensor):
         raise TypeError(f"{name} must return a tensor, got {type(out).__name__}")
     return out

@@ -30,5 +30,5 @@ def dead_links(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    found = dead_links(Path(sys.argv[1]))
-    sys.exit("\n".join(["Dead links:", *found]) if found else 0)
+    dead = dead_links(Path(sys.argv[1]))
+    sys.exit("\n".join(["Dead links:", *dead]) if dead else 0)

@@ -73,13 +73,13 @@ class Calls(Kernels):
                 return super().run(*arguments)
             by_cell, by_steps = "cell" in self.way and chosen.spiking, self.way in BY_STEPS
             call = (self._cell if by_cell else self._functional)(inputs, chosen)
-            found, syn, mem, left = [], inputs.syn, inputs.mem, chosen.lengths
+            outputs, syn, mem, left = [], inputs.syn, inputs.mem, chosen.lengths
             for x in inputs.x.split(1 if by_steps else self.chunk):
                 lengths = left and tuple(min(max(length, 0), len(x)) for length in left)
                 left = left and tuple(length - len(x) for length in left)
-                found.append(call(x, syn, mem, lengths))
-                syn, mem = found[-1][1][-1], found[-1][2][-1]
-        spks, syns, mems = zip(*found, strict=True)
+                outputs.append(call(x, syn, mem, lengths))
+                syn, mem = outputs[-1][1][-1], outputs[-1][2][-1]
+        spks, syns, mems = zip(*outputs, strict=True)
         if chosen.record:
             syn, mem = torch.cat(syns), torch.cat(mems)
         # A step call of a cell that does not spike has no spk.

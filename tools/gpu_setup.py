@@ -31,25 +31,25 @@ TOOLKIT = """Either of these needs no root; then CUDA_HOME=$HOME/cuda make gpu
 
 def lacking(rehearsal: bool = False, core: Path | None = None, fills: bool = False) -> list[str]:
     """Returns a line for each thing that is missing, with what installs it, unless `fill` does."""
-    python, has, found = sys.executable, importlib.util.find_spec, list[str]()
+    python, has, problems = sys.executable, importlib.util.find_spec, list[str]()
     packages = [package for name, package in NEEDED.items() if not (has(name) or find(name))]
     if packages and not fills:
-        found.append(f"missing: {python} -m pip install {shlex.join(packages)}")
+        problems.append(f"missing: {python} -m pip install {shlex.join(packages)}")
     # nvcc compiles its host code with g++, whatever compiles the rest.
     hosts = [os.environ.get("CUDAHOSTCXX", "g++")]
     hosts = [os.environ.get("CXX", "c++"), "g++", "clang++"] if rehearsal else hosts
     if not (core or any(map(find, hosts))):
-        found.append(f"no C++ compiler {hosts[0]}: {APT} g++")
+        problems.append(f"no C++ compiler {hosts[0]}: {APT} g++")
     if not (core or Path(sysconfig.get_path("include"), "Python.h").exists()):
-        found.append(f"no Python.h of {python}: {APT} python3-dev")
+        problems.append(f"no Python.h of {python}: {APT} python3-dev")
     if fills and not has("ensurepip"):
-        found.append(f"no module ensurepip of {python}: {APT} python3-venv")
+        problems.append(f"no module ensurepip of {python}: {APT} python3-venv")
     cuda, nvcc = 0.0 if rehearsal else local_version.cuda(), local_version.nvcc()
     if not (has("torch") or fills):
         words = shlex.join(local_version.torch_for(cuda))
-        found.append(f"no torch: {python} -m pip install {words}, or make gpu PYTHON=...")
+        problems.append(f"no torch: {python} -m pip install {words}, or make gpu PYTHON=...")
     if rehearsal:
-        return found
+        return problems
     if has("torch") and not fills:
         import torch
 
@@ -57,16 +57,18 @@ def lacking(rehearsal: bool = False, core: Path | None = None, fills: bool = Fal
             cuda = cuda or float(torch.version.cuda)  # there may be no nvidia-smi
         else:
             built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-            found.append(f"torch {torch.__version__} ({built}) of {python} sees no GPU")
+            problems.append(f"torch {torch.__version__} ({built}) of {python} sees no GPU")
     if not cuda:
-        found.append("no GPU with a driver from 525 on, says nvidia-smi; ")
-        found[-1] += 'ARGS="--rehearse" goes through the steps without one'
+        problems.append("no GPU with a driver from 525 on, says nvidia-smi; ")
+        problems[-1] += 'ARGS="--rehearse" goes through the steps without one'
     elif not core and (nvcc[1] > cuda if nvcc else cuda < 13):
         newer = f"{nvcc[0]} is of CUDA {nvcc[1]}, and CUDACXX may name another one" if nvcc else ""
-        found.append(f"no nvcc for this driver: {newer or 'PyPI has none'}. {TOOLKIT.format(cuda)}")
+        problems.append(
+            f"no nvcc for this driver: {newer or 'PyPI has none'}. {TOOLKIT.format(cuda)}"
+        )
     elif not (core or nvcc or fills):
-        found.append(f"no nvcc: {python} -m pip install {shlex.join(local_version.PYPI_NVCC)}")
-    return found
+        problems.append(f"no nvcc: {python} -m pip install {shlex.join(local_version.PYPI_NVCC)}")
+    return problems
 
 
 def fill(venv: Path, core: Path | None) -> str:

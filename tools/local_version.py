@@ -60,9 +60,9 @@ def can_be_fetched(packages: tuple[str, ...]) -> bool:
 def cuda() -> float:
     """Returns the CUDA for this machine's driver, or 0 if nvidia-smi finds no GPU or an old one."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    found = re.match(r"\d+", printed(query))
+    major = re.match(r"\d+", printed(query))
     return next(
-        (version for oldest, version in DRIVERS.items() if found and int(found[0]) >= oldest), 0.0
+        (version for oldest, version in DRIVERS.items() if major and int(major[0]) >= oldest), 0.0
     )
 
 

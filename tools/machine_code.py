@@ -57,14 +57,14 @@ class Loop:
 
 def parse(code: list[tuple[int, str, str, str]]) -> list[Instruction]:
     """The instructions of one kernel, from gpu_tools.disassemble() or gpu_tools.code_of_ptx()."""
-    found = []
+    instructions = []
     for address, predicate, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name[:3].upper() == "BRA" else None
         # BRA.DIV branches only if the lanes of a warp have gone different ways.
         predicated = bool(predicate or re.match(r"!?U?P\d", operands) or name == "BRA.DIV")
         to = int(target[1], 16) if target else None
-        found.append(Instruction(address, name, predicated, to))
-    return found
+        instructions.append(Instruction(address, name, predicated, to))
+    return instructions
 
 
 def blocks_of(code: list[Instruction]) -> tuple[list[list[Instruction]], nx.DiGraph]:
@@ -98,7 +98,7 @@ def loops(code: list[Instruction]) -> list[Loop]:
         bodies.setdefault(header, {header}).update(body)
     hmma = {n for n in graph if any(i.is_hmma for i in blocks[n])}
     hot = {header: body for header, body in bodies.items() if body & hmma}
-    found = []
+    hot_loops = []
     for header, body in sorted(hot.items()):
         if any(other < body for other in hot.values()):
             continue
@@ -112,12 +112,12 @@ def loops(code: list[Instruction]) -> list[Loop]:
         issued = [i for n in way for i in blocks[n]]
         names = Counter(i.name.split(".")[0] for i in issued)
         code = [i for n in sorted(body) for i in blocks[n]]
-        found.append(Loop(code, names, sum(i.is_hmma for i in issued)))
-    return found
+        hot_loops.append(Loop(code, names, sum(i.is_hmma for i in issued)))
+    return hot_loops
 
 
 def loops_of_binary(binary: Path, arch: int) -> dict[str, list[Loop]]:
     """Loops with HMMA by kernel."""
     code = gpu_tools.disassemble(binary, arch)
-    found = {name: loops(parse(instructions)) for name, instructions in code.items()}
-    return {name: hmma for name, hmma in found.items() if hmma}
+    by_kernel = {name: loops(parse(instructions)) for name, instructions in code.items()}
+    return {name: hmma for name, hmma in by_kernel.items() if hmma}

@@ -23,7 +23,8 @@ enum class Form : int {
 // Says whether a call reads this form. grad_x says whether the call is a backward pass that gives x
 // a gradient.
 inline bool reads(const Cell& c, Form form, bool grad_x) {
-  const bool tiles = c.tiled(), tiles_of_x = tiles && c.stride_h == 1 && c.stride_w == 1;
+  const bool tiles = c.tiled();
+  const bool tiles_of_x = tiles && c.stride_h == 1 && c.stride_w == 1;
   switch (form) {
     case Form::forward:
       return !tiles || c.keeps_equal() || c.x_algorithm != CpuAlgorithm::winograd;
@@ -51,7 +52,7 @@ struct Kernels {
   double (*sparse_cost)(const Cell&, double density);
 
   // These return the size of a call's workspace in bytes. `weight` says whether the backward pass
-  // forms the weight's gradient.
+  // computes the weight's gradient.
   int64_t (*forward_workspace)(const Cell&, int threads);
   int64_t (*backward_workspace)(const Cell&, int threads, bool weight);
 
@@ -79,7 +80,7 @@ const Kernels& kernels();
 struct Pass {
   Cell cell;
   bool backward;
-  bool grad_x, grad_weight;  // whether the backward pass forms these gradients
+  bool grad_x, grad_weight;  // whether the backward pass computes these gradients
   const Kernels& kernels;
   int threads;
 };

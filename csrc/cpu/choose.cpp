@@ -55,8 +55,9 @@ double direct_cost(const Cell& c, double channels, bool backward, double lists =
 
 // Adds up the products, the transform of the outputs (of four gates) and the transform of the
 // inputs, which all channel blocks share. Tiles that extend beyond the image count whole.
-double tile_cost(const Cell& c, const TileForm& t, double channels, bool backward) {
-  const double points = t.points(), products = points * t.parts() * 4 * channels;
+double tile_cost(const Cell& c, const WinogradTile& t, double channels, bool backward) {
+  const double points = t.points();
+  const double products = points * t.parts() * 4 * channels;
   const auto up = [](const Axis& a, int dilation, int64_t n) {
     const int64_t unit = a.tile * (a.tile > 1 ? dilation : 1);
     return double((n + unit - 1) / unit * unit) / double(n);
@@ -85,24 +86,31 @@ Cell choose(const Cell& cell, CpuAlgorithm algorithm, double density, int max_ti
   if (!has_ties && kernels().has_tiles(c)) {
     for (const int h : {4, 3, 2, 1})
       for (const int w : {4, 3, 2, 1}) {
-        if (!has_form(c.kernel_h, h) || !has_form(c.kernel_w, w) || h * w == 1) continue;
+        if (!has_tile(c.kernel_h, h) || !has_tile(c.kernel_w, w) || h * w == 1) continue;
         Cell tiled = c;
         tiled.tile_h = h, tiled.tile_w = w;
-        const TileForm t = tiling(tiled);
+        const WinogradTile t = tiling(tiled);
         const int inputs = std::max(t.h.inputs(), t.w.inputs());
         if (inputs > (forced ? kMaxTileInputs : max_tile_inputs)) continue;
         double cost = tile_cost(c, t, double(c.C), backward);
         if (backward)  // half of the work is the weight gradient's, which has tiles of its own
           cost = (cost + tile_cost(c, grad_tiling(tiled), double(c.C), backward)) / 2;
-        if (cost < best || (forced && !c.tiled())) best = cost, c.tile_h = h, c.tile_w = w;
+        if (cost < best || (forced && !c.tiled())) {
+          best = cost;
+          c.tile_h = h;
+          c.tile_w = w;
+        }
       }
   }
   best = direct_cost(c, double(c.Cin), backward);
   if (c.tiled() && c.stride_h == 1 && c.stride_w == 1) {
     // The recurrent half transforms its outputs anyway, so x pays only for its inputs and products.
-    const TileForm t = backward ? grad_tiling(c) : tiling(c);
+    const WinogradTile t = backward ? grad_tiling(c) : tiling(c);
     const double cost = tile_cost(c, t, double(c.Cin), backward) - tile_cost(c, t, 0, backward);
-    if (forced || cost < best) best = cost, c.x_algorithm = CpuAlgorithm::winograd;
+    if (forced || cost < best) {
+      best = cost;
+      c.x_algorithm = CpuAlgorithm::winograd;
+    }
   }
   if (!backward && !forced && density < 1) {
     const double cost = direct_cost(c, double(c.Cin), backward, kernels().sparse_cost(c, density));

@@ -37,10 +37,14 @@ struct Processor {
 
   Processor() {
     const auto has = [](unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; };
-    constexpr unsigned kFma = 1u << 12, kXgetbv = 1u << 27, kAvx = 1u << 28;  // leaf 1, ECX
-    constexpr unsigned kAvx2 = 1u << 5;                                       // leaf 7, EBX
-    constexpr unsigned kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;   // F, DQ, BW, VL
-    constexpr unsigned kYmm = 0x06, kZmm = 0xE6;                              // XCR0
+    // Leaf 1, ECX.
+    constexpr unsigned kFma = 1u << 12;
+    constexpr unsigned kXgetbv = 1u << 27;
+    constexpr unsigned kAvx = 1u << 28;
+    // Leaf 7, EBX: AVX2, and of AVX-512 F, DQ, BW and VL.
+    constexpr unsigned kAvx2 = 1u << 5;
+    constexpr unsigned kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+    constexpr unsigned kYmm = 0x06, kZmm = 0xE6;  // XCR0
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !has(c, kFma | kXgetbv | kAvx)) return;
     unsigned saved, high;

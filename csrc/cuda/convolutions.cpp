@@ -5,7 +5,9 @@ namespace snnlstm::cuda {
 
 Segment x_segment(const Cell& c) {
   Segment s;
-  s.channels = int(c.Cin), s.height = int(c.H), s.width = int(c.W);
+  s.channels = int(c.Cin);
+  s.height = int(c.H);
+  s.width = int(c.W);
   s.taps_h = c.kernel_h, s.taps_w = c.kernel_w;
   s.dilation_h = c.dilation_h, s.dilation_w = c.dilation_w;
   s.pad_h = int(c.pad_h()), s.pad_w = int(c.pad_w());
@@ -14,7 +16,9 @@ Segment x_segment(const Cell& c) {
 }
 Segment mem_segment(const Cell& c) {
   Segment s = x_segment(c);
-  s.channels = int(c.C), s.height = int(c.Ho()), s.width = int(c.Wo());
+  s.channels = int(c.C);
+  s.height = int(c.Ho());
+  s.width = int(c.Wo());
   s.step_h = s.step_w = 1;
   return s;
 }
@@ -83,11 +87,13 @@ MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& de
   m.s = s;
   m.copy = copy_of(s, type, depth);
   m.taps = int(depth.taps), m.taps_w = depth.im2col ? 1 : s.taps_w;
-  m.chunks = int(depth.chunks), m.tail_steps = depth.tail_steps;
+  m.chunks = int(depth.chunks);
+  m.tail_steps = depth.tail_steps;
   if (depth.im2col) {
     m.halo_h = tiling.h, m.halo_w = m.pitch = tiling.w;
     m.by_run = SmallDivisor(tiling.h * tiling.w);
-    m.by_channels = SmallDivisor(s.channels), m.by_taps_w = SmallDivisor(s.taps_w);
+    m.by_channels = SmallDivisor(s.channels);
+    m.by_taps_w = SmallDivisor(s.taps_w);
     m.by_halo_w = SmallDivisor(m.halo_w);
     return m;
   }

@@ -32,7 +32,10 @@ inline Cell as_run(const Cell& cell) {
   }
   const bool fits = double(c.N) * double(c.W) * double(4 * c.C + c.Cin + 32) < double(1 << 30);
   const bool free = c.pool_h == 1 && !c.inhibition && !c.has_lengths;  // treats all samples alike
-  if (c.H == 1 && c.N > 1 && free && fits) c.H = c.N, c.N = 1;
+  if (c.H == 1 && c.N > 1 && free && fits) {
+    c.H = c.N;
+    c.N = 1;
+  }
   return c;
 }
 
@@ -64,8 +67,11 @@ struct KernelTaps {
   KernelTaps() = default;
   explicit KernelTaps(const Cell& cell) {
     const Cell c = within_image(cell);
-    height = c.kernel_h, outer_h = c.outer_h, outer_w = c.outer_w;
-    by_width = SmallDivisor(c.kernel_w), by_all_width = SmallDivisor(cell.kernel_w);
+    height = c.kernel_h;
+    outer_h = c.outer_h;
+    outer_w = c.outer_w;
+    by_width = SmallDivisor(c.kernel_w);
+    by_all_width = SmallDivisor(cell.kernel_w);
     all = int64_t(cell.kernel_h) * cell.kernel_w;
   }
   // Returns the place of a tap in the caller's kernel.
@@ -121,8 +127,11 @@ inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&exten
   if (v.data == nullptr) return a;
   const int size = bytes_of(type);
   a.data = static_cast<char*>(v.data) + t * v.stride[0] * size;
-  a.t = v.stride[0], a.n = v.stride[1];
-  a.c = int(v.stride[2]), a.h = int(v.stride[3]), a.w = int(v.stride[4]);
+  a.t = v.stride[0];
+  a.n = v.stride[1];
+  a.c = int(v.stride[2]);
+  a.h = int(v.stride[3]);
+  a.w = int(v.stride[4]);
   a.channels = int(extent[2]);
   int64_t last = 0;
   for (int k = 2; k < 5; ++k) last += (extent[k] - 1) * std::abs(v.stride[k]);
@@ -136,7 +145,8 @@ inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&exten
       if (k != but && extent[k] > 1 && v.stride[k] % divisor != 0) return false;
     return true;
   };
-  const bool c_dense = a.c == 1 || extent[2] == 1, w_dense = a.w == 1 || extent[4] == 1;
+  const bool c_dense = a.c == 1 || extent[2] == 1;
+  const bool w_dense = a.w == 1 || extent[4] == 1;
   if (width > 1 && c_dense && extent[2] % width == 0 && multiple(width, 2))
     a.access = Access::channels;
   else if (w_dense && extent[4] % 2 == 0 && multiple(2, 4))
@@ -150,9 +160,13 @@ inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&exten
 inline Tensor image(const void* data, const Shape& s, DType type, int planes = 1, int64_t t = 0) {
   Tensor a;
   a.type = type;
-  a.n = s.pixels * planes * s.Cp, a.t = s.c.N * a.n;
+  a.n = s.pixels * planes * s.Cp;
+  a.t = s.c.N * a.n;
   a.data = const_cast<char*>(static_cast<const char*>(data)) + t * a.t * bytes_of(type);
-  a.c = 1, a.w = int(planes * s.Cp), a.h = int(s.Wo) * a.w, a.plane = int(s.Cp);
+  a.c = 1;
+  a.w = int(planes * s.Cp);
+  a.h = int(s.Wo) * a.w;
+  a.plane = int(s.Cp);
   a.channels = int(s.Cp);
   a.access = Access::channels;
   return a;

@@ -84,8 +84,8 @@ inline cudaError_t prepare(const void* kernel, cudaStream_t stream, bool& may_ov
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto found = prepared.find({kernel, device}); found != prepared.end()) {
-    may_overlap = found->second;
+  if (const auto known = prepared.find({kernel, device}); known != prepared.end()) {
+    may_overlap = known->second;
     return cudaSuccess;
   }
   status = cudaStreamIsCapturing(stream, &capture);
@@ -128,10 +128,12 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = how.grid, config.blockDim = how.block;
+    config.gridDim = how.grid;
+    config.blockDim = how.block;
     config.dynamicSmemBytes = how.shared_bytes;
     config.stream = stream;
-    config.attrs = &overlap, config.numAttrs = how.overlaps && may_overlap ? 1 : 0;
+    config.attrs = &overlap;
+    config.numAttrs = how.overlaps && may_overlap ? 1 : 0;
     std::tuple<Params...> values(static_cast<Params>(args)...);
     std::apply(
         [&](auto&... value) {

@@ -75,16 +75,26 @@ template <class Neuron, class Args>
 Neuron neuron_of_step(const Args& a, const View& spk, int64_t t, int per_thread) {
   const Cell& c = a.cell;
   Neuron n;
-  n.C = int(c.C), n.Cp = int(Shape(c).Cp), n.Ho = int(c.Ho()), n.Wo = int(c.Wo());
+  n.C = int(c.C);
+  n.Cp = int(Shape(c).Cp);
+  n.Ho = int(c.Ho());
+  n.Wo = int(c.Wo());
   n.reset = c.reset;
   Fire& f = n.fire;
   f.spiking = c.spiking;
-  f.C = int(c.C), f.Hp = int(c.Hp()), f.Wp = int(c.Wp());
-  f.pool = c.pool, f.pool_h = c.pool_h, f.pool_w = c.pool_w;
-  f.num_levels = c.num_levels, f.levels = a.levels;
-  f.threshold = a.threshold, f.threshold_stride = a.threshold_stride;
+  f.C = int(c.C);
+  f.Hp = int(c.Hp());
+  f.Wp = int(c.Wp());
+  f.pool = c.pool;
+  f.pool_h = c.pool_h;
+  f.pool_w = c.pool_w;
+  f.num_levels = c.num_levels;
+  f.levels = a.levels;
+  f.threshold = a.threshold;
+  f.threshold_stride = a.threshold_stride;
   f.graded = a.graded_factor;
-  f.lengths = a.lengths, f.step = int(t);
+  f.lengths = a.lengths;
+  f.step = int(t);
   f.spk = tensor(spk, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, per_thread);
   if (a.places && c.pool == Pool::max)
     f.places = static_cast<char*>(a.places) + t * c.N * c.C * c.Hp() * c.Wp() * c.place_bytes();
@@ -108,7 +118,7 @@ inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int per_thr
   const Cell& c = a.cell;
   auto n = neuron_of_step<NeuronForward>(a, a.spk, t, per_thread);
   n.bias = a.bias;
-  n.syn_in = state_tensor(c, a.syn0, 0, per_thread),
+  n.syn_in = state_tensor(c, a.syn0, 0, per_thread);
   n.mem_in = state_tensor(c, a.mem0, 0, per_thread);
   n.syn_out = states_of_step(a, a.syn, t, per_thread);
   n.mem_out = states_of_step(a, a.mem, t, per_thread);
@@ -119,7 +129,9 @@ inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int per_thr
 inline NeuronBackward neuron_backward(const BackwardArgs& a, int64_t t) {
   const Cell& c = a.cell;
   auto n = neuron_of_step<NeuronBackward>(a, a.grad_spk, t, 4);
-  n.surrogate = c.surrogate, n.p0 = c.surrogate_p0, n.p1 = c.surrogate_p1;
+  n.surrogate = c.surrogate;
+  n.p0 = c.surrogate_p0;
+  n.p1 = c.surrogate_p1;
   n.noise = tensor(a.noise, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, 4);
   n.winner = c.inhibition ? a.winner + t * c.N : nullptr;
   n.syn_prev = state_tensor(c, a.syn0, 0, 4);

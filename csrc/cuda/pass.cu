@@ -4,23 +4,26 @@
 
 namespace snnlstm::cuda {
 
-Pass::Pass(const Cell& given, const Device& device, Matrix numbers, Algorithm wanted,
+Pass::Pass(const Cell& sequence, const Device& device, Matrix numbers, Algorithm wanted,
            bool is_backward, const BlockChoice& only, const Pass* other)
-    : cell(given), matrix(numbers), algorithm(wanted), backward(is_backward) {
-  device_ = device.number;
+    : cell(sequence),
+      matrix(numbers),
+      algorithm(wanted),
+      backward(is_backward),
+      device_(device.number) {
   forward_ = other ? std::make_unique<const ForwardSteps>(*other->forward_)
                    : std::make_unique<const ForwardSteps>(cell, device, matrix, BlockChoice());
   const bool any_blocks = only.shape < 0 && only.h == 0 && only.w == 0;
-  auto steps = backward || any_blocks
-                   ? std::make_unique<const ForwardSteps>(*forward_)
-                   : std::make_unique<const ForwardSteps>(cell, device, matrix, only);
-  const Cell& c = steps->s.c;
+  auto forward = backward || any_blocks
+                     ? std::make_unique<const ForwardSteps>(*forward_)
+                     : std::make_unique<const ForwardSteps>(cell, device, matrix, only);
+  const Cell& c = forward->s.c;
   reason_against = cuda::reason_against(c, 0);
-  const Multiply multiply = steps->step.multiply;
+  const Multiply multiply = forward->step.multiply;
   if (wanted == Algorithm::automatic) {
-    const Tiling& tiling = steps->step.tiling;
+    const Tiling& tiling = forward->step.tiling;
     const double computed =
-        double(tiling.by_rows.value) * tiling.by_cols.value * steps->step.pixels();
+        double(tiling.by_rows.value) * tiling.by_cols.value * forward->step.pixels();
     algorithm =
         rules::algorithm(c, device, matrix, multiply == Multiply::fma, multiply == Multiply::tf32x3,
                          double(c.Ho() * c.Wo()) / computed, backward);
@@ -33,17 +36,18 @@ Pass::Pass(const Cell& given, const Device& device, Matrix numbers, Algorithm wa
     steps_ = std::make_unique<const CudnnSteps>(cell, matrix, backward);
     name = "cudnn";
   } else if (backward) {
-    auto its = std::make_unique<const BackwardSteps>(cell, device, matrix, multiply, only);
-    shape = its->to_mem.shape;
-    launched = std::max(its->to_x.tiling.blocks(), c.N * ceil_div(neurons, kSpreadThreads));
-    steps_ = std::move(its);
-  } else {
-    shape = steps->step.shape;
-    launched = c.N * ceil_div(neurons, kFireThreads);
+    auto steps = std::make_unique<const BackwardSteps>(cell, device, matrix, multiply, only);
+    shape = steps->to_mem.shape;
+    launched = std::max(steps->to_x.tiling.blocks(), c.N * ceil_div(neurons, kSpreadThreads));
     steps_ = std::move(steps);
+  } else {
+    shape = forward->step.shape;
+    launched = c.N * ceil_div(neurons, kFireThreads);
+    steps_ = std::move(forward);
   }
   launched = std::max(launched, steps_->tiling().blocks());
-  packed_bytes = steps_->packed.bytes, workspace = steps_->workspace;
+  packed_bytes = steps_->packed.bytes;
+  workspace = steps_->workspace;
   if (only.shape >= 0 && shape >= 0)
     name = name + "-" + (backward ? kDataShapes : kForwardShapes)[shape].name;
   if (reason_against.empty()) reason_against = cuda::reason_against(cell, launched);
@@ -56,26 +60,26 @@ Pass& Pass::operator=(Pass&&) noexcept = default;
 Pass::~Pass() = default;
 
 std::vector<Pass> Pass::candidates(const Cell& cell, const Device& device, Matrix matrix,
-                                   bool backward) {
-  std::vector<Pass> found;
+                                   bool backward, const Pass* other) {
+  const Pass by_rules(cell, device, matrix, Algorithm::fused, backward, {}, other);
   const auto pass = [&](Algorithm algorithm, int shape = -1) {
-    const Pass* other = found.empty() ? nullptr : &found.front();
-    return Pass(cell, device, matrix, algorithm, backward, {shape}, other);
+    return Pass(cell, device, matrix, algorithm, backward, {shape}, &by_rules);
   };
-  const int first = pass(Algorithm::fused).shape;
-  found.push_back(pass(Algorithm::fused, first));
+  const int first = by_rules.shape;
+  std::vector<Pass> passes;
+  passes.push_back(pass(Algorithm::fused, first));
   const int rows = int(backward ? std::size(kDataShapes) : std::size(kForwardShapes));
   for (int row = 0; first >= 0 && row < rows; ++row) {
     if (row == first) continue;
-    Pass other = pass(Algorithm::fused, row);
-    if (other.shape == row) found.push_back(std::move(other));
+    Pass one = pass(Algorithm::fused, row);
+    if (one.shape == row) passes.push_back(std::move(one));
   }
-  found.push_back(pass(Algorithm::cudnn));
+  passes.push_back(pass(Algorithm::cudnn));
   const Algorithm chosen = pass(Algorithm::automatic).algorithm;
-  const auto its = std::find_if(found.begin(), found.end(),
-                                [&](const Pass& p) { return p.algorithm == chosen; });
-  std::rotate(found.begin(), its, its + 1);
-  return found;
+  const auto best = std::find_if(passes.begin(), passes.end(),
+                                 [&](const Pass& p) { return p.algorithm == chosen; });
+  std::rotate(passes.begin(), best, best + 1);
+  return passes;
 }
 
 void Pass::pack(const void* weight, void* packed, void* stream, const Pass* other,
@@ -107,13 +111,13 @@ Device device_of(int number) {
     check(cudaDeviceGetAttribute(&value, which, number), "asking what the CUDA device can do");
     return value;
   };
-  Device found;
-  found.number = number;
-  found.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-                             attribute(cudaDevAttrComputeCapabilityMinor);
-  found.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  found.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  return found;
+  Device device;
+  device.number = number;
+  device.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                              attribute(cudaDevAttrComputeCapabilityMinor);
+  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return device;
 }
 
 #endif

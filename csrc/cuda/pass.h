@@ -67,9 +67,9 @@ class Pass {
   ~Pass();
 
   // Returns the passes that are worth timing, the rules' choice first: fused for each kind
-  // of block, and the other algorithms.
+  // of block, and the other algorithms. other: as above.
   static std::vector<Pass> candidates(const Cell& cell, const Device& device, Matrix matrix,
-                                      bool backward);
+                                      bool backward, const Pass* other);
 
   Cell cell;  // cudnn: of one step, T is 1
   Matrix matrix;

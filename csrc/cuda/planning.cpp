@@ -27,11 +27,11 @@ std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, i
   const auto count = [](int64_t all, int64_t size) {
     return ceil_div(std::max<int64_t>(all, 1), size);
   };
-  std::vector<TileSize> found;
+  std::vector<TileSize> sizes;
   if (only.h > 0) {
     if (only.h * only.w <= pixels && only.h % unit_h == 0 && only.w % unit_w == 0)
-      found.push_back({only.h, only.w, 0});
-    return found;
+      sizes.push_back({only.h, only.w, 0});
+    return sizes;
   }
   for (int64_t w = unit_w; unit_h * w <= pixels; w += unit_w) {
     const int64_t columns = count(width, w);
@@ -42,13 +42,13 @@ std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, i
       if (h > unit_h && count(height, h - unit_h) == rows) continue;
       // In sectors of 8 numbers. A row that continues beyond the tile costs one more at each end.
       const int64_t read = (h + halo) * (ceil_div(w, 8) + (w < width ? 2 : 0)) * 8;
-      found.push_back({int(h), int(w), rows * columns * (4 * pixels + read)});
+      sizes.push_back({int(h), int(w), rows * columns * (4 * pixels + read)});
     }
   }
   const auto less = [](const TileSize& a, const TileSize& b) { return a.cost < b.cost; };
-  std::stable_sort(found.begin(), found.end(), less);
-  while (!found.empty() && found.back().cost >= 2 * found.front().cost) found.pop_back();
-  return found;
+  std::stable_sort(sizes.begin(), sizes.end(), less);
+  while (!sizes.empty() && sizes.back().cost >= 2 * sizes.front().cost) sizes.pop_back();
+  return sizes;
 }
 
 void cut(Tiling& tiling, const Cell& c, int64_t height, int64_t width, const TileSize& size) {
@@ -89,13 +89,16 @@ Multiply wanted_multiply(const Cell& cell, const Device& device, Matrix matrix) 
 template <class Step>
 struct Best {
   std::optional<Step> step;
-  double load = 0;
+  double least = 0;
 
   void offer(const Device& device, const Step& other) {
     const int64_t outputs = int64_t(other.pixels()) * other.channels();
-    const double its = rules::busiest(
+    const double load = rules::busiest(
         device, {other.tiling.blocks(), outputs, other.threads(), other.shared_bytes});
-    if (!step || its < rules::kClearly * load) step = other, load = its;
+    if (!step || load < rules::kClearly * least) {
+      step = other;
+      least = load;
+    }
   }
 };
 
@@ -105,15 +108,15 @@ template <class Step, class Fits>
 void offer_tiles(Best<Step>& best, const Device& device, Step& step,
                  const std::vector<TileSize>& sizes, const Cell& c, int64_t height, int64_t width,
                  Fits&& fits) {
-  bool found = false;
+  bool fitted = false;
   for (const bool any : {false, true}) {
     for (const TileSize& size : sizes) {
       cut(step.tiling, c, height, width, size);
       if (!fits(any)) continue;
       best.offer(device, step);
-      found = true;
+      fitted = true;
     }
-    if (found) return;
+    if (fitted) return;
   }
 }
 
@@ -144,7 +147,9 @@ ForwardBlocks forward_blocks(const Cell& c, const Device& device, Matrix matrix,
     for (const BlockShape& block : kForwardShapes) {
       step.shape = int(&block - kForwardShapes);
       if ((only.shape >= 0 && only.shape != step.shape) || (block.n == 2 && c.C <= 16)) continue;
-      step.warps_m = block.m, step.warps_n = block.n, step.k_groups = block.k;
+      step.warps_m = block.m;
+      step.warps_n = block.n;
+      step.k_groups = block.k;
       offer([&](bool any) {
         MmaBuilder builder = step.builder();
         builder.add(x_segment(c), x_depth(c, step.multiply), step.tiling);
@@ -177,8 +182,10 @@ BackwardLayout::BackwardLayout(const DataBlocks& step, const MmaConv& conv, bool
 
 std::optional<DataBlocks> data_blocks(const Cell& c, const Device& device, Multiply multiply,
                                       bool is_x, bool windows, const BlockChoice& only) {
-  const int64_t height = is_x ? c.H : c.Ho(), width = is_x ? c.W : c.Wo();
-  const int64_t columns = is_x ? c.Cin : c.C, images = is_x ? c.T * c.N : c.N;
+  const int64_t height = is_x ? c.H : c.Ho();
+  const int64_t width = is_x ? c.W : c.Wo();
+  const int64_t columns = is_x ? c.Cin : c.C;
+  const int64_t images = is_x ? c.T * c.N : c.N;
   DataBlocks step;
   Best<DataBlocks> best;
   const auto offer = [&](auto&& fits) {
@@ -195,7 +202,9 @@ std::optional<DataBlocks> data_blocks(const Cell& c, const Device& device, Multi
     for (const BlockShape& block : kDataShapes) {
       step.shape = int(&block - kDataShapes);
       if (only.shape >= 0 && only.shape != step.shape) continue;
-      step.warps_m = block.m, step.warps_n = block.n, step.k_groups = block.k;
+      step.warps_m = block.m;
+      step.warps_n = block.n;
+      step.k_groups = block.k;
       offer([&](bool any) {
         MmaBuilder builder = step.builder();
         builder.add(segment, MmaDepth(builder.type, segment), step.tiling);
@@ -226,7 +235,8 @@ namespace {
 PackedPart packed_fma(const Cell& c, const StepBlocks& step, const Segment& segment, Use use,
                       int64_t columns) {
   PackedPart part;
-  part.use = use, part.columns = step.columns;
+  part.use = use;
+  part.columns = step.columns;
   part.pitch = fma::depth(segment) * part.columns * std::max(bytes_of(c.dtype), 4);
   part.blocks = ceil_div(columns, part.columns);
   return part;
@@ -234,9 +244,11 @@ PackedPart packed_fma(const Cell& c, const StepBlocks& step, const Segment& segm
 
 PackedPart packed_mma(const StepBlocks& step, const MmaDepth& depth, Use use, int64_t blocks) {
   PackedPart part;
-  part.use = use, part.multiply = step.multiply;
+  part.use = use;
+  part.multiply = step.multiply;
   part.depth = depth;
-  part.tiles = step.tiles, part.warps_n = step.warps_n;
+  part.tiles = step.tiles;
+  part.warps_n = step.warps_n;
   part.unit_bytes = step.builder().conv.unit_bytes;
   part.blocks = blocks;
   part.pitch = depth.units() * part.unit_bytes;
@@ -380,7 +392,8 @@ BothWeightBlocks both_weight_blocks(const Cell& c, const Device& device, Multipl
     if (!best || (c.dtype != DType::float64 && blocks_of(w) < blocks_of(*best))) best = w;
   }
   BothWeightBlocks both = {*best, *best};
-  both.x.tap_stride = int(c.Cin), both.mem.tap_stride = int(c.C);
+  both.x.tap_stride = int(c.Cin);
+  both.mem.tap_stride = int(c.C);
   return with_splits(both);
 }
 

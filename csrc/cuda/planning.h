@@ -212,7 +212,8 @@ struct PackedPart {
   int64_t bytes() const { return blocks * pitch; }
   const char* in(const void* packed) const { return static_cast<const char*>(packed) + start; }
   Segment with_weight(Segment s, const void* packed) const {
-    s.weight = in(packed), s.weight_pitch = pitch;
+    s.weight = in(packed);
+    s.weight_pitch = pitch;
     return s;
   }
 };
@@ -257,8 +258,8 @@ struct BothWeightBlocks {
   int shared_bytes() const { return totals() + 4 * weight_tile::kSums * threads(); }
 };
 
-// Plans both halves of the weight for one launch: the most rows and the tile that fit first, on
-// tensor cores if there are any, with rows that meet the same banks only if no others fit.
+// Plans both halves of the weight for one launch. On tensor cores it tries tiles without bank
+// conflicts first; among them the cheapest tile, then the most rows.
 BothWeightBlocks both_weight_blocks(const Cell& c, const Device& device, Multiply multiply);
 
 }  // namespace snnlstm::cuda

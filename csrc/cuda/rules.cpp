@@ -50,7 +50,10 @@ int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
     const int64_t parts = std::clamp<int64_t>(rounds * device.multiprocessors / blocks, 1, most);
     const double part =
         double(parts * blocks) / double(round_up(parts * blocks, device.multiprocessors));
-    if (part > filled + 0.05) best = parts, filled = part;
+    if (part > filled + 0.05) {
+      best = parts;
+      filled = part;
+    }
   }
   return best;
 }
@@ -87,7 +90,7 @@ Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool pla
   // shares a long K among blocks.
   if (neurons < 2048 && depth >= 800) return Algorithm::cudnn;
 
-  // Without tensor cores cuDNN's Winograd form of 3x3 kernels has 2.25 times fewer products, but
+  // Without tensor cores cuDNN's Winograd for 3x3 kernels has 2.25 times fewer products, but
   // only forward. It gains nothing if x has one or two channels, whose products it pads. From 8.6
   // on, though, a multiprocessor has 128 plain lanes, and our kernels' loads feed no more than 40 %
   // of them.
@@ -97,7 +100,7 @@ Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool pla
 
   // On 9.0 and 10.x mma.sync reaches half to two thirds of the rate of wgmma and tcgen05, which
   // cuDNN uses. That matters if channels are many and our products take longer than the launches
-  // around cuDNN, some 40 us: a multiprocessor forms 0.85 million products a us in tf32, and 1.4
+  // around cuDNN, some 40 us: a multiprocessor computes 0.85 million products a us in tf32, and 1.4
   // million in half types. 3xTF32 beats the plain float32 of cuDNN.
   const bool half = gate_type(c.dtype, matrix) != DType::float32;
   if (capability >= 90 && capability < 120 && channels >= 96 && !plain && !tf32x3 &&

@@ -66,7 +66,8 @@ struct Divisor {
   }
   // n becomes the quotient; returns the remainder.
   SNNLSTM_BOTH unsigned split(unsigned& n) const {
-    const unsigned quotient = divide(n), rest = n - quotient * value;
+    const unsigned quotient = divide(n);
+    const unsigned rest = n - quotient * value;
     n = quotient;
     return rest;
   }
@@ -83,7 +84,8 @@ struct SmallDivisor {
     return unsigned((uint64_t(n << 1) * factor) >> 32);
   }
   SNNLSTM_BOTH unsigned split(unsigned& n) const {
-    const unsigned quotient = divide(n), rest = n - quotient * value;
+    const unsigned quotient = divide(n);
+    const unsigned rest = n - quotient * value;
     n = quotient;
     return rest;
   }

@@ -154,11 +154,10 @@ def check_transforms(x: Any, **states: Any) -> None:
     """Refuse tensors of a transform of torch.func that has ended: the kernels cannot read them."""
     for name, tensor in {"x": x, **states}.items():
         if isinstance(tensor, Tensor) and has_ended(tensor):
+            other_way = "" if name == "x" else ", or call reset_mem() to start from zeros"
             raise RuntimeError(
                 f"{name} belongs to a transform of torch.func that has ended: return it from the "
-                "transformed function, and pass what the transform returns"
-                + ", or call reset_mem() to start from zeros"
-                * (name != "x")
+                f"transformed function, and pass what the transform returns{other_way}"
             )
 
 
@@ -296,11 +295,12 @@ def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight:
     if state.dim() == 1 and state.shape[0] == 0:
         return x.new_zeros(shape)
     if tuple(state.shape) != tuple(shape):
-        sequence = x.dim() > len(shape) and tuple(state.shape) == (x.shape[0], *shape[1:])
+        hint = ""
+        if x.dim() > len(shape) and tuple(state.shape) == (x.shape[0], *shape[1:]):
+            hint = "; x is read as (T, N, ...): for (N, T, ...) use batch_first=True"
         raise ValueError(
             f"{name} must have shape {tuple(shape)} (or (0,), which means zeros), "
-            f"got {tuple(state.shape)}"
-            + ("; x is read as (T, N, ...): for (N, T, ...) use batch_first=True" * sequence)
+            f"got {tuple(state.shape)}{hint}"
         )
     return _converted(name, state, weight)
 

@@ -16,10 +16,8 @@ from .spec import check_dense
 if TYPE_CHECKING:
     from .call import Call
 
-_INTS = (
-    torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint64, torch.uint32, torch.uint16, torch.uint8,
-)  # fmt: skip
+_INTS = {torch.int64, torch.int32, torch.int16, torch.int8}
+_INTS |= {torch.uint64, torch.uint32, torch.uint16, torch.uint8}
 
 
 class CheckedLengths(NamedTuple):
@@ -40,33 +38,33 @@ def checked_lengths(
         lengths, before = lengths
         if before == time and lengths.shape == (batch,) and lengths.device == device:
             return lengths
-    given = lengths
-    if not isinstance(given, Tensor):
+    tensor = lengths
+    if not isinstance(tensor, Tensor):
         try:
-            given = torch.as_tensor(lengths, device="cpu")
+            tensor = torch.as_tensor(lengths, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"lengths must be ints, one for each sample, got {lengths!r}"
             ) from error
-    check_dense("lengths", given)
-    if given.dtype not in _INTS and (given.numel() or given.dtype is torch.bool):
-        raise TypeError(f"lengths must be ints, got a tensor of {given.dtype}")
-    if tuple(given.shape) != (batch,):
+    check_dense("lengths", tensor)
+    if tensor.dtype not in _INTS and (tensor.numel() or tensor.dtype is torch.bool):
+        raise TypeError(f"lengths must be ints, got a tensor of {tensor.dtype}")
+    if tuple(tensor.shape) != (batch,):
         raise ValueError(
-            f"lengths must have shape ({batch},), one for each sample, got {tuple(given.shape)}"
+            f"lengths must have shape ({batch},), one for each sample, got {tuple(tensor.shape)}"
         )
-    if given.device.type != "cpu" and given.device != device:
-        raise ValueError(f"lengths must be on the CPU or on x's {device}, got {given.device}")
-    hidden = traced or transforms_are_active() or type(given) is not Tensor
-    if given.device.type == "cpu" and given.numel() and not hidden:
-        numbers = given.tolist()  # torch.min does not take wide unsigned ints
+    if tensor.device.type != "cpu" and tensor.device != device:
+        raise ValueError(f"lengths must be on the CPU or on x's {device}, got {tensor.device}")
+    hidden = traced or transforms_are_active() or type(tensor) is not Tensor
+    if tensor.device.type == "cpu" and tensor.numel() and not hidden:
+        numbers = tensor.tolist()  # torch.min does not take wide unsigned ints
         least, most = min(numbers), max(numbers)
         if least < 0 or most > time:
             raise ValueError(
                 f"lengths must lie between 0 and x's number of steps, {time}, "
                 f"got {least if least < 0 else most}"
             )
-    return given.detach().to(device, torch.int64).clamp(0, time)  # a copy: the caller's may change
+    return tensor.detach().to(device, torch.int64).clamp(0, time)  # a copy: the caller's may change
 
 
 def length_mask(lengths: Tensor, time: int, dims: int = 5) -> Tensor:
@@ -87,8 +85,8 @@ def hold_last(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(steps, recorded, last_state(recorded, before, lengths))
 
 
-def held(own: Tensor, new: Any, old: Any, first: bool = False) -> Any:
-    """Return `new` for samples where `own`, (N,), is True, and `old` for the padded others.
+def held(live: Tensor, new: Any, old: Any, first: bool = False) -> Any:
+    """Return `new` for samples where `live`, (N,), is True, and `old` for the padded others.
 
     Tuples are processed item by item. Padded samples get 0 if there is no `old`, and, with `first`,
     in the first item of a tuple.
@@ -96,12 +94,12 @@ def held(own: Tensor, new: Any, old: Any, first: bool = False) -> Any:
     if isinstance(new, tuple | list):
         olds = old if isinstance(old, tuple | list) else (None,) * len(new)
         pairs = enumerate(zip(new, olds, strict=True))
-        return tuple(held(own, *pair, first and k == 0) for k, pair in pairs)
+        return tuple(held(live, *pair, first and k == 0) for k, pair in pairs)
     if not isinstance(new, Tensor):
         return new
     if first or old is None or old.shape != new.shape:
         old = torch.zeros_like(new)
-    return torch.where(own.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
+    return torch.where(live.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
 
 
 def mask_padding(x: Tensor, lengths: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class CellSpec:
     @staticmethod
     @lru_cache(maxsize=256)
     def from_text(text: str) -> CellSpec:
-        """The spec whose :attr:`serialized` form this is."""
+        """The spec that :attr:`serialized` describes in these words."""
         written, _, quant = text.partition(";")
         values = literal_eval(written)
         values["surrogate"] = Surrogate(*values["surrogate"])
@@ -135,8 +135,8 @@ def a_module(name: str, value: Any) -> nn.Module:
 def check_dense(name: str, tensor: Tensor) -> None:
     """Refuse sparse, nested and quantised tensors, and those of MKL-DNN."""
     if tensor.is_nested or tensor.is_quantized:
-        found = "nested" if tensor.is_nested else "quantised"
-        raise TypeError(f"{name} must be a plain tensor, got a {found} one")
+        kind = "nested" if tensor.is_nested else "quantised"
+        raise TypeError(f"{name} must be a plain tensor, got a {kind} one")
     if tensor.layout is not torch.strided:
         raise TypeError(
             f"{name} must be dense, as {name}.to_dense() is, got layout {tensor.layout}"
@@ -369,17 +369,17 @@ OPTIONS = {
 
 
 def make_spec(
-    kernel_size: Any, *, dims: int = 2, spiking: bool = True, traced: bool = False, **given: Any
+    kernel_size: Any, *, dims: int = 2, spiking: bool = True, traced: bool = False, **options: Any
 ) -> CellSpec:
     """Check and normalise the :data:`OPTIONS` that describe a cell.
 
     `traced` says whether torch.compile traces. If `dims` is 1, sizes are lengths. Equal arguments
     are checked once, except the user's callables, which a cache would keep alive.
     """
-    disabled = flag("surrogate_disable", given.pop("surrogate_disable", False))
-    spike = surrogate(given.pop("spike_grad", None), disabled, traced)
-    quant = quantiser(given.pop("state_quant", None), traced)
-    arguments = {"dims": dims, "spiking": spiking, **given}
+    disabled = flag("surrogate_disable", options.pop("surrogate_disable", False))
+    spike = surrogate(options.pop("spike_grad", None), disabled, traced)
+    quant = quantiser(options.pop("state_quant", None), traced)
+    arguments = {"dims": dims, "spiking": spiking, **options}
     if are_ours(spike, quant) and not traced:
         hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
         size = tuple(kernel_size) if isinstance(kernel_size, list) else kernel_size
@@ -391,21 +391,20 @@ def make_spec(
 
 
 def _make_spec(
-    kernel_size: Any, surrogate: Any, quant: Any, *, dims: int, spiking: bool, **given: Any
+    kernel_size: Any, surrogate: Any, quant: Any, *, dims: int, spiking: bool, **options: Any
 ) -> CellSpec:
-    max_pool, avg_pool = (given.pop(name, 0) for name in ("max_pool", "avg_pool"))
+    max_pool, avg_pool = (options.pop(name, 0) for name in ("max_pool", "avg_pool"))
     pool, pool_size = pooling(max_pool, avg_pool, dims)
-    if unknown := given.keys() - OPTIONS.keys():
+    if unknown := options.keys() - OPTIONS.keys():
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-    checked = {name: OPTIONS[name].check(value, dims) for name, value in given.items()}
+    checked = {name: OPTIONS[name].check(value, dims) for name, value in options.items()}
     reset = checked.pop("reset_mechanism", "none")
-    others: dict[str, Any] = {
+    fields: dict[str, Any] = {
         k: (1, *v)[-2:] if isinstance(v, tuple) else v for k, v in checked.items()
     }
-    return CellSpec(
-        kernel("kernel_size", kernel_size, dims), reset=reset, pool=pool, pool_size=pool_size,
-        surrogate=surrogate, quant=quant, spiking=spiking, **others,
-    )  # fmt: skip
+    fields |= {"reset": reset, "pool": pool, "pool_size": pool_size, "spiking": spiking}
+    size = kernel("kernel_size", kernel_size, dims)
+    return CellSpec(size, surrogate=surrogate, quant=quant, **fields)
 
 
 # The cache is typed, so that stride=True, an error, does not find the entry of stride=1.

@@ -134,7 +134,7 @@ def clear_registries() -> None:
 
 def instances() -> Instances:
     """snnTorch's list of neurons, which becomes an :class:`Instances` with our first layer."""
-    found = getattr(snntorch.Neuron, "instances", None)
-    if isinstance(found, list):
-        found = snntorch.Neuron.instances = Instances(found)
-    return found if isinstance(found, Instances) else Instances([])
+    neurons = getattr(snntorch.Neuron, "instances", None)
+    if isinstance(neurons, list):
+        neurons = snntorch.Neuron.instances = Instances(neurons)
+    return neurons if isinstance(neurons, Instances) else Instances([])

@@ -131,14 +131,14 @@ _POINTS = [0.0 if k == 7 else 0.3 * k - 2.9 for k in range(21)]
 
 def _alone(function: Callable[..., bool], *arguments: Any) -> bool:
     """Call a function in a new thread, without the caller's modes, hooks and transforms."""
-    found: list[bool] = []
-    thread = threading.Thread(target=lambda: found.append(function(*arguments)))
+    results: list[bool] = []
+    thread = threading.Thread(target=lambda: results.append(function(*arguments)))
     try:
         thread.start()
     except RuntimeError:  # no thread starts while the interpreter shuts down
         return function(*arguments)
     thread.join()
-    return found == [True]
+    return results == [True]
 
 
 class Constants(TorchFunctionMode):
@@ -160,7 +160,7 @@ def _agree(theirs: Callable[[Tensor], Tensor], ours: Any, points: Any) -> bool:
     Two defects of snnTorch's surrogates do not count: its sigmoid is NaN for very negative inputs,
     and its LSO cannot be called (1.0.0), or has no gradient (its pull request 418).
     """
-    found, name = [], getattr(ours, "name", "")
+    results, name = [], getattr(ours, "name", "")
     if not isinstance(points, Tensor):
         points = torch.tensor(points, dtype=torch.float64, device="cpu")
     weights = torch.linspace(0.5, 1.5, len(points), dtype=torch.float64, device="cpu")
@@ -173,10 +173,10 @@ def _agree(theirs: Callable[[Tensor], Tensor], ours: Any, points: Any) -> bool:
                     gradient, *_ = out.grad_fn.apply(weights.to(out.dtype))
             else:
                 (gradient,) = torch.autograd.grad(out, x, weights.to(out.dtype))
-            found.append((out.double(), gradient.double()))
+            results.append((out.double(), gradient.double()))
         except Exception as error:  # a foreign callable may raise anything
             return name == "LSO" and type(error) in (TypeError, RuntimeError)
-    (out, gradient), (expected, exact) = found
+    (out, gradient), (expected, exact) = results
     gradient = torch.where(gradient.isnan(), exact, gradient)
     return torch.equal(out, expected) and torch.allclose(gradient, exact, rtol=1e-4, atol=1e-9)
 
@@ -256,8 +256,8 @@ _is_released._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _their_class(name: str) -> Any:
-    found = getattr(library, name, None)
-    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+    kind = getattr(library, name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, nn.Module) else None
 
 
 Neuron: Any = _their_class("SpikingNeuron")
@@ -280,10 +280,8 @@ STATE_FUNCTIONS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "
 """The name of the reset that each method computes; ``state_function`` is one of these methods."""
 
 
-_METHODS = (
-    "fire", "fire_inhibition", "mem_reset", "_base_state_function", "_base_state_reset_zero",
-    *STATE_FUNCTIONS,
-)  # fmt: skip
+_METHODS = ["fire", "fire_inhibition", "mem_reset", "_base_state_function"]
+_METHODS += ["_base_state_reset_zero", *STATE_FUNCTIONS]
 _RELEASED: dict[Any, tuple[Any, dict[str, Any]]] = {
     kind: (kind.forward, {name: getattr(kind, name) for name in _METHODS if hasattr(kind, name)})
     for kind in (Base, TheirLeaky)
@@ -296,12 +294,10 @@ COMPARED: dict[Any, Callable[[], Iterable[tuple[Outs, Outs, Sequence[Tensor]]]]]
 """For each class, a function that yields snnTorch's results, ours, and what both depend on."""
 
 # The parameters of the constructors, and checksums of the sources of _RELEASED, in 1.0.0.
-_PARAMETERS = {
-    "self", "beta", "threshold", "spike_grad", "surrogate_disable", "init_hidden", "inhibition",
-    "learn_beta", "learn_threshold", "reset_mechanism", "state_quant", "output", "bias",
-    "graded_spikes_factor", "learn_graded_spikes_factor", "reset_delay", "in_channels",
-    "out_channels", "kernel_size", "max_pool", "avg_pool",
-}  # fmt: skip
+_PARAMETERS = {"self", "beta", "threshold", "spike_grad", "surrogate_disable", "init_hidden"}
+_PARAMETERS |= {"inhibition", "learn_beta", "learn_threshold", "reset_mechanism", "state_quant"}
+_PARAMETERS |= {"output", "graded_spikes_factor", "learn_graded_spikes_factor", "reset_delay"}
+_PARAMETERS |= {"in_channels", "out_channels", "kernel_size", "bias", "max_pool", "avg_pool"}
 _SOURCES = {"Leaky": 366135782, "SConv2dLSTM": 1703028562}
 
 _follow: dict[Any, bool] = {}
@@ -312,14 +308,14 @@ def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
 
     A layer may replace the methods in `called`, because ours calls them, too.
     """
-    own, (_, released) = layer.__dict__, _RELEASED[kind]
-    found = "forward" if "forward" in own else _patched(type(layer), kind)
+    attributes, (_, released) = layer.__dict__, _RELEASED[kind]
+    found = "forward" if "forward" in attributes else _patched(type(layer), kind)
     for name in released:
-        if name in own and name not in called:
+        if name in attributes and name not in called:
             found = name
     if found is not None:
         return f"its {found} was replaced"
-    chosen = own.get("state_function") or layer._modules.get("state_function")
+    chosen = attributes.get("state_function") or layer._modules.get("state_function")
     if chosen is not None:
         name = getattr(chosen, "__name__", "")
         if name not in STATE_FUNCTIONS or (
@@ -378,12 +374,12 @@ _follows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _results_agree(results: Callable[[], Iterable[tuple[Outs, Outs, Sequence[Tensor]]]]) -> bool:
     try:
         for theirs, ours, leaves in results():
-            found = []
+            both = []
             for outs in (theirs, ours):
                 total = sum((out + 1).square().sum() for out in outs)
                 grads = torch.autograd.grad(total, leaves, allow_unused=True)
-                found.append([t if t is None else t.double() for t in (*outs, *grads)])
-            for one, other in zip(*found, strict=True):
+                both.append([t if t is None else t.double() for t in (*outs, *grads)])
+            for one, other in zip(*both, strict=True):
                 if one is not other and not torch.allclose(one, other):
                     return False
     except Exception:  # another release may raise anything

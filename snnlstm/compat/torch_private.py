@@ -158,10 +158,9 @@ def tells_apart(guards: Any) -> bool:
     """
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         like = torch.zeros(2, 3, dtype=torch.float32)
-        others = (
-            like.new_zeros(4, 3), like.new_zeros(3, 2).t(), like.double(), like.to("meta"),
-            like.new_zeros(2, 3, requires_grad=True), nn.Parameter(like, requires_grad=False),
-        )  # fmt: skip
+        wanting = like.new_zeros(2, 3, requires_grad=True)
+        others = [like.new_zeros(4, 3), like.new_zeros(3, 2).t(), like.double(), like.to("meta")]
+        others += [wanting, nn.Parameter(like, requires_grad=False)]
         try:
             check = _guard(guards, [like]).check
             return check(like.clone()) is True and not any(map(check, others))

@@ -44,10 +44,10 @@ def in_segments(call: Call, run: Callable[[Call], Three], foreign: bool, traced:
     for k, x in enumerate(pieces):
         left = None if lengths is None else (lengths - k * steps).clamp(0, x.shape[0])
         # All tensors are arguments, so that torch notices if one is modified meanwhile.
+        tensors = x, syn, mem, weight, bias, threshold, graded, left
         out = checkpoint(
-            segment, x.shape[0], x, syn, mem, weight, bias, threshold, graded, left,
-            use_reentrant=False, preserve_rng_state=foreign,
-        )  # fmt: skip
+            segment, x.shape[0], *tensors, use_reentrant=False, preserve_rng_state=foreign
+        )
         results.append(out)
         syn, mem = (s[-1] for s in out[1:]) if call.record and x.shape[0] else out[1:]
     if len(results) == 1:

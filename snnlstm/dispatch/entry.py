@@ -20,7 +20,7 @@ from ..calls.keys import BoundedDict, key_of
 from ..calls.spec import HALF_TYPES, CellSpec, are_ours
 from ..compat.torch_private import any_autocast, guard_of
 from ..native.half_types import in_float32
-from ..native.plan import Settings, Sizes
+from ..native.plan import Settings
 from ..native.tensors import check_memory
 from ..reference import Overrides
 from .checkpoint import in_segments, may_checkpoint
@@ -43,7 +43,7 @@ class Entry:
     in_float32 : bool
         Whether each step of a half type runs in float32, as a call of its own.
     plan : Plan or None
-        The native kernels' plan, once they have run.
+        The native kernels' plan, from the first call that they run.
     """
 
     def __init__(
@@ -62,9 +62,6 @@ class Entry:
         self._guard: Any = None
         if self.fallback is None:
             self.in_float32 = call.x.dtype in HALF_TYPES and not backend.half_types
-            if not self.in_float32:
-                reason = backend.reason_against(Sizes(call, spec, _operands(call)))
-                self.fallback = reason and Path("reference", reason, slow=True)
 
     def guard(self, call: Call) -> None:
         """Make :meth:`serves` recognise calls like this one."""
@@ -233,10 +230,13 @@ def _run_by(
         found = entry.spec, entry.backend, entry.settings
         return in_float32(call, lambda step: _run_by(None, step, entry_of(step, *found), None))
     plan = entry.plan
-    if plan is None:  # an entry made under a torch.func transform has no plan yet
+    if plan is None:
         spec = replace(entry.spec, checkpoint=False)
-        plan = entry.plan = backends.plan_of(
-            call, spec, _operands(call), entry.backend, entry.settings
-        )
+        plan = backends.plan_of(call, spec, _operands(call), entry.backend, entry.settings)
+        reason = plan.passes.reason_against(entry.training)
+        if reason is not None:
+            entry.fallback = Path("reference", reason, slow=True)
+            return _run_by(entry.fallback, call, entry, overrides)
+        entry.plan = plan
     spk, syn, mem, name = function.run_plan(plan, call, entry.training)
     return spk, syn, mem, native_path(name)

@@ -98,11 +98,11 @@ def reason_against_conv(
     if type(conv) is not kind:
         return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
     attributes, released = conv.__dict__, _TORCHS[kind]
-    found = beyond_forward(conv)
-    if found is not None and found is not REPLACED:
-        return CONV_HOOKS if found is HOOKS else found
+    reason = beyond_forward(conv)
+    if reason is not None and reason is not REPLACED:
+        return CONV_HOOKS if reason is HOOKS else reason
     if (
-        found is REPLACED
+        reason is REPLACED
         or "_conv_forward" in attributes
         or kind.__call__ is not released[0]
         or kind.forward is not released[1]

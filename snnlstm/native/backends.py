@@ -12,7 +12,7 @@ from ..calls.keys import BoundedDict
 from ..calls.spec import CellSpec
 from . import cpu, cuda, cuda_check
 from .plan import CommonBackend, Plan, Settings
-from .tensors import are_contiguous
+from .tensors import has_numbers
 
 BACKENDS: dict[str, CommonBackend] = {"cpu": cpu.Backend()}  # by device type
 _NO_CUDA = cuda_check.without_kernels(_C.build_info())
@@ -62,8 +62,7 @@ def plan_key(call: Call, spec: CellSpec, operands: torch.dtype | None) -> tuple[
     has both passes.
     """
     x, syn, mem, threshold = call.x, call.syn, call.mem, call.threshold
-    return (
-        spec, operands, call.record, call.lengths is None, x.shape, x.stride(), x.dtype,
-        x.device, syn.stride(), mem.shape, mem.stride(),
-        None if threshold is None else threshold.numel(), are_contiguous(call),
-    )  # fmt: skip
+    images = x.shape, x.stride(), x.dtype, x.device, syn.stride(), mem.shape, mem.stride()
+    thresholds = None if threshold is None else threshold.numel()
+    lacks_lengths = call.lengths is None
+    return spec, operands, call.record, lacks_lengths, *images, thresholds, has_numbers(call)

@@ -94,14 +94,14 @@ _packed: WeakKeyDictionary[torch.UntypedStorage, BoundedDict[Any, PackedWeight]]
 
 
 def packed_weight(weight: Tensor, last: PackedWeight | None = None) -> PackedWeight:
-    """The packed form of a weight, looked up or made; `last` is a guess, which saves the look-up.
+    """The packed copy of a weight, looked up or made; `last` is a guess, which saves the look-up.
 
     Neither addresses nor version counters show whether the weight's values are the packed ones:
     ``weight.data.add_(...)`` changes neither of them. So the values are compared byte by byte,
     which takes 1 to 3 % of a step, or more if a wide layer has small images.
     """
-    contiguous = weight if weight.is_contiguous() else readable(weight).contiguous()
-    if last is not None and last.holds(contiguous):
+    dense = weight if weight.is_contiguous() else readable(weight).contiguous()
+    if last is not None and last.holds(dense):
         return last
     storage = weight.untyped_storage()
     entries = _packed.get(storage)
@@ -109,10 +109,10 @@ def packed_weight(weight: Tensor, last: PackedWeight | None = None) -> PackedWei
         entries = _packed.setdefault(storage, BoundedDict())
     place = weight.storage_offset(), weight.shape, weight.stride(), weight.dtype
     packed = entries.get(place)
-    if packed is not None and packed.holds(contiguous):
+    if packed is not None and packed.holds(dense):
         return packed
     entries.pop(place, None)
-    packed = PackedWeight(contiguous)
+    packed = PackedWeight(dense)
     entries.keep(place, packed)
     return packed
 
@@ -141,8 +141,8 @@ class Pass:
             ((number, f"{passes.isa}:{name}"), size) for number, name, size in self.core.layouts
         )
 
-    def run(self, call: Call, packed: PackedWeight, fields: Fields) -> None:
-        """Run the kernels; `fields` are those from x on (csrc/args.h)."""
+    def run_kernels(self, call: Call, packed: PackedWeight, fields: Fields) -> None:
+        """Run the pass; `fields` are those from x on (csrc/args.h)."""
         weights = [0, 0, 0]
         for key, size in self.layouts:
             weights[key[0] % 3] = (packed.layouts.get(key) or packed.pack(self, key, size))[0]
@@ -172,6 +172,9 @@ class Passes:
         self._threshold: Tensor | None = None
         self._passes: dict[Any, Pass] = {}
 
+    def reason_against(self, training: bool) -> None:
+        """Why no call of the plan can run: the CPU's kernels run every call."""
+
     def _pass(self, selection: Any, wanted: Sequence[bool] | None) -> Pass:
         """Look up a pass, or make it."""
         key = selection, None if wanted is None else (wanted[0], wanted[3])
@@ -189,7 +192,7 @@ class Passes:
         if self.counts_zeros:
             percent = _C.density(self.cell, fields[0], 0 if lengths is None else lengths.data_ptr())
         a_pass = self._pass((percent, packed.max_tile_inputs), None)
-        a_pass.run(call, packed, fields)
+        a_pass.run_kernels(call, packed, fields)
         copy = self._threshold  # equal values share the last copy
         if (
             saved is not None
@@ -203,13 +206,13 @@ class Passes:
             copy = self._threshold = threshold.clone()
         return a_pass.name, a_pass.selection, packed, copy
 
-    def backward(self, given: BackwardInputs, out: Gradients, fields: Fields) -> Gradients:
+    def backward(self, inputs: BackwardInputs, out: Gradients, fields: Fields) -> Gradients:
         """Run the backward pass of a forward pass's selection and packed weight."""
-        packed = given.packed
+        packed = inputs.packed
         if packed is None:  # a graph of torch.compile keeps only tensors
-            x, weight = given.call.x, given.call.weight
+            x, weight = inputs.call.x, inputs.call.weight
             packed = packed_weight(restored(weight, self.weight_shape, x.dtype, x.device))
-        self._pass(tuple(given.selection), given.wanted).run(given.call, packed, fields)
+        self._pass(tuple(inputs.selection), inputs.wanted).run_kernels(inputs.call, packed, fields)
         return out
 
 
@@ -229,13 +232,6 @@ class Backend(CommonBackend):
 
     def settings(self, algorithm: str) -> Settings:
         return Settings(algorithm, 1 if ONE_THREAD else torch.get_num_threads(), isa)
-
-    def reason_against(self, s: Sizes) -> str | None:
-        """Why these kernels cannot run a call; None if they can.
-
-        Under autocast they compute in float32, and so do steps of half types (half_types.py).
-        """
-        return None if s.dtype in DTYPES else f"there are no CPU kernels for {s.dtype}"
 
     def saved_shapes(self, s: Sizes) -> Shapes:
         padded = _C.cpu_padded_channels(DTYPES.index(s.dtype), s.c)

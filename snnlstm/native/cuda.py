@@ -103,33 +103,33 @@ class Pass:
         levels = self._levels_on(call.x, stream)
         if self.algorithm == _CUDNN:
             check_memory(call)
-            kernels = partial(self.core.run, stream)
+            run_kernels = partial(self.core.run, stream)
             how, levels_at = self._convolutions, pointer(levels)
-            return cudnn.forward(self.plan, how, kernels, call, levels_at, outs, saved)
+            return cudnn.forward(self.plan, how, run_kernels, call, levels_at, outs, saved)
         packed, workspace, _held = self._memory(call.weight, stream, other, kept)
         self.core.run(stream, (workspace, packed, 0, 0, pointer(levels), 0, *fields))
         return None
 
-    def backward(self, given: BackwardInputs, out: Gradients, fields: Fields) -> Gradients:
+    def backward(self, inputs: BackwardInputs, out: Gradients, fields: Fields) -> Gradients:
         """Run a backward pass, on the weight that the forward pass has packed, if it was saved."""
-        call, stream = given.call, self.backend.stream(self.plan.device)
+        call, stream = inputs.call, self.backend.stream(self.plan.device)
         shape = self.plan.gradient_memory[3][0]
         weight = restored(call.weight, shape, self.plan.dtype, self.plan.device)
         levels = self._levels_on(call.x, stream)
         if self.algorithm == _CUDNN:
             memory = empty_bytes(self.core.workspace, self.plan.device)
 
-            def run(fields: Fields) -> None:
+            def run_kernels(fields: Fields) -> None:
                 self.core.run(stream, (pointer(memory), 0, 0, 0, pointer(levels), 0, *fields))
 
-            given = given._replace(call=call._replace(weight=weight))
-            return cudnn.backward(self.plan, self._convolutions, given, out, run)
+            inputs = inputs._replace(call=call._replace(weight=weight))
+            return cudnn.backward(self.plan, self._convolutions, inputs, out, run_kernels)
         if call.lengths is not None and out.x is not None:
             out.x.zero_()
-        if given.packed is None:
+        if inputs.packed is None:
             packed, workspace, _held = self._memory(weight, stream)
         else:
-            block = self.plan.restored_block(given.packed, self.core.packed_bytes)
+            block = self.plan.restored_block(inputs.packed, self.core.packed_bytes)
             _held = empty_bytes(self.core.workspace, self.plan.device)
             packed, workspace = block.data_ptr(), _held.data_ptr()
         self.core.run(stream, (workspace, packed, 0, 0, pointer(levels), 0, *fields))
@@ -150,8 +150,8 @@ class Passes:
     def __init__(self, plan: Plan, settings: Settings) -> None:
         self.backend: Backend = plan.backend  # type: ignore[assignment]
         self.plan, self.settings = plan, settings
-        chosen = settings.algorithm == "auto" and settings.benchmark
-        self._measures = settings.algorithm == "measure" or chosen
+        torch_measures = settings.algorithm == "auto" and settings.benchmark
+        self._measures = settings.algorithm == "measure" or torch_measures
         levels = None if plan.spec.quant is None else plan.spec.quant.levels
         self.levels = None if levels is None else levels.to("cpu", torch.float64).contiguous()
         self._chosen: dict[bool, Pass] = {}
@@ -181,26 +181,34 @@ class Passes:
             names += [backward.name] if _CUDNN in (forward.algorithm, backward.algorithm) else []
         return f"{self.backend.name()}-{'+'.join(names)}"
 
+    def reason_against(self, training: bool) -> str | None:
+        """Why no call of the plan can run; None if they can."""
+        reason = self._chosen_for(False).core.reason_against
+        if training and not reason:
+            reason = self._chosen_for(True).core.reason_against
+        return reason or None
+
     def _pass(self, core: Any) -> Pass:
         return Pass(self.backend, self.plan, core, self.levels)
 
-    def _fastest(self, run: Callable[[Pass], object], backward: bool, *wanted: bool) -> Pass:
+    def _fastest(self, run_pass: Callable[[Pass], object], backward: bool, *wanted: bool) -> Pass:
         """The pass to run, measured if that is wanted and not yet known.
 
-        `run` runs a pass; `wanted` has what else its time depends on.
+        `wanted` has what else its time depends on.
         """
         if not self._measures and backward in self._chosen:
             return self._chosen[backward]
         self._name = None  # a new measurement may change the name
         key = backward, *wanted
-        found = self._measured.get(key)
-        if found is None and self._measures and self.backend.may_measure():
-            cores = self.backend.candidates(self.plan, self.settings.tf32, backward)
+        fastest = self._measured.get(key)
+        if fastest is None and self._measures and self.backend.may_measure():
+            other = self._chosen[False].core
+            cores = self.backend.candidates(self.plan, self.settings.tf32, backward, other)
             passes = [*map(self._pass, cores)]
-            seconds = [self.backend.seconds(partial(run, one)) for one in passes]
+            seconds = [self.backend.seconds(partial(run_pass, one)) for one in passes]
             # setdefault keeps the first of two threads' measurements.
-            found = self._measured.setdefault(key, passes[seconds.index(min(seconds))])
-        return self._chosen_for(backward) if found is None else found
+            fastest = self._measured.setdefault(key, passes[seconds.index(min(seconds))])
+        return self._chosen_for(backward) if fastest is None else fastest
 
     def _chosen_for(self, backward: bool) -> Pass:
         """The pass of a direction that is not measured; the backward pass is made when needed.
@@ -230,23 +238,23 @@ class Passes:
             if call.lengths is not None:
                 outs[0].zero_()  # the host does not know the lengths
 
-            def run(one: Pass) -> None:
+            def run_pass(one: Pass) -> None:
                 one.forward(call, outs, saved, fields, other, kept)
 
-            fastest = self._fastest(run, False)
-            run(fastest)
+            fastest = self._fastest(run_pass, False)
+            run_pass(fastest)
         if fastest.algorithm == _CUDNN:  # it packs nothing
             kept = None
         return self.name, (), kept
 
-    def backward(self, given: BackwardInputs, out: Gradients, fields: Fields) -> Gradients:
+    def backward(self, inputs: BackwardInputs, out: Gradients, fields: Fields) -> Gradients:
         """Run the backward pass of the wanted gradients."""
         with self.backend.guard(self.plan.device):
 
-            def run(one: Pass) -> Gradients:
-                return one.backward(given, out, fields)
+            def run_pass(one: Pass) -> Gradients:
+                return one.backward(inputs, out, fields)
 
-            return run(self._fastest(run, True, *given.wanted))
+            return run_pass(self._fastest(run_pass, True, *inputs.wanted))
 
 
 class Backend(CommonBackend):
@@ -323,16 +331,14 @@ class Backend(CommonBackend):
             *self._facts(s, tf32), number, backward, lengths=s.has_lengths, other=other, **blocks
         )
 
-    def candidates(self, s: Sizes, tf32: bool, backward: bool) -> list[Any]:
-        """The core's passes to time; if two are equally fast, the first one counts."""
-        return self.core.CudaPass.candidates(*self._facts(s, tf32), backward, lengths=s.has_lengths)
+    def candidates(self, s: Sizes, tf32: bool, backward: bool, other: Any = None) -> list[Any]:
+        """The core's passes to time; if two are equally fast, the first one counts.
 
-    def reason_against(self, s: Sizes) -> str | None:
-        """Why these kernels cannot run a call; None if they can."""
-        tf32 = _tf32_is_allowed()
-        forward = self.core_pass(s, tf32, "fused", False)
-        backward = self.core_pass(s, tf32, "fused", True, forward)
-        return forward.reason_against or backward.reason_against or None
+        They need not plan the forward steps of an `other` pass of the same sizes again.
+        """
+        return self.core.CudaPass.candidates(
+            *self._facts(s, tf32), backward, lengths=s.has_lengths, other=other
+        )
 
     def settings(self, algorithm: str) -> Settings:
         benchmark = torch.backends.cudnn.benchmark

@@ -73,15 +73,15 @@ def device_trouble(
     A GPU for which the build has no machine code runs the PTX. The driver translates PTX only up
     to its own CUDA version, the minor one included.
     """
-    own = f"{name} (compute capability {capability[0]}.{capability[1]})"
+    gpu = f"{name} (compute capability {capability[0]}.{capability[1]})"
     if tuple(capability) < OLDEST:
-        return f"{own} is too old: the CUDA kernels need {OLDEST[0]}.{OLDEST[1]} or newer"
+        return f"{gpu} is too old: the CUDA kernels need {OLDEST[0]}.{OLDEST[1]} or newer"
     wanted = 10 * capability[0] + capability[1]
     code = code_for(build, capability)
     if code is None:
         archs = build.get("cuda_archs", "")
         return (
-            f"{own} is not among the GPUs that this build of snnlstm has code for ({archs}); "
+            f"{gpu} is not among the GPUs that this build of snnlstm has code for ({archs}); "
             f"build with SNNLSTM_CUDA_ARCHS={wanted}"
         )
     if code[0] != "PTX":
@@ -91,7 +91,7 @@ def device_trouble(
     if driver is None or driver >= newest:
         return None
     return (
-        f"{own} needs the PTX of this build, which is of CUDA {show(newest)}, and the NVIDIA "
+        f"{gpu} needs the PTX of this build, which is of CUDA {show(newest)}, and the NVIDIA "
         f"driver reads it up to CUDA {show(driver)}; update the driver, or build with "
         f"SNNLSTM_CUDA_ARCHS={wanted}"
     )

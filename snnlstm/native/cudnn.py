@@ -68,7 +68,7 @@ class Convolutions(NamedTuple):
     """The dtype in which x of several steps is convolved."""
     steps_at_once: int
     """The number of steps whose x is convolved at once."""
-    contiguous: bool
+    makes_contiguous: bool
     """Whether images are made contiguous."""
 
 
@@ -104,7 +104,7 @@ def images_of(pixels: Tensor, mem: Tensor) -> Tensor:
 def _ordered(how: Convolutions, images: Tensor) -> Tensor:
     """The images in the dtype and the memory layout that cuDNN convolves fastest."""
     images = images.to(how.work)
-    return images.contiguous() if how.contiguous else images
+    return images.contiguous() if how.makes_contiguous else images
 
 
 def _part(how: Convolutions, weight: Tensor, d_gates: Tensor) -> Tensor:
@@ -130,13 +130,13 @@ def _step_of(call: Call, t: int) -> Call:
 def forward(
     plan: Plan,
     how: Convolutions,
-    run: Callable[[tuple], None],
+    run_kernels: Callable[[tuple], None],
     call: Call,
     levels: int,
     outs: Outputs,
     saved: Tensor | None,
 ) -> None:
-    """cuDNN convolves, and the kernels do the rest of each step by `run`, which runs one step.
+    """cuDNN convolves, and the kernels do the rest of a step when `run_kernels` is called.
 
     x of several steps is convolved at once, in `how.real`, so that the kernels add x's sums
     before half types round them. x of one step is convolved with mem, if it has no stride.
@@ -169,33 +169,32 @@ def forward(
         h_alone = not plan.spec.spiking and not call.record and call.lengths is None
         if t < last and h_alone:
             spk, out_mem = None, spks[t]  # spk is mem, and the next step reads it there
-        step, views = _step_of(call, t), (None, *strided(syn, mem))
-        run((
-            0, 0, 0, 0, levels, 0, *plan.call_fields(views, step, saved, t), bias,
-            *strided(sums, x_sums, spk, out_syn, out_mem),
-        ))  # fmt: skip
+        views, step = (None, *strided(syn, mem)), _step_of(call, t)  # step owns its lengths
+        fields = plan.call_fields(views, step, saved, t)
+        results = strided(sums, x_sums, spk, out_syn, out_mem)
+        run_kernels((0, 0, 0, 0, levels, 0, *fields, bias, *results))
         syn, mem = out_syn, out_mem
 
 
 def backward(
     plan: Plan,
     how: Convolutions,
-    given: BackwardInputs,
+    inputs: BackwardInputs,
     out: Gradients,
-    run: Callable[[tuple], None],
+    run_kernels: Callable[[tuple], None],
 ) -> Gradients:
     """The wanted gradients. cuDNN computes those of x, weight and bias after the steps.
 
-    `run` runs the kernels of one step.
+    `run_kernels` runs the kernels of one step.
     """
-    call, x, wanted = given.call, given.call.x, given.wanted
+    call, x, wanted = inputs.call, inputs.call.x, inputs.wanted
     out = out._replace(weight=None, bias=None)  # cuDNN allocates these
     d_gates = x.new_empty(how.d_gates_shape, dtype=how.sums_dtype)
     mems = _empty_mems(call, d_gates) if wanted[3] else None
     if call.lengths is not None:
         d_gates.zero_()
         x = torch.where(length_mask(call.lengths, plan.time), x, 0)
-    _steps_backward(plan, how, run, given, out, d_gates, mems)
+    _steps_backward(plan, how, run_kernels, inputs, out, d_gates, mems)
     if out.x is not None:
         _data_gradient(how, call, d_gates, out.x)
     mem = None if mems is None else images_of(mems, call.mem)
@@ -206,18 +205,18 @@ def backward(
 def _steps_backward(
     plan: Plan,
     how: Convolutions,
-    run: Callable[[tuple], None],
-    given: BackwardInputs,
+    run_kernels: Callable[[tuple], None],
+    inputs: BackwardInputs,
     out: Gradients,
     d_gates: Tensor,
     mems: Tensor | None,
 ) -> None:
-    """The kernels do a step's neurons by `run`, last step first; cuDNN the gradient of mem.
+    """The kernels do the neurons of each step, last step first; cuDNN the gradient of mem.
 
     `out` receives the gradients of syn, mem and threshold that it has memory for. `d_gates` and
     `mems`, if given, receive what the module's docstring says.
     """
-    call, _, saved, grads, noise = given[:5]
+    call, _, saved, grads, noise = inputs[:5]
     syn, mem, record = call.syn, call.mem, call.record
     saved_syn = plan.saved.part(saved, 1)
     grad_spk, into_syn, into_mem = grads
@@ -242,7 +241,8 @@ def _steps_backward(
         step = BackwardInputs(_step_of(call, t), views, saved, step_grads, step_noise)
         results = Gradients(None, d_syn, None, None, None, step_threshold)
         mem_after = 0 if mems is None or t == last else mems[t + 1].data_ptr()
-        run(plan.backward_fields(step, results, (d_gates[t].data_ptr(), mem_after), t))
+        addresses = d_gates[t].data_ptr(), mem_after
+        run_kernels(plan.backward_fields(step, results, addresses, t))
         into_syn, before, into_mem = d_syn, into_mem, None
         if t > 0 or out.mem is not None:
             images = _ordered(how, images_of(d_gates[t], mem))
@@ -320,12 +320,12 @@ def _convolve(how: Convolutions, images: Tensor, weight: Tensor, stride: tuple[i
     geometry = how.geometry
     if images.device.type == "cpu":  # the emulator's sums must not depend on the layout
         images, weight = images.contiguous(), weight.contiguous()
-    given = images, weight, None, stride, geometry.padding, geometry.dilation
+    arguments = images, weight, None, stride, geometry.padding, geometry.dilation
     if images.dtype == how.work or convolution is None:
-        return F.conv2d(*given)
+        return F.conv2d(*arguments)
     # TF32 holds half types in float32 exactly, so it may multiply them whatever torch's setting is.
     cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
     deterministic |= cudnn.deterministic
     return convolution(
-        *given, False, (0, 0), 1, cudnn.benchmark, deterministic, cudnn.enabled, allow_tf32=True
+        *arguments, False, (0, 0), 1, cudnn.benchmark, deterministic, cudnn.enabled, allow_tf32=True
     )

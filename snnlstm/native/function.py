@@ -169,11 +169,10 @@ def _by_reference(
     """The same gradients on the reference path; `create_graph` is that of torch.autograd.grad."""
     # The inputs are aliased, so that no gradient flows to one through another that was computed
     # from it. An input may have stopped requiring a gradient since the forward pass.
-    aliases: list[Any] = [
-        t if t is None else t.detach().requires_grad_() if want and not t.requires_grad
-        else t.view_as(t)
-        for t, want in zip(call[:6], wanted, strict=True)
-    ]  # fmt: skip
+    aliases: list[Any] = []
+    for t, want in zip(call[:6], wanted, strict=True):
+        leaf = t is not None and want and not t.requires_grad
+        aliases.append(t.detach().requires_grad_() if leaf else t if t is None else t.view_as(t))
     operands = plan.operands
     x, syn, mem, weight, bias, threshold = aliases
     # The forward pass's autocast applies, not that of the code that asks for the gradients.

@@ -17,7 +17,7 @@ from ..calls.spec import DTYPES, POOLS, RESETS, CellSpec
 from ..compat.torch_private import guard_of
 from . import pool
 from .tensors import (
-    are_contiguous,
+    has_numbers,
     image_strides,
     keep_empty,
     restored,
@@ -66,14 +66,17 @@ class SavedLayout:
         if step == 0:
             gates, syn, winner, argmax = self._offsets
             return (
-                start + gates, 0 if syn is None else start + syn,
-                0 if winner is None else start + winner, 0 if argmax is None else start + argmax,
-            )  # fmt: skip
-        return tuple(
-            0 if offset is None or step >= shape[0]
-            else start + offset + step * math.prod(shape[1:]) * dtype.itemsize
-            for offset, (shape, dtype) in zip(self._offsets, self.parts, strict=True)
-        )  # fmt: skip
+                start + gates,
+                0 if syn is None else start + syn,
+                0 if winner is None else start + winner,
+                0 if argmax is None else start + argmax,
+            )
+        addresses = []
+        for offset, (shape, dtype) in zip(self._offsets, self.parts, strict=True):
+            is_saved = offset is not None and step < shape[0]
+            bytes_before = step * math.prod(shape[1:]) * dtype.itemsize
+            addresses.append(start + offset + bytes_before if is_saved else 0)
+        return tuple(addresses)
 
     def part(self, block: Tensor, number: int) -> Tensor:
         """A part of a block, as a tensor of its own shape and dtype."""
@@ -267,13 +270,9 @@ class Plan(Sizes):
             self.spk_memory == self.state_memory == as_mem and self.largest_result < pool.MAPPED
         )
         # The core takes five strides; `out_strides` are those of the new syn and mem.
-        self.x_strides, self.syn_strides, self.mem_strides, self.spk_strides, self.out_strides = (
-            with_time(strides)
-            for strides in (
-                call.x.stride(), call.syn.stride(), call.mem.stride(),
-                self.spk_memory[1], self.state_memory[1],
-            )
-        )  # fmt: skip
+        strides = *(t.stride() for t in call[:3]), self.spk_memory[1], self.state_memory[1]
+        self.x_strides, self.syn_strides, self.mem_strides, *results = map(with_time, strides)
+        self.spk_strides, self.out_strides = results
         self._saved_shapes = [tuple(tensor.shape) for tensor in call[:3]]
         # They recognise the tensors that earlier calls have saved, by their requires_grad.
         self._guards: dict[tuple[bool, ...], Any] = {}
@@ -282,7 +281,7 @@ class Plan(Sizes):
         self._gradient_strides = [with_time(strides) for _, strides in self.gradient_memory[:3]]
         self.threshold_stride = 0 if self.thresholds == 1 else 1
         # The kernels may be able to read bias, threshold and graded factor without a copy.
-        self.are_contiguous = are_contiguous(call)
+        self.has_numbers = has_numbers(call)
         self.has_spk = spec.spiking or self.sequence
         self.passes_gradient = spec.passes_gradient(self.sequence)
         self.is_stochastic = spec.surrogate.name == "SSO"
@@ -302,25 +301,29 @@ class Plan(Sizes):
         _, _, _, _, _, threshold, graded, lengths, record = call
         return (
             *views,
-            0 if threshold is None else threshold.data_ptr(), self.threshold_stride,
+            0 if threshold is None else threshold.data_ptr(),
+            self.threshold_stride,
             0 if graded is None else graded.data_ptr(),
-            0 if lengths is None else lengths.data_ptr(), record,
+            0 if lengths is None else lengths.data_ptr(),
+            record,
             *self.saved.addresses(saved, step),
-        )  # fmt: skip
+        )
 
     def backward_fields(
-        self, given: BackwardInputs, out: Gradients, last: Fields = (0, 0), step: int = 0
+        self, inputs: BackwardInputs, out: Gradients, last: Fields = (0, 0), step: int = 0
     ) -> Fields:
         """The fields of BackwardArgs from x on; `last` are d_gates and mem_after."""
-        call, views, saved, grads, noise = given[:5]
+        call, views, saved, grads, noise = inputs[:5]
         (x, syn, mem, *others), (x_strides, syn_strides, mem_strides) = out, self._gradient_strides
         return (
-            *self.call_fields(views, call, saved, step), *strided(noise, *grads),
+            *self.call_fields(views, call, saved, step),
+            *strided(noise, *grads),
             None if x is None else (x.data_ptr(), x_strides),
             None if syn is None else (syn.data_ptr(), syn_strides),
             None if mem is None else (mem.data_ptr(), mem_strides),
-            *[0 if other is None else other.data_ptr() for other in others], *last,
-        )  # fmt: skip
+            *[0 if other is None else other.data_ptr() for other in others],
+            *last,
+        )
 
     def restore(self, call: Call, saved: Tensor) -> tuple[Call, Tensor, Sequence[Any]]:
         """Restore the dtypes and shapes of a call and of what its forward pass saved.
@@ -340,13 +343,13 @@ class Plan(Sizes):
                 at = (x_at, self.x_strides), (syn_at, self.syn_strides), (mem_at, self.mem_strides)
                 return call, saved, at
         block = self.restored_block(saved, self.saved.bytes)
-        x, syn, mem = found = [
+        x, syn, mem = states = [
             restored(tensor, shape, self.dtype, self.device)
             for tensor, shape in zip(tensors, self._saved_shapes, strict=True)
         ]
         views = strided(x, syn, mem)
         strides = [self.x_strides, self.syn_strides, self.mem_strides]
-        is_kept = all(map(operator.is_, (*found, block), (*tensors, saved)))
+        is_kept = all(map(operator.is_, (*states, block), (*tensors, saved)))
         if guard is None and is_kept and strides == [view and view[1] for view in views]:
             self._guards[wanting] = guard_of((*tensors, saved))
         return call._replace(x=x, syn=syn, mem=mem), block, views
@@ -358,7 +361,7 @@ class Plan(Sizes):
 
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
-        if not self.are_contiguous:
+        if not self.has_numbers:
             call = with_numbers(call)
         x, syn, mem, bias = call.x, call.syn, call.mem, call.bias
         outs: Outputs
@@ -376,16 +379,18 @@ class Plan(Sizes):
         bias_at = 0 if bias is None else bias.data_ptr()
         if not bias_at and bias is not None:
             raise ValueError("bias has no memory")
-        views = (
-            (x.data_ptr(), self.x_strides), (syn.data_ptr(), self.syn_strides),
-            (mem.data_ptr(), self.mem_strides),
-        )  # fmt: skip
+        x_at, syn_at, mem_at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
+        views = (x_at, self.x_strides), (syn_at, self.syn_strides), (mem_at, self.mem_strides)
         spk, new_syn, new_mem = outs
         fields = (
-            *self.call_fields(views, call, saved), bias_at, None, None,
+            *self.call_fields(views, call, saved),
+            bias_at,
+            None,
+            None,
             (spk.data_ptr(), self.spk_strides) if self.has_spk else None,
-            (new_syn.data_ptr(), self.out_strides), (new_mem.data_ptr(), self.out_strides),
-        )  # fmt: skip
+            (new_syn.data_ptr(), self.out_strides),
+            (new_mem.data_ptr(), self.out_strides),
+        )
         ran = self.passes.forward(call, outs, saved, fields)
         if call.lengths is not None and not call.record:
             keep_empty(call, outs[1:], (syn, mem))
@@ -411,10 +416,10 @@ class Plan(Sizes):
         call, noise = with_numbers(call), None
         if self.is_stochastic:
             noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
-        given = BackwardInputs(call, views, saved, grads, noise, wanted, selection, packed)
+        inputs = BackwardInputs(call, views, saved, grads, noise, wanted, selection, packed)
         out = empty_gradients(call.x, self.gradient_memory, wanted, self.largest_gradient)
-        fields = self.backward_fields(given, out)
-        out = self.passes.backward(given, out, fields)
+        fields = self.backward_fields(inputs, out)
+        out = self.passes.backward(inputs, out, fields)
         if call.lengths is not None:
             keep_empty(call, (out.syn, out.mem), (None, None) if call.record else grads[1:])
         if out.threshold is None or call.threshold is None:
@@ -433,8 +438,9 @@ class CommonBackend(ABC):
     passes: ClassVar[Any]
     """The class of its passes, made from a plan and the settings.
 
+    ``reason_against(training)`` says why no call can run, and returns None if all can.
     ``forward(call, outs, saved, fields)`` fills in spk, syn, mem and what is saved, and returns a
-    :class:`Result` from the name on. ``backward(given, out, fields)`` fills in and returns the
+    :class:`Result` from the name on. ``backward(inputs, out, fields)`` fills in and returns the
     gradients, the threshold's with one number per channel. `fields` are those from x on.
     """
 
@@ -445,10 +451,6 @@ class CommonBackend(ABC):
     @abstractmethod
     def settings(self, algorithm: str) -> Settings:
         """The process's settings that a plan depends on, with the user's algorithm."""
-
-    @abstractmethod
-    def reason_against(self, s: Sizes) -> str | None:
-        """Why these kernels cannot run a call; None if they can."""
 
     @abstractmethod
     def saved_shapes(self, s: Sizes) -> Shapes:

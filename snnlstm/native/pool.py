@@ -228,13 +228,13 @@ def _queues() -> list[deque[Any]]:
 @functools.cache
 def _memory() -> float:
     """Bytes of memory that the machine has, or that the process's control groups allow."""
-    found = [math.inf]
+    limits = [math.inf]
     with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     with suppress(OSError, ValueError):  # only Linux has control groups
         for line in GROUPS.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
             for path in (group, *map(str, Path(group).parents)) if controllers in LIMITS else ():
                 with suppress(OSError, ValueError):  # outside of the container; "max"
-                    found.append(int(Path(LIMITS[controllers].format(path)).read_text()))
-    return min(found)
+                    limits.append(int(Path(LIMITS[controllers].format(path)).read_text()))
+    return min(limits)

@@ -27,7 +27,7 @@ def readable(tensor: Tensor, name: str = "a tensor") -> Tensor:
     return tensor.detach()
 
 
-def are_contiguous(call: Call) -> bool:
+def has_numbers(call: Call) -> bool:
     """Whether the core can read bias, threshold and graded factor without a copy."""
     return all(t is None or is_contiguous_as(t, call.x.dtype) for t in call[4:7])
 
@@ -46,7 +46,7 @@ def contiguous_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def with_numbers(call: Call) -> Call:
     """The call, or one whose bias, threshold and graded factor the core can read."""
-    if are_contiguous(call):
+    if has_numbers(call):
         return call
     numbers = (None if t is None else contiguous_as(t, call.x.dtype) for t in call[4:7])
     return Call._make((*call[:4], *numbers, *call[7:]))

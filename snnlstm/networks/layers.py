@@ -36,7 +36,7 @@ cache, and all steps at once would be slower than the loop (benchmarks/NOTES.md)
 LARGEST_STACKED = 1 << 20
 """The most bytes of a step that the CPU stacks for the cell or Leaky behind it.
 
-A stack of larger steps, whose memory is fresh, takes longer than one call for all steps saves.
+Stacking larger steps touches new pages, which costs more than the single call saves.
 """
 
 ALONE = "it treats every sample by itself"
@@ -163,8 +163,8 @@ def not_per_sample(layer: nn.Module) -> str | None:
     if type(layer) not in _LEAST_DIM:
         return f"{type(layer).__name__} is not known to treat every sample by itself"
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-        own = layer.training or layer.running_mean is None
-        return "its statistics are those of one step" if own else None
+        by_batch = layer.training or layer.running_mean is None
+        return "its statistics are those of one step" if by_batch else None
     if isinstance(layer, nn.Dropout | nn.Dropout2d):
         return "it draws a new mask for every step" if layer.training and layer.p != 0 else None
     return "it returns indices" if getattr(layer, "return_indices", False) else None

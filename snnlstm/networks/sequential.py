@@ -112,10 +112,10 @@ class Sequential(nn.Sequential):
         self.batch_first: bool = flag("batch_first", batch_first)
 
     def __getitem__(self, index: Any) -> Any:
-        found: Any = super().__getitem__(index)
+        part: Any = super().__getitem__(index)
         if isinstance(index, slice):
-            found.batch_first = self.batch_first
-        return found
+            part.batch_first = self.batch_first
+        return part
 
     def __add__(self, other: nn.Sequential) -> Sequential:
         return type(self).of(super().__add__(other), self.batch_first)
@@ -319,15 +319,15 @@ def _shared_state(modules: Iterable[Named]) -> str | None:
 def _log_oddities(layers: list[Named], reports: list[LayerReport], batch_first: bool) -> None:
     """Log, once for each cell, why it runs step by step, or that the stack exchanges its axes."""
     for (name, layer), report in zip(layers, reports, strict=True):
-        said = []
+        oddities = []
         if report.kind == "step" and isinstance(layer, CELL) and report.reason != TO_STACK:
-            said.append(f"runs step by step: {report.reason}")
+            oddities.append(f"runs step by step: {report.reason}")
         if not batch_first and isinstance(layer, SConv2dLSTM) and layer.batch_first:
-            said.append(
+            oddities.append(
                 "has batch_first=True, and the stack, whose setting counts, has batch_first=False: "
                 "x is read as (T, N, ...)"
             )
-        for text in said:
+        for text in oddities:
             log_once(layer, text, "layer %s (%s) of a stack %s", name, report.layer, text)
 
 

@@ -36,10 +36,9 @@ logger = logging.getLogger("snnlstm")
 
 _ITSELF = "(the model itself)"
 _SILENT = "NEVER SPIKES: no mem exceeds its threshold of 1 or more; threshold=0.05 is usual"
-_SAME = (  # both libraries' cells have these arguments and attributes
-    "in_channels", "out_channels", "kernel_size", "bias", "max_pool", "avg_pool", "init_hidden",
-    "inhibition", "output", "surrogate_disable",
-)  # fmt: skip
+# Both libraries' cells have these arguments and attributes.
+_SAME = ["in_channels", "out_channels", "kernel_size", "bias", "max_pool", "avg_pool"]
+_SAME += ["init_hidden", "inhibition", "output", "surrogate_disable"]
 _RECOGNISE = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
 _SWAPPED = (Base, SConv2dLSTM, TheirLeaky)
 

@@ -74,19 +74,23 @@ class ConvLSTMCell(nn.Module):
         self.input_dim = spec.integer("input_dim", input_dim)
         self.hidden_dim = spec.integer("hidden_dim", hidden_dim)
         self.bias = spec.flag("bias", bias)
+        options: dict[str, Any] = {"stride": stride, "dilation": dilation, "checkpoint": checkpoint}
         described = self._spec = spec.make_spec(
-            kernel_size, surrogate_disable=True, spiking=False, stride=stride, dilation=dilation,
-            checkpoint=checkpoint,
-        )  # fmt: skip
+            kernel_size, surrogate_disable=True, spiking=False, **options
+        )
         self.kernel_size, self.padding = described.kernel_size, described.padding
         self.stride, self.dilation = described.stride, described.dilation
         self.checkpoint = described.checkpoint
         self.conv = nn.Conv2d(
-            input_dim + hidden_dim, 4 * hidden_dim, self.kernel_size, padding=self.padding,
-            dilation=self.dilation, bias=self.bias,
+            input_dim + hidden_dim,
+            4 * hidden_dim,
+            self.kernel_size,
+            padding=self.padding,
+            dilation=self.dilation,
+            bias=self.bias,
             device=spec.device_or_none("device", device),
             dtype=spec.dtype_or_none("dtype", dtype),
-        )  # fmt: skip
+        )
 
     def forward(self, input_tensor: Tensor, cur_state: States | None = None) -> States:
         """Run one step.
@@ -283,8 +287,8 @@ def _run_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a cell over x (T, N, Cin, H, W); return h of every step, and the last or all h and c."""
     if type(cell).forward is ConvLSTMCell.forward and beyond_forward(cell) is None:
-        given = None if lengths is None else CheckedLengths(lengths, x.shape[0])
-        return cell._run(x, state, f"hidden_state[{layer}]", given, record)
+        checked = None if lengths is None else CheckedLengths(lengths, x.shape[0])
+        return cell._run(x, state, f"hidden_state[{layer}]", checked, record)
     if not torch.compiler.is_compiling():
         text = "ConvLSTM calls layer %d step by step: its %s has hooks or a forward of its own"
         log_once(cell, text, text, layer, type(cell).__name__)

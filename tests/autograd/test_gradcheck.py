@@ -32,7 +32,7 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-def inputs(options: dict[str, Any], step: bool) -> tuple[Tensor, ...]:
+def float64_inputs(options: dict[str, Any], step: bool) -> tuple[Tensor, ...]:
     """Returns x, syn, mem, weight, bias and a threshold for each channel."""
     size = (2, 5) if "stride" in options else (4, 5)
     shapes = ((2, 2, 1, 4, 5)[step:], (2, 2, *size), (2, 2, *size), (8, 3, 3, 3), (8,), (2, 1, 1))
@@ -52,7 +52,7 @@ def test_first_and_second_derivatives_pass_torchs_checks(name):
         *first, threshold = tensors
         return sconv2dlstm(*first, threshold=threshold, **options)
 
-    tensors = inputs(options, step)
+    tensors = float64_inputs(options, step)
     # Spikes jump where they have a surrogate's gradient, whose own derivative is checked below.
     assert gradcheck(
         lambda *tensors: run(*tensors)[1:], tensors, check_batched_grad=True, fast_mode=True
@@ -65,13 +65,13 @@ def test_first_and_second_derivatives_pass_torchs_checks(name):
 
 def test_a_convlstm_passes_torchs_checks():
     cell = snnlstm.ConvLSTMCell(1, 2, 3, dtype=torch.float64)
-    x, c, h, *_ = inputs({}, True)
+    x, c, h, *_ = float64_inputs({}, True)
     for check in (gradcheck, gradgradcheck):
         assert check(lambda x, h, c: cell(x, (h, c)), (x, h, c), fast_mode=True)
 
 
 def test_output_gradients_of_a_subclass_give_gradients_of_the_subclass():
-    *first, threshold = inputs({}, False)
+    *first, threshold = float64_inputs({}, False)
     out = sconv2dlstm(*first, threshold=threshold)
     grads = [torch.randn_like(o) for o in out]
     expected = torch.autograd.grad(out, first, grads, retain_graph=True)

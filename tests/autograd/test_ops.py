@@ -97,7 +97,7 @@ def step(case: Case, run: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ..
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_compiled_calls_bear_hooks_that_bring_saved_tensors_back_otherwise(checkpoint):
+def test_compiled_calls_accept_saved_tensors_that_hooks_changed(checkpoint):
     case = PLAIN.but(checkpoint=checkpoint)
     compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
     expected = step(case, flat.run)

@@ -147,7 +147,7 @@ def test_a_state_goes_on_within_a_derivative_but_not_into_the_next():
 
 
 @pytest.mark.parametrize("pool", [0, 2])
-def test_spikes_formed_from_mem_send_their_gradients_through_it(pool):
+def test_spikes_computed_from_mem_send_gradients_through_it(pool):
     """Hooks on mem see the whole gradient if spk is formed as docs/migrating.md says."""
     gradients = []
     for cell in cells(max_pool=pool):

@@ -181,7 +181,7 @@ class Doubled(snnlstm.ConvLSTMCell):
         return 2 * h, c
 
 
-def test_a_cell_with_more_to_it_is_called_step_by_step(caplog):
+def test_a_cell_with_hooks_or_overrides_is_called_step_by_step(caplog):
     ours, plain = pair("two layers, batch first")
     x = sequence(ours, 2)
     seen = []
@@ -201,7 +201,7 @@ def test_a_cell_with_more_to_it_is_called_step_by_step(caplog):
     assert "layer 0 step by step: its Doubled has hooks or a forward" in caplog.text
 
 
-def test_a_convolution_with_more_to_it_is_called(caplog):
+def test_a_convolution_with_hooks_or_parametrizations_is_called(caplog):
     ours, plain = pair("two layers, batch first", F64)
     for stack in (ours, plain):
         nn.utils.parametrizations.weight_norm(stack.cell_list[0].conv)

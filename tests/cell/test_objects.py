@@ -107,7 +107,7 @@ def test_values_are_equal_to_their_copies_and_cannot_be_changed(value):
             value.p0 = 3.0
 
 
-def test_representations_name_what_is_not_as_usual():
+def test_reprs_name_what_is_not_a_default():
     cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, checkpoint=True, batch_first=True)
     expected = "2, 3, kernel_size=3, checkpoint=True, batch_first=True, threshold=0.1"
     assert cell.extra_repr() == expected

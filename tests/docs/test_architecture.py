@@ -62,10 +62,8 @@ def test_a_step_call_goes_the_way_that_the_architecture_tells():
 
 def test_a_backward_pass_goes_the_way_that_the_architecture_tells():
     """Also where the states require gradients, and did not in the plan's first backward pass."""
-    cell, x = (
-        snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1),
-        torch.rand(1, 2, 5, 13),
-    )  # nobody else's plan
+    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
+    x = torch.rand(1, 2, 5, 13)  # no other test has this plan
     states = [torch.zeros(1, 3, 5, 13, requires_grad=k > 1) for k in range(4)]
     for syn, mem in (states[:2], states[:2], states[2:], states[2:]):
         spk = cell(x, syn, mem)[0]
@@ -102,6 +100,13 @@ def test_a_file_of_each_row_or_step_has_the_names_of_it():
         for name in names:
             if text and name.isidentifier():
                 assert re.search(rf"\b{name}\b", text), f"no {name} in the files of: {row}"
+
+
+def test_an_option_touches_as_many_files_as_its_steps_name():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    steps = page.partition("## Add an option\n")[2].partition("\n## ")[0]
+    files = set(re.findall(r"`((?:snnlstm|csrc|tests|tools|docs)/[^`]+\.\w+)`", steps))
+    assert len(files) == int(re.search(r"touches (\d+) files", steps)[1])
 
 
 def added_options() -> list[str]:

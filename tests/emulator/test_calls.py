@@ -291,6 +291,37 @@ def test_a_batch_without_steps_keeps_its_states_and_gives_no_gradient(core):
             assert not gradient.any()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_new_shape_plans_each_pass_once(core, monkeypatch, training):
+    """Inference has no backward pass, and a backward pass is made from the forward pass."""
+    monkeypatch.setattr(native, "_plans", BoundedDict())
+    made, make = [], core.module.CudaPass
+
+    def noted(*args, **kwargs):
+        made.append((args[4], kwargs["other"] is not None))
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(core.module, "CudaPass", noted)
+    cell, x = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1), torch.rand(2, 1, 2, 5, 7)
+    with core.installed(), torch.set_grad_enabled(training):
+        for _ in range(2):
+            spk, _, _ = cell(x, *cell.reset_mem())
+            if training:
+                spk.sum().backward()
+    assert made == [(False, False), (True, True)][: 1 + training]  # (backward, from another)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_the_kernels_cannot_count_runs_on_the_reference_path(core, training):
+    cell, x = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, stride=(1, 5000)), torch.rand(1, 2, 5, 7)
+    with core.installed(), torch.set_grad_enabled(training):
+        found = [cell(x, *cell.reset_mem()) for _ in range(2)]
+    assert cell.path.name == "reference"
+    assert "of the columns is" in cell.path.reason
+    with snnlstm.algorithm("reference"), torch.set_grad_enabled(training):
+        torch.testing.assert_close(found[1], cell(x, *cell.reset_mem()), atol=0, rtol=0)
+
+
 def test_the_built_core_serves_cuda_tensors_where_it_has_the_kernels():
     assert ("cuda" in native.DEVICES) == bool(native._C.build_info()["cuda_archs"])
 

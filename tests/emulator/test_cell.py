@@ -69,7 +69,7 @@ def test_plain_steps_have_an_instance_of_their_own(core, mode, name, plain):
     assert steps == {"forward step (mma, plain)" if plain else "forward step (mma)"}
 
 
-def test_full_precision_bears_tensor_cores_that_truncate(core):
+def test_full_precision_survives_truncating_tensor_cores(core):
     """One accumulator over all of K would shrink sums by 1e-5: each k-step adds three times."""
     case = PLAIN.but(sequence=False, record=False, batch=1, in_channels=64, channels=64, height=4,
                      width=4)  # fmt: skip

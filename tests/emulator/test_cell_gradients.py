@@ -87,7 +87,7 @@ def test_kernels_that_few_calls_reach(core, mode, case):
 
 @pytest.mark.parametrize("wanted", [("x",), ("weight",), ("syn", "mem"), ("threshold", "bias")])
 @pytest.mark.parametrize("mode", ["float32 cudnn", "tf32x3"])
-def test_only_what_is_wanted(core, mode, wanted):
+def test_only_wanted_gradients_are_computed(core, mode, wanted):
     assert check(core, PLAIN, ALL[mode], wanted=wanted)
 
 

@@ -54,7 +54,7 @@ def test_every_source_compiles_for_every_architecture(source):
 @pytest.mark.slow
 @pytest.mark.emulator_long
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_the_half_of_the_host_compiles(source):
+def test_host_code_compiles(source):
     assert gpu_tools.compile_object(source).stat().st_size
 
 

@@ -96,7 +96,7 @@ def test_a_fault_is_caught(core, name, run):
     assert without_a_fault(*run) == ""
 
 
-def test_a_tensor_beside_another_hides_no_access_beside_it(core):
+def test_an_access_into_a_neighbouring_tensor_is_reported(core):
     """All tensors of the call lie in one storage, without gaps."""
     mode, case = ALL["tf32"], CASES["odd sizes"]
     inputs = mode.applied(case).inputs()

@@ -77,7 +77,7 @@ def test_it_is_reported_under_every_schedule(emulator, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_innocent_twin_passes(emulator, name):
+def test_the_correct_twin_passes(emulator, name):
     for schedule in SCHEDULES:
         emulator.schedule(*schedule)
         assert violate(emulator, name, False) == "", schedule

@@ -84,7 +84,7 @@ def test_every_algorithm_that_may_be_chosen_is_right(core, best):
     compare(actual, exact, 1e-2, grads)
 
 
-def test_where_nothing_may_be_timed_the_rules_decide_for_now(core, monkeypatch):
+def test_the_rules_decide_while_nothing_may_be_timed(core, monkeypatch):
     """Torch's own switch measures, too. The rules' choice is kept if nothing is faster."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with MODES["tf32"].running(core):
@@ -101,7 +101,7 @@ def test_where_nothing_may_be_timed_the_rules_decide_for_now(core, monkeypatch):
         assert clock.timed[0] == "mma-tf32-2x1"
 
 
-def test_a_call_that_recomputes_keeps_to_its_choice(core):
+def test_a_checkpoint_recomputes_by_the_measured_choice(core):
     case = NARROW.but(record=False, checkpoint=True, time=5)
     with MODES["tf32"].running(core):
         Clock(core, "mma-tf32-2x1")
@@ -158,7 +158,7 @@ def test_a_candidate_that_fails_is_dropped(monkeypatch, caplog, error, said):
     assert caplog.messages == said
 
 
-def test_nothing_is_timed_in_a_capture_nor_where_runs_must_be_the_same(monkeypatch):
+def test_nothing_is_timed_in_a_capture_or_in_deterministic_mode(monkeypatch):
     capturing = SimpleNamespace(now=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.now)
     kernels = cuda.Backend(None)

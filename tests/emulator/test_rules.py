@@ -85,7 +85,7 @@ def test_each_rule_decides_somewhere(core, layer, card, dtype, backward, name):
 
 
 @pytest.mark.parametrize("facts", [{"kernel": (5, 5)}, {"stride": (2, 1)}, {"dilation": (1, 2)}])
-def test_kernels_that_winograd_has_no_form_of_run_on_ours(core, facts):
+def test_sizes_without_winograd_run_on_our_kernels(core, facts):
     assert chosen(core, (8, 32, 64, 32, 32), "t4", "float32", False, **facts) == "fused"
 
 

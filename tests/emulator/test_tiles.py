@@ -58,7 +58,7 @@ def test_tiles_reach_over_the_samples_of_a_batch_of_rows(core):
             assert with_lengths.tile[0] == 1
 
 
-def test_rows_with_lengths_are_as_on_the_cpu(core):
+def test_rows_with_lengths_equal_the_cpus(core):
     cell, x = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.1), torch.rand(4, 5, 2, 1, 9)
     lengths = torch.tensor([0, 1, 2, 4, 3])
     expected = cell(x, *cell.reset_mem(), lengths=lengths)

@@ -62,7 +62,7 @@ class Given:
         return tuple(found)
 
 
-def test_only_one_of_both_is_wanted(core, monkeypatch):
+def test_the_gradient_of_weight_or_bias_alone(core, monkeypatch):
     given = Given(core, PLAIN, MODES["tf32x3"])
     *_, weight, bias, _ = given.backward()
     assert torch.equal(given.backward((*BOTH[:4], False, False)).weight, weight)
@@ -97,7 +97,7 @@ SHRINKS = {1: {"tf32x3": 6e-6}, 2: {"tf32x3": 1e-5, "tf32": 4e-5, "bfloat16 auto
 @pytest.mark.emulator_long
 @pytest.mark.parametrize("truncates", SHRINKS)
 @pytest.mark.parametrize("mode", ["tf32", "tf32x3", "bfloat16 autocast"])
-def test_long_sums_bear_tensor_cores_that_truncate(core, monkeypatch, mode, truncates):
+def test_long_sums_survive_truncating_tensor_cores(core, monkeypatch, mode, truncates):
     """One accumulator over all of a block's tiles would shrink them by 5e-5 and more."""
     bound = SHRINKS[truncates].get(mode, 6e-6)
     nearest, _ = long_sums(core, monkeypatch, mode, time=128)

@@ -33,7 +33,7 @@ def test_the_results_of_each_option_alone(kernels, name):
 
 
 @pytest.mark.parametrize("channels", [1, 4, 8, 12, 16, 24])
-def test_whole_and_broken_vectors(kernels, channels):
+def test_channels_around_the_length_of_each_vector(kernels, channels):
     """The numbers of channels lie around the vectors of 2, 4, 8 and 16 lanes."""
     for count in (channels - 1, channels, channels + 1):
         if count > 0:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from snnlstm import functional, reference
 from snnlstm.calls.lengths import length_mask
-from tests.shared.gradients import NAMES
+from tests.shared.gradients import NAMES, gradients_by_name
 from tests.shared.helpers import close, ours, states, steps
 from tests.shared.table import arguments_of
 
@@ -17,14 +17,14 @@ NAMED = "no reset", "max_pool", "avg_pool", "inhibition", "dilation and stride",
 CELLS = {name: arguments_of(name) for name in NAMED}
 
 
-def own() -> Tensor:
+def unpadded() -> Tensor:
     """Returns which steps are the samples' own, (T, N, 1, 1, 1)."""
     return length_mask(torch.tensor(LENGTHS), TIME)
 
 
-def inputs(stride: tuple[int, int] = (1, 1)) -> dict[str, Tensor]:
+def padded_inputs(stride: tuple[int, int] = (1, 1)) -> dict[str, Tensor]:
     """Returns the arguments of the functional form, with NaN behind each sample's last step."""
-    x = steps(TIME, len(LENGTHS), 2, 6, 7).masked_fill(~own(), torch.nan)
+    x = steps(TIME, len(LENGTHS), 2, 6, 7).masked_fill(~unpadded(), torch.nan)
     before = states(len(LENGTHS), 3, -(-6 // stride[0]), -(-7 // stride[1]))
     tensors = x, *before, *ours().conv.parameters(), torch.tensor(0.1)
     return {k: t.detach().double().requires_grad_() for k, t in zip(NAMES, tensors, strict=True)}
@@ -43,16 +43,9 @@ def alone(given: dict[str, Tensor], n: int, **options: Any) -> tuple[Tensor, ...
     return tuple(every)
 
 
-def gradients(out: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the gradients of a sum in which neighbours count differently."""
-    weights = [torch.arange(one.numel()).remainder(13).sub(6).view_as(one) for one in out]
-    loss = sum((one * weight).sum() for one, weight in zip(out, weights, strict=True))
-    return dict(zip(given, torch.autograd.grad(loss, list(given.values())), strict=True))
-
-
 def check(record: bool, **options: Any) -> None:
     """Compares results and gradients with those of each sample alone, in float64."""
-    given = inputs(options.get("stride", (1, 1)))
+    given = padded_inputs(options.get("stride", (1, 1)))
     out = functional.sconv2dlstm(**given, **options, lengths=torch.tensor(LENGTHS), record=record)
     apart = [alone(given, n, **options) for n in range(len(LENGTHS))]
     expected = [torch.cat(parts, 1) for parts in zip(*apart, strict=True)]
@@ -60,6 +53,6 @@ def check(record: bool, **options: Any) -> None:
         expected[1:] = [state[-1] for state in expected[1:]]
     assert torch.equal(out[0], expected[0])
     close(out[1:], expected[1:], atol=1e-11, rtol=0)
-    actual = gradients(out, given)
-    close(actual, gradients(expected, given), atol=1e-9)
-    assert not actual["x"][~own().expand_as(actual["x"])].any()
+    actual = gradients_by_name(out, given)
+    close(actual, gradients_by_name(expected, given), atol=1e-9)
+    assert not actual["x"][~unpadded().expand_as(actual["x"])].any()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import snnlstm
-from tests.sequences.by_length import LENGTHS, TIME, own
+from tests.sequences.by_length import LENGTHS, TIME, unpadded
 from tests.shared.helpers import close, flat, ours, same_gradients, steps
 
 T, N = 4, 3
@@ -117,7 +117,7 @@ def check_alone(layers):
 
     The loss reads the last step of states.
     """
-    x = steps(TIME, len(LENGTHS), 2, 6, 7).masked_fill_(~own(), float("nan"))
+    x = steps(TIME, len(LENGTHS), 2, 6, 7).masked_fill_(~unpadded(), float("nan"))
     net = nn.Sequential(*layers)
     kinds = snnlstm.SConv2dLSTM, snntorch.Leaky, snntorch.DeltaLeaky
     stored = [layer for layer in layers if isinstance(layer, kinds)]

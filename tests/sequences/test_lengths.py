@@ -10,8 +10,9 @@ from torch import Tensor, nn
 import snnlstm
 from snnlstm import functional
 from snnlstm.calls.lengths import CheckedLengths, checked_lengths
-from tests.sequences.by_length import CELLS, LENGTHS, TIME, check, gradients, inputs, own
+from tests.sequences.by_length import CELLS, LENGTHS, TIME, check, padded_inputs, unpadded
 from tests.sequences.stacks import NEURONS, check_alone, delta_leaky
+from tests.shared.gradients import gradients_by_name
 from tests.shared.helpers import close, ours, same, steps
 
 
@@ -116,10 +117,10 @@ def test_hooks_may_bring_lengths_back_in_other_memory(backend, back, compiled, o
     found = []
     for pack in (lambda tensor: tensor, packed):
         torch.manual_seed(0)
-        given = inputs()
+        given = padded_inputs()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = run(**given, **options, lengths=torch.tensor(LENGTHS))
-            found.append(gradients(out, given))
+            found.append(gradients_by_name(out, given))
     close(*found, atol=1e-12)
 
 
@@ -188,7 +189,7 @@ def convlstm_and_input(hooked: bool) -> tuple[snnlstm.ConvLSTM, Tensor]:
 @pytest.mark.parametrize("hooked", [False, True], ids=["sequence", "steps"])
 def test_a_convlstm_is_for_each_sample_as_it_is_alone(backend, hooked):
     net, x = convlstm_and_input(hooked)
-    x.masked_fill_(~own(), torch.nan)
+    x.masked_fill_(~unpadded(), torch.nan)
     outs, states = net(x, lengths=LENGTHS)
     sum(h.sum() for h in [*outs, *states[1]]).backward()
     grads = [p.grad for p in net.parameters()]
@@ -218,12 +219,12 @@ def test_a_convlstm_records_the_states_of_every_step(backend, hooked):
             state, every = cell.init_hidden(len(LENGTHS), (6, 7)), []
             for t, x_t in enumerate(input_):
                 after = cell(x_t, state)
-                going = True if lengths is None else own()[t]
+                going = True if lengths is None else unpadded()[t]
                 state = [torch.where(torch.as_tensor(going), *pair)
                          for pair in zip(after, state, strict=True)]  # fmt: skip
                 every.append(state)
             close([h, c], [torch.stack(parts, 1) for parts in zip(*every, strict=True)])
-            close(out, h if lengths is None else torch.where(own().transpose(0, 1), h, 0))
+            close(out, h if lengths is None else torch.where(unpadded().transpose(0, 1), h, 0))
     backend.check(net.cell_list[1].path)
     with pytest.raises(TypeError, match="record must be a bool, got 2"):
         net(x, record=2)

@@ -108,7 +108,7 @@ def test_it_equals_the_loop_in_training(name, form, largest, monkeypatch):
     equals_the_loop(nn.Sequential(*make()), X, kinds, atol, form)
 
 
-def test_in_place_layers_behind_what_was_saved_are_as_out_of_place_or_refused():
+def test_in_place_layers_overwrite_nothing_saved_or_are_refused():
     """The copy that a step's layer gets leaves alone what the layer before has saved."""
     gradients = []
     for inplace in (False, True):
@@ -263,7 +263,7 @@ def test_short_sequences_and_empty_batches(shape):
     equals_the_loop(net, torch.rand(*shape, 2, 6, 6), "sequence fold fold fold step")
 
 
-def test_what_is_stepped_in_evaluation_too():
+def test_layers_that_also_step_in_evaluation():
     """x[t] of (C, H, W) is one sample to a Conv2d: T must not become its channels or batch."""
     equals_the_loop(nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)).eval(), X, "step")
     net = nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(2), nn.Flatten(0), nn.Linear(8, 3))
@@ -272,7 +272,7 @@ def test_what_is_stepped_in_evaluation_too():
     equals_the_loop(net, X, "step fold")  # the old spectral_norm changes at every step
 
 
-def test_of_a_tuple_the_next_layer_gets_the_first_item():
+def test_the_next_layer_gets_the_first_item_of_a_tuple():
     net = nn.Sequential(nn.MaxPool2d(2, return_indices=True), nn.Identity(), nn.LSTM(3, 5))
     one = snnlstm.Sequential(*net[:2])
     close(one(X), loop(net[:2], X))
@@ -322,7 +322,7 @@ def test_neurons_that_take_sequences_are_called_once(make):
 
 
 @pytest.mark.parametrize("make", stacks.NEURONS.values(), ids=stacks.NEURONS)
-def test_their_hooks_see_sequences_and_one_may_be_in_two_places(make):
+def test_hooks_of_such_neurons_see_sequences_also_in_two_places(make):
     neuron, seen = make(), []
     neuron.register_forward_hook(lambda layer, args, out: seen.append(args[0].shape))
     x = torch.rand(T, N, 5)

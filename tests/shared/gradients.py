@@ -44,14 +44,26 @@ def gradients(
     if not pairs or not sources:
         return {name: torch.zeros_like(leaf) for name, leaf in sources.items()}
     torch.manual_seed(0)
-    found = ask(
+    grads = ask(
         [o for o, _ in pairs],
         list(sources.values()),
         [g for _, g in pairs],
         allow_unused=True,
         materialize_grads=True,
     )
-    return dict(zip(sources, found, strict=True))
+    return dict(zip(sources, grads, strict=True))
+
+
+def gradients_by_name(out: Sequence[Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the gradients of a sum in which neighbours count differently.
+
+    The weights are multiples of 1/8, which a float32 spike's gradient holds exactly.
+    """
+    weights = [torch.arange(o.numel()).remainder(13).sub(6).div(8).view(o.shape) for o in out]
+    loss = sum((o * w).sum().double() for o, w in zip(out, weights, strict=True))
+    sources = list(leaves.values())
+    grads = torch.autograd.grad(loss, sources, allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, grads, strict=True))
 
 
 def compare(

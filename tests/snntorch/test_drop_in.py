@@ -127,7 +127,7 @@ def test_patch_makes_every_new_cell_ours_whoever_imported_the_name(patched):
         close(made(X), ours(reset_mechanism="zero")(X))
 
 
-def test_patched_the_old_cells_and_subclasses_stay_what_they_are():
+def test_patch_leaves_old_cells_and_subclasses_alone():
     old = theirs()
     with snnlstm.patch():
         model = nn.Sequential(old, theirs())

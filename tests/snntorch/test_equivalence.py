@@ -17,8 +17,8 @@ from hypothesis import example, given
 import snnlstm
 from snnlstm.surrogate import KINDS
 from tests.shared.cases import IN_SNNTORCH, PLAIN, Case, cases, drawing
-from tests.shared.helpers import close, ours, quietly, states, steps, theirs
-from tests.shared.helpers import twins as cells
+from tests.shared.gradients import gradients_by_name
+from tests.shared.helpers import close, ours, quietly, states, steps, theirs, twins
 from tests.shared.table import arguments, tagged
 
 SMALL = PLAIN.but(dtype=torch.float64, in_channels=2, channels=3, height=5, width=7, reset="none")
@@ -74,22 +74,14 @@ class Twins:
         return [torch.stack(part) for part in zip(*out, strict=True)]
 
     def gradients(self, cell: Any, inputs: list[torch.Tensor], out: list[torch.Tensor]) -> Any:
-        """Returns the gradients, by name, of a loss that weighs every element differently."""
-        loss = torch.zeros((), dtype=torch.float64)
+        """Returns the gradients through spikes, states or both, by name."""
         seen = {"spikes": out[:1], "states": out[1:], "both": out}[self.through]
-        for part in seen:
-            # Multiples of 1/8, which a float32 spike's gradient holds exactly.
-            weights = torch.arange(part.numel()).remainder(13).sub(6) / 8
-            loss = loss + (part * weights.view(part.shape)).sum().double()
         leaves = dict(cell.named_parameters(), **dict(zip("xsm", inputs, strict=True)))
-        grads = torch.autograd.grad(
-            loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-        )
-        return dict(zip(leaves, grads, strict=True))
+        return gradients_by_name(seen, leaves)
 
 
 @st.composite
-def twins(draw: Any) -> Twins:
+def drawn_twins(draw: Any) -> Twins:
     """Draws small cases of what snnTorch can do."""
     case = draw(cases())
     case = case.but(
@@ -133,7 +125,7 @@ def test_any_combination_of_options_equals_snntorch(backend):
     @drawing(8 if backend.name == "emulator" else 60)
     @example(Twins(SMALL.but(height=1, width=1, kernel_size=(5, 5), channels=1, reset="zero")))
     @example(Twins(SMALL.but(batch=0, reset="subtract", pool="max", pool_size=(2, 2))))
-    @given(twins())
+    @given(drawn_twins())
     def check(case):
         judge(case, backend)
 
@@ -150,7 +142,7 @@ def test_nan_goes_where_snntorch_lets_it(backend, mechanism, in_x):
     A NaN of x counts as no reset in the gradient of the threshold, which is the number of resets.
     """
     found = []
-    for cell in cells(reset_mechanism=mechanism, learn_threshold=True):
+    for cell in twins(reset_mechanism=mechanism, learn_threshold=True):
         x, state = steps(1, 1, 2, 5, 5)[0], states(1, 3, 5, 5)
         state[1][0, 0, 2, 2] = 1  # which is above the threshold
         x[0, 0, 2, 2] = torch.nan if in_x else 0
@@ -172,7 +164,7 @@ def test_the_oracle_is_snntorch_1_0_0():
 
 
 def test_attributes_that_users_touch(backend):
-    actual, expected = cells(reset_mechanism="subtract", max_pool=2)
+    actual, expected = twins(reset_mechanism="subtract", max_pool=2)
     x = steps(1, 2, 2, 6, 6)[0]
     for _ in range(3):
         actual(x)
@@ -214,7 +206,7 @@ def test_a_threshold_that_no_loss_reaches_has_no_gradient(backend, reset, checkp
     assert (expected.threshold.grad is None) == (reset != "subtract")
 
 
-def test_compiled_code_says_so_where_no_spikes_leave_it(backend, fresh_compiler):
+def test_compiled_gradients_of_thresholds_follow_the_reset(backend, fresh_compiler):
     """One graph has the cells of all resets."""
     resets = "none", "zero", "subtract"
 

@@ -21,27 +21,11 @@ from tests.conftest import _backends
 from tests.shared.cases import IN_SNNTORCH, laid_out
 from tests.shared.gradients import KEPT
 from tests.shared.helpers import close, described
+from tests.shared.leaky import F64, LEARN, T, currents, leaky_twins
 
 native = pytest.mark.parametrize(
     "backend", [one for one in _backends() if one.native], ids=lambda one: one.name, indirect=True
 )
-F64 = torch.float64
-T = 4
-LEARN = {"learn_beta": True, "learn_threshold": True}
-
-
-def twins(**options: Any) -> list[Any]:
-    """Makes our layer and snnTorch's with equal arguments, on torch's default device."""
-    options = {"beta": 0.8, "threshold": 0.3, **options}
-    layers = [library.Leaky(**copy.deepcopy(options)) for library in (snnlstm, snntorch)]
-    return [layer.to(torch.get_default_device()) for layer in layers]
-
-
-def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Draws x of T steps, whose neurons spike at some of them."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    x = torch.randn((T, *shape), generator=generator, dtype=F64, device="cpu")
-    return x.to(torch.get_default_device(), dtype)
 
 
 def run(layer: Any, x: Tensor, through: str = "both", whole: bool = False) -> tuple[Any, Any]:
@@ -64,7 +48,7 @@ def run(layer: Any, x: Tensor, through: str = "both", whole: bool = False) -> tu
             out = layer(x_t)
             outs.append(out if isinstance(out, tuple) else (out, layer.mem))
         spk, mem = map(torch.stack, zip(*outs, strict=True))
-    weights = inputs(*x.shape, dtype=F64, seed=1)
+    weights = currents(*x.shape, dtype=F64, seed=1)
     parts = {"spk": spk * weights[0], "mem": mem * weights[1]}
     sum(part.sum() for name, part in parts.items() if through in (name, "both")).backward()
     return (spk.detach(), mem.detach()), [x.grad, layer.beta.grad, layer.threshold.grad]
@@ -97,8 +81,8 @@ def short(value: Any, *values: Any) -> list[Any]:
 def test_steps(backend: Any, shape: tuple[int, ...], reset: str, through: str, whole: bool) -> None:
     options: dict[str, Any] = {"reset_mechanism": reset, "learn_beta": True, "init_hidden": True}
     options["beta"] = CHANNELS if len(shape) == 4 else 0.8
-    alike(backend, *twins(**options, learn_threshold=True), inputs(*shape), through, whole)
-    alike(backend, *twins(**options, output=True), inputs(*shape, seed=2), through, whole)
+    alike(backend, *leaky_twins(**options, learn_threshold=True), currents(*shape), through, whole)
+    alike(backend, *leaky_twins(**options, output=True), currents(*shape, seed=2), through, whole)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -118,8 +102,8 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
 def test_options(backend: Any, options: dict[str, Any], reset: str, layout: str) -> None:
     learn = {f"learn_{name}": torch.is_tensor(options.get(name)) for name in ("beta", "threshold")}
-    layers = twins(**options, **learn, reset_mechanism=reset)
-    x = inputs(2, 3, 4, 5) / 2  # snnTorch's sigmoid is NaN for very negative inputs
+    layers = leaky_twins(**options, **learn, reset_mechanism=reset)
+    x = currents(2, 3, 4, 5) / 2  # snnTorch's sigmoid is NaN for very negative inputs
     alike(backend, *layers, laid_out(x, layout))
 
 
@@ -132,8 +116,8 @@ def test_dtypes(backend: Any, reset: str, dtype: torch.dtype, whole: bool) -> No
     real = F64 if dtype is F64 else torch.float32
     beta, threshold = torch.rand(3, 1, 1, dtype=real), torch.rand(5, dtype=real)
     options = {"spike_grad": surrogate.fast_sigmoid(), "reset_mechanism": reset, **LEARN}
-    layer, other = twins(beta=beta, threshold=threshold, **options)
-    x = inputs(2, 3, 4, 5, dtype=dtype)
+    layer, other = leaky_twins(beta=beta, threshold=threshold, **options)
+    x = currents(2, 3, 4, 5, dtype=dtype)
     (outs, grads), (expected, exact) = run(layer, x, whole=whole), run(other, x.to(real))
     backend.check(layer.path)
     assert all(out.dtype is real for out in outs)
@@ -153,8 +137,8 @@ SEVERAL = {"all": NEURONS, "a sample's": NEURONS[0], "rows": NEURONS[0, :, :, :1
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_parameters_of_several_dimensions(backend: Any, name: str, kind: str, layout: str) -> None:
     """The kernels read them if neighbours in x have neighbouring numbers."""
-    layers = twins(**{name: SEVERAL[kind]}, **LEARN)
-    x = laid_out(inputs(2, 3, 4, 5), layout)
+    layers = leaky_twins(**{name: SEVERAL[kind]}, **LEARN)
+    x = laid_out(currents(2, 3, 4, 5), layout)
     (out, grads), (expected, exact) = (run(layer, x) for layer in layers)
     close(out, expected, atol=0, rtol=0)
     close(grads, exact, atol=1e-4, rtol=1e-4)
@@ -182,16 +166,12 @@ OTHERS = {
 }
 
 
-def same(layer: Any, other: Any, x: Tensor) -> None:
-    for x_t in x:
-        close(layer(x_t), other(x_t), atol=0)
-
-
 @pytest.mark.filterwarnings("ignore:Inhibition")
 @pytest.mark.parametrize("reason", OTHERS)
 def test_plain_torch_runs(reason: str, caplog: Any) -> None:
-    layer, other = twins(**OTHERS[reason])
-    same(layer, other, inputs(3, 5))
+    layer, other = leaky_twins(**OTHERS[reason])
+    x = currents(3, 5)
+    close([*map(layer, x)], [*map(other, x)], atol=0)
     assert layer.path.name == "reference"
     assert layer.path.reason.startswith(reason)
     assert [reason in message for message in caplog.messages] == [True]  # once
@@ -199,43 +179,43 @@ def test_plain_torch_runs(reason: str, caplog: Any) -> None:
 
 @native
 def test_a_call_runs_what_state_function_says(backend: Any) -> None:
-    layer, other = twins()
+    layer, other = leaky_twins()
     for neuron in (layer, other):
         neuron.reset_mechanism = "zero"  # changes no call, as in snnTorch
-    alike(backend, layer, other, inputs(3, 5))
+    alike(backend, layer, other, currents(3, 5))
     for neuron in (layer, other):
         neuron.state_function = neuron._base_zero
         neuron.reset_mem()
-    alike(backend, layer, other, inputs(3, 5))
+    alike(backend, layer, other, currents(3, 5))
     for chosen in (lambda x: x, torch.nn.Identity()):
-        layer = twins()[0]
+        layer = leaky_twins()[0]
         layer.state_function = chosen
         assert layer.state_function is chosen
-        assert torch.equal(layer(inputs(3, 5)[0])[1], inputs(3, 5)[0])
+        assert torch.equal(layer(currents(3, 5)[0])[1], currents(3, 5)[0])
         assert layer.path.reason == "its state_function was replaced"
 
 
 @pytest.mark.parametrize("name", ["fire", "mem_reset", "_base_sub", "_base_state_function"])
 def test_replaced_methods_are_called(name: str, monkeypatch: Any) -> None:
-    layer = twins()[0]
+    layer = leaky_twins()[0]
     seen: list[Any] = []
     original = getattr(layer, name)
     setattr(layer, name, lambda x: (seen.append(name), original(x))[1])
-    layer(inputs(3, 5)[0])
+    layer(currents(3, 5)[0])
     assert layer.path.reason == f"its {name} was replaced"
     assert bool(seen) != (name == "_base_sub")  # state_function is the class's method
-    net = torch.nn.Sequential(twins()[1])
+    net = torch.nn.Sequential(leaky_twins()[1])
     setattr(net[0], name, original)
     assert snnlstm.accelerate(net).left == {"0": f"its {name} was replaced"}
-    other = twins()[0]
+    other = leaky_twins()[0]
     monkeypatch.setattr(snntorch.Leaky, name, lambda self, x: x)
-    other(inputs(3, 5)[0])
+    other(currents(3, 5)[0])
     assert other.path.reason == f"its {name} was replaced"
 
 
 def test_transforms_see_plain_torch() -> None:
-    layer, other = twins(init_hidden=True, spike_grad=surrogate.atan())
-    x = inputs(3, 5)
+    layer, other = leaky_twins(init_hidden=True, spike_grad=surrogate.atan())
+    x = currents(3, 5)
     assert torch.equal(torch.func.vmap(layer)(x), torch.func.vmap(other)(x))
 
 
@@ -243,8 +223,8 @@ def test_transforms_see_plain_torch() -> None:
 
 
 def test_mem_may_be_passed() -> None:
-    layer, other = twins()
-    x, mem = inputs(3, 5)[:2]
+    layer, other = leaky_twins()
+    x, mem = currents(3, 5)[:2]
     for _ in range(2):
         close(layer(x, mem=mem), other(x, mem), atol=0)
     parameter = torch.nn.Parameter(mem)  # which snnTorch refuses
@@ -256,8 +236,8 @@ def test_mem_may_be_passed() -> None:
 
 
 def test_after_an_error_the_state_is_as_before() -> None:
-    layer = twins(init_hidden=True)[0]
-    x = inputs(3, 5)[0]
+    layer = leaky_twins(init_hidden=True)[0]
+    x = currents(3, 5)[0]
     layer(x)
     before = layer.mem
     with pytest.raises(TypeError, match="`mem` should not be passed"):
@@ -275,9 +255,9 @@ def test_after_an_error_the_state_is_as_before() -> None:
 
 
 def test_the_graph_of_old_steps_goes_with_the_mem_that_is_returned_and_stored() -> None:
-    layer = twins(learn_beta=True)[0]
+    layer = leaky_twins(learn_beta=True)[0]
     kept = []
-    for x_t in inputs(3, 5):
+    for x_t in currents(3, 5):
         assert layer(x_t)[1] is layer.mem
         kept.append(weakref.ref(layer.mem.grad_fn))
     snnlstm.Leaky.detach_hidden()
@@ -289,21 +269,21 @@ def test_the_graph_of_old_steps_goes_with_the_mem_that_is_returned_and_stored() 
 @pytest.mark.parametrize("whole", [False, True], ids=["steps", "sequence"])
 @pytest.mark.parametrize("change", [*KEPT, "shape"])
 def test_hooks_on_saved_tensors(change: str, whole: bool) -> None:
-    layer, other = twins(**LEARN)[0], twins(**LEARN)[0]
+    layer, other = leaky_twins(**LEARN)[0], leaky_twins(**LEARN)[0]
     unpack: Any = (KEPT | {"shape": lambda t: t[:1] if t.dim() > 1 else t})[change]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack or (lambda t: t)):
         if change == "shape":
             with pytest.raises(RuntimeError, match="must keep its shape"):
-                run(layer, inputs(3, 5), whole=whole)
+                run(layer, currents(3, 5), whole=whole)
             return
-        _, grads = run(layer, inputs(3, 5), whole=whole)
-    close(grads, run(other, inputs(3, 5), whole=whole)[1])
+        _, grads = run(layer, currents(3, 5), whole=whole)
+    close(grads, run(other, currents(3, 5), whole=whole)[1])
 
 
 def test_changes_in_place_are_noticed() -> None:
     for change in ("mem", "beta", "threshold"):
-        layer = twins(learn_beta=True)[0]
-        spk, mem = layer(inputs(3, 5)[0].requires_grad_())
+        layer = leaky_twins(learn_beta=True)[0]
+        spk, mem = layer(currents(3, 5)[0].requires_grad_())
         with torch.no_grad():
             getattr(layer, change).mul_(0.5)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -311,8 +291,8 @@ def test_changes_in_place_are_noticed() -> None:
 
 
 def test_graphs_run_again_and_layers_travel() -> None:
-    layer = twins(learn_beta=True, init_hidden=True, spike_grad=surrogate.sigmoid())[0]
-    x = inputs(3, 5).requires_grad_()
+    layer = leaky_twins(learn_beta=True, init_hidden=True, spike_grad=surrogate.sigmoid())[0]
+    x = currents(3, 5).requires_grad_()
     total = sum(layer(x_t).sum() for x_t in x)
     first = torch.autograd.grad(total, x, retain_graph=True)
     assert torch.equal(*first, *torch.autograd.grad(total, x))
@@ -322,7 +302,7 @@ def test_graphs_run_again_and_layers_travel() -> None:
         assert not copied.mem.requires_grad
         assert torch.equal(copied.mem, layer.mem)
         assert copied.state_function.__self__ is copied
-        same(copied, layer, x[:1])
+        close(copied(x[0]), layer(x[0]), atol=0)
 
 
 OF_SNNTORCH: list[dict[str, Any]] = [
@@ -336,9 +316,9 @@ OF_SNNTORCH: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OF_SNNTORCH, ids=described)
 def test_an_accelerated_network_travels(options: dict[str, Any]) -> None:
     """snnTorch's closures cannot be pickled; ours take their places in a copy."""
-    net = torch.nn.Sequential(torch.nn.Linear(5, 5), twins(**options)[1])
+    net = torch.nn.Sequential(torch.nn.Linear(5, 5), leaky_twins(**options)[1])
     snnlstm.accelerate(net)
-    before, x, file = copy.copy(vars(net[1])), inputs(3, 5), io.BytesIO()
+    before, x, file = copy.copy(vars(net[1])), currents(3, 5), io.BytesIO()
     net(x[0])
     assert net[1].mem.requires_grad
     torch.save(net, file)
@@ -355,7 +335,7 @@ def test_an_accelerated_network_travels(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 4), (0,)], ids=described)
 def test_no_samples(shape: tuple[int, ...]) -> None:
-    layer = twins(learn_beta=True)[0]
+    layer = leaky_twins(learn_beta=True)[0]
     x = torch.zeros(T, *shape, requires_grad=True)
     total = sum(mem.sum() for _, mem in map(layer, x)) + layer.sequence(x, True)[1].sum()
     total.backward()
@@ -364,24 +344,25 @@ def test_no_samples(shape: tuple[int, ...]) -> None:
 
 
 def test_a_state_of_inference_mode_serves_in_training() -> None:
-    layer = twins(learn_beta=True, init_hidden=True, reset_mechanism="zero")[0]
+    layer = leaky_twins(learn_beta=True, init_hidden=True, reset_mechanism="zero")[0]
     with torch.inference_mode():
-        layer(inputs(3, 5)[0])
-    layer(inputs(3, 5)[1]).sum().backward()
+        layer(currents(3, 5)[0])
+    layer(currents(3, 5)[1]).sum().backward()
     assert layer.beta.grad is not None
 
 
 def test_nan_and_infinity() -> None:
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.5, -0.5]).repeat(T, 1)
     for reset in ("subtract", "zero", "none"):
-        same(*twins(reset_mechanism=reset), x)
-    layer = twins(threshold=float("inf"))[0]
+        layer, other = leaky_twins(reset_mechanism=reset)
+        close([*map(layer, x)], [*map(other, x)], atol=0)
+    layer = leaky_twins(threshold=float("inf"))[0]
     assert layer(x[0])[1][3] == 0.5  # snnTorch's is NaN
 
 
 def test_stochastic_surrogate() -> None:
     """Its factor is drawn in the backward pass: below the threshold within its range."""
-    layer = twins(spike_grad=snntorch.surrogate.SSO(mean=0.5, variance=0.2))[0]
+    layer = leaky_twins(spike_grad=snntorch.surrogate.SSO(mean=0.5, variance=0.2))[0]
     x = torch.full((T, 40, 50), -0.5, requires_grad=True)
     spk, _ = layer.sequence(x, True)
     torch.manual_seed(0)
@@ -398,8 +379,8 @@ def test_stochastic_surrogate() -> None:
 def test_stacks(padded: bool, output: bool) -> None:
     """A Sequential calls our layer once, and gives what it gives with snnTorch's layer."""
     nets, found = [], []
-    x, lengths = inputs(3, 5), torch.tensor([2, 0, T]) if padded else None
-    for layer in twins(init_hidden=True, output=output, learn_threshold=True):
+    x, lengths = currents(3, 5), torch.tensor([2, 0, T]) if padded else None
+    for layer in leaky_twins(init_hidden=True, output=output, learn_threshold=True):
         torch.manual_seed(0)
         net = snnlstm.Sequential(torch.nn.Linear(5, 4), layer)
         with snnlstm.spike_rates(net, show=False) as rates:
@@ -414,7 +395,7 @@ def test_stacks(padded: bool, output: bool) -> None:
     close(*found, atol=1e-5)
     assert [net.report[1].kind for net in nets] == ["sequence", "step"]
     assert "accelerate" in nets[1].report[1].reason
-    large = snnlstm.Sequential(twins()[0])
+    large = snnlstm.Sequential(leaky_twins()[0])
     large(torch.zeros(T, 2, 128, 129))
     assert large.report[0].kind == "step"  # in the cache, on the CPU
 
@@ -423,11 +404,11 @@ def test_stacks(padded: bool, output: bool) -> None:
 
 
 def test_accelerate_and_restore(caplog: Any) -> None:
-    layer = twins()[1]
+    layer = leaky_twins()[1]
     seen: list[Any] = []
     layer.register_forward_hook(lambda *_: seen.append(1))
-    net = torch.nn.Sequential(layer, twins()[0])
-    x = inputs(3, 5)
+    net = torch.nn.Sequential(layer, leaky_twins()[0])
+    x = currents(3, 5)
     layer(x[0])
     before = set(vars(layer)) - {"reset"}
     assert snnlstm.accelerate(net).swapped == ("0",)

@@ -18,7 +18,7 @@ from snnlstm import surrogate
 from snnlstm.compat import snntorch as compat
 from tests.shared.helpers import close, ours, quietly
 from tests.shared.helpers import twins as cells
-from tests.snntorch.test_leaky import F64, LEARN, inputs, twins
+from tests.shared.leaky import F64, LEARN, currents, leaky_twins
 
 RESETS = ["subtract", "zero", "none"]
 
@@ -29,8 +29,8 @@ RESETS = ["subtract", "zero", "none"]
 @pytest.mark.parametrize("learn", [LEARN, {}], ids=["learned", "fixed"])
 def test_a_first_call_inside_a_checkpoint(learn: dict[str, Any]) -> None:
     found = []
-    for layer in twins(**learn):
-        x = inputs(3, 5)[0].requires_grad_()
+    for layer in leaky_twins(**learn):
+        x = currents(3, 5)[0].requires_grad_()
         out = checkpoint(layer, x, torch.ones(3, 5), use_reentrant=False)
         sum(o.square().sum() for o in out).backward()
         found.append((x.grad, *(p.grad for p in layer.parameters())))
@@ -62,11 +62,11 @@ def test_recognition_that_failed_is_tried_again(monkeypatch: Any) -> None:
     def fails(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    x = inputs(3, 5)[0]
+    x = currents(3, 5)[0]
     with monkeypatch.context() as patched:
         patched.setattr(torch.autograd, "grad", fails)
         patched.setattr(compat, "_released", set())
-        layer = twins()[0]
+        layer = leaky_twins()[0]
         layer(x)
         assert layer.path.reason == "the surrogate is not a known one"
     layer(x)
@@ -93,10 +93,10 @@ class Doubled(nn.Module):
     ],
 )
 def test_parametrized_vectors(name: str, options: dict[str, Any]) -> None:
-    found, layers = [], twins(**options)
+    found, layers = [], leaky_twins(**options)
     for layer in layers:
         register_parametrization(layer, name, Doubled())
-        x = inputs(3, 5).requires_grad_()
+        x = currents(3, 5).requires_grad_()
         spk, mem = map(torch.stack, zip(*map(layer, x), strict=True))
         grads = torch.autograd.grad(spk.sum() + mem.square().sum(), [x, *layer.parameters()][:2],
                                     allow_unused=True)  # fmt: skip
@@ -115,7 +115,7 @@ def test_a_property_makes_a_parameter() -> None:
     layer = snnlstm.Leaky(0.8)
     del layer.threshold
     layer.__class__ = Property
-    x = inputs(3, 5)[0]
+    x = currents(3, 5)[0]
     close(layer(x), snntorch.Leaky(0.8, threshold=torch.full((5,), 0.3))(x), atol=0)
     assert layer.path.native
 
@@ -125,7 +125,7 @@ def test_a_property_makes_a_parameter() -> None:
 )
 @pytest.mark.parametrize("name", ["beta", "threshold"])
 def test_parameters_without_numbers(name: str, beta: tuple[int, ...], shape: Any) -> None:
-    for layer in twins(**{name: torch.rand(beta), f"learn_{name}": True}):
+    for layer in leaky_twins(**{name: torch.rand(beta), f"learn_{name}": True}):
         x = torch.zeros(shape, requires_grad=True)
         spk, mem = layer(x)
         (spk.sum() + mem.sum()).backward()
@@ -136,7 +136,7 @@ def test_parameters_without_numbers(name: str, beta: tuple[int, ...], shape: Any
 @pytest.mark.parametrize("whole", [False, True], ids=["step", "sequence"])
 @pytest.mark.parametrize("name", ["beta", "threshold"])
 def test_an_empty_expanded_x_beside_a_vector(name: str, whole: bool) -> None:
-    layer = twins(**{name: torch.rand(5), f"learn_{name}": True})[0]
+    layer = leaky_twins(**{name: torch.rand(5), f"learn_{name}": True})[0]
     x = torch.zeros(1, 1, 1).expand(3, 0, 5)
     spk, mem = layer.sequence(x, True) if whole else layer(x[0])
     assert layer.path.native
@@ -167,8 +167,8 @@ PASSED: dict[str, Any] = {
 def test_second_derivatives_reach_mem(kind: str, reset: str, stored: bool) -> None:
     found = []
     change_x, change_mem = PASSED[kind]
-    for layer in twins(**LEARN, reset_mechanism=reset):
-        numbers = inputs(2, 3, 4, 5, dtype=F64)
+    for layer in leaky_twins(**LEARN, reset_mechanism=reset):
+        numbers = currents(2, 3, 4, 5, dtype=F64)
         x = change_x(numbers[0].clone()).requires_grad_()
         mem = change_mem(numbers[1].half().double()).requires_grad_()
         ours_ = isinstance(layer, snnlstm.Leaky)
@@ -192,8 +192,8 @@ def test_second_derivatives_reach_mem(kind: str, reset: str, stored: bool) -> No
 def test_only_the_threshold_is_learned(reset: str, disable: bool, whole: bool) -> None:
     """What does not depend on it has no graph, so states may be carried over backward passes."""
     options = {"reset_mechanism": reset, "learn_threshold": True, "surrogate_disable": disable}
-    layer, other = twins(**options)
-    x = inputs(3, 5)
+    layer, other = leaky_twins(**options)
+    x = currents(3, 5)
     for _ in range(2):
         out = layer.sequence(x, True) if whole else layer(x[0])
         expected = [map(torch.stack, zip(*map(other, x), strict=True)), other(x[0])][not whole]
@@ -242,9 +242,9 @@ def pair(kind: str, reset: str, dtype: torch.dtype) -> list[Any]:
     """Makes our layer and snnTorch's, which in float64 gets a surrogate that keeps the dtype."""
     options = {**PLAIN[kind], "reset_mechanism": reset}
     if dtype != F64:
-        return quietly(twins, **options)
-    layer = quietly(twins, **options)[0].double()
-    other = quietly(twins, **{"spike_grad": surrogate.atan(), **options})[1].double()
+        return quietly(leaky_twins, **options)
+    layer = quietly(leaky_twins, **options)[0].double()
+    other = quietly(leaky_twins, **{"spike_grad": surrogate.atan(), **options})[1].double()
     if kind == "foreign":
         other.spike_grad = lambda u: (u > 0).to(u.dtype) + 0 * u
     elif kind == "surrogate_disable":
@@ -263,7 +263,7 @@ def outcomes(layers: Any, call: Any, x: Tensor) -> list[list[Tensor]]:
     outs = zip(*map(call, zip(*inside, strict=True)), strict=True)
     for layer, x_of_layer, steps in zip(layers, inside, outs, strict=True):
         spk, mem = map(torch.stack, zip(*steps, strict=True))
-        loss = (spk * inputs(*x.shape[1:], seed=1)).sum() + mem.square().sum()
+        loss = (spk * currents(*x.shape[1:], seed=1)).sum() + mem.square().sum()
         grads = torch.autograd.grad(loss, [x_of_layer, *layer.parameters()], allow_unused=True)
         found.append([spk, mem, *(g for g in grads if g is not None)])
     return found
@@ -292,7 +292,7 @@ def test_each_path_computes_what_snntorch_does(
 ) -> None:
     """In float64, as snnTorch computes where its surrogate keeps the dtype."""
     layer, other = pair(kind, reset, dtype)
-    x = inputs(3, 5, dtype=dtype)
+    x = currents(3, 5, dtype=dtype)
     with snnlstm.algorithm(algorithm):
         (found,) = outcomes([layer], lambda step: [layer(step[0])], x)
     (expected,) = outcomes([other], lambda step: [other(step[0])], x)
@@ -310,7 +310,7 @@ def test_compiled_layers_compute_what_snntorch_does(dtype: torch.dtype) -> None:
     def each(layers: Any) -> Any:
         return lambda step: [layer(x) for layer, x in zip(layers, step, strict=True)]
 
-    x, compiled = inputs(3, 5, dtype=dtype), torch.compile(backend="eager", fullgraph=True)
+    x, compiled = currents(3, 5, dtype=dtype), torch.compile(backend="eager", fullgraph=True)
     found, expected = outcomes(ours_, compiled(each(ours_)), x), outcomes(others, each(others), x)
     for row, *results in zip(rows, found, expected, strict=True):
         agree(*results, dtype, str(row))
@@ -319,8 +319,8 @@ def test_compiled_layers_compute_what_snntorch_does(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_surrogate_that_holds_a_tensor_compiles() -> None:
-    layer, other = twins(spike_grad=snntorch.surrogate.atan(alpha=torch.tensor(2.0)))
-    x = inputs(3, 5)[0]
+    layer, other = leaky_twins(spike_grad=snntorch.surrogate.atan(alpha=torch.tensor(2.0)))
+    x = currents(3, 5)[0]
     close(torch.compile(layer, backend="eager", fullgraph=True)(x), other(x), atol=0)
 
 
@@ -329,7 +329,7 @@ def test_a_network_in_double_compiles(how: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 5), snnlstm.Leaky(0.8, init_hidden=True), nn.Linear(5, 3))
     net.double()
-    x = inputs(3, 5, dtype=F64)[0] * 9
+    x = currents(3, 5, dtype=F64)[0] * 9
     compiled = torch.compile(net, backend=how)(x)
     net[1].reset_mem()
     close(compiled, net(x))
@@ -338,9 +338,9 @@ def test_a_network_in_double_compiles(how: str) -> None:
 def test_forward_mode_in_double() -> None:
     import torch.autograd.forward_ad as fwAD
 
-    layer = twins()[0]
+    layer = leaky_twins()[0]
     with fwAD.dual_level():
-        x = fwAD.make_dual(inputs(3, 5, dtype=F64)[0], inputs(3, 5, dtype=F64)[1])
+        x = fwAD.make_dual(currents(3, 5, dtype=F64)[0], currents(3, 5, dtype=F64)[1])
         spk, mem = layer(x)
         assert spk.dtype is mem.dtype is F64
         assert fwAD.unpack_dual(spk).tangent is not None
@@ -350,8 +350,8 @@ def test_forward_mode_in_double() -> None:
 @pytest.mark.parametrize("stored", [False, True], ids=["passed", "stored"])
 @pytest.mark.parametrize("reset", RESETS)
 def test_a_mem_of_float64_stays_one(reset: str, stored: bool, dtype: torch.dtype) -> None:
-    layer, other = twins(**LEARN, reset_mechanism=reset)
-    x, mem = inputs(3, 5, dtype=dtype), inputs(3, 5, dtype=F64, seed=3)[0]
+    layer, other = leaky_twins(**LEARN, reset_mechanism=reset)
+    x, mem = currents(3, 5, dtype=dtype), currents(3, 5, dtype=F64, seed=3)[0]
     for neuron in (layer, other):
         neuron.mem = mem if stored else neuron.mem
     for x_t in x:
@@ -367,21 +367,21 @@ def test_a_mem_of_float64_stays_one(reset: str, stored: bool, dtype: torch.dtype
 def test_numbers_of_float64() -> None:
     """Beside an x without dimensions the dtype of a number counts."""
     options = {"beta": torch.tensor(0.8, dtype=F64), "threshold": torch.tensor(0.3, dtype=F64)}
-    for layer in twins(**options):
+    for layer in leaky_twins(**options):
         spk, mem = layer(torch.tensor(0.7))
         assert (spk.dtype, mem.dtype) == (torch.float32, F64)
         spk, mem = layer(torch.tensor([0.7]))
         assert (spk.dtype, mem.dtype) == (torch.float32,) * 2
-    layer = twins(**options)[0]
+    layer = leaky_twins(**options)[0]
     assert not layer.takes(torch.rand(4))
     assert layer.takes(torch.rand(4, 1))
 
 
 def test_a_stack_goes_on_from_a_mem_of_float64() -> None:
     found = []
-    for layer in twins():
-        layer.mem = inputs(3, 5, dtype=F64, seed=3)[0]
-        x = inputs(3, 5)
+    for layer in leaky_twins():
+        layer.mem = currents(3, 5, dtype=F64, seed=3)[0]
+        x = currents(3, 5)
         found.append((*snnlstm.unroll(x, layer, lengths=[4, 0, 2]), layer.mem))
     close(*found, atol=0)
     assert [t.dtype for t in found[0]] == [torch.float32, F64, F64]
@@ -392,10 +392,10 @@ def test_a_stack_goes_on_from_a_mem_of_float64() -> None:
 
 @pytest.mark.parametrize("again", [False, True], ids=["no state", "a state"])
 def test_a_sample_without_steps_keeps_its_mem(again: bool) -> None:
-    x, lengths, found = inputs(3, 5), torch.tensor([2, 0, 4]), []
-    for layer in twins():
+    x, lengths, found = currents(3, 5), torch.tensor([2, 0, 4]), []
+    for layer in leaky_twins():
         if again:
-            layer(inputs(3, 5, seed=3)[0])
+            layer(currents(3, 5, seed=3)[0])
         before = layer.mem[1] if again else torch.zeros(5)
         spk, mem = snnlstm.unroll(x, layer, lengths=lengths)
         assert not spk[:, 1].any()
@@ -434,8 +434,8 @@ CHANGED: dict[str, Any] = {
 
 @pytest.mark.parametrize("change", CHANGED)
 def test_what_changes_after_a_call_takes_effect(change: str) -> None:
-    found, x = [], inputs(3, 5)
-    for layer in twins(graded_spikes_factor=torch.tensor(0.5)):
+    found, x = [], currents(3, 5)
+    for layer in leaky_twins(graded_spikes_factor=torch.tensor(0.5)):
         for x_t in x[:2]:
             layer(x_t)
         CHANGED[change](layer)
@@ -448,8 +448,8 @@ def test_what_changes_after_a_call_takes_effect(change: str) -> None:
 
 @pytest.mark.parametrize("around", ["reference", "vmap", "autocast", "inference"])
 def test_what_is_active_after_a_call_takes_effect(around: str) -> None:
-    layer, x = twins()[0], inputs(3, 5)
-    expected = twins()[1](x[0], torch.zeros(3, 5))
+    layer, x = leaky_twins()[0], currents(3, 5)
+    expected = leaky_twins()[1](x[0], torch.zeros(3, 5))
     for _ in range(2):
         layer(x[0], torch.zeros(3, 5))
     if around == "vmap":
@@ -468,11 +468,11 @@ def test_what_is_active_after_a_call_takes_effect(around: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: twins(spike_grad=surrogate.atan())[0], ours], ids=["Leaky", "cell"]
+    "make", [lambda: leaky_twins(spike_grad=surrogate.atan())[0], ours], ids=["Leaky", "cell"]
 )
 def test_reset_is_not_kept(make: Any) -> None:
     layer = make()
-    x = inputs(3, 5)[0] if isinstance(layer, snnlstm.Leaky) else torch.rand(1, 2, 5, 5)
+    x = currents(3, 5)[0] if isinstance(layer, snnlstm.Leaky) else torch.rand(1, 2, 5, 5)
     for _ in range(2):
         with pytest.raises(AttributeError, match=r"mem_reset\(mem\).* before the step"):
             _ = layer.reset
@@ -492,8 +492,8 @@ def test_reset_is_not_kept(make: Any) -> None:
 
 
 def test_snntorch_s_own_forward_keeps_reset_until_the_next_call() -> None:
-    layer, other = twins()
-    x = inputs(3, 5)
+    layer, other = leaky_twins()
+    x = currents(3, 5)
     layer.fire = type(layer).fire.__get__(layer)  # a replaced method
     for x_t in x:
         close(layer(x_t), other(x_t), atol=0)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import snnlstm
 from snnlstm import surrogate
 from tests.shared.helpers import close, quietly
-from tests.snntorch.test_leaky import F64, inputs, twins
+from tests.shared.leaky import F64, currents, leaky_twins
 
 INF = float("inf")
 
@@ -50,7 +50,7 @@ def layers_of(draw: random.Random) -> tuple[list[Any], tuple[int, ...]]:
     }
     if draw.random() < 0.5 and not inhibition:  # what the kernels take
         options |= {"reset_delay": True, "state_quant": False}
-    return quietly(twins, **options), shape
+    return quietly(leaky_twins, **options), shape
 
 
 def outcome(layer: Any, x: Tensor, which: str) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -62,7 +62,7 @@ def outcome(layer: Any, x: Tensor, which: str) -> tuple[list[Tensor], list[Tenso
         spks.append(out[0] if isinstance(out, tuple) else out)
         mems.append(layer.mem)
     spk, mem = torch.stack(spks), torch.stack(mems)
-    weights = inputs(*x.shape[1:], seed=1)
+    weights = currents(*x.shape[1:], seed=1)
     losses = {"spk": (spk * weights).sum(), "mem": (mem * weights).square().sum()}
     total = sum(loss for name, loss in losses.items() if which in (name, "both"))
     grads: Any = [None] * len(leaves)
@@ -77,7 +77,7 @@ def test_random_layers(seed: int) -> None:
     draw = random.Random(seed)
     torch.manual_seed(seed)
     (layers, shape), which = layers_of(draw), draw.choice(["spk", "mem", "both"])
-    x = inputs(*shape, seed=seed)
+    x = currents(*shape, seed=seed)
     with snnlstm.algorithm(draw.choice(["auto", "auto", "reference"])):
         (out, grads), (expected, exact) = (outcome(layer, x, which) for layer in layers)
     close(out, expected, atol=0, rtol=0)
@@ -124,8 +124,8 @@ def test_plain_torch_runs_no_more_operators_than_snntorch(
 ) -> None:
     if device == "meta" and not PLAIN[name].get("reset_delay", True):
         pytest.skip("snnTorch reads a number of the layer")
-    counts, x = [], inputs(3, 5).to(device)
-    for layer in quietly(twins, **PLAIN[name], reset_mechanism=reset):
+    counts, x = [], currents(3, 5).to(device)
+    for layer in quietly(leaky_twins, **PLAIN[name], reset_mechanism=reset):
         layer.to(device)
         layer(x[0])  # which recognises the surrogate
         with Counting() as counting, snnlstm.algorithm("reference"):
@@ -159,10 +159,10 @@ def test_an_infinite_threshold_makes_no_nan(threshold: Any, delay: bool, spike: 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_without_a_reset_the_graded_factor_may_be_0(compiled: bool) -> None:
     found = []
-    for layer in twins(graded_spikes_factor=0.0, reset_mechanism="none", reset_delay=False):
+    for layer in leaky_twins(graded_spikes_factor=0.0, reset_mechanism="none", reset_delay=False):
         ours = isinstance(layer, snnlstm.Leaky)
         call = torch.compile(layer, backend="eager") if compiled and ours else layer
-        x = inputs(3, 5)[0].requires_grad_()
+        x = currents(3, 5)[0].requires_grad_()
         spk, mem = call(x)
         found.append((mem, *torch.autograd.grad(spk.sum() + mem.sum(), x)))
     close(*found, atol=0)
@@ -175,10 +175,10 @@ def test_without_a_reset_the_graded_factor_may_be_0(compiled: bool) -> None:
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
 def test_integers_count_as_numbers_beside_parameters(reset: str, dtype: torch.dtype) -> None:
     """snnTorch's surrogates return float32, so its threshold is a number that float32 holds."""
-    x = (inputs(3, 5) > 0).to(dtype)
+    x = (currents(3, 5) > 0).to(dtype)
     for real in (torch.float32, F64):
         found = []
-        for layer in twins(beta=0.3, threshold=0.625, reset_mechanism=reset):
+        for layer in leaky_twins(beta=0.3, threshold=0.625, reset_mechanism=reset):
             layer.to(real)
             ours = isinstance(layer, snnlstm.Leaky)
             outs = [layer(x_t if ours else x_t.to(real)) for x_t in x]
@@ -191,12 +191,12 @@ def test_a_surrogate_may_write_into_what_it_has_returned() -> None:
     memory = torch.empty(3, 5)
     options = {"spike_grad": lambda u: memory.copy_(u > 0), "reset_delay": False}
     with torch.no_grad():
-        found = [[layer(x_t) for x_t in inputs(3, 5)][-1] for layer in copies(options)]
+        found = [[layer(x_t) for x_t in currents(3, 5)][-1] for layer in copies(options)]
     close(*found, atol=0)
 
 
 def copies(options: dict[str, Any]) -> list[Any]:
-    layers = twins()
+    layers = leaky_twins()
     for layer in layers:
         vars(layer).update({name: copy.copy(value) for name, value in options.items()})
     return layers

@@ -98,7 +98,7 @@ def test_swaps_do_not_make_the_list_longer():
     assert len(snntorch.SpikingNeuron.instances) == max(lengths)
 
 
-def test_the_list_may_be_walked_in_the_midst_of_a_cells_end():
+def test_the_list_may_be_walked_while_a_cell_dies():
     """Python clears all weak references to an object, and then calls their callbacks in turn."""
     walks = []
 

@@ -16,7 +16,7 @@ from snnlstm import surrogate
 from snnlstm.compat import snntorch as compat
 from tests.cell.test_surrogate import stand_in
 from tests.shared.helpers import close, python, theirs
-from tests.snntorch.test_leaky import inputs
+from tests.shared.leaky import currents
 
 # ---- random numbers and threads ------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ def test_recognition_and_swaps_draw_no_random_numbers(monkeypatch: Any) -> None:
         layer = snnlstm.Leaky(0.5, spike_grad=made)
         assert layer._surrogate() == getattr(surrogate, kind.name)()
         with torch.no_grad():
-            layer(inputs(3, 5)[0])
+            layer(currents(3, 5)[0])
     monkeypatch.setattr(compat, "_follow", {})
     monkeypatch.setattr(compat, "_SOURCES", {"Leaky": None, "SConv2dLSTM": None})
     assert snnlstm.accelerate(net).swapped == ("0",)
@@ -119,7 +119,7 @@ def test_numbers_of_a_surrogate_may_change(make: Any, change: Any) -> None:
         change(spike, slope)
         found = []
         for layer in layers:
-            x = inputs(3, 5)[0].requires_grad_()
+            x = currents(3, 5)[0].requires_grad_()
             found.append(torch.autograd.grad(layer(x, torch.zeros(3, 5))[0].sum(), x))
         close(*found)
         assert layers[0].path.native
@@ -159,7 +159,7 @@ def test_another_computation_is_noticed(change: str, monkeypatch: Any) -> None:
     monkeypatch.setitem(compat._RELEASED, snntorch.Leaky, (snntorch.Leaky.forward, methods))
     monkeypatch.setattr(compat, "_follow", {})
     layer = snnlstm.Leaky(0.5)
-    layer(inputs(3, 5)[0])
+    layer(currents(3, 5)[0])
     assert "differently from snntorch 1.0.0" in layer.path.reason
 
 

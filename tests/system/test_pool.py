@@ -317,7 +317,7 @@ LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 
 @pytest.mark.parametrize("layout", [FIRST, LAST])
-def test_a_stack_in_a_block_is_torchs(layout):
+def test_stacking_in_a_block_equals_torchs_stack(layout):
     torch.manual_seed(0)
     steps = [
         torch.rand(2, 3, 512, 512).to(memory_format=layout).requires_grad_(k < 2) for k in range(3)
@@ -343,7 +343,7 @@ def test_a_stack_in_a_block_is_torchs(layout):
         assert not stack(steps).requires_grad
 
 
-def test_stacks_of_other_kinds_are_torchs_own():
+def test_other_stacks_are_left_to_torch():
     """Nothing but numbers is lost: tangents, batches, dtypes, subclasses, and what records."""
     steps = [torch.rand(2, 512, 1024) for _ in range(2)]
     _, tangent = torch.func.jvp(lambda *both: stack(both), tuple(steps), tuple(steps))

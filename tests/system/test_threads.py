@@ -101,7 +101,7 @@ def test_a_fresh_process_gives_the_same_bits():
     ],
     ids=["subtract", "inhibition"],
 )
-def test_torchs_deterministic_mode_is_met_and_changes_nothing(backend, density, options):
+def test_deterministic_mode_raises_nothing_and_changes_no_bit(backend, density, options):
     """The mode raises or warns at operations that are not deterministic, and fills new memory."""
     if backend.name == "emulator":
         pytest.skip("the emulated kernels know nothing of this mode")

@@ -473,13 +473,13 @@ def test_a_cuda_graph_holds_the_whole_loop(monkeypatch):
         cell = ours(learn_threshold=True, state_quant=snnlstm.quant.state_quant(4))
         x, state = torch.rand(3, 2, 2, 6, 6), torch.zeros(2, 3, 6, 6)
 
-    def loop(events, syn, mem):
+    def each_event(events, syn, mem):
         for event in events:
             spk, syn, mem = cell(event, syn, mem)
         return spk, syn, mem
 
     noting = aot_autograd(fw_compiler=note, bw_compiler=note)
-    out = torch.compile(loop, fullgraph=True, backend=noting)(x, state, state)
+    out = torch.compile(each_event, fullgraph=True, backend=noting)(x, state, state)
     sum(o.sum() for o in out).backward()
     for name in ("forward", "backward"):
         operator = getattr(torch.ops.snnlstm, name).default

@@ -62,7 +62,7 @@ def own_part(x: Tensor, rank: int) -> Tensor:
     return x[:, 2 * rank : 2 * rank + 2]
 
 
-def gradients(model: nn.Module) -> list[Tensor]:
+def whole_gradients(model: nn.Module) -> list[Tensor]:
     grads = [parameter.grad for parameter in model.parameters()]
     return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
 
@@ -71,7 +71,7 @@ def gradients_alone(x: Tensor, **options: Any) -> list[Tensor]:
     """Returns the gradients that one process forms of the whole batch."""
     alone = net(**options)
     loss_of(alone, x).backward()
-    return gradients(alone)
+    return whole_gradients(alone)
 
 
 def states_stay_where_they_are_and_last_batches_may_differ(rank: int, world: int) -> None:
@@ -94,7 +94,7 @@ def gradients_are_those_of_one_process_on_the_whole_batch(rank: int, world: int)
         parallel = parallel_of(net(**options))
         loss_of(parallel, own_part(x, rank)).backward()
         assert parallel.module[1].path.native == (native is not None)
-        close(gradients(parallel), gradients_alone(x, **options), atol=1e-5, rtol=1e-4)
+        close(whole_gradients(parallel), gradients_alone(x, **options), atol=1e-5, rtol=1e-4)
 
 
 def ranks_with_more_batches_than_others(rank: int, world: int) -> None:
@@ -126,7 +126,7 @@ def sharded_gradients_are_those_of_one_process(rank: int, world: int) -> None:
             fully_shard(cell if unit == "cell" else cell.conv, mesh=mesh)
         fully_shard(model, mesh=mesh)
         loss_of(model, own_part(x, rank)).backward()
-        close(gradients(model), expected, atol=1e-5, rtol=1e-4)
+        close(whole_gradients(model), expected, atol=1e-5, rtol=1e-4)
         assert isinstance(cell, snnlstm.SConv2dLSTM)
         assert type(cell.mem) is Tensor
         assert cell.mem.shape == (2, 4, 6, 6)  # not sharded

@@ -39,7 +39,7 @@ def make(name: str, **more: Any) -> torch.nn.Module:
     return ours(**more | CELLS[name])
 
 
-def inputs(name: str, batch: int, sequence: bool) -> tuple[Tensor, ...]:
+def example_inputs(name: str, batch: int, sequence: bool) -> tuple[Tensor, ...]:
     """Returns x, and syn and mem if they are passed; equal sizes give equal numbers."""
     sequence = sequence or name in ("ConvLSTM", "hidden")
     x = steps(3, batch, 2, *((6,) if name == "signals" else (6, 6)))
@@ -75,7 +75,10 @@ def test_an_exported_program_takes_batches_of_any_size_and_can_be_saved(name, se
     """It holds torch's operators alone, and without a surrogate it runs without snnlstm."""
     module = make(name)
     program = torch.export.export(
-        module, inputs(name, 2, sequence), dynamic_shapes=any_batch(name, sequence), strict=strict
+        module,
+        example_inputs(name, 2, sequence),
+        dynamic_shapes=any_batch(name, sequence),
+        strict=strict,
     )
     targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     symbolic = {t for t in targets if t.startswith(("<built-in function", "_operator"))}
@@ -88,7 +91,7 @@ def test_an_exported_program_takes_batches_of_any_size_and_can_be_saved(name, se
         file.seek(0)
         program = torch.export.load(file)
     for batch in (1, 2, 5):
-        arguments = inputs(name, batch, sequence)
+        arguments = example_inputs(name, batch, sequence)
         close(flat(program.module()(*arguments)), flat(make(name)(*arguments)))
 
 
@@ -112,10 +115,14 @@ def check_onnx(name: str, sequence: bool, path: str, batches: tuple[int, ...], *
     with warnings.catch_warnings():  # the exporters warn about themselves
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            make(name, **disabled).eval(), inputs(name, 2, sequence), path, verbose=False, **how
+            make(name, **disabled).eval(),
+            example_inputs(name, 2, sequence),
+            path,
+            verbose=False,
+            **how,
         )
     for batch in batches:
-        arguments = inputs(name, batch, sequence)
+        arguments = example_inputs(name, batch, sequence)
         expected = flat(make(name, **disabled)(*arguments))
         close(run_onnx(path, arguments), [out.detach() for out in expected], atol=1e-5)
 
@@ -144,12 +151,12 @@ def test_onnx_by_the_older_exporter(tmp_path):
 @pytest.mark.parametrize("name", ["pooled", "strided", "quantised"])
 def test_a_trace_can_be_saved_and_loaded_and_takes_other_numbers(name, sequence):
     cell = make(name, surrogate_disable=True)
-    traced = torch.jit.trace(cell, inputs(name, 2, sequence), check_trace=False)
+    traced = torch.jit.trace(cell, example_inputs(name, 2, sequence), check_trace=False)
     assert str(cell.path) == "reference (tracing records plain operators)"
     torch.jit.save(traced, file := io.BytesIO())
     file.seek(0)
     loaded = torch.jit.load(file)
-    x, syn, mem = inputs(name, 2, sequence)
+    x, syn, mem = example_inputs(name, 2, sequence)
     for arguments in ((x, syn, mem), (1 - x, syn / 2, -mem)):
         close(loaded(*arguments), cell(*arguments))
     traced_cell, eager = make(name), make(name)

@@ -2,7 +2,7 @@
 // run side by side:
 //   rows     the recurrent data gradient of step t and then, while the rows lie in cache, the
 //            neurons of step t - 1 (neuron_backward.h)
-//   inputs   the data gradient of x, if it is wanted (with Winograd the rows tasks form it too)
+//   inputs   the data gradient of x, if it is wanted (with Winograd the rows tasks compute it too)
 //   weights  step t's part of the weight gradient (weight_gradient.h)
 // The workspace holds two time steps of d gates, mem and x, for any T.
 #pragma once
@@ -32,14 +32,14 @@ class Backward {
         neuron_(a_, l_, tasks_),
         weights_(l_, args.threads) {
     const Cell& c = a_.cell;
-    if constexpr (kHasWinograd<T, VL>) inputs_ = InputTransform<S>(l_.form);
+    if constexpr (kHasWinograd<T, VL>) inputs_ = InputTransform<S>(l_.winograd);
     x_rows_ = l_.block_rows();
     x_blocks_ = (c.H + x_rows_ - 1) / x_rows_;
     Workspace workspace(args.workspace);
     allocate(workspace);
   }
 
-  // `weight` says whether the call forms the weight's gradient.
+  // `weight` says whether the call computes the weight's gradient.
   static int64_t workspace(const Cell& cell, int threads, bool weight) {
     BackwardArgs args;
     args.cell = cell;
@@ -70,7 +70,8 @@ class Backward {
   void steps(const Phases& phases, int thread) {
     const bool wants_weight = a_.grad_weight != nullptr;
     WeightSums<T, VL>& sums = weights_.sums();
-    const int64_t T_ = a_.cell.T, weight_tasks = wants_weight ? weights_.tasks() : 0;
+    const int64_t T_ = a_.cell.T;
+    const int64_t weight_tasks = wants_weight ? weights_.tasks() : 0;
     phases.run(0, tasks_.count + (wants_weight ? sums.chunks() : 0), [&](int64_t task) {
       if (task < tasks_.count)
         neuron_.clear(task);
@@ -88,8 +89,8 @@ class Backward {
       const RowTasks next = t > 0 ? tasks_.at(t - 1) : tasks;
       const int64_t groups = tasks.groups(), x_count = x_tasks(tasks);
       const int64_t groups_first = tasks.most_together > 1 && l_.exceeds_any_l2() ? groups : 0;
-      const int64_t all = groups + weight_tasks + x_count,
-                    with_next = all + next.count - tasks.count;
+      const int64_t all = groups + weight_tasks + x_count;
+      const int64_t with_next = all + next.count - tasks.count;
       // The largest tasks come first, so that no thread begins a large task when the others are
       // done.
       phases.run(phase++, with_next + padded(tasks), [&](int64_t task) {
@@ -123,7 +124,7 @@ class Backward {
     neuron_.allocate(workspace);
     scratch_ = workspace.take<BackwardScratch>(a_.threads);
     const int64_t rows = tasks_.most_together * (l_.tiled_x() ? l_.block_rows() : x_rows_);
-    TileSizes sizes(l_, l_.form, 4 * l_.Cp, tasks_.most_together);
+    TileSizes sizes(l_, l_.winograd, 4 * l_.Cp, tasks_.most_together);
     if (a_.grad_weight) sizes.cover(weights_.tile_sizes());
     for (int k = 0; k < a_.threads; ++k) {
       BackwardScratch s;
@@ -135,12 +136,16 @@ class Backward {
 
   // Does the tasks of a group, which are the same rows of each of its images.
   void rows(int64_t t, const RowTasks& tasks, int64_t group, int thread) {
-    const bool mem_wanted = t > 0 || a_.grad_mem0.data, x_wanted = a_.grad_x.data && l_.tiled_x();
+    const bool mem_wanted = t > 0 || a_.grad_mem0.data;
+    const bool x_wanted = a_.grad_x.data && l_.tiled_x();
     if (!mem_wanted && !x_wanted) return;
     const int64_t first = tasks.first(group), together = tasks.together(group);
-    const int64_t begin = tasks_.begin(first), end = tasks_.end(first), block = l_.block_rows();
+    const int64_t begin = tasks_.begin(first);
+    const int64_t end = tasks_.end(first);
+    const int64_t block = l_.block_rows();
     for (int64_t h = begin; h < end; h += block) {
-      const int64_t stop = h + block < end ? h + block : end, n = tasks_.image(first);
+      const int64_t stop = h + block < end ? h + block : end;
+      const int64_t n = tasks_.image(first);
       T* out = mem_wanted ? neuron_.mem_grad(thread, 0) + (h - begin) * l_.Wo * l_.Cp : nullptr;
       if (!a_.cell.tiled())
         to_mem_.rows(
@@ -157,14 +162,15 @@ class Backward {
     }
   }
 
-  // Forms data gradients by Winograd, for state rows [begin, end) of `together` images from n on:
-  // mem's in mem_grad, unless that is null, and x's if it is wanted.
+  // Computes data gradients by Winograd, for state rows [begin, end) of `together` images from n
+  // on: mem's in mem_grad, unless that is null, and x's if it is wanted.
   void tiled(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, bool x_wanted,
              T* mem_grad, int thread) {
     const BackwardScratch& s = scratch_[thread];
     const TileBlock<T> b =
-        tile_block(l_, l_.form, end - begin, 4 * l_.Cp, together, tasks_.most_together);
-    const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
+        tile_block(l_, l_.winograd, end - begin, 4 * l_.Cp, together, tasks_.most_together);
+    const int64_t pixel = 4 * l_.Cp;
+    const int64_t row = l_.Wm * pixel;
     for (int64_t k = 0; k < together; ++k)
       inputs_.run(b, neuron_.d_gates(t, n + k) + begin * row, row, pixel,
                   s.tiles.values + k * b.image_values());

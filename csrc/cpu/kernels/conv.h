@@ -1,5 +1,5 @@
 // The inner product of every convolution here: a register tile of P pixels by NV vectors of
-// output channels, summed over runs of contiguous input values.
+// output channels, summed over runs of adjacent input values.
 //
 //   out[p][v] (+)= sum over runs, k:  in[p * pixel_stride + run.in + k] * w[run.w + k][v]
 //

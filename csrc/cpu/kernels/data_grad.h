@@ -25,10 +25,13 @@ class DataGrad {
         sw_(stride_w),
         lists_(new RunList[int64_t(stride_h) * stride_w]) {
     if constexpr (kHasWinograd<T, VL>) {
-      outputs_ = PlaneTransform<S>::outputs(l.form, l.form.h.tile, l.form.w.tile);
-      outputs_of_two_ = PlaneTransform<Two>::outputs(l.form, l.form.h.tile, l.form.w.tile);
+      outputs_ = PlaneTransform<S>::outputs(l.winograd, l.winograd.h.tile, l.winograd.w.tile);
+      outputs_of_two_ =
+          PlaneTransform<Two>::outputs(l.winograd, l.winograd.h.tile, l.winograd.w.tile);
     }
-    const int64_t pixel = 4 * l.Cp, row = l.Wm * pixel, max_len = chunk();
+    const int64_t pixel = 4 * l.Cp;
+    const int64_t row = l.Wm * pixel;
+    const int64_t max_len = chunk();
     const bool few = l.few_channels();  // the sums then leave out lanes without a channel
     if (sh_ == 1 && sw_ == 1 && !few) {
       lists_[0].dense(l.c, pixel, row, pixel, 0, max_len);
@@ -87,9 +90,10 @@ class DataGrad {
   void tile_sweep(const TileBlock<T>& b, const T* values, const T* weight, T* products,
                   int64_t block, int64_t rows, T* out) const {
     const int64_t channels = vectors_ * VL;
-    const TileForm& t = b.form;
+    const WinogradTile& t = b.winograd;
     const auto& outputs = choose_outputs<NV>();
-    constexpr int lanes = NV % 2 ? VL : Two::lanes, batches = NV * VL / lanes;
+    constexpr int lanes = NV % 2 ? VL : Two::lanes;
+    constexpr int batches = NV * VL / lanes;
     const Plane from{t.w.inputs() * b.products_stride, b.products_stride, lanes};
     const Plane to{b.dilation_h * width_ * channels, b.dilation_w * channels, lanes};
     const Plane cut{4 * NV * VL, NV * VL, lanes};  // for a tile that extends beyond the image
@@ -103,8 +107,8 @@ class DataGrad {
       const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
       const T* in = products + k * NV * VL;
       T* corner = out + ((image * rows + h0) * width_ + w0) * channels + block * VL;
-      const int64_t height = pixels_inside(rows - h0, b.dilation_h, t.h.tile),
-                    width = pixels_inside(width_ - w0, b.dilation_w, t.w.tile);
+      const int64_t height = pixels_inside(rows - h0, b.dilation_h, t.h.tile);
+      const int64_t width = pixels_inside(width_ - w0, b.dilation_w, t.w.tile);
       if (height == t.h.tile && width == t.w.tile) {
         outputs.run(in, from, corner, to, batches);
         continue;
@@ -131,7 +135,9 @@ class DataGrad {
   template <int NV, class In>
   void sweep(int64_t images, In&& d_gates, const T* weight, int64_t block, int64_t begin,
              int64_t end, T* out) const {
-    const int64_t channels = vectors_ * VL, pixel = 4 * l_.Cp, row = l_.Wm * pixel;
+    const int64_t channels = vectors_ * VL;
+    const int64_t pixel = 4 * l_.Cp;
+    const int64_t row = l_.Wm * pixel;
     for (int64_t a = 0; a < sh_; ++a)
       for (int64_t b = 0; b < sw_; ++b) {
         const RunList& list = lists_[a * sw_ + b];

@@ -1,4 +1,4 @@
-// Finds pixels of one pooling window whose recurrent inputs may be equal, and forms their sums
+// Finds pixels of one pooling window whose recurrent inputs may be equal, and computes their sums
 // directly. Direct sums of equal inputs are bitwise equal, so max_pool meets exact ties and takes
 // the first pixel, as snnTorch does. Winograd's rounding depends on a pixel's place and neighbours
 // in the tile, and would decide such ties by chance. Nearly silent layers, as all layers are when
@@ -16,7 +16,7 @@
 
 SNNLSTM_BEGIN_ISA
 
-// How the recurrent sums of a pixel are formed.
+// How the recurrent sums of a pixel are computed.
 enum class Sums : uint8_t {
   tiled = 0,     // by Winograd
   directly = 1,  // the pixel may have an equal
@@ -56,14 +56,15 @@ class EqualPixels {
     auto* const marks = reinterpret_cast<uint8_t*>(sums);
     std::memset(marks, 0, rows * columns_);
     bool any = false;
-    const int most_h = std::min(c_.pool_h, c_.kernel_h), most_w = std::min(c_.pool_w, c_.kernel_w);
+    const int most_h = std::min(c_.pool_h, c_.kernel_h);
+    const int most_w = std::min(c_.pool_w, c_.kernel_w);
     for (int dh = 0; dh < most_h; ++dh)
       for (int dw = dh == 0 ? 1 : 1 - most_w; dw < most_w; ++dw)
         any |= look(mem, rows, dh, dw, s, marks);
     if (!any) return rows * l_.Wo;
     decide(rows, sums);
     int64_t left = 0;
-    const int64_t tile_rows = l_.whole(l_.form.h, c_.dilation_h, 1);
+    const int64_t tile_rows = l_.whole(l_.winograd.h, c_.dilation_h, 1);
     for (int64_t h = 0; h < rows; h += tile_rows)
       left += leave(h + tile_rows < rows ? tile_rows : rows - h, sums + h * columns_);
     return left;
@@ -126,7 +127,8 @@ class EqualPixels {
   // row, and numbers beyond a row's last pixel do not count. Returns whether there are any.
   bool look(const T* mem, int64_t rows, int dh, int dw, const Scratch& s, uint8_t* marks) const {
     const int64_t down = dh * c_.dilation_h, right = dw * c_.dilation_w;
-    const int64_t away = down * columns_ + right, seen = seen_rows(rows) * columns_ - away;
+    const int64_t away = down * columns_ + right;
+    const int64_t seen = seen_rows(rows) * columns_ - away;
     const uint32_t* const keys = s.keys;
     uint8_t* const __restrict repeats = s.repeats;
     for (int64_t k = 0; k < seen; ++k) repeats[k] = keys[k] == keys[k + away];

@@ -30,8 +30,9 @@ class Forward {
         sparse_(l_, strip_),
         equal_(l_, block_, strip_) {
     if constexpr (kHasWinograd<T, VL>) {
-      inputs_ = InputTransform<S>(l_.form);
-      outputs_ = PlaneTransform<GateVector>::outputs(l_.form, l_.form.h.tile, l_.form.w.tile);
+      inputs_ = InputTransform<S>(l_.winograd);
+      outputs_ =
+          PlaneTransform<GateVector>::outputs(l_.winograd, l_.winograd.h.tile, l_.winograd.w.tile);
     }
     Workspace workspace(args.workspace);
     allocate(workspace);
@@ -92,9 +93,9 @@ class Forward {
     neuron_.allocate(workspace);
     states_.allocate(workspace);
     scratch_ = workspace.take<ForwardScratch>(a_.threads);
-    const int64_t points = c.tiled() ? l_.form.points() : 0;
-    const TileBlock<T> mem_tiles = tiles(block_, l_.Cp, 1),
-                       x_tiles = tiles(block_, x_channels(), 1);
+    const int64_t points = c.tiled() ? l_.winograd.points() : 0;
+    const TileBlock<T> mem_tiles = tiles(block_, l_.Cp, 1);
+    const TileBlock<T> x_tiles = tiles(block_, x_channels(), 1);
     for (int k = 0; k < a_.threads; ++k) {
       const ForwardScratch s{
           workspace.take<RowBlock>(tasks_.most_together),
@@ -128,7 +129,7 @@ class Forward {
 
   // Describes the tiles of `rows` rows of each of `together` images.
   TileBlock<T> tiles(int64_t rows, int64_t channels, int64_t together) const {
-    return tile_block(l_, l_.form, rows, channels, together, tasks_.most_together);
+    return tile_block(l_, l_.winograd, rows, channels, together, tasks_.most_together);
   }
   int64_t x_channels() const { return l_.x_blocks * VL; }
   // Returns a channel block's weight for direct sums.
@@ -173,7 +174,7 @@ class Forward {
   int64_t patch_rows(int64_t rows) const {
     const Cell& c = a_.cell;
     if (!l_.tiled_x()) return (rows - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
-    return l_.whole(l_.form.h, c.dilation_h, rows) + (l_.form.h.taps() - 1) * c.dilation_h;
+    return l_.whole(l_.winograd.h, c.dilation_h, rows) + (l_.winograd.h.taps() - 1) * c.dilation_h;
   }
 
   // Copies the input rows that state rows [b0, b1) read, channels-last, with a zero border.
@@ -181,11 +182,14 @@ class Forward {
     const Cell& c = a_.cell;
     const int64_t first = b0 * c.stride_h - l_.ph;
     const int64_t rows = patch_rows(b1 - b0);
-    const int64_t row = l_.Wx * c.Cin, border = l_.pw * c.Cin, right = (l_.pw + c.W) * c.Cin;
+    const int64_t row = l_.Wx * c.Cin;
+    const int64_t border = l_.pw * c.Cin;
+    const int64_t right = (l_.pw + c.W) * c.Cin;
     const auto clamp = [](int64_t k, int64_t least, int64_t most) {
       return k < least ? least : k < most ? k : most;
     };
-    const int64_t top = clamp(-first, 0, rows), bottom = clamp(c.H - first, top, rows);
+    const int64_t top = clamp(-first, 0, rows);
+    const int64_t bottom = clamp(c.H - first, top, rows);
     std::memset(patch, 0, top * row * sizeof(T));
     std::memset(patch + bottom * row, 0, (rows - bottom) * row * sizeof(T));
     for (int64_t k = top; k < bottom; ++k) {
@@ -252,12 +256,12 @@ class Forward {
     }
   }
 
-  // Forms the recurrent half by Winograd, and the input half, too, if x_algorithm is Winograd. The
-  // gates are assembled and used one strip of rows at a time.
+  // Computes the recurrent half by Winograd, and the input half, too, if x_algorithm is Winograd.
+  // The gates are assembled and used one strip of rows at a time.
   void tiled(int64_t t, int64_t together, int64_t b0, int64_t b1, const ForwardScratch& s) {
     const Cell& c = a_.cell;
-    const TileBlock<T> mem_tiles = tiles(b1 - b0, l_.Cp, together),
-                       x_tiles = tiles(b1 - b0, x_channels(), together);
+    const TileBlock<T> mem_tiles = tiles(b1 - b0, l_.Cp, together);
+    const TileBlock<T> x_tiles = tiles(b1 - b0, x_channels(), together);
     const bool x_too = c.x_algorithm == CpuAlgorithm::winograd;
     bool any = !equal_.sought();  // says whether any pixel's sums are Winograd's
     for (const RowBlock* b = s.blocks; equal_.sought() && b < s.blocks + together; ++b)
@@ -297,10 +301,10 @@ class Forward {
   void add_strip(const TileBlock<T>& b, int64_t image, int64_t b0, int64_t h0, int64_t h1,
                  int64_t cb, const ForwardScratch& s) {
     constexpr int lanes = GateVector::lanes;
-    const Plane from{b.form.w.inputs() * b.products_stride, b.products_stride, lanes};
+    const Plane from{b.winograd.w.inputs() * b.products_stride, b.products_stride, lanes};
     const Plane to{b.dilation_h * l_.Wr * kGates, b.dilation_w * kGates, lanes};
-    const int64_t r0 = image * b.rows + (h0 - b0) / l_.form.h.tile;
-    const int64_t rows = l_.tiles(l_.form.h, a_.cell.dilation_h, h1 - h0);
+    const int64_t r0 = image * b.rows + (h0 - b0) / l_.winograd.h.tile;
+    const int64_t rows = l_.tiles(l_.winograd.h, a_.cell.dilation_h, h1 - h0);
     for (int64_t k = 0; k < rows; ++k)
       for (int64_t column = 0; column < b.columns; ++column) {
         T* out = s.blocks[image].gates + (b.row(k) * l_.Wr + b.column(column)) * kGates;
@@ -309,8 +313,8 @@ class Forward {
       }
   }
 
-  // Forms direct sums of the pixels that may have an equal, for state rows [h0, h1) of one block,
-  // with x's sums if Winograd forms x's half.
+  // Computes direct sums of the pixels that may have an equal, for state rows [h0, h1) of one
+  // block, with x's sums if Winograd computes x's half.
   void sum_equal(int64_t t, const RowBlock& b, int64_t b0, int64_t h0, int64_t h1, int64_t cb) {
     const Sums* sums = equal_.row(b.sums, h0 - b0);
     equal_.write_mem(sums, h1 - h0, mem_runs_, states_.mem_row(t, b.r, h0), weight(cb),

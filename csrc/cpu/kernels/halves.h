@@ -33,7 +33,8 @@ struct Halves {
   // A half's exponent, moved to the place of a float's exponent, is too small by 112. The exponent
   // of an infinity or NaN becomes the largest.
   static SNNLSTM_INLINE R load(const Float16* p) {
-    const Words h = read(p), magnitude = (h & 0x7fff) << 13;
+    const Words h = read(p);
+    const Words magnitude = (h & 0x7fff) << 13;
     const Words scaled = words(floats(magnitude) * 0x1p112f);
     return floats((h & 0x8000) << 16 |
                   (magnitude < (0x7c00u << 13) ? scaled : magnitude | 0x7f800000));
@@ -41,11 +42,13 @@ struct Halves {
 
   // These round to nearest, ties to even.
   static SNNLSTM_INLINE void store(BFloat16* p, R v) {
-    const Words w = words(v), rounded = (w + 0x7fff + (w >> 16 & 1)) >> 16;
+    const Words w = words(v);
+    const Words rounded = (w + 0x7fff + (w >> 16 & 1)) >> 16;
     write(p, (w & 0x7fffffff) > 0x7f800000 ? Words{} + 0x7fc0 : rounded);
   }
   static SNNLSTM_INLINE void store(Float16* p, R v) {
-    const Words w = words(v), magnitude = w & 0x7fffffff;
+    const Words w = words(v);
+    const Words magnitude = w & 0x7fffffff;
     // Adding 0.5 rounds to the last bit of a subnormal half.
     const Words subnormal = words(floats(magnitude) + 0.5f) - 0x3f000000;
     const Words normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;

@@ -39,7 +39,8 @@ struct VectorBlock {
 // vectors, and the last block has the rest. A rest of three short vectors is split into one vector
 // and a pair, which one of the processor's longer vectors holds (Merged).
 inline VectorBlock vector_block(int64_t vectors, int64_t v, int bytes) {
-  const int64_t whole = vectors / 4 * 4, rest = vectors - whole;
+  const int64_t whole = vectors / 4 * 4;
+  const int64_t rest = vectors - whole;
   if (v < whole) return {v / 4 * 4, 4};
   if (rest < 3 || 2 * bytes > kNativeBytes) return {whole, int(rest)};
   return v < whole + 2 ? VectorBlock{whole, 2} : VectorBlock{whole + 2, 1};
@@ -49,12 +50,12 @@ template <class T, int VL>
 struct Layout {
   explicit Layout(const Cell& cell)
       : c(cell),
-        form(cell.tiled() ? cpu::tiling(cell) : TileForm()),
-        grad_form(cell.tiled() ? cpu::grad_tiling(cell) : TileForm()),
+        winograd(cell.tiled() ? cpu::tiling(cell) : WinogradTile()),
+        grad_winograd(cell.tiled() ? cpu::grad_tiling(cell) : WinogradTile()),
         Ho(cell.Ho()),
         Wo(cell.Wo()),
-        Hr(whole(form.h, cell.dilation_h, Ho)),
-        Wr(whole(form.w, cell.dilation_w, Wo)),
+        Hr(whole(winograd.h, cell.dilation_h, Ho)),
+        Wr(whole(winograd.w, cell.dilation_w, Wo)),
         Hp(cell.Hp()),
         Wp(cell.Wp()),
         ph(cell.pad_h()),
@@ -62,8 +63,8 @@ struct Layout {
         Cb((cell.C + VL - 1) / VL),
         Cp(Cb * VL),
         pixels(Ho * Wo),
-        Hm(bordered(cell.kernel_h, form.h, grad_form.h, cell.dilation_h, Ho)),
-        Wm(bordered(cell.kernel_w, form.w, grad_form.w, cell.dilation_w, Wo)),
+        Hm(bordered(cell.kernel_h, winograd.h, grad_winograd.h, cell.dilation_h, Ho)),
+        Wm(bordered(cell.kernel_w, winograd.w, grad_winograd.w, cell.dilation_w, Wo)),
         Hx(tiled_x() ? Hm : cell.H + 2 * ph),
         Wx(tiled_x() ? Wm : cell.W + 2 * pw),
         taps(cell.kernel_h * cell.kernel_w),
@@ -73,7 +74,8 @@ struct Layout {
         x_blocks(whole_vectors((cell.Cin + VL - 1) / VL)) {}
 
   Cell c;
-  TileForm form, grad_form;        // Winograd's, or 1 x 1; grad_form is the weight gradient's
+  WinogradTile winograd;           // 1 x 1 without Winograd
+  WinogradTile grad_winograd;      // the weight gradient's
   int64_t Ho, Wo, Hr, Wr, Hp, Wp;  // Hr, Wr: the state's image in whole tiles
   int64_t ph, pw, Cb, Cp, pixels;
   int64_t Hm, Wm, Hx, Wx;  // sizes with the border: of mem and d gates, and of x
@@ -94,7 +96,7 @@ struct Layout {
   static int64_t tiles(const Axis& a, int64_t dilation, int64_t n) {
     return whole(a, dilation, n) / a.tile;
   }
-  // Adds to n pixels the border that direct convolution, or the tiles of either form, reads.
+  // Adds to n pixels the border that direct convolution, or Winograd's tiles of either kind, reads.
   int64_t bordered(int kernel, const Axis& a, const Axis& b, int64_t dilation, int64_t n) const {
     if (!c.tiled()) return n + dilation * (kernel - 1);
     const int64_t most_a = whole(a, dilation, n) + dilation * (a.taps() - 1);
@@ -115,8 +117,8 @@ struct Layout {
   }
 
   // These count the values of a kernel after Winograd's transform.
-  int64_t tile_weights() const { return form.points() * form.parts(); }
-  int64_t grad_points() const { return grad_form.points() * grad_form.parts(); }
+  int64_t tile_weights() const { return winograd.points() * winograd.parts(); }
+  int64_t grad_points() const { return grad_winograd.points() * grad_winograd.parts(); }
 
   // Says whether at least half of the lanes hold no channel.
   bool few_channels() const { return 2 * c.C <= Cp; }
@@ -141,7 +143,7 @@ struct Layout {
       to[ch] = c.spiking && ch < c.C ? threshold[ch * a.threshold_stride] : T(1);
   }
   // With Winograd the weight for direct convolution lacks the recurrent half, unless some pixels'
-  // sums are formed directly.
+  // sums are computed directly.
   int64_t packed_rows() const { return c.tiled() && !c.keeps_equal() ? Kx : K(); }
   int64_t packed_forward() const { return Cb * packed_rows() * 4 * VL; }
   int64_t packed_backward() const { return (x_blocks + (c.tiled() ? 0 : Cb)) * Kg * VL; }
@@ -159,16 +161,17 @@ struct Layout {
   // a 32 KiB L1, or in all of it if the weights exceed L2. With Winograd they are some 32 tiles,
   // which share every weight that is read, or 64 if the tiles' values and products fit in L2.
   int64_t block_rows() const {
-    if (c.tiled()) return rows_of_tiles(form);
+    if (c.tiled()) return rows_of_tiles(winograd);
     const int64_t rows = (exceeds_l2() ? 32768 : 16384) / (Wo * 4 * VL * int64_t(sizeof(T)));
     return rows < 1 ? 1 : rows < Hr ? rows : Hr;
   }
 
-  // Returns how many rows of a form's tiles are worked on at a time. A kernel in parts also reads
+  // Returns how many rows of tiles are worked on at a time. A kernel in parts also reads
   // rows of tiles below the block, so that a block of few rows would transform more of those rows
   // than of its own.
-  int64_t rows_of_tiles(const TileForm& t) const {
-    const int64_t unit = whole(t.h, c.dilation_h, 1), columns = tiles(t.w, c.dilation_w, Wo);
+  int64_t rows_of_tiles(const WinogradTile& t) const {
+    const int64_t unit = whole(t.h, c.dilation_h, 1);
+    const int64_t columns = tiles(t.w, c.dilation_w, Wo);
     const int64_t in_unit = columns * unit / t.h.tile;
     int64_t units = (wanted_tiles(t) + in_unit - 1) / in_unit;
     if (units < t.h.parts) units = t.h.parts;
@@ -177,11 +180,11 @@ struct Layout {
   }
 
   // These return the wanted number of tiles of a block, and the number of a whole image.
-  int64_t wanted_tiles(const TileForm& t) const {
+  int64_t wanted_tiles(const WinogradTile& t) const {
     const int64_t bytes = t.points() * (Cp + 4 * VL) * int64_t(sizeof(T));  // a tile's
     return 64 * bytes <= 448 << 10 ? 64 : 32;
   }
-  int64_t image_tiles(const TileForm& t) const {
+  int64_t image_tiles(const WinogradTile& t) const {
     return tiles(t.h, c.dilation_h, Ho) * tiles(t.w, c.dilation_w, Wo);
   }
 
@@ -191,7 +194,7 @@ struct Layout {
   // with at most a third more images than wanted.
   int64_t images_together(int threads, bool even) const {
     if (block_rows() < Hr || c.N == 0) return 1;
-    const int64_t images = c.tiled() ? images_of(form) : (exceeds_l2() ? 128 : 64) / pixels;
+    const int64_t images = c.tiled() ? images_of(winograd) : (exceeds_l2() ? 128 : 64) / pixels;
     if (images < 1) return 1;
     const int64_t most = c.N / (exceeds_l2() ? threads : 2 * threads);
     if (!exceeds_l2() || !(even || exceeds_any_l2()))
@@ -201,14 +204,14 @@ struct Layout {
   }
   // Returns how many images have the wanted number of tiles or, if the weights fit in L2, as many
   // tiles as keep the registers busy.
-  int64_t images_of(const TileForm& t) const {
+  int64_t images_of(const WinogradTile& t) const {
     return (exceeds_l2() ? wanted_tiles(t) : 16) / image_tiles(t);
   }
 
   // Returns how many rows of a block have their gates of one channel block in L1 at a time.
   int64_t strip_rows() const {
     if (!c.tiled()) return block_rows();
-    const int64_t unit = whole(form.h, c.dilation_h, 1);
+    const int64_t unit = whole(winograd.h, c.dilation_h, 1);
     const int64_t rows = 16384 / (Wr * 4 * VL * int64_t(sizeof(T))) / unit * unit;
     return rows < unit ? unit : rows < block_rows() ? rows : block_rows();
   }
@@ -219,7 +222,8 @@ struct Layout {
   int64_t task_rows(int threads) const {
     int64_t rows = block_rows();
     const int64_t wanted = 4 * threads;
-    const int64_t whole_tiles = whole(form.h, c.dilation_h, 1), least = whole_tiles * form.h.parts;
+    const int64_t whole_tiles = whole(winograd.h, c.dilation_h, 1);
+    const int64_t least = whole_tiles * winograd.h.parts;
     const auto tasks = [&](int64_t of) { return c.N * ((Ho + of - 1) / of); };
     const auto worth = [&](int64_t of) {
       return !exceeds_l2() || of * Wo >= 128 || tasks(2 * of) < threads;

@@ -98,7 +98,8 @@ struct Leaky {
   static void forward(const LeakyForwardArgs& a) {
     parallel_for(a.threads, (a.n + kTask - 1) / kTask, kTask * a.T * kOperations,
                  [&](int64_t task, int) {
-                   const int64_t begin = task * kTask, end = std::min(a.n, begin + kTask);
+                   const int64_t begin = task * kTask;
+                   const int64_t end = std::min(a.n, begin + kTask);
                    for (int64_t t = 0; t < a.T; ++t) forward_step(a, t, begin, end);
                  });
   }
@@ -112,8 +113,10 @@ struct Leaky {
   static SNNLSTM_INLINE void backward_step(const LeakyBackwardArgs& a, int64_t t, int64_t begin,
                                            int64_t end) {
     const auto at = [&](const void* p) { return p ? static_cast<const T*>(p) + t * a.n : nullptr; };
-    const T *mem = at(a.mem), *grad_spk = at(a.grad_spk), *grad_mem = at(a.grad_mem),
-            *noise = at(a.noise);
+    const T* mem = at(a.mem);
+    const T* grad_spk = at(a.grad_spk);
+    const T* grad_mem = at(a.grad_mem);
+    const T* noise = at(a.noise);
     const T* before = !a.needs_before() ? mem : t == 0 ? static_cast<const T*>(a.mem0) : mem - a.n;
     X* grad_x = a.grad_x ? static_cast<X*>(a.grad_x) + t * a.n : nullptr;
     T* carried = static_cast<T*>(a.grad_mem0);
@@ -143,7 +146,8 @@ struct Leaky {
   static void backward(const LeakyBackwardArgs& a) {
     parallel_for(a.threads, (a.n + kTask - 1) / kTask, kTask * a.T * 2 * kOperations,
                  [&](int64_t task, int) {
-                   const int64_t begin = task * kTask, end = std::min(a.n, begin + kTask);
+                   const int64_t begin = task * kTask;
+                   const int64_t end = std::min(a.n, begin + kTask);
                    for (int64_t t = a.T; t-- > 0;) backward_step(a, t, begin, end);
                  });
   }

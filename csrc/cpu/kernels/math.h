@@ -25,7 +25,8 @@ struct ExpConstants<float> {
 template <>
 struct ExpConstants<double> {
   static constexpr int mantissa = 52, bias = 1023;
-  static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+  static constexpr double ln2_high = 6.93145751953125e-1;
+  static constexpr double ln2_low = 1.42860682030941723212e-6;
   static constexpr double limit = 708.0;
   static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int terms = 12;
@@ -75,7 +76,7 @@ struct Math : Simd<T, VL> {
 
   static SNNLSTM_INLINE R sigmoid(R x) { return T(1) / (T(1) + exp(-x)); }
 
-  // tanh is e / (e + 2). e = exp(2|x|) - 1 is formed without cancellation, so that the relative
+  // tanh is e / (e + 2). e = exp(2|x|) - 1 is computed without cancellation, so that the relative
   // error stays small near 0.
   static SNNLSTM_INLINE R tanh(R x) {
     const R bounded = S::lesser(splat(T(20)), S::abs(x));

@@ -40,7 +40,7 @@ class NeuronBackward {
 
   StepImages<T> images(int64_t t) const { return images_.images(t); }
   const T* d_gates(int64_t t, int64_t image) const { return images_.d_gates(t, image); }
-  // Returns a task's rows of the gradient of mem, which the next step's convolution has formed.
+  // Returns a task's rows of the gradient of mem, which the next step's convolution has computed.
   // `slot` counts the tasks that a thread works on together.
   T* mem_grad(int thread, int64_t slot) const {
     return scratch_[thread].mem_grad + slot * task_size();
@@ -62,7 +62,9 @@ class NeuronBackward {
   // Copies the gradients of the last step's states, or zeros.
   void start(int64_t task, int thread) {
     const Sample p = sample(task);
-    const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
+    const int64_t begin = tasks_.begin(task);
+    const int64_t end = tasks_.end(task);
+    const int64_t row = l_.Wo * l_.Cp;
     const auto read = [&](const View& v, T* dst) {
       if (v.data)
         images_.read_rows(v, a_.record ? p.steps - 1 : 0, p.n, begin, end, dst, row);
@@ -77,7 +79,9 @@ class NeuronBackward {
     NeuronScratch s = scratch_[thread];
     s.mem_grad += slot * task_size();
     const Sample p = sample(task);
-    const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
+    const int64_t begin = tasks_.begin(task);
+    const int64_t end = tasks_.end(task);
+    const int64_t row = l_.Wo * l_.Cp;
     const bool last = t == p.steps - 1;
     if (a_.grad_weight) images_.read_x(a_.x, t, p.n, p.image, begin, end);
     if (a_.record && !last) {
@@ -202,7 +206,9 @@ class NeuronBackward {
   // Computes mem after step t from the saved gates and syn.
   void recompute_mem(int64_t t, const Sample& p, int64_t h, T* out) const {
     const Cell& c = a_.cell;
-    const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
+    const T* gate = gates(t, p.n, h);
+    const T* syn = syn_after(t, p, h);
+    const T* syn_prev = syn_after(t - 1, p, h);
     each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {
       using N = Neighbours<T, VL, decltype(count)::value>;
       for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
@@ -296,10 +302,13 @@ class NeuronBackward {
   // Does the reset and the LSTM of one row.
   void step(int64_t t, const Sample& p, int64_t h, int64_t task, const T* mem_grad) const {
     const Cell& c = a_.cell;
-    const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
+    const T* gate = gates(t, p.n, h);
+    const T* syn = syn_after(t, p, h);
+    const T* syn_prev = syn_after(t - 1, p, h);
     T* d_syn = state_row(d_syn_, p, h);
     T* out = images_.d_gates_row(t, p.image, h);
-    T *bias_sums = bias_sums_ + task * 4 * l_.Cp, *threshold_sums = threshold_sums_ + task * l_.Cp;
+    T* bias_sums = bias_sums_ + task * 4 * l_.Cp;
+    T* threshold_sums = threshold_sums_ + task * l_.Cp;
     for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
       R bias[4] = {R{}, R{}, R{}, R{}}, threshold{};
       each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {

@@ -37,11 +37,13 @@ class NeuronForward {
   void update(int64_t t, const Rows& r, int64_t h, int64_t cb, T* gates) const {
     const Cell& c = a_.cell;
     const bool resets = c.reset != Reset::none;
-    const T *threshold = threshold_ + cb * VL, *syn_in = states_.syn_before(t, r, h) + cb * VL;
+    const T* threshold = threshold_ + cb * VL;
+    const T* syn_in = states_.syn_before(t, r, h) + cb * VL;
     T* syn_out = states_.syn_after(t, r, h) + cb * VL;
     const T* mem_in = states_.mem_inner(t, r, h) + cb * VL;
     T* mem_out = states_.mem_inner(t + 1, r, h) + cb * VL;
-    const int64_t Cp = l_.Cp, pixel = 4 * Cp;
+    const int64_t Cp = l_.Cp;
+    const int64_t pixel = 4 * Cp;
     T* saved = static_cast<T*>(a_.saved_gates);
     if (saved) saved += 4 * l_.state_row(t * c.N + r.n, h) + cb * kGates;
     each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {
@@ -153,12 +155,16 @@ class NeuronForward {
     const T unit = M::last_place(S::splat(highest))[0];
     int64_t winner = -1;
     each([&](T mem, int64_t index) {
-      if ((winner < 0 || index < winner) && is_largest(mem, highest, unit))
-        best = mem, winner = index;
+      if ((winner < 0 || index < winner) && is_largest(mem, highest, unit)) {
+        best = mem;
+        winner = index;
+      }
     });
     if (a_.winner) a_.winner[t * c.N + r.n] = winner;
     if (winner < 0) return;
-    const int64_t ch = winner / (l_.Hp * l_.Wp), h = winner / l_.Wp % l_.Hp, w = winner % l_.Wp;
+    const int64_t ch = winner / (l_.Hp * l_.Wp);
+    const int64_t h = winner / l_.Wp % l_.Hp;
+    const int64_t w = winner % l_.Wp;
     if (best - threshold_[ch] > T(0))
       row_of<T>(v, t, r.n, h)[ch * v.stride[2] + w * v.stride[4]] = size;
   }

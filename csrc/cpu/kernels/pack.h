@@ -102,7 +102,8 @@ struct Packing {
   // `count` input channels. A channel makes `values` values.
   template <class F>
   static void each_forward(const L& l, int threads, int64_t count, int64_t values, F&& f) {
-    const int64_t most = together(l), groups = (count + most - 1) / most;
+    const int64_t most = together(l);
+    const int64_t groups = (count + most - 1) / most;
     parallel_for(threads, l.Cb * groups, most * values * 4 * VL, [&](int64_t task, int thread) {
       const int64_t begin = task % groups * most;
       f(task / groups, begin, begin + most < count ? most : count - begin, thread);
@@ -156,7 +157,7 @@ struct Packing {
   // out + (p * parts + k) * stride.
   static void tile_weights(const L& l, const T* in, bool flipped, int64_t stride, T* out) {
     using D = Simd<double, VL>;
-    const TileForm& t = l.form;
+    const WinogradTile& t = l.winograd;
     const auto transform = PlaneTransform<D>::taps(t, t.h.part, t.w.part);
     const int64_t points = t.points(), parts = t.parts();
     alignas(64) double taps[5 * 5 * VL], values[8 * 8 * VL];

@@ -36,8 +36,9 @@ struct RowTasks {
   // one step may get, as lengths, how many steps each sample has left.
   int64_t sample(int64_t image) const { return a_->order ? a_->order[image] : image; }
   int64_t steps(int64_t task) const {
-    const int64_t T = a_->cell.T, given = a_->lengths ? a_->lengths[sample(image(task))] : T;
-    return given < T ? given : T;
+    const int64_t T = a_->cell.T;
+    const int64_t length = a_->lengths ? a_->lengths[sample(image(task))] : T;
+    return length < T ? length : T;
   }
   int64_t images() const { return count / per_image; }
   // The tasks of a group share the weights that a thread reads. A group has tasks of whole images,

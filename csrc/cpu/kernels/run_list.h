@@ -63,8 +63,9 @@ class RunList {
   int64_t row(const Run* run) const { return (run - runs_.get()) / runs_in_row_; }
   // Reduces some neighbouring runs of a dense list to those of the rows [taps.first, taps.last).
   void limit(const Run*& runs, int& number, const MetTaps& taps) const {
-    const Run *end = runs + number, *first = &runs_[taps.first * runs_in_row_],
-              *last = first + (taps.last - taps.first) * runs_in_row_;
+    const Run* end = runs + number;
+    const Run* first = &runs_[taps.first * runs_in_row_];
+    const Run* last = first + (taps.last - taps.first) * runs_in_row_;
     if (runs < first) runs = first;
     if (end > last) end = last;
     number = runs < end ? int(end - runs) : 0;

@@ -44,7 +44,7 @@ struct Quad {
 
 // The taps are cut into groups whose weights stay in cache: several kernel rows, one row, or a part
 // of a row. A list holds the nonzeros of the input rows under one output row and group, column by
-// column, so that the entries of an output pixel are contiguous. (With dilation, columns that meet
+// column, so that the entries of an output pixel are adjacent. (With dilation, columns that meet
 // in a pixel lie side by side in the list.) If a group has one kernel row, the list of an input row
 // serves all kernel rows.
 template <class T, int VL>
@@ -112,7 +112,8 @@ class SparseInput {
   // per 8 values listed and row, 12 per pixel sorted. Two loads a cycle are the bound: a nonzero
   // loads 4 vectors of weights, 1/2 of a label and 1/4 to 1 of a value.
   double cycles(double density) const {
-    const double values = double(l_.Kx), listed = shared() ? 1 + 2.0 / block_rows_ : c_.kernel_h;
+    const double values = double(l_.Kx);
+    const double listed = shared() ? 1 + 2.0 / block_rows_ : c_.kernel_h;
     const double lists = 10 + listed * (5 + 5 * ((c_.Cin + 7) / 8)) + 12.0 * groups();
     return kVectorCost<T, VL> * (2.75 * density * values + 18.0 * groups()) + lists / l_.Cb;
   }
@@ -190,7 +191,9 @@ class SparseInput {
   // Appends the nonzeros of `rows` kernel rows' input rows, column by column, to the n entries that
   // are there.
   int64_t list_row(const T* x, int64_t rows, int64_t n, int32_t* begin, const InputLists& s) const {
-    const int64_t Cin = c_.Cin, row_step = c_.dilation_h * Wx_ * Cin, dilation = c_.dilation_w;
+    const int64_t Cin = c_.Cin;
+    const int64_t row_step = c_.dilation_h * Wx_ * Cin;
+    const int64_t dilation = c_.dilation_w;
     const int64_t kernel_w = c_.kernel_w, columns = Wx_;
     int32_t* const label = s.label;
     T* const value = s.value;
@@ -235,9 +238,14 @@ class SparseInput {
   template <class F>
   SNNLSTM_INLINE void each_pixel(int64_t g, const TapGroup& p, int64_t rows, const InputLists& s,
                                  F&& f) const {
-    const int64_t dilation = c_.dilation_w, columns = Wx_ / dilation, longer = Wx_ % dilation;
-    const int64_t advance = c_.stride_w / dilation, residue_advance = c_.stride_w % dilation;
-    const int64_t span = p.columns, pixel = c_.Cin * kGates, Wo = Wo_;
+    const int64_t dilation = c_.dilation_w;
+    const int64_t columns = Wx_ / dilation;
+    const int64_t longer = Wx_ % dilation;
+    const int64_t advance = c_.stride_w / dilation;
+    const int64_t residue_advance = c_.stride_w % dilation;
+    const int64_t span = p.columns;
+    const int64_t pixel = c_.Cin * kGates;
+    const int64_t Wo = Wo_;
     for (int64_t h = 0; h < rows; ++h) {
       const int64_t list =
           shared() ? h * c_.stride_h + p.row * c_.dilation_h : h * row_groups_ + g / column_groups_;
@@ -252,7 +260,10 @@ class SparseInput {
         m += advance;
         if (residue_advance == 0) continue;
         residue += residue_advance;
-        if (residue >= dilation) residue -= dilation, ++m;
+        if (residue >= dilation) {
+          residue -= dilation;
+          ++m;
+        }
         before = residue * columns + (residue < longer ? residue : longer);
       }
     }

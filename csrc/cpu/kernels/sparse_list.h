@@ -74,7 +74,8 @@ __attribute__((noinline)) int64_t list_nonzeros(const T* x, int64_t row_step, in
   for (; rows > 0; --rows, x += row_step, first += label_step) {
     const auto append = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
       n = append_nonzeros<shift>(x + k, n, first + int32_t(k << shift), label, value);
-      label += n, value += n;
+      label += n;
+      value += n;
     };
     int64_t k = 0;
     for (; k + 8 <= count; k += 8) append(k, 8);

@@ -89,8 +89,8 @@ class StateRows {
   // Returns how many rows of mem, border included, the kernel reads for `rows` state rows.
   int64_t seen_rows(int64_t rows) const {
     const Cell& c = a_.cell;
-    return l_.whole(l_.form.h, c.dilation_h, rows) +
-           ((c.tiled() ? l_.form.h.taps() : c.kernel_h) - 1) * c.dilation_h;
+    return l_.whole(l_.winograd.h, c.dilation_h, rows) +
+           ((c.tiled() ? l_.winograd.h.taps() : c.kernel_h) - 1) * c.dilation_h;
   }
 
   T* first_syn(const Rows& r, int64_t h) const { return r.syn + (h - r.first) * l_.Wo * l_.Cp; }
@@ -111,7 +111,8 @@ class StateRows {
 
   // Writes zeros on both sides of a row of mem, or, outside the image, into the whole row.
   void clear_border(T* row, bool image) const {
-    const int64_t all = l_.Wm * l_.Cp, left = image ? l_.pw * l_.Cp : all;
+    const int64_t all = l_.Wm * l_.Cp;
+    const int64_t left = image ? l_.pw * l_.Cp : all;
     std::memset(row, 0, left * sizeof(T));
     if (!image) return;
     const int64_t right = left + l_.Wo * l_.Cp;

@@ -1,4 +1,4 @@
-// The images from which a time step's gradients are formed: d gates, mem before the step and x,
+// The images from which a time step's gradients follow: d gates, mem before the step and x,
 // channels-last with a zero border (layout.h). The steps alternate between two buffers: while the
 // tasks of one step read one buffer, others write the images of the step before into the other.
 #pragma once
@@ -23,7 +23,7 @@ class StepBuffers {
  public:
   explicit StepBuffers(const Layout<T, VL>& l) : l_(l) {}
 
-  // Takes memory for all samples, and for x if the weight gradient is formed.
+  // Takes memory for all samples, and for x if the weight gradient is wanted.
   void allocate(Workspace& workspace, const BackwardArgs& a) {
     const int64_t N = l_.c.N;
     with_x_ = a.grad_weight != nullptr;
@@ -98,7 +98,9 @@ class StepBuffers {
   // the padding.
   void clear_border(T* image, int64_t rows, int64_t columns, int64_t height, int64_t width,
                     int64_t pixel) const {
-    const int64_t row = columns * pixel, left = l_.pw * pixel, right = left + width * pixel;
+    const int64_t row = columns * pixel;
+    const int64_t left = l_.pw * pixel;
+    const int64_t right = left + width * pixel;
     std::memset(image, 0, l_.ph * row * sizeof(T));
     for (int64_t h = l_.ph; h < l_.ph + height; ++h) {
       std::memset(image + h * row, 0, left * sizeof(T));

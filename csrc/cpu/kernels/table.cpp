@@ -35,8 +35,8 @@ static int64_t packed_bytes(const Cell& cell, Form form) {
   return with_lanes(cell, [&](auto lanes) {
     using L = decltype(lanes);
     const typename L::template Of<Layout> l(cell);
-    const int64_t tiles = l.tile_weights() * 4 * l.Cp,
-                  counts[] = {l.packed_forward(),  tiles * cell.C, tiles * cell.Cin,
+    const int64_t tiles = l.tile_weights() * 4 * l.Cp;
+    const int64_t counts[] = {l.packed_forward(),  tiles * cell.C, tiles * cell.Cin,
                               l.packed_backward(), tiles * l.Cp,   tiles * l.x_blocks * L::count};
     return counts[int(form)] * int64_t(sizeof(typename L::Scalar));
   });

@@ -29,7 +29,7 @@ inline int64_t point_stride(int64_t count) {
 // interleave.
 template <class T>
 struct TileBlock {
-  TileForm form;
+  WinogradTile winograd;
   int64_t dilation_h, dilation_w;
   int64_t rows, columns;        // of tiles
   int64_t in_rows, in_columns;  // of tiles of inputs, with the tiles that other parts read
@@ -41,10 +41,10 @@ struct TileBlock {
   int64_t image_values() const { return in_rows * in_columns * channels; }
   // These return the first row and column of a tile.
   int64_t row(int64_t r) const {
-    return r / dilation_h * dilation_h * form.h.tile + r % dilation_h;
+    return r / dilation_h * dilation_h * winograd.h.tile + r % dilation_h;
   }
   int64_t column(int64_t c) const {
-    return c / dilation_w * dilation_w * form.w.tile + c % dilation_w;
+    return c / dilation_w * dilation_w * winograd.w.tile + c % dilation_w;
   }
   // Returns the distance, in a point's values, from a tile to the one that part (i, j) of the
   // kernel sees.
@@ -56,19 +56,21 @@ struct TileBlock {
 // Describes a block of `rows` rows (at most rows_of_tiles()) and `channels` input channels in
 // `images` images, with memory for most_images.
 template <class T, int VL>
-TileBlock<T> tile_block(const Layout<T, VL>& l, const TileForm& form, int64_t rows,
+TileBlock<T> tile_block(const Layout<T, VL>& l, const WinogradTile& winograd, int64_t rows,
                         int64_t channels, int64_t images, int64_t most_images) {
   TileBlock<T> b;
-  b.form = form, b.dilation_h = l.c.dilation_h, b.dilation_w = l.c.dilation_w;
+  b.winograd = winograd;
+  b.dilation_h = l.c.dilation_h;
+  b.dilation_w = l.c.dilation_w;
   const auto more = [&](const Axis& a, int64_t dilation) { return (a.parts - 1) * dilation; };
-  b.rows = l.tiles(form.h, l.c.dilation_h, rows);
-  b.columns = l.tiles(form.w, l.c.dilation_w, l.Wo);
-  b.in_rows = b.rows + more(form.h, l.c.dilation_h);
-  b.in_columns = b.columns + more(form.w, l.c.dilation_w);
+  b.rows = l.tiles(winograd.h, l.c.dilation_h, rows);
+  b.columns = l.tiles(winograd.w, l.c.dilation_w, l.Wo);
+  b.in_rows = b.rows + more(winograd.h, l.c.dilation_h);
+  b.in_columns = b.columns + more(winograd.w, l.c.dilation_w);
   b.channels = channels;
   b.images = images;
-  const int64_t most = l.tiles(form.h, l.c.dilation_h, l.rows_of_tiles(form));
-  b.values_stride = point_stride<T>(most_images * (most + more(form.h, l.c.dilation_h)) *
+  const int64_t most = l.tiles(winograd.h, l.c.dilation_h, l.rows_of_tiles(winograd));
+  b.values_stride = point_stride<T>(most_images * (most + more(winograd.h, l.c.dilation_h)) *
                                     b.in_columns * channels);
   b.products_stride = point_stride<T>(most_images * most * b.columns * 4 * VL);
   return b;
@@ -86,17 +88,18 @@ struct TileBuffers {
   T *values, *products;
 };
 
-// The number of elements of TileBuffers for a form's tiles of some images with `channels` input
+// The number of elements of TileBuffers for Winograd's tiles of some images with `channels` input
 // channels. It is 0 for a cell without tiles.
 struct TileSizes {
   int64_t values = 0, products = 0;
 
   template <class T, int VL>
-  TileSizes(const Layout<T, VL>& l, const TileForm& form, int64_t channels, int64_t images) {
+  TileSizes(const Layout<T, VL>& l, const WinogradTile& winograd, int64_t channels,
+            int64_t images) {
     if (!l.c.tiled()) return;
-    const TileBlock<T> b = tile_block(l, form, 0, channels, images, images);
-    values = form.points() * b.values_stride;
-    products = form.points() * b.products_stride;
+    const TileBlock<T> b = tile_block(l, winograd, 0, channels, images, images);
+    values = winograd.points() * b.values_stride;
+    products = winograd.points() * b.products_stride;
   }
   void cover(const TileSizes& other) {
     if (other.values > values) values = other.values;
@@ -119,7 +122,7 @@ class InputTransform {
 
  public:
   InputTransform() = default;
-  explicit InputTransform(const TileForm& t)
+  explicit InputTransform(const WinogradTile& t)
       : h_(AxisTransforms<S>::inputs(t.h)), w_(AxisTransforms<S>::inputs(t.w)) {
     if constexpr (Longer::lanes > S::lanes) longer_ = InputTransform<Longer>(t);
   }
@@ -144,17 +147,18 @@ class InputTransform {
   // Transforms one vector of channels of neighbouring tiles.
   void tiles(const TileBlock<T>& b, const T* in, int64_t row, int64_t pixel, int count,
              T* out) const {
-    const int inputs = b.form.w.inputs();
-    const int64_t point = b.values_stride, points = inputs * point;
-    const int64_t next = b.form.w.tile * pixel;
+    const int inputs = b.winograd.w.inputs();
+    const int64_t point = b.values_stride;
+    const int64_t points = inputs * point;
+    const int64_t next = b.winograd.w.tile * pixel;
     if (!w_) return h_(in, {row, pixel, 0}, out, {points, b.channels, 0}, count, 1, nullptr, {});
     if (!h_) return w_(in, {pixel, next, 0}, out, {point, b.channels, 0}, count, 1, nullptr, {});
     alignas(64) T half[8 * (3 * 4 + 8) * S::lanes];
-    const int columns = (count - 1) * b.form.w.tile + inputs;
+    const int columns = (count - 1) * b.winograd.w.tile + inputs;
     const int64_t half_row = columns * S::lanes;
     h_(in, {row, pixel, 0}, half, {half_row, S::lanes, 0}, columns, 1, nullptr, {});
-    w_(half, {S::lanes, half_row, b.form.w.tile * S::lanes}, out, {point, points, b.channels},
-       b.form.h.inputs(), count, nullptr, {});
+    w_(half, {S::lanes, half_row, b.winograd.w.tile * S::lanes}, out, {point, points, b.channels},
+       b.winograd.h.inputs(), count, nullptr, {});
   }
 
   AxisTransform<T> h_ = nullptr, w_ = nullptr;
@@ -172,18 +176,23 @@ struct SummedChannels {
 // products sum over. Sums in pieces round less.
 template <int most, class T, class F>
 void part_runs(const TileBlock<T>& b, const SummedChannels& summed, F&& f) {
-  const int64_t len = summed.len, used = summed.used, pieces = (used + most - 1) / most;
+  const int64_t len = summed.len;
+  const int64_t used = summed.used;
+  const int64_t pieces = (used + most - 1) / most;
   Run runs[most];
   int64_t values = 0;
   int number = 0;
-  for (int i = 0; i < b.form.h.parts; ++i)
-    for (int j = 0; j < b.form.w.parts; ++j)
+  for (int i = 0; i < b.winograd.h.parts; ++i)
+    for (int j = 0; j < b.winograd.w.parts; ++j)
       for (int64_t first = 0; first < len; first += summed.every)
         for (int64_t p = 1, begin = 0, end; p <= pieces; ++p, begin = end) {
           end = p < pieces ? used * p / pieces : used;
-          if (values + end - begin > most) f(runs, number), values = number = 0;
+          if (values + end - begin > most) {
+            f(runs, number);
+            values = number = 0;
+          }
           runs[number++] = {b.part(i, j) + first + begin,
-                            (i * b.form.w.parts + j) * len + first + begin, end - begin};
+                            (i * b.winograd.w.parts + j) * len + first + begin, end - begin};
           values += end - begin;
         }
   if (number > 0) f(runs, number);
@@ -201,8 +210,14 @@ struct TileRows {
         columns(b.columns),
         image(b.image_values()),
         row(b.in_columns * b.channels) {
-    if (b.in_columns == b.columns) columns *= rows, rows = 1;
-    if (rows == 1 && image == columns * b.channels) columns *= images, images = 1;
+    if (b.in_columns == b.columns) {
+      columns *= rows;
+      rows = 1;
+    }
+    if (rows == 1 && image == columns * b.channels) {
+      columns *= images;
+      images = 1;
+    }
   }
 };
 
@@ -210,11 +225,12 @@ struct TileRows {
 template <class S, int NV, class T = typename S::Scalar>
 void multiply(const TileBlock<T>& b, const T* values, const T* weight, const SummedChannels& summed,
               bool add, T* products) {
-  constexpr int64_t width = NV * S::lanes, in_cache = chunk_length<T>(width);
+  constexpr int64_t width = NV * S::lanes;
+  constexpr int64_t in_cache = chunk_length<T>(width);
   constexpr int most = in_cache < 48 ? in_cache : 48;  // longer sums would have larger errors
   const TileRows rows(b);
-  for (int k = 0; k < b.form.points(); ++k) {
-    const T* w = weight + k * b.form.parts() * summed.len * width;
+  for (int k = 0; k < b.winograd.points(); ++k) {
+    const T* w = weight + k * b.winograd.parts() * summed.len * width;
     T* out = products + k * b.products_stride;
     bool more = add;
     part_runs<most>(b, summed, [&](const Run* runs, int number) {

@@ -1,4 +1,4 @@
-// Copies between the caller's tensors (any strides) and channels-last rows. Rows of contiguous
+// Copies between the caller's tensors (any strides) and channels-last rows. Rows of adjacent
 // columns (NCHW) are transposed in registers. Several rows that follow each other without a gap in
 // the caller's tensor are transposed as one long row, because short rows would not fill the
 // registers.
@@ -32,7 +32,8 @@ struct Pixels {
   // Writes the places of n pixels from the p-th on.
   template <int n>
   SNNLSTM_INLINE void places(int64_t p, int64_t* to) const {
-    int64_t w = p % W, place = p / W * row + w * pixel;
+    int64_t w = p % W;
+    int64_t place = p / W * row + w * pixel;
     const int64_t turn = row - (W - 1) * pixel;
     for (int k = 0; k < n; ++k) {
       to[k] = place;
@@ -109,8 +110,9 @@ void load_row(const T* src, int64_t stride_c, int64_t stride_w, int64_t W, int64
 // squares.
 template <int VL>
 bool one_row(const Pixels& ours, int64_t rows, int64_t stride_h, int64_t stride_w) {
-  const int64_t W = ours.W, long_row = (rows * W + VL - 1) / VL,
-                short_rows = (W + VL - 1) / VL * rows;
+  const int64_t W = ours.W;
+  const int64_t long_row = (rows * W + VL - 1) / VL;
+  const int64_t short_rows = (W + VL - 1) / VL * rows;
   if (W == 1) return true;
   return stride_h == W * stride_w && (ours.regular() || 5 * long_row < 4 * short_rows);
 }
@@ -121,8 +123,11 @@ template <class S, class T = typename S::Scalar>
 void load_rows(const View& v, int64_t t, int64_t n, int64_t first, int64_t rows, int64_t C, T* dst,
                const Pixels& to, int64_t filled) {
   const T* const src = row_of<const T>(v, t, n, first);
-  const int64_t stride_c = v.stride[2], stride_h = v.stride[3], stride_w = v.stride[4];
-  const int64_t W = to.W, next = W == 1 ? stride_h : stride_w;
+  const int64_t stride_c = v.stride[2];
+  const int64_t stride_h = v.stride[3];
+  const int64_t stride_w = v.stride[4];
+  const int64_t W = to.W;
+  const int64_t next = W == 1 ? stride_h : stride_w;
   if (C == 1 && filled == 1 && stride_w == 1 && to.pixel == 1) {
     for (int64_t h = 0; h < rows; ++h)
       std::memcpy(dst + h * to.row, src + h * stride_h, W * sizeof(T));
@@ -205,8 +210,11 @@ template <class S, class F, class T = typename S::Scalar>
 void store_rows(const T* src, const Pixels& from, int64_t rows, int64_t C, const View& v, int64_t t,
                 int64_t n, int64_t first, F&& f) {
   T* const dst = row_of<T>(v, t, n, first);
-  const int64_t stride_c = v.stride[2], stride_h = v.stride[3], stride_w = v.stride[4];
-  const int64_t W = from.W, next = W == 1 ? stride_h : stride_w;
+  const int64_t stride_c = v.stride[2];
+  const int64_t stride_h = v.stride[3];
+  const int64_t stride_w = v.stride[4];
+  const int64_t W = from.W;
+  const int64_t next = W == 1 ? stride_h : stride_w;
   if (!one_row<S::lanes>(from, rows, stride_h, stride_w)) {
     for (int64_t h = 0; h < rows; ++h)
       store_row<S>(src + h * from.row, Row{from.pixel}, W, C, dst + h * stride_h, stride_c,

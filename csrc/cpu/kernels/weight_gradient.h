@@ -41,14 +41,15 @@ class WeightGradient {
         bands_(std::min(count_splits() / image_splits_, pixel_blocks())),
         sums_(l, x_in_tiles(), splits(), blocks_of_a_split()) {
     if constexpr (kHasWinograd<T, VL>) {
-      inputs_ = InputTransform<S>(l.grad_form);
-      taps_ = PlaneTransform<GateVector>::taps(l.grad_form, l.grad_form.h.tile, l.grad_form.w.tile);
+      inputs_ = InputTransform<S>(l.grad_winograd);
+      taps_ = PlaneTransform<GateVector>::taps(l.grad_winograd, l.grad_winograd.h.tile,
+                                               l.grad_winograd.w.tile);
     }
   }
 
   // Returns the sizes of the tile buffers that add() needs.
   TileSizes tile_sizes() const {
-    return TileSizes(l_, l_.grad_form, kTilePiece + VL, images_together(true));
+    return TileSizes(l_, l_.grad_winograd, kTilePiece + VL, images_together(true));
   }
 
   void allocate(Workspace& workspace) {
@@ -70,9 +71,12 @@ class WeightGradient {
   int64_t tasks() const { return splits() * pieces() * l_.Cb; }
   void add(const StepImages<T>& step, int64_t N, int64_t task, int thread,
            const TileBuffers<T>& tiles) {
-    const int64_t cb = task % l_.Cb, index = task / l_.Cb % pieces(),
-                  split = task / l_.Cb / pieces();
-    const int64_t part = split / bands_, band = split % bands_, blocks = pixel_blocks();
+    const int64_t cb = task % l_.Cb;
+    const int64_t index = task / l_.Cb % pieces();
+    const int64_t split = task / l_.Cb / pieces();
+    const int64_t part = split / bands_;
+    const int64_t band = split % bands_;
+    const int64_t blocks = pixel_blocks();
     const Images images{split, N * part / image_splits_, N * (part + 1) / image_splits_,
                         blocks * band / bands_ * block_rows(),
                         std::min(blocks * (band + 1) / bands_ * block_rows(), l_.Ho)};
@@ -102,7 +106,7 @@ class WeightGradient {
   // Returns the blocks in which the weight gradient of mem takes an image, and their rows.
   int64_t pixel_blocks() const { return (l_.Ho + block_rows() - 1) / block_rows(); }
   int64_t block_rows() const {
-    return c_.tiled() ? l_.rows_of_tiles(l_.grad_form) : pixel_block_rows();
+    return c_.tiled() ? l_.rows_of_tiles(l_.grad_winograd) : pixel_block_rows();
   }
   int64_t blocks_of_a_split() const {
     return (c_.N + image_splits_ - 1) / image_splits_ * ((pixel_blocks() + bands_ - 1) / bands_);
@@ -111,9 +115,9 @@ class WeightGradient {
   // Returns how many small images are summed together, so that the sums are read and written once
   // for all of them.
   int64_t images_together(bool in_tiles) const {
-    const int64_t rows = in_tiles ? l_.rows_of_tiles(l_.grad_form) : pixel_block_rows();
+    const int64_t rows = in_tiles ? l_.rows_of_tiles(l_.grad_winograd) : pixel_block_rows();
     if (rows < l_.Ho || c_.N == 0) return 1;
-    const int64_t images = in_tiles ? l_.images_of(l_.grad_form) : kBlockPixels / l_.pixels;
+    const int64_t images = in_tiles ? l_.images_of(l_.grad_winograd) : kBlockPixels / l_.pixels;
     return images < 1 ? 1 : images < c_.N ? images : c_.N;
   }
 
@@ -125,7 +129,7 @@ class WeightGradient {
       f(n, images.last - n < most ? images.last - n : most);
   }
 
-  // Says whether Winograd forms x's weight gradient. With few channels that gains nothing, and
+  // Says whether Winograd computes x's weight gradient. With few channels that gains nothing, and
   // direct sums round less.
   bool x_in_tiles() const { return c_.x_algorithm == CpuAlgorithm::winograd && c_.Cin > 4; }
 
@@ -146,13 +150,14 @@ class WeightGradient {
   void by_tiles(const StepImages<T>& step, const Images& all, int64_t cb, bool is_x, int64_t piece,
                 const TileBuffers<T>& tiles) {
     if (cb % kShared != 0) return;
-    const int64_t channels = is_x ? c_.Cin : c_.C, first = piece * kTilePiece;
+    const int64_t channels = is_x ? c_.Cin : c_.C;
+    const int64_t first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
-    const int64_t block = l_.rows_of_tiles(l_.grad_form), stride = channels * kGates;
+    const int64_t block = l_.rows_of_tiles(l_.grad_winograd), stride = channels * kGates;
     each_images(all, true, [&](int64_t n, int64_t images) {
       for (int64_t h = all.top; h < all.bottom; h += block) {
         PixelRows<T> p = pixel_rows(step, n, images, h, std::min(block, all.bottom - h), cb, is_x);
-        const TileBlock<T> b = tile_block(l_, l_.grad_form, p.rows, (len + VL - 1) / VL * VL,
+        const TileBlock<T> b = tile_block(l_, l_.grad_winograd, p.rows, (len + VL - 1) / VL * VL,
                                           images, images_together(true));
         for (int64_t k = 0; k < images; ++k)
           inputs_.run(b, p.in + k * p.in_image + first, p.in_row, p.in_pixel,
@@ -169,7 +174,8 @@ class WeightGradient {
   PixelRows<T> pixel_rows(const StepImages<T>& step, int64_t n, int64_t images, int64_t h,
                           int64_t rows, int64_t cb, bool is_x) const {
     PixelRows<T> p;
-    p.images = images, p.d_image = 4 * l_.mem_image();
+    p.images = images;
+    p.d_image = 4 * l_.mem_image();
     p.in_image = is_x ? l_.x_image() : l_.mem_image();
     p.d_pixel = 4 * l_.Cp;
     p.d_row = l_.Wm * p.d_pixel;
@@ -215,7 +221,8 @@ class WeightGradient {
   template <int NV>
   void add_run(bool finite, const Run& run, bool is_x, const PixelRows<T>& p, T* out) const {
     if (finite) return weight_grad_run<S, NV>(p, run.in, run.len, out);
-    const int64_t channels = is_x ? c_.Cin : c_.C, first = run.w - (is_x ? 0 : l_.Kx);
+    const int64_t channels = is_x ? c_.Cin : c_.C;
+    const int64_t first = run.w - (is_x ? 0 : l_.Kx);
     for (int64_t k = first, n; k < first + run.len; k += n, out += n * NV * VL) {
       n = std::min(channels - k % channels, first + run.len - k);
       weight_grad_run<S, NV>(met_by(k / channels % c_.kernel_w, is_x, p), run.in + k - first, n,
@@ -225,13 +232,17 @@ class WeightGradient {
 
   // Returns the pixels, in whole rows, from which a column of taps meets the image.
   PixelRows<T> met_by(int64_t column, bool is_x, PixelRows<T> p) const {
-    const int64_t first = column * c_.dilation_w - l_.pw, width = is_x ? c_.W : l_.Wo;
+    const int64_t first = column * c_.dilation_w - l_.pw;
+    const int64_t width = is_x ? c_.W : l_.Wo;
     const auto meets = [&](int64_t w) {
       const int64_t at = first + w * (is_x ? c_.stride_w : 1);
       return 0 <= at && at < width;
     };
     int64_t w = 0;
-    for (; p.pixels > 0 && !meets(w); ++w, --p.pixels) p.in += p.in_pixel, p.d_gates += p.d_pixel;
+    for (; p.pixels > 0 && !meets(w); ++w, --p.pixels) {
+      p.in += p.in_pixel;
+      p.d_gates += p.d_pixel;
+    }
     while (p.pixels > 0 && !meets(w + p.pixels - 1)) --p.pixels;
     return p;
   }
@@ -243,7 +254,10 @@ class WeightGradient {
       const MetTaps taps = l_.met(k, is_x);
       return taps.first <= row && row < taps.last;
     };
-    for (; p.rows > 0 && !meets(h); ++h, --p.rows) p.in += p.in_row, p.d_gates += p.d_row;
+    for (; p.rows > 0 && !meets(h); ++h, --p.rows) {
+      p.in += p.in_row;
+      p.d_gates += p.d_row;
+    }
     while (p.rows > 0 && !meets(h + p.rows - 1)) --p.rows;
     return p;
   }
@@ -287,11 +301,13 @@ class WeightGradient {
     });
   }
 
-  // Forms the sums of a cell with so few channels that most lanes hold none: the lanes with a
+  // Computes the sums of a cell with so few channels that most lanes hold none: the lanes with a
   // channel are compacted.
   void compactly(const StepImages<T>& step, const Images& images, bool is_x, const Run* runs,
                  int count, const WeightScratch& s, T* out) {
-    const int64_t C = c_.C, vectors = l_.few_vectors(), width = vectors * VL;
+    const int64_t C = c_.C;
+    const int64_t vectors = l_.few_vectors();
+    const int64_t width = vectors * VL;
     T* const sums = s.few_sums;
     std::memset(sums, 0, kPiece * width * sizeof(T));
     each_pixel_block(step, images, 0, is_x, [&](int64_t h, PixelRows<T> p) {

@@ -35,7 +35,8 @@ SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T
       for (int v = 0; v < NV; ++v)
         acc[s][k][v] = R{};  // rounds less than sums that begin with `out`
   for (int64_t row = 0; row < p.images * p.rows; ++row) {
-    const int64_t n = p.images > 1 ? row / p.rows : 0, h = row - n * p.rows;
+    const int64_t n = p.images > 1 ? row / p.rows : 0;
+    const int64_t h = row - n * p.rows;
     const T* a = p.in + in_offset + n * p.in_image + h * p.in_row;
     const T* d = p.d_gates + n * p.d_image + h * p.d_row;
     const auto pixel = [&](R(&sums)[KB][NV]) __attribute__((always_inline)) {
@@ -48,7 +49,8 @@ SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T
 #pragma GCC unroll 8
         for (int k = 0; k < KB; ++k) sums[k][v] += x[k] * g;
       }
-      a += p.in_pixel, d += p.d_pixel;
+      a += p.in_pixel;
+      d += p.d_pixel;
     };
     int64_t w = 0;
     for (; w + side <= p.pixels; w += side)
@@ -85,15 +87,16 @@ void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* o
   }
 }
 
-// Forms the weight gradient of one block of tiles by Winograd: transforms the gates' gradient of
+// Computes the weight gradient of one block of tiles by Winograd: transforms the gates' gradient of
 // one channel block, and adds its products with the transformed inputs (tiles.h), over all tiles,
 // to `len` rows of (4, VL) of the sums (points, parts, sums_stride). p.in is not used.
 template <class S, class V, class T = typename S::Scalar>
 void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, const TileBlock<T>& b,
                        const T* values, int64_t len, T* d_values, T* sums, int64_t sums_stride) {
-  constexpr int VL = S::lanes, kGates = 4 * VL;
+  constexpr int VL = S::lanes;
+  constexpr int kGates = 4 * VL;
   const Plane from{b.dilation_h * p.d_row, b.dilation_w * p.d_pixel, V::lanes};
-  const Plane to{b.form.w.inputs() * b.products_stride, b.products_stride, V::lanes};
+  const Plane to{b.winograd.w.inputs() * b.products_stride, b.products_stride, V::lanes};
   for (int64_t k = 0; k < b.images * b.count(); ++k, d_values += kGates) {
     const int64_t image = k / b.count(), tile = k % b.count();
     const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
@@ -102,16 +105,22 @@ void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, con
   }
   d_values -= b.images * b.count() * kGates;
   const TileRows rows(b);
-  for (int point = 0; point < b.form.points(); ++point)
-    for (int part = 0; part < b.form.parts(); ++part, sums += sums_stride) {
-      const T* in =
-          values + point * b.values_stride + b.part(part / b.form.w.parts, part % b.form.w.parts);
+  for (int point = 0; point < b.winograd.points(); ++point)
+    for (int part = 0; part < b.winograd.parts(); ++part, sums += sums_stride) {
+      const T* in = values + point * b.values_stride +
+                    b.part(part / b.winograd.w.parts, part % b.winograd.w.parts);
       PixelRows<T> tiles;
-      tiles.in = in, tiles.in_image = rows.image, tiles.in_row = rows.row;
+      tiles.in = in;
+      tiles.in_image = rows.image;
+      tiles.in_row = rows.row;
       tiles.d_gates = d_values + point * b.products_stride;
-      tiles.in_pixel = b.channels, tiles.d_pixel = kGates, tiles.d_row = rows.columns * kGates;
+      tiles.in_pixel = b.channels;
+      tiles.d_pixel = kGates;
+      tiles.d_row = rows.columns * kGates;
       tiles.d_image = rows.rows * tiles.d_row;
-      tiles.images = rows.images, tiles.rows = rows.rows, tiles.pixels = rows.columns;
+      tiles.images = rows.images;
+      tiles.rows = rows.rows;
+      tiles.pixels = rows.columns;
       weight_grad_run<S>(tiles, 0, len, sums);
     }
 }

@@ -71,7 +71,8 @@ class WeightSums {
   void write(int64_t task, int thread, T* grad_weight) const {
     const int64_t cb = task % l_.Cb, group = task / l_.Cb;
     const bool is_x = group < groups(l_.c.Cin);
-    const int64_t count = is_x ? l_.c.Cin : l_.c.C, stride = count * kGates;
+    const int64_t count = is_x ? l_.c.Cin : l_.c.C;
+    const int64_t stride = count * kGates;
     const int64_t first = (is_x ? group : group - groups(l_.c.Cin)) * P::together(l_);
     const int64_t n = count - first < P::together(l_) ? count - first : P::together(l_);
     const T* in = total_ + (is_x ? 0 : x_size_) + first * kGates;
@@ -102,7 +103,7 @@ class WeightSums {
   // Transforms the sums of one channel, whose points lie `stride` apart, into its taps.
   void taps_of_tile(const T* in, int64_t stride, T* out) const {
     using V = typename Merged<S, 4>::Vector;
-    const TileForm& t = l_.grad_form;
+    const WinogradTile& t = l_.grad_winograd;
     const auto outputs = PlaneTransform<V>::outputs(t, t.h.part, t.w.part);
     const int64_t point = t.parts() * stride;
     alignas(64) T taps[5 * 5 * kGates];

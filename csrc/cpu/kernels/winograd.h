@@ -17,7 +17,7 @@
 // instead of the taps.
 //
 // A transform takes one axis at a time and is a loop over lines, so that code for nine lengths of
-// line serves every pair of forms.
+// line serves every tile.
 #pragma once
 
 #include "../tiling.h"
@@ -26,7 +26,7 @@
 SNNLSTM_BEGIN_ISA
 
 using cpu::Axis;
-using cpu::TileForm;
+using cpu::WinogradTile;
 
 // One dimension of the transforms, on values of type R (vectors).
 template <class R, class T, int A>
@@ -36,11 +36,12 @@ struct Transform {
   // The points +-p, +-q and +-r, as far as A has them. p q r = 1.
   static constexpr bool infinite = A % 2 == 0;
   static constexpr int pairs = (A - 1) / 2;
-  static constexpr double p = pairs == 1   ? 1
-                              : pairs == 2 ? 2. / 3
-                                           : 0.5,
-                          q = pairs == 2 ? 1.5 : 1, r = 2;
-  static constexpr double pp = p * p, qq = q * q, rr = r * r;
+  static constexpr double p = pairs == 1 ? 1 : pairs == 2 ? 2. / 3 : 0.5;
+  static constexpr double q = pairs == 2 ? 1.5 : 1;
+  static constexpr double r = 2;
+  static constexpr double pp = p * p;
+  static constexpr double qq = q * q;
+  static constexpr double rr = r * r;
 
   // BT makes A values of A inputs.
   struct Inputs {
@@ -90,8 +91,8 @@ struct Transform {
     static constexpr bool adds = false;
     static SNNLSTM_INLINE void apply(const R (&x)[N], R (&y)[A]) {
       constexpr double scale_p = (pairs > 1 ? pp - qq : 1) * (pairs > 2 ? pp - rr : 1);
-      constexpr double scale_q = (qq - pp) * (pairs > 2 ? qq - rr : 1),
-                       scale_r = (rr - pp) * (rr - qq);
+      constexpr double scale_q = (qq - pp) * (pairs > 2 ? qq - rr : 1);
+      constexpr double scale_r = (rr - pp) * (rr - qq);
       y[0] = x[0];
       pair(x, p, 0.5 / (pp * scale_p), y[1], y[2]);
       if constexpr (pairs > 1) pair(x, q, 0.5 / (qq * scale_q), y[3], y[4]);
@@ -170,7 +171,7 @@ void transform_lines(const T* in, const Lines& from, T* out, const Lines& to, in
   transform_each_line<S, Op, false>(in, from, out, to, lines, batches, start, Lines{});
 }
 
-// The transforms along an axis, which are null for a kernel of one tap. `form` is the number of
+// The transforms along an axis, which are null for a kernel of one tap. `sizes` is the number of
 // inputs, or ten times that plus the number of outputs or taps.
 template <class S>
 class AxisTransforms {
@@ -188,17 +189,17 @@ class AxisTransforms {
   }
 
  private:
-  template <int form>
-  using Inputs = typename Of<form>::Inputs;
-  template <int form>
-  using Outputs = typename Of<form / 10>::template Outputs<form % 10>;
-  template <int form>
-  using Taps = typename Of<form / 10>::template Taps<form % 10>;
+  template <int sizes>
+  using Inputs = typename Of<sizes>::Inputs;
+  template <int sizes>
+  using Outputs = typename Of<sizes / 10>::template Outputs<sizes % 10>;
+  template <int sizes>
+  using Taps = typename Of<sizes / 10>::template Taps<sizes % 10>;
 
   template <template <int> class Op, int... compiled>
-  static AxisTransform<T> find(int form) {
+  static AxisTransform<T> find(int sizes) {
     AxisTransform<T> lines = nullptr;
-    ((form == compiled && (lines = transform_lines<S, Op<compiled>>)), ...);
+    ((sizes == compiled && (lines = transform_lines<S, Op<compiled>>)), ...);
     return lines;
   }
 };
@@ -230,17 +231,18 @@ class PlaneTransform {
       return h_(in, from_h, out, {to.row, to.column, to.batch}, from_w_, batches, start,
                 {at.row, at.column, at.batch});
     alignas(64) T half[kMostBatches * 8 * 8 * S::lanes];
-    const int64_t row = from_w_ * S::lanes, image = to_h_ * row;
+    const int64_t row = from_w_ * S::lanes;
+    const int64_t image = to_h_ * row;
     h_(in, from_h, half, {row, S::lanes, image}, from_w_, batches, nullptr, {});
     w_(half, {S::lanes, row, image}, out, to_w, to_h_, batches, start, at_w);
   }
 
-  static PlaneTransform outputs(const TileForm& t, int height, int width) {
+  static PlaneTransform outputs(const WinogradTile& t, int height, int width) {
     using P = AxisTransforms<S>;
     return {P::outputs(t.h, height), t.h.inputs(), height,
             P::outputs(t.w, width),  t.w.inputs(), width};
   }
-  static PlaneTransform taps(const TileForm& t, int height, int width) {
+  static PlaneTransform taps(const WinogradTile& t, int height, int width) {
     using P = AxisTransforms<S>;
     return {P::taps(t.h, height), height, t.h.inputs(), P::taps(t.w, width), width, t.w.inputs()};
   }

@@ -25,7 +25,8 @@ class Workspace {
   explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
   T* take(int64_t count) {
-    const int64_t size = count * int64_t(sizeof(T)), whole = ((size + 63) & ~int64_t(63)) + kFence;
+    const int64_t size = count * int64_t(sizeof(T));
+    const int64_t whole = ((size + 63) & ~int64_t(63)) + kFence;
     char* p = base_ ? base_ + (-reinterpret_cast<uintptr_t>(base_) & 63) + used_ : nullptr;
     if (p) fence(p + size, whole - size);
     used_ += whole;

@@ -103,7 +103,7 @@ SNNLSTM_DEVICE void reduce_sums(const ReduceSums& p, int index) {
   write(p.out, p.type, k * p.columns + c, sum);
 }
 
-// The sums to be formed. A gradient without an address, or a weight without blocks, is absent.
+// The sums to be computed. A gradient without an address, or a weight without blocks, is absent.
 struct AddGradients {
   ReduceWeights weight;
   int of_weight = 0;   // blocks

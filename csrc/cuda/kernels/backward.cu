@@ -81,13 +81,13 @@ class Backward {
     return s;
   }
 
-  void step(int64_t t) const {
+  void step(int64_t t) {
     const Cell& c = s_.c;
     NeuronBackward n = neuron(t);
     if (!steps_.spreads) launch_spread(n, image(spikes_, s_, steps_.real), c.N, stream_);
     Segment s;
     if (t < c.T - 1) s = transposed(d_gates(t + 1), false);
-    run_step(s, n);
+    run_step(t, s, n);
   }
 
   MmaConv conv(const DataBlocks& step, const PackedPart& part, const Segment& s) const {
@@ -98,8 +98,9 @@ class Backward {
     return builder.conv;
   }
 
-  // If s has no channels, this is the last step, which has nothing to convolve or to overlap.
-  void run_step(const Segment& s, const NeuronBackward& n) const {
+  // The last step, t = T - 1, has nothing to convolve or to overlap; s is absent. The steps before
+  // the one before it differ from that one in the address of d_gates alone.
+  void run_step(int64_t t, const Segment& s, const NeuronBackward& n) {
     const DataBlocks& step = steps_.to_mem;
     const bool overlaps = s.channels > 0;
     if (!step.mma()) {
@@ -118,11 +119,16 @@ class Backward {
     }
     BackwardMma p;
     p.tiling = step.tiling;
-    p.conv = conv(step, steps_.packed.mem, s), p.tiles = step.tiles;
+    if (t >= s_.c.T - 2) conv_ = conv(step, steps_.packed.mem, s);
+    conv_.segment[0].s.src = s.src;
+    p.conv = conv_;
+    p.tiles = step.tiles;
     p.neuron = n;
     const BackwardLayout layout(step, p.conv, s_.c.pool != Pool::none && steps_.spreads);
-    p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
-    p.vectors = layout.vectors, p.row_sums = layout.row_sums;
+    p.mem_tile = layout.mem_tile;
+    p.mem_pitch = layout.mem_pitch;
+    p.vectors = layout.vectors;
+    p.row_sums = layout.row_sums;
     const bool plain = is_plain(n);
     const char* const name = plain ? "backward step (mma, plain)" : "backward step (mma)";
     const Launch how = step_launch(name, step, size_t(layout.bytes), stream_, overlaps);
@@ -132,8 +138,8 @@ class Backward {
     });
   }
 
-  // Forms the gradients of x, at all steps, and of the first mem in one launch, or in two if only
-  // one of them can use tensor cores.
+  // Computes the gradients of x, at all steps, and of the first mem in one launch, or in two if
+  // only one of them can use tensor cores.
   void data_gradients() const {
     const Cell& c = s_.c;
     Jobs<DataGradientFma> fma;
@@ -146,14 +152,18 @@ class Backward {
       if (!out.present()) return;
       const Segment s = transposed(d_gates(0), part.use == Use::gates_to_x);
       const auto fill = [&](auto& job) {
-        job.tiling = step.tiling, job.blocks = int(step.tiling.blocks());
-        job.out = out, job.height = int(height), job.width = int(width);
+        job.tiling = step.tiling;
+        job.blocks = int(step.tiling.blocks());
+        job.out = out;
+        job.height = int(height);
+        job.width = int(width);
         job.lengths = a_.lengths;
       };
       if (step.mma()) {
         DataGradientMma& job = mma.job[k];
         fill(job);
-        job.conv = conv(step, part, s), job.tiles = step.tiles;
+        job.conv = conv(step, part, s);
+        job.tiles = step.tiles;
         multiply = step.multiply;
         bytes = std::max(bytes, BackwardLayout(step, job.conv, false).bytes);
       } else {
@@ -188,6 +198,7 @@ class Backward {
   Arena arena_;
   void *mem_ = nullptr, *d_syn_ = nullptr, *sums_ = nullptr, *spikes_ = nullptr;
   WeightSources from_;
+  MmaConv conv_;
 };
 
 // Plans tiles of whole pooling windows, if possible.

@@ -70,15 +70,18 @@ SNNLSTM_DEVICE ParkedSums park_sums(const MmaConv& conv, unsigned char* shared,
   float* parked = reinterpret_cast<float*>(shared) + 4 * (int(threadIdx.x) - group * threads);
   float acc[2][NT][4];
   gemm.run(acc);
-  float* own = parked + group * 2 * NT * stride;
+  float* sums_of_thread = parked + group * 2 * NT * stride;
   unrolled<NT / 2, 2>([&](int pair, int mi) {
     const auto &a = acc[mi][2 * pair], &b = acc[mi][2 * pair + 1];
-    store(own + (4 * pair + 2 * mi) * stride, make_float4(a[0], a[1], b[0], b[1]));
-    store(own + (4 * pair + 2 * mi + 1) * stride, make_float4(a[2], a[3], b[2], b[3]));
+    store(sums_of_thread + (4 * pair + 2 * mi) * stride, make_float4(a[0], a[1], b[0], b[1]));
+    store(sums_of_thread + (4 * pair + 2 * mi + 1) * stride, make_float4(a[2], a[3], b[2], b[3]));
   });
   ParkedSums sums;
-  sums.parked = parked, sums.stride = stride, sums.pairs = NT / 2;
-  sums.first_pixel = gemm.pixel(0), sums.first_channel = 4 * gemm.quad();
+  sums.parked = parked;
+  sums.stride = stride;
+  sums.pairs = NT / 2;
+  sums.first_pixel = gemm.pixel(0);
+  sums.first_channel = 4 * gemm.quad();
   if (conv.k_groups == 1) return sums;
   sums.first_mi = sums.last_mi = group;
   if (!fault(Fault::no_k_groups_barrier)) __syncthreads();
@@ -86,7 +89,10 @@ SNNLSTM_DEVICE ParkedSums park_sums(const MmaConv& conv, unsigned char* shared,
     float* sum = parked + (4 * pair + 2 * group + px) * stride;
     float4 v = load<float4>(sum);
     const float4 w = load<float4>(sum + 2 * NT * stride);
-    v.x += w.x, v.y += w.y, v.z += w.z, v.w += w.w;
+    v.x += w.x;
+    v.y += w.y;
+    v.z += w.z;
+    v.w += w.w;
     store(sum, v);
   });
   return sums;

@@ -1,5 +1,5 @@
-// Kernels for spikes that a step's tiles cannot form, because pooling windows may cross the tiles
-// and inhibition looks at a whole sample.
+// Kernels for spikes that a step's tiles cannot compute, because pooling windows may cross the
+// tiles and inhibition looks at a whole sample.
 #pragma once
 
 #include "neuron_backward.cuh"
@@ -20,11 +20,15 @@ struct PooledIndex {
   int c, y, x;
   SNNLSTM_DEVICE PooledIndex(const Fire& f, int i) {
     if (f.spk.c == 1) {
-      c = i % f.C, i /= f.C;
-      x = i % f.Wp, y = i / f.Wp;
+      c = i % f.C;
+      i /= f.C;
+      x = i % f.Wp;
+      y = i / f.Wp;
     } else {
-      x = i % f.Wp, i /= f.Wp;
-      y = i % f.Hp, c = i / f.Hp;
+      x = i % f.Wp;
+      i /= f.Wp;
+      y = i % f.Hp;
+      c = i / f.Hp;
     }
   }
 };
@@ -79,7 +83,9 @@ template <class R>
 __global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_constant__ FireStep p) {
   auto& shared = shared_memory<WinnerShared<R>>();
   const Fire& f = p.fire;
-  const int n = int(blockIdx.x), warp = int(threadIdx.x) / 32, warps = kFireThreads / 32;
+  const int n = int(blockIdx.x);
+  const int warp = int(threadIdx.x) / 32;
+  const int warps = kFireThreads / 32;
   if (f.is_padded(n)) return;
   void* spk = image_of(f.spk, 0, n);
   const auto higher = [](R a, R b) { return b > a || b != b ? b : a; };
@@ -110,7 +116,10 @@ __global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_cons
   for (int lanes = 16; lanes > 0; lanes /= 2)
     best.take({__shfl_xor_sync(full_warp, best.mem, lanes),
                __shfl_xor_sync(full_warp, best.index, lanes)});
-  if (threadIdx.x % 32 == 0) shared.mem[warp] = best.mem, shared.index[warp] = best.index;
+  if (threadIdx.x % 32 == 0) {
+    shared.mem[warp] = best.mem;
+    shared.index[warp] = best.index;
+  }
   if (!fault(Fault::no_winner_barrier)) __syncthreads();
   if (threadIdx.x > 0) return;
   for (int k = 1; k < warps; ++k) best.take({shared.mem[k], shared.index[k]});
@@ -139,7 +148,9 @@ __global__ void __launch_bounds__(kSpreadThreads)
   if (i >= neurons_of_sample(f)) return;
   const BlockPlace block{0, int(blockIdx.x) / blocks, 0, 0, 0, 0};
   if (f.is_padded(block.n)) return;
-  const int c = i % f.C, x = i / f.C % f.Wp, y = i / f.C / f.Wp;
+  const int c = i % f.C;
+  const int x = i / f.C % f.Wp;
+  const int y = i / f.C / f.Wp;
   const Tiling tiling;
   const BackwardTile<R> tile(p, tiling, block, 0, 1, nullptr);
   const R threshold = threshold_of<R>(f, c);

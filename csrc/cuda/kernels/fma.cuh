@@ -70,8 +70,9 @@ class Gemm {
     const bool strided = s.dgrad_stride_h.value > 1 || s.dgrad_stride_w.value > 1;
     const R* weight = reinterpret_cast<const R*>(static_cast<const char*>(s.weight) +
                                                  block_.column * s.weight_pitch);
-    tap_ = 0, channel_ = tid_;  // for locate()
-    __syncthreads();            // all threads have read the previous segment
+    tap_ = 0;  // for locate(), like the channel
+    channel_ = tid_;
+    __syncthreads();  // all threads have read the previous segment
     locate(s, 0);
     locate(s, 1);
     for (int chunk = -1; chunk < chunks; ++chunk) {
@@ -104,7 +105,10 @@ class Gemm {
   // offset of its channel, and of all three.
   SNNLSTM_DEVICE void locate(const Segment& s, int buffer) {
     if (tid_ >= T::kDepth) return;
-    while (channel_ >= s.channels && tap_ < s.taps()) channel_ -= s.channels, ++tap_;
+    while (channel_ >= s.channels && tap_ < s.taps()) {
+      channel_ -= s.channels;
+      ++tap_;
+    }
     const int shift = fault(Fault::wrong_fma_halo) ? 1 : 0;
     const int y = tap_ / s.taps_w * s.dilation_h - s.pad_h;
     const int x = tap_ % s.taps_w * s.dilation_w - s.pad_w + shift;
@@ -144,7 +148,8 @@ class Gemm {
             unsigned row = unsigned(y), col = unsigned(x);
             real = y >= 0 && x >= 0 && s.dgrad_stride_h.split(row) == 0 &&
                    s.dgrad_stride_w.split(col) == 0;
-            y = int(row), x = int(col);
+            y = int(row);
+            x = int(col);
             at = unsigned(where.z) + place(src, y, x);
           }
           real = real && inside(y, s.height) && inside(x, s.width);

@@ -23,7 +23,7 @@ class Forward {
 
   int64_t workspace() const { return arena_.bytes(); }
 
-  void run() const {
+  void run() {
     for (int64_t t = 0; t < s_.c.T; ++t) {
       step(t);
       if (!steps_.step.fires) fire(t);
@@ -59,7 +59,8 @@ class Forward {
   NeuronForward neuron(int64_t t) const {
     NeuronForward n = neuron_forward(a_, t, steps_.step.channels_per_thread());
     n.fires = steps_.step.fires;
-    n.syn_in = syn_before(t), n.mem_in = mem_before(t);
+    n.syn_in = syn_before(t);
+    n.mem_in = mem_before(t);
     if (!writes_states(t) && !keeps_mem()) n.own_mem = image(mem_[(t + 1) & 1], s_, steps_.type);
     if (t + 1 < s_.c.T) {
       if (training())
@@ -71,7 +72,22 @@ class Forward {
     return n;
   }
 
-  void step(int64_t t) const {
+  // The steps after the second one differ from it in addresses alone; the first one's mem has the
+  // caller's layout.
+  const MmaConv& convolution(int64_t t, const Segment& x, const Segment& mem) {
+    if (t < 2) {
+      MmaBuilder builder = steps_.step.builder();
+      builder.add(x, steps_.packed.x.depth, steps_.step.tiling);
+      builder.add(mem, steps_.packed.mem.depth, steps_.step.tiling);
+      builder.finish(steps_.packed.x.in(a_.weight), steps_.packed.x.pitch, steps_.step.threads());
+      conv_ = builder.conv;
+    }
+    conv_.segment[0].s.src = x.src;
+    conv_.segment[1].s.src = mem.src;
+    return conv_;
+  }
+
+  void step(int64_t t) {
     const Cell& c = s_.c;
     const ForwardBlocks& step = steps_.step;
     const NeuronForward n = neuron(t);
@@ -92,14 +108,10 @@ class Forward {
         launch(how, &forward_fma<R, T>, p);
       });
     }
-    MmaBuilder builder = step.builder();
-    builder.add(x, steps_.packed.x.depth, step.tiling);
-    builder.add(mem, steps_.packed.mem.depth, step.tiling);
-    builder.finish(steps_.packed.x.in(a_.weight), steps_.packed.x.pitch, step.threads());
     ForwardMma p;
     p.tiling = step.tiling;
     p.neuron = n;
-    p.conv = builder.conv;
+    p.conv = convolution(t, x, mem);
     p.mem_pitch = step.mem_pitch();
     p.vectors = int(forward_shared_bytes(step, p.conv, c.pool != Pool::none));
     const bool plain = is_plain(n);
@@ -128,6 +140,7 @@ class Forward {
   void* stream_;
   Arena arena_;
   void *mem_[2] = {nullptr, nullptr}, *syn_ = nullptr;
+  MmaConv conv_;
 };
 
 }  // namespace

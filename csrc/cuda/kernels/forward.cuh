@@ -40,7 +40,9 @@ template <class Element, int Tiles, bool plain>
 __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
     forward_mma(const __grid_constant__ ForwardMma p) {
   if constexpr (arch::has_mma<Element>) {
-    constexpr int kTiles = 4 * Tiles, kPerThread = 2 * Tiles, kChannels = 8 * Tiles;
+    constexpr int kTiles = 4 * Tiles;
+    constexpr int kPerThread = 2 * Tiles;
+    constexpr int kChannels = 8 * Tiles;
     auto* shared = &shared_memory<unsigned char>();
     // The place is computed twice, because ptxas spills on sm_90 if it is kept from here on.
     if (!plain && p.neuron.fire.is_padded(block_of(p.tiling, blockIdx.x).n))
@@ -57,8 +59,8 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
 
     // The second m16 tile waits in shared memory, since the epilogue needs its registers.
     auto* parked = reinterpret_cast<float*>(shared);
-    const int stride = 4 * int(blockDim.x), own = 4 * int(threadIdx.x);
-    const auto place = [&](int k) { return parked + (k * stride + own); };
+    const int stride = 4 * int(blockDim.x), offset = 4 * int(threadIdx.x);
+    const auto place = [&](int k) { return parked + (k * stride + offset); };
     float sum[4][2][kPerThread], *flat = &sum[0][0][0];
     take<Tiles>(acc[1], sum);
     unrolled<kTiles>([&](int k) {
@@ -72,7 +74,10 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
       if (mi == 1)
         unrolled<kTiles>([&](int k) {
           const auto v = load<float4>(place(k));
-          flat[4 * k] = v.x, flat[4 * k + 1] = v.y, flat[4 * k + 2] = v.z, flat[4 * k + 3] = v.w;
+          flat[4 * k] = v.x;
+          flat[4 * k + 1] = v.y;
+          flat[4 * k + 2] = v.z;
+          flat[4 * k + 3] = v.w;
         });
       tile.patch(gemm.pixel(mi), first, sum, mem_tile);
     }

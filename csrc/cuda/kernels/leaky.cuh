@@ -38,13 +38,18 @@ template <class R, int V>
 SNNLSTM_DEVICE void load_parameter(const LeakyParameter& p, int64_t vector, R (&v)[V]) {
   const R* values = static_cast<const R*>(p.values);
   if (p.count == 1) return unrolled<V>([&](int k) { v[k] = values[0]; });
-  const auto i = uint64_t(vector) * V, count = uint64_t(p.count), stride = uint64_t(p.stride);
+  const auto i = uint64_t(vector) * V;
+  const auto count = uint64_t(p.count);
+  const auto stride = uint64_t(p.stride);
   const uint64_t run = i / stride;
   uint64_t place = stride == 1 && fault(Fault::one_leaky_feature) ? 0 : run % count;
   uint64_t rest = i - run * stride;
   unrolled<V>([&](int k) {
     v[k] = values[place];
-    if (++rest == stride) rest = 0, place = place + 1 == count ? 0 : place + 1;
+    if (++rest == stride) {
+      rest = 0;
+      place = place + 1 == count ? 0 : place + 1;
+    }
   });
 }
 
@@ -124,8 +129,11 @@ __global__ void __launch_bounds__(leaky::kThreads, leaky::kBlocks)
         }
         const auto d = LeakyNeuron<M>::backward(a.reset, before[s][k], beta[k], threshold[k],
                                                 from_spk[s][k], from_mem[s][k] + carried[k]);
-        grad_x[k] = d.x, carried[k] = d.mem_prev, mem[k] = before[s][k];
-        grad_beta[k] += d.beta, grad_threshold[k] += d.threshold;
+        grad_x[k] = d.x;
+        carried[k] = d.mem_prev;
+        mem[k] = before[s][k];
+        grad_beta[k] += d.beta;
+        grad_threshold[k] += d.threshold;
       });
       if (a.grad_x != nullptr)
         with_stored<R>(a.dtype,

@@ -74,7 +74,10 @@ class MmaGemm {
     const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     warp_column_ = warp % p.warp_columns;
     warp_row_ = warp / p.warp_columns;
-    if constexpr (!AnyCopy) k_group_ = warp_row_ / rows(), warp_row_ %= rows();
+    if constexpr (!AnyCopy) {
+      k_group_ = warp_row_ / rows();
+      warp_row_ %= rows();
+    }
     const int column = fault(Fault::wrong_warp_column) ? 0 : warp_column_;
     fragments_ = shared_place(pipeline_.stages() + column * (NT / 2 * kPairBytes) + lane * 16 +
                               k_group_ * p.unit_bytes);
@@ -103,7 +106,11 @@ class MmaGemm {
     for (pipeline_.start(); pipeline_.working(); pipeline_.end_chunk()) {
       pipeline_.begin_chunk();
       multiply_chunk(acc);
-      if constexpr (kTf32x3) unrolled<kSums>([&](int i) { total[i] += sum[i], sum[i] = 0; });
+      if constexpr (kTf32x3)
+        unrolled<kSums>([&](int i) {
+          total[i] += sum[i];
+          sum[i] = 0;
+        });
     }
     if constexpr (kTf32x3) unrolled<kSums>([&](int i) { sum[i] = total[i]; });
     pipeline_.finish();
@@ -122,7 +129,9 @@ class MmaGemm {
       const MmaSegment& seg = p_.segment[AnyCopy ? k : 0];
       int* table = pipeline_.table(k);
       for (int i = int(threadIdx.x); i < 4 * seg.taps && !is_strided(seg); i += int(blockDim.x)) {
-        const int tap = i / 4, step = i / 2 % 2, odd = i % 2;
+        const int tap = i / 4;
+        const int step = i / 2 % 2;
+        const int odd = i % 2;
         const int shift =
             tap / seg.taps_w * seg.s.dilation_h * seg.pitch + tap % seg.taps_w * seg.s.dilation_w;
         table[i] = mma_tile::row_offset(odd + shift) - mma_tile::row_offset(odd) + 32 * step;
@@ -146,10 +155,16 @@ class MmaGemm {
     const int steps = pipeline_.steps();
     const bool works = AnyCopy || k_group_ < steps;
     // Steps that are taken at once; from a step to the next in the table, and in the weights.
-    int at_once = 1, stride = 3 - steps, bytes = p_.unit_bytes;
+    int at_once = 1;
+    int stride = 3 - steps;
+    int bytes = p_.unit_bytes;
     if constexpr (!AnyCopy) {
-      if (p_.k_groups > 1) at_once = steps, stride = 2;
-      stride = kept(stride), bytes = kept(at_once * bytes);
+      if (p_.k_groups > 1) {
+        at_once = steps;
+        stride = 2;
+      }
+      stride = kept(stride);
+      bytes = kept(at_once * bytes);
     }
     const int* entry = pipeline_.table() + 2 * k_group_ + (pixel & 1);
 #pragma unroll 1
@@ -163,7 +178,10 @@ class MmaGemm {
         if (stride > 1 || step % 2 == 0) {
           unrolled<2>([&](int mi) { row[mi] = row_of_transposed(seg, mi, tap_h, tap_w); });
           __syncwarp();  // lanes have diverged
-          if (++tap_w == seg.taps_w) tap_w = 0, ++tap_h;
+          if (++tap_w == seg.taps_w) {
+            tap_w = 0;
+            ++tap_h;
+          }
         }
         step += stride;
       }

@@ -80,7 +80,8 @@ class MmaPipeline {
       more_ = advance(loaded_);
     }
     working_ = advance(at_);
-    buffer_ ^= 1, first_ = false;
+    buffer_ ^= 1;
+    first_ = false;
   }
 
   SNNLSTM_DEVICE void begin_step() {
@@ -152,13 +153,15 @@ class MmaPipeline {
     const unsigned char* source = weight_ + int64_t(from) * p_.unit_bytes;
     if constexpr (kCarries<Element>) {
       if (copied_ > 0) lay_down();
-      carried_to_ = to, carried_bytes_ = bytes;
+      carried_to_ = to;
+      carried_bytes_ = bytes;
       unrolled<mma_gemm::kCarried>([&](int k) {
         if (piece(k) < bytes) carried_[k] = load<uint4>(source + piece(k));
       });
     } else {
       const int step = 16 * int(blockDim.x);
-      to += piece(0), source += piece(0);
+      to += piece(0);
+      source += piece(0);
       for (int i = piece(0); i < bytes; i += step, to += step, source += step) cp_async(to, source);
     }
     ++copied_;

@@ -56,10 +56,15 @@ class MmaSource {
   // chunks of the same tile are loaded into the buffer. pitch: bytes from one buffer to the next.
   SNNLSTM_DEVICE void start(const MmaSegment& seg, int chunk, unsigned char* buffer, bool border,
                             int pitch = 0) {
-    chunk_ = chunk, last_ = chunk + Chunks - 1, buffer_ = buffer, pitch_ = pitch;
+    chunk_ = chunk;
+    last_ = chunk + Chunks - 1;
+    buffer_ = buffer;
+    pitch_ = pitch;
     in_flight_.target = -1;
-    next_item_ = int(threadIdx.x), items_ = 0;
-    top_ = origin_h(seg.s), left_ = origin_w(seg.s);
+    next_item_ = int(threadIdx.x);
+    items_ = 0;
+    top_ = origin_h(seg.s);
+    left_ = origin_w(seg.s);
     if (kCarries<Element> || (AnyCopy && seg.copy != GlobalCopy::cp_async)) {
       if (AnyCopy && seg.copy == GlobalCopy::im2col) return;
       items_ = items(seg, chunk);
@@ -120,8 +125,10 @@ class MmaSource {
   // Moves on to the next chunk, if there is one.
   SNNLSTM_DEVICE bool next_chunk(const MmaSegment& seg) {
     if (Chunks == 1 || items_ == 0 || chunk_ == last_) return false;
-    ++chunk_, buffer_ += pitch_;
-    next_item_ = int(threadIdx.x), items_ = items(seg, chunk_);
+    ++chunk_;
+    buffer_ += pitch_;
+    next_item_ = int(threadIdx.x);
+    items_ = items(seg, chunk_);
     return next_item_ < items_;
   }
 
@@ -143,7 +150,10 @@ class MmaSource {
       item.target = at.target;
       const auto v = at.real ? load<float4>(static_cast<const Element*>(image) + at.from)
                              : make_float4(0, 0, 0, 0);
-      item.value[0] = v.x, item.value[1] = v.y, item.value[2] = v.z, item.value[3] = v.w;
+      item.value[0] = v.x;
+      item.value[1] = v.y;
+      item.value[2] = v.z;
+      item.value[3] = v.w;
     } else if (seg.copy == GlobalCopy::vectorized) {  // a warp's loads lie side by side
       const int lanes = (kPerGroup / 4) * groups(seg, chunk);
       const int part = number & (lanes - 1);
@@ -203,8 +213,14 @@ class MmaSource {
         const int y = top + tap_h * s.dilation_h, x = left + tap_w * s.dilation_w;
         const bool real = tap_h < s.taps_h && inside(y, s.height) && inside(x, s.width);
         v[k] = real ? read<float>(image, s.src.type, offset(s.src, c, y, x)) : 0;
-        if (++c == s.channels) c = 0, ++tap_w;
-        if (tap_w == s.taps_w) tap_w = 0, ++tap_h;
+        if (++c == s.channels) {
+          c = 0;
+          ++tap_w;
+        }
+        if (tap_w == s.taps_w) {
+          tap_w = 0;
+          ++tap_h;
+        }
       });
       store_group(buffer + mma_tile::row_offset(pixel) + group * 16, v);
     }

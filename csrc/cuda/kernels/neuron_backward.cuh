@@ -1,5 +1,5 @@
 // The neurons of the backward pass of one time step: spike, pooling, reset, LSTM. All backward
-// kernels share this; they differ in how they form the recurrent gradient of mem. The forward pass
+// kernels share this; they differ in how they sum the recurrent gradient of mem. The forward pass
 // has saved the activated gates and syn before the step, from which this part recomputes mem.
 //   d_gates   (T, N, Ho, Wo, 4, Cp)  gradient of the gates before activation, for the convolutions
 //   own_mem  (T, N, Ho, Wo, Cp)     mem after the step, for the weight gradient
@@ -57,7 +57,7 @@ struct RowSums {
 
 template <class R, bool plain = false, class OfStates = Unknown, class OfGates = Unknown>
 class BackwardTile {
-  using Own = Known<R, Access::channels>;  // images in the compute type
+  using OwnImage = Known<R, Access::channels>;  // images in the compute type
 
  public:
   using N = Neuron<Math<R>>;
@@ -136,7 +136,7 @@ class BackwardTile {
     if (p_.grad_syn0.present())
       store_patch<OfStates>(p_.grad_syn0, p.at, p.c0, d_syn);
     else if (p_.d_syn_out.present())
-      store_patch<Own>(p_.d_syn_out, p.at, p.c0, d_syn);
+      store_patch<OwnImage>(p_.d_syn_out, p.at, p.c0, d_syn);
     if (p_.sums == nullptr) return;
     R sum[4];
     unrolled<4>([&](int ch) { sum[ch] = of_threshold[0][ch] + of_threshold[1][ch]; });
@@ -230,7 +230,7 @@ class BackwardTile {
   SNNLSTM_DEVICE void from_later(const Patch& p, Recurrent&& recurrent, R (&d_syn)[2][4],
                                  R (&d_mem)[2][4]) const {
     const bool starts = !plain && p_.fire.is_last(block_.n);  // nothing comes from later steps
-    if (p_.d_syn_in.present() && !starts) load_patch<Own>(p_.d_syn_in, p.at, p.c0, d_syn);
+    if (p_.d_syn_in.present() && !starts) load_patch<OwnImage>(p_.d_syn_in, p.at, p.c0, d_syn);
     if (!starts) recurrent(d_mem);
     if (plain || starts || !p_.at_ends)
       add_patch(p_.grad_mem, p.at, p.c0, d_mem), add_patch(p_.grad_syn, p.at, p.c0, d_syn);
@@ -253,18 +253,20 @@ class BackwardTile {
       } else {
         const auto gradient = [&](R grad, int px, int ch, R u) {
           const bool real = (px ? p.at.valid[1] : p.at.valid[0]) && p.c0 + ch < p_.C;
-          const int y = px ? p.at.y[1] : p.at.y[0], x = px ? p.at.x[1] : p.at.x[0];
+          const int y = px ? p.at.y[1] : p.at.y[0];
+          const int x = px ? p.at.x[1] : p.at.x[0];
           return real ? spike_gradient(p.c0 + ch, y, x, u, grad) : R(0);
         };
         for_each_value(spike, gradient, p.mem);
       }
     } else if (!plain && p_.spikes_in.present()) {
-      load_patch<Own>(p_.spikes_in, p.at, p.c0, spike);
+      load_patch<OwnImage>(p_.spikes_in, p.at, p.c0, spike);
     } else if (gathers()) {
       unrolled<4>([&](int ch) {
         R pair[2];
         load_vector(&tile.at(first + ch, m), pair);
-        spike[0][ch] = pair[0], spike[1][ch] = pair[1];
+        spike[0][ch] = pair[0];
+        spike[1][ch] = pair[1];
       });
     }
   }
@@ -287,8 +289,10 @@ class BackwardTile {
         const NeuronGrad<R> d = N::backward(p_.reset, a, p.syn_prev[px][ch], p.tanh_syn[px][ch],
                                             reset, grad, d_syn[px][ch]);
         d_syn[px][ch] = d.syn_prev;
-        p.gate[0][px][ch] = d.pre.i, p.gate[1][px][ch] = d.pre.f;
-        p.gate[2][px][ch] = d.pre.o, p.gate[3][px][ch] = d.pre.g;
+        p.gate[0][px][ch] = d.pre.i;
+        p.gate[1][px][ch] = d.pre.f;
+        p.gate[2][px][ch] = d.pre.o;
+        p.gate[3][px][ch] = d.pre.g;
         of_threshold[px][ch] =
             -through_spike - (p_.reset == Reset::subtract && reset ? grad : R(0));
       });
@@ -308,13 +312,16 @@ class BackwardTile {
   // Sums over 8 lanes. The first two exchanges each halve the channels that a lane keeps.
   SNNLSTM_DEVICE void reduce(const R (&sum)[4], int first, const RowSums<R>& to) const {
     const int bit = to.bit;
-    const bool upper = (int(threadIdx.x) & bit) != 0, odd = (int(threadIdx.x) & 2 * bit) != 0;
+    const bool upper = (int(threadIdx.x) & bit) != 0;
+    const bool odd = (int(threadIdx.x) & 2 * bit) != 0;
     R two[2];
     unrolled<2>([&](int ch) {
-      const R mine = upper ? sum[2 + ch] : sum[ch], other = upper ? sum[ch] : sum[2 + ch];
+      const R mine = upper ? sum[2 + ch] : sum[ch];
+      const R other = upper ? sum[ch] : sum[2 + ch];
       two[ch] = mine + __shfl_xor_sync(full_warp, other, bit);
     });
-    const R mine = odd ? two[1] : two[0], other = odd ? two[0] : two[1];
+    const R mine = odd ? two[1] : two[0];
+    const R other = odd ? two[0] : two[1];
     R one = mine + __shfl_xor_sync(full_warp, other, 2 * bit);
     one += __shfl_xor_sync(full_warp, one, 4 * bit);
     if ((int(threadIdx.x) & 4 * bit) != 0) return;

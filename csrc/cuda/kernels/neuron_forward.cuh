@@ -1,5 +1,5 @@
 // From the gate sums of a tile to the neurons' results: LSTM update, reset, quantisation, pooling
-// and spike. All forward kernels share this; they differ in how they form the gate sums.
+// and spike. All forward kernels share this; they differ in how they sum the gate sums.
 //
 // Our own images are channels-last with Cp channels, C rounded up to a multiple of 8: every pixel
 // starts at a multiple of 16 bytes, and vectors need no tail. Channels from C on hold 0.
@@ -13,7 +13,7 @@
 
 namespace snnlstm::cuda {
 
-// How spikes are formed from mem.
+// How spikes follow from mem.
 struct Fire {
   bool spiking = true;  // false: spk, if present, gets mem itself
   int C = 0, Hp = 0, Wp = 0;
@@ -183,9 +183,10 @@ SNNLSTM_DEVICE void for_each_window(const Fire& fire, const Tiling& tiling, cons
 #pragma unroll 1
   for (unsigned i = threadIdx.x; i < windows * unsigned(channels); i += blockDim.x) {
     unsigned row = i, ch = i;
-    if (by_channel)
-      ch = i & unsigned(channels - 1), row = i / unsigned(channels);
-    else
+    if (by_channel) {
+      ch = i & unsigned(channels - 1);
+      row = i / unsigned(channels);
+    } else
       row = tiling.by_windows.split(ch);
     const int col = int(tiling.by_window.split(row)), c = c0 + int(ch);
     const int y = block.y0 / fire.pool_h + int(row), x = block.x0 / fire.pool_w + col;

@@ -1,5 +1,5 @@
-// Launches the kernels that convert the weight and the quantiser's levels to the form that the
-// other kernels read.
+// Launches the kernels that convert the weight and the quantiser's levels to what the other kernels
+// read.
 #include "../launchers.h"
 #include "../steps.h"
 #include "pack.cuh"

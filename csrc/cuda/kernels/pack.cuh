@@ -1,4 +1,4 @@
-// Converts the quantiser's levels and the convolution's weight to the form that the kernels read.
+// Converts the quantiser's levels and the convolution's weight to what the kernels read.
 #pragma once
 
 #include "../planning.h"
@@ -115,7 +115,8 @@ class MmaPacker {
 
   SNNLSTM_DEVICE void store_units() const {
     const PackedPart& part = p_.part;
-    const int taps = int(part.depth.taps), full = 2 * taps;
+    const int taps = int(part.depth.taps);
+    const int full = 2 * taps;
     const int steps = chunk_ + 1 < part.depth.chunks ? 2 : part.depth.tail_steps;
     const bool both = part.multiply == Multiply::tf32x3;
     const int pair_words = both ? 256 : 128;
@@ -123,7 +124,9 @@ class MmaPacker {
     uint32_t* out = p_.packed + block_ * (part.pitch / 4) + int64_t(chunk_) * full * unit_words +
                     (warp_column_ * (part.tiles / 2) + pair_) * pair_words;
     for (int i = int(threadIdx.x); i < taps * steps * 128; i += kPackThreads) {
-      const int unit = i / 128, word = i % 4, lane = i / 4 % 32;
+      const int unit = i / 128;
+      const int word = i % 4;
+      const int lane = i / 4 % 32;
       const int tap = unit / steps, step = unit % steps;
       const int k = (step * 8 + lane % 4 + word % 2 * 4) * p_.per_word();  // in the chunk
       const int n = lane / 4, tile = word / 2;
@@ -158,7 +161,10 @@ class MmaPacker {
                                     map_.taps - 1 - tap)
                  : 0;
     }
-    if (p_.part.depth.im2col) tap = k / map_.Cin, k %= map_.Cin;
+    if (p_.part.depth.im2col) {
+      tap = k / map_.Cin;
+      k %= map_.Cin;
+    }
     return by_gate ? weight_at<float>(map_, 2 * pair_ + tile, first_column_ + n, k, tap)
                    : weight_at<float>(map_, pair_, first_column_ + column, k, tap);
   }

@@ -171,12 +171,12 @@ SNNLSTM_DEVICE void cp_async_wait() {
 // ldmatrix_transposed: the same with each tile transposed, so that register i receives
 // [2 * (lane % 4)][lane / 4] and [2 * (lane % 4) + 1][lane / 4].
 #if defined(__CUDACC__)
-#define SNNLSTM_LDMATRIX(name, form)                                                        \
-  SNNLSTM_DEVICE void name(uint32_t (&r)[4], SharedPlace row) {                             \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4" form ".shared.b16 {%0, %1, %2, %3}, [%4];" \
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                           \
-                 : "r"(row.address)                                                         \
-                 : "memory");                                                               \
+#define SNNLSTM_LDMATRIX(name, transpose)                                                        \
+  SNNLSTM_DEVICE void name(uint32_t (&r)[4], SharedPlace row) {                                  \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" transpose ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                \
+                 : "r"(row.address)                                                              \
+                 : "memory");                                                                    \
   }
 SNNLSTM_LDMATRIX(ldmatrix, "")
 SNNLSTM_LDMATRIX(ldmatrix_transposed, ".trans")

@@ -50,7 +50,8 @@ SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, int
         if (!at.valid[0] || c0 + ch >= a.channels) return;
         R pair[2] = {v[0][ch], v[1][ch]};
         move(pixel[0] + ch * a.c, pair);
-        v[0][ch] = pair[0], v[1][ch] = pair[1];
+        v[0][ch] = pair[0];
+        v[1][ch] = pair[1];
       });
     } else {
       unrolled<CH, 2>([&](int ch, int px) {

@@ -39,14 +39,19 @@ SNNLSTM_DEVICE const Job& job_of(const Job (&job)[2], Index blocks_of_first, Ind
 SNNLSTM_DEVICE PixelPair pixel_pair(const Tiling& tiling, const BlockPlace& b, int m, int height,
                                     int width) {
   PixelPair p;
-  p.t = b.t, p.n = b.n;
+  p.t = b.t;
+  p.n = b.n;
   unsigned row = unsigned(m);
   int col = int(tiling.by_w.split(row));
   unrolled<2>([&](int k) {
-    p.y[k] = b.y0 + int(row), p.x[k] = b.x0 + col;
+    p.y[k] = b.y0 + int(row);
+    p.x[k] = b.x0 + col;
     const int limit = width + (fault(Fault::wrong_tail_mask) ? 1 : 0);
     p.valid[k] = int(row) < tiling.h && p.y[k] < height && p.x[k] < limit;
-    if (++col == tiling.w) col = 0, ++row;
+    if (++col == tiling.w) {
+      col = 0;
+      ++row;
+    }
   });
   return p;
 }

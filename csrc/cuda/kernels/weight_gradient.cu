@@ -1,4 +1,4 @@
-// Launches the kernels that form the gradients of weight and bias over all steps.
+// Launches the kernels that compute the gradients of weight and bias over all steps.
 #include "../launchers.h"
 #include "../steps.h"
 #include "weight_gradient_mma.cuh"
@@ -14,9 +14,11 @@ WeightGradientMma mma_job(const BackwardSteps& all, const WeightBlocks& part,
   const MmaDepth depth = is_x ? x_depth(all.s.c, part.multiply) : mem_depth(all.s.c, part.multiply);
   WeightGradientMma p;
   p.grad = grad;
-  p.column_blocks = part.column_blocks, p.row_blocks = part.row_blocks();
+  p.column_blocks = part.column_blocks;
+  p.row_blocks = part.row_blocks();
   p.splits = part.splits;
-  p.warp_rows = part.warp_rows, p.tap_groups = part.tap_groups;
+  p.warp_rows = part.warp_rows;
+  p.tap_groups = part.tap_groups;
   p.planes = part.warp_rows * type.element / 2;
   while (4 * p.planes > 1 << p.unit_bits) ++p.unit_bits;
   p.column_pitch = part.column_pitch;
@@ -58,11 +60,15 @@ void weight_gradient(const BackwardSteps& steps, const WeightSources& sources, v
   const Shape& s = steps.s;
   const Cell& c = s.c;
   SumGates sums;
-  sums.d_gates = sources.d_gates, sums.type = steps.gates;
+  sums.d_gates = sources.d_gates;
+  sums.type = steps.gates;
   sums.columns = int(4 * s.Cp);
-  sums.pixels = steps.pixels(), sums.share = ceil_div(sums.pixels, steps.bias_splits);
+  sums.pixels = steps.pixels();
+  sums.share = ceil_div(sums.pixels, steps.bias_splits);
   sums.parts = sources.bias_parts;
-  sums.lengths = sources.lengths, sums.batch = c.N, sums.of_image = s.pixels;
+  sums.lengths = sources.lengths;
+  sums.batch = c.N;
+  sums.of_image = s.pixels;
   if (bias != nullptr) sums.splits = steps.bias_splits;
   add.sums[0] = {sources.bias_parts, steps.bias_splits, 4, int(s.Cp), int(c.C), bias, steps.type};
 
@@ -83,22 +89,32 @@ void weight_gradient(const BackwardSteps& steps, const WeightSources& sources, v
     g.d_gates = image(sources.d_gates, s, steps.gates, 4);
     g.tiling = part.tiling;
     g.Ho = int(s.Ho), g.Wo = int(s.Wo);
-    g.rows = int(4 * s.Cp), g.columns = int(s.taps * g.in.channels);
-    g.share = part.share, g.total = part.total;
+    g.rows = int(4 * s.Cp);
+    g.columns = int(s.taps * g.in.channels);
+    g.share = part.share;
+    g.total = part.total;
     g.lengths = sources.lengths;
     g.parts = sources.parts[steps.weights.side_by_side() ? 0 : k];
-    g.part_rows = part.part_rows, g.part_columns = part.part_columns;
+    g.part_rows = part.part_rows;
+    g.part_columns = part.part_columns;
     ReduceWeight& h = r.half[k];
-    h.parts = g.parts, h.splits = part.splits;
+    h.parts = g.parts;
+    h.splits = part.splits;
     if (k == 1 && steps.weights.side_by_side())
       h.parts = static_cast<char*>(g.parts) + grad[0].columns * bytes_of(steps.real);
-    h.part_rows = part.part_rows, h.part_columns = part.part_columns;
-    h.channels = g.in.channels, h.tap_stride = part.tap_stride;
+    h.part_rows = part.part_rows;
+    h.part_columns = part.part_columns;
+    h.channels = g.in.channels;
+    h.tap_stride = part.tap_stride;
     h.first_channel = k == 0 ? 0 : int(c.Cin);
   }
-  r.C = int(c.C), r.Cp = int(s.Cp), r.taps = int(s.taps), r.places = steps.taps;
+  r.C = int(c.C);
+  r.Cp = int(s.Cp);
+  r.taps = int(s.taps);
+  r.places = steps.taps;
   r.all_channels = int(c.Cin + c.C);
-  r.grad = weight, r.type = steps.type;
+  r.grad = weight;
+  r.type = steps.type;
   const WeightBlocks& x = steps.weights.x;
   if (x.mma()) {
     const int threads = steps.weights.threads();

@@ -74,16 +74,16 @@ SNNLSTM_DEVICE void sum_gates(const SumGates& p, int index) {
   }
   store_vector(&shared.sum[row][column], sum);
   if (!fault(Fault::no_bias_barrier)) __syncthreads();
-  const int own = int(threadIdx.x);
-  if (own >= 32) return;
+  const int lane = int(threadIdx.x);
+  if (lane >= 32) return;
   R total = 0;
-  for (int i = fault(Fault::lost_bias_row) ? 1 : 0; i < rows; ++i) total += shared.sum[i][own];
-  static_cast<R*>(p.parts)[int64_t(split) * p.columns + first + own] = total;
+  for (int i = fault(Fault::lost_bias_row) ? 1 : 0; i < rows; ++i) total += shared.sum[i][lane];
+  static_cast<R*>(p.parts)[int64_t(split) * p.columns + first + lane] = total;
 }
 
 // ---- without tensor cores -----------------------------------------------------------------------
 //
-// A launch forms both halves, whose columns lie side by side in the parts: (tap, ci) of x, then of
+// A launch sums both halves, whose columns lie side by side in the parts: (tap, ci) of x, then of
 // mem. A block takes 16 pixels of the sequence at a time. It has T::kColumns rows and T::kPixels
 // columns of the gradient, where fma::multiply() has columns and pixels: 64 x 64, or 32 x 128.
 
@@ -115,9 +115,9 @@ class WeightGradientFma {
     int column = first_column() + tid_ % T::kPixels;
     half_ = column < of_.columns ? 0 : 1;
     if (half_ == 1) column -= of_.columns;
-    const WeightGradientJob& own = p.job[half_];
-    const Segment& s = own.in;
-    has_column_ = column < own.columns;
+    const WeightGradientJob& job = p.job[half_];
+    const Segment& s = job.in;
+    has_column_ = column < job.columns;
     const int tap = column / s.channels, channel = column % s.channels;
     shift_y_ = tap / s.taps_w * s.dilation_h - s.pad_h;
     shift_x_ = tap % s.taps_w * s.dilation_w - s.pad_w;
@@ -125,10 +125,11 @@ class WeightGradientFma {
       return unsigned(channel) * unsigned(a.c) + unsigned(shift_y_) * unsigned(a.h) +
              unsigned(shift_x_) * unsigned(a.w);
     };
-    shift_ = int(shift(s.src)), shift_later_ = int(shift(own.later));
-    const auto is_float = [](const WeightGradientJob& job) {
-      return job.in.src.type == DType::float32 &&
-             (!job.later.present() || job.later.type == DType::float32);
+    shift_ = int(shift(s.src));
+    shift_later_ = int(shift(job.later));
+    const auto is_float = [](const WeightGradientJob& half) {
+      return half.in.src.type == DType::float32 &&
+             (!half.later.present() || half.later.type == DType::float32);
     };
     floats_ = is_float(p.job[0]) && is_float(p.job[1]);
 
@@ -136,7 +137,8 @@ class WeightGradientFma {
     end_ = begin_ + of_.share < of_.total ? begin_ + of_.share : of_.total;
     const int64_t first = begin_ + tid_, size = int64_t(of_.Ho) * of_.Wo;
     const int64_t image = first / size;
-    pixel_ = int(first % size), n_ = int(image % of_.tiling.by_batch.value);
+    pixel_ = int(first % size);
+    n_ = int(image % of_.tiling.by_batch.value);
     t_ = int(image / of_.tiling.by_batch.value);
   }
 
@@ -192,10 +194,13 @@ class WeightGradientFma {
   SNNLSTM_DEVICE void locate(int chunk) {
     if (tid_ >= T::kDepth) return;
     const Tiling& tiling = of_.tiling;  // of tiles of one pixel
-    unsigned y = unsigned(pixel_), x = tiling.by_cols.split(y), image = y;
+    unsigned y = unsigned(pixel_);
+    unsigned x = tiling.by_cols.split(y);
+    unsigned image = y;
     y = tiling.by_rows.split(image);
     unsigned steps = unsigned(n_) + image;
-    n_ = int(tiling.by_batch.split(steps)), t_ += int(steps);
+    n_ = int(tiling.by_batch.split(steps));
+    t_ += int(steps);
     pixel_ = int(y) * of_.Wo + int(x);
     fma::SourcePixel& at = shared_.where[chunk & 1][tid_];
     const bool real = begin_ + int64_t(chunk) * T::kDepth + tid_ < end_ &&
@@ -234,9 +239,9 @@ class WeightGradientFma {
   // read_one(address, elements after it, type)
   template <class ReadOne>
   SNNLSTM_DEVICE void fetch_sources(int chunk, ReadOne&& read_one) {
-    const WeightGradientJob& own = p_.job[half_];
-    const Segment& s = own.in;
-    const bool has_later = own.later.present();
+    const WeightGradientJob& job = p_.job[half_];
+    const Segment& s = job.in;
+    const bool has_later = job.later.present();
     unrolled<kRows>([&](int k) {
       const fma::SourcePixel& pixel = shared_.where[chunk & 1][tid_ / T::kPixels + k * kRowStep];
       const int4 at = load<int4>(&pixel.y);
@@ -248,7 +253,7 @@ class WeightGradientFma {
       sources_[k] = 0;
       if (real)
         sources_[k] =
-            read_one(source, later ? shift_later_ : shift_, later ? own.later.type : s.src.type);
+            read_one(source, later ? shift_later_ : shift_, later ? job.later.type : s.src.type);
     });
   }
 

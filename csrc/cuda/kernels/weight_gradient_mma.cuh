@@ -94,7 +94,10 @@ class WeightGemm {
       if (more) fetch(next, at, buffer ^ 1);
       if (round >= 0) {
         multiply_tile(next, more, buffer);
-        if (++folded == kFold) folded = 0, fold();
+        if (++folded == kFold) {
+          folded = 0;
+          fold();
+        }
       }
       if (more) source_.template finish<kHalf ? 1 : 2>(next);
       if constexpr (kCarries<Element>) {
@@ -190,7 +193,8 @@ class WeightGemm {
 
   // Multiplies the tile in a buffer. more: another tile is being loaded, from `next`.
   SNNLSTM_DEVICE void multiply_tile(const MmaSegment& next, bool more, int buffer) {
-    Place a = place(gates(buffer) + a_offset_), b = place(neighbourhood(buffer) + b_offset_);
+    Place a = place(gates(buffer) + a_offset_);
+    Place b = place(neighbourhood(buffer) + b_offset_);
     __syncwarp();  // lanes have diverged
     unrolled<weight_tile::kTaps>([&](int tap) {
       const int2 shift = load<int2>(&shifts_[tap][0]);
@@ -345,7 +349,10 @@ class WeightGemm {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {  // k = t and t + 4
         const uint4 v = load<uint4>(a_row + mma_tile::row_offset(2 * step) + 64 * k);
-        a[2 * k] = v.x, a[2 * k + 1] = v.y, a[2 * k + 4] = v.z, a[2 * k + 5] = v.w;
+        a[2 * k] = v.x;
+        a[2 * k + 1] = v.y;
+        a[2 * k + 4] = v.z;
+        a[2 * k + 5] = v.w;
       }
       const unsigned char* b_row = b_column + pairs_[k_block * 8 + step];
       uint32_t b[weight_tile::kTaps][4],
@@ -356,7 +363,8 @@ class WeightGemm {
         if (!Full && tap >= taps_) break;
         unrolled<2>([&](int k) {
           const uint2 v = load<uint2>(b_row + shift_[tap][k]);
-          b[tap][k] = v.x, b[tap][2 + k] = v.y;
+          b[tap][k] = v.x;
+          b[tap][2 + k] = v.y;
         });
         of_b |= take(b[tap], b_small[tap]);
         add(acc_[tap], a, b[tap]);
