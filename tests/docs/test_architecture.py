@@ -22,14 +22,14 @@ def followed(call) -> tuple[list[str], list[str]]:
 
     The second result names the functions of the package that the call runs.
     """
-    package, running, files, frames = Path(snnlstm.__file__).parent, [], [], []
+    package, running, files, frames = f"{Path(snnlstm.__file__).parent}/", [], [], []
 
     def note(frame, event, _):
-        path = Path(frame.f_code.co_filename)
-        if package in path.parents and event in ("call", "return"):
+        path = frame.f_code.co_filename
+        if path.startswith(package) and event in ("call", "return"):
             if event == "call":
-                running.append(f"snnlstm/{path.relative_to(package)}")
-                frames.append(f"{path.name}: {frame.f_code.co_name}")
+                running.append(f"snnlstm/{path.removeprefix(package)}")
+                frames.append(f"{Path(path).name}: {frame.f_code.co_name}")
             else:
                 running.pop()
             files.extend(running[-1:])

@@ -125,10 +125,26 @@ CASES = tagged("emulator") | {
     "pooled column": PLAIN.but(height=14, width=1, pool="max", pool_size=(3, 1), stride=(1, 3)),
     "kernel 9x7": PLAIN.but(kernel_size=(9, 7), height=3, width=4, dilation=(1, 2)),
     "no spikes, one step": PLAIN.but(**SILENT, sequence=False, record=False),
+    "two steps": PLAIN.but(time=2, batch=1),
 }
+
+
+def shorter(calls):
+    """The calls with two steps in the place of three: then a pass has a first and a last step.
+
+    The plain call keeps its step between them, and checkpoints need another segment.
+    """
+    return {
+        name: case.but(time=2)
+        if case.time == 3 and name != "plain" and not case.options.checkpoint
+        else case
+        for name, case in calls.items()
+    }
+
+
 # Calls without decisions, for the gradients of coarse modes, which would decide some resets
 # otherwise, and then differ.
-SMOOTH = {
+SMOOTH = shorter({
     "last states": PLAIN.but(record=False),
     "average pool": PLAIN.but(pool="avg", pool_size=(2, 2)),
     **{
@@ -136,29 +152,29 @@ SMOOTH = {
         for name in (
             "plain", "one step", "wide", "channels last", "short chunks", "dilation and stride",
             "one pixel", "one column", "kernel 9x7", "threshold per channel", "lengths",
-            "no spikes, last states", "no spikes, one step",
+            "no spikes, last states", "no spikes, one step", "two steps",
         )
     },
-}  # fmt: skip
-JUMPING = CASES | {
+})  # fmt: skip
+JUMPING = shorter(CASES | {
     "every neuron's own surrogate": PLAIN.but(surrogate=surrogate.sigmoid(25), reset="zero"),
     "stochastic": PLAIN.but(surrogate=surrogate.SSO(0.1, 0.2)),
     "no gradient of spikes": PLAIN.but(surrogate=surrogate.NONE),
     "kernel 5x5": PLAIN.but(kernel_size=(5, 5)),
     "no bias": PLAIN.but(bias=False),
-}
+})  # fmt: skip
 
 
 def crossed(modes, calls):
-    """Every mode and case, with a schedule. Short runs have each case once, and a plain one in each
-    mode."""
+    """Every mode and case, with a schedule. Short runs have each case once, and that of two steps
+    in each mode."""
     return [
         pytest.param(
             mode,
             case,
             SCHEDULES[(i + j) % 3],
             id=f"{mode}-{name}",
-            marks=[] if (i + j) % len(modes) == 0 or name == "plain" else pytest.mark.emulator_long,
+            marks=pytest.mark.emulator_long if (i + j) % len(modes) and name != "two steps" else (),
         )
         for i, mode in enumerate(modes)
         for j, (name, case) in enumerate(calls.items())

@@ -58,7 +58,8 @@ def test_forward(core, mode, case, schedule):
     ],
 )  # fmt: skip
 def test_plain_steps_have_an_instance_of_their_own(core, mode, name, plain):
-    case = CASES[name].but(reset="none")  # which coarse modes would decide otherwise
+    # Coarse modes would decide resets otherwise.
+    case = CASES[name].but(reset="none", time=2, batch=1)
     core.checks(counters=True)
     check(core, case, MODES[mode])
     if MODES[mode].exact or name in SMOOTH:

@@ -21,7 +21,7 @@ NOTICED = {
         "wrong_fragment_row", "wrong_mma_halo", "no_chunk_barrier", "no_stage_wait",
         "no_stage_barrier", "no_border_zeros", "swapped_gates", "wrong_row_stride",
     ),
-    (test_cell, "float32", "plain"): (
+    (test_cell, "float32", "two steps"): (
         "no_fma_chunk_barrier", "wrong_fma_buffer", "wrong_fma_halo"
     ),
     (test_cell, "tf32", "inhibition"): (
@@ -29,18 +29,18 @@ NOTICED = {
     ),
     (test_cell, "tf32", "max_pool"): ("no_reset",),
     (test_cell, "tf32", "odd sizes"): ("wrong_tail_mask",),
-    (test_cell, "tf32 on sm_90", "plain"): ("no_launch_wait_mma",),
-    (test_cell, "float64 on sm_90", "plain"): ("no_launch_wait_forward_fma",),
-    (test_cell, "float32 cudnn", "plain"): ("no_vectors_barrier",),
+    (test_cell, "tf32 on sm_90", "two steps"): ("no_launch_wait_mma",),
+    (test_cell, "float64 on sm_90", "two steps"): ("no_launch_wait_forward_fma",),
+    (test_cell, "float32 cudnn", "two steps"): ("no_vectors_barrier",),
     (test_cell, "bfloat16 states", "short chunks"): ("no_chunk_wait",),
     (test_cell, "bfloat16 states", "channels last"): ("wrong_source_halo",),
     (test_cell, "float16 on sm_75", "channels last"): ("lost_carried_pieces",),
-    (test_cell_gradients, "tf32x3", "plain"): (
+    (test_cell_gradients, "tf32x3", "two steps"): (
         "wrong_tap_stride", "lost_part", "no_k_groups_barrier", "no_bias_barrier", "lost_bias_row",
         "no_weight_tile_wait", "no_weight_tile_barrier", "lost_totals",
     ),
     (test_cell_gradients, "float32", "max_pool"): ("no_gather_barrier",),
-    (test_cell_gradients, "float64 on sm_90", "plain"): ("no_launch_wait_backward_fma",),
+    (test_cell_gradients, "float64 on sm_90", "two steps"): ("no_launch_wait_backward_fma",),
 }  # fmt: skip
 
 # What the emulator says of faults. Kinds of errors that no kernel of kernels/ makes stand here.

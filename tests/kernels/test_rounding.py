@@ -4,6 +4,7 @@ docs/numerics.md has more errors. A gain is the root mean square of the gates pe
 """
 
 import functools
+import os
 from statistics import median
 
 import pytest
@@ -54,8 +55,11 @@ def expected(case: Case) -> tuple[list[Tensor], list[float]]:
 def test_errors_are_a_small_multiple_of_torchs(isa, kernel, side, factor, lowest, monkeypatch):
     """The multiples are medians of eight seeds, for mem and for each gradient.
 
-    At T=20 and a gain of 15, torch's own error of mem is 1e-4, and grows with each step.
+    At T=20 and a gain of 15, torch's own error of mem is 1e-4, and grows with each step. The slow
+    "wide" instructions take the larger kernels' tiles, whose numbers are those of avx2, at length.
     """
+    if isa == "wide" and kernel != (3, 3) and not os.environ.get("SNNLSTM_LONG"):
+        pytest.skip("part of `make test-all`")
     if side == 4:
         monkeypatch.setattr(cpu.PackedWeight, "GAINS", {4: 1e3})
     calls = (1, 2, lowest), (1, 2, 3.0), (1, 2, 15.0), (20, 1, lowest), (20, 1, 7.0)

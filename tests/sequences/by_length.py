@@ -11,7 +11,7 @@ from tests.shared.gradients import NAMES, gradients_by_name
 from tests.shared.helpers import close, ours, states, steps
 from tests.shared.table import arguments_of
 
-TIME, LENGTHS = 6, (2, 6, 0, 5, 1, 2, 4)
+TIME, LENGTHS = 4, (2, 4, 0, 3, 1, 2)
 
 NAMED = "no reset", "max_pool", "avg_pool", "inhibition", "dilation and stride", "checkpoint"
 CELLS = {name: arguments_of(name) for name in NAMED}

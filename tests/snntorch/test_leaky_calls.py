@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.compat import snntorch as compat
-from tests.shared.helpers import close, ours, quietly
+from tests.shared.helpers import close, long, ours, quietly
 from tests.shared.helpers import twins as cells
 from tests.shared.leaky import F64, LEARN, currents, leaky_twins
 
@@ -301,7 +301,7 @@ def test_each_path_computes_what_snntorch_does(
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@both_dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(F64, marks=long)], ids=str)
 def test_compiled_layers_compute_what_snntorch_does(dtype: torch.dtype) -> None:
     """One graph has them all, and not each kind with each mechanism, because tracing takes long."""
     rows = [(k, reset) for k in PLAIN for reset in RESETS if k == "known" or reset == "zero"]
