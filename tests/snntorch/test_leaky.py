@@ -160,8 +160,8 @@ OTHERS = {
     "the surrogate is not a known one": {"spike_grad": lambda u: (u > 0).float() + 0 * u},
     "graded_spikes_factor is learned": {"learn_graded_spikes_factor": True},
     "graded_spikes_factor is learned, or is not": {"graded_spikes_factor": torch.ones(5)},
-    "beta is empty, does not broadcast to x": {"beta": torch.rand(2, 1, 5)},
-    "threshold is empty, does not broadcast to x": {"threshold": torch.rand(2, 1, 3, 5)},
+    "beta is empty, or does not broadcast to x": {"beta": torch.rand(2, 1, 5)},
+    "threshold is empty, or does not broadcast to x": {"threshold": torch.rand(2, 1, 3, 5)},
     "beta is of torch.float64": {"beta": torch.rand(5, dtype=F64)},
 }
 
