@@ -133,11 +133,20 @@ def find_case(name: str) -> Case | Network:
 
 def prepared(case: Case | str, name: str, setting: Setting, mode: str, small: bool) -> Runner:
     """Returns what :func:`peak_memory.measure` runs; the network of a name is found anew."""
+    own: dict[str, Any] = {}
     if isinstance(case, Case):
         case = dataclasses.replace(case, steps=2, batch=1) if small else case
-        return Provider(case, find_form(name), setting).prepare(mode)
-    network = networks.NETWORKS[case] if small and case in networks.NETWORKS else find_case(case)
-    return Provider(network, network.forms.get(name) or find_form(name), setting).prepare(mode)
+    else:
+        case = networks.NETWORKS[case] if small and case in networks.NETWORKS else find_case(case)
+        own = case.forms
+    one = Provider(case, own.get(name) or find_form(name), setting)
+    if not one.form.backend:
+        return one.prepare(mode)
+    (setup, run), _ = one.first_run(mode)
+    setup()
+    run()  # states of the first run have other shapes than before, for which this compiles anew
+    one.net.load_state_dict(one.initial)  # so that the run packs the weights, as other forms do
+    return setup, run
 
 
 class Suite:

@@ -183,6 +183,15 @@ def test_an_older_number_of_steps_is_no_reason_to_warn():
         assert not provider.first_run("inference")[1].warnings
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_memory_of_a_compiled_loop_is_not_that_of_compiling(mode):
+    setup, once = run.prepared("dense", "compiled-loop", Setting(), mode, True)
+    setup()
+    with providers.compiling() as found:
+        once()
+    assert found.seconds == 0
+
+
 def test_one_image_is_that_of_each_step():
     for name in ("dense", "convolutions"):
         one = networks.NETWORKS[f"{name}-image"]
