@@ -237,9 +237,9 @@ def convolutions(cell: Any, side: int) -> nn.Module:
 
 def _convolutions(shape: tuple[int, ...], image: bool = False) -> Network:
     """Returns the network of `convolutions` on (N, T, 1, H, W)."""
-    title = "Leaky alone: 2 x (Conv 5x5 1->12->64, max_pool 2, Leaky), Linear"
+    title = f"Leaky alone: Conv 1->12->64 5x5 {shape[3]}x{shape[4]}, each with max_pool 2; Linear"
     make = functools.partial(convolutions, side=shape[3])
-    return _stepwise(f"{title} {shape[3]}x{shape[4]}", make, shape, image)
+    return _stepwise(title, make, shape, image)
 
 
 def dense(cell: Any, sizes: Sequence[int]) -> nn.Module:
@@ -424,8 +424,8 @@ def _users(small: bool = False) -> dict[str, Network]:
         "dense-image": _dense(size(128, 25, 1, 28, 28), 1000, 10, image=True),
         "dense-small": _dense(size(128, 25, 1, 28, 28), 128, 10),  # as mlx-snn's authors time
         "dense-audio": _dense(size(64, 100, 700, 1, 1), 256, 256, 20),
-        "convolutions": _convolutions(images),
-        "convolutions-image": _convolutions(images, image=True),
+        "conv": _convolutions(images),
+        "conv-image": _convolutions(images, image=True),
     }  # fmt: skip
 
 

@@ -193,7 +193,7 @@ def test_the_memory_of_a_compiled_loop_is_not_that_of_compiling(mode):
 
 
 def test_one_image_is_that_of_each_step():
-    for name in ("dense", "convolutions"):
+    for name in ("dense", "conv"):
         one = networks.NETWORKS[f"{name}-image"]
         net, x = one.make(snnlstm.SConv2dLSTM), one.batches()[0][0]
         steps = x.unsqueeze(1).expand(-1, networks.NETWORKS[name].shapes[0][1], *x.shape[1:])
