@@ -12,8 +12,8 @@ import dataclasses
 import functools
 import itertools
 import math
-import runpy
 import sys
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,8 @@ def averaged(run: Callable[..., Tensor], net: nn.Module, optimizer: Any, x: Tens
     return loss
 
 
+# Compiling the reset would take half a second, and more with each layer of the process.
+reset = torch.compiler.disable(utils.reset)
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -219,8 +221,25 @@ def pyramid(
 def _pyramid(title: str, shape: tuple[int, ...], *channels: int, **options: Any) -> Network:
     """Returns a pyramid on (N, T, C, H, W), with the channels behind C."""
     make = functools.partial(pyramid, channels=(shape[2], *channels), side=shape[3], **options)
-    title = f"{title} {shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}"
-    return Network(title, make, (shape,), loop=_outside, sequences=_unrolled)
+    return _stepwise(f"{title} {shape[3]}x{shape[4]}", make, shape)
+
+
+def convolutions(cell: Any, side: int) -> nn.Module:
+    """Makes the network of snnTorch's tutorial 6, for images of this side; layers keep states."""
+    grad, layers = surrogate.fast_sigmoid(slope=25), list[nn.Module]()
+    options = {"beta": 0.5, "threshold": 0.3, "init_hidden": True, "spike_grad": grad}
+    for one, other in ((1, 12), (12, 64)):
+        layers += [nn.Conv2d(one, other, 5), nn.MaxPool2d(2), _leaky(cell, **options)]
+        side = (side - 4) // 2
+    last = _leaky(cell, **options, output=True)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * side**2, 10), last)
+
+
+def _convolutions(shape: tuple[int, ...], image: bool = False) -> Network:
+    """Returns the network of `convolutions` on (N, T, 1, H, W)."""
+    title = f"Leaky alone: Conv 1->12->64 5x5 {shape[3]}x{shape[4]}, each with max_pool 2; Linear"
+    make = functools.partial(convolutions, side=shape[3])
+    return _stepwise(title, make, shape, image)
 
 
 def dense(cell: Any, sizes: Sequence[int]) -> nn.Module:
@@ -233,23 +252,37 @@ def dense(cell: Any, sizes: Sequence[int]) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def _dense(shape: tuple[int, ...], *sizes: int) -> Network:
+def _dense(shape: tuple[int, ...], *sizes: int, image: bool = False) -> Network:
     """Returns a network of Leaky alone on (N, T, C, H, W), with the sizes behind the input's."""
     sizes = (math.prod(shape[2:]), *sizes)
-    title = f"Leaky alone: Linear {'->'.join(map(str, sizes))}; T={shape[1]} N={shape[0]}"
     make = functools.partial(dense, sizes=sizes)
-    return Network(title, make, (shape,), loop=_outside, sequences=_unrolled)
+    return _stepwise(f"Leaky alone: Linear {'->'.join(map(str, sizes))}", make, shape, image)
 
 
-def _outside(net: nn.Module, x: Tensor) -> Tensor:
-    """Loops over time outside of the network, (N, T, C, H, W)."""
-    utils.reset(net)
-    return torch.stack([net(x_t)[1] for x_t in x.unbind(1)])
+def _stepwise(title: str, make: Any, shape: tuple[int, ...], image: bool = False) -> Network:
+    """Returns a network that is called step by step on (N, T, C, H, W).
+
+    With `image` each step gets the same image of (N, C, H, W), as in snnTorch's tutorials.
+    """
+    batch, steps, *one = shape
+    title = f"{title}; T={steps} N={batch}"
+    if not image:
+        return Network(title, make, (shape,), loop=_outside, sequences=_unrolled)
+    loop = functools.partial(_outside, steps=steps)
+    sequences = functools.partial(_unrolled, steps=steps)
+    shapes = ((batch, *one),)
+    return Network(f"{title}, one image", make, shapes, loop=loop, sequences=sequences)
 
 
-def _unrolled(net: nn.Sequential, x: Tensor) -> Tensor:
-    utils.reset(net)
-    return unroll(x.transpose(0, 1), *net)[1]
+def _outside(net: nn.Module, x: Tensor, steps: int = 0) -> Tensor:
+    """Loops over time outside of the network: over (N, T, C, H, W), or on one image for `steps`."""
+    reset(net)
+    return torch.stack([net(x_t)[1] for x_t in ([x] * steps if steps else x.unbind(1))])
+
+
+def _unrolled(net: nn.Sequential, x: Tensor, steps: int = 0) -> Tensor:
+    reset(net)
+    return unroll(x.expand(steps, *x.shape) if steps else x.transpose(0, 1), *net)[1]
 
 
 # ---- the ConvLSTM without spikes, and one's own network ------------------------------------------
@@ -300,9 +333,12 @@ def from_file(place: str) -> Network:
     """
     file, _, name = place.partition(":")
     name = name or "make"
+    module = types.ModuleType(f"network_{len(sys.modules)}")
+    sys.modules[module.__name__] = module  # where torch.compile finds what functions read
     sys.path.insert(0, str(Path(file).resolve().parent))  # where the file finds what it imports
     try:
-        function = runpy.run_path(file)[name]
+        exec(compile(Path(file).read_bytes(), file, "exec"), vars(module))
+        function = vars(module)[name]
     except OSError as error:
         raise ValueError(f"--network: expected FILE.py:FUNCTION, got {place!r}: {error}") from None
     except KeyError:
@@ -321,7 +357,7 @@ def from_file(place: str) -> Network:
         return report.model
 
     def fresh(net: nn.Module, x: Any) -> Any:
-        utils.reset(net)
+        reset(net)
         return run(net, x)
 
     forms = {name: form for name, form in FORMS.items() if not form.sequences}
@@ -341,6 +377,7 @@ def _users(small: bool = False) -> dict[str, Network]:
         """Returns the shape (N, T, C, H, W) of batches."""
         return tuple(map(min, shape, (2, 3, shape[2], 14, 14))) if small else shape
 
+    images = (2, 3, 1, 16, 16) if small else (32, 25, 1, 28, 28)
     return {
         "documentation": _classifier(
             "1->8 28x28, max_pool 2, 8->8, avg_pool 2",
@@ -384,7 +421,11 @@ def _users(small: bool = False) -> dict[str, Network]:
             autocast=True,
         ),
         "dense": _dense(size(128, 25, 1, 28, 28), 1000, 10),
+        "dense-image": _dense(size(128, 25, 1, 28, 28), 1000, 10, image=True),
+        "dense-small": _dense(size(128, 25, 1, 28, 28), 128, 10),  # as mlx-snn's authors time
         "dense-audio": _dense(size(64, 100, 700, 1, 1), 256, 256, 20),
+        "conv": _convolutions(images),
+        "conv-image": _convolutions(images, image=True),
     }  # fmt: skip
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import snntorch
@@ -15,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import snnlstm
+from snnlstm.loops import backend
 
 from . import devices
 
@@ -76,12 +80,16 @@ class Setting:
 
 
 class Form(NamedTuple):
-    """A form is a cell's class, and the way that it is run; ours are made by `make(cell)`."""
+    """A form is a cell's class, and the way that it is run; ours are made by `make(cell)`.
+
+    backend: that of torch.compile, which compiles the function that has the loop over time.
+    """
 
     title: str
     cell: Any = snnlstm.SConv2dLSTM
     sequences: bool = False
     compiled: bool = False
+    backend: str = ""
     captured: bool = False
     checkpoint: bool = False
     algorithm: str = "auto"
@@ -95,11 +103,12 @@ FORMS = {
     "snntorch-compile-graph": Form("both", _CELL, compiled=True, captured=True),
     "loop": Form("snnlstm in the same loop, one call a time step"),
     "sequence": Form("snnlstm, whole sequences in one call", sequences=True),
+    "compiled-loop": Form('the loop under torch.compile, backend="snnlstm"', backend="snnlstm"),
     "sequence-cudagraph": Form("the same in a CUDA graph", sequences=True, captured=True),
     "sequence-checkpoint": Form("the same, checkpoint=True", sequences=True, checkpoint=True),
 }
 BASELINE = "snntorch"
-DEFAULT = (BASELINE, "loop", "sequence")
+DEFAULT = (BASELINE, "loop", "sequence", "compiled-loop")
 
 
 def find_form(name: str) -> Form:
@@ -112,6 +121,46 @@ def find_form(name: str) -> Form:
         text = f"{', '.join(FORMS)}, or sequence:ALGORITHM of {', '.join(known)}"
         raise ValueError(f"--providers: {name}:{algorithm} is not known; known: {text}")
     return FORMS[name]._replace(algorithm=algorithm or "auto")
+
+
+def forget_compiled() -> None:
+    """Lets torch.compile begin anew, with no warning of the last network's number of steps."""
+    torch._dynamo.reset()
+    backend._steps_seen.clear()
+
+
+@dataclass
+class Compiling:
+    """Tells what torch.compile did: its seconds of processor time, and the log's warnings."""
+
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def compiling() -> Iterator[Compiling]:
+    """Watches torch.compile within the context, which alone gets the warnings of the log."""
+    found, begun = Compiling(), 0.0
+
+    def begin(_: object) -> None:
+        nonlocal begun
+        begun = time.process_time()
+
+    def end(_: object) -> None:
+        found.seconds += time.process_time() - begun
+
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.warnings.append(record.getMessage())  # type: ignore
+    log, callbacks = logging.getLogger("snnlstm"), torch._dynamo.callback.callback_handler
+    log.addHandler(handler)
+    callbacks.register_start_callback(begin)
+    callbacks.register_end_callback(end)
+    try:
+        yield found
+    finally:
+        callbacks.remove_start_callback(begin)
+        callbacks.remove_end_callback(end)
+        log.removeHandler(handler)
 
 
 class Provider:
@@ -128,9 +177,13 @@ class Provider:
             raise Unavailable(f"networks run in float32, not in {setting.dtype}")
         if form.captured and setting.device != "cuda":
             raise Unavailable("CUDA graphs need --device cuda")
+        if form.backend and tuple(map(int, torch.__version__.split(".")[:2])) < backend.OLDEST:
+            raise Unavailable(f"compiled loops need torch {'.'.join(map(str, backend.OLDEST))}")
         self.over_time = case.sequences if form.sequences else case.loop
+        if form.backend:
+            self.over_time = torch.compile(self.over_time, backend=form.backend)
         setting.apply_precision()
-        torch._dynamo.reset()  # graphs of the case before would count towards the recompile limit
+        forget_compiled()  # graphs of the case before would count towards the recompile limit
         # In a run a default device would cost time in each call of torch.
         with torch.device("cuda") if setting.device == "cuda" else nullcontext():
             torch.manual_seed(0)
@@ -188,6 +241,17 @@ class Provider:
             return setup, run
         # Each replay overwrites the gradients in the graph's memory, so that none is cleared.
         return (lambda: None), devices.captured(run, setup)[0]
+
+    def first_run(self, mode: str) -> tuple[Runner, Compiling]:
+        """Returns what `prepare` returns, and what compiling took, for which it runs once."""
+        if self.form.backend:
+            forget_compiled()  # the comparison has compiled the graph of training
+        setup, run = runner = self.prepare(mode)
+        gc.collect()  # objects of other forms would be looked through while this one compiles
+        with compiling() as found:
+            setup()
+            run()
+        return runner, found
 
     def spiking_threshold(self) -> Tensor:
         """Returns a layer's threshold for the comparison of spikes; see :meth:`Case`."""

@@ -2,7 +2,8 @@
 
 Rows are a pandas table, one row for each case, mode and provider; times are milliseconds of all
 time steps. `speedup` is the median of the case's first provider, timed in the same rounds, over
-this median; it is missing where the machine was too busy for ratios.
+this median; it is missing where the machine was too busy for ratios. `compiling` is the processor
+time in seconds that torch.compile took before the rounds, where it compiled the loop over time.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def heading(rows: pd.DataFrame) -> str:
 def block(rows: pd.DataFrame) -> str:
     """Formats one case in one mode, with a line for each provider."""
     units = {"p20": "", "ms": "", "p80": "", "speedup": "x", "gflops": "", "mib": ""}
+    units["compiling"] = " s"
     shown = rows[["provider", *units, "rounds", "path"]].copy()
     for name, unit in units.items():
         shown[name] = [number(value, unit) for value in rows[name]]
@@ -75,13 +77,16 @@ def markdown(rows: pd.DataFrame) -> str:
     for _, part in rows.groupby(RUN, sort=False):
         others = [name for name in part.provider.unique() if name not in first]
         head = ["network or layer", f"{' or '.join(first)}, ms", *others]
+        compiled = part[part.compiling.notna()].provider.unique()
+        head += ["compiling"] * len(compiled)
         cells = [head, ["---"] * len(head)]
         for case, group in part.groupby("case", sort=False):
             line = [
                 f"**{case}**: {group.title.iloc[0]}",
                 _pair(group, group.provider.iloc[0], "ms"),
             ]
-            cells.append([*line, *(_pair(group, name, "speedup", "x") for name in others)])
+            line += [_pair(group, name, "speedup", "x") for name in others]
+            cells.append([*line, *(_pair(group, name, "compiling", " s") for name in compiled)])
         lines += [f"{heading(part)}, {' / '.join(part['mode'].unique())}:", ""]
         lines += [f"| {' | '.join(line)} |" for line in cells] + [""]
     return "\n".join(lines)

@@ -133,11 +133,20 @@ def find_case(name: str) -> Case | Network:
 
 def prepared(case: Case | str, name: str, setting: Setting, mode: str, small: bool) -> Runner:
     """Returns what :func:`peak_memory.measure` runs; the network of a name is found anew."""
+    own: dict[str, Any] = {}
     if isinstance(case, Case):
         case = dataclasses.replace(case, steps=2, batch=1) if small else case
-        return Provider(case, find_form(name), setting).prepare(mode)
-    network = networks.NETWORKS[case] if small and case in networks.NETWORKS else find_case(case)
-    return Provider(network, network.forms.get(name) or find_form(name), setting).prepare(mode)
+    else:
+        case = networks.NETWORKS[case] if small and case in networks.NETWORKS else find_case(case)
+        own = case.forms
+    one = Provider(case, own.get(name) or find_form(name), setting)
+    if not one.form.backend:
+        return one.prepare(mode)
+    (setup, run), _ = one.first_run(mode)
+    setup()
+    run()  # states of the first run have other shapes than before, for which this compiles anew
+    one.net.load_state_dict(one.initial)  # so that the run packs the weights, as other forms do
+    return setup, run
 
 
 class Suite:
@@ -223,6 +232,7 @@ class Suite:
 
     def skip(self, provider: str, label: str, error: Exception) -> None:
         """Says why a provider is skipped. An error of ours is wrong, too, if it has memory."""
+        error = getattr(error, "inner_exception", error)  # what a backend of torch.compile raised
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         by_design = isinstance(error, (Unavailable, MemoryError, torch.cuda.OutOfMemoryError))
         excused = by_design or provider.startswith("snntorch")
@@ -238,12 +248,22 @@ class Suite:
     ) -> None:
         """Times one case in one mode."""
         runners, begin, others = {}, time.monotonic(), machine.others()
+        compiling: dict[str, float] = {}
+        notes: dict[str, list[str]] = {provider: [] for provider in built}
         for provider, one in built.items():
             try:
-                setup, run = one.prepare(mode)
-                setup()
-                run()
-                runners[provider] = setup, run
+                own = one.form.backend and getattr(case, "own_input", None)
+                if own:
+                    alone = Provider(case, one.form._replace(backend="eager"), setting)
+                    recorded = alone.first_run(mode)[1].seconds
+                runners[provider], found = one.first_run(mode)
+                if one.form.backend:
+                    compiling[provider] = found.seconds
+                if own:
+                    text = f"compiling took {report.number(found.seconds)} s of processor time"
+                    text += f', with backend="eager" {report.number(recorded)} s'
+                    notes[provider].append(text)
+                notes[provider] += dict.fromkeys(found.warnings)
             except (MemoryError, RuntimeError) as error:
                 self.skip(provider, f"{name}, {setting.dtype}", error)
 
@@ -265,7 +285,8 @@ class Suite:
                 "shape": getattr(case, "shape", ""), "steps": getattr(case, "steps", None),
                 "mode": mode, "provider": provider, "path": built[provider].path,
                 "rounds": len(times), "p20": p20, "ms": p50, "p80": p80,
-                "speedup": None, "gflops": None, "mib": None, "note": "",
+                "speedup": None, "gflops": None, "mib": None,
+                "compiling": compiling.get(provider), "note": "",
                 "beside": beside, "peak": before, "peak_after": after, "quiet": quiet,
             }  # fmt: skip
             if ratios and first in samples:
@@ -276,7 +297,11 @@ class Suite:
                 key = case if isinstance(case, Case) else name
                 job = prepared, key, provider, setting, mode
                 peak = peak_memory.measure(*job, device=setting.device)
-                row["note" if isinstance(peak, str) else "mib"] = peak
+                if isinstance(peak, str):
+                    notes[provider].append(peak)
+                else:
+                    row["mib"] = peak
+            row["note"] = "; ".join(notes[provider])
             rows.append(row)
         self.rows += rows
         if rows:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import snnlstm
-from benchmarks import accuracy, gpu_smoke, machine, networks, peak_memory, report, run
+from benchmarks import accuracy, gpu_smoke, machine, networks, peak_memory, providers, report, run
 from benchmarks.cases import Case, parse_case
 from benchmarks.providers import FORMS, MODES, Provider, Setting
 from tests.shared.helpers import long, measures_memory
@@ -82,7 +83,7 @@ def own(tmp_path):
         place = str(tmp_path / "mine.py")
         status, rows = suite(tmp_path, "--network", place, "--seconds", "0.01")
         assert status == 0
-        assert set(rows.provider) == {"snntorch", "loop"}
+        assert set(rows.provider) == {"snntorch", "loop", "compiled-loop"}
         return rows
 
     return timed
@@ -131,6 +132,75 @@ def test_ones_own_network_may_have_leaky_alone(library, own, tmp_path):
         networks.from_file(f"{tmp_path}/mine.py:neither").make(snnlstm.SConv2dLSTM)
 
 
+@pytest.mark.parametrize("feedback", ["", " + spk"])
+def test_the_report_of_ones_own_network_says_what_compiling_took(feedback, own, capsys):
+    rows = own(
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.fc, self.lif = torch.nn.Linear(3, 3), snntorch.Leaky(beta=0.9)\n"
+        "    def forward(self, x):\n"
+        "        spk, mem = torch.zeros_like(x), self.lif.reset_mem()\n"
+        "        for _ in range(3):\n"
+        f"            spk, mem = self.lif(self.fc(x{feedback}), mem)\n"
+        "        return mem\n"
+        "def make(): return Net(), torch.rand(2, 3)\n"
+    )
+    compiled = rows.provider == "compiled-loop"
+    assert (rows.compiling.notna() == compiled).all()
+    assert rows.path[compiled].str.startswith("compiled").all()
+    said = capsys.readouterr().out
+    line = (
+        r'\ncompiled-loop: compiling took [\d.]+ s of processor time, with backend="eager" [\d.]+ s'
+    )
+    warned = "; torch.compile: layer lif (Leaky) stays a loop of steps: "
+    assert len(re.findall(line + re.escape(warned if feedback else "\n"), said)) == len(MODES)
+    assert "| snntorch, ms | loop | compiled-loop | compiling |\n" in said
+    assert re.search(r"x / [\d.]+x \| [\d.]+ s / [\d.]+ s \|\n", said)
+
+
+def test_a_loop_that_does_not_compile_is_not_timed_and_the_line_says_why(monkeypatch, capsys):
+    def fail(graph):
+        raise ValueError("no steps in this graph")
+
+    asked = [*TINY, "--mode", "inference", "--providers", "compiled-loop"]
+    monkeypatch.setattr(providers.backend, "Loop", fail)
+    assert run.main(asked) == 1
+    said = capsys.readouterr().out
+    assert "WRONG: small, float32: compiled-loop: no steps in this graph\n" in said
+    monkeypatch.setattr(providers.backend, "OLDEST", (99, 1))
+    assert run.main(asked) == 0
+    said = capsys.readouterr().out
+    assert "NOT TIMED: small, float32: compiled-loop: compiled loops need torch 99.1\n" in said
+
+
+def test_an_older_number_of_steps_is_no_reason_to_warn():
+    """Two networks have the same loop, one with more steps."""
+    for name in ("dense", "dense-audio"):
+        case = dataclasses.replace(networks.NETWORKS["dense"], shapes=((2, len(name), 3, 1, 1),))
+        case = dataclasses.replace(case, make=lambda cell: networks.dense(cell, (3, 4, 3)))
+        provider = Provider(case, FORMS["compiled-loop"], Setting())
+        assert not provider.first_run("inference")[1].warnings
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_memory_of_a_compiled_loop_is_not_that_of_compiling(mode):
+    setup, once = run.prepared("dense", "compiled-loop", Setting(), mode, True)
+    setup()
+    with providers.compiling() as found:
+        once()
+    assert found.seconds == 0
+
+
+def test_one_image_is_that_of_each_step():
+    for name in ("dense", "conv"):
+        one = networks.NETWORKS[f"{name}-image"]
+        net, x = one.make(snnlstm.SConv2dLSTM), one.batches()[0][0]
+        steps = x.unsqueeze(1).expand(-1, networks.NETWORKS[name].shapes[0][1], *x.shape[1:])
+        assert torch.equal(one.loop(net, x), networks.NETWORKS[name].loop(net, steps))
+        assert one.title.endswith(f"T={steps.shape[1]} N={len(x)}, one image")
+
+
 def test_a_name_means_one_layer_or_network():
     assert len(run.CASES) == sum(map(len, run.TABLES.values()))
 
@@ -149,7 +219,7 @@ def test_all_forms_of_every_case_compute_the_same(table):
     suite = run.Suite(run.parser().parse_args([]))
     for name, case in small.items():
         built = suite.checked(name, case, Setting())
-        assert len(built) == (2 if table == "convlstm" else 3), name
+        assert len(built) == (2 if table == "convlstm" else 4), name
     assert not any(suite.failed.values())
 
 

@@ -25,6 +25,7 @@ from benchmarks import (
     run,
 )
 from benchmarks.cases import Case
+from benchmarks.providers import BASELINE, DEFAULT
 from snnlstm.native import leaky, plan
 from tests.emulator.test_core_mutations import NOTICED_BY_SMOKE
 from tests.shared.helpers import long
@@ -103,7 +104,7 @@ def test_each_step_that_checks_spikes_fails_where_they_are_wrong(
     layer = ["--shape", gpu.TINY.strip('"'), "--seconds", "0.01", "--mode", "inference"]
     wrong = run.main([*device, *layer, "--dtype", "bfloat16", "--out", str(tmp_path)])
     assert wrong == (mutant != "none")
-    right = {"snntorch"} if wrong else {"snntorch", "loop", "sequence"}
+    right = {BASELINE} if wrong else {*DEFAULT}
     assert set(report.read(tmp_path).provider) == right
     said = "WRONG: tiny, bfloat16: sequence: computes something else:"
     assert (said in capsys.readouterr().out) == wrong
