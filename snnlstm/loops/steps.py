@@ -243,8 +243,7 @@ class Loop:
             if isinstance(value, torch.SymInt) and node.op != "placeholder":
                 key: Any = str(value)  # sizes are equal, however they were computed
             elif self.is_pure(node) and self._touched(node).isdisjoint(self.written):
-                arguments = self._frozen((node.args, node.kwargs), lambda arg: self.same[arg])
-                key = node.target, arguments, self._regions[number]
+                key = node.target, self._arguments(node), self._regions[number]
             else:
                 key = None
             if key is not None:
@@ -263,6 +262,10 @@ class Loop:
         argument, value = rows.value_of(node.args[0]), rows.value_of(node)
         detached = rows.name_of(node) == "detach" and not argument.requires_grad
         return detached or (isinstance(value, Tensor) and value is argument)
+
+    def _arguments(self, node: Node) -> Any:
+        """A hashable form of a node's arguments."""
+        return self._frozen((*node.args, node.kwargs), self.same.get)
 
     def _frozen(self, value: Any, of_node: Any) -> Any:
         """A hashable form of arguments, with `of_node` applied to nodes."""
@@ -367,10 +370,9 @@ class Loop:
     def _reason_against(self, row: rows.Row, calls: Sequence[Node]) -> str | None:
         """Why no calls of a group become one; None if they may."""
         first, x = calls[0], calls[0].all_input_nodes[0]
-        if row.first_alone and not row.states:
-            others = {self._frozen((call.args[1:], call.kwargs), self.same.get) for call in calls}
-            if len(others) > 1:
-                return WEIGHTS
+        alone = row.first_alone and not row.states
+        if alone and len({self._arguments(call)[1:] for call in calls}) > 1:
+            return WEIGHTS
         if rows.value_of(x).device.type != "cpu":
             return None
         if first.target is not rows.CELL:
@@ -396,7 +398,8 @@ class Loop:
             self.reasons.update(dict.fromkeys(nodes[1:], reason))
             return
         for numbers in self._independent(row, calls, limit):
-            if len(numbers) > 1:
+            # Equal calls are not one if something writes to what they read; no run has them alone.
+            if len({self._arguments(self.nodes[number]) for number in numbers}) > 1:
                 run = Run(row, [self.nodes[number] for number in numbers])
                 keeps_all = row is rows.LEAKIES and rows.requires_grad(self.nodes[numbers[0]])
                 run.record = bool(row.states) and (keeps_all or self._needs_states(numbers))

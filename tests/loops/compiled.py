@@ -169,6 +169,9 @@ def equal(actual: Outcome, expected: Outcome, atol: float = 0.0, rtol: float = 0
     assert list(actual.results) == list(expected.results)
     for name, value in expected.results.items():
         other = actual.results[name]
+        empty = isinstance(other, Tensor) and other.shape == (0,)
+        if empty and isinstance(value, Tensor) and not value.any():
+            continue  # a compiled reset of a Leaky returns an empty mem, which means zeros
         try:
             if isinstance(value, Tensor):
                 largest = float(value.double().abs().nan_to_num().max()) if value.numel() else 0.0
