@@ -15,6 +15,7 @@ process whose launches wait, so that the error names the kernel, and the next ro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 import sys
@@ -29,6 +30,8 @@ import snnlstm
 from benchmarks import devices
 from benchmarks.cases import widest_gap
 from benchmarks.providers import TOLERANCE, WIDE, Setting
+from snnlstm import surrogate
+from snnlstm.native import plan
 from snnlstm.reference import fire
 from tests.shared.table import arguments_of
 
@@ -38,12 +41,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "avg_pool, zero": arguments_of("avg_pool", reset="zero"),
     "stride, dilation": arguments_of("dilation and stride", reset="none"),
     "inhibition": arguments_of("inhibition", reset="none"),
-    "quantised": {"state_quant": snnlstm.quant.state_quant(6)},
+    # One launch stores 256 levels, of 512.
+    "quantised": {"n": 1, "state_quant": snnlstm.quant.state_quant(9)},
     # A kernel of its own forms the spikes if a window is larger than a tile.
     "one window": {"avg_pool": "image"},
-    "odd width": {"w": 9},
+    # A pixel's number in its window needs more than a byte. The surrogate draws at each step.
+    "532 pixels": {
+        "t": 3, "n": 1, "c": 8, "h": 19, "w": 28, "max_pool": "image",
+        "spike_grad": surrogate.SSO(variance=2.0),
+    },
+    # A row has several tiles, and x few channels, but mem more than one chunk of them. Only the
+    # last states are recorded in training, so each step reads mem in the layout of the kernels.
+    "first layer": {"t": 2, "n": 1, "cin": 2, "c": 40, "h": 4, "w": 41, "record": False},
+    # The batch becomes one image, with a sample in each row. Taps beside the column are skipped.
+    "one column": {"n": 3, "cin": 4, "c": 8, "h": 33, "w": 1, "graded": 2.0},
     "4 channels": {"c": 4},
-    "8 channels": {"c": 8},
     # Each block of a step on tensor cores; two warps along channels need more than 16 channels.
     "blocks 4x2, 4x1": {"n": 1, "c": 21, "blocks": (0, 0)},
     "blocks 4x1, 2x1x2": {"n": 1, "c": 21, "blocks": (1, 1)},
@@ -72,7 +84,7 @@ GRAPHS = ("cuda",)
 """The devices whose results are also taken from a CUDA graph."""
 EXACT = ("float64", "float32")
 ALGORITHMS = ("fused", "cudnn")
-ROUNDING = ("max_pool, subtract", "avg_pool, zero", "inhibition", "quantised")
+ROUNDING = ("max_pool, subtract", "avg_pool, zero", "inhibition", "quantised", "532 pixels")
 """Rounding changes decisions of these options; coarse precisions leave them out."""
 SPIKING, ROUNDED, DECIDING = 0.15, 0.05, 0.02
 """The share of neurons that spike; the largest shares that may spike by rounding, and whose states
@@ -132,14 +144,17 @@ class Cell:
     """A cell with random spikes and states, which is judged by what it returns.
 
     channels_last: the layout of x. lengths: some samples end earlier. loop: steps are called one by
-    one. leaky: it is a Leaky. blocks: see `devices.blocks`. second: it lies on the second GPU.
-    Options that are sizes replace those of `sizes`.
+    one. record: training has the states of all steps, and inference the last ones; else the other
+    way round. graded: the factor of the spikes. leaky: it is a Leaky. blocks: see
+    `devices.blocks`. second: it lies on the second GPU. Options that are sizes replace those of
+    `sizes`.
     """
 
     def __init__(
         self, setting: Setting, sizes: Sequence[int], channels_last: bool = False,
-        lengths: bool = False, loop: bool = False, leaky: bool = False,
-        blocks: tuple[int, int] | None = None, second: bool = False, **options: Any,
+        lengths: bool = False, loop: bool = False, record: bool = True, graded: float = 1.0,
+        leaky: bool = False, blocks: tuple[int, int] | None = None, second: bool = False,
+        **options: Any,
     ) -> None:  # fmt: skip
         setting.apply_precision()
         torch.manual_seed(0)
@@ -148,6 +163,7 @@ class Cell:
         )
         c = cin if leaky else c
         self.setting, self.loop, self.leaky, self.blocks = setting, loop, leaky, blocks
+        self.record, self.graded = record, graded
         self.captures = setting.device in GRAPHS and not second
         device = torch.device("cuda:1") if second else setting.torch_device
         on: Any = {"device": device, "dtype": setting.torch_dtype}
@@ -173,6 +189,7 @@ class Cell:
             cell = snnlstm.SConv2dLSTM(
                 cin, c, (3, 5), threshold=threshold, learn_threshold=True, **self.options
             )
+        cell.graded_spikes_factor.fill_(graded)
         self.cell = cell.to(**on)
         self.lengths = (t // (1 + torch.arange(n, device=device))) if lengths else None
         self.resets = leaky or "reset_mechanism" in options
@@ -210,7 +227,7 @@ class Cell:
         other.inputs, other.loop = [tensor.double() for tensor in other.inputs], self.leaky
         plain = torch.autocast(self.setting.torch_device.type, enabled=False)
         with plain, snnlstm.algorithm("reference"):
-            return other.results()
+            return other.results(record=True)
 
     def pooled(self, mem: Tensor) -> Tensor:
         """Returns mem (T, N, C, H, W) as the threshold sees it, in float64."""
@@ -234,18 +251,23 @@ class Cell:
             steps.append((spk, *states))
         return tuple(torch.stack(every) for every in zip(*steps, strict=True))
 
-    def results(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns spk and the states of every step, and the gradients of all tensors.
+    def results(self, record: bool | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns spk, the states, of every step or the last ones, and the gradients of all.
 
-        The loss weighs each spike differently. Where no gradients are computed there are none.
+        The loss weighs each spike differently, and has the states that the cell records. Where no
+        gradients are computed there are none.
         """
+        record = self.record if record is None else record
         tensors = [*(tensor.requires_grad_() for tensor in self.inputs), *self.cell.parameters()]
-        out = spk, *states = self.called()
+        out = spk, *states = self.called(record)
+        if record and not self.record:
+            states = [every[-1] for every in states]
         if self.weights is None:  # a graph does not capture this copy
             weights = torch.rand(spk.shape, generator=torch.Generator().manual_seed(1)).double()
             self.weights = weights.to(spk.device)
         loss = (self.weights * spk).sum() + sum(state.double().square().sum() for state in states)
-        grads = torch.autograd.grad(loss, tensors) if loss.requires_grad else ()
+        with drawn(self.weights):
+            grads = torch.autograd.grad(loss, tensors) if loss.requires_grad else ()
         return [result.detach() for result in out], list(grads)
 
     def replayed(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -281,8 +303,8 @@ class Cell:
         """Runs the cell; returns what is to be said, and whether all is right."""
         with devices.blocks(self.setting.torch_device.type, self.blocks):
             runs = [self.results(), *(self.replayed() for _ in range(self.captures))]
-            with torch.no_grad():  # inference, without recorded states
-                last_spk, *last = self.called(record=False)
+            with torch.no_grad():  # inference
+                inferred = self.called(record=not self.record)
             path = self.cell.path
         (_, *true), expected = self.exact()
         limit: Any = torch.inf
@@ -296,7 +318,9 @@ class Cell:
         most_of_gradients = max(most_of_gradients, 1e-4 * self.leaky)
         # Levels that rounding changes explain the rest.
         share, texts, right = 1 - DECIDING * ("state_quant" in self.options), [], True
-        for (spk, *states), found in runs:
+        for trained, found in runs:
+            recorded, other = (trained, inferred) if self.record else (inferred, trained)
+            (spk, *states), (last_spk, *last) = recorded, other
             wrong, rounded = self.wrong_spikes(spk, states[-1])
             wrong += self.wrong_spikes(last_spk[-1:], last[-1][None])[0]
             rounded = max(rounded, float((last_spk != spk).double().mean()))
@@ -324,9 +348,9 @@ class Cell:
         Those that rounding decides are not among them: they are the second result, as a share.
         """
         threshold, pooled = self.cell.threshold.detach().double(), self.pooled(mem)
-        one = threshold.new_ones(())
+        graded = threshold.new_tensor(self.graded)
         rest = lambda u: u > 0, None, "inhibition" in self.options
-        true = torch.stack([fire(image, threshold, one, *rest) for image in pooled])
+        true = torch.stack([fire(image, threshold, graded, *rest) for image in pooled])
         if self.lengths is not None:
             steps = torch.arange(len(self.inputs[0]), device=spk.device)[-len(spk) :, None]
             true *= (steps < self.lengths)[..., None, None, None]
@@ -337,6 +361,28 @@ class Cell:
             error = torch.finfo(mem.dtype).eps * pooled.abs() + sum_error * mem.abs().max()
             rounds = (pooled - threshold).abs() <= error
         return int((wrong & ~rounds).sum()), float((wrong & rounds).double().mean())
+
+
+@contextlib.contextmanager
+def drawn(numbers: Tensor) -> Iterator[None]:
+    """Within the block the stochastic surrogate draws these numbers, (T, N, C, H, W), on all paths.
+
+    A graph replays them. The reference path draws those of the last step first.
+    """
+    steps = iter(reversed(numbers.unbind()))
+
+    def of_kernels(kind: Any, grad: Tensor | None, _sequence: bool) -> Tensor | None:
+        return None if grad is None or kind.name != "SSO" else numbers.to(grad.dtype)
+
+    def of_reference(x: Tensor, mean: float) -> Tensor:
+        return next(steps).to(x.dtype) - 0.5 + mean
+
+    before = plan.stochastic_noise, surrogate._noise
+    plan.stochastic_noise, surrogate._noise = of_kernels, of_reference
+    try:
+        yield
+    finally:
+        plan.stochastic_noise, surrogate._noise = before
 
 
 def _largest(numbers: list[Tensor]) -> float:

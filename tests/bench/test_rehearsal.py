@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+import snnlstm
 from benchmarks import (
     devices,
     gpu,
@@ -25,6 +27,7 @@ from benchmarks import (
     run,
 )
 from benchmarks.cases import Case
+from benchmarks.providers import OPERANDS, Setting
 from snnlstm.native import leaky, plan
 from tests.emulator.test_core_mutations import NOTICED_BY_SMOKE
 from tests.shared.helpers import long
@@ -149,11 +152,11 @@ def test_the_smoke_test_passes_right_kernels_at_its_default_sizes(device, algori
 @pytest.mark.parametrize(
     ("device", "fault", "precision", "option"),
     [
-        pytest.param(card, fault, *row, marks=long if card == "emulator-t4" else ())
+        pytest.param(card, fault, *row[:2], marks=long if card == "emulator-t4" else ())
         for card in CARDS
         for row, names in NOTICED_BY_SMOKE.items()
         for fault in names
-        if row[0] in gpu_smoke.precisions(card)
+        if row[0] in gpu_smoke.precisions(card) and row[2:] in ((), (card,))
     ],
 )
 def test_the_smoke_test_notices_wrong_kernels_at_its_default_sizes(
@@ -163,6 +166,63 @@ def test_the_smoke_test_notices_wrong_kernels_at_its_default_sizes(
     ((line, right),) = judged(device, precision, [option])
     assert not right, line
     assert "all spike" in line  # not an error
+
+
+class Reached(NamedTuple):
+    """What `reached` of tests/emulator/runtime/bridge.cpp returns."""
+
+    tile_columns: int
+    im2col: bool
+    cp_async: bool
+    mem_chunks: int
+    input_chunks: int
+    share: int
+    samples_in_rows: bool
+    skipped_taps: int
+
+
+@needs_emulator
+@pytest.mark.parametrize("card", devices.EMULATED)
+def test_rows_reach_the_ways_in_the_kernels_that_they_are_for(card, monkeypatch):
+    """Nothing runs. Each way has a fault in NOTICED_BY_SMOKE."""
+    core, device, found = devices.emulator(), f"emulator-{card}", []
+    facts_of = type(core.kernels)._facts
+
+    def noting(backend, plan, tf32):
+        facts = facts_of(backend, plan, tf32)
+        found.append((plan, Reached(*core.module.reached(*facts))))
+        return facts
+
+    def planned(precision, name):
+        setting = Setting(device, precision)
+        with setting.context(), snnlstm.algorithm("fused"), core.dry():
+            gpu_smoke.Cell(setting, gpu_smoke.SIZES, **gpu_smoke.OPTIONS[name]).results()
+        return found[-1]
+
+    monkeypatch.setattr(type(core.kernels), "_facts", noting)
+    monkeypatch.setattr(gpu_smoke.Cell, "set_threshold", lambda cell: None)
+    with devices.running(device):
+        for precision in gpu_smoke.precisions(device):
+            plan, way = planned(precision, "first layer")
+            on_tensor_cores = way.input_chunks > 0
+            assert not plan.record
+            assert way.tile_columns > 1
+            if on_tensor_cores:
+                assert way.im2col
+                assert way.mem_chunks > 1
+                assert way.input_chunks > 1
+                assert way.cp_async == (precision not in OPERANDS)
+            if on_tensor_cores and precision == "float32":
+                assert way.share > 5  # WeightGemm::kFold tiles of 3xTF32
+            plan, way = planned(precision, "one column")
+            assert way.samples_in_rows
+            assert way.skipped_taps > 0
+        plan, _ = planned("float32", "532 pixels")
+        assert plan.is_stochastic
+        assert plan.time > 1
+        assert plan.saved.parts[3][1] == torch.int32
+        plan, _ = planned("float32", "quantised")
+        assert plan.spec.quant.levels.numel() > 256
 
 
 @needs_emulator
