@@ -87,7 +87,8 @@ def steps(place: Place, quick: bool) -> list[Step]:
     device, small = f"--device {place.device}", " --sizes 2 1 3 5 6 7" if rehearsal else ""
     smoke = f"{python} -m benchmarks.gpu_smoke {device}{small} --algorithms"
     timed = f"{python} -m benchmarks.gpu_algorithms {device} --limit LEFT"
-    timed += f" --layers {TINY}" if rehearsal else ""
+    overlap = f"{python} -m benchmarks.gpu_overlap {device} --limit LEFT"
+    timed, overlap = (line + f" --layers {TINY}" * rehearsal for line in (timed, overlap))
     dtypes = DTYPES[max(known for known in DTYPES if known <= place.capability)]
     bench = f"{python} -m benchmarks {device} --threads all --dtype {dtypes} --limit LEFT "
     bench += f"--shape {TINY} --seconds 0.2 " if rehearsal else ""
@@ -108,14 +109,13 @@ def steps(place: Place, quick: bool) -> list[Step]:
         # The first has the imports, the context of the GPU and cuDNN's start.
         step("smoke fused", 60, 60, f"{smoke} fused"),
         step("smoke cudnn", 100, 100, f"{smoke} cudnn"),
-        step("overlap", 130, 160, f"{python} -m benchmarks.gpu_overlap"),
+        step("overlap", 130, 160, overlap),
         step("algorithms", 170, 360, f"{timed} --out {work}/algorithms.csv"),
         step("algorithms apart", 180, 380,
              f"env SNNLSTM_PDL=0 {timed} --layers mnist dvs --out {work}/apart.csv"),
         step("layers", 234, 700, f"{bench}{shapes}--providers {beside} --out {work}/layers"),
     ]  # fmt: skip
-    kept = {"overlap": not rehearsal, "algorithms apart": overlaps}
-    found = [one for one in found if kept.get(one.name, True)]
+    found = [one for one in found if overlaps or one.name != "algorithms apart"]
     if quick:
         return found
     # pytest fails if it finds no test of the backend.

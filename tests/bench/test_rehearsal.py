@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -26,7 +28,6 @@ from benchmarks import (
     report,
     run,
 )
-from benchmarks.cases import Case
 from benchmarks.providers import OPERANDS, Setting
 from snnlstm.native import leaky, plan
 from tests.emulator.test_core_mutations import NOTICED_BY_SMOKE
@@ -339,11 +340,13 @@ def test_each_backend_has_its_time_on_the_host(monkeypatch, capsys):
     assert len(re.findall(r"(?m)^  \S+, \w+ +[\d.]+ +[\d.]+$", capsys.readouterr().out)) == 3
 
 
+SMALL_LAYER = ["3 1 2 8 6 6 3 threshold=0.02 max_pool=2 reset=zero name=layer"]
+
+
 @needs_emulator
 def test_equal_calls_have_equal_hashes_and_every_bit_counts():
-    layer = Case("layer", 3, 1, 2, 8, 6, 6, threshold=0.02, max_pool=2, reset="zero")
     with devices.running("emulator-h100"):
-        lines = list(gpu_overlap.hashes("emulator-h100", [layer], repeats=2))
+        lines = list(gpu_overlap.hashes("emulator-h100", SMALL_LAYER, itertools.repeat(0)))
     assert len(lines) == 4 * len(gpu_overlap.WAYS)
     assert len({line.split(": ")[1] for line in lines}) == len(lines)
     assert " or " not in "".join(lines)
@@ -354,3 +357,32 @@ def test_equal_calls_have_equal_hashes_and_every_bit_counts():
         other.view(torch.int32).view(-1)[place] = 1
         hashes.add(gpu_overlap.hashed(other))
     assert len(hashes) == 21
+
+
+@needs_emulator
+def test_each_row_of_launches_that_overlap_is_printed_as_it_comes(monkeypatch, capsys):
+    printed = []
+
+    def hashes(device, layers, seconds):
+        for row, _ in zip(("a: 1", "b: 2", "c: 3 or 4"), seconds, strict=False):
+            printed.append(capsys.readouterr().out)
+            yield row
+
+    def begin(command, env, **pipes):
+        assert env["SNNLSTM_PDL"] == "0"
+        out = io.StringIO("a: 1\nb: 3\nc: 3 or 4\n")
+        return SimpleNamespace(stdin=io.StringIO(), stdout=out, communicate=bool)
+
+    monkeypatch.setenv("SNNLSTM_PDL", "")
+    monkeypatch.setattr(gpu_overlap, "hashes", hashes)
+    monkeypatch.setattr(gpu_overlap, "rows", lambda device, layers: [()] * 3)
+    monkeypatch.setattr(gpu_overlap.subprocess, "Popen", begin)
+    assert gpu_overlap.main(["--device", "emulator-h100"]) == 1
+    assert [*printed, capsys.readouterr().out] == [
+        "", "a: 1\n", "WRONG  b: 2; apart: b: 3\n", "WRONG  c: 3 or 4; apart: c: 3 or 4\n"
+    ]  # fmt: skip
+    monkeypatch.setattr(gpu_overlap.subprocess, "Popen", None)  # no second process before 9.0
+    assert gpu_overlap.main(["--device", "emulator-t4"]) == 1
+    assert "WRONG" not in "".join(printed[3:])
+    assert gpu_overlap.main(["--device", "emulator-t4", "--limit", "0"]) == gpu.NOT_RUN
+    assert capsys.readouterr().out.splitlines()[1:] == ["NOT RUN: 3 rows, as no time was left"]
