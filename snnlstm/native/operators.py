@@ -122,7 +122,7 @@ def _check_fit(call: Call, spec: CellSpec) -> None:
 def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     text, algorithm, training = arguments[_FIELDS:]
     plan, call = _planned(arguments[:_FIELDS], text, algorithm)
-    result = plan.forward(call, training)
+    result = plan.forward(call, training, packs=False)
     return _forward_outputs(call.x, result)
 
 

@@ -356,8 +356,11 @@ class Plan(Sizes):
         block = restored(saved, (size,), torch.uint8, self.device).contiguous()
         return block.clone() if block.data_ptr() % ALIGNMENT else block
 
-    def forward(self, call: Call, training: bool) -> Result:
-        """Run the forward kernels; in training, save what :meth:`backward` needs."""
+    def forward(self, call: Call, training: bool, packs: bool = True) -> Result:
+        """Run the forward kernels; in training, save what :meth:`backward` needs.
+
+        `packs` says whether the result's packed weight is of use, which saves memory otherwise.
+        """
         if not self.are_contiguous:
             call = with_numbers(call)
         x, syn, mem, bias = call.x, call.syn, call.mem, call.bias
@@ -386,7 +389,7 @@ class Plan(Sizes):
             (spk.data_ptr(), self.spk_strides) if self.has_spk else None,
             (new_syn.data_ptr(), self.out_strides), (new_mem.data_ptr(), self.out_strides),
         )  # fmt: skip
-        ran = self.passes.forward(call, outs, saved, fields)
+        ran = self.passes.forward(call, outs, saved, fields, packs)
         if call.lengths is not None and not call.record:
             keep_empty(call, outs[1:], (syn, mem))
         return Result(spk, new_syn, new_mem, saved, *ran)
@@ -433,9 +436,9 @@ class CommonBackend(ABC):
     passes: ClassVar[Any]
     """The class of its passes, made from a plan and the settings.
 
-    ``forward(call, outs, saved, fields)`` fills in spk, syn, mem and what is saved, and returns a
-    :class:`Result` from the name on. ``backward(given, out, fields)`` fills in and returns the
-    gradients, the threshold's with one number per channel. `fields` are those from x on.
+    ``forward(call, outs, saved, fields, packs)`` fills in spk, syn, mem and what is saved, and
+    returns a :class:`Result` from the name on. ``backward(given, out, fields)`` fills in and
+    returns gradients, the threshold's with one number per channel. `fields` are those from x on.
     """
 
     @abstractmethod

@@ -8,7 +8,6 @@ import itertools
 import os
 
 import pytest
-import torch
 
 from benchmarks.devices import EMULATED
 from tests.emulator.builder import HERE, ROOT, run
@@ -54,10 +53,10 @@ def test_how_many_launches_a_sequence_takes(core, layer, card, mode, kind):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("channels", "count"), [(32, 6), (40, 7)])
-def test_how_many_launches_a_step_takes_in_training(core, channels, count):
-    """The backward pass packs the weight again if that takes more than 256 KiB."""
-    case = PLAIN.but(sequence=False, in_channels=16, channels=channels, kernel_size=(3, 3))
+@pytest.mark.parametrize(("channels", "batch", "count"), [(32, 8, 6), (32, 1, 7), (40, 8, 7)])
+def test_how_many_launches_a_step_takes_in_training(core, channels, batch, count):
+    """The backward pass packs the weight again if that takes 256 KiB, or all else that is saved."""
+    case = PLAIN.but(sequence=False, in_channels=16, channels=channels, batch=batch)
     leaves = wanting_gradients(case.inputs())
     with MODES["tf32"].running(core), core.dry() as found:
         sum(out.sum() for out in MODES["tf32"].run(*leaves, case.options)).backward()
@@ -123,13 +122,6 @@ def test_taps_far_beyond_the_image(core, mode):
 
 def test_the_workspace_of_inference_does_not_grow_with_time(core):
     assert plan(core, Cin=8, T=1 << 20).workspace <= plan(core, Cin=8, T=16).workspace
-
-
-def test_levels_beyond_one_launch(core):
-    values = torch.linspace(-1, 1, 600, dtype=torch.float64)
-    levels = torch.full((600,), torch.nan)
-    plan(core, num_levels=600).store_levels(values.data_ptr(), levels.data_ptr(), 0)
-    assert torch.equal(levels, values.float())
 
 
 def test_limits_errors_and_threads_on_a_runtime_that_runs_nothing(tmp_path):
