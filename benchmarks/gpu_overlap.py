@@ -5,9 +5,8 @@
 The kernels add in a fixed order, so equal calls have equal results. On GPUs from 9.0 on a step's
 kernel may start while the step before still runs (programmatic dependent launch): without a wait it
 would read old states. So there a second process, with SNNLSTM_PDL=0, runs each row, too: layers
-whose steps have several waves of blocks, up to fifty times forward and backward, as a sequence,
-with lengths, and step by step. All results of a row must have the same hash. The rows share the
-time, and each is printed as it comes.
+whose steps have several waves of blocks, up to fifty times forward and backward. All results of a
+row must have the same hash. The rows share the time, and each is printed as it comes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ import snnlstm
 from benchmarks import devices
 from benchmarks.cases import parse_case
 from benchmarks.gpu import NOT_RUN
-from benchmarks.gpu_smoke import precisions
 from benchmarks.providers import OPERANDS, Setting
 
 # The wide one has a reset, which reads mem, and a pool. Training takes about 3 GB in float32.
@@ -37,7 +35,6 @@ LAYERS = (
     "12 32 32 64 32 32 3 threshold=0.02 max_pool=2 reset=zero name=wide",
 )
 WAYS = ("sequence", "lengths", "steps")
-REPEATS = 50
 
 
 def hashed(tensor: Tensor) -> int:
@@ -49,7 +46,7 @@ def hashed(tensor: Tensor) -> int:
 
 def rows(device: str, layers: Sequence[str]) -> list[tuple[Any, str, str]]:
     """Returns the rows: a layer, a type, and a way to call it."""
-    types = [dtype for dtype in precisions(device) if dtype not in ("float64", *OPERANDS)]
+    types = [dtype for dtype in devices.precisions(device) if dtype not in ("float64", *OPERANDS)]
     return list(itertools.product(map(parse_case, layers), types, WAYS))
 
 
@@ -67,7 +64,7 @@ def hashes(device: str, layers: Sequence[str], seconds: Iterable[float]) -> Iter
         x = torch.rand(size, device=setting.torch_device).lt(0.1).to(setting.torch_dtype)
         inputs = [x.requires_grad_(), *cell.parameters()]
         lengths = torch.arange(1, case.batch + 1, device=x.device) % (case.steps + 1)
-        while len(found) < 2 or (len(found) < REPEATS and time.monotonic() < end):
+        while len(found) < 2 or (len(found) < 50 and time.monotonic() < end):
             cell.reset_mem()
             with snnlstm.algorithm("fused"):
                 if way == "steps":

@@ -15,12 +15,12 @@ process whose launches wait, so that the error names the kernel, and the next ro
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,14 @@ from benchmarks.cases import widest_gap
 from benchmarks.providers import TOLERANCE, WIDE, Setting
 from snnlstm import surrogate
 from snnlstm.native import plan
+from snnlstm.native.cuda_check import trouble
 from snnlstm.reference import fire
 from tests.shared.table import arguments_of
 
+SSO = {"spike_grad": surrogate.SSO(variance=2.0)}
+CHANNELS = {"leaky": True, "beta": "channels", "learn_beta": True}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "second GPU": {"second": True},  # before any work on the first one
     "plain": {},
     "max_pool, subtract": arguments_of("max_pool"),
     "avg_pool, zero": arguments_of("avg_pool", reset="zero"),
@@ -46,10 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # A kernel of its own forms the spikes if a window is larger than a tile.
     "one window": {"avg_pool": "image"},
     # A pixel's number in its window needs more than a byte. The surrogate draws at each step.
-    "532 pixels": {
-        "t": 3, "n": 1, "c": 8, "h": 19, "w": 28, "max_pool": "image",
-        "spike_grad": surrogate.SSO(variance=2.0),
-    },
+    "532 pixels": SSO | {"t": 3, "n": 1, "c": 8, "h": 19, "w": 28, "max_pool": "image"},
     # A row has several tiles, and x few channels, but mem more than one chunk of them. Only the
     # last states are recorded in training, so each step reads mem in the layout of the kernels.
     "first layer": {"t": 2, "n": 1, "cin": 2, "c": 40, "h": 4, "w": 41, "record": False},
@@ -67,21 +68,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "step loop": {"loop": True},
     "Leaky, steps": {"leaky": True, "loop": True},
     "Leaky, zero": {"leaky": True, "reset_mechanism": "zero", "learn_beta": True},
-    "Leaky, channels": {
-        "leaky": True, "beta": "channels", "threshold": "channels", "learn_beta": True
-    },
+    "Leaky, channels": CHANNELS | {"threshold": "channels"},
     "Leaky, one by one": {"leaky": True, "cin": 3, "h": 7, "w": 9, "loop": True},
-    "Leaky, features": {
-        "leaky": True, "beta": "channels", "learn_beta": True, "cin": 64, "h": 1, "w": 1
-    },
-    "second GPU": {"second": True},
+    "Leaky, features": CHANNELS | {"cin": 64, "h": 1, "w": 1},
 }  # fmt: skip
 NAMES = ("t", "n", "cin", "c", "h", "w")
 SIZES = (6, 2, 6, 21, 7, 10)
 """The sizes T, N, Cin, C, H, W are no multiples of a tile's, and T is none of the steps that a
 thread loads at once. An even width has plain steps. Options may replace a size."""
-GRAPHS = ("cuda",)
-"""The devices whose results are also taken from a CUDA graph."""
+GRAPHS = ("cuda",)  # the devices whose results are also taken from a CUDA graph
+SECOND, CONTEXT = "cuda:1", 100  # MiB; a context takes more
 EXACT = ("float64", "float32")
 ALGORITHMS = ("fused", "cudnn")
 ROUNDING = ("max_pool, subtract", "avg_pool, zero", "inhibition", "quantised", "532 pixels")
@@ -92,24 +88,16 @@ may be out of tolerance if rounding can change a decision (a level)."""
 CLEAR = 3e-6
 """No number that is compared with the threshold, and then resets, is nearer to it than that: about
 ten times the rounding errors of float32."""
-BESIDE_TORCH = 4.0
-"""The largest error of a 16-bit gradient of the weight, as a multiple of torch's own."""
-
-
-def precisions(device: str) -> tuple[str, ...]:
-    """Returns the types that a device computes in by itself, of tensors or under autocast."""
-    if device == "cpu":
-        return EXACT
-    newer = ("tf32", "bfloat16", "autocast") if devices.capability(device) >= 80 else ()
-    return (*EXACT, "float16", "autocast16", *newer)
+BESIDE_TORCH = 4.0  # the largest error of a 16-bit gradient of the weight: so many times torch's
 
 
 def rows(device: str, algorithms: Sequence[str], names: Sequence[str]) -> list[tuple[str, ...]]:
     """Returns the rows: precision, algorithm and name of the options."""
+    types = devices.precisions(device)
     two = device == "cuda" and torch.cuda.device_count() > 1
     return [
         (precision, algorithm, name)
-        for precision, algorithm, name in itertools.product(precisions(device), algorithms, names)
+        for precision, algorithm, name in itertools.product(types, algorithms, names)
         if (precision in EXACT or name not in ROUNDING)
         # No algorithm changes a Leaky, and of precisions x's type alone; blocks are of ours alone.
         and (algorithm in ("fused", "direct") or not {"leaky", "blocks"} & set(OPTIONS[name]))
@@ -131,6 +119,9 @@ def run(
     It is not if the reference path ran, if an error was raised, or if the results are wrong.
     """
     for precision, algorithm, name in rows(device, algorithms, names)[which]:
+        if name == "second GPU" and (reason := trouble(1)):
+            yield f"NOT RUN: {algorithm}, {precision}, {name}: {reason}", True
+            continue
         setting = Setting(device, precision)
         try:
             with snnlstm.algorithm(algorithm), setting.context():
@@ -164,8 +155,8 @@ class Cell:
         c = cin if leaky else c
         self.setting, self.loop, self.leaky, self.blocks = setting, loop, leaky, blocks
         self.record, self.graded = record, graded
-        self.captures = setting.device in GRAPHS and not second
-        device = torch.device("cuda:1") if second else setting.torch_device
+        self.captures, self.second = setting.device in GRAPHS and not second, second
+        device = torch.device(SECOND) if second else setting.torch_device
         on: Any = {"device": device, "dtype": setting.torch_dtype}
         x, stride = torch.rand(t, n, cin, h, w).gt(0.7), options.get("stride", (1, 1))
         x = x.movedim(2, -1).contiguous().movedim(-1, 2) if channels_last else x
@@ -252,10 +243,9 @@ class Cell:
         return tuple(torch.stack(every) for every in zip(*steps, strict=True))
 
     def results(self, record: bool | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns spk, the states, of every step or the last ones, and the gradients of all.
+        """Returns spk, the states, of every step or the last ones, and the gradients, if any.
 
-        The loss weighs each spike differently, and has the states that the cell records. Where no
-        gradients are computed there are none.
+        The loss weighs each spike differently, and has the states that the cell records.
         """
         record = self.record if record is None else record
         tensors = [*(tensor.requires_grad_() for tensor in self.inputs), *self.cell.parameters()]
@@ -266,7 +256,13 @@ class Cell:
             weights = torch.rand(spk.shape, generator=torch.Generator().manual_seed(1)).double()
             self.weights = weights.to(spk.device)
         loss = (self.weights * spk).sum() + sum(state.double().square().sum() for state in states)
-        with drawn(self.weights):
+        # SSO draws the loss's weights on all paths, the reference path from the last step on.
+        steps = iter(reversed(self.weights.unbind()))
+        patched = mock.patch.object
+        with (
+            patched(plan, "stochastic_noise", lambda kind, grad, _: self.weights.to(grad.dtype)),
+            patched(surrogate, "_noise", lambda x, mean: next(steps).to(x.dtype) - 0.5 + mean),
+        ):
             grads = torch.autograd.grad(loss, tensors) if loss.requires_grad else ()
         return [result.detach() for result in out], list(grads)
 
@@ -301,11 +297,13 @@ class Cell:
 
     def judged(self) -> tuple[str, bool]:
         """Runs the cell; returns what is to be said, and whether all is right."""
+        before = devices.memory_of_first() if self.second else 0
         with devices.blocks(self.setting.torch_device.type, self.blocks):
             runs = [self.results(), *(self.replayed() for _ in range(self.captures))]
             with torch.no_grad():  # inference
                 inferred = self.called(record=not self.record)
             path = self.cell.path
+        taken = devices.memory_of_first() - before if self.second else 0
         (_, *true), expected = self.exact()
         limit: Any = torch.inf
         if self.setting.dtype not in (*EXACT, "tf32") and not self.leaky:
@@ -317,7 +315,8 @@ class Cell:
         # snnTorch's own spikes are float32.
         most_of_gradients = max(most_of_gradients, 1e-4 * self.leaky)
         # Levels that rounding changes explain the rest.
-        share, texts, right = 1 - DECIDING * ("state_quant" in self.options), [], True
+        share, right = 1 - DECIDING * ("state_quant" in self.options), taken < CONTEXT
+        texts = [f"{taken} MiB taken on the first GPU"] * (not right)
         for trained, found in runs:
             recorded, other = (trained, inferred) if self.record else (inferred, trained)
             (spk, *states), (last_spk, *last) = recorded, other
@@ -361,28 +360,6 @@ class Cell:
             error = torch.finfo(mem.dtype).eps * pooled.abs() + sum_error * mem.abs().max()
             rounds = (pooled - threshold).abs() <= error
         return int((wrong & ~rounds).sum()), float((wrong & rounds).double().mean())
-
-
-@contextlib.contextmanager
-def drawn(numbers: Tensor) -> Iterator[None]:
-    """Within the block the stochastic surrogate draws these numbers, (T, N, C, H, W), on all paths.
-
-    A graph replays them. The reference path draws those of the last step first.
-    """
-    steps = iter(reversed(numbers.unbind()))
-
-    def of_kernels(kind: Any, grad: Tensor | None, _sequence: bool) -> Tensor | None:
-        return None if grad is None or kind.name != "SSO" else numbers.to(grad.dtype)
-
-    def of_reference(x: Tensor, mean: float) -> Tensor:
-        return next(steps).to(x.dtype) - 0.5 + mean
-
-    before = plan.stochastic_noise, surrogate._noise
-    plan.stochastic_noise, surrogate._noise = of_kernels, of_reference
-    try:
-        yield
-    finally:
-        plan.stochastic_noise, surrogate._noise = before
 
 
 def _largest(numbers: list[Tensor]) -> float:

@@ -241,6 +241,27 @@ def _dense(shape: tuple[int, ...], *sizes: int) -> Network:
     return Network(title, make, (shape,), loop=_outside, sequences=_unrolled)
 
 
+def _neurons(*shape: int) -> Network:
+    """Returns a Leaky alone on (N, T, C, H, W), whose kernel takes a whole sequence."""
+
+    def stepped(net: Any, x: Tensor) -> Tensor:
+        mem, out = net.reset_mem(), []
+        for x_t in x.unbind(1):
+            spk, mem = net(x_t, mem)
+            out.append(spk)
+        return torch.stack(out)
+
+    def sequence(net: Any, x: Tensor) -> Tensor:
+        net.reset_mem()
+        return net.sequence(x.transpose(0, 1), False)
+
+    return Network(
+        f"Leaky alone, {shape[2]}x{shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}",
+        functools.partial(_leaky, beta=0.9, threshold=0.3, learn_beta=True), (shape,), squared,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.0), loop=stepped, sequences=sequence,
+    )  # fmt: skip
+
+
 def _outside(net: nn.Module, x: Tensor) -> Tensor:
     """Loops over time outside of the network, (N, T, C, H, W)."""
     utils.reset(net)
@@ -405,8 +426,10 @@ CONVLSTMS = {
     "video": _convlstm([32], 3, 8, 10, 16, 32, 32),
     "convlstm5x5": _convlstm([16], 5, 8, 10, 8, 40, 40),
 }
+LEAKY = {"leaky": _neurons(32, 16, 32, 32, 32)}
 TABLES = {
     "networks": USERS,
+    "leaky": LEAKY,
     "one-sample": ONE_SAMPLE,
     "convlstm": CONVLSTMS,
 }

@@ -94,6 +94,7 @@ FORMS = {
     "snntorch-cudagraph": Form("snnTorch in a CUDA graph", _CELL, captured=True),
     "snntorch-compile-graph": Form("both", _CELL, compiled=True, captured=True),
     "loop": Form("snnlstm in the same loop, one call a time step"),
+    "loop-cudagraph": Form("our loop in a CUDA graph", captured=True),
     "sequence": Form("snnlstm, whole sequences in one call", sequences=True),
     "sequence-cudagraph": Form("the same in a CUDA graph", sequences=True, captured=True),
     "sequence-checkpoint": Form("the same, checkpoint=True", sequences=True, checkpoint=True),
@@ -137,7 +138,7 @@ class Provider:
             self.net = case.make(form.cell).to(setting.torch_dtype)
             self.x, self.y = case.batches(setting.torch_dtype)[0]
         for cell in self.net.modules():
-            if form.compiled and isinstance(cell, snntorch.SConv2dLSTM):
+            if form.compiled and isinstance(cell, snntorch.SConv2dLSTM | snntorch.Leaky):
                 cell.compile(dynamic=False)
             if form.checkpoint and isinstance(cell, snnlstm.SConv2dLSTM):
                 cell.checkpoint = True

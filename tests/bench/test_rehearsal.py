@@ -130,7 +130,7 @@ SMALL = (3, 2, 3, 5, 6, 7)
 def judged(device, precision, options, algorithm="fused", sizes=gpu_smoke.SIZES):
     """Returns what the smoke test says of some rows, and their verdicts."""
     with pytest.MonkeyPatch.context() as patch, devices.running(device):
-        patch.setattr(gpu_smoke, "precisions", lambda device: [precision])
+        patch.setattr(devices, "precisions", lambda device: [precision])
         return list(gpu_smoke.run(device, sizes, [algorithm], options))
 
 
@@ -141,7 +141,7 @@ def judged(device, precision, options, algorithm="fused", sizes=gpu_smoke.SIZES)
     [
         (device, algorithm, precision)
         for device, algorithm in itertools.product(CARDS, gpu_smoke.ALGORITHMS)
-        for precision in gpu_smoke.precisions(device)
+        for precision in devices.precisions(device)
     ],
 )
 def test_the_smoke_test_passes_right_kernels_at_its_default_sizes(device, algorithm, precision):
@@ -157,7 +157,7 @@ def test_the_smoke_test_passes_right_kernels_at_its_default_sizes(device, algori
         for card in CARDS
         for row, names in NOTICED_BY_SMOKE.items()
         for fault in names
-        if row[0] in gpu_smoke.precisions(card) and row[2:] in ((), (card,))
+        if row[0] in devices.precisions(card) and row[2:] in ((), (card,))
     ],
 )
 def test_the_smoke_test_notices_wrong_kernels_at_its_default_sizes(
@@ -172,14 +172,14 @@ def test_the_smoke_test_notices_wrong_kernels_at_its_default_sizes(
 class Reached(NamedTuple):
     """What `reached` of tests/emulator/runtime/bridge.cpp returns."""
 
-    tile_columns: int
-    im2col: bool
-    cp_async: bool
-    mem_chunks: int
-    input_chunks: int
-    share: int
-    samples_in_rows: bool
-    skipped_taps: int
+    tile_columns: int  # tiles in a row of the image, in both passes
+    im2col: bool  # for x
+    cp_async: bool  # for mem in the kernels' own layout
+    mem_chunks: int  # forward
+    input_chunks: int  # of mem, in the weight's gradient on tensor cores; 0 without them
+    share: int  # tiles on tensor cores, or pixels, of a split of that gradient
+    samples_in_rows: bool  # of one image
+    skipped_taps: int  # on a side
 
 
 @needs_emulator
@@ -203,7 +203,7 @@ def test_rows_reach_the_ways_in_the_kernels_that_they_are_for(card, monkeypatch)
     monkeypatch.setattr(type(core.kernels), "_facts", noting)
     monkeypatch.setattr(gpu_smoke.Cell, "set_threshold", lambda cell: None)
     with devices.running(device):
-        for precision in gpu_smoke.precisions(device):
+        for precision in devices.precisions(device):
             plan, way = planned(precision, "first layer")
             on_tensor_cores = way.input_chunks > 0
             assert not plan.record
@@ -224,6 +224,24 @@ def test_rows_reach_the_ways_in_the_kernels_that_they_are_for(card, monkeypatch)
         assert plan.saved.parts[3][1] == torch.int32
         plan, _ = planned("float32", "quantised")
         assert plan.spec.quant.levels.numel() > 256
+
+
+def test_a_second_gpu_takes_no_memory_on_the_first_one_or_is_skipped(monkeypatch):
+    memory = [300, 300, 300, 520]
+    row = ("float32", "direct", "second GPU")
+    monkeypatch.setattr(gpu_smoke, "SECOND", "cpu")
+    monkeypatch.setattr(gpu_smoke, "rows", lambda *given: [row])
+    monkeypatch.setattr(gpu_smoke, "trouble", lambda index: index != 1)
+    monkeypatch.setattr(devices, "memory_of_first", lambda: memory.pop(0))
+    assert next(iter(gpu_smoke.OPTIONS)) == row[-1]  # other rows make a context on the first GPU
+    ((line, right),) = gpu_smoke.run("cpu")
+    assert right, line
+    ((line, right),) = gpu_smoke.run("cpu")
+    assert not right
+    assert "220 MiB taken on the first GPU" in line
+    monkeypatch.setattr(gpu_smoke, "trouble", lambda index: "it is too old")
+    said = "NOT RUN: direct, float32, second GPU: it is too old"
+    assert list(gpu_smoke.run("cpu")) == [(said, True)]
 
 
 @needs_emulator

@@ -207,10 +207,7 @@ def test_every_new_value_of_a_weight_is_seen(core):
     "mode", ["float32", pytest.param("bfloat16 autocast", marks=pytest.mark.emulator_long)]
 )
 def test_compiled_calls_equal_plain_ones(core, mode, algorithm, monkeypatch):
-    """The fake kernels of operators.py know the sizes of what the CUDA kernels save.
-
-    An operator packs the weight for its own pass alone.
-    """
+    """Fake kernels know the sizes of what is saved; operators pack for their own pass alone."""
     packs = watched(monkeypatch, core.module.CudaPass, "pack")
     case = PLAIN.but(time=2, batch=4, kernel_size=(1, 3))
 

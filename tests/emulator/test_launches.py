@@ -13,13 +13,11 @@ from benchmarks.devices import EMULATED
 from tests.emulator.builder import HERE, ROOT, run
 from tests.emulator.launches import LAYERS, calls, launches_of, plan
 from tests.emulator.modes import MODES, PLAIN
-from tests.emulator.test_cell_gradients import check
 from tests.shared.cases import wanting_gradients
 
 WIDE = ("mid", "big", "wide64")
 # The least part of all multiprocessors that has work, on average over the rounds, for wide layers
-# on any card, by the name of the launch. Rounds do not cut the weight's gradient without tensor
-# cores.
+# on any card, by the launch's name. Without tensor cores rounds do not cut the weight's gradient.
 EVEN = {"forward step": 0.7, "backward step": 0.5, "weight gradient (mma)": 0.75}
 
 
@@ -113,11 +111,6 @@ def test_neighbourhoods_beyond_any_shared_memory(core, matrix, dilation):
     assert all(launch.shared_bytes <= 163 * 1024 for launch in launches)
     if max(dilation) >= 3000:
         assert not any("step (mma" in launch.kernel for launch in launches)
-
-
-@pytest.mark.parametrize("mode", ["tf32", "float64"])
-def test_taps_far_beyond_the_image(core, mode):
-    assert check(core, PLAIN.but(dilation=(3000, 4001)), MODES[mode])
 
 
 def test_the_workspace_of_inference_does_not_grow_with_time(core):

@@ -238,24 +238,21 @@ struct CheckedLeaky : cuda::Leaky {
   }
 };
 
-// Returns what the kernels of a call meet: tiles in a row of both passes; how tensor cores read x and
-// our own mem; the chunks of mem, forward and in the weight's gradient; the pixels, or the tiles on
-// tensor cores, of a split of that; whether a row of the image is a sample; skipped taps on a side.
+// Returns what the kernels of a call meet: Reached of tests/bench/test_rehearsal.py names it.
 py::tuple reached(const Cell& cell, const cuda::Device& device, int number) {
-  const auto matrix = cuda::Matrix(number);
-  const cuda::ForwardSteps forward(cell, device, matrix, {});
-  const cuda::Multiply m = forward.step.multiply;
-  const cuda::BackwardSteps backward(cell, device, matrix, m, {});
+  using namespace cuda;
+  const ForwardSteps forward(cell, device, Matrix(number), {});
+  const Multiply m = forward.step.multiply;
+  const BackwardSteps backward(cell, device, Matrix(number), m, {});
   const Cell& c = forward.s.c;
-  cuda::Segment mem = cuda::mem_segment(c);
-  mem.src = cuda::image(nullptr, forward.s, c.dtype);
-  const cuda::MmaDepth depth = cuda::mem_depth(c, m);
-  const auto copy = cuda::mma_segment(mem, cuda::MmaType(m), depth, forward.tiling()).copy;
-  const cuda::WeightBlocks& w = backward.weights.mem;
+  Segment mem = mem_segment(c);
+  mem.src = image(nullptr, forward.s, c.dtype);
+  const auto copy = mma_segment(mem, MmaType(m), mem_depth(c, m), forward.tiling()).copy;
+  const WeightBlocks& w = backward.weights.mem;
   return py::make_tuple(std::min(forward.tiling().by_cols.value, backward.tiling().by_cols.value),
-                        cuda::x_depth(c, m).im2col, copy == cuda::GlobalCopy::cp_async,
-                        depth.chunks, w.column_pitch / cuda::weight_tile::kChannels, w.share,
-                        c.N != cell.N, c.outer_h + c.outer_w);
+                        x_depth(c, m).im2col, copy == GlobalCopy::cp_async, mem_depth(c, m).chunks,
+                        w.column_pitch / weight_tile::kChannels, w.share, c.N != cell.N,
+                        c.outer_h + c.outer_w);
 }
 
 }  // namespace

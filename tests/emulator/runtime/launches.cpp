@@ -50,7 +50,6 @@ int main() {
   want(error_of(300 * 1024).find("bytes of shared memory") != std::string::npos,
        "a launch above the device's limit says what it was");
   want(error_of(1024).empty(), "an error stays with the call that made it");
-
   want(error_of(300 * 1024).find("or a kernel that was launched before it") != std::string::npos,
        "an error may be an earlier kernel's");
 
@@ -63,8 +62,7 @@ int main() {
     const OnDevice on(2);
     want(false, "there is no such device");
   } catch (const std::runtime_error&) {
-    want(fake::device == 1 && fake::last == cudaSuccess,
-         "a device that is not there changes nothing");
+    want(fake::device == 1 && fake::last == cudaSuccess, "an absent device changes nothing");
   }
 
   fake::refuses_attributes = true;
