@@ -47,10 +47,7 @@ _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
 
 KEPT_WEIGHT = 256 << 10
-"""Bytes of the largest packed weight that a call in training saves for its backward pass.
-
-It is no larger than what else the call saves.
-"""
+"""Bytes of the largest packed weight that training saves, beside no fewer bytes of other data."""
 
 _ROUNDS = 3  # timed runs of an algorithm, after one untimed run; the shortest counts
 
@@ -227,10 +224,10 @@ class Passes:
         with self.backend.guard(self.plan.device):
             other = kept = None
             if saved is not None and packs:
-                other = self._chosen_for(True)
-                size, most = other.core.packed_bytes, min(KEPT_WEIGHT, saved.numel())
-                kept = empty_bytes(size, call.x.device) if 0 < size <= most else None
-                other = None if kept is None else other
+                backward = self._chosen_for(True)
+                size = backward.core.packed_bytes
+                if 0 < size <= min(KEPT_WEIGHT, saved.numel()):
+                    other, kept = backward, empty_bytes(size, call.x.device)
             if call.lengths is not None:
                 outs[0].zero_()  # the host does not know the lengths
 

@@ -359,7 +359,7 @@ class Plan(Sizes):
     def forward(self, call: Call, training: bool, packs: bool = True) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs.
 
-        `packs` says whether the result's packed weight is of use, which saves memory otherwise.
+        packs: whether they may pack the weight for it, too.
         """
         if not self.are_contiguous:
             call = with_numbers(call)
