@@ -244,6 +244,11 @@ def _dense(shape: tuple[int, ...], *sizes: int) -> Network:
 def _neurons(*shape: int) -> Network:
     """Returns a Leaky alone on (N, T, C, H, W), whose kernel takes a whole sequence."""
 
+    def train(run: Callable[..., Any], net: nn.Module, _optimizer: Any, x: Tensor, _y: Any):
+        loss = run(net, x).square().mean()
+        loss.backward()  # without an optimizer's step, which no graph could capture
+        return loss
+
     def stepped(net: Any, x: Tensor) -> Tensor:
         mem, out = net.reset_mem(), []
         for x_t in x.unbind(1):
@@ -257,8 +262,8 @@ def _neurons(*shape: int) -> Network:
 
     return Network(
         f"Leaky alone, {shape[2]}x{shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}",
-        functools.partial(_leaky, beta=0.9, threshold=0.3, learn_beta=True), (shape,), squared,
-        optimizer=functools.partial(torch.optim.SGD, lr=0.0), loop=stepped, sequences=sequence,
+        functools.partial(_leaky, beta=0.9, threshold=0.3, learn_beta=True), (shape,), train,
+        loop=stepped, sequences=sequence,
     )  # fmt: skip
 
 

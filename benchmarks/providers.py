@@ -137,8 +137,9 @@ class Provider:
             torch.manual_seed(0)
             self.net = case.make(form.cell).to(setting.torch_dtype)
             self.x, self.y = case.batches(setting.torch_dtype)[0]
+        compiled = snntorch.SConv2dLSTM, *[snntorch.Leaky] * isinstance(self.net, snntorch.Leaky)
         for cell in self.net.modules():
-            if form.compiled and isinstance(cell, snntorch.SConv2dLSTM | snntorch.Leaky):
+            if form.compiled and isinstance(cell, compiled):
                 cell.compile(dynamic=False)
             if form.checkpoint and isinstance(cell, snnlstm.SConv2dLSTM):
                 cell.checkpoint = True
