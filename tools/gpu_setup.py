@@ -51,12 +51,12 @@ def lacking(rehearsal: bool = False, core: Path | None = None, fills: bool = Fal
         found.append(f"no torch: {python} -m pip install {words}, or make gpu PYTHON=...")
     if rehearsal:
         return found
-    if has("torch") and not fills:
+    if has("torch"):
         import torch
 
         if torch.cuda.is_available():
             cuda = cuda or float(torch.version.cuda)  # there may be no nvidia-smi
-        else:
+        elif not fills:
             built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
             found.append(f"torch {torch.__version__} ({built}) of {python} sees no GPU")
     if not cuda:
@@ -78,7 +78,7 @@ def fill(venv: Path, core: Path | None) -> str:
 
     A new environment sees the torch of this Python, if that one serves.
     """
-    python, cuda = str(venv / "bin" / "python"), local_version.cuda()
+    python, cuda = str(venv / "bin" / "python"), local_version.cuda() or 99.0
     pip, nvcc = (python, "-m", "pip", "install"), core or local_version.serving(cuda)[0]
     # A torch without CUDA, or of one that is newer than the driver, is replaced.
     fits = f"import torch; assert 0 < float(torch.version.cuda or 0) < {int(cuda) + 1}"
