@@ -50,12 +50,12 @@ versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Py
 bench: $(VENV)/.demo  ## measure networks of users with either library's cell
 	$(RUN) -m benchmarks $(ARGS)
 
-# The first Python whose torch sees the GPU runs it; without one $(VENV) gets such a torch.
+# The first Python whose torch sees the GPU runs it. $(VENV) gets what is missing there.
 SEES = -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
 gpu:  ## on a machine with a GPU: build, check, test and measure in half an hour (ARGS=--quick: 4 minutes)
 	$(call NEW_ENOUGH,$(HERE))
 	@for python in $(HERE) $(filter-out $(HERE),$(PYTHON)); do \
-	  if $$python $(SEES); then exec $$python -m benchmarks.gpu $(ARGS); fi; done; \
+	  if $$python $(SEES); then exec $$python -m benchmarks.gpu --venv $(VENV) $(ARGS); fi; done; \
 	  exec $(HERE) -m benchmarks.gpu --venv $(VENV) $(ARGS)
 
 FOR  = $(shell command -v $(HERE))

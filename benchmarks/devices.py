@@ -10,12 +10,15 @@ import argparse
 import contextlib
 import copy
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+from tools.local_version import QUERY, printed
 
 # Compute capability, multiprocessors, and the most bytes of shared memory that a block may have: by
 # NVIDIA's data sheets, and by the table "Technical Specifications per Compute Capability" of the
@@ -40,6 +43,12 @@ def capability(device: str) -> int:
         major, minor = torch.cuda.get_device_capability()
         return 10 * major + minor
     return EMULATED[device.removeprefix("emulator-")][0]
+
+
+def capabilities() -> set[int]:
+    """Returns the compute capabilities of all GPUs of the machine."""
+    found = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return {10 * major + minor for major, minor in found}
 
 
 def name(device: str) -> str:
@@ -89,6 +98,23 @@ def goes_on(module: str, given: Sequence[str] | None, row: int, options: Any) ->
         subprocess.run(alone, env=os.environ | {"CUDA_LAUNCH_BLOCKING": "1"}, check=False)
         subprocess.run([*command, "--rows", str(row + 1), str(end), "--reruns", left], check=False)
     return False
+
+
+def memory_of_first() -> int:
+    """Returns the MiB that are in use on the first GPU, without making a context there."""
+    number = getattr(torch.cuda.get_device_properties(0), "uuid", None)
+    command = [*QUERY, "--query-gpu=memory.used", "-i", f"GPU-{number}"]
+    found = re.match(r"\d+", printed(command) if number else "")
+    return int(found[0]) if found else 0
+
+
+def precisions(device: str) -> tuple[str, ...]:
+    """Returns the types that a device computes in by itself, of tensors or under autocast."""
+    exact = ("float64", "float32")
+    if device == "cpu":
+        return exact
+    newer = ("tf32", "bfloat16", "autocast") if capability(device) >= 80 else ()
+    return (*exact, "float16", "autocast16", *newer)
 
 
 @contextlib.contextmanager

@@ -3,14 +3,12 @@
     python -m benchmarks.gpu [--quick] [--minutes M] [--steps NAME ...] [--core PATH] [--out DIR]
     python -m benchmarks.gpu --rehearse [DEVICE] [--quick]
 
-What is missing is listed first, with the lines that install it; until then the command imports only
-Python's own modules. It needs no network, unless --venv DIR is given: that installs the packages,
-with torch for the driver, into an environment, and goes on there. The clock starts behind the
-build, for which --core takes a core that was built elsewhere. In four minutes --quick checks
-spikes, states and gradients, and launches that overlap, and times every algorithm and block of both
-passes, and layers beside snnTorch's. Without it tests, sanitizers and large layers follow, within
-half an hour. Each command has a time by which it must end, and later ones get the time that earlier
-ones leave.
+What is missing is listed first, with the lines that install it. With --venv DIR it is installed
+into an environment, where the command goes on; otherwise it needs no network. The clock starts
+behind the build, for which --core takes a core that was built elsewhere. In four minutes --quick
+checks spikes, states, gradients and launches that overlap, and times every algorithm and block, and
+layers beside snnTorch's. Without it tests, sanitizers and large layers follow, in half an hour.
+Each command must end by some time, and later ones get the time that earlier ones leave.
 
 --rehearse goes through the same steps on an emulated GPU (emulator-t4, tests/emulator), with tiny
 layers; its times mean nothing. DIR gets report.md, and results.zip with all logs and rows, anew
@@ -33,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.gpu_setup import fill, find, lacking
+from tools.gpu_setup import building, fill, find, lacking
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 600  # lines of a step's output, in the report
@@ -79,15 +77,16 @@ class Place(NamedTuple):
     tree: Path
 
 
-def steps(place: Place, quick: bool) -> list[Step]:
-    """Returns the steps, with tiny layers and few tests in a rehearsal."""
+def steps(place: Place, quick: bool, gpus: set[int]) -> list[Step]:
+    """Returns the steps, with tiny layers and few tests in a rehearsal. gpus: see `building`."""
     rehearsal, cores = place.device != "cuda", os.cpu_count() or 1
     overlaps = not rehearsal and place.capability >= 90  # by programmatic dependent launch
     work, python = shlex.quote(str(place.work)), shlex.quote(sys.executable)
     device, small = f"--device {place.device}", " --sizes 2 1 3 5 6 7" if rehearsal else ""
     smoke = f"{python} -m benchmarks.gpu_smoke {device}{small} --algorithms"
     timed = f"{python} -m benchmarks.gpu_algorithms {device} --limit LEFT"
-    timed += f" --layers {TINY}" if rehearsal else ""
+    overlap = f"{python} -m benchmarks.gpu_overlap {device} --limit LEFT"
+    timed, overlap = (line + f" --layers {TINY}" * rehearsal for line in (timed, overlap))
     dtypes = DTYPES[max(known for known in DTYPES if known <= place.capability)]
     bench = f"{python} -m benchmarks {device} --threads all --dtype {dtypes} --limit LEFT "
     bench += f"--shape {TINY} --seconds 0.2 " if rehearsal else ""
@@ -95,6 +94,7 @@ def steps(place: Place, quick: bool) -> list[Step]:
     beside = "snntorch snntorch-cudagraph loop sequence sequence-cudagraph"
     # Whether GPU and driver run what was built, and what takes its place in a rehearsal.
     check = "import os, sys, torch, snnlstm; from snnlstm.native.cuda_check import trouble; "
+    check += "from snnlstm.__main__ import gpus; print(*gpus()); "
     check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(trouble(0) or '
     check += "print(snnlstm.Leaky(0.5).cuda().sequence(torch.ones(8, 4).cuda(), False)))"
     check = "from benchmarks.devices import emulator; emulator()" if rehearsal else check
@@ -102,20 +102,20 @@ def steps(place: Place, quick: bool) -> list[Step]:
     def step(name: str, quick_end: float, whole_end: float, command: str) -> Step:
         return Step(name, quick_end / 240 if quick else whole_end / 1800, command)
 
+    built = building(place.core, place.tree, place.build, gpus, must=not rehearsal)
     found = [
-        *building(place),
+        *(Step(name, 0, command) for name, command in built),
         Step("kernels", 0, f"{python} -c '{check}'"),
         # The first has the imports, the context of the GPU and cuDNN's start.
         step("smoke fused", 60, 60, f"{smoke} fused"),
         step("smoke cudnn", 100, 100, f"{smoke} cudnn"),
-        step("overlap", 130, 160, f"{python} -m benchmarks.gpu_overlap"),
+        step("overlap", 130, 160, overlap),
         step("algorithms", 170, 360, f"{timed} --out {work}/algorithms.csv"),
         step("algorithms apart", 180, 380,
              f"env SNNLSTM_PDL=0 {timed} --layers mnist dvs --out {work}/apart.csv"),
         step("layers", 234, 700, f"{bench}{shapes}--providers {beside} --out {work}/layers"),
     ]  # fmt: skip
-    kept = {"overlap": not rehearsal, "algorithms apart": overlaps}
-    found = [one for one in found if kept.get(one.name, True)]
+    found = [one for one in found if overlaps or one.name != "algorithms apart"]
     if quick:
         return found
     # pytest fails if it finds no test of the backend.
@@ -124,8 +124,8 @@ def steps(place: Place, quick: bool) -> list[Step]:
     tests += "tests/system tests/snntorch"
     tests = "tests/cell/test_quant.py" if rehearsal else tests
     tests = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests} --backend"
-    shapes = "" if rehearsal else "--shapes audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 "
-    beside += " sequence:cudnn" + ("" if rehearsal else " sequence:measure")
+    shapes = "--shapes leaky audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 " * (not rehearsal)
+    beside += " loop-cudagraph sequence:cudnn" + ("" if rehearsal else " sequence:measure")
     # torch.compile takes a minute of one core for a layer.
     beside += " snntorch-compile snntorch-compile-graph" if cores >= 8 else ""
     found.append(step("tests", 0, 1200, f"{tests} {place.device.split('-')[0]}"))
@@ -138,31 +138,6 @@ def steps(place: Place, quick: bool) -> list[Step]:
         found.append(step(tool, 0, 1280 + 80 * until, command))
     large = f"{bench}{shapes}--providers {beside} --out {work}/large"
     return [*found, step("large layers", 0, 1770, large)]
-
-
-def building(place: Place) -> list[Step]:
-    """Returns the steps that build the core; a build goes on where the last one stopped.
-
-    It is built for one GPU, and of the CPU kernels it has the baseline alone: that takes a tenth of
-    the time of a release. A core that was built elsewhere is copied.
-    """
-    if place.core:
-        return [Step("core", 0, shlex.join(["cp", str(place.core), f"{place.tree}/snnlstm"]))]
-    import pybind11
-
-    objects = place.build / f"{sys.implementation.cache_tag}-{place.capability}"
-    settings = {
-        "Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir(),
-        "SNNLSTM_INPLACE": "ON", "SNNLSTM_BASELINE_ALONE": "ON", "SNNLSTM_TESTING": "ON",
-        "SNNLSTM_CUDA_ARCHS": place.capability,
-        "CMAKE_CUDA_FLAGS": "-lineinfo",  # so that the sanitizers and profilers name lines
-    }  # fmt: skip
-    if place.device == "cuda":  # a rehearsal compiles what it finds a compiler for
-        settings["SNNLSTM_CUDA"] = "ON"
-    words = ["cmake", "-S", f"{place.tree}/csrc", "-B", str(objects), "-G", "Ninja"]
-    words += [f"-D{name}={value}" for name, value in settings.items()]
-    make = shlex.join(["cmake", "--build", str(objects)])
-    return [Step("configure", 0, shlex.join(words)), Step("build", 0, make)]
 
 
 def run(place: Place, step: Step, left: float) -> Outcome:
@@ -260,12 +235,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--venv", metavar="DIR", help="install what is missing there, run there")
     options = parser.parse_args(arguments)
     fills = bool(options.venv and not options.rehearse)
-    if trouble := lacking(bool(options.rehearse), options.core, fills):
-        print(*trouble, sep="\n", file=sys.stderr)
-        return 1
-    if fills:
+    trouble = lacking(bool(options.rehearse), options.core)
+    if trouble and fills and not (trouble := lacking(False, options.core, fills)):
         python, words = fill(Path(options.venv), options.core), arguments or sys.argv[1:]
         os.execv(python, [python, "-m", "benchmarks.gpu", *words, "--venv="])
+    if trouble:
+        print(*trouble, sep="\n", file=sys.stderr)
+        return 1
     from benchmarks import devices
 
     device = options.rehearse or "cuda"
@@ -276,7 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
     capability = devices.capability(device)
     core, build = options.core and options.core.resolve(), options.build.resolve()
     place = Place(device, capability, core, out, build, build / "work", build / "tree")
-    planned = steps(place, options.quick)
+    gpus = {capability} if options.rehearse else devices.capabilities()
+    planned = steps(place, options.quick, gpus)
     if unknown := set(options.steps or ()) - {step.name for step in planned}:
         parser.error(f"--steps: {unknown} are none of {[step.name for step in planned]}")
     planned = [step for step in planned if step.name in (options.steps or step.name)]

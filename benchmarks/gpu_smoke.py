@@ -20,6 +20,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -29,21 +30,33 @@ import snnlstm
 from benchmarks import devices
 from benchmarks.cases import widest_gap
 from benchmarks.providers import TOLERANCE, WIDE, Setting
+from snnlstm import surrogate
+from snnlstm.native import plan
+from snnlstm.native.cuda_check import trouble
 from snnlstm.reference import fire
 from tests.shared.table import arguments_of
 
+SSO = {"spike_grad": surrogate.SSO(variance=2.0)}
+CHANNELS = {"leaky": True, "beta": "channels", "learn_beta": True}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "second GPU": {"second": True},  # before any work on the first one
     "plain": {},
     "max_pool, subtract": arguments_of("max_pool"),
     "avg_pool, zero": arguments_of("avg_pool", reset="zero"),
     "stride, dilation": arguments_of("dilation and stride", reset="none"),
     "inhibition": arguments_of("inhibition", reset="none"),
-    "quantised": {"state_quant": snnlstm.quant.state_quant(6)},
+    # One launch stores 256 levels, of 512.
+    "quantised": {"n": 1, "state_quant": snnlstm.quant.state_quant(9)},
     # A kernel of its own forms the spikes if a window is larger than a tile.
     "one window": {"avg_pool": "image"},
-    "odd width": {"w": 9},
+    # A pixel's number in its window needs more than a byte. The surrogate draws at each step.
+    "532 pixels": SSO | {"t": 3, "n": 1, "c": 8, "h": 19, "w": 28, "max_pool": "image"},
+    # A row has several tiles, and x few channels, but mem more than one chunk of them. Only the
+    # last states are recorded in training, so each step reads mem in the layout of the kernels.
+    "first layer": {"t": 2, "n": 1, "cin": 2, "c": 40, "h": 4, "w": 41, "record": False},
+    # The batch becomes one image, with a sample in each row. Taps beside the column are skipped.
+    "one column": {"n": 3, "cin": 4, "c": 8, "h": 33, "w": 1, "graded": 2.0},
     "4 channels": {"c": 4},
-    "8 channels": {"c": 8},
     # Each block of a step on tensor cores; two warps along channels need more than 16 channels.
     "blocks 4x2, 4x1": {"n": 1, "c": 21, "blocks": (0, 0)},
     "blocks 4x1, 2x1x2": {"n": 1, "c": 21, "blocks": (1, 1)},
@@ -55,24 +68,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "step loop": {"loop": True},
     "Leaky, steps": {"leaky": True, "loop": True},
     "Leaky, zero": {"leaky": True, "reset_mechanism": "zero", "learn_beta": True},
-    "Leaky, channels": {
-        "leaky": True, "beta": "channels", "threshold": "channels", "learn_beta": True
-    },
+    "Leaky, channels": CHANNELS | {"threshold": "channels"},
     "Leaky, one by one": {"leaky": True, "cin": 3, "h": 7, "w": 9, "loop": True},
-    "Leaky, features": {
-        "leaky": True, "beta": "channels", "learn_beta": True, "cin": 64, "h": 1, "w": 1
-    },
-    "second GPU": {"second": True},
+    "Leaky, features": CHANNELS | {"cin": 64, "h": 1, "w": 1},
 }  # fmt: skip
 NAMES = ("t", "n", "cin", "c", "h", "w")
 SIZES = (6, 2, 6, 21, 7, 10)
 """The sizes T, N, Cin, C, H, W are no multiples of a tile's, and T is none of the steps that a
 thread loads at once. An even width has plain steps. Options may replace a size."""
-GRAPHS = ("cuda",)
-"""The devices whose results are also taken from a CUDA graph."""
+GRAPHS = ("cuda",)  # the devices whose results are also taken from a CUDA graph
+SECOND, CONTEXT = "cuda:1", 100  # MiB; a context takes more
 EXACT = ("float64", "float32")
 ALGORITHMS = ("fused", "cudnn")
-ROUNDING = ("max_pool, subtract", "avg_pool, zero", "inhibition", "quantised")
+ROUNDING = ("max_pool, subtract", "avg_pool, zero", "inhibition", "quantised", "532 pixels")
 """Rounding changes decisions of these options; coarse precisions leave them out."""
 SPIKING, ROUNDED, DECIDING = 0.15, 0.05, 0.02
 """The share of neurons that spike; the largest shares that may spike by rounding, and whose states
@@ -80,24 +88,16 @@ may be out of tolerance if rounding can change a decision (a level)."""
 CLEAR = 3e-6
 """No number that is compared with the threshold, and then resets, is nearer to it than that: about
 ten times the rounding errors of float32."""
-BESIDE_TORCH = 4.0
-"""The largest error of a 16-bit gradient of the weight, as a multiple of torch's own."""
-
-
-def precisions(device: str) -> tuple[str, ...]:
-    """Returns the types that a device computes in by itself, of tensors or under autocast."""
-    if device == "cpu":
-        return EXACT
-    newer = ("tf32", "bfloat16", "autocast") if devices.capability(device) >= 80 else ()
-    return (*EXACT, "float16", "autocast16", *newer)
+BESIDE_TORCH = 4.0  # the largest error of a 16-bit gradient of the weight: so many times torch's
 
 
 def rows(device: str, algorithms: Sequence[str], names: Sequence[str]) -> list[tuple[str, ...]]:
     """Returns the rows: precision, algorithm and name of the options."""
+    types = devices.precisions(device)
     two = device == "cuda" and torch.cuda.device_count() > 1
     return [
         (precision, algorithm, name)
-        for precision, algorithm, name in itertools.product(precisions(device), algorithms, names)
+        for precision, algorithm, name in itertools.product(types, algorithms, names)
         if (precision in EXACT or name not in ROUNDING)
         # No algorithm changes a Leaky, and of precisions x's type alone; blocks are of ours alone.
         and (algorithm in ("fused", "direct") or not {"leaky", "blocks"} & set(OPTIONS[name]))
@@ -119,6 +119,9 @@ def run(
     It is not if the reference path ran, if an error was raised, or if the results are wrong.
     """
     for precision, algorithm, name in rows(device, algorithms, names)[which]:
+        if name == "second GPU" and (reason := trouble(1)):
+            yield f"NOT RUN: {algorithm}, {precision}, {name}: {reason}", True
+            continue
         setting = Setting(device, precision)
         try:
             with snnlstm.algorithm(algorithm), setting.context():
@@ -132,14 +135,17 @@ class Cell:
     """A cell with random spikes and states, which is judged by what it returns.
 
     channels_last: the layout of x. lengths: some samples end earlier. loop: steps are called one by
-    one. leaky: it is a Leaky. blocks: see `devices.blocks`. second: it lies on the second GPU.
-    Options that are sizes replace those of `sizes`.
+    one. record: training has the states of all steps, and inference the last ones; else the other
+    way round. graded: the factor of the spikes. leaky: it is a Leaky. blocks: see
+    `devices.blocks`. second: it lies on the second GPU. Options that are sizes replace those of
+    `sizes`.
     """
 
     def __init__(
         self, setting: Setting, sizes: Sequence[int], channels_last: bool = False,
-        lengths: bool = False, loop: bool = False, leaky: bool = False,
-        blocks: tuple[int, int] | None = None, second: bool = False, **options: Any,
+        lengths: bool = False, loop: bool = False, record: bool = True, graded: float = 1.0,
+        leaky: bool = False, blocks: tuple[int, int] | None = None, second: bool = False,
+        **options: Any,
     ) -> None:  # fmt: skip
         setting.apply_precision()
         torch.manual_seed(0)
@@ -148,8 +154,9 @@ class Cell:
         )
         c = cin if leaky else c
         self.setting, self.loop, self.leaky, self.blocks = setting, loop, leaky, blocks
-        self.captures = setting.device in GRAPHS and not second
-        device = torch.device("cuda:1") if second else setting.torch_device
+        self.record, self.graded = record, graded
+        self.captures, self.second = setting.device in GRAPHS and not second, second
+        device = torch.device(SECOND) if second else setting.torch_device
         on: Any = {"device": device, "dtype": setting.torch_dtype}
         x, stride = torch.rand(t, n, cin, h, w).gt(0.7), options.get("stride", (1, 1))
         x = x.movedim(2, -1).contiguous().movedim(-1, 2) if channels_last else x
@@ -173,6 +180,7 @@ class Cell:
             cell = snnlstm.SConv2dLSTM(
                 cin, c, (3, 5), threshold=threshold, learn_threshold=True, **self.options
             )
+        cell.graded_spikes_factor.fill_(graded)
         self.cell = cell.to(**on)
         self.lengths = (t // (1 + torch.arange(n, device=device))) if lengths else None
         self.resets = leaky or "reset_mechanism" in options
@@ -210,7 +218,7 @@ class Cell:
         other.inputs, other.loop = [tensor.double() for tensor in other.inputs], self.leaky
         plain = torch.autocast(self.setting.torch_device.type, enabled=False)
         with plain, snnlstm.algorithm("reference"):
-            return other.results()
+            return other.results(record=True)
 
     def pooled(self, mem: Tensor) -> Tensor:
         """Returns mem (T, N, C, H, W) as the threshold sees it, in float64."""
@@ -234,18 +242,28 @@ class Cell:
             steps.append((spk, *states))
         return tuple(torch.stack(every) for every in zip(*steps, strict=True))
 
-    def results(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns spk and the states of every step, and the gradients of all tensors.
+    def results(self, record: bool | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns spk, the states, of every step or the last ones, and the gradients, if any.
 
-        The loss weighs each spike differently. Where no gradients are computed there are none.
+        The loss weighs each spike differently, and has the states that the cell records.
         """
+        record = self.record if record is None else record
         tensors = [*(tensor.requires_grad_() for tensor in self.inputs), *self.cell.parameters()]
-        out = spk, *states = self.called()
+        out = spk, *states = self.called(record)
+        if record and not self.record:
+            states = [every[-1] for every in states]
         if self.weights is None:  # a graph does not capture this copy
             weights = torch.rand(spk.shape, generator=torch.Generator().manual_seed(1)).double()
             self.weights = weights.to(spk.device)
         loss = (self.weights * spk).sum() + sum(state.double().square().sum() for state in states)
-        grads = torch.autograd.grad(loss, tensors) if loss.requires_grad else ()
+        # SSO draws the loss's weights on all paths, the reference path from the last step on.
+        steps = iter(reversed(self.weights.unbind()))
+        patched = mock.patch.object
+        with (
+            patched(plan, "stochastic_noise", lambda kind, grad, _: self.weights.to(grad.dtype)),
+            patched(surrogate, "_noise", lambda x, mean: next(steps).to(x.dtype) - 0.5 + mean),
+        ):
+            grads = torch.autograd.grad(loss, tensors) if loss.requires_grad else ()
         return [result.detach() for result in out], list(grads)
 
     def replayed(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -279,11 +297,13 @@ class Cell:
 
     def judged(self) -> tuple[str, bool]:
         """Runs the cell; returns what is to be said, and whether all is right."""
+        before = devices.memory_of_first() if self.second else 0
         with devices.blocks(self.setting.torch_device.type, self.blocks):
             runs = [self.results(), *(self.replayed() for _ in range(self.captures))]
-            with torch.no_grad():  # inference, without recorded states
-                last_spk, *last = self.called(record=False)
+            with torch.no_grad():  # inference
+                inferred = self.called(record=not self.record)
             path = self.cell.path
+        taken = devices.memory_of_first() - before if self.second else 0
         (_, *true), expected = self.exact()
         limit: Any = torch.inf
         if self.setting.dtype not in (*EXACT, "tf32") and not self.leaky:
@@ -295,8 +315,11 @@ class Cell:
         # snnTorch's own spikes are float32.
         most_of_gradients = max(most_of_gradients, 1e-4 * self.leaky)
         # Levels that rounding changes explain the rest.
-        share, texts, right = 1 - DECIDING * ("state_quant" in self.options), [], True
-        for (spk, *states), found in runs:
+        share, right = 1 - DECIDING * ("state_quant" in self.options), taken < CONTEXT
+        texts = [f"{taken} MiB taken on the first GPU"] * (not right)
+        for trained, found in runs:
+            recorded, other = (trained, inferred) if self.record else (inferred, trained)
+            (spk, *states), (last_spk, *last) = recorded, other
             wrong, rounded = self.wrong_spikes(spk, states[-1])
             wrong += self.wrong_spikes(last_spk[-1:], last[-1][None])[0]
             rounded = max(rounded, float((last_spk != spk).double().mean()))
@@ -324,9 +347,9 @@ class Cell:
         Those that rounding decides are not among them: they are the second result, as a share.
         """
         threshold, pooled = self.cell.threshold.detach().double(), self.pooled(mem)
-        one = threshold.new_ones(())
+        graded = threshold.new_tensor(self.graded)
         rest = lambda u: u > 0, None, "inhibition" in self.options
-        true = torch.stack([fire(image, threshold, one, *rest) for image in pooled])
+        true = torch.stack([fire(image, threshold, graded, *rest) for image in pooled])
         if self.lengths is not None:
             steps = torch.arange(len(self.inputs[0]), device=spk.device)[-len(spk) :, None]
             true *= (steps < self.lengths)[..., None, None, None]

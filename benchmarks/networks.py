@@ -274,6 +274,32 @@ def _stepwise(title: str, make: Any, shape: tuple[int, ...], image: bool = False
     return Network(f"{title}, one image", make, shapes, loop=loop, sequences=sequences)
 
 
+def _neurons(*shape: int) -> Network:
+    """Returns a Leaky alone on (N, T, C, H, W), whose kernel takes a whole sequence."""
+
+    def train(run: Callable[..., Any], net: nn.Module, _optimizer: Any, x: Tensor, _y: Any):
+        loss = run(net, x).square().mean()
+        loss.backward()  # without an optimizer's step, which no graph could capture
+        return loss
+
+    def stepped(net: Any, x: Tensor) -> Tensor:
+        mem, out = net.reset_mem(), []
+        for x_t in x.unbind(1):
+            spk, mem = net(x_t, mem)
+            out.append(spk)
+        return torch.stack(out)
+
+    def sequence(net: Any, x: Tensor) -> Tensor:
+        net.reset_mem()
+        return net.sequence(x.transpose(0, 1), False)
+
+    return Network(
+        f"Leaky alone, {shape[2]}x{shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}",
+        functools.partial(_leaky, beta=0.9, threshold=0.3, learn_beta=True), (shape,), train,
+        loop=stepped, sequences=sequence,
+    )  # fmt: skip
+
+
 def _outside(net: nn.Module, x: Tensor, steps: int = 0) -> Tensor:
     """Loops over time outside of the network: over (N, T, C, H, W), or on one image for `steps`."""
     reset(net)
@@ -446,8 +472,10 @@ CONVLSTMS = {
     "video": _convlstm([32], 3, 8, 10, 16, 32, 32),
     "convlstm5x5": _convlstm([16], 5, 8, 10, 8, 40, 40),
 }
+LEAKY = {"leaky": _neurons(32, 16, 32, 32, 32)}
 TABLES = {
     "networks": USERS,
+    "leaky": LEAKY,
     "one-sample": ONE_SAMPLE,
     "convlstm": CONVLSTMS,
 }

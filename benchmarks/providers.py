@@ -102,6 +102,7 @@ FORMS = {
     "snntorch-cudagraph": Form("snnTorch in a CUDA graph", _CELL, captured=True),
     "snntorch-compile-graph": Form("both", _CELL, compiled=True, captured=True),
     "loop": Form("snnlstm in the same loop, one call a time step"),
+    "loop-cudagraph": Form("our loop in a CUDA graph", captured=True),
     "sequence": Form("snnlstm, whole sequences in one call", sequences=True),
     "compiled-loop": Form('the loop under torch.compile, backend="snnlstm"', backend="snnlstm"),
     "sequence-cudagraph": Form("the same in a CUDA graph", sequences=True, captured=True),
@@ -189,8 +190,9 @@ class Provider:
             torch.manual_seed(0)
             self.net = case.make(form.cell).to(setting.torch_dtype)
             self.x, self.y = case.batches(setting.torch_dtype)[0]
+        compiled = snntorch.SConv2dLSTM, *[snntorch.Leaky] * isinstance(self.net, snntorch.Leaky)
         for cell in self.net.modules():
-            if form.compiled and isinstance(cell, snntorch.SConv2dLSTM):
+            if form.compiled and isinstance(cell, compiled):
                 cell.compile(dynamic=False)
             if form.checkpoint and isinstance(cell, snnlstm.SConv2dLSTM):
                 cell.checkpoint = True

@@ -74,13 +74,14 @@ def driver() -> Any:
 
 
 def gpus() -> list[str]:
-    """Return the name of each GPU, and which code of the build it runs."""
+    """Return the name of each GPU, which code of the build it runs, and what the build is for."""
     torch, build = importlib.import_module("torch"), fact_of("snnlstm._C", "build_info")
-    texts = []
+    texts, build = [], {} if is_missing(build) else build
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         capability = torch.cuda.get_device_capability(index)
-        code = None if is_missing(build) else cuda_check.code_for(build, capability)
+        code = cuda_check.code_for(build, capability)
         runs = f"{code[0]} of {code[1]}" if code else "no code"
+        runs += f", built for {build.get('cuda_archs') or 'none'}"
         texts.append(f"{torch.cuda.get_device_name(index)} {capability}: {runs}")
     return texts
 

@@ -13,6 +13,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 OLDEST_NVCC = 11, 8
@@ -20,6 +21,7 @@ TOOLKIT = "/usr/local/cuda"  # where NVIDIA's installers put it
 # The CUDA of torch and of nvcc for drivers from a number on. PyPI has both for CUDA 13 alone. The
 # indexes of torch have torch for the others: cu128 up to 2.11, and cu126 up to 2.14.
 DRIVERS = {580: 13.0, 570: 12.8, 525: 12.6}
+QUERY = ("nvidia-smi", "--format=csv,noheader")
 PYPI_NVCC = ("nvidia-cuda-nvcc==13.*", "nvidia-cuda-runtime==13.*", "nvidia-cuda-cccl==13.*")
 
 
@@ -59,8 +61,7 @@ def can_be_fetched(packages: tuple[str, ...]) -> bool:
 
 def cuda() -> float:
     """Returns the CUDA for this machine's driver, or 0 if nvidia-smi finds no GPU or an old one."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    major = re.match(r"\d+", printed(query))
+    major = re.match(r"\d+", printed([*QUERY, "--query-gpu=driver_version"]))
     return next(
         (version for oldest, version in DRIVERS.items() if major and int(major[0]) >= oldest), 0.0
     )
@@ -85,20 +86,50 @@ def places() -> list[Path]:
     ]
 
 
+def compilers() -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yields each CUDA compiler, with its CUDA version, in the order in which a build looks."""
+    named = os.environ.get("CUDACXX")
+    candidates = [shutil.which(named)] if named else [str(place / "nvcc") for place in places()]
+    for candidate in candidates:
+        release = re.search(r"release (\d+)\.(\d+)", printed([candidate or "", "--version"]))
+        if candidate and release:
+            yield candidate, (int(release[1]), int(release[2]))
+
+
 def nvcc(major: int | None = None) -> tuple[str, int] | None:
     """Returns the CUDA compiler that a build takes, and its CUDA major version, or None.
 
     major: the only one that serves, if it is given.
     """
-    named = os.environ.get("CUDACXX")
-    candidates = [shutil.which(named)] if named else [str(place / "nvcc") for place in places()]
-    for candidate in candidates:
-        release = re.search(r"release (\d+)\.(\d+)", printed([candidate or "", "--version"]))
-        if not (candidate and release) or (int(release[1]), int(release[2])) < OLDEST_NVCC:
-            continue
-        if major in (None, int(release[1])):
-            return candidate, int(release[1])
+    for path, release in compilers():
+        if release >= OLDEST_NVCC and major in (None, release[0]):
+            return path, release[0]
     return None
+
+
+def serving(cuda: float) -> tuple[str | None, str]:
+    """Returns the compiler for this machine's GPUs and driver, and why others do not serve.
+
+    cuda: as `cuda` returns it. A compiler that does not know a GPU makes PTX for it. That is taken
+    where PyPI's compiler does not serve the driver.
+    """
+    found = re.findall(r"(?m)^\d+\.\d$", printed([*QUERY, "--query-gpu=compute_cap"]))
+    gpus, only_ptx, reasons = [gpu for gpu in found if float(gpu) >= 7.5], None, []
+    for path, release in compilers():
+        why = f"{path} is of CUDA {release[0]}.{release[1]}, and "
+        known = printed([path, "--list-gpu-arch"]).split()
+        unknown = [gpu for gpu in gpus if f"compute_{gpu.replace('.', '')}" not in known]
+        if release < OLDEST_NVCC:
+            why += f"the kernels need {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer"
+        elif release[0] > cuda:
+            why += f"the driver runs {cuda}"
+        elif unknown:
+            why += f"does not know GPUs of {', '.join(unknown)}"
+            only_ptx = only_ptx or path
+        else:
+            return path, ""
+        reasons.append(why)
+    return only_ptx if cuda < 13 else None, "; ".join(reasons)
 
 
 def printed(command: list[str]) -> str:

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "kernels/fault.cuh"
 #include "tile.h"
 
 namespace snnlstm::cuda {
@@ -31,6 +32,7 @@ inline Cell as_run(const Cell& cell) {
     std::swap(c.pool_h, c.pool_w), std::swap(c.outer_h, c.outer_w);
   }
   const bool fits = double(c.N) * double(c.W) * double(4 * c.C + c.Cin + 32) < double(1 << 30);
+  if (cell.W <= 1 && fault(Fault::unturned_kernel)) std::swap(c.kernel_h, c.kernel_w);
   const bool free = c.pool_h == 1 && !c.inhibition && !c.has_lengths;  // treats all samples alike
   if (c.H == 1 && c.N > 1 && free && fits) {
     c.H = c.N;
@@ -42,7 +44,7 @@ inline Cell as_run(const Cell& cell) {
 inline void lay_out(std::initializer_list<View*> views, Cell& cell, const Cell& as) {
   for (View* v : views) {
     if (cell.W <= 1) std::swap(v->stride[3], v->stride[4]);
-    if (cell.N != as.N) v->stride[3] = v->stride[1];
+    if (cell.N != as.N && !fault(Fault::unjoined_rows)) v->stride[3] = v->stride[1];
   }
   cell = as;
 }
@@ -77,7 +79,8 @@ struct KernelTaps {
   // Returns the place of a tap in the caller's kernel.
   SNNLSTM_BOTH int64_t place(unsigned tap) const {
     const int column = int(by_width.split(tap));
-    return int64_t(int(tap) + outer_h) * by_all_width.value + column + outer_w;
+    const int outer = fault(Fault::untrimmed_kernel) ? 0 : outer_w;
+    return int64_t(int(tap) + outer_h) * by_all_width.value + column + outer;
   }
   // Returns which of the kernels' taps lies at a place, or -1.
   SNNLSTM_BOTH int tap(int64_t place) const {

@@ -44,21 +44,15 @@ inline void check(cudaError_t status, const char* what, const char* file = __bui
                            cudaGetErrorName(status) + ") at " + file + ":" + std::to_string(line));
 }
 
-// Makes a device the current one during its life. torch chooses a call's device through its own
-// runtime, which does not tell the runtime that is linked here.
-class OnDevice {
- public:
-  explicit OnDevice(int device) : device_(device) {
-    check(cudaGetDevice(&before_), "asking for the current CUDA device");
-    if (before_ != device) check(cudaSetDevice(device), "choosing a CUDA device");
+// Makes a device the current one. torch chooses a call's device through its own runtime, which does
+// not tell the runtime that is linked here. The device stays chosen, because nothing else uses this
+// runtime, and cudaSetDevice() would make a context on the device before, which takes memory there.
+struct OnDevice {
+  explicit OnDevice(int device) {
+    int before = 0;
+    check(cudaGetDevice(&before), "asking for the current CUDA device");
+    if (before != device) check(cudaSetDevice(device), "choosing a CUDA device");
   }
-  OnDevice(const OnDevice&) = delete;
-  ~OnDevice() {
-    if (before_ != device_) cudaSetDevice(before_);
-  }
-
- private:
-  int device_, before_ = 0;
 };
 
 inline std::string describe(const Launch& how) {

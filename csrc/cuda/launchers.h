@@ -132,7 +132,8 @@ inline NeuronBackward neuron_backward(const BackwardArgs& a, int64_t t) {
   n.surrogate = c.surrogate;
   n.p0 = c.surrogate_p0;
   n.p1 = c.surrogate_p1;
-  n.noise = tensor(a.noise, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, 4);
+  const int64_t drawn = fault(Fault::first_noise) ? 0 : t;
+  n.noise = tensor(a.noise, c.dtype, drawn, {1, c.N, c.C, c.Hp(), c.Wp()}, 4);
   n.winner = c.inhibition ? a.winner + t * c.N : nullptr;
   n.syn_prev = state_tensor(c, a.syn0, 0, 4);
   n.grad_syn = states_of_step(a, a.grad_syn, t, 4);

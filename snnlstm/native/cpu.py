@@ -181,7 +181,7 @@ class Passes:
         return self._passes.get(key) or self._passes.setdefault(key, Pass(self, selection, wanted))
 
     def forward(
-        self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields
+        self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields, _packs: bool
     ) -> tuple[Any, ...]:
         """Run the forward pass; also returns a copy of the threshold, for training."""
         threshold, lengths = call.threshold, call.lengths

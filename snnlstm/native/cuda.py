@@ -6,7 +6,8 @@ that a CUDA graph can capture it. All memory comes from torch's caching allocato
 Weights are packed anew in every call, in one small kernel: their values cannot be compared
 without waiting for the GPU, and neither version counters nor addresses show every change. In
 training the kernel also packs for the backward pass, and autograd saves that copy. As a loop would
-save one per step, the backward pass packs a large weight again instead.
+save one per step, the backward pass packs a large weight again instead. So which weight it reads,
+after a change that autograd cannot see, depends on sizes, and is not promised.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
 
 KEPT_WEIGHT = 256 << 10
-"""Bytes of the largest packed weight that a call in training saves for its backward pass."""
+"""Bytes of the largest packed weight that training saves, beside no fewer bytes of other data."""
 
 _ROUNDS = 3  # timed runs of an algorithm, after one untimed run; the shortest counts
 
@@ -225,16 +226,16 @@ class Passes:
         return self._chosen[backward]
 
     def forward(
-        self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields
+        self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields, packs: bool
     ) -> tuple[Any, ...]:
         """Run a forward pass; in training it may pack the weight for the backward pass, too."""
         with self.backend.guard(self.plan.device):
             other = kept = None
-            if saved is not None:
-                other = self._chosen_for(True)
-                size = other.core.packed_bytes
-                kept = empty_bytes(size, call.x.device) if 0 < size <= KEPT_WEIGHT else None
-                other = None if kept is None else other
+            if saved is not None and packs:
+                backward = self._chosen_for(True)
+                size = backward.core.packed_bytes
+                if 0 < size <= min(KEPT_WEIGHT, saved.numel()):
+                    other, kept = backward, empty_bytes(size, call.x.device)
             if call.lengths is not None:
                 outs[0].zero_()  # the host does not know the lengths
 

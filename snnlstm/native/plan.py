@@ -359,8 +359,11 @@ class Plan(Sizes):
         block = restored(saved, (size,), torch.uint8, self.device).contiguous()
         return block.clone() if block.data_ptr() % ALIGNMENT else block
 
-    def forward(self, call: Call, training: bool) -> Result:
-        """Run the forward kernels; in training, save what :meth:`backward` needs."""
+    def forward(self, call: Call, training: bool, packs: bool = True) -> Result:
+        """Run the forward kernels; in training, save what :meth:`backward` needs.
+
+        packs: whether they may pack the weight for it, too.
+        """
         if not self.has_numbers:
             call = with_numbers(call)
         x, syn, mem, bias = call.x, call.syn, call.mem, call.bias
@@ -391,7 +394,7 @@ class Plan(Sizes):
             (new_syn.data_ptr(), self.out_strides),
             (new_mem.data_ptr(), self.out_strides),
         )
-        ran = self.passes.forward(call, outs, saved, fields)
+        ran = self.passes.forward(call, outs, saved, fields, packs)
         if call.lengths is not None and not call.record:
             keep_empty(call, outs[1:], (syn, mem))
         return Result(spk, new_syn, new_mem, saved, *ran)
@@ -439,9 +442,9 @@ class CommonBackend(ABC):
     """The class of its passes, made from a plan and the settings.
 
     ``reason_against(training)`` says why no call can run, and returns None if all can.
-    ``forward(call, outs, saved, fields)`` fills in spk, syn, mem and what is saved, and returns a
-    :class:`Result` from the name on. ``backward(inputs, out, fields)`` fills in and returns the
-    gradients, the threshold's with one number per channel. `fields` are those from x on.
+    ``forward(call, outs, saved, fields, packs)`` fills in spk, syn, mem and what is saved, and
+    returns a :class:`Result` from the name on. ``backward(inputs, out, fields)`` fills in and
+    returns the gradients, the threshold's with one number per channel. `fields` are those from x on.
     """
 
     @abstractmethod

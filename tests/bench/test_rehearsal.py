@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+import snnlstm
 from benchmarks import (
     devices,
     gpu,
@@ -24,8 +28,7 @@ from benchmarks import (
     report,
     run,
 )
-from benchmarks.cases import Case
-from benchmarks.providers import BASELINE, DEFAULT
+from benchmarks.providers import BASELINE, DEFAULT, OPERANDS, Setting
 from snnlstm.native import leaky, plan
 from tests.emulator.test_core_mutations import NOTICED_BY_SMOKE
 from tests.shared.helpers import long
@@ -127,7 +130,7 @@ SMALL = (3, 2, 3, 5, 6, 7)
 def judged(device, precision, options, algorithm="fused", sizes=gpu_smoke.SIZES):
     """Returns what the smoke test says of some rows, and their verdicts."""
     with pytest.MonkeyPatch.context() as patch, devices.running(device):
-        patch.setattr(gpu_smoke, "precisions", lambda device: [precision])
+        patch.setattr(devices, "precisions", lambda device: [precision])
         return list(gpu_smoke.run(device, sizes, [algorithm], options))
 
 
@@ -138,7 +141,7 @@ def judged(device, precision, options, algorithm="fused", sizes=gpu_smoke.SIZES)
     [
         (device, algorithm, precision)
         for device, algorithm in itertools.product(CARDS, gpu_smoke.ALGORITHMS)
-        for precision in gpu_smoke.precisions(device)
+        for precision in devices.precisions(device)
     ],
 )
 def test_the_smoke_test_passes_right_kernels_at_its_default_sizes(device, algorithm, precision):
@@ -150,11 +153,11 @@ def test_the_smoke_test_passes_right_kernels_at_its_default_sizes(device, algori
 @pytest.mark.parametrize(
     ("device", "fault", "precision", "option"),
     [
-        pytest.param(card, fault, *row, marks=long if card == "emulator-t4" else ())
+        pytest.param(card, fault, *row[:2], marks=long if card == "emulator-t4" else ())
         for card in CARDS
         for row, names in NOTICED_BY_SMOKE.items()
         for fault in names
-        if row[0] in gpu_smoke.precisions(card)
+        if row[0] in devices.precisions(card) and row[2:] in ((), (card,))
     ],
 )
 def test_the_smoke_test_notices_wrong_kernels_at_its_default_sizes(
@@ -164,6 +167,81 @@ def test_the_smoke_test_notices_wrong_kernels_at_its_default_sizes(
     ((line, right),) = judged(device, precision, [option])
     assert not right, line
     assert "all spike" in line  # not an error
+
+
+class Reached(NamedTuple):
+    """What `reached` of tests/emulator/runtime/bridge.cpp returns."""
+
+    tile_columns: int  # tiles in a row of the image, in both passes
+    im2col: bool  # for x
+    cp_async: bool  # for mem in the kernels' own layout
+    mem_chunks: int  # forward
+    input_chunks: int  # of mem, in the weight's gradient on tensor cores; 0 without them
+    share: int  # tiles on tensor cores, or pixels, of a split of that gradient
+    samples_in_rows: bool  # of one image
+    skipped_taps: int  # on a side
+
+
+@needs_emulator
+@pytest.mark.parametrize("card", devices.EMULATED)
+def test_rows_reach_the_ways_in_the_kernels_that_they_are_for(card, monkeypatch):
+    """Nothing runs. Each way has a fault in NOTICED_BY_SMOKE."""
+    core, device, found = devices.emulator(), f"emulator-{card}", []
+    facts_of = type(core.kernels)._facts
+
+    def noting(backend, plan, tf32):
+        facts = facts_of(backend, plan, tf32)
+        found.append((plan, Reached(*core.module.reached(*facts))))
+        return facts
+
+    def planned(precision, name):
+        setting = Setting(device, precision)
+        with setting.context(), snnlstm.algorithm("fused"), core.dry():
+            gpu_smoke.Cell(setting, gpu_smoke.SIZES, **gpu_smoke.OPTIONS[name]).results()
+        return found[-1]
+
+    monkeypatch.setattr(type(core.kernels), "_facts", noting)
+    monkeypatch.setattr(gpu_smoke.Cell, "set_threshold", lambda cell: None)
+    with devices.running(device):
+        for precision in devices.precisions(device):
+            plan, way = planned(precision, "first layer")
+            on_tensor_cores = way.input_chunks > 0
+            assert not plan.record
+            assert way.tile_columns > 1
+            if on_tensor_cores:
+                assert way.im2col
+                assert way.mem_chunks > 1
+                assert way.input_chunks > 1
+                assert way.cp_async == (precision not in OPERANDS)
+            if on_tensor_cores and precision == "float32":
+                assert way.share > 5  # WeightGemm::kFold tiles of 3xTF32
+            plan, way = planned(precision, "one column")
+            assert way.samples_in_rows
+            assert way.skipped_taps > 0
+        plan, _ = planned("float32", "532 pixels")
+        assert plan.is_stochastic
+        assert plan.time > 1
+        assert plan.saved.parts[3][1] == torch.int32
+        plan, _ = planned("float32", "quantised")
+        assert plan.spec.quant.levels.numel() > 256
+
+
+def test_a_second_gpu_takes_no_memory_on_the_first_one_or_is_skipped(monkeypatch):
+    memory = [300, 300, 300, 520]
+    row = ("float32", "direct", "second GPU")
+    monkeypatch.setattr(gpu_smoke, "SECOND", "cpu")
+    monkeypatch.setattr(gpu_smoke, "rows", lambda *given: [row])
+    monkeypatch.setattr(gpu_smoke, "trouble", lambda index: index != 1)
+    monkeypatch.setattr(devices, "memory_of_first", lambda: memory.pop(0))
+    assert next(iter(gpu_smoke.OPTIONS)) == row[-1]  # other rows make a context on the first GPU
+    ((line, right),) = gpu_smoke.run("cpu")
+    assert right, line
+    ((line, right),) = gpu_smoke.run("cpu")
+    assert not right
+    assert "220 MiB taken on the first GPU" in line
+    monkeypatch.setattr(gpu_smoke, "trouble", lambda index: "it is too old")
+    said = "NOT RUN: direct, float32, second GPU: it is too old"
+    assert list(gpu_smoke.run("cpu")) == [(said, True)]
 
 
 @needs_emulator
@@ -280,11 +358,13 @@ def test_each_backend_has_its_time_on_the_host(monkeypatch, capsys):
     assert len(re.findall(r"(?m)^  \S+, \w+ +[\d.]+ +[\d.]+$", capsys.readouterr().out)) == 3
 
 
+SMALL_LAYER = ["3 1 2 8 6 6 3 threshold=0.02 max_pool=2 reset=zero name=layer"]
+
+
 @needs_emulator
 def test_equal_calls_have_equal_hashes_and_every_bit_counts():
-    layer = Case("layer", 3, 1, 2, 8, 6, 6, threshold=0.02, max_pool=2, reset="zero")
     with devices.running("emulator-h100"):
-        lines = list(gpu_overlap.hashes("emulator-h100", [layer], repeats=2))
+        lines = list(gpu_overlap.hashes("emulator-h100", SMALL_LAYER, itertools.repeat(0)))
     assert len(lines) == 4 * len(gpu_overlap.WAYS)
     assert len({line.split(": ")[1] for line in lines}) == len(lines)
     assert " or " not in "".join(lines)
@@ -295,3 +375,32 @@ def test_equal_calls_have_equal_hashes_and_every_bit_counts():
         other.view(torch.int32).view(-1)[place] = 1
         hashes.add(gpu_overlap.hashed(other))
     assert len(hashes) == 21
+
+
+@needs_emulator
+def test_each_row_of_launches_that_overlap_is_printed_as_it_comes(monkeypatch, capsys):
+    printed = []
+
+    def hashes(device, layers, seconds):
+        for row, _ in zip(("a: 1", "b: 2", "c: 3 or 4"), seconds, strict=False):
+            printed.append(capsys.readouterr().out)
+            yield row
+
+    def begin(command, env, **pipes):
+        assert env["SNNLSTM_PDL"] == "0"
+        out = io.StringIO("a: 1\nb: 3\nc: 3 or 4\n")
+        return SimpleNamespace(stdin=io.StringIO(), stdout=out, communicate=bool)
+
+    monkeypatch.setenv("SNNLSTM_PDL", "")
+    monkeypatch.setattr(gpu_overlap, "hashes", hashes)
+    monkeypatch.setattr(gpu_overlap, "rows", lambda device, layers: [()] * 3)
+    monkeypatch.setattr(gpu_overlap.subprocess, "Popen", begin)
+    assert gpu_overlap.main(["--device", "emulator-h100"]) == 1
+    assert [*printed, capsys.readouterr().out] == [
+        "", "a: 1\n", "WRONG  b: 2; apart: b: 3\n", "WRONG  c: 3 or 4; apart: c: 3 or 4\n"
+    ]  # fmt: skip
+    monkeypatch.setattr(gpu_overlap.subprocess, "Popen", None)  # no second process before 9.0
+    assert gpu_overlap.main(["--device", "emulator-t4"]) == 1
+    assert "WRONG" not in "".join(printed[3:])
+    assert gpu_overlap.main(["--device", "emulator-t4", "--limit", "0"]) == gpu.NOT_RUN
+    assert capsys.readouterr().out.splitlines()[1:] == ["NOT RUN: 3 rows, as no time was left"]

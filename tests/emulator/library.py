@@ -204,7 +204,7 @@ def fault_numbers() -> dict[str, int]:
 def placed_faults() -> list[str]:
     """Name of every ``fault(Fault::name)`` in the kernels."""
     found = []
-    for path in sorted(CUDA.rglob("*.cu*")):
+    for path in sorted(CUDA.rglob("*.*")):
         code = re.sub(r"//[^\n]*", "", path.read_text())
         found += re.findall(r"\bfault\(Fault::(\w+)\)", code)
     return found

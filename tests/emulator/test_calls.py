@@ -206,9 +206,10 @@ def test_every_new_value_of_a_weight_is_seen(core):
 @pytest.mark.parametrize(
     "mode", ["float32", pytest.param("bfloat16 autocast", marks=pytest.mark.emulator_long)]
 )
-def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
-    """The fake kernels of operators.py know the sizes of what the CUDA kernels save."""
-    case = PLAIN.but(time=2)
+def test_compiled_calls_equal_plain_ones(core, mode, algorithm, monkeypatch):
+    """Fake kernels know the sizes of what is saved; operators pack for their own pass alone."""
+    packs = watched(monkeypatch, core.module.CudaPass, "pack")
+    case = PLAIN.but(time=2, batch=4, kernel_size=(1, 3))
 
     def run(*tensors):
         return flat.run(*tensors, case.options, algorithm)
@@ -222,6 +223,7 @@ def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
 
     with MODES[mode].running(core):
         actual = trained(torch.compile(run, fullgraph=True, backend="aot_eager"))
+        assert [args[4:] for args, _ in packs] == [()] * (2 if algorithm == "direct" else 0)
         expected = trained(run)
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6, check_stride=True)
 
@@ -344,7 +346,7 @@ def test_fields_are_given_in_the_order_of_the_cores(core, monkeypatch, algorithm
     note("pack", 2, weights.append)
     note("store_levels", 2, levels.append)
     monkeypatch.setattr(native, "_plans", BoundedDict())
-    case = TRAINED.but(time=1, pool="max", pool_size=(2, 2), record=True, inhibition=True)
+    case = TRAINED.but(time=1, batch=6, pool="max", pool_size=(2, 2), record=True, inhibition=True)
     with core.installed(), noted() as found:
         train(case, case.inputs(), algorithm)
     absent = {"x", "mem0", "grad_x", "grad_mem0", "grad_weight", "grad_bias", "lengths"}

@@ -15,9 +15,8 @@ NAMES = ("auto", "fused", "cudnn")
 TYPES = {"tf32": (0, 1), "float32": (0, None), "fp16": (0, 3), "bf16": (3, 0), "float64": (1, 0)}
 
 # us of a forward step on paper, by a model without the host's part: cuDNN with our neurons, and our
-# step kernels. A layer is N, Cin, C, H, W. Images of one column have three taps of nine; with all
-# nine they were 13 / 27, 40 / 70, 130 / 373, 15 / 39 and 253 / 687. A T4's figures are of tiles
-# with rows of several samples.
+# step kernels. A layer is N, Cin, C, H, W. Images of one column have three taps of nine. A T4's
+# figures are of tiles with rows of several samples.
 PAPER = [
     ((128, 22, 16, 129, 1), "h100", "tf32", 17, 15),
     ((128, 22, 16, 129, 1), "4090", "tf32", 32, 19),

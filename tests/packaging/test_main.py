@@ -112,7 +112,9 @@ def test_gpus_are_shown_with_the_code_for_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", "card {}".format)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
     codes = ("machine code of 86", "PTX of 80", "no code")
-    assert report.gpus() == [f"card {k} {capabilities[k]}: {code}" for k, code in enumerate(codes)]
+    assert report.gpus() == [
+        f"card {k} {capabilities[k]}: {code}, built for 86 80+ptx" for k, code in enumerate(codes)
+    ]
 
 
 def test_a_broken_driver_is_part_of_the_report(monkeypatch):

@@ -72,6 +72,7 @@ class Backward {
     if (own_mem() && t < c.T - 1) n.own_mem = image(mem_, s_, steps_.gates, 1, t);
     if (a_.grad_threshold) n.sums = sums_;
     n.first_sums = t == c.T - 1;
+    if (!a_.record && fault(Fault::lost_last_gradient)) n.grad_mem = Tensor();
     return n;
   }
 

@@ -61,6 +61,20 @@ enum class Fault : int {
   no_scalar_leaky_spikes,
   one_leaky_threshold,
   one_leaky_feature,
+  // The same, on ways that some users' calls take.
+  lost_last_gradient,
+  first_tile_column,
+  wrong_im2col_halo,
+  first_chunk,
+  first_input_chunk,
+  kept_sums,
+  unturned_kernel,
+  unjoined_rows,
+  untrimmed_kernel,
+  no_graded_factor,
+  first_noise,
+  narrow_places,
+  lost_levels,
 };
 
 #if defined(SNNLSTM_FAULT_SWITCH) && !defined(__CUDACC__)

@@ -48,7 +48,8 @@ class MmaSource {
     return origin(at_.y0, s.step_h, s.pad_h, s.dgrad_stride_h);
   }
   SNNLSTM_DEVICE int origin_w(const Segment& s) const {
-    return origin(at_.x0, s.step_w, s.pad_w, s.dgrad_stride_w);
+    const int column = fault(Fault::first_tile_column) ? 0 : at_.x0;
+    return origin(column, s.step_w, s.pad_w, s.dgrad_stride_w);
   }
 
   // Begins to load the chunks from `chunk` on, by cp_async if possible, else in calls of advance()
@@ -204,7 +205,8 @@ class MmaSource {
       unsigned row = unsigned(pixel);
       const int col = int(tiling_.by_w.split(row));
       const int top = (at_.y0 + int(row)) * s.step_h - s.pad_h;
-      const int left = (at_.x0 + col) * s.step_w - s.pad_w;
+      const int shift = fault(Fault::wrong_im2col_halo) ? 1 : 0;
+      const int left = (at_.x0 + col) * s.step_w - s.pad_w + shift;
       unsigned tap = unsigned(chunk * kPerChunk + group * kPerGroup);
       int c = int(seg.by_channels.split(tap));
       int tap_w = int(seg.by_taps_w.split(tap)), tap_h = int(tap);
@@ -274,7 +276,8 @@ class MmaSource {
     unsigned row = unsigned(number) >> seg.steps(chunk);
     const int col = int(seg.by_halo_w.split(row));
     const int y = top_ + int(row), x = left_ + col;
-    const int c = chunk * kPerChunk + group * kPerGroup;
+    const bool first = AnyCopy && Chunks == 1 && fault(Fault::first_chunk);  // forward
+    const int c = (first ? 0 : chunk) * kPerChunk + group * kPerGroup;
     const bool real = inside(y, s.height) && inside(x, s.width) && c < s.channels;
     const int shift = fault(Fault::wrong_source_halo) && x + 1 < s.width ? 1 : 0;
     return {mma_tile::row_offset(int(row) * seg.pitch + seg.row_padding + col) + group * 16,

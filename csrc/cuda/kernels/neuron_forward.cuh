@@ -117,7 +117,7 @@ SNNLSTM_DEVICE R threshold_of(const Fire& f, int c) {
 
 template <class R>
 SNNLSTM_DEVICE R graded_of(const Fire& f) {
-  return read<R>(f.graded, f.spk.type, 0);
+  return fault(Fault::no_graded_factor) ? R(1) : read<R>(f.graded, f.spk.type, 0);
 }
 
 template <class R>
@@ -160,7 +160,7 @@ SNNLSTM_DEVICE R thresholded(const Fire& f, int64_t place, At&& at) {
       if (where < 0 && is_largest(R(at(i, j)), largest, unit)) where = number;
     });
     if (f.wide_places())
-      static_cast<int32_t*>(f.places)[place] = where;
+      static_cast<int32_t*>(f.places)[place] = where & (fault(Fault::narrow_places) ? 255 : -1);
     else
       static_cast<uint8_t*>(f.places)[place] = uint8_t(where);
   }

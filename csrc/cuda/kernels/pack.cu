@@ -69,7 +69,7 @@ void Pass::store_levels(const double* values, void* levels, void* stream) const 
       StoreLevels p;
       p.count = std::min(cell.num_levels - from, StoreLevels::kMost);
       std::copy(values + from, values + from + p.count, p.value);
-      p.levels = static_cast<R*>(levels) + from;
+      p.levels = static_cast<R*>(levels) + (fault(Fault::lost_levels) ? 0 : from);
       const Launch how{"store levels", 1, StoreLevels::kMost, 0, stream};
       launch(how, &store_levels_kernel<R>, p);
     }

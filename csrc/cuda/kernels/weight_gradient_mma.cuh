@@ -170,7 +170,7 @@ class WeightGemm {
       load_vector(total(i), v);
       unrolled<4>([&](int k) {
         if (!fault(Fault::lost_totals)) v[k] += acc[4 * i + k];
-        acc[4 * i + k] = 0;
+        if (!fault(Fault::kept_sums)) acc[4 * i + k] = 0;
       });
       store_vector(total(i), v);
     });
@@ -187,7 +187,8 @@ class WeightGemm {
   SNNLSTM_DEVICE void fetch(const MmaSegment& next, const BlockPlace& at, int buffer) {
     copy_gates(at, buffer);
     source_.move_to({p_.grad.source_time(at.t), at.n, at.y0, at.x0, 0, 0});
-    source_.start(next, channels_ * kChunks, neighbourhood(buffer), true, p_.buffer_bytes);
+    const int chunk = fault(Fault::first_input_chunk) ? 0 : channels_ * kChunks;
+    source_.start(next, chunk, neighbourhood(buffer), true, p_.buffer_bytes);
     cp_async_commit();
   }
 

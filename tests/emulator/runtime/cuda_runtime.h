@@ -40,7 +40,7 @@ inline std::mutex mutex;
 inline thread_local int device = 0;
 inline thread_local cudaError_t last = cudaSuccess;
 inline std::map<std::pair<const void*, int>, int> limits;
-inline int attribute_calls = 0, launches = 0, overlaps = 0, optin = 200 * 1024;
+inline int attribute_calls = 0, choices = 0, launches = 0, overlaps = 0, optin = 200 * 1024;
 inline int ptx = 80, driver = 13000;
 inline bool refuses_attributes = false, capturing = false;
 
@@ -53,7 +53,7 @@ inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue
 inline cudaError_t cudaGetDevice(int* device) { return *device = fake::device, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
   if (device > 1) return fake::fail();
-  return fake::device = device, cudaSuccess;
+  return ++fake::choices, fake::device = device, cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = fake::optin, cudaSuccess;

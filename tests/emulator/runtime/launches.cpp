@@ -50,23 +50,19 @@ int main() {
   want(error_of(300 * 1024).find("bytes of shared memory") != std::string::npos,
        "a launch above the device's limit says what it was");
   want(error_of(1024).empty(), "an error stays with the call that made it");
-
   want(error_of(300 * 1024).find("or a kernel that was launched before it") != std::string::npos,
        "an error may be an earlier kernel's");
 
-  for (const int chosen : {0, 1}) {
-    {
-      const OnDevice on(chosen);
-      want(fake::device == chosen, "a call has its device");
-    }
-    want(fake::device == 0, "the caller's device is as it was");
+  for (const int chosen : {1, 1, 0, 1}) {
+    static_cast<void>(OnDevice(chosen));
+    want(fake::device == chosen, "a call has its device, and afterwards no other one is chosen");
   }
+  want(fake::choices == 3, "a device is chosen once");
   try {
     const OnDevice on(2);
     want(false, "there is no such device");
   } catch (const std::runtime_error&) {
-    want(fake::device == 0 && fake::last == cudaSuccess,
-         "a device that is not there changes nothing");
+    want(fake::device == 1 && fake::last == cudaSuccess, "an absent device changes nothing");
   }
 
   fake::refuses_attributes = true;
