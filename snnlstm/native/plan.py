@@ -444,7 +444,8 @@ class CommonBackend(ABC):
     ``reason_against(training)`` says why no call can run, and returns None if all can.
     ``forward(call, outs, saved, fields, packs)`` fills in spk, syn, mem and what is saved, and
     returns a :class:`Result` from the name on. ``backward(inputs, out, fields)`` fills in and
-    returns the gradients, the threshold's with one number per channel. `fields` are those from x on.
+    returns the gradients, the threshold's with one number per channel. `fields` are those from x
+    on.
     """
 
     @abstractmethod
