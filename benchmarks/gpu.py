@@ -125,7 +125,9 @@ def steps(place: Place, quick: bool, gpus: set[int]) -> list[Step]:
     tests = "tests/cell/test_quant.py" if rehearsal else tests
     tests = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests} --backend"
     shapes = "--shapes leaky audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 " * (not rehearsal)
-    beside += " loop-cudagraph sequence:cudnn" + ("" if rehearsal else " sequence:measure")
+    beside += " loop-cudagraph compiled-loop sequence:cudnn" + (
+        "" if rehearsal else " sequence:measure"
+    )
     # torch.compile takes a minute of one core for a layer.
     beside += " snntorch-compile snntorch-compile-graph" if cores >= 8 else ""
     found.append(step("tests", 0, 1200, f"{tests} {place.device.split('-')[0]}"))

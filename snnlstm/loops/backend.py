@@ -164,7 +164,7 @@ def _log(loop: Loop, gm: GraphModule) -> None:
         text = "torch.compile: the graph has one step of layer %s: %s"
         logger.warning(text, ours[0].name, graph_break(gm) or _OUTSIDE)
     elif counts:
-        _warn_of_lengths(ours[0], max(counts))
+        _warn_of_lengths(ours, max(counts))
 
 
 _OUTSIDE = (
@@ -178,14 +178,16 @@ def _is_step(call: Node) -> bool:
     return call.target in rows.STATEFUL and rows.row_of(call) is not None
 
 
-def _warn_of_lengths(layer: _Layer, steps: int) -> None:
-    """Warn when a loop is compiled for a second number of steps."""
-    seen = _steps_seen.keep((layer.name, layer.calls[0].meta.get("stack_trace")), set())
+def _warn_of_lengths(layers: Sequence[_Layer], steps: int) -> None:
+    """Warn when a loop around layers is compiled for a second number of steps."""
+    calls = [layer.calls[0] for layer in layers]
+    network = [(layer.name, str(rows.shape_of(layer.calls[0].args[3]))) for layer in layers]
+    seen = _steps_seen.keep((calls[0].meta.get("stack_trace"), *network), set())
     seen.add(steps)
     if len(seen) == 2:
         logger.warning(
             "torch.compile: the loop around layer %s is compiled anew for each number of steps, by "
             "now %s, and after some more runs as it is: pad all inputs to one number of steps, or "
             "let snnlstm.unroll run the layers",
-            layer.name, " and ".join(map(str, sorted(seen))),
+            layers[0].name, " and ".join(map(str, sorted(seen))),
         )  # fmt: skip

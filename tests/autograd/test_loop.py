@@ -118,7 +118,12 @@ WAYS = (
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_a_loop_has_saved(backend, way):
-    """The packed weight of each step is among it. The kernels read no weight beside it."""
+    """On the CPU the packed weight of each step is among it, and no other weight is read.
+
+    CUDA packs again where the packed weight is larger than what else is saved.
+    """
+    if "with another weight" in way and backend.native and backend.name != "cpu":
+        pytest.skip("which weight is read is not promised")
     x, found = steps(3, 2, 2, 6, 7), []
     for chosen in ("", way):
         cell, loss = ours(reset_mechanism="subtract"), 0

@@ -6,9 +6,12 @@ too large to be counted are refused, and large calls within the limits are not.
 
 import itertools
 import os
+from collections import Counter
 
 import pytest
+import torch
 
+import snnlstm
 from benchmarks.devices import EMULATED
 from tests.emulator.builder import HERE, ROOT, run
 from tests.emulator.launches import LAYERS, calls, launches_of, plan
@@ -60,6 +63,30 @@ def test_how_many_launches_a_step_takes_in_training(core, channels, batch, count
         sum(out.sum() for out in MODES["tf32"].run(*leaves, case.options)).backward()
     assert len(found) == count
     assert sum("pack" in launch.kernel for launch in found) == count - 5
+
+
+def test_a_compiled_loop_launches_as_often_as_its_sequence(core):
+    cell = snnlstm.SConv2dLSTM(16, 32, 3, threshold=0.05, reset_mechanism="subtract")
+    x, zeros = torch.zeros(3, 2, 16, 8, 8), torch.zeros(2, 32, 8, 8)
+
+    def loop(x):
+        syn, mem, out = zeros, zeros.clone(), []
+        for x_t in x:
+            spk, syn, mem = cell(x_t, syn, mem)
+            out.append(spk)
+        return torch.stack(out)
+
+    def sequence(x):
+        return cell(x, zeros, zeros.clone())[0]
+
+    counts = []
+    with MODES["tf32"].running(core):
+        for function in (sequence, torch.compile(loop, backend="snnlstm"), loop):
+            with core.dry() as found:
+                function(x).sum().backward()
+            counts.append(Counter(launch.kernel for launch in found))
+    assert counts[0] == counts[1]
+    assert counts[2].total() > counts[0].total()
 
 
 @pytest.mark.parametrize("matrix", [0, 1])

@@ -16,8 +16,8 @@ from tests.shared import flat
 from tests.shared.cases import wanting_gradients
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import close, steps
+from tests.shared.leaky import F64, LEARN, currents
 from tests.shared.table import tagged
-from tests.snntorch.test_leaky import F64, LEARN, inputs
 
 pytestmark = [needs_core, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -193,7 +193,7 @@ def test_a_trace_keeps_the_operator_and_each_backend_computes_the_same(
         torch.manual_seed(0)
         net = Loop(**options).double()
         call = torch.compile(net, backend=keeping(graphs, inner), fullgraph=True)
-        x = inputs(3, 5, dtype=F64).requires_grad_()
+        x = currents(3, 5, dtype=F64).requires_grad_()
         spk, mem = (call if compiled else net)(x)
         (spk.mul(mem.detach().cos()).sum() + mem.square().sum()).backward()
         found.append([spk, mem, net.leaky.mem, x.grad, *(p.grad for p in net.parameters())])
@@ -245,7 +245,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def test_what_changes_after_compiling_is_followed() -> None:
     layers = [snnlstm.Leaky(0.8, threshold=0.3, output=True) for _ in range(2)]
     compiled = torch.compile(layers[0], backend="eager", fullgraph=True)
-    x = inputs(3, 5)[0]
+    x = currents(3, 5)[0]
     with torch._dynamo.config.patch(recompile_limit=2 * len(CHANGES) + 2):
         for name, change in {"": lambda _: None, **CHANGES}.items():
             found = []
@@ -263,7 +263,7 @@ def test_what_changes_after_compiling_is_followed() -> None:
 
 
 def test_the_users_choice_of_plain_torch_is_followed() -> None:
-    layer, x, graphs = snnlstm.Leaky(0.8), inputs(3, 5)[0], []
+    layer, x, graphs = snnlstm.Leaky(0.8), currents(3, 5)[0], []
     compiled = torch.compile(layer, backend=keeping(graphs), fullgraph=True)
     for name, path in (("auto", "compiled"), ("reference", "reference"), ("auto", "compiled")):
         layer.reset_mem()
