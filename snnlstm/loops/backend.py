@@ -14,8 +14,14 @@ from torch.fx import GraphModule, Node
 
 from ..calls.keys import BoundedDict
 from ..compat.torch_private import backend_of, graph_break
-from ..native.operators import OPAQUE, PLAIN
 from ..networks.layers import ALONE, CONSTANT, LARGE_STATE, ONE_CALL, TO_STACK, LayerReport
+
+try:
+    from ..native.operators import OPAQUE, PLAIN
+except ImportError as error:
+    raise ImportError(
+        'backend "snnlstm" needs the compiled core, and python -m snnlstm says why it is missing'
+    ) from error
 from . import rows
 from .rewrite import Writer
 from .steps import IN_PLACE, STATES, Loop

@@ -205,7 +205,9 @@ def test_a_name_means_one_layer_or_network():
     assert len(run.CASES) == sum(map(len, run.TABLES.values()))
 
 
-@pytest.mark.parametrize("table", ["convlstm", "lengths", "networks", "one-sample", "sparse"])
+@pytest.mark.parametrize(
+    "table", ["convlstm", "lengths", "networks", pytest.param("one-sample", marks=long), "sparse"]
+)
 def test_all_forms_of_every_case_compute_the_same(table):
     small = {
         name: dataclasses.replace(case, batch=3, steps=3, height=6, width=7)

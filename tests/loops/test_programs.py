@@ -77,7 +77,7 @@ def check(program: Program, training: bool) -> None:
 
 
 @pytest.mark.drawn
-@drawing(20)
+@drawing(12)
 @given(programs(training=True))
 def test_training(program):
     note(str(program))
@@ -85,7 +85,7 @@ def test_training(program):
 
 
 @pytest.mark.drawn
-@drawing(10)
+@drawing(6)
 @given(programs(training=False))
 def test_inference(program):
     note(str(program))

@@ -15,7 +15,7 @@ from snnlstm.native import operators
 from tests.shared import flat
 from tests.shared.cases import wanting_gradients
 from tests.shared.cpu_kernels import needs_core
-from tests.shared.helpers import close, steps
+from tests.shared.helpers import close, long, steps
 from tests.shared.leaky import F64, LEARN, currents
 from tests.shared.table import tagged
 
@@ -180,7 +180,7 @@ def targets(nodes: Any) -> list[Any]:
     return [node.target for node in nodes]
 
 
-@pytest.mark.parametrize("inner", [None, "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", [None, "aot_eager", pytest.param("inductor", marks=long)])
 @pytest.mark.parametrize(
     "options", [LEARN, {"reset_mechanism": "zero", "spike_grad": snnlstm.surrogate.sigmoid(5)}]
 )
