@@ -128,9 +128,9 @@ class Writer:
 
     def _stacked(self, node: Node) -> Node | None:
         """Write a stack of what was taken apart; None if the node is none."""
-        if node.target is not torch.stack or not self._loop.is_pure(node):
+        if node.target is not torch.stack or not node.args or not self._loop.is_pure(node):
             return None
-        nodes = node.args[0]
+        nodes: Any = node.args[0]
         taken = any(self._place(n) or self._loop.piece(n) for n in nodes)
         if not taken or rows.requires_grad(node) != any(map(rows.requires_grad, nodes)):
             return None
@@ -201,5 +201,7 @@ class Writer:
         memory, twice = self._loop.memory[node], out in self._returned.values()
         if (not alone and memory & self._shared) or (twice and memory):
             out = self.call("clone", out)
+        elif out.op == "placeholder" and rows.name_of(node) == "detach":  # no input itself
+            out = self.call("detach", out)
         self._returned[node] = out
         return out

@@ -79,14 +79,10 @@ def requires_grad(node: Any) -> bool:
 
 
 def bytes_of(node: Node) -> int:
-    """Bytes of a node's result; of several tensors, those of the largest."""
+    """Bytes of a node's result; of several tensors, those of the first, such as spk."""
     value = value_of(node)
-    if isinstance(value, tuple | list):
-        tensors = [item for item in value if isinstance(item, Tensor)]
-    else:
-        tensors = [value] if isinstance(value, Tensor) else []
-    sizes = [t.element_size() * size_hint(t.numel()) for t in tensors]
-    return max(sizes, default=0)
+    first = value[0] if isinstance(value, tuple | list) else value
+    return first.element_size() * size_hint(first.numel())
 
 
 # ---- the rows -----------------------------------------------------------------------------------
@@ -207,7 +203,8 @@ _ELEMENTWISE = Row(_elementwise, first_alone=False)
 _FLATTEN, RESHAPE = Row(_flattened), Row(_reshaped)
 _CAT = Row(_concatenated, first_alone=False)
 
-_NOT_ELEMENTWISE = {"getitem", "matmul", "concat"}  # of the module operator
+# Some are functions of the module operator; others also reduce a tensor, by the same name.
+_NOT_ELEMENTWISE = {"getitem", "matmul", "concat", "max", "min"}
 _ALSO_ELEMENTWISE = {"to", "float", "double", "half", "bfloat16", "detach", "dropout"}
 # The number of dimensions of a batch, or the least number.
 _OF_BATCHES = {
@@ -232,10 +229,15 @@ def row_of(node: Node) -> Row | None:
     if not isinstance(value, Tensor) or not (is_operator(node) or is_of_torch(node)):
         return None
     name, inputs = name_of(node), node.all_input_nodes
-    if _is_elementwise(node):
+    if "memory_format" in node.kwargs:  # it is that of a step
+        return None
+    if _is_elementwise(name, node):
         return _ELEMENTWISE if inputs and _promotes_alike(inputs) else None
+    if name == "cat" and args and isinstance(args[0], tuple | list):
+        dims = {dim_of(tensor) for tensor in args[0]}  # torch skips empty tensors of one dimension
+        return _CAT if len(dims) == 1 and 0 not in dims else None
     if not args or not isinstance(value_of(args[0]), Tensor):
-        return _CAT if name == "cat" and inputs and dim_of(inputs[0]) else None
+        return None
     dim = dim_of(args[0])
     if name in ("linear", "layer_norm") and dim:
         return _LEADING
@@ -246,19 +248,17 @@ def row_of(node: Node) -> Row | None:
         return _FOLDED
     if name == "flatten" and dim:
         return _FLATTEN
-    if name in ("view", "reshape") and not node.kwargs:
-        sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
-        return RESHAPE if not isinstance(sizes[0], torch.dtype) else None
+    if name in ("view", "reshape") and not node.kwargs and not isinstance(args[1], torch.dtype):
+        return RESHAPE
     return None
 
 
-def _is_elementwise(node: Node) -> bool:
-    name = name_of(node)
-    if is_operator(node):
-        return name not in _NOT_ELEMENTWISE
+def _is_elementwise(name: str, node: Node) -> bool:
+    if name in _NOT_ELEMENTWISE:
+        return False
     known = operators_named(name)
-    pointwise = known is not None and known.pointwise and "memory_format" not in node.kwargs
-    return pointwise or name in _ALSO_ELEMENTWISE
+    pointwise = known is not None and known.pointwise
+    return is_operator(node) or pointwise or name in _ALSO_ELEMENTWISE
 
 
 def _promotes_alike(inputs: Sequence[Node]) -> bool:

@@ -54,6 +54,7 @@ _PURE = {
     "interpolate", "_are_functorch_transforms_active",
 }  # fmt: skip
 _WRITE_BUFFERS = {"batch_norm", "instance_norm"}  # without saying so
+_DRAW = {"fractional_max_pool2d", "fractional_max_pool3d"}  # likewise
 
 
 def _effects(node: Node) -> Effects:
@@ -79,7 +80,7 @@ def _effects(node: Node) -> Effects:
     if name in _PURE:
         return _NONE
     known = operators_named(name)
-    if known is None:
+    if known is None or name in _DRAW:
         return everything
     writes = [arg for at, arg in enumerate(node.args) if at in known.writes and arg in tensors]
     if len(writes) < len(known.writes):  # it is a list of tensors, or was given by name
@@ -249,7 +250,7 @@ class Loop:
             if key is not None:
                 self.same[node] = first.setdefault(key, node)
             if self._is_its_argument(node):
-                self.same[node] = self.same[node.args[0]]
+                self.same[node] = self.same[node.all_input_nodes[0]]
             if self.same[node] is node:
                 for arg in node.all_input_nodes:
                     self._needs[number].add(self._number[self.same[arg]])
@@ -259,7 +260,7 @@ class Loop:
         """Whether a node returns its argument: a detach does so where no gradient is recorded."""
         if not self.is_pure(node) or len(node.all_input_nodes) != 1:
             return False
-        argument, value = rows.value_of(node.args[0]), rows.value_of(node)
+        argument, value = rows.value_of(node.all_input_nodes[0]), rows.value_of(node)
         detached = rows.name_of(node) == "detach" and not argument.requires_grad
         return detached or (isinstance(value, Tensor) and value is argument)
 
@@ -363,9 +364,9 @@ class Loop:
         Where gradients are recorded, a loop keeps all steps, too.
         """
         nodes = [self.nodes[calls[0]] for _, calls in groups]
-        if any(map(rows.requires_grad, self.nodes)):
+        if any(map(rows.requires_grad, nodes)):
             return len(self.nodes)
-        return max(1, PIECE // max(map(rows.bytes_of, nodes), default=1))
+        return max(1, PIECE // max([1, *map(rows.bytes_of, nodes)]))
 
     def _reason_against(self, row: rows.Row, calls: Sequence[Node]) -> str | None:
         """Why no calls of a group become one; None if they may."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import snnlstm
+from snnlstm.loops import steps as loop_steps
 from tests.loops.compiled import BACKEND, Calls, as_eager, dyadic_, merges, numbers, outcome
 from tests.loops.networks import Scale, cell, exact_leaky
 from tests.shared.helpers import close, in_processes
@@ -539,6 +540,18 @@ def test_returned_tensors_share_no_memory_that_eager_does_not_share():
                 assert torch.equal(outs[other], before[other]), (k, other)
 
 
+def test_a_detached_input_is_a_tensor_of_its_own():
+    @torch.compile(backend=BACKEND)
+    def function(x):
+        return x.detach(), x + 1
+
+    x = numbers(N, 6)
+    detached, _ = function(x)
+    detached.requires_grad_()
+    assert detached.data_ptr() == x.data_ptr()
+    assert not x.requires_grad
+
+
 def test_the_stored_state_is_the_returned_one():
     def forward(net, x):
         mem = net.lif1.reset_mem()
@@ -583,6 +596,27 @@ def test_steps_in_another_order_are_not_x_itself():
         )
 
     check(forward)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@merges
+@pytest.mark.parametrize("steps_at_once", [1, 2, 3, T])
+def test_without_gradients_steps_are_computed_in_pieces(monkeypatch, steps_at_once):
+    """All of their parameters want gradients, but no_grad records none."""
+
+    def forward(net, x):
+        mem, out = net.lif1.reset_mem(), []
+        for x_t in x:
+            spk, mem = net.lif1(net.fc1(x_t), mem)
+            out.append(spk)
+        return torch.stack(out)
+
+    monkeypatch.setattr(loop_steps, "PIECE", steps_at_once * N * 6 * 4)
+    pieces = -(-T // steps_at_once)
+    expect(check(forward, training=False), leaky=pieces, linear=pieces)
+    expect(check(forward, training=True), leaky=1, linear=1)
 
 
 # ---- once ----------------------------------------------------------------------------------------
@@ -740,6 +774,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda x: x.mean(),
     "sum(0)": lambda x: x.sum(0, keepdim=True) + x,
     "max": lambda x: x.max(0).values,
+    "max of all": lambda x: x * x.max(),
+    "min of all": lambda x: x - torch.min(x),
+    "max of a number": lambda x: x * x.mean().max(),
+    "maximum by max": lambda x: torch.max(x, x.mean(0)),
     "sort": lambda x: x.sort(0)[0],
     "cumsum": lambda x: x.cumsum(0),
     "flip": lambda x: x.flip(0),
@@ -789,6 +827,11 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "circular pad": lambda x: F.pad(x[None], (1, 2), mode="circular"),
     "cat(-1)": lambda x: torch.cat([x, x[:, :2]], -1),
     "cat(-2)": lambda x: torch.cat([x, torch.ones(1, 6)], dim=-2),
+    "cat by name": lambda x: torch.cat(tensors=[x, x], dim=1),
+    "cat with an empty tensor": lambda x: torch.cat([torch.ones(0), x]),
+    "stack by name": lambda x: torch.stack(tensors=[x, x]),
+    "channels_last": lambda x: x.view(N, 1, 2, 3).to(memory_format=torch.channels_last) + 1,
+    "a number by reshape": lambda x: x.mean().reshape(()),
     "cat with the same": lambda x: torch.cat([torch.ones(N, 2), x], dim=1),
     "stack(1)": lambda x: torch.stack([x, x * 2], dim=1),
     "another weight in each step": lambda x: F.linear(x, x),
