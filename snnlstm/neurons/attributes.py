@@ -155,10 +155,11 @@ class CellAttributes(Base):
 
         They have the shape of the last call's states and may be passed to the next call with an
         input of any size. To start from other states, pass or assign them. Under torch.compile
-        an in-place change of the returned tensors, or of ``syn`` and ``mem`` after a reset, takes
-        effect only if the tensor is passed.
+        they are empty, (0,), which means zeros, and an in-place change of the returned tensors, or
+        of ``syn`` and ``mem`` after a reset, takes effect only if the tensor is passed.
         """
-        return self._state.reset()
+        traced = torch.compiler.is_compiling()
+        return self._state.reset(self.graded_spikes_factor if traced else None)
 
     def init_sconv2dlstm(self) -> tuple[Tensor, Tensor]:
         """Deprecated name of :meth:`reset_mem`."""

@@ -56,10 +56,17 @@ class State:
         setattr(self, name, value)
         self.restarted = False
 
-    def reset(self) -> tuple[Tensor, Tensor]:
-        """Set both to zero, and return them."""
-        self.forget_ended()
-        self._restart(_zeros_like(self.syn), _zeros_like(self.mem))
+    def reset(self, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Set both to zero, and return them; with `like` both become empty, in its dtype.
+
+        torch.compile passes `like`: if it looked at the old states, it would compile anew for each
+        shape of theirs, and where they require a gradient.
+        """
+        if like is None:
+            self.forget_ended()
+            self._restart(_zeros_like(self.syn), _zeros_like(self.mem))
+        else:
+            self._restart(like.detach().new_zeros(0), like.detach().new_zeros(0))
         return self.syn, self.mem
 
     def detach(self) -> None:

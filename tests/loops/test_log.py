@@ -10,9 +10,10 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 import snnlstm
-from tests.loops.compiled import BACKEND, merges
+from tests.loops.compiled import BACKEND, merges, numbers
 from tests.loops.networks import Documentation, leaky
-from tests.loops.test_rules import N, T, feedback, looped, numbers
+from tests.loops.parts import N, T, looped
+from tests.loops.test_rules import feedback
 
 pytestmark = [merges, pytest.mark.usefixtures("fresh_compiler")]
 

@@ -1,0 +1,191 @@
+"""Which functions and layers of a loop get all steps in one call, and which stay in steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import snnlstm
+from tests.loops.compiled import as_eager, numbers
+from tests.loops.parts import MODES, N, T, check, expect
+
+# ---- what mixes samples --------------------------------------------------------------------------
+
+# Functions of a step (N, 6).
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax(1)": lambda x: x.softmax(1),
+    "softmax(0)": lambda x: x.softmax(0),
+    "softmax(-2)": lambda x: F.softmax(x, dim=-2),
+    "mean(0)": lambda x: x.mean(0),
+    "mean": lambda x: x.mean(),
+    "sum(0)": lambda x: x.sum(0, keepdim=True) + x,
+    "max": lambda x: x.max(0).values,
+    "max of all": lambda x: x * x.max(),
+    "min of all": lambda x: x - torch.min(x),
+    "max of a number": lambda x: x * x.mean().max(),
+    "maximum by max": lambda x: torch.max(x, x.mean(0)),
+    "sort": lambda x: x.sort(0)[0],
+    "cumsum": lambda x: x.cumsum(0),
+    "flip": lambda x: x.flip(0),
+    "roll": lambda x: x.roll(1, 0),
+    "squeeze": lambda x: x[:1].squeeze(),
+    "transpose": lambda x: x.t() @ x,
+    "flatten(0)": lambda x: x.flatten(),
+    "flatten(1)": lambda x: x.view(N, 2, 3).flatten(1),
+    "view": lambda x: x.view(x.shape[0], -1),
+    "view of other rows": lambda x: x.reshape(-1, 3),
+    "view of all": lambda x: x.reshape(2, 9),
+    "unsqueeze(0)": lambda x: x.unsqueeze(0),
+    "a row": lambda x: x[0],
+    "columns": lambda x: x[:, 1:4],
+    "cat(0)": lambda x: torch.cat([x, x]),
+    "cat(1)": lambda x: torch.cat([x, x], 1),
+    "stack": lambda x: torch.stack([x, x]),
+    "a row for all": lambda x: x + x[0],
+    "one for each sample": lambda x: x + torch.arange(N)[:, None] / 4,
+    "one for each number": lambda x: x * torch.arange(6) / 4,
+    "layer_norm": lambda x: F.layer_norm(x, (6,)),
+    "layer_norm of all": lambda x: F.layer_norm(x, (N, 6)),
+    "unbatched convolution": lambda x: F.conv1d(x, torch.ones(2, N, 3) / 4),
+    "unbatched pool": lambda x: F.max_pool1d(x, 2),
+    "group_norm": lambda x: F.group_norm(x, 3),
+    "normalize(0)": lambda x: F.normalize(x, dim=0),
+    "einsum": lambda x: torch.einsum("ni,mi->nm", x, x),
+    "cdist": lambda x: torch.cdist(x, x),
+    "batch_norm of its own": lambda x: F.batch_norm(x, None, None, training=True),
+    "dropout in evaluation": lambda x: F.dropout(x, 0.5, False),
+    "where": lambda x: torch.where(x > 0, x, x.mean(0)),
+    "alpha": lambda x: torch.add(x, x.sum(1, keepdim=True), alpha=2),
+    "a number in float64": lambda x: x * x.mean().double(),
+    "a vector in float64": lambda x: x * x.mean(0).double(),
+    "integers": lambda x: (x * 4).long() // 3,
+    "type_as": lambda x: (x > 0).type_as(x),
+    "column": lambda x: x[:, 0],
+    "last": lambda x: x[..., -1:],
+    "None": lambda x: x[None],
+    "expand": lambda x: x[:1].expand(N, 6) + 1,
+    "repeat": lambda x: x.repeat(2, 1),
+    "chunk": lambda x: torch.cat(x.chunk(2, dim=1)[::-1], dim=1),
+    "split": lambda x: x.split([1, 2])[1],
+    "permute": lambda x: x.permute(1, 0),
+    "pad": lambda x: F.pad(x, (1, 0)),
+    "pad of samples": lambda x: F.pad(x, (0, 0, 1, 0)),
+    "circular pad": lambda x: F.pad(x[None], (1, 2), mode="circular"),
+    "cat(-1)": lambda x: torch.cat([x, x[:, :2]], -1),
+    "cat(-2)": lambda x: torch.cat([x, torch.ones(1, 6)], dim=-2),
+    "cat by name": lambda x: torch.cat(tensors=[x, x], dim=1),
+    "cat with an empty tensor": lambda x: torch.cat([torch.ones(0), x]),
+    "stack by name": lambda x: torch.stack(tensors=[x, x]),
+    "channels_last": lambda x: x.view(N, 1, 2, 3).to(memory_format=torch.channels_last) + 1,
+    "a number by reshape": lambda x: x.mean().reshape(()),
+    "cat with the same": lambda x: torch.cat([torch.ones(N, 2), x], dim=1),
+    "stack(1)": lambda x: torch.stack([x, x * 2], dim=1),
+    "another weight in each step": lambda x: F.linear(x, x),
+    "another bias in each step": lambda x: F.linear(x, torch.eye(6), x[0]),
+    "one image for each sample": lambda x: F.max_pool2d(x.view(N, 1, 2, 3), (1, 2)).flatten(1),
+    "max_pool with indices": lambda x: F.max_pool1d(x[None], 2, return_indices=True)[1],
+    "gather": lambda x: x.gather(0, torch.zeros(N, 6, dtype=torch.long)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_mixes_samples_stays_in_steps(name):
+    """A function that is folded although it mixes samples has other results."""
+    function = FUNCTIONS[name]
+
+    def forward(net, x):
+        return torch.stack([function(net.fc1(x_t)) for x_t in x])
+
+    check(forward, training=False, atol=1e-6, rtol=1e-6)
+
+
+# ---- what a layer may be -------------------------------------------------------------------------
+
+
+@MODES
+def test_hooks_see_each_step(training):
+    """torch.compile traces hooks: what they read and change is part of the graph."""
+
+    def prepare(net):
+        net.lif1.register_forward_hook(lambda layer, args, out: (out[0] * 2, out[1]))
+        net.fc1.register_forward_pre_hook(lambda layer, args: (args[0] + 1,))
+
+    def forward(net, x):
+        mem, out = net.lif1.reset_mem(), []
+        for x_t in x:
+            spk, mem = net.lif1(net.fc1(x_t), mem)
+            out.append(spk)
+        return torch.stack(out)
+
+    expect(check(forward, training, prepare), leaky=1, linear=1)
+
+
+class Cells(nn.Module):
+    """Has a cell and calls it on two sequences of (T, N, 2, 5, 5), one after the other."""
+
+    def __init__(self, lengths: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.05, **options)
+        self.lengths = torch.tensor([4, 1, 3]) if lengths else None
+
+    def forward(self, x: Tensor) -> Any:
+        state, out = self.cell.reset_mem(), []
+        for part in (x, x * 0.5):
+            spk, *state = self.cell(part, *state, lengths=self.lengths)
+            out.append(spk)
+        return torch.stack(out), state
+
+
+@MODES
+@pytest.mark.parametrize("options", [{"lengths": True}, {"checkpoint": True}, {}], ids=str)
+def test_calls_of_sequences_are_left_as_they_are(options, training):
+    """Sequences are not stacked once more, and `lengths` are those of each.
+
+    In training, checkpoint=True cuts them into segments, which here are steps.
+    """
+
+    def make():
+        return Cells(**options).double()
+
+    x = numbers(T, N, 2, 5, 5, dtype=torch.float64)
+    cut = training and "checkpoint" in options
+    expect(as_eager(make, x, training=training, atol=1e-10, rtol=1e-10), cell=2 * T if cut else 2)
+
+
+@MODES
+def test_checkpointed_cells_and_those_with_all_options(training):
+    """In training each step is an operator of a higher order, and such stay where they are."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = snnlstm.SConv2dLSTM(
+                2, 3, 3, threshold=torch.full((3, 1, 1), 0.05), checkpoint=True, stride=2,
+                dilation=2, learn_threshold=True, reset_mechanism="zero", inhibition=True,
+                init_hidden=True, output=True,
+            )  # fmt: skip
+
+        def forward(self, x):
+            return [self.cell(x_t) for x_t in x]
+
+    x = numbers(T, N, 2, 6, 6, dtype=torch.float64)
+    calls = as_eager(lambda: Net().double(), x, training=training, atol=1e-10, rtol=1e-10)
+    expect(calls, cell=T if training else 1)
+
+
+def test_large_convolutions_are_not_stacked():
+    """One step is larger than LARGEST: folded steps would be slower."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 8, 3, padding=1)
+
+        def forward(self, x):
+            return torch.stack([self.conv(x_t) for x_t in x])
+
+    calls = as_eager(Net, numbers(T, N, 2, 48, 48), training=False, atol=1e-5, rtol=1e-5)
+    expect(calls, conv=T)
