@@ -24,7 +24,7 @@ except ImportError as error:
     ) from error
 from . import rows
 from .rewrite import Writer
-from .steps import IN_PLACE, STATES, Loop
+from .steps import IN_PLACE, MEMORY, STATES, Loop
 
 logger = logging.getLogger("snnlstm")
 
@@ -113,7 +113,7 @@ def _layers(loop: Loop) -> Iterator[_Layer]:
         bases = getattr(kind, "__mro__", ())
         title = getattr(kind, "__name__", "Leaky" if nodes[0].target is rows.LEAKY else "cell")
         name = re.sub(r"_modules\['(.*?)'\]", r"\1", path)
-        name = re.sub(r"^L\['\w+'\]\.?", "", name).replace("'", "")
+        name = re.sub(r"^[LG]\['\w+'\]\.?", "", name).replace("'", "")
         is_neuron = bool(operators) or any(base.__name__ in _NEURONS for base in bases)
         is_ours = bool(operators) or any(base.__module__.startswith("snnlstm.") for base in bases)
         calls = operators or [node for node in nodes if node.target == nodes[-1].target]
@@ -160,7 +160,7 @@ def _log(loop: Loop, gm: GraphModule) -> None:
             text = "layer %s is snntorch's %s and runs as plain operations: call snnlstm.accelerate"
             logger.warning(f"{text}(net) before torch.compile", layer.name, layer.kind)
     for layer, report in reports:
-        by_size = report.reason in (LARGE_STATE, TO_STACK)  # the loop is faster
+        by_size = report.reason in (LARGE_STATE, TO_STACK, MEMORY)  # the loop is better
         if layer.is_neuron and layer.is_ours and report.kind == "step" and not by_size:
             text = "torch.compile: layer %s (%s) stays a loop of steps: %s"
             logger.warning(text, layer.name, report.layer, report.reason)

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from snntorch import utils
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import snnlstm
-from tests.loops.compiled import BACKEND, Calls, as_eager, numbers, outcome
+from tests.loops.compiled import BACKEND, Calls, as_eager, merges, numbers, outcome
 from tests.loops.networks import NETWORKS
 from tests.loops.parts import MODES, N, T, check, expect, looped
 from tests.shared.helpers import close, in_processes
@@ -46,6 +46,36 @@ def test_training_and_evaluation_take_a_graph_for_each_size(name):
                 with torch.set_grad_enabled(training):
                     compiled(batch)
     assert calls.graphs == 4
+
+
+@merges
+def test_the_bits_of_unroll():
+    """Both cut these sequences alike, so each kernel gets the same numbers in the same calls."""
+
+    def network():
+        torch.manual_seed(0)
+        cell, leaky = {"threshold": 0.05}, {"beta": 0.9, "threshold": 0.1}
+        return nn.Sequential(
+            snnlstm.SConv2dLSTM(1, 4, 3, max_pool=2, init_hidden=True, **cell),
+            nn.Conv2d(4, 5, 3),
+            snnlstm.Leaky(init_hidden=True, **leaky),
+            snnlstm.SConv2dLSTM(5, 3, 3, init_hidden=True, **cell),
+            nn.Flatten(),
+            nn.Linear(3 * 8 * 8, 10),
+            snnlstm.Leaky(init_hidden=True, **leaky),
+        )
+
+    def results(net, run):
+        out = run(net)
+        (out * torch.arange(out.numel()).view_as(out)).sum().backward()
+        assert 0 < float(out.detach().mean()) < 1
+        return [out, *(parameter.grad for parameter in net.parameters())]
+
+    x = (numbers(6, N, 1, 20, 20) > 0.5).float()
+    loop = torch.compile(lambda net: torch.stack([net(x_t) for x_t in x]), backend=BACKEND)
+    compiled = results(network(), loop)
+    unrolled = results(network(), lambda net: snnlstm.unroll(x, *net))
+    assert all(map(torch.equal, compiled, unrolled))
 
 
 @MODES

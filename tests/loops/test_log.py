@@ -113,6 +113,16 @@ def test_a_loop_that_is_merged_has_no_warning_and_one_message(caplog):
     assert len(said(caplog, INFO)) == 1
 
 
+def test_a_layer_has_its_name_in_the_network(caplog, monkeypatch):
+    """Wherever the compiled function finds the network: here among the global variables."""
+    monkeypatch.setitem(globals(), "GLOBAL", looped(all_steps)())
+    with caplog.at_level(INFO, "snnlstm"):
+        torch.compile(lambda x: GLOBAL(x), backend=BACKEND)(numbers(*STEPS))  # noqa: F821
+    (message,) = said(caplog, INFO)
+    names = {part.split()[0] for part in message.removeprefix("torch.compile: ").split("; ")}
+    assert names == {"fc1", "lif1", "drop"}
+
+
 def test_a_second_number_of_steps_has_a_warning_and_a_third_no_other(caplog):
     with caplog.at_level(WARNING, "snnlstm"):
         net = torch.compile(looped(all_steps)(), backend=BACKEND)
