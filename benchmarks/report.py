@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,38 @@ RUN = ["threads", "dtype"]
 CASE = [*RUN, "case", "mode"]
 TEXTS = ["path", "note", "shape"]
 KEY = [*CASE, "title", "provider"]  # what is the same measurement in two runs
-HISTORY = Path(__file__).parent / "results" / "history.csv"  # rows of releases
+ROOT = Path(__file__).resolve().parents[1]
+HISTORY = ROOT / "benchmarks" / "results" / "history.csv"  # rows of releases
 RELEASE = ["version", "processor", "network", "form"]
+MODES = ("inference", "training")
+QUANTITIES = [mode + quantity for quantity in ("", " ms", " compiling") for mode in MODES]
+COLUMNS = [*RELEASE, *QUANTITIES]
 SMALLEST_CHANGE = 0.03
 """Clocks and the placement of pages make medians of equal programs differ by up to this share."""
 FEWEST_ROUNDS = 5
-STYLE = "tableau-colorblind10"  # of Matplotlib; its colours differ for any kind of colour vision
+FORMS = ("snntorch", "loop", "compiled-loop", "sequence")
+# These colours differ for any kind of colour vision (Okabe and Ito).
+COLOURS = dict(zip(FORMS, ("#E69F00", "#56B4E9", "#009E73", "#0072B2"), strict=True))
+OTHERS = "#CC79A7", "#D55E00", "#999933", "#882255", "#44AA99", "#332288"
+COLOURED = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"
+# This grey is readable on white and on black.
+STYLE = dict.fromkeys(COLOURED, "#808890") | {"svg.hashsalt": "snnlstm", "legend.framealpha": 0}
+README_FORMS = {
+    "loop": "loop: one import",
+    "compiled-loop": "loop, compiled",
+    "sequence": "sequence: `unroll`",
+}
+README_NETWORKS = {
+    "documentation": "snnTorch's documentation, two cells, 28x28, T=10 N=32",
+    "documentation-n1": "the same, one sample at a time",
+    "events": "event camera: convolution, Leaky, one cell, 32x32, T=20 N=16",
+    "eeg": "three cells, 22x128, T=10 N=32",
+    "electrodes": "two cells, 19x125, T=23 N=16",
+    "dense": "Leaky alone, 784-1000-10, snnTorch's tutorial 5, T=25 N=128",
+    "dense-image": "the same, one image for all steps",
+    "conv": "convolutions and Leaky alone, tutorial 6, T=25 N=32",
+    "conv-image": "the same, one image for all steps",
+}
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -46,6 +73,15 @@ def number(value: Any, unit: str = "") -> str:
         return "-"
     text = f"{value:.3g}"
     return (f"{float(text):.0f}" if "e" in text and value >= 1 else text) + unit
+
+
+def factor(value: Any, unit: str = "") -> str:
+    """Formats a speed-up with two digits, as every table and picture shows it."""
+    if value is None or pd.isna(value):
+        return "-"
+    return (
+        f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+    ) + unit
 
 
 def heading(rows: pd.DataFrame) -> str:
@@ -70,31 +106,44 @@ def block(rows: pd.DataFrame) -> str:
     return "\n".join([title, table, *notes, ""])
 
 
+def figures(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns what history.csv keeps of a run: a row for each network and form, of both modes."""
+    quantities, case = ["speedup", "ms", "compiling"], ["version", "device", "case", "provider"]
+    wide = rows.pivot_table(quantities, case, "mode", sort=False)
+    wide.columns = [mode if q == "speedup" else f"{mode} {q}" for q, mode in wide.columns]
+    return wide.rename_axis(index=RELEASE).reset_index().reindex(columns=COLUMNS)
+
+
 def markdown(rows: pd.DataFrame) -> str:
-    """Formats speed-ups as tables for a README, inference / training, one for each thread count."""
+    """Formats speed-ups as tables, inference / training, one for each type and thread count."""
     lines = []
-    first = set(rows.groupby(CASE, sort=False).provider.first())
+    titles = dict(zip(rows.case, rows.title, strict=True))
     for _, part in rows.groupby(RUN, sort=False):
-        others = [name for name in part.provider.unique() if name not in first]
-        head = ["network or layer", f"{' or '.join(first)}, ms", *others]
-        compiled = part[part.compiling.notna()].provider.unique()
-        head += ["compiling"] * len(compiled)
-        cells = [head, ["---"] * len(head)]
-        for case, group in part.groupby("case", sort=False):
-            line = [
-                f"**{case}**: {group.title.iloc[0]}",
-                _pair(group, group.provider.iloc[0], "ms"),
-            ]
-            line += [_pair(group, name, "speedup", "x") for name in others]
-            cells.append([*line, *(_pair(group, name, "compiling", " s") for name in compiled)])
         lines += [f"{heading(part)}, {' / '.join(part['mode'].unique())}:", ""]
-        lines += [f"| {' | '.join(line)} |" for line in cells] + [""]
+        lines += [table(figures(part), titles), ""]
     return "\n".join(lines)
 
 
-def _pair(rows: pd.DataFrame, provider: str, column: str, unit: str = "") -> str:
-    found = rows[rows.provider == provider].set_index("mode")[column]
-    return " / ".join(number(found.get(mode), unit) for mode in rows["mode"].unique())
+def table(found: pd.DataFrame, titles: dict[str, str]) -> str:
+    """Formats the figures of one run, with a line for each network."""
+    firsts = found.groupby("network", sort=False).form.first()
+    forms = [form for form in found.form.unique() if form not in set(firsts)]
+    compiled = found[found["training compiling"].notna() | found["inference compiling"].notna()]
+    compiled = list(compiled.form.unique())
+    head = ["network or layer", f"{' or '.join(firsts.unique())}, ms", *forms]
+    cells = [[*head, *["compiling, s"] * len(compiled)], ["---"] * (len(head) + len(compiled))]
+    for network, first in firsts.items():
+        own = found[found.network == network].set_index("form")
+        line = [f"**{network}**: {titles[network]}", _pair(own, first, " ms", number)]
+        line += [_pair(own, form, "", factor) for form in forms]
+        cells.append([*line, *(_pair(own, form, " compiling", number) for form in compiled)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _pair(own: pd.DataFrame, form: str, quantity: str, text: Callable[[Any], str]) -> str:
+    """Formats a form's quantity, inference / training."""
+    shown = [mode for mode in MODES if own[f"{mode} ms"].notna().any() or own[mode].notna().any()]
+    return " / ".join(text(own[mode + quantity].get(form)) for mode in shown)
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame) -> str:
@@ -146,58 +195,126 @@ def write(rows: pd.DataFrame, out: Path) -> None:
     print(f"wrote {out / 'rows.csv'}")
     if rows.empty:
         return
-    ratios = rows[rows.speedup.notna() & (rows.speedup != 1)]
-    ratios = ratios.pivot_table("speedup", ["version", "device", "case", "provider"], "mode")
-    ratios.rename_axis(index=RELEASE).round(2).to_csv(out / "history.csv")
+    runs = [(name, part) for name, part in rows.groupby(RUN, sort=False)]
+    figures(runs[0][1]).to_csv(out / "history.csv", index=False, float_format="%.4g")
     (out / "table.md").write_text(markdown(rows))
     print("", markdown(rows), sep="\n")
-    for path in draw(rows, out) if importlib.util.find_spec("matplotlib") else ():
-        print(f"wrote {path}")
+    if importlib.util.find_spec("matplotlib"):
+        for (threads, dtype), part in runs:
+            title = f"{part.device.iloc[0]}, {heading(part).partition(', ms')[0]}"
+            for path in draw(figures(part), out, f"speedup-{threads}-{dtype}", title):
+                print(f"wrote {path}")
 
 
-def draw(rows: pd.DataFrame, directory: Path) -> list[Path]:
-    """Draws the speed-ups, a picture for each mode; returns the files."""
+def draw(found: pd.DataFrame, directory: Path, name: str, title: str) -> list[Path]:
+    """Draws the speed-ups of one run, a picture for each mode; returns the files."""
     drawn = []
-    shown = rows[rows.speedup.notna() & (rows.speedup != 1)]
-    for (threads, dtype, mode), part in shown.groupby([*RUN, "mode"]):
-        table = part.pivot_table("speedup", "case", "provider", sort=False)
-        figure = _bars(table.rename(index=lambda name: Path(name).name), mode)  # of a user's file
-        row = part.iloc[0]
-        origin = f"{row.device}, torch {row.torch}, snnlstm {row.version} ({row.commit})"
-        figure.suptitle(textwrap.fill(f"{origin}, {heading(part)}", 66), fontsize=7)
-        drawn.append(directory / f"speedup-{threads}-{dtype}-{mode}.svg")
-        figure.savefig(drawn[-1], metadata={"Date": None})
+    for mode in MODES:
+        if (bars := _speedups(found, mode)).size:
+            drawn.append(directory / f"{name}-{mode}.svg")
+            save(_panels({textwrap.fill(title, 60): bars}, mode), drawn[-1])
     return drawn
 
 
 def draw_history(mode: str) -> Figure:
-    """Draws the speed-ups of all releases in a mode."""
-    rows = pd.read_csv(HISTORY).set_index("network")
-    rows["release"] = rows.version + ", " + rows.processor + ", " + rows.form
-    return _bars(rows.pivot_table(mode, "network", "release", sort=False), mode)
+    """Draws the speed-ups of all releases in a mode, a panel for each processor."""
+    runs = pd.read_csv(HISTORY).groupby(["version", "processor"], sort=False)
+    return _panels({", ".join(name): _speedups(part, mode) for name, part in runs}, mode)
 
 
-def _bars(table: pd.DataFrame, mode: str) -> Figure:
-    """Draws bars that begin at 1x, a group for each row, as wide as a telephone's screen."""
-    from matplotlib import style
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture that is readable on white and on black."""
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
+def _speedups(found: pd.DataFrame, mode: str) -> pd.DataFrame:
+    """Returns the speed-ups in a mode, a line for each network and a column for each form."""
+    others = found[found.duplicated("network") | (found.form.isin(FORMS[1:]))]
+    return others.pivot_table(mode, "network", "form", sort=False)
+
+
+def _panels(panels: dict[str, pd.DataFrame], mode: str) -> Figure:
+    """Draws bars that begin at 1x, a group for each network, as wide as a telephone's screen."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure  # which draws to files alone
     from matplotlib.ticker import LogLocator
 
-    with style.context([STYLE, {"font.size": 9, "svg.hashsalt": "snnlstm"}]):
-        size = (3.7, 2 + 0.18 * len(table) * (1 + len(table.columns)))
-        figure = Figure(figsize=size, layout="constrained")
-        panel = figure.subplots()
-        (table - 1).plot.barh(ax=panel, left=1, logx=True, width=0.8, legend=False)
-        for bars, name in zip(panel.containers, table, strict=True):
-            labels = table[name].map("{:.1f}x".format, na_action="ignore").fillna("")
-            panel.bar_label(bars, labels.tolist(), padding=2)
-        panel.axvline(1, color="gray", linewidth=1)
-        least, most = table.min(axis=None), table.max(axis=None)
-        limits = 0.8 * least if least < 1 else 1, 1.5 * max(1, most)
-        panel.set(xlabel=f"speed-up over snnTorch, {mode}", ylabel="", xlim=limits)
-        panel.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}x")
-        panel.minorticks_off()
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.invert_yaxis()
-        figure.legend(loc="outside lower center", ncols=1 + (len(max(table, key=len)) < 20))
+    heights = [0.8 + 0.18 * len(bars) * (1 + len(bars.columns)) for bars in panels.values()]
+    with rc_context(STYLE | {"font.size": 9}):
+        figure = Figure(figsize=(3.7, 1 + sum(heights)), layout="constrained")
+        axes = figure.subplots(len(panels), height_ratios=heights, squeeze=False)[:, 0]
+        for panel, (title, bars) in zip(axes, panels.items(), strict=True):
+            bars = bars.rename(index=lambda name: Path(name).name)  # of a user's file
+            colours = COLOURS | dict(
+                zip((f for f in bars if f not in COLOURS), OTHERS, strict=False)
+            )
+            look: Any = {"left": 1, "logx": True, "width": 0.8, "legend": False, "color": colours}
+            (bars - 1).plot.barh(ax=panel, **look)
+            for drawn, form in zip(panel.containers, bars, strict=True):
+                labels = bars[form].map(lambda value: factor(value, "x"), na_action="ignore")
+                panel.bar_label(drawn, labels.fillna("").tolist(), padding=2)
+            panel.axvline(1, color="gray", linewidth=1)
+            least, most = bars.min(axis=None), bars.max(axis=None)
+            limits = 0.8 * least if least < 1 else 1, 1.6 * max(1, most)
+            panel.set(ylabel="", xlim=limits)
+            panel.set_title(title, fontsize=8)
+            panel.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}x")
+            panel.minorticks_off()
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.invert_yaxis()
+        axes[-1].set_xlabel(f"speed-up over snnTorch in {mode}\n(logarithmic axis)")
+        handles = {bar.get_label(): bar for panel in axes for bar in panel.containers}
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
     return figure
+
+
+# ---- what a release publishes --------------------------------------------------------------------
+
+
+def published() -> dict[Path, str]:
+    """Returns README.md and docs/performance.md with the figures of the last run in HISTORY.
+
+    Both pages have them between the lines "speed:begin" and "speed:end".
+    """
+    from benchmarks.networks import TABLES
+
+    found = _last_run()
+    titles = {name: case.title for part in TABLES.values() for name, case in part.items()}
+    titles = {name: title.replace("->", "→") for name, title in titles.items()}
+    head = ["speed-up, inference / training", *README_FORMS.values()]
+    lines = [head, ["---"] * len(head)]
+    for network, title in README_NETWORKS.items():
+        own = found[found.network == network].set_index("form")
+        lines.append([f"**{network}**: {title}"])
+        lines[-1] += [_pair(own, form, "", factor) for form in README_FORMS]
+    tables = {
+        ROOT / "README.md": "\n".join(f"| {' | '.join(line)} |" for line in lines),
+        ROOT / "docs" / "performance.md": table(found, titles),
+    }
+    return {page: _between(page.read_text(), text) for page, text in tables.items()}
+
+
+def _last_run() -> pd.DataFrame:
+    rows = pd.read_csv(HISTORY)
+    return rows[rows.processor == rows.processor.iloc[-1]]
+
+
+def _between(page: str, text: str) -> str:
+    """Puts a text between the lines that mark its place."""
+    begin, end = "<!-- speed:begin -->\n", "<!-- speed:end -->"
+    before, rest = page.split(begin)
+    return before + begin + text + "\n" + end + rest.split(end)[1]
+
+
+def publish() -> None:
+    """Writes the pages of :func:`published`, and the two pictures of README.md."""
+    for page, text in published().items():
+        page.write_text(text)
+    found = _last_run()
+    shown = pd.concat([found[found.network == network] for network in README_NETWORKS])
+    title = f"one thread of an {found.processor.iloc[0]}"
+    draw(shown, ROOT / "docs" / "images", "speedup", title)
+
+
+if __name__ == "__main__":
+    publish()

@@ -9,13 +9,10 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.report import draw_history
+from benchmarks.report import COLOURS, STYLE, draw_history, save
 from snnlstm import quant, surrogate
 
-COLOURED = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"
 ROWS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "accuracy.csv"
-# This grey is readable on white and on black.
-STYLE = dict.fromkeys(COLOURED, "#808890") | {"svg.hashsalt": "snnlstm", "legend.framealpha": 0}
 SHOWN = {  # panels, each with curves of one scale
     "wide": [surrogate.atan(), surrogate.sigmoid(5), surrogate.spike_rate_escape(slope=1)],
     "narrow": [surrogate.atan(20), surrogate.sigmoid(), surrogate.fast_sigmoid()],
@@ -63,14 +60,14 @@ def draw_accuracy() -> Figure:
     panel = figure.subplots()
     rows = list(csv.DictReader(ROWS.read_text().splitlines()))
     batches = [name for name in rows[0] if name.isdecimal()]
-    for library, colour, width in (("snntorch", "#E69F00", 4.5), ("snnlstm", "#0072B2", 1.8)):
+    for library, form, width in (("snntorch", "snntorch", 4.5), ("snnlstm", "sequence", 1.8)):
         own = [row for row in rows if row["library"] == library]
         curves = torch.tensor([[float(row[name]) for row in own] for name in batches])
         found = torch.tensor([100 * float(row["accuracy"]) for row in own])
         label = f"{library}: {found.mean():.1f} ± {found.std():.1f} % of test digits"
         x = [int(name) for name in batches]
-        panel.plot(x, curves, color=colour, linewidth=0.7, alpha=0.5)
-        panel.plot(x, curves.mean(1), color=colour, linewidth=width, label=label)
+        panel.plot(x, curves, color=COLOURS[form], linewidth=0.7, alpha=0.5)
+        panel.plot(x, curves.mean(1), color=COLOURS[form], linewidth=width, label=label)
     panel.set(xlabel="batch", ylabel="loss, mean of 30 batches", ylim=0)
     panel.legend(fontsize="small")
     return figure
@@ -84,4 +81,4 @@ def draw(folder: Path) -> None:
         figures |= {f"history_{mode}": draw_history(mode) for mode in ("inference", "training")}
         figures["accuracy"] = draw_accuracy()
         for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
+            save(figure, folder / f"{name}.svg")
