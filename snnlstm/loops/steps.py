@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..compat.torch_private import memory_of, operators_named
-from ..networks.layers import LARGE, LARGE_STATE, too_large, too_large_to_stack
+from ..networks.layers import LARGE, LARGE_LINEAR, LARGE_STATE, TO_STACK, too_large
 from . import rows
 
 # ---- what a node does beside computing its result -----------------------------------------------
@@ -378,8 +378,9 @@ class Loop:
             return None
         if first.target is not rows.CELL:
             step = max(map(rows.bytes_of, (first, *first.all_input_nodes[:1])))
-            return too_large(step, LARGE_STATE if row.states else LARGE)
-        return None if self._is_sequence(calls) else too_large_to_stack(rows.bytes_of(x))
+            large = LARGE_LINEAR if rows.name_of(first) == "linear" else LARGE
+            return too_large(step, LARGE_STATE if row.states else large)
+        return None if self._is_sequence(calls) else too_large(rows.bytes_of(x), TO_STACK)
 
     def _is_sequence(self, calls: Sequence[Node]) -> bool:
         """Whether the first arguments of calls lie in one memory."""

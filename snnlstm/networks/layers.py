@@ -26,27 +26,24 @@ from ..neurons.leaky import Leaky
 from ..neurons.sconv2dlstm import SConv2dLSTM
 from .spikes import SpikeCount
 
-LARGEST = 128 << 10
-"""The most bytes of one step of a layer's input or output for which the CPU folds the steps.
-
-Larger steps run one by one, as in the loop: each goes through several layers while it is in the
-cache, and all steps at once would be slower than the loop (benchmarks/NOTES.md).
-"""
-
-LARGEST_STACKED = 1 << 20
-"""The most bytes of a step that the CPU stacks for the cell or Leaky behind it.
-
-Stacking larger steps touches new pages, which costs more than the single call saves.
-"""
-
 ALONE = "it treats every sample by itself"
 LARGE = "one step of its input or output is larger than 128 KiB"
-LARGE_STATE = "it keeps a state, and one step of it is larger than 128 KiB"
+LARGE_LINEAR = "one step of its input or output is larger than 1 MiB"
+LARGE_STATE = "it keeps a state, and one step of it is larger than 1 MiB"
 TO_STACK = "the layers before it run step by step, and one of their steps is larger than 1 MiB"
 ONE_CALL = "one call for all steps"
 TAKES = "it takes sequences"
 CONSTANT = "every step of its input is the same tensor"
-PER_SAMPLE = ALONE, LARGE  # the reasons of layers that neither mix samples nor keep a state
+# The reasons of layers that neither mix samples nor keep a state.
+PER_SAMPLE = ALONE, LARGE, LARGE_LINEAR
+
+LARGEST = {LARGE: 128 << 10, LARGE_LINEAR: 1 << 20, LARGE_STATE: 1 << 20, TO_STACK: 1 << 20}
+"""The most bytes of one step that the CPU runs with all others at once, by the reason against it.
+
+Larger steps run one by one, as in the loop: each goes through several layers while it is in the
+cache, and all at once touch new pages, which costs more than a single call saves. A Linear reads
+its weight, and writes its gradient, once for all steps (benchmarks/NOTES.md).
+"""
 
 
 @dataclass(frozen=True)
@@ -131,20 +128,16 @@ def report_of(
         if reason is None and constant and not getattr(layer, "inplace", False):
             kind, reason = "once", CONSTANT
         if reason is None:
-            reason = too_large(size * _widening(layer))
+            large = LARGE_LINEAR if type(layer) is nn.Linear else LARGE
+            reason = too_large(size * _widening(layer), large)
         if reason is None:
             kind, reason = "fold", ALONE
     return LayerReport(name, type(layer).__name__, kind, str(reason))
 
 
-def too_large(step: float, reason: str = LARGE) -> str | None:
-    """The reason for which steps of so many bytes run one by one; None if they are small."""
-    return reason if step > LARGEST else None
-
-
-def too_large_to_stack(step: float) -> str | None:
-    """The same for a cell or Leaky whose steps must be stacked first."""
-    return TO_STACK if step > LARGEST_STACKED else None
+def too_large(step: float, reason: str) -> str | None:
+    """The reason, if it holds for steps of so many bytes; None if they are small enough."""
+    return reason if step > LARGEST[reason] else None
 
 
 def counted_bytes(x: Tensor) -> int:

@@ -34,7 +34,7 @@ from .layers import (
     not_per_sample,
     report_of,
     stack,
-    too_large_to_stack,
+    too_large,
     unshared,
     whole_sequence,
 )
@@ -349,7 +349,7 @@ def _step_by_step(
     for name, layer in layers:
         first = first_item(before, outs[0])
         report = report_of(name, layer, first, first.dim(), by_step)
-        to_stack = too_large_to_stack(counted_bytes(first))
+        to_stack = too_large(counted_bytes(first), TO_STACK)
         if calls and report.reason == ONE_CALL and to_stack:
             report = replace(report, kind="step", reason=to_stack)
         if report.kind != "step":

@@ -177,7 +177,7 @@ def test_checkpointed_cells_and_those_with_all_options(training):
 
 
 def test_large_convolutions_are_not_stacked():
-    """One step is larger than LARGEST: folded steps would be slower."""
+    """One step is larger than LARGEST[LARGE]: folded steps would be slower."""
 
     class Net(nn.Module):
         def __init__(self):

@@ -13,7 +13,17 @@ from snntorch import utils
 from torch import nn
 
 import snnlstm
-from tests.sequences.stacks import N, T, X, equals_the_loop, hidden, leaky, loop, total
+from tests.sequences.stacks import (
+    N,
+    T,
+    X,
+    equals_the_loop,
+    fold_up_to,
+    hidden,
+    leaky,
+    loop,
+    total,
+)
 from tests.shared.helpers import close, ours, theirs
 
 
@@ -294,7 +304,7 @@ def test_accelerate_works_on_it_and_fallbacks_of_cells_are_logged_once(caplog):
 def large(request, monkeypatch):
     """Steps are small, or so large that they run one by one."""
     if request.param:
-        monkeypatch.setattr(snnlstm.networks.layers, "LARGEST", 0)
+        fold_up_to(0, monkeypatch)
     return request.param
 
 
@@ -311,7 +321,7 @@ class Each(nn.Module):
 
 
 def test_a_step_goes_through_all_layers_before_the_next(monkeypatch):
-    monkeypatch.setattr(snnlstm.networks.layers, "LARGEST", 0)
+    fold_up_to(0, monkeypatch)
     order = []
 
     def noted(name):

@@ -12,7 +12,7 @@ import snnlstm
 from snnlstm import functional
 from snnlstm.calls.lengths import CheckedLengths, checked_lengths
 from tests.sequences.by_length import CELLS, LENGTHS, TIME, check, padded_inputs, unpadded
-from tests.sequences.stacks import NEURONS, check_alone, delta_leaky
+from tests.sequences.stacks import NEURONS, check_alone, delta_leaky, fold_up_to
 from tests.shared.gradients import gradients_by_name
 from tests.shared.helpers import close, ours, same, steps
 
@@ -173,7 +173,7 @@ STACKS = {
 @pytest.mark.parametrize("largest", [0, 1 << 20], ids=["step", "fold"])
 @pytest.mark.parametrize("name", STACKS)
 def test_a_stack_is_for_each_sample_as_it_is_alone(name, largest, monkeypatch):
-    monkeypatch.setattr(snnlstm.networks.layers, "LARGEST", largest)
+    fold_up_to(largest, monkeypatch)
     torch.manual_seed(2)
     check_alone(STACKS[name]())
 

@@ -101,7 +101,7 @@ NETS = {
 def test_it_equals_the_loop_in_training(name, form, largest, monkeypatch):
     make, kinds = NETS[name]
     if largest is not None:
-        monkeypatch.setattr(snnlstm.networks.layers, "LARGEST", largest)
+        stacks.fold_up_to(largest, monkeypatch)
         kinds = kinds.replace("fold", "step") if largest == 0 else None
     torch.manual_seed(0)
     atol = 2e-6 if largest is None else 1e-5
@@ -161,7 +161,7 @@ CONSTANT = {
 def test_a_constant_image_equals_the_loop(name, form, largest, grad, monkeypatch):
     make, kinds = CONSTANT[name]
     if largest is not None:
-        monkeypatch.setattr(snnlstm.networks.layers, "LARGEST", largest)
+        stacks.fold_up_to(largest, monkeypatch)
         kinds = kinds.replace("fold", "step")
         kinds = kinds.replace("sequence", "step") if name == "Leaky" else kinds
     torch.manual_seed(0)
