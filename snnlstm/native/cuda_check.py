@@ -22,8 +22,8 @@ def without_kernels(build: Mapping[str, str]) -> str | None:
         return None
     why = build.get("cuda", "").removeprefix("not built: ") or "unknown"
     return (
-        f"this build of snnlstm has no CUDA kernels ({why}); install a wheel named +cu12 or +cu13, "
-        "or build with SNNLSTM_CUDA=on"
+        f"this build of snnlstm has no CUDA kernels ({why}); build it with SNNLSTM_CUDA=on, or "
+        "with SNNLSTM_CUDA=pip for driver 580 or newer"
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..calls import spec
 from ..calls.call import checked_call, dtype_source, state_tensor
 from ..calls.lengths import CheckedLengths, checked_lengths, held, mask_padding
+from ..calls.spec import Size
 from ..dispatch.entry import run_call, run_traced
 from ..dispatch.path import LastPath, log_fallback, log_once
 from ..dispatch.reasons import EXPORT, asked_every_call, beyond_forward
@@ -61,11 +62,11 @@ class ConvLSTMCell(nn.Module):
         self,
         input_dim: int,
         hidden_dim: int,
-        kernel_size: int | tuple[int, int],
+        kernel_size: Size,
         bias: bool = True,
         *,
-        stride: int | tuple[int, int] = 1,
-        dilation: int | tuple[int, int] = 1,
+        stride: Size = 1,
+        dilation: Size = 1,
         checkpoint: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -21,7 +21,7 @@ from ..calls.call import (
     values,
 )
 from ..calls.lengths import checked_lengths
-from ..calls.spec import CellSpec
+from ..calls.spec import CellSpec, Size
 from ..compat.registry import register
 from ..compat.torch_private import any_autocast
 from ..dispatch.entry import Results, run_call, run_traced
@@ -62,7 +62,7 @@ class SConv2dLSTM(CellAttributes):
     in_channels, out_channels : int
         Cin of the input and C of the states.
     kernel_size : int or (int, int)
-        Odd. The padding keeps the image size.
+        Odd. The padding keeps the image size. Here and below, a pair may be a list.
     bias : bool, default True
         Whether ``conv`` has a bias.
     max_pool, avg_pool : int or (int, int), default 0
@@ -132,10 +132,10 @@ class SConv2dLSTM(CellAttributes):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
+        kernel_size: Size,
         bias: bool = True,
-        max_pool: int | tuple[int, int] = 0,
-        avg_pool: int | tuple[int, int] = 0,
+        max_pool: Size = 0,
+        avg_pool: Size = 0,
         threshold: float | Tensor = 1.0,
         spike_grad: Callable[[Tensor], Tensor] | None = None,
         surrogate_disable: bool = False,
@@ -146,8 +146,8 @@ class SConv2dLSTM(CellAttributes):
         state_quant: Any = False,
         output: bool = False,
         *,
-        stride: int | tuple[int, int] = 1,
-        dilation: int | tuple[int, int] = 1,
+        stride: Size = 1,
+        dilation: Size = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         checkpoint: bool = False,

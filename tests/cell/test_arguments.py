@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import re
+import typing
 
 import numpy
 import pytest
@@ -169,6 +170,13 @@ def test_the_constructor_accepts(name, value):
     pool = value if name.endswith("pool") and value else (1,)
     size = 6 // pool[0], 6 // pool[-1]
     assert (spk if cell.init_hidden else spk[0]).shape == (1, 3, *size)
+
+
+def test_type_hints_of_sizes_have_lists_as_the_page_of_snntorch():
+    hints = typing.get_type_hints(snnlstm.SConv2dLSTM.__init__)
+    for name in ("kernel_size", "max_pool", "avg_pool", "stride", "dilation"):
+        assert list[int] in typing.get_args(hints[name])
+        assert int in typing.get_args(hints[name])
 
 
 def test_numpys_numbers_are_accepted():
@@ -398,7 +406,7 @@ SAID = {
     "input_tensor must be one step, (N, 2, H, W), got": lambda: plain_cell()(EVENTS),
     "input_tensor must have 2 channels, got 1": lambda: plain_cell()(X[:, :1]),
     "h of cur_state must have shape (1, 3, 5, 5)": lambda: plain_cell()(X, (FILLED[:, 1:], STATE)),
-    "c of cur_state must be of torch.float32": lambda: plain_cell()(X, (STATE, STATE.double())),
+    "c of cur_state must be torch.float32 like": lambda: plain_cell()(X, (STATE, STATE.double())),
     # stacks
     "net must be an nn.Sequential, got list": lambda: snnlstm.Sequential.of([ours()]),
     "layers must be modules, such as nn.ReLU() instead of torch.relu, got": lambda: unroll(

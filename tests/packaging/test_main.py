@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 import warnings
@@ -42,6 +43,30 @@ def test_the_table_tells_what_is_there_and_what_is_missing(monkeypatch, absent, 
     assert problem in table.splitlines()[-1]
     for fact in ("in use", "OpenMP", "native core", "numpy", "snntorch"):
         assert facts[fact] in table
+    step = re.search(r"(?m)^one step on cpu +(.+) agrees with plain PyTorch to \de-\d+$", table)
+    assert bool(step) == (not problem)
+    assert not step or step[1].startswith("cpu-")
+
+
+@pytest.mark.parametrize(
+    ("part", "fault"),
+    [
+        ("called", lambda own: lambda *a: (spk := own(*a)) + (1 - 2 * spk).detach()),  # spikes
+        ("_gates", lambda own: lambda *a: own(*a) * 1.01),
+        ("_gates", lambda own: lambda *a: own(*a) * torch.nan),
+    ],
+)
+def test_a_step_that_differs_from_plain_pytorch_is_a_problem(part, fault, monkeypatch):
+    monkeypatch.setattr(snnlstm.reference, part, fault(getattr(snnlstm.reference, part)))
+    last = report.table(report.collect()).splitlines()[-1]
+    assert re.match("problem: one step on cpu failed .*: cpu-.+ differs from plain PyTorch", last)
+
+
+def test_a_step_on_the_reference_path_is_no_problem_and_says_so():
+    with snnlstm.algorithm("reference"):
+        table = report.table(report.collect())
+    assert re.search(r"(?m)^one step on cpu +reference \(set_algorithm or ", table)
+    assert "Nothing is wrong." in table
 
 
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--all", 2)])
