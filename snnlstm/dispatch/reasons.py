@@ -130,18 +130,14 @@ def unrecorded_while_tracing() -> bool:
     return recorded_now(True) is None
 
 
-def plain_while_tracing(cell: type, released: tuple[Any, ...], conv: type) -> bool:
-    """Whether a cell and its conv are plain as far as their classes and the process say.
+def plain_while_tracing(cell: type, released: tuple[Any, ...]) -> bool:
+    """Whether a cell is plain as far as its class and the process say.
 
     The compiler asks once for each call that it traces, and puts no guard on the answer.
     `released` are the class's own fire and mem_reset.
     """
     return (
-        conv is nn.Conv2d
-        and (conv.__call__, conv.forward, conv._conv_forward) == _TORCHS[conv]
-        and (F.conv1d, F.conv2d) == _FUNCTIONS
-        and (cell.fire, cell.mem_reset) == released  # type: ignore[attr-defined]
-        and not global_hooks()
+        (cell.fire, cell.mem_reset) == released  # type: ignore[attr-defined]
         and unrecorded_while_tracing()
     )
 
