@@ -422,6 +422,7 @@ CHANGED: dict[str, Any] = {
     "state_quant": lambda layer: setattr(layer, "state_quant", lambda mem: (mem * 8).round() / 8),
     "spike_grad": lambda layer: setattr(layer, "spike_grad", snntorch.surrogate.triangular()),
     "foreign": lambda layer: setattr(layer, "spike_grad", lambda u: (u > 0.1).float() + 0 * u),
+    "unseen": lambda layer: vars(layer).update(inhibition=True),
     "its number": lambda layer: setattr(layer.spike_grad.__closure__[0], "cell_contents", 5.0),
     "state_function": lambda layer: setattr(layer, "state_function", layer._base_zero),
     "a function": lambda layer: setattr(layer, "state_function", lambda x: 2 * x),
@@ -461,12 +462,13 @@ ACTIVE: dict[str, tuple[Any, bool]] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["vmap", "evaluation", *ACTIVE])
+@pytest.mark.parametrize("mode", ["vmap", "evaluation", "gradients", *ACTIVE])
 def test_what_is_active_after_a_call_takes_effect(mode: str) -> None:
     layer, x = leaky_twins(learn_beta=True)[0], currents(3, 5)
     expected = leaky_twins()[1](x[0], torch.zeros(3, 5))
     for _ in range(2):
-        layer(x[0], torch.zeros(3, 5))
+        with torch.set_grad_enabled(mode != "gradients"):
+            layer(x[0], torch.zeros(3, 5))
     around, is_native = ACTIVE.get(mode, (nullcontext, mode != "vmap"))
     layer.train(mode != "evaluation")
     with around():
