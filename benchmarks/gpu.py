@@ -92,12 +92,6 @@ def steps(place: Place, quick: bool, gpus: set[int]) -> list[Step]:
     bench += f"--shape {TINY} --seconds 0.2 " if rehearsal else ""
     shapes = "" if rehearsal else "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 "
     beside = "snntorch snntorch-cudagraph loop sequence sequence-cudagraph"
-    # Whether GPU and driver run what was built, and what takes its place in a rehearsal.
-    check = "import os, sys, torch, snnlstm; from snnlstm.native.cuda_check import trouble; "
-    check += "from snnlstm.__main__ import gpus; print(*gpus()); "
-    check += 'os.system("nvidia-smi -q -d CLOCK,POWER"); sys.exit(trouble(0) or '
-    check += "print(snnlstm.Leaky(0.5).cuda().sequence(torch.ones(8, 4).cuda(), False)))"
-    check = "from benchmarks.devices import emulator; emulator()" if rehearsal else check
 
     def step(name: str, quick_end: float, whole_end: float, command: str) -> Step:
         return Step(name, quick_end / 240 if quick else whole_end / 1800, command)
@@ -105,7 +99,7 @@ def steps(place: Place, quick: bool, gpus: set[int]) -> list[Step]:
     built = building(place.core, place.tree, place.build, gpus, must=not rehearsal)
     found = [
         *(Step(name, 0, command) for name, command in built),
-        Step("kernels", 0, f"{python} -c '{check}'"),
+        Step("kernels", 0, f"{python} -m benchmarks.gpu_check {device}"),
         # The first has the imports, the context of the GPU and cuDNN's start.
         step("smoke fused", 60, 60, f"{smoke} fused"),
         step("smoke cudnn", 100, 100, f"{smoke} cudnn"),

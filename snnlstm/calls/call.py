@@ -44,6 +44,24 @@ class Call(NamedTuple):
         return self.x.dim() == 5
 
 
+class LeakyCall(NamedTuple):
+    """The tensors of one call of a Leaky; beta and threshold broadcast to a step of x."""
+
+    x: Tensor  # (...), one step, or (T, ...), a sequence
+    mem: Tensor  # (...) before the first step; another shape means zeros
+    beta: Tensor
+    threshold: Tensor
+    graded: Tensor
+    every: bool = True  # whether mem of every step is returned, (T, ...)
+    # What tells only a cell's calls apart.
+    lengths: None = None
+    record: bool = False
+
+
+LEAKY_PARAMETERS = ("beta", "threshold", "graded_spikes_factor")
+"""The layer's names of a call's beta, threshold and graded."""
+
+
 def checked_call(
     x: Any,
     weight: Tensor,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.torch_private import any_autocast
-from .call import Call, autocast_dtype
+from .call import LeakyCall, autocast_dtype
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -38,17 +38,25 @@ class BoundedDict(dict[K, V]):
         return self.setdefault(key, value)
 
 
-def key_of(call: Call) -> tuple[Any, ...] | None:
+def key_of(call: Any) -> tuple[Any, ...] | None:
     """The static properties of a call's tensors; None if the call has no key.
 
     Calls with tensors of subclasses have none, because sizes may be symbols, and neither have those
     with sparse tensors, which have no strides. The key omits values, addresses, the weight's
     strides, because its values are packed, and lengths, except whether there are any.
     """
-    if not OF_TORCH.issuperset(map(type, call[:7])):
+    of_leaky = isinstance(call, LeakyCall)
+    tensors: Any = call[: 5 if of_leaky else 7]
+    if not OF_TORCH.issuperset(map(type, tensors)):
         return None
-    x, syn, mem, weight, bias, threshold, graded, lengths, record = call
     try:
+        if of_leaky:
+            states = (
+                (t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.requires_grad)
+                for t in tensors
+            )
+            return *states, torch.is_grad_enabled()
+        x, syn, mem, weight, bias, threshold, graded, lengths, record = call
         device = x.device
         return (
             x.shape, x.stride(), x.dtype, device, x.is_neg(), x.requires_grad,

@@ -107,6 +107,32 @@ class CellSpec:
         return CellSpec(**values, quant=StateQuant.from_text(quant) if quant else None)
 
 
+class LeakySpec(NamedTuple):
+    """What a Leaky computes, besides its tensors."""
+
+    reset: Reset
+    surrogate: Any  # None for one that the kernels do not know
+    sequence: bool = False  # whether x has all steps, (T, ...)
+    against: str | None = None  # the option for which plain torch must run the layer
+
+    @property
+    def serialized(self) -> str:
+        """Reset and surrogate for an operator; empty if plain torch must run the layer."""
+        spike = self.surrogate
+        return "" if self.against else f"{self.reset} {(spike.kind, spike.p0, spike.p1)}"
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def from_text(text: str, sequence: bool) -> LeakySpec:
+        """The spec that :attr:`serialized` describes in these words."""
+        reset, _, numbers = text.partition(" ")
+        return leaky_spec(cast(Reset, reset), Surrogate(*literal_eval(numbers)), sequence)
+
+
+leaky_spec = lru_cache(maxsize=256)(LeakySpec)
+"""Makes the spec of a Leaky; equal ones are one object, by which an entry knows its own."""
+
+
 _NAMED = tuple(each.name for each in fields(CellSpec) if each.init and each.name != "quant")
 """The fields of a spec that :attr:`CellSpec.serialized` names; the quantiser follows them."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import io
 import logging
+import operator
 import textwrap
 import threading
 import tokenize
@@ -59,11 +60,11 @@ def recognise_surrogate(
     return made if released or _alone(_agree, spike_grad, made, _POINTS) else spike_grad
 
 
-def held_by(spike_grad: Any, names: Sequence[str]) -> list[Any]:
-    """The numbers of a surrogate of snnTorch's with these parameters, which may change."""
+def reader_of(spike_grad: Any, names: Sequence[str]) -> Callable[[], Iterable[Any]]:
+    """What reads the numbers of a surrogate of snnTorch's, which may change."""
     if isinstance(spike_grad, types.FunctionType) and names:
-        return [cell.cell_contents for cell in spike_grad.__closure__ or ()]
-    return [getattr(spike_grad, name, None) for name in names]
+        return partial(map, operator.attrgetter("cell_contents"), spike_grad.__closure__ or ())
+    return lambda: [getattr(spike_grad, name, None) for name in names]
 
 
 def recognise_traced(

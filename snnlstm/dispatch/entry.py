@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .. import reference
 from ..calls import algorithms
-from ..calls.call import Call, autocast_dtype, check_transforms, may_require_grad
+from ..calls.call import Call, LeakyCall, autocast_dtype, check_transforms, may_require_grad
 from ..calls.keys import BoundedDict, key_of
-from ..calls.spec import HALF_TYPES, CellSpec, are_ours
+from ..calls.spec import HALF_TYPES, CellSpec, LeakySpec, are_ours
 from ..compat.torch_private import any_autocast, guard_of
 from ..native.half_types import in_float32
 from ..native.plan import Settings
@@ -25,7 +25,7 @@ from ..native.tensors import check_memory
 from ..reference import Overrides
 from .checkpoint import in_segments, may_checkpoint
 from .path import Path, native_path
-from .reasons import NATIVE_PATHS, backends, function, operators, static_reason
+from .reasons import NATIVE_PATHS, backends, function, leaky, operators, static_reason
 
 
 class Entry:
@@ -33,7 +33,7 @@ class Entry:
 
     Attributes
     ----------
-    spec : CellSpec
+    spec : CellSpec or LeakySpec
     backend : CommonBackend or None
     settings : Settings
     fallback : Path or None
@@ -41,36 +41,36 @@ class Entry:
     training : bool
         Whether a result may require a gradient.
     in_float32 : bool
-        Whether each step of a half type runs in float32, as a call of its own.
+        Whether each step of a cell in a half type runs in float32, as a call of its own.
     plan : Plan or None
         The native kernels' plan, from the first call that they run.
     """
 
     def __init__(
         self,
-        call: Call,
-        spec: CellSpec,
+        call: Any,
+        spec: Any,
         backend: Any,
         settings: Settings,
         overrides: Overrides | None = None,
     ) -> None:
         self.spec, self.backend, self.settings = spec, backend, settings
-        self.fallback = static_reason(call, spec, settings.algorithm, overrides)
-        self.training = may_require_grad(call[:6])
+        self.training = may_require_grad(_present(call))
         self.in_float32 = False
         self.plan: Any = None
         self._guard: Any = None
+        self.fallback = static_reason(call, spec, settings.algorithm, overrides)
         if self.fallback is None:
             self.in_float32 = call.x.dtype in HALF_TYPES and not backend.half_types
 
-    def guard(self, call: Call) -> None:
+    def guard(self, call: Any) -> None:
         """Make :meth:`serves` recognise calls like this one."""
         if call.lengths is None and not any_autocast():
             tensors = _present(call)
             self._guard = guard_of(tensors)
             self._guarded = _guarded(call, tensors, self.backend, self.settings)
 
-    def serves(self, call: Call, backend: Any, settings: Settings) -> bool:
+    def serves(self, call: Any, backend: Any, settings: Settings) -> bool:
         """Whether a call has the static properties of the guarded one."""
         if self._guard is None or call.lengths is not None:
             return False
@@ -82,21 +82,23 @@ class Entry:
 _entries: BoundedDict[Any, Entry] = BoundedDict()
 
 
-def _present(call: Call) -> Sequence[Tensor]:
+def _present(call: Any) -> Sequence[Tensor]:
     """The tensors that a call has, without lengths."""
+    if isinstance(call, LeakyCall):
+        return call[:5]
     if call.bias is not None and call.threshold is not None:
-        return call[:7]  # type: ignore[return-value]
+        return call[:7]
     return [tensor for tensor in call[:7] if tensor is not None]
 
 
 def _guarded(
-    call: Call, tensors: Sequence[Tensor], backend: Any, settings: Settings
+    call: Any, tensors: Sequence[Tensor], backend: Any, settings: Settings
 ) -> tuple[Any, ...]:
     """The static properties of a call besides those of its tensors."""
     return call.record, torch.is_grad_enabled(), backend, settings, len(tensors)
 
 
-def _key(call: Call, spec: CellSpec, backend: Any, settings: Settings) -> Any:
+def _key(call: Any, spec: Any, backend: Any, settings: Settings) -> Any:
     """The key of a call, with backend and settings last; None if it has none.
 
     A spec with the user's callables has none, because the table would keep them alive.
@@ -117,9 +119,7 @@ def _operands(call: Call) -> torch.dtype | None:
     return backends.operands_of(call, autocast_dtype(call.x.device.type))
 
 
-def entry_of(
-    call: Call, spec: CellSpec, backend: Any, settings: Settings, checked: bool = True
-) -> Any:
+def entry_of(call: Any, spec: Any, backend: Any, settings: Settings, checked: bool = True) -> Any:
     """Look up the entry of a call, or make it if the call was `checked`; else return None."""
     key = _key(call, spec, backend, settings)
     entry = _entries.get(key)
@@ -128,6 +128,17 @@ def entry_of(
         if key is not None:
             entry.guard(call)
             entry = _entries.keep(key, entry)
+    return entry
+
+
+def last_entry(last: dict[str, Any], call: Any, spec: Any, checked: bool = True) -> Any:
+    """The caller's last entry, in ``_entry``, if it serves the call; else as :func:`entry_of`."""
+    backend, settings = _backend_of(call.x)
+    entry = last.get("_entry")
+    if entry is None or entry.spec is not spec or not entry.serves(call, backend, settings):
+        entry = entry_of(call, spec, backend, settings, checked)
+        if entry is not None:
+            last["_entry"] = entry
     return entry
 
 
@@ -149,18 +160,14 @@ def run_call(
     """Run a call; returns :data:`Results`.
 
     A call that was not `checked` runs only if one like it was; otherwise the result is None.
-    `last` holds the caller's last entry as ``_entry``, and `now` is from :func:`path.recorded_now`.
+    `last` is that of :func:`last_entry`, and `now` is from :func:`reasons.recorded_now`.
     """
-    backend, settings = _backend_of(call.x)
     if overrides is not None:  # a call with the user's code shares no entry
-        entry: Any = Entry(call, spec, backend, settings, overrides)
+        entry: Any = Entry(call, spec, *_backend_of(call.x), overrides)
     else:
-        entry = last.get("_entry")
-        if entry is None or entry.spec is not spec or not entry.serves(call, backend, settings):
-            entry = entry_of(call, spec, backend, settings, checked)
-            if entry is None:
-                return None
-            last["_entry"] = entry
+        entry = last_entry(last, call, spec, checked)
+        if entry is None:
+            return None
     path = now or entry.fallback
     try:
         if spec.checkpoint and (entry.training or overrides) and may_checkpoint():
@@ -169,6 +176,23 @@ def run_call(
     except RuntimeError:
         check_transforms(call.x, syn=call.syn, mem=call.mem)
         raise
+
+
+def run_leaky(last: dict[str, Any], call: LeakyCall, spec: LeakySpec, now: Path | None) -> Any:
+    """Run a call of a Leaky; returns spk, mem and the path, as :func:`run_call` does.
+
+    spk and mem are None if plain torch must run the call.
+    """
+    entry = last_entry(last, call, spec)
+    path = now or entry.fallback
+    if path is not None:
+        return None, None, path
+    assert leaky is not None
+    plan = entry.plan
+    if plan is None:
+        plan = entry.plan = leaky.plan_of(call, spec)
+    spk, mem, name = leaky.run_plan(plan, call, entry.training)
+    return spk, mem, native_path(name)
 
 
 def run_traced(

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..calls import algorithms
-from ..calls.call import Call, autocast_dtype, may_require_grad
+from ..calls.call import Call, LeakyCall, autocast_dtype, may_require_grad
 from ..calls.keys import OF_TORCH
-from ..calls.spec import CellSpec
+from ..calls.spec import CellSpec, LeakySpec
 from ..compat import torch_private
 from ..compat.torch_private import (
     dispatch_modes,
@@ -41,9 +40,9 @@ EXPORT = Path("reference", "an export records plain operators")
 _CHOSEN = Path("reference", "set_algorithm or SNNLSTM_ALGORITHM chose it")
 
 try:
-    from ..native import backends, function, operators
+    from ..native import backends, function, leaky, operators
 except ImportError as error:
-    backends = function = operators = None  # type: ignore[assignment]
+    backends = function = leaky = operators = None  # type: ignore[assignment]
     if find_spec("snnlstm._C") is not None:
         _MISSING = f"the compiled core does not load: {error}"
 
@@ -131,18 +130,14 @@ def unrecorded_while_tracing() -> bool:
     return recorded_now(True) is None
 
 
-def plain_while_tracing(cell: type, released: tuple[Any, ...], conv: type) -> bool:
-    """Whether a cell and its conv are plain as far as their classes and the process say.
+def plain_while_tracing(cell: type, released: tuple[Any, ...]) -> bool:
+    """Whether a cell is plain as far as its class and the process say.
 
     The compiler asks once for each call that it traces, and puts no guard on the answer.
     `released` are the class's own fire and mem_reset.
     """
     return (
-        conv is nn.Conv2d
-        and (conv.__call__, conv.forward, conv._conv_forward) == _TORCHS[conv]
-        and (F.conv1d, F.conv2d) == _FUNCTIONS
-        and (cell.fire, cell.mem_reset) == released  # type: ignore[attr-defined]
-        and not global_hooks()
+        (cell.fire, cell.mem_reset) == released  # type: ignore[attr-defined]
         and unrecorded_while_tracing()
     )
 
@@ -185,14 +180,6 @@ def asked_every_call(
     return now, Overrides(None if reason is None else conv, reason, fire, mem_reset)
 
 
-def reason_now() -> Path | None:
-    """Why plain torch must run a call that has no key: something records it, or the user chose so.
-
-    The user's choice is no fallback, so the log does not name it. It holds for every device.
-    """
-    return recorded_now() or (_CHOSEN if algorithms.current == "reference" else None)
-
-
 def recorded_now(traced: bool = False) -> Path | None:
     """Why plain torch must run any call now: something records or transforms it."""
     if exporting():
@@ -211,7 +198,7 @@ def recorded_now(traced: bool = False) -> Path | None:
 
 
 def static_reason(
-    call: Call, spec: CellSpec, algorithm: str, overrides: Overrides | None, traced: bool = False
+    call: Any, spec: Any, algorithm: str, overrides: Overrides | None, traced: bool = False
 ) -> Path | None:
     """Why the reference path must run a call and all similar calls; None if the kernels can.
 
@@ -219,6 +206,8 @@ def static_reason(
     """
     if algorithm == "reference":
         return _CHOSEN
+    if isinstance(spec, LeakySpec):
+        return _leaky_reason(call, spec)
     device, threshold, graded = call.x.device, call.threshold, call.graded
     if overrides is not None and overrides.conv is not None:  # the user's conv may have no weight
         call = call._replace(weight=call.x)
@@ -251,6 +240,17 @@ def static_reason(
     if reason is not None:
         return Path("reference", reason, slow=True)
     return against or _faster_in_torch(call, algorithm)
+
+
+def _leaky_reason(call: LeakyCall, spec: LeakySpec) -> Path | None:
+    """Why plain torch must run a call of a Leaky and all similar calls."""
+    if not OF_TORCH.issuperset(map(type, call[:2])):
+        return Path("reference", "x or mem is of a subclass of Tensor")
+    path = against_device(call.x.device)
+    if path is None and leaky is not None:
+        reason = spec.against or leaky.reason_against(call, spec.sequence)
+        path = None if reason is None else Path("reference", reason, slow=True)
+    return path
 
 
 def _options_against(spec: CellSpec, dtype: torch.dtype) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
@@ -221,6 +222,9 @@ def longest_first(lengths: Tensor) -> Tensor:
     return lengths.argsort(descending=True, stable=True)
 
 
+_settings = lru_cache(maxsize=64)(Settings)  # a look-up takes half the time
+
+
 class Backend(CommonBackend):
     """The CPU backend."""
 
@@ -231,7 +235,7 @@ class Backend(CommonBackend):
         return f"cpu-{isa}"
 
     def settings(self, algorithm: str) -> Settings:
-        return Settings(algorithm, 1 if ONE_THREAD else torch.get_num_threads(), isa)
+        return _settings(algorithm, 1 if ONE_THREAD else torch.get_num_threads(), isa)
 
     def saved_shapes(self, s: Sizes) -> Shapes:
         padded = _C.cpu_padded_channels(DTYPES.index(s.dtype), s.c)

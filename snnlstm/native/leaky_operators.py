@@ -8,46 +8,24 @@ calls :func:`run_plainly`; both run the kernels.
 
 from __future__ import annotations
 
-from ast import literal_eval
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..calls.call import LeakyCall, may_require_grad
 from ..calls.keys import OF_TORCH
+from ..calls.spec import LeakySpec
 from ..reference import leaky_step, real_dtype
-from ..surrogate import Surrogate
-from .backends import BACKENDS
 from .function import reached
-from .leaky import (
-    Neurons,
-    by_kernels,
-    forward,
-    of_arguments,
-    reason_against,
-    run_neurons,
-    without_gaps,
-)
+from .leaky import of_arguments, plan_of, reason_against, run_plan, without_gaps
 from .tensors import real
 
 _SCHEMA = (
     "(Tensor x, Tensor mem, Tensor beta, Tensor threshold, Tensor graded, str text, "
     "bool sequence, bool record) -> (Tensor, Tensor)"
 )
-
-
-@lru_cache(maxsize=256)
-def _options(text: str) -> tuple[str, Surrogate]:
-    """The reset mechanism and the surrogate of an operator's text."""
-    reset, _, surrogate = text.partition(" ")
-    return reset, Surrogate(*literal_eval(surrogate))
-
-
-def _neurons(text: str, parameters: Sequence[Tensor], sequence: bool) -> Neurons:
-    beta, threshold, graded = parameters
-    return Neurons(*_options(text), beta, threshold, graded, sequence)
 
 
 def _formula(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -57,7 +35,7 @@ def _formula(*arguments: Any) -> tuple[Tensor, Tensor]:
     sequence without `record`, the last one alone.
     """
     x, mem, beta, threshold, graded, text, sequence, record = arguments
-    reset, surrogate = _options(text)
+    reset, surrogate, *_ = LeakySpec.from_text(text, sequence)
     dtype, spks, mems = real_dtype(x, beta), [], []
     for x_t in x.unbind() if sequence else (x,):
         spk, mem = leaky_step(x_t, mem, beta, threshold, graded, surrogate, reset, dtype)
@@ -75,28 +53,20 @@ leaky = torch.ops.snnlstm.leaky.default
 
 def run_plainly(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Compute what the operators do, by the kernels if they can, without torch's dispatcher."""
-    x, mem, *parameters, text, sequence, record = arguments
-    if not OF_TORCH.issuperset(map(type, arguments[:5])) or _reason_against(*arguments):
+    call, spec = _call_of(arguments)
+    if not OF_TORCH.issuperset(map(type, call[:5])) or reason_against(call, spec.sequence):
         return _formula(*arguments)
-    neurons = _neurons(text, parameters, sequence)
-    spk, after = run_neurons(neurons, x, _fitting(mem, x, sequence), record)
+    spk, after, _ = run_plan(plan_of(call, spec), call, may_require_grad(call[:5]))
     # A copy, because a state that is a view could not be detached in place.
-    return spk, after[-1].clone() if sequence and not record and after.dim() == x.dim() else after
+    last = spec.sequence and not call.every and after.dim() == call.x.dim()
+    return spk, after[-1].clone() if last else after
 
 
-def _reason_against(x: Tensor, mem: Tensor, *others: Any) -> str | None:
-    """Why the kernels cannot run an operator's call."""
-    *parameters, _, sequence, _ = others
-    if x.device.type not in BACKENDS:
-        return f"there are none for device {x.device.type}"
-    return reason_against(x, mem, parameters, sequence)
-
-
-def _fitting(mem: Tensor, x: Tensor, sequence: bool) -> Tensor:
-    """The mem before the first step; a mem of another shape than a step of x means zeros."""
-    if mem.shape == x.shape[sequence:]:
-        return mem
-    return torch.zeros_like(x[0] if sequence else x, dtype=real(x.dtype))
+def _call_of(arguments: Sequence[Any]) -> tuple[LeakyCall, LeakySpec]:
+    """The call and the spec of an operator's arguments."""
+    x, mem, beta, threshold, graded, text, sequence, every = arguments
+    call = LeakyCall(x, mem, beta, threshold, graded, every)
+    return call, LeakySpec.from_text(text, sequence)
 
 
 # ---- the operator that other compilers call ------------------------------------------------------
@@ -105,12 +75,11 @@ def _fitting(mem: Tensor, x: Tensor, sequence: bool) -> Tensor:
 @torch.library.custom_op("snnlstm::leaky_kernels", mutates_args=(), schema=_SCHEMA)
 def kernels_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     """What ``snnlstm::leaky`` computes, by the kernels."""
-    x, mem, *parameters, text, sequence, record = arguments
-    reason = _reason_against(*arguments)
+    call, spec = _call_of(arguments)
+    reason = reason_against(call, spec.sequence)
     if reason is not None:
         raise ValueError(f"the kernels cannot run this Leaky: {reason}")
-    neurons = _neurons(text, parameters, sequence)
-    return forward(neurons, x, _fitting(mem, x, sequence), record)
+    return run_plan(plan_of(call, spec), call, False)[:2]
 
 
 @kernels_operator.register_fake
@@ -133,44 +102,43 @@ def _empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
 )  # fmt: skip
 def _backward_operator(*arguments: Any) -> Sequence[Tensor]:
     before, after, *parameters, grad_spk, grad_mem, text = arguments[:8]
-    sequence, x_type, mem_type, wanted = arguments[8:]
-    neurons = _neurons(text, parameters, sequence)
+    sequence, *types, wanted = arguments[8:]
     if before is None:
         before = torch.zeros_like(after[0] if sequence else after)
-    layout = after.shape, after.stride(), after.device
-    grads = grad_spk, grad_mem
-    found = by_kernels(neurons, x_type, *layout, before, after, grads, wanted)
-    return _gradient_outputs(found, after, parameters, mem_type, wanted)
+    x = after if types[0] is after.dtype else torch.empty_like(after, dtype=types[0])
+    plan = plan_of(LeakyCall(x, before, *parameters), LeakySpec.from_text(text, sequence))
+    found = plan.backward(before, after, parameters, (grad_spk, grad_mem), wanted)
+    return _gradient_outputs(found, after, parameters, types, wanted)
 
 
 def _gradient_outputs(
-    found: Sequence[Any], after: Tensor, parameters: Sequence[Tensor], mem_type: Any, wanted: Any
+    found: Sequence[Any], after: Tensor, parameters: Sequence[Tensor], types: Any, wanted: Any
 ) -> Sequence[Tensor]:
-    grads = of_arguments(found, wanted, mem_type, *parameters[:2])
+    grads = of_arguments(found, parameters, types, wanted)
     return tuple(after.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_backward_operator.register_fake
 def _(*arguments: Any) -> Sequence[Tensor]:
     after, *parameters = arguments[1:5]
-    sequence, x_type, mem_type, wanted = arguments[8:]
+    sequence, *types, wanted = arguments[8:]
     like = after[0] if sequence else after
-    found = (_empty_like(after, x_type), *(_empty_like(like, after.dtype) for _ in range(3)))
+    found = (_empty_like(after, types[0]), *(_empty_like(like, after.dtype) for _ in range(3)))
     kept = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
-    return _gradient_outputs(kept, after, parameters, mem_type, wanted)
+    return _gradient_outputs(kept, after, parameters, types, wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, mem, *parameters, ctx.text, ctx.sequence, record = inputs
-    (reset, surrogate), needs = _options(ctx.text), ctx.needs_input_grad
+    spec, needs = LeakySpec.from_text(ctx.text, ctx.sequence), ctx.needs_input_grad
     ctx.fits, ctx.types = mem.shape == x.shape[ctx.sequence :], (x.dtype, mem.dtype)
     ctx.last = ctx.sequence and not record
     # The backward pass reads mem of all steps, and computes it again where it is no result.
     kept = (x, mem) if ctx.last else (None, mem if ctx.fits else None)
     ctx.save_for_backward(*kept, None if ctx.last else output[1], *parameters)
     ctx.set_materialize_grads(False)
-    constant = [output[0]] if surrogate.kind == 0 else []
-    if reset != "subtract" and not any(needs[:3]):
+    constant = [] if spec.surrogate.kind else [output[0]]
+    if spec.reset != "subtract" and not any(needs[:3]):
         constant.append(output[1])
     ctx.mark_non_differentiable(*constant)
 
@@ -186,7 +154,8 @@ def _backward_of_operator(ctx: Any, *grads: Tensor | None) -> tuple:
         if grad_mem is not None:
             grad_mem = torch.cat([torch.zeros_like(after[1:]), grad_mem[None]])
     needs = ctx.needs_input_grad
-    wanted = reached((needs[0], needs[1] and ctx.fits, *needs[2:4]), _options(ctx.text)[0], grads)
+    reset = LeakySpec.from_text(ctx.text, ctx.sequence).reset
+    wanted = reached((needs[0], needs[1] and ctx.fits, *needs[2:4]), reset, grads)
     out = _backward_operator(
         before, after, *parameters, grad_spk, grad_mem, ctx.text, ctx.sequence, *ctx.types,
         list(wanted),

@@ -17,7 +17,6 @@ from ..dispatch.reasons import (
     HOOKS,
     REPLACED,
     beyond_forward,
-    reason_now,
     recorded_now,
 )
 from ..native import pool
@@ -317,7 +316,7 @@ def exchanged(out: Any) -> Any:
 
 def stack(steps: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """torch.stack(steps); a large result lies in a block of :mod:`snnlstm.native.pool`."""
-    if not torch.compiler.is_compiling() and reason_now() is None:
+    if not torch.compiler.is_compiling() and recorded_now() is None:
         size = len(steps) * steps[0].numel() * steps[0].element_size()
         if size >= pool.MAPPED and _are_alike(steps):
             return _Stack.apply(*steps)

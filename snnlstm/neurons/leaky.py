@@ -5,37 +5,33 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
-from functools import lru_cache, wraps
+from functools import wraps
 from itertools import product
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..calls import algorithms
-from ..calls.call import check_transforms
+from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_transforms
 from ..calls.lengths import hold_last, last_state, mask_padding
-from ..calls.spec import RESETS
+from ..calls.spec import RESETS, LeakySpec, Reset, leaky_spec
 from ..compat import snntorch
 from ..compat.registry import instances, register
 from ..compat.snntorch import (
     Neuron,
     TheirLeaky,
-    held_by,
     kind_of,
+    reader_of,
     recognise_quant,
     recognise_surrogate,
     recognise_traced,
 )
-from ..compat.torch_private import NO_LEVEL, guard_of, has_ended, level_of
-from ..dispatch.path import LastPath, Path, log_fallback, native_path
-from ..dispatch.reasons import (
-    against_device,
-    reason_now,
-    recorded_now,
-    unrecorded_while_tracing,
-)
+from ..compat.torch_private import NO_LEVEL, has_ended, level_of
+from ..dispatch.entry import last_entry, run_leaky
+from ..dispatch.path import LastPath, Path, log_fallback
+from ..dispatch.reasons import recorded_now, unrecorded_while_tracing
 from ..reference import leaky_step, real_dtype
 from ..surrogate import NONE, Surrogate
 from .state import NO_RESET
@@ -46,14 +42,16 @@ try:
 except ImportError:  # path.against_device says why
     kernels = operators = None  # type: ignore[assignment]
 
-PRIVATE = ("_base", "_path", "_layer_name", "_recognised", "_last", "_text")
+PRIVATE = ("_base", "_path", "_layer_name", "_specs", "_entry", "_text")
 """The attributes of an instance that only our class has."""
 
 _TRACED = Path("reference", "torch.compile traces plain operators")
 _COMPILED = Path("compiled", "torch.compile's backend chooses between kernels and plain operators")
-_PARAMETERS = ("beta", "threshold", "graded_spikes_factor")
+_parameters_of = operator.itemgetter(*LEAKY_PARAMETERS)
 _TENSORS = {Tensor, nn.Parameter}
 _CLOSURES: dict[str, Any] = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
+_DECIDING = {"spike_grad", "_base", "reset_delay", "inhibition", "state_quant"}
+"""The attributes that decide what a layer computes."""
 _BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # what surrogate_disable makes of spike_grad
 
 
@@ -99,7 +97,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     _base: str
     """Name of the method that is ``state_function``."""
     _text: str = ""
-    """Reset and surrogate for an operator; empty if the kernels do not know the surrogate."""
+    """Reset and surrogate for an operator; empty if plain torch must run the layer."""
 
     @wraps(TheirLeaky.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -109,18 +107,16 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "spike_grad" or name == "_base":
+        if name in _DECIDING:
             self._remake_text()
 
     def _remake_text(self) -> None:
         """Make the text again, at once, because torch.compile must find it ready."""
-        base, text = self.__dict__.get("_base"), ""
-        if base is not None and type(self.__dict__.get("spike_grad")) in (Surrogate, FunctionType):
-            known = self._surrogate()
-            if known is not None:
-                numbers = known.kind, known.p0, known.p1
-                text = f"{snntorch.STATE_FUNCTIONS[base]} {numbers}"
-        self.__dict__["_text"] = text
+        attributes = self.__dict__
+        attributes["_specs"], attributes["_text"] = None, ""
+        whole = _DECIDING.issubset(attributes)  # snnTorch's constructor sets one after another
+        if whole and type(self.spike_grad) in (Surrogate, FunctionType):
+            self._described()
 
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
@@ -166,7 +162,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without what cannot be copied: mem's graph, snnTorch's closures."""
         state = self.__dict__.copy()
-        for name in ("_recognised", "_last"):
+        for name in ("_specs", "_entry"):
             state.pop(name, None)
         for name, recognise in _CLOSURES.items():
             if isinstance(state.get(name), FunctionType):
@@ -208,18 +204,17 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         own = snntorch.replaced(self, TheirLeaky)
         if torch.compiler.is_compiling():
             return self._traced(input_, mem, own)
-        before: Any = self._buffers.get("mem") if mem is None else mem
+        call = self._called(input_, mem)
         try:
-            neurons: Any = self._described(input_, before, False, own)
-            if type(neurons) is Path:
-                return self._without_kernels(neurons, input_, mem, own is not None)
-            if before.shape != input_.shape:
-                before = torch.zeros_like(input_, dtype=kernels.real(input_.dtype))
-            spk, after = kernels.run_neurons(neurons, input_, before)
+            if own is not None:
+                return self._without_kernels(Path("reference", own, slow=True), input_, mem, True)
+            spk, after, path = run_leaky(self.__dict__, call, self._described(), recorded_now())
+            if spk is None:
+                return self._without_kernels(path, input_, mem, False)
         except RuntimeError:
-            check_transforms(input_, mem=before)
+            check_transforms(input_, mem=call.mem)
             raise
-        self._keep(input_, after)
+        self._keep(after, path)
         return spk if self.init_hidden and not self.output else (spk, after)
 
     def sequence(self, x: Tensor, record: bool, lengths: Tensor | None = None) -> Any:
@@ -230,22 +225,20 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         its mem stays. The layer's forward hooks get spk and mem of all steps.
         """
         hooks = tuple(self._forward_hooks.values())
-        every, before = record or bool(hooks) or lengths is not None, self._buffers["mem"]
+        call = self._called(x, None, record or bool(hooks) or lengths is not None)
         try:
             if lengths is not None:  # a NaN in the padding must not reach a gradient
                 x = mask_padding(x, lengths)
-            if before.shape != x.shape[1:]:
-                before = torch.zeros_like(x[0], dtype=kernels.real(x.dtype))
-            neurons: Any = self._described(x, before, True, None)
-            spk, mem = kernels.run_neurons(neurons, x, before, every)
+                call = call._replace(x=x, mem=kernels.fitting(call.mem, x, True))
+            spk, mem, path = run_leaky(self.__dict__, call, self._described(True), None)
         except RuntimeError:
-            check_transforms(x, mem=before)
+            check_transforms(x, mem=call.mem)
             raise
         after = mem[-1].clone() if mem.shape == x.shape else mem
         if lengths is not None:
-            spk, after = mask_padding(spk, lengths), last_state(mem, before, lengths)
-            mem = hold_last(mem, before, lengths)
-        self._keep(x, after)
+            spk, after = mask_padding(spk, lengths), last_state(mem, call.mem, lengths)
+            mem = hold_last(mem, call.mem, lengths)
+        self._keep(after, path)
         for hook in hooks:
             hook(self, (x,), (spk, mem))
         return (spk, mem) if record else spk
@@ -255,21 +248,22 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
         If `sequence` is False, x is one of its steps, (...).
         """
-        own, mem = snntorch.replaced(self, TheirLeaky), self._buffers.get("mem")
-        return type(self._described(x, mem, sequence, own)) is not Path
+        if snntorch.replaced(self, TheirLeaky) is not None or recorded_now() is not None:
+            return False
+        entry = last_entry(self.__dict__, self._called(x, None), self._described(sequence))
+        return entry.fallback is None
 
     def _traced(self, x: Tensor, mem: Tensor | None, own: str | None) -> Any:
         """Run a step that torch.compile traces: as one operator, or in plain torch."""
         before: Any = self._buffers.get("mem") if mem is None else mem
-        parameters = beta, threshold, graded = [*map(self._parameter, _PARAMETERS)]
+        parameters = [*map(self._parameter, LEAKY_PARAMETERS)]
         if (
-            own is not None or operators is None or not self._text or not self.reset_delay
-            or self.inhibition or self.state_quant or not unrecorded_while_tracing()
-            or algorithms.current == "reference" or x.device.type not in kernels.BACKENDS
-            or kernels.reason_against(x, before, parameters, False) is not None
+            own is not None or operators is None or not self._text
+            or not unrecorded_while_tracing() or algorithms.current == "reference"
+            or kernels.reason_against(LeakyCall(x, before, *parameters), False) is not None
         ):  # fmt: skip
             return self._without_kernels(_TRACED, x, mem, own is not None)
-        spk, after = operators.leaky(x, before, beta, threshold, graded, self._text, False, False)
+        spk, after = operators.leaky(x, before, *parameters, self._text, False, False)
         self._buffers["mem"] = after
         object.__setattr__(self, "_path", _COMPILED)  # nn.Module's takes long to trace
         return spk if self.init_hidden and not self.output else (spk, after)
@@ -302,7 +296,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def _plain(self, x: Tensor, mem: Tensor, traced: bool) -> tuple[Tensor, Tensor]:
         """One step in plain torch."""
-        beta, threshold, graded = map(self._parameter, _PARAMETERS)
+        beta, threshold, graded = map(self._parameter, LEAKY_PARAMETERS)
         dtype = real_dtype(x, beta)
         reset, delay = snntorch.STATE_FUNCTIONS[self._base], self.reset_delay
         guard = traced
@@ -317,41 +311,44 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             at_once, self.state_quant or None, self.inhibition,
         )  # fmt: skip
 
-    def _keep(self, x: Tensor, mem: Tensor) -> None:
+    def _keep(self, mem: Tensor, path: Path) -> None:
         """Keep the results of a call that succeeded."""
         attributes = self.__dict__
         self._buffers["mem"] = mem
-        attributes["_path"] = native_path(kernels.BACKENDS[x.device.type].name())
+        attributes["_path"] = path
         attributes.pop("reset", None)
 
-    # ---- what the kernels can take ----------------------------------------------------------
+    # ---- what the layer computes --------------------------------------------------------------
 
-    def _surrogate(self) -> Surrogate | None:
-        """Return our surrogate for ``spike_grad``, or None.
+    def _described(self, sequence: bool = False) -> LeakySpec:
+        """The spec of a call, made once for each state of the attributes that decide it.
 
-        It is found once for each function and the numbers that the function holds.
+        snnTorch's layer lets users set them at any time. A closure of snnTorch's may also change
+        the numbers that it holds.
         """
-        theirs, kept = self.spike_grad, self.__dict__.get("_recognised")
-        if type(theirs) is Surrogate:
-            return theirs
-        if kept is not None and kept[0] is theirs:
-            _, names, numbers, ours = kept
-            if not names or all(map(operator.is_, numbers, held_by(theirs, names))):
-                return ours
+        asked = self.spike_grad, self._base, self.reset_delay, self.inhibition, self.state_quant
+        kept = self.__dict__.get("_specs")
+        if kept is not None and kept[0] == asked:
+            _, read, numbers, specs = kept
+            if all(map(operator.is_, numbers, read())):
+                return specs[sequence]
+        theirs, attributes = asked[0], self.__dict__
         kind, ours = kind_of(theirs), NONE if theirs is _BYPASS else recognise_surrogate(theirs)
-        known = ours if type(ours) is Surrogate else None
+        known, read = type(ours) is Surrogate, reader_of(theirs, kind.parameters if kind else ())
+        against = self._option_against(known)
+        reset = cast(Reset, snntorch.STATE_FUNCTIONS[self._base])
+        specs = [leaky_spec(reset, ours if known else None, one, against) for one in (False, True)]
         if known or kind is None:  # else the attempt may have failed
-            names = kind.parameters if kind else ()
-            self.__dict__["_recognised"] = theirs, names, held_by(theirs, names), known
-            if known and not self._text:
-                self._remake_text()
-        return known
+            attributes["_specs"] = asked, read, [*read()], specs
+        written = type(theirs) in (Surrogate, FunctionType)
+        attributes["_text"] = specs[0].serialized if written else ""
+        return specs[sequence]
 
     def _spikes(self, dtype: torch.dtype, traced: bool) -> Any:
         """Return what computes spikes in plain torch: our surrogate, or ``spike_grad`` itself."""
         theirs = self.spike_grad
         if not traced:
-            return self._surrogate() or theirs
+            return self._described().surrogate or theirs
         # The compiler traces snnTorch's closures as they are, but their gradients are of float32.
         return recognise_traced(theirs) if dtype is torch.float64 else theirs
 
@@ -362,51 +359,28 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             found = self._parameters.get(name)
         return getattr(self, name) if found is None else found
 
-    def _described(self, x: Any, mem: Any, sequence: bool, own: str | None) -> Any:
-        """Describe the layer to the kernels, or return a Path with the reason why they cannot run.
-
-        `sequence` says that x is one, (T, ...), and `own` why snnTorch's forward must run.
-        """
+    def _called(self, x: Any, mem: Any, every: bool = True) -> LeakyCall:
+        """The call of x, from the stored state if mem is None."""
+        tensors = {**self._parameters, **self._buffers}
+        mem = tensors.get("mem") if mem is None else mem
         if type(x) not in _TENSORS or type(mem) not in _TENSORS:
             for name, value in (("input_", x), ("mem", mem)):
                 if not isinstance(value, Tensor):
                     raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-            return Path("reference", "x or mem is of a subclass of Tensor")
-        path = reason_now()
-        if path is not None:
-            return path
-        surrogate: Any = self._surrogate()
-        reason = own or self._option_against(surrogate)
-        beta, threshold, graded = parameters = [*map(self._parameter, _PARAMETERS)]
-        reset = snntorch.STATE_FUNCTIONS[self._base]
-        static, tensors = (surrogate, reset, sequence), (x, mem, *parameters)
-        last = self.__dict__.get("_last")
-        if reason is None and last is not None and last[0] == static and last[1].check(*tensors):
-            return kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence, last[2])
-        path = against_device(x.device)
-        if path is not None:
-            return path
-        reason = reason or kernels.reason_against(x, mem, parameters, sequence)
-        if reason is not None:
-            return _slow(reason)
-        neurons = kernels.Neurons(reset, surrogate, beta, threshold, graded, sequence)
-        if mem.shape == x.shape[sequence:] and (guard := guard_of(tensors)) is not None:
-            self.__dict__["_last"] = static, guard, kernels.static_fields(neurons, x, mem)
-        return neurons
+        try:
+            beta, threshold, graded = _parameters_of(tensors)
+        except KeyError:  # one is parametrized, or a property
+            beta, threshold, graded = map(self._parameter, LEAKY_PARAMETERS)
+        return LeakyCall(x, mem, beta, threshold, graded, every)
 
-    def _option_against(self, surrogate: Surrogate | None) -> str | None:
+    def _option_against(self, known: bool) -> str | None:
         if not self.reset_delay:
             return "reset_delay is False"
         if self.inhibition:
             return "inhibition"
         if self.state_quant:
             return "state_quant"
-        return "the surrogate is not a known one" if surrogate is None else None
-
-
-@lru_cache(maxsize=64)
-def _slow(reason: str) -> Path:
-    return Path("reference", reason, slow=True)
+        return None if known else "the surrogate is not a known one"
 
 
 def _may_be_infinite(threshold: Tensor) -> bool:

@@ -29,10 +29,10 @@ from ..dispatch.path import Path, log_fallback
 from ..dispatch.reasons import (
     EXPORT,
     NATIVE_PATHS,
-    ONES,
     asked_every_call,
     operators,
     plain_while_tracing,
+    reason_against_conv,
 )
 from ..reference import Overrides
 from .attributes import CellAttributes
@@ -317,26 +317,18 @@ class SConv2dLSTM(CellAttributes):
         """
         own, conv, state = self.__dict__, self._modules.get("conv"), self._state
         if (
-            conv is None or not plain_while_tracing(type(self), _RELEASED, type(conv))
+            conv is None or not plain_while_tracing(type(self), _RELEASED)
+            or reason_against_conv(conv, nn.Conv2d, spec) is not None
             or not spec.serialized or spec.checkpoint or spec.quant is not None
             or ((syn is None or mem is None) and state.restarted)
         ):  # fmt: skip
             return None
         inside = conv.__dict__
-        if (
-            inside["_forward_hooks"] or inside["_forward_pre_hooks"]
-            or inside["_backward_hooks"] or inside["_backward_pre_hooks"]
-            or (inside["stride"], inside["dilation"], inside["padding"], inside["groups"])
-            != (ONES[2], spec.dilation, spec.padding, 1)
-            or inside["padding_mode"] != "zeros"
-        ):  # fmt: skip
-            return None
         for name in ("conv", "threshold", "graded_spikes_factor", "fire", "mem_reset"):
             if name in own:  # it hides the class's or the registered one
                 return None
-        for name in ("forward", "_conv_forward", "weight", "bias"):
-            if name in inside:
-                return None
+        if "weight" in inside or "bias" in inside:
+            return None
         syn, mem = state.syn if syn is None else syn, state.mem if mem is None else mem
         weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
         graded, threshold = map(self._buffers.get, ("graded_spikes_factor", "threshold"))

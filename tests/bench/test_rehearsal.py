@@ -86,15 +86,15 @@ def test_each_step_that_checks_spikes_fails_where_they_are_wrong(
         MUTANTS[mutant](result.spk)
         return result
 
-    run_leaky = leaky.run_neurons
+    run_leaky = leaky.Plan.forward
 
     def mutated_leaky(*call):
         spk, mem = run_leaky(*call)
-        MUTANTS[mutant](spk.detach())
+        MUTANTS[mutant](spk)
         return spk, mem
 
     monkeypatch.setattr(plan.Plan, "forward", mutated)
-    monkeypatch.setattr(leaky, "run_neurons", mutated_leaky)
+    monkeypatch.setattr(leaky.Plan, "forward", mutated_leaky)
     monkeypatch.setattr(gpu_smoke, "EXACT", ())
     device = ["--device", "emulator-a100"]
     sizes = ["--sizes", *["2", "1", "3", "5", "6", "7"]]

@@ -11,7 +11,9 @@ import torch
 
 import snnlstm
 from snnlstm import _C, surrogate
+from snnlstm.calls.call import LeakyCall
 from snnlstm.calls.keys import BoundedDict
+from snnlstm.calls.spec import leaky_spec
 from snnlstm.native import cpu, leaky, pool
 from snnlstm.quant import state_quant
 from tests.shared.cpu_kernels import native, needs_core
@@ -84,16 +86,19 @@ def test_leaky_gives_the_fields_in_their_order(monkeypatch):
         monkeypatch.setattr(_C, name, given.append)
     for name in ("_empty_like", "stochastic_noise", "_laid_out"):
         function = getattr(leaky, name)
-        noting = lambda *of, run=function: memory.append(run(*of)) or memory[-1]  # noqa: E731
+        noting = lambda *of, run=function, **how: memory.append(run(*of, **how)) or memory[-1]  # noqa: E731
         monkeypatch.setattr(leaky, name, noting)
     beta, threshold = (torch.rand(3, 1, requires_grad=True) for _ in range(2))
     graded, mem = torch.tensor(0.5), torch.rand(2, 3, 4, requires_grad=True)
-    neurons = leaky.Neurons("zero", surrogate.SSO(1, 0.25), beta, threshold, graded, True)
+    spike = surrogate.SSO(1, 0.25)
     x = torch.rand(5, 2, 3, 4, requires_grad=True)
-    spk, after = leaky.run_neurons(neurons, x, mem)
+    call = LeakyCall(x, mem, beta, threshold, graded)
+    plan = leaky.plan_of(call, leaky_spec("zero", spike, True))
+    memory.clear()  # of what the plan has tried
+    spk, after, _ = leaky.run_plan(plan, call, True)
     common = {
-        "dtype": 0, "reset": 1, "surrogate": neurons.surrogate.kind, "T": 5, "n": 24,
-        "surrogate_p0": neurons.surrogate.p0, "surrogate_p1": neurons.surrogate.p1,
+        "dtype": 0, "reset": 1, "surrogate": spike.kind, "T": 5, "n": 24,
+        "surrogate_p0": spike.p0, "surrogate_p1": spike.p1,
         "beta.values": address(beta), "beta.count": 3, "beta.stride": 4,
         "threshold.values": address(threshold), "threshold.count": 3, "threshold.stride": 4,
         "graded_factor": address(graded), "mem0": address(mem),

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.compat import snntorch as compat
+from snnlstm.dispatch import entry
 from tests.shared.helpers import close, long, ours, quietly
 from tests.shared.helpers import twins as cells
 from tests.shared.leaky import F64, LEARN, currents, leaky_twins
@@ -55,7 +57,7 @@ AROUND: dict[str, Any] = {
 def test_what_is_around_the_first_call_hides_no_surrogate(name: str, around: str) -> None:
     layer = snnlstm.Leaky(0.5, spike_grad=getattr(snntorch.surrogate, name)())
     with AROUND[around]():
-        assert layer._surrogate() == getattr(surrogate, name)()
+        assert layer._described().surrogate == getattr(surrogate, name)()
 
 
 def test_recognition_that_failed_is_tried_again(monkeypatch: Any) -> None:
@@ -420,8 +422,12 @@ CHANGED: dict[str, Any] = {
     "state_quant": lambda layer: setattr(layer, "state_quant", lambda mem: (mem * 8).round() / 8),
     "spike_grad": lambda layer: setattr(layer, "spike_grad", snntorch.surrogate.triangular()),
     "foreign": lambda layer: setattr(layer, "spike_grad", lambda u: (u > 0.1).float() + 0 * u),
+    "unseen": lambda layer: vars(layer).update(inhibition=True),
+    "its number": lambda layer: setattr(layer.spike_grad.__closure__[0], "cell_contents", 5.0),
     "state_function": lambda layer: setattr(layer, "state_function", layer._base_zero),
+    "a function": lambda layer: setattr(layer, "state_function", lambda x: 2 * x),
     "fire": lambda layer: setattr(layer, "fire", lambda mem: mem - 1),
+    "mem_reset": lambda layer: setattr(layer, "mem_reset", lambda mem: 0 * mem),
     "beta": parameter("beta", torch.tensor(0.2)),
     "betas": parameter("beta", torch.linspace(0.1, 0.5, 5)),
     "beta of float64": parameter("beta", torch.linspace(0.1, 0.5, 5, dtype=F64)),
@@ -446,22 +452,51 @@ def test_what_changes_after_a_call_takes_effect(change: str) -> None:
     close(*found, atol=1e-6)
 
 
-@pytest.mark.parametrize("around", ["reference", "vmap", "autocast", "inference"])
-def test_what_is_active_after_a_call_takes_effect(around: str) -> None:
-    layer, x = leaky_twins()[0], currents(3, 5)
+ACTIVE: dict[str, tuple[Any, bool]] = {
+    "reference": (lambda: snnlstm.algorithm("reference"), False),
+    "forward mode": (torch.autograd.forward_ad.dual_level, False),
+    "autocast": (lambda: torch.autocast("cpu"), True),
+    "inference": (torch.inference_mode, True),
+    "no gradients": (torch.no_grad, True),
+    "a dispatch mode": (lambda: FlopCounterMode(display=False), True),
+}
+
+
+@pytest.mark.parametrize("mode", ["vmap", "evaluation", "gradients", *ACTIVE])
+def test_what_is_active_after_a_call_takes_effect(mode: str) -> None:
+    layer, x = leaky_twins(learn_beta=True)[0], currents(3, 5)
     expected = leaky_twins()[1](x[0], torch.zeros(3, 5))
     for _ in range(2):
-        layer(x[0], torch.zeros(3, 5))
-    if around == "vmap":
-        out = torch.func.vmap(lambda one: layer(one, torch.zeros(5)))(x[0])
-    elif around == "reference":
-        with snnlstm.algorithm("reference"):
+        with torch.set_grad_enabled(mode != "gradients"):
+            layer(x[0], torch.zeros(3, 5))
+    around, is_native = ACTIVE.get(mode, (nullcontext, mode != "vmap"))
+    layer.train(mode != "evaluation")
+    with around():
+        if mode == "vmap":
+            out = torch.func.vmap(lambda one: layer(one, torch.zeros(5)))(x[0])
+        else:
             out = layer(x[0], torch.zeros(3, 5))
-    else:
-        with torch.autocast("cpu") if around == "autocast" else torch.inference_mode():
-            out = layer(x[0], torch.zeros(3, 5))
-    close(out, expected, atol=0)
-    assert layer.path.native == (around in ("autocast", "inference"))
+    close([o.detach() for o in out], expected, atol=0)
+    assert layer.path.native == is_native, layer.path
+    assert out[1].requires_grad == (mode not in ("inference", "no gradients"))
+
+
+def test_equal_calls_of_equal_layers_need_no_key(monkeypatch: Any) -> None:
+    """Also those of a stack, which asks the layer first whether the kernels cover a sequence."""
+    layers, x, mem = [leaky_twins()[0] for _ in range(2)], currents(3, 5), torch.zeros(3, 5)
+    outer = [leaky_twins()[0] for _ in range(2)]
+
+    def calls() -> None:
+        for layer, other in zip(layers, outer, strict=True):
+            layer(x[0], mem)
+            snnlstm.unroll(x, other)
+            assert layer.path.native
+            assert other.path.native
+
+    calls()
+    calls()  # which goes on from a mem
+    monkeypatch.setattr(entry, "key_of", None)
+    calls()
 
 
 # ---- no signal of the last step stays ------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_recognition_and_swaps_draw_no_random_numbers(monkeypatch: Any) -> None:
     for kind in surrogate.KINDS[1:]:
         made = getattr(snntorch.surrogate, kind.name)()
         layer = snnlstm.Leaky(0.5, spike_grad=made)
-        assert layer._surrogate() == getattr(surrogate, kind.name)()
+        assert layer._described().surrogate == getattr(surrogate, kind.name)()
         with torch.no_grad():
             layer(currents(3, 5)[0])
     monkeypatch.setattr(compat, "_follow", {})
