@@ -327,7 +327,8 @@ def test_a_layer_that_raises_an_error_ends_no_other_one(monkeypatch, tmp_path, c
 def test_rows_without_time_are_not_run_and_their_step_has_not_passed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(machine, "peak", lambda setting: 100.0)
     two = [word for name in "ab" for word in ("--shape", f"2 1 2 4 6 6 3 name={name}")]
-    limit = ["--seconds", "0.01", "--out", str(tmp_path / "rows"), "--limit"]
+    limit = ["--seconds", "0.01", "--providers", "sequence", "--mode", "inference"]
+    limit += ["--out", str(tmp_path / "rows"), "--limit"]
     assert run.main([*two, *limit, "0"]) == gpu.NOT_RUN
     assert run.main([*two, *limit, "100", "--dtype", "float32", "float64"]) == 0
     order = re.findall(r"(?m)^([ab]), inference .*, (float..), ms", capsys.readouterr().out)
