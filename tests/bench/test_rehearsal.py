@@ -298,7 +298,7 @@ def test_rows_without_time_are_not_run_and_their_step_has_not_passed(tmp_path, c
 @needs_emulator
 def test_each_backend_has_its_time_on_the_host(monkeypatch, capsys):
     monkeypatch.setattr(host, "ROUNDS", 1)
-    host.main()
+    host.main([])
     assert len(re.findall(r"(?m)^  \S+, \w+ +[\d.]+ +[\d.]+$", capsys.readouterr().out)) == 3
 
 
