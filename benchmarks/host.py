@@ -100,11 +100,11 @@ def print_tracing() -> None:
         print(f"  {name:34} {(whole - short) / 20 * 1e3:6.1f}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", action="store_true", help="time torch.compile's traces")
-    if parser.parse_args().compile:
+    if parser.parse_args(arguments).compile:
         print_tracing()
         return
     ways = ("cpu", "auto"), ("emulator-a100", "auto"), ("emulator-a100", "cudnn")

@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -77,10 +78,11 @@ def test_the_suite_writes_rows_and_a_table(tmp_path, capsys, monkeypatch):
 def own(tmp_path):
     """Returns a function that times the network of a text, which becomes a file."""
 
-    def timed(text: str) -> pd.DataFrame:
+    def timed(text: str, modes: Sequence[str] = ("inference",)) -> pd.DataFrame:
         (tmp_path / "mine.py").write_text(f"import torch, snnlstm, snntorch\n{text}")
         place = str(tmp_path / "mine.py")
-        status, rows = suite(tmp_path, "--network", place, "--seconds", "0.01")
+        network = ["--network", place, "--seconds", "0.01", "--mode", *modes]
+        status, rows = suite(tmp_path, *network)
         assert status == 0
         assert set(rows.provider) == {"snntorch", "loop", "compiled-loop"}
         return rows
@@ -143,7 +145,8 @@ def test_the_report_of_ones_own_network_says_what_compiling_took(feedback, own, 
         "        for _ in range(3):\n"
         f"            spk, mem = self.lif(self.fc(x{feedback}), mem)\n"
         "        return mem\n"
-        "def make(): return Net(), torch.rand(2, 3)\n"
+        "def make(): return Net(), torch.rand(2, 3)\n",
+        MODES,
     )
     compiled = rows.provider == "compiled-loop"
     assert (rows.compiling.notna() == compiled).all()
@@ -205,7 +208,13 @@ def test_a_name_means_one_layer_or_network():
 
 
 @pytest.mark.parametrize(
-    "table", ["convlstm", "lengths", "networks", pytest.param("one-sample", marks=long), "sparse"]
+    "table",
+    [
+        "convlstm",
+        "lengths",
+        "sparse",
+        *(pytest.param(t, marks=long) for t in ("networks", "one-sample")),
+    ],
 )
 def test_all_forms_of_every_case_compute_the_same(table):
     small = {
@@ -238,7 +247,8 @@ def test_a_busy_machine_gets_no_ratios_of_several_threads(
 ):
     monkeypatch.setattr(machine, "others", lambda: beside * time.monotonic())
     peaks[1] = after
-    found, rows = suite(tmp_path, *TINY, "--mode", "inference", *arguments)
+    few = ["--mode", "inference", "--providers", "sequence"]
+    found, rows = suite(tmp_path, *TINY, *few, *arguments)
     assert found == status
     assert rows.speedup.isna().all() == (status == 3)
     assert rows.speedup.notna().all() == (status == 0)

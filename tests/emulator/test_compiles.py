@@ -131,22 +131,3 @@ def test_a_leaky_rounds_each_product_and_stores_whole_vectors(arch):
         if "Li1E" not in name:
             stores = [what for what in instructions if what.startswith("st.global")]
             assert all(re.search(r"\.v[24]\.", what) for what in stores), name
-
-
-@needs_nvcc
-@pytest.mark.slow
-@pytest.mark.emulator_long
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("source", ["forward.cu", "backward.cu"])
-def test_steps_wait_for_the_launch_before_on_sm_90(source, arch):
-    """Kernels that trap need not wait. Launches overlap if their code is from PTX of 9.0 on."""
-    kernels = gpu_tools.code_of_ptx(ROOT / "csrc" / "cuda" / "kernels" / source, arch)
-    for name, code in kernels.items():
-        instructions = [what for _, _, what, _ in code]
-        waits = [what for what in instructions if what == "griddepcontrol.wait"]
-        begins = [what for what in instructions if what == "griddepcontrol.launch_dependents"]
-        traps = "trap" in instructions
-        step = re.search(r"(forward|backward)_(mma|fma)I", name) is not None
-        assert len(waits) == len(begins)
-        if arch < 90 or step or "data_gradient_mma" not in name:
-            assert bool(waits) == (step and arch >= 90 and not traps), name

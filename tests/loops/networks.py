@@ -5,7 +5,7 @@ steps; N, that of samples, equals no other size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import snntorch as snn
@@ -25,15 +25,14 @@ class Network:
     """Describes a network, its inputs, and the calls that are left in its compiled graph.
 
     make: makes the network with snnTorch's layers. shapes: of its inputs. run: takes the place of
-    net(*inputs). training, inference: the number of calls by their names in tests/loops/compiled.py
-    (`inference` names those that differ). dtype: of the network. exact: weights and results are
-    dyadic, and equal eager's by bits. prepare: changes the network once it is accelerated.
+    net(*inputs). calls: the number of calls by their names in tests/loops/compiled.py. dtype: of
+    the network. exact: weights and results are dyadic, and equal eager's by bits. prepare: changes
+    the network once it is accelerated.
     """
 
     make: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]
-    training: dict[str, int] = field(default_factory=dict)
-    inference: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int]
     run: Callable[..., Any] | None = None
     dtype: torch.dtype = torch.float64
     exact: bool = False
@@ -54,9 +53,6 @@ class Network:
     def tolerance(self, training: bool) -> float:
         """Returns that of numbers up to 1."""
         return (self.rounding if training else 0.0) if self.exact else 1e-10
-
-    def expected(self, training: bool) -> dict[str, int]:
-        return self.training if training else self.training | self.inference
 
 
 def leaky(**options: Any) -> nn.Module:
@@ -294,23 +290,6 @@ class Residual(nn.Module):
         return torch.stack(out)
 
 
-class Feedback(Layers):
-    """Sends the spikes of the second layer back into the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.back = nn.Linear(5, 8)
-
-    def forward(self, x: Tensor) -> Any:
-        mem1, mem2 = self.start()
-        spk2, out = x.new_zeros(N, 5), []
-        for x_t in x:
-            spk1, mem1 = self.lif1(self.fc1(x_t) + self.back(spk2), mem1)
-            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
-            out.append(spk2)
-        return torch.stack(out)
-
-
 class Branches(Layers):
     """Joins two branches of the same x."""
 
@@ -327,71 +306,6 @@ class Branches(Layers):
             spk3, mem3 = self.lif3(self.fc3(torch.cat([spk1, spk2], dim=1)), mem3)
             out.append(spk3)
         return torch.stack(out)
-
-
-class Dropout(Layers):
-    def __init__(self) -> None:
-        super().__init__()
-        self.drop = nn.Dropout(0.5)
-
-    def step(self, x: Tensor, mem1: Tensor, mem2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        spk, mem1 = self.lif1(self.fc1(x), mem1)
-        spk, mem2 = self.lif2(self.fc2(self.drop(spk)), mem2)
-        return spk, mem1, mem2
-
-
-class Truncated(Layers):
-    """Detaches the states behind every second step."""
-
-    def forward(self, x: Tensor) -> Any:
-        mem1, mem2 = self.start()
-        out = []
-        for t in range(x.shape[0]):
-            spk, mem1, mem2 = self.step(x[t], mem1, mem2)
-            out.append(spk)
-            if t % 2 == 1:
-                mem1, mem2 = mem1.detach(), mem2.detach()
-        return torch.stack(out), mem2
-
-
-class Changed(Layers):
-    """Resets one state, and halves the other, in the middle of the loop."""
-
-    def forward(self, x: Tensor) -> Any:
-        mem1, mem2 = self.start()
-        out = []
-        for t in range(x.shape[0]):
-            if t == 2:
-                mem1 = self.lif1.reset_mem()
-                mem2 = mem2 * 0.5
-            spk, mem1, mem2 = self.step(x[t], mem1, mem2)
-            out.append(mem2)
-        return torch.stack(out), spk
-
-
-class Sums(Layers):
-    """Sums spikes and mem in place."""
-
-    def forward(self, x: Tensor) -> Any:
-        mem1, mem2 = self.start()
-        total, acc = 0, x.new_zeros(N, 5)
-        for x_t in x:
-            spk, mem1, mem2 = self.step(x_t, mem1, mem2)
-            total += spk
-            acc.add_(mem2)
-        return total, acc
-
-
-class Preallocated(Layers):
-    """Writes each step into slices of tensors."""
-
-    def forward(self, x: Tensor) -> Any:
-        mem1, mem2 = self.start()
-        spikes, mems = x.new_zeros(T, N, 5), x.new_empty(N, T, 5)
-        for t in range(T):
-            spikes[t], mem1, mem2 = self.step(x[t], mem1, mem2)
-            mems[:, t] = mem2
-        return spikes, mems
 
 
 class Interleaved(nn.Module):
@@ -436,39 +350,6 @@ class Again(Layers):
         return torch.stack(out)
 
 
-class Watched(Layers):
-    """Counts spikes without gradients in each step."""
-
-    def forward(self, x: Tensor) -> Any:
-        mem1, mem2 = self.start()
-        out, count = [], x.new_zeros(5)
-        for x_t in x:
-            spk, mem1, mem2 = self.step(x_t, mem1, mem2)
-            with torch.no_grad():
-                count = count + spk.sum(0)
-            out.append(spk)
-        return torch.stack(out), count
-
-
-class Normalised(Layers):
-    """Normalises by the batch's statistics with the function, which writes its buffers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(8))
-        self.register_buffer("var", torch.ones(8))
-
-    def forward(self, x: Tensor) -> Any:
-        mem1, mem2 = self.start()
-        out = []
-        for x_t in x:
-            cur = F.batch_norm(self.fc1(x_t), self.mean, self.var, None, None, True, 0.5)
-            spk, mem1 = self.lif1(cur, mem1)
-            spk, mem2 = self.lif2(self.fc2(spk), mem2)
-            out.append(spk)
-        return torch.stack(out)
-
-
 class Scale(torch.autograd.Function):
     """Doubles, and triples gradients."""
 
@@ -479,27 +360,6 @@ class Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad * 3
-
-
-class Scaled(Layers):
-    """Has an autograd.Function of the user's in the loop."""
-
-    def step(self, x: Tensor, mem1: Tensor, mem2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        spk, mem1 = self.lif1(self.fc1(x), mem1)
-        spk, mem2 = self.lif2(self.fc2(Scale.apply(spk)), mem2)
-        return spk, mem1, mem2
-
-
-class Rates(Layers):
-    """Draws spikes with x as their rates in each step, for one x of all steps."""
-
-    def forward(self, x: Tensor) -> Any:
-        mem1, mem2 = self.start()
-        out = []
-        for _ in range(T):
-            spk, mem1, mem2 = self.step((torch.rand_like(x) < x).to(x), mem1, mem2)
-            out.append(spk)
-        return torch.stack(out)
 
 
 def under_autocast(net: nn.Module, x: Tensor) -> Any:
@@ -530,22 +390,11 @@ NETWORKS = {
     "residual, evaluation": Network(
         Residual, ((T, N, 3, 5, 5),), merged(1, 2, conv=2), prepare=nn.Module.eval
     ),
-    "feedback": Network(Feedback, (FLAT,), merged(1 + 2 * T, 2 * T)),
     "branches": Network(Branches, (FLAT,), merged(3, 3)),
-    "dropout": Network(Dropout, (FLAT,), merged(dropout=T)),
-    "dropout, evaluation": Network(Dropout, (FLAT,), merged(), prepare=nn.Module.eval),
-    "detach": Network(Truncated, (FLAT,), merged(2, 4), {"leaky": 2}),
-    "changed states": Network(Changed, (FLAT,), merged(2, 4)),
-    "sums in place": Network(Sums, (FLAT,), merged()),
-    "slices": Network(Preallocated, (FLAT,), merged()),
     "interleaved": Network(Interleaved, (FLAT,), merged(5, 4)),
     "twice, apart": Network(Twice, (FLAT, FLAT), merged(3, 4)),  # fc2 has the steps of both
     # The second call of a step and the first of the next one need no spikes of each other.
     "twice, one state": Network(Again, (FLAT,), merged(1, T + 1)),
-    "no_grad": Network(Watched, (FLAT,)),
-    "F.batch_norm": Network(Normalised, (FLAT,), merged(batch_norm=T)),
-    "autograd.Function": Network(Scaled, (FLAT,)),
-    "rates": Network(Rates, ((N, 6),), merged(rand_like=T)),
     "dyadic": Network(Exact, (FLAT,), merged(), dtype=torch.float32, exact=True),
     "bfloat16": Network(Half, (FLAT,), merged(), dtype=torch.bfloat16, exact=True, rounding=0.03),
     "float16": Network(Half, (FLAT,), merged(), dtype=torch.float16, exact=True, rounding=4e-3),

@@ -77,7 +77,7 @@ def check(program: Program, training: bool) -> None:
 
 
 @pytest.mark.drawn
-@drawing(12)
+@drawing(8)
 @given(programs(training=True))
 def test_training(program):
     note(str(program))
@@ -85,7 +85,7 @@ def test_training(program):
 
 
 @pytest.mark.drawn
-@drawing(6)
+@drawing(4)
 @given(programs(training=False))
 def test_inference(program):
     note(str(program))

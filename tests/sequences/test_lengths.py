@@ -17,9 +17,8 @@ from tests.shared.gradients import gradients_by_name
 from tests.shared.helpers import close, ours, same, steps
 
 
-@pytest.mark.parametrize(
-    "record", [False, pytest.param(True, marks=pytest.mark.emulator_long)], ids=["last", "record"]
-)
+@pytest.mark.emulator_long
+@pytest.mark.parametrize("record", [False, True], ids=["last", "record"])
 @pytest.mark.parametrize("options", CELLS.values(), ids=CELLS)
 def test_each_sample_is_as_it_is_alone(backend, options, record):
     check(record, **options)
@@ -102,6 +101,7 @@ BACK = {
 }
 
 
+@pytest.mark.emulator_long
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=["whole", "segments"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_hooks_may_bring_lengths_back_in_other_memory(backend, compiled, options):
@@ -209,6 +209,7 @@ def test_a_convlstm_is_for_each_sample_as_it_is_alone(backend, hooked):
         net(x, lengths=[5] * 6)
 
 
+@pytest.mark.emulator_long
 @pytest.mark.parametrize("hooked", [False, True], ids=["sequence", "steps"])
 def test_a_convlstm_records_the_states_of_every_step(backend, hooked):
     """A sample's states after its own last step are those of that step."""

@@ -76,7 +76,8 @@ def turned(t: Tensor) -> Tensor:
     return t.transpose(0, 1)
 
 
-@pytest.mark.parametrize("record", [False, pytest.param(True, marks=pytest.mark.emulator_long)])
+@pytest.mark.emulator_long
+@pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize(("contiguous", "later"), [(False, True), (True, False)])
 def test_it_is_the_same_with_the_axes_exchanged(backend, record, contiguous, later):
     plain, first = both_orders(batch_first=not later)

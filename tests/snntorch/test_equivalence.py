@@ -206,6 +206,7 @@ def test_a_threshold_that_no_loss_reaches_has_no_gradient(backend, reset, checkp
     assert (expected.threshold.grad is None) == (reset != "subtract")
 
 
+@pytest.mark.emulator_long
 def test_compiled_gradients_of_thresholds_follow_the_reset(backend, fresh_compiler):
     """One graph has the cells of all resets."""
     resets = "none", "zero", "subtract"

@@ -10,7 +10,6 @@
 #include "images.h"
 #include "machine.h"
 #include "memory.h"
-#include "steps.h"
 
 using namespace snnlstm;
 namespace py = pybind11;
@@ -238,27 +237,9 @@ struct CheckedLeaky : cuda::Leaky {
   }
 };
 
-// Returns what the kernels of a call meet: Reached of tests/bench/test_rehearsal.py names it.
-py::tuple reached(const Cell& cell, const cuda::Device& device, int number) {
-  using namespace cuda;
-  const ForwardSteps forward(cell, device, Matrix(number), {});
-  const Multiply m = forward.step.multiply;
-  const BackwardSteps backward(cell, device, Matrix(number), m, {});
-  const Cell& c = forward.s.c;
-  Segment mem = mem_segment(c);
-  mem.src = image(nullptr, forward.s, c.dtype);
-  const auto copy = mma_segment(mem, MmaType(m), mem_depth(c, m), forward.tiling()).copy;
-  const WeightBlocks& w = backward.weights.mem;
-  return py::make_tuple(std::min(forward.tiling().by_cols.value, backward.tiling().by_cols.value),
-                        x_depth(c, m).im2col, copy == GlobalCopy::cp_async, mem_depth(c, m).chunks,
-                        w.column_pitch / weight_tile::kChannels, w.share, c.N != cell.N,
-                        c.outer_h + c.outer_w);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(snnlstm_emulator, m) {
   bindings::bind_cell(m);
   bindings::bind_cuda<CheckedPass, CheckedLeaky>(m);
-  m.def("reached", &reached);
 }
