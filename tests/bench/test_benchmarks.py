@@ -157,8 +157,8 @@ def test_the_report_of_ones_own_network_says_what_compiling_took(feedback, own, 
     )
     warned = "; torch.compile: layer lif (Leaky) stays a loop of steps: "
     assert len(re.findall(line + re.escape(warned if feedback else "\n"), said)) == len(MODES)
-    assert "| snntorch, ms | loop | compiled-loop | compiling |\n" in said
-    assert re.search(r"x / [\d.]+x \| [\d.]+ s / [\d.]+ s \|\n", said)
+    assert "| snntorch, ms | loop | compiled-loop | compiling, s |\n" in said
+    assert re.search(r" \| [\d.]+ / [\d.]+ \| [\d.]+ / [\d.]+ \|\n", said)
 
 
 def test_a_loop_that_does_not_compile_is_not_timed_and_the_line_says_why(monkeypatch, capsys):

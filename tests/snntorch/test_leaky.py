@@ -396,7 +396,7 @@ def test_stacks(padded: bool, output: bool) -> None:
     assert [net.report[1].kind for net in nets] == ["sequence", "step"]
     assert "accelerate" in nets[1].report[1].reason
     large = snnlstm.Sequential(leaky_twins()[0])
-    large(torch.zeros(T, 2, 128, 129))
+    large(torch.zeros(T, 2, 1024, 129))
     assert large.report[0].kind == "step"  # in the cache, on the CPU
 
 
