@@ -34,6 +34,8 @@ SLOPE = 20.0
 CLASSES = 10
 BATCH = 16
 RATE = 4e-3
+EVERY = 30
+"""After this many batches the network is tested, which is not timed."""
 EPSILON = 1e-3
 """Adam divides a gradient by its size plus epsilon. With the default of 1e-8 a gradient of the size
 of a rounding error makes as large a step as any other. Two runs of one cell, from weights that are
@@ -167,6 +169,7 @@ def accuracy(model: nn.Module, test: Tensor, labels: Tensor, device: str) -> flo
     """Returns the share of test digits whose own class gets the highest score."""
     model.eval()
     found = [model(part.to(device)).argmax(1).cpu() for part in test.split(60, dim=1)]
+    model.train()
     return float((torch.cat(found) == labels).double().mean())
 
 
@@ -191,9 +194,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     alone = args.device == "cpu" and args.threads == 1
     clock = time.process_time if alone else time.perf_counter
     seconds, losses = [], []
+    tests = [(0.0, accuracy(model, test, test_labels, args.device))]
     with tqdm(desc=args.network, total=epochs * batches, unit="batch", disable=None) as bar:
         for number in range(epochs):
-            model.train()
             for batch in epoch(images, labels, 1000 * args.seed + number):
                 events, classes = (tensor.to(args.device) for tensor in batch)
                 begin = clock()
@@ -202,6 +205,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 schedule.step()
                 seconds.append(clock() - begin)
                 bar.update()
+                if len(losses) % EVERY == 0 or len(losses) == epochs * batches:
+                    found = accuracy(model, test, test_labels, args.device)
+                    tests.append((sum(seconds), found))
             mean = statistics.fmean(losses[-batches:])
             text = f"epoch {number + 1}/{epochs}  loss {mean:.3f}  {sum(seconds):.1f} s"
             tqdm.write(f"{args.network:<8}  {text}")
@@ -210,7 +216,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "epochs": epochs,
         "losses": losses,
-        "accuracy": accuracy(model, test, test_labels, args.device),
+        "accuracy": tests[-1][1],
+        "tests": tests,  # pairs of seconds of training and accuracy
         "seconds": sum(seconds),
         "clock": "processor time" if alone else "time",
         "batch_ms": 1000 * statistics.median(seconds),
