@@ -18,7 +18,7 @@ import argparse
 import importlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -135,18 +135,25 @@ class Network(nn.Module):
         self.readout = nn.Linear(CHANNELS * (side // 4) ** 2, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.sequence(x) if self.library == "snnlstm" else self.loop(x)
+
+    def sequence(self, x: Tensor) -> Tensor:
+        """Calls each cell once."""
+        self.layer1.reset_mem()
+        self.layer2.reset_mem()
+        spikes = self.layer2(self.layer1(x)[0])[0]
+        return self.readout(spikes.sum(0).flatten(1))
+
+    def loop(self, x: Tensor) -> Tensor:
+        """Calls each cell once a time step."""
         syn1, mem1 = self.layer1.reset_mem()
         syn2, mem2 = self.layer2.reset_mem()
-        if self.library == "snnlstm":
-            spikes = self.layer2(self.layer1(x)[0])[0]
-        else:
-            record = []
-            for x_t in x.unbind(0):
-                spk1, syn1, mem1 = self.layer1(x_t, syn1, mem1)
-                spk2, syn2, mem2 = self.layer2(spk1, syn2, mem2)
-                record.append(spk2)
-            spikes = torch.stack(record)
-        return self.readout(spikes.sum(0).flatten(1))
+        record = []
+        for x_t in x.unbind(0):
+            spk1, syn1, mem1 = self.layer1(x_t, syn1, mem1)
+            spk2, syn2, mem2 = self.layer2(spk1, syn2, mem2)
+            record.append(spk2)
+        return self.readout(torch.stack(record).sum(0).flatten(1))
 
     @property
     def path(self) -> str:
@@ -173,8 +180,8 @@ def accuracy(model: nn.Module, test: Tensor, labels: Tensor, device: str) -> flo
     return float((torch.cat(found) == labels).double().mean())
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains and tests a network, shows the progress, and returns the results.
+def run(args: argparse.Namespace, make: Callable[[str], nn.Module] = Network) -> dict[str, Any]:
+    """Trains and tests the network of a library, shows the progress, and returns the results.
 
     `args` are the arguments of :func:`main`. There is no bar without a terminal.
     """
@@ -184,7 +191,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     test = moving_digits(test_images, 1_000_000 + args.seed)
     epochs = 2 if args.quick else args.epochs
     torch.manual_seed(args.seed)
-    model = Network(args.network).to(args.device)
+    model = make(args.network).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, eps=EPSILON)
     batches = -(-len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
