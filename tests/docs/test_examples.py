@@ -20,6 +20,7 @@ from tests.shared.helpers import HANG, long
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GAIN = r"snnlstm trained \d+\.\d times as fast, in processor time"
+PROGRESS = r"(?m)^batch \d+ of \d+: "
 
 
 def example(name: str) -> dict:
@@ -30,7 +31,23 @@ def example(name: str) -> dict:
 def test_examples_are_short():
     lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
     assert len(lengths) == 4
-    assert max(lengths.values()) <= 90, lengths
+    assert sum(lengths.values()) <= 400, lengths
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_help_has_the_docstring_and_every_number_with_its_default(path, capsys):
+    names = example(path.name)
+    with pytest.raises(SystemExit, match="^0$"):
+        names["main"](["--help"])
+    said = capsys.readouterr().out
+    assert names["__doc__"].strip() in said
+    parts = re.split(r"\n  (?=-)", said)[2:]  # behind --help
+    assert parts
+    for part in parts:
+        name, number, text = re.match(r"--(\w+) (\w+)\s+([^(]+)", part).groups()
+        assert text
+        if name == number.lower():  # the place of a number has its argument's name
+            assert re.search(r"\(default:\s+\d+\)", part), part
 
 
 @pytest.mark.parametrize(
@@ -40,6 +57,11 @@ def test_both_libraries_learn_from_samples_of_different_lengths(name, tiny, caps
     names = example(name)
     names["main"]([tiny, "24"])
     assert re.search(GAIN, capsys.readouterr().out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(names["main"].__globals__, "train", lambda *_: [True])
+        names["main"]([tiny, "336"])
+    lines = [f"batch {2 * k} of 21: " for k in range(1, 11)]
+    assert re.findall(PROGRESS, capsys.readouterr().out) == lines
     random = np.random.default_rng(0)
     one = (lambda k: names["moving_bar"](random)) if "moving_bar" in names else (lambda k: k % 2)
     batch = names["collate"]([one(k) for k in range(6)])
@@ -71,6 +93,15 @@ def test_the_video_is_predicted_and_drawn(by, tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(names["plain"](lstm, film), lstm(film)[0][-1])
 
 
+def test_without_torchrun_the_line_to_type_is_printed():
+    name = "examples/distributed.py"
+    done = fresh(f"import runpy; runpy.run_path({name!r}, run_name='__main__')", [EXAMPLES.parent])
+    assert done.returncode == 1
+    start, line = done.stderr.strip().split("\n")
+    assert start == "Start this script in several processes:"
+    assert line == f"    torchrun --nproc-per-node 2 {name}"
+
+
 def test_one_process_trains_where_several_may():
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     program = f"""
@@ -81,6 +112,7 @@ runpy.run_path("examples/distributed.py")["main"](["--samples", "32"])
     done = fresh(program, [EXAMPLES.parent])
     assert done.returncode == 0, done.stderr
     assert re.search(GAIN, done.stdout)
+    assert len(re.findall(PROGRESS, done.stdout)) == 4
 
 
 @long
