@@ -2,9 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/distributed.py
 
-Each process trains on its part of every batch, on its own GPU (nccl) if there are GPUs, and
-otherwise on the CPU (gloo). DDP averages the gradients, but not the states of the cells. Both
-libraries' networks have the same loop over time. With ours it is compiled into one sequence call.
+Each process trains on its part of every batch, on its own GPU (nccl) if there are GPUs, otherwise
+on the CPU (gloo). DDP averages gradients, but not the cells' states. Our loop is compiled.
 """
 
 import argparse
@@ -59,21 +58,17 @@ def train(net, optimizer, x, labels):
 
 
 def main(arguments=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    text = "of which each process takes its part (default: %(default)s)"
-    p.add_argument("--samples", type=int, default=640, help=text)
-    args, gpu = p.parse_args(arguments), torch.cuda.is_available()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--samples", type=int, default=640, help="for all ranks (default: %(default)s)")
+    data, gpu = events(p.parse_args(arguments).samples), torch.cuda.is_available()
     if "RANK" not in os.environ:
         raise SystemExit(f"Start this script in several processes:\n{__doc__.splitlines()[2]}")
     dist.init_process_group("nccl" if gpu else "gloo")
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu")
     torch.set_num_threads(1)  # ratios of one thread's processor time hold on a busy machine
-    theirs, ours = (Network(library).to(device) for library in (snntorch, snnlstm))
-    ours = torch.compile(ours, backend="snnlstm")
-    nets = [DistributedDataParallel(net) for net in (theirs, ours)]
+    ours = torch.compile(Network(snnlstm), backend="snnlstm")
+    nets = [DistributedDataParallel(net.to(device)) for net in (Network(snntorch), ours)]
     sides = [(net, torch.optim.Adam(net.parameters(), lr=4e-3, eps=1e-3)) for net in nets]
-    data = events(args.samples)
     batches = DataLoader(data, 8, sampler=DistributedSampler(data))
     found, seconds, every = torch.zeros(2, device=device), [0.0, 0.0], max(1, len(batches) // 10)
     for number, batch in enumerate(batches, 1):
@@ -86,8 +81,8 @@ def main(arguments=None):
             dist.all_reduce(found)
             right, gain = found / every / dist.get_world_size(), seconds[0] / seconds[1]
             if dist.get_rank() == 0:
-                text = "batch {} of {}: snnTorch {:.0%} and snnlstm {:.0%} correct"
-                print(text.format(number, len(batches), *right.tolist()), flush=True)
+                both = "snnTorch {:.0%} correct, snnlstm {:.0%} correct".format(*right.tolist())
+                print(f"batch {number}/{len(batches)}: {both}", flush=True)
             found, seconds = torch.zeros_like(found), [0.0, 0.0]
     if dist.get_rank() == 0:
         print(f"In the end snnlstm trained {gain:.1f} times as fast, in processor time.")
