@@ -84,9 +84,11 @@ def weights(name: str) -> dict[str, Tensor]:
         net = case.make(snnlstm.SConv2dLSTM)
         optimizer = case.optimizer(net.parameters())
         images, labels, _, _ = training.load_split(SEED)
+        schedule = training.schedule_of(optimizer, EPOCHS * -(-len(images) // training.BATCH))
         for number in range(EPOCHS):
             for batch in training.epoch(images, labels, number):
                 losses.append(case.train(case.sequences, net, optimizer, *batch).item())
+                schedule.step()
     part = len(losses) // EPOCHS
     begin, end = (sum(some) / part for some in (losses[:part], losses[-part:]))
     print(f"{name}: training took the loss of an epoch from {begin:.2f} to {end:.2f}", flush=True)

@@ -1,7 +1,7 @@
 """Predicts a film of two bouncing balls with a ConvLSTM, and draws the predicted frames.
 
     pip install matplotlib    # which draws the picture
-    python examples/video.py
+    python examples/video.py  # for two minutes on one core
 
 The network learns to predict the next frame. Then it continues a film from its own predictions.
 """

@@ -18,7 +18,7 @@ import argparse
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -180,8 +180,8 @@ def accuracy(model: nn.Module, test: Tensor, labels: Tensor, device: str) -> flo
     return float((torch.cat(found) == labels).double().mean())
 
 
-def run(args: argparse.Namespace, make: Callable[[str], nn.Module] = Network) -> dict[str, Any]:
-    """Trains and tests the network of a library, shows the progress, and returns the results.
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains and tests a network, shows the progress, and returns the results.
 
     `args` are the arguments of :func:`main`. There is no bar without a terminal.
     """
@@ -191,12 +191,10 @@ def run(args: argparse.Namespace, make: Callable[[str], nn.Module] = Network) ->
     test = moving_digits(test_images, 1_000_000 + args.seed)
     epochs = 2 if args.quick else args.epochs
     torch.manual_seed(args.seed)
-    model = make(args.network).to(args.device)
+    model = Network(args.network).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, eps=EPSILON)
     batches = -(-len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, total_steps=epochs * batches, pct_start=0.1, div_factor=5
-    )
+    schedule = schedule_of(optimizer, epochs * batches)
     # Ratios of one thread's processor time hold on a busy machine.
     alone = args.device == "cpu" and args.threads == 1
     clock = time.process_time if alone else time.perf_counter
@@ -230,6 +228,13 @@ def run(args: argparse.Namespace, make: Callable[[str], nn.Module] = Network) ->
         "batch_ms": 1000 * statistics.median(seconds),
         "path": model.path,
     }
+
+
+def schedule_of(optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """Lets the learning rate rise to RATE in the first tenth of all steps, and fall afterwards."""
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE, total_steps=steps, pct_start=0.1, div_factor=5
+    )
 
 
 def learn(
