@@ -127,7 +127,7 @@ class Classifier(nn.Module):
         return unroll(x.transpose(0, 1), *self.cells, nn.Flatten(), self.fc, self.lif)[1]
 
 
-def _layers(*channels: int, threshold: float, kernel: Any = 3, **options: Any) -> list[dict]:
+def layers(*channels: int, threshold: float, kernel: Any = 3, **options: Any) -> list[dict]:
     """Returns the arguments of cells with these channels and the same options."""
     names = ("in_channels", "out_channels", "kernel_size", "threshold")
     pairs = itertools.pairwise(channels)
@@ -407,31 +407,31 @@ def _users(small: bool = False) -> dict[str, Network]:
     return {
         "documentation": _classifier(
             "1->8 28x28, max_pool 2, 8->8, avg_pool 2",
-            _layers(1, 8, threshold=0.1, max_pool=2) + _layers(8, 8, threshold=0.03, avg_pool=2),
+            layers(1, 8, threshold=0.1, max_pool=2) + layers(8, 8, threshold=0.03, avg_pool=2),
             size(32, 10, 1, 28, 28),
         ),
         "column": _classifier(
             "22->16->32->64 129x1, max_pool (2, 1)",
-            _layers(22, 16, 32, threshold=0.05, max_pool=(2, 1))
-            + _layers(32, 64, threshold=0.02, max_pool=(2, 1)), size(128, 65, 22, 129, 1),
+            layers(22, 16, 32, threshold=0.05, max_pool=(2, 1))
+            + layers(32, 64, threshold=0.02, max_pool=(2, 1)), size(128, 65, 22, 129, 1),
         ),
         "spectrum": _classifier(
             "1->16 9x9 129x33, max_pool 2",
-            _layers(1, 16, threshold=0.03, kernel=9, max_pool=2), size(128, 10, 1, 129, 33),
+            layers(1, 16, threshold=0.03, kernel=9, max_pool=2), size(128, 10, 1, 129, 33),
         ),
         "eeg": _classifier(
             "1->16->32->64 22x128, max_pool 2",
-            _layers(1, 16, 32, 64, threshold=0.05, max_pool=2), size(32, 10, 1, 22, 128),
+            layers(1, 16, 32, 64, threshold=0.05, max_pool=2), size(32, 10, 1, 22, 128),
         ),
         "speech": _classifier(
             "1->16 5x5 33x49, max_pool 2, 16->32->64, avg_pool 2",
-            _layers(1, 16, threshold=0.03, kernel=5, max_pool=2)
-            + _layers(16, 32, 64, threshold=0.03, avg_pool=2), size(12, 10, 1, 33, 49),
+            layers(1, 16, threshold=0.03, kernel=5, max_pool=2)
+            + layers(16, 32, 64, threshold=0.03, avg_pool=2), size(12, 10, 1, 33, 49),
         ),
         "electrodes": _classifier(
             "1->16 19x3 19x125, 16->64 3x3, max_pool 2",
-            _layers(1, 16, threshold=0.03, kernel=(19, 3), max_pool=2)
-            + _layers(16, 64, threshold=0.05, max_pool=2), size(16, 23, 1, 19, 125),
+            layers(1, 16, threshold=0.03, kernel=(19, 3), max_pool=2)
+            + layers(16, 64, threshold=0.05, max_pool=2), size(16, 23, 1, 19, 125),
         ),
         "events": _pyramid("Conv 2->16, Leaky, pool, cell 16->32", size(16, 20, 2, 32, 32), 16, 32),
         "events64": _pyramid(

@@ -65,21 +65,24 @@ def train(net, optimizer, x, lengths, labels):
 
 
 def main(arguments=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--trials", type=int, default=320)
-    args = p.parse_args(arguments)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--trials", type=int, default=320, help="for training (default: %(default)s)")
+    batches = torch.randint(2, (p.parse_args(arguments).trials,)).split(16)
     torch.set_num_threads(1)  # ratios of one thread's processor time hold on a busy machine
     nets = [network(library) for library in (snntorch, snnlstm)]
-    optimizers = [torch.optim.Adam(net.parameters(), lr=4e-3, eps=1e-3) for net in nets]
+    sides = [(net, torch.optim.Adam(net.parameters(), lr=4e-3, eps=1e-3)) for net in nets]
     found, seconds = ([], []), [0.0, 0.0]
-    for labels in torch.randint(2, (args.trials,)).split(16):
+    for number, labels in enumerate(batches, 1):
         batch = collate(labels.tolist())
-        for k in range(2):
+        for k, side in enumerate(sides):
             seconds[k] -= time.process_time()
-            found[k].extend(train(nets[k], optimizers[k], *batch))
+            found[k].extend(train(*side, *batch))
             seconds[k] += time.process_time()
-    print("correct among the last 160, snnTorch and snnlstm:", *(sum(f[-160:]) for f in found))
-    print(f"snnlstm trained {seconds[0] / seconds[1]:.1f} times as fast, in processor time")
+        if number % max(1, len(batches) // 10) == 0:
+            theirs, ours = (f"{sum(f) / len(f):.0%} correct" for f in found)
+            print(f"batch {number}/{len(batches)}: snnTorch {theirs}, snnlstm {ours}", flush=True)
+            gain, found, seconds = seconds[0] / seconds[1], ([], []), [0.0, 0.0]
+    print(f"In the end snnlstm trained {gain:.1f} times as fast, in processor time.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains with either library's cell, and shows both in a table and in a plot of the losses."""
+"""Trains with either library's cell, and shows both in a table, and in plots over time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from benchmarks.demo.seeds import WINDOW
 from benchmarks.demo.training import CANVAS, DIGIT, STEPS
 
 COLOURS = {"snntorch": "#E69F00", "snnlstm": "#0072B2"}
+GREY = "#808890"  # readable on white and on black
+STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), GREY)
+STYLE |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), GREY)
 LINES = {
     "accuracy": ("test accuracy", "{:.1%}"),
     "seconds": ("seconds of training,", "{:.1f}"),
@@ -49,23 +52,35 @@ def table(reference: Result, ours: Result) -> str:
 
 
 def plot(reference: Result, ours: Result, path: Path, caption: str) -> None:
-    """Draws both loss curves."""
+    """Draws the test accuracy over seconds of training, and the loss over batches."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure  # which draws to files alone
 
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    curves = figure.subplots()
-    for result, width in ((reference, 5), (ours, 1.4)):
-        colour, losses = COLOURS[result["network"]], result["losses"]
-        batches = range(1, len(losses) + 1)
-        curves.plot(batches, losses, color=colour, alpha=0.18, linewidth=0.8)
-        label = f"{result['network']} (mean of {WINDOW} batches)"
-        curves.plot(batches, smooth(result), color=colour, label=label, linewidth=width)
-    apart = furthest(reference, ours)
-    curves.set_title(f"Training loss; the curves are at most {apart:.3f} apart", fontsize=10)
-    curves.set(xlabel="batch", ylabel="cross-entropy", ylim=0)
-    curves.legend(fontsize=9)
-    figure.suptitle(caption, fontsize=8)
-    figure.savefig(path, dpi=150)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        times, curves = figure.subplots(1, 2)
+        for result, width in ((reference, 4), (ours, 1.6)):
+            name, losses = result["network"], pd.Series(result["losses"])
+            colour = COLOURS[name]
+            seconds, found = zip(*result["tests"], strict=True)
+            label = f"{name}: {seconds[-1]:.0f} s"
+            percent = [100 * share for share in found]
+            times.plot(seconds, percent, color=colour, label=label, marker="o", markersize=4)
+            batches = losses.index + 1
+            curves.plot(batches, losses, color=colour, alpha=0.18, linewidth=0.8)
+            label = f"{name} (mean of {WINDOW} batches)"
+            curves.plot(batches, smooth(result), color=colour, label=label, linewidth=width)
+        gain = reference["seconds"] / ours["seconds"]
+        times.set_title(f"Accuracy over time: snnlstm trains {gain:.1f}x as fast", fontsize=10)
+        x = f"seconds of training, {ours['clock']}"
+        times.set(xlabel=x, ylabel="% of the test digits that are read correctly", ylim=(0, 100))
+        apart = furthest(reference, ours)
+        curves.set_title(f"Training loss: at most {apart:.3f} apart", fontsize=10)
+        curves.set(xlabel="batch", ylabel="cross-entropy", ylim=0)
+        for panel, corner in ((times, "lower right"), (curves, "upper right")):
+            panel.legend(fontsize=9, framealpha=0, loc=corner)
+        figure.suptitle(caption, fontsize=8)
+        figure.savefig(path, dpi=150, transparent=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

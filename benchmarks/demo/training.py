@@ -34,6 +34,8 @@ SLOPE = 20.0
 CLASSES = 10
 BATCH = 16
 RATE = 4e-3
+EVERY = 30
+"""After this many batches the network is tested, which is not timed."""
 EPSILON = 1e-3
 """Adam divides a gradient by its size plus epsilon. With the default of 1e-8 a gradient of the size
 of a rounding error makes as large a step as any other. Two runs of one cell, from weights that are
@@ -133,18 +135,25 @@ class Network(nn.Module):
         self.readout = nn.Linear(CHANNELS * (side // 4) ** 2, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.sequence(x) if self.library == "snnlstm" else self.loop(x)
+
+    def sequence(self, x: Tensor) -> Tensor:
+        """Calls each cell once."""
+        self.layer1.reset_mem()
+        self.layer2.reset_mem()
+        spikes = self.layer2(self.layer1(x)[0])[0]
+        return self.readout(spikes.sum(0).flatten(1))
+
+    def loop(self, x: Tensor) -> Tensor:
+        """Calls each cell once a time step."""
         syn1, mem1 = self.layer1.reset_mem()
         syn2, mem2 = self.layer2.reset_mem()
-        if self.library == "snnlstm":
-            spikes = self.layer2(self.layer1(x)[0])[0]
-        else:
-            record = []
-            for x_t in x.unbind(0):
-                spk1, syn1, mem1 = self.layer1(x_t, syn1, mem1)
-                spk2, syn2, mem2 = self.layer2(spk1, syn2, mem2)
-                record.append(spk2)
-            spikes = torch.stack(record)
-        return self.readout(spikes.sum(0).flatten(1))
+        record = []
+        for x_t in x.unbind(0):
+            spk1, syn1, mem1 = self.layer1(x_t, syn1, mem1)
+            spk2, syn2, mem2 = self.layer2(spk1, syn2, mem2)
+            record.append(spk2)
+        return self.readout(torch.stack(record).sum(0).flatten(1))
 
     @property
     def path(self) -> str:
@@ -167,6 +176,7 @@ def accuracy(model: nn.Module, test: Tensor, labels: Tensor, device: str) -> flo
     """Returns the share of test digits whose own class gets the highest score."""
     model.eval()
     found = [model(part.to(device)).argmax(1).cpu() for part in test.split(60, dim=1)]
+    model.train()
     return float((torch.cat(found) == labels).double().mean())
 
 
@@ -184,16 +194,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = Network(args.network).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, eps=EPSILON)
     batches = -(-len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, total_steps=epochs * batches, pct_start=0.1, div_factor=5
-    )
+    schedule = schedule_of(optimizer, epochs * batches)
     # Ratios of one thread's processor time hold on a busy machine.
     alone = args.device == "cpu" and args.threads == 1
     clock = time.process_time if alone else time.perf_counter
     seconds, losses = [], []
+    tests = [(0.0, accuracy(model, test, test_labels, args.device))]
     with tqdm(desc=args.network, total=epochs * batches, unit="batch", disable=None) as bar:
         for number in range(epochs):
-            model.train()
             for batch in epoch(images, labels, 1000 * args.seed + number):
                 events, classes = (tensor.to(args.device) for tensor in batch)
                 begin = clock()
@@ -202,6 +210,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 schedule.step()
                 seconds.append(clock() - begin)
                 bar.update()
+                if len(losses) % EVERY == 0 or len(losses) == epochs * batches:
+                    found = accuracy(model, test, test_labels, args.device)
+                    tests.append((sum(seconds), found))
             mean = statistics.fmean(losses[-batches:])
             text = f"epoch {number + 1}/{epochs}  loss {mean:.3f}  {sum(seconds):.1f} s"
             tqdm.write(f"{args.network:<8}  {text}")
@@ -210,12 +221,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "epochs": epochs,
         "losses": losses,
-        "accuracy": accuracy(model, test, test_labels, args.device),
+        "accuracy": tests[-1][1],
+        "tests": tests,  # pairs of seconds of training and accuracy
         "seconds": sum(seconds),
         "clock": "processor time" if alone else "time",
         "batch_ms": 1000 * statistics.median(seconds),
         "path": model.path,
     }
+
+
+def schedule_of(optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """Lets the learning rate rise to RATE in the first tenth of all steps, and fall afterwards."""
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE, total_steps=steps, pct_start=0.1, div_factor=5
+    )
 
 
 def learn(

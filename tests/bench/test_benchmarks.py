@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import runpy
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +13,20 @@ import pytest
 import torch
 
 import snnlstm
-from benchmarks import accuracy, gpu_smoke, machine, networks, peak_memory, providers, report, run
+from benchmarks import (
+    accuracy,
+    arguments,
+    gpu_smoke,
+    machine,
+    networks,
+    peak_memory,
+    providers,
+    report,
+    run,
+)
 from benchmarks.cases import Case, parse_case
 from benchmarks.providers import FORMS, MODES, Provider, Setting
+from tests.shared.fresh import fresh
 from tests.shared.helpers import long, measures_memory
 
 SMALL = Case("small", 3, 2, 5, 4, 6, 7, threshold=0.02, density=0.3)
@@ -36,11 +45,34 @@ def suite(out: Path, *arguments: str) -> tuple[int, pd.DataFrame]:
     return run.main([*arguments, "--out", str(out)]), report.read(out)
 
 
-def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    monkeypatch.delitem(sys.modules, "benchmarks.run")
-    with pytest.raises(SystemExit, match=r'needs pandas: .* -m pip install -e "\.\[bench\]"'):
-        runpy.run_module("benchmarks", run_name="__main__")
+@pytest.mark.parametrize(
+    ("missing", "arguments", "status", "said"),
+    [
+        # README's installation has none of these.
+        (
+            ["pandas", "tqdm", "matplotlib", "sklearn", "scipy"],
+            ["--help"],
+            0,
+            "python -m benchmarks",
+        ),
+        (["pandas", "tqdm"], ["--threads", "0"], 2, "--threads"),
+        (["pandas"], [], 1, 'pandas, which the extra "bench" brings: in the checkout run'),
+        (["snntorch"], ["--help"], 1, 'snntorch, which the extra "bench" brings'),
+    ],
+)
+def test_arguments_are_read_before_a_package_is_missed(missing, arguments, status, said):
+    program = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({missing}))
+sys.argv[1:] = {arguments}
+runpy.run_module("benchmarks", run_name="__main__")
+"""
+    done = fresh(program, [Path(__file__).resolve().parents[2]])
+    if status == 1:
+        assert done.stderr.count("\n") == 1
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == status
 
 
 def test_the_reference_path_is_not_timed_as_ours(monkeypatch, capsys):
@@ -204,7 +236,7 @@ def test_one_image_is_that_of_each_step():
 
 
 def test_a_name_means_one_layer_or_network():
-    assert len(run.CASES) == sum(map(len, run.TABLES.values()))
+    assert len(arguments.CASES) == sum(map(len, arguments.TABLES.values()))
 
 
 @pytest.mark.parametrize(
@@ -221,12 +253,12 @@ def test_all_forms_of_every_case_compute_the_same(table):
         name: dataclasses.replace(case, batch=3, steps=3, height=6, width=7)
         if isinstance(case, Case)
         else networks.NETWORKS.get(name, case)
-        for name, case in run.TABLES[table].items()
+        for name, case in arguments.TABLES[table].items()
     }
     for name in networks.CONVLSTMS.keys() & small:
         (shape,) = small[name].shapes
         small[name] = dataclasses.replace(small[name], shapes=((2, 3, shape[2], 6, 7),))
-    suite = run.Suite(run.parser().parse_args([]))
+    suite = run.Suite(arguments.parser().parse_args([]))
     for name, case in small.items():
         built = suite.checked(name, case, Setting())
         assert len(built) == (2 if table == "convlstm" else 4), name

@@ -31,7 +31,8 @@ def _few_digits(monkeypatch):
 
 
 @pytest.mark.usefixtures("_few_digits")
-def test_the_demo_trains_both_from_one_start_and_they_learn(tmp_path, capsys):
+def test_the_demo_trains_both_from_one_start_and_they_learn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "EVERY", 4)
     for wrong in (["--epochs", "0"], ["--seed", "-1"]):
         with pytest.raises(SystemExit):
             demo.main(wrong)
@@ -44,6 +45,12 @@ def test_the_demo_trains_both_from_one_start_and_they_learn(tmp_path, capsys):
     assert len(ours["losses"]) == 3 * 3
     assert demo.furthest(reference, ours) < 0.1
     assert sum(ours["losses"][-3:]) < 0.95 * sum(ours["losses"][:3])
+    for result in (reference, ours):
+        seconds, found = zip(*result["tests"], strict=True)
+        assert len(found) == 2 + 9 // 4  # before, after every fourth batch, and at the end
+        assert [*seconds] == sorted(seconds)
+        assert (seconds[0], seconds[-1]) == (0, result["seconds"])
+        assert found[-1] == result["accuracy"]
     assert (tmp_path / "demo.png").stat().st_size > 10_000
     training.main([*common, "--network", "snntorch"])
     said = capsys.readouterr().out.splitlines()

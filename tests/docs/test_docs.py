@@ -153,7 +153,7 @@ def test_examples_of_docstrings(counted):
 
 
 # The numbers of epochs and of digits that a test has time for.
-SHORT = {"EPOCHS = 4": "EPOCHS = 1", "DIGITS = 1600": "DIGITS = 160"}
+SHORT = {"EPOCHS = 6": "EPOCHS = 1", "DIGITS = 1600": "DIGITS = 160"}
 
 
 @pytest.mark.slow

@@ -30,6 +30,9 @@ def run(job):
         else:
             exec(job["program"], {"__name__": "__main__"})
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
         return end.code or 0
     except BaseException:
         traceback.print_exc()
