@@ -35,6 +35,7 @@ FEWEST_ROUNDS = 5
 FORMS = ("snntorch", "loop", "compiled-loop", "sequence")
 # These colours differ for any kind of colour vision (Okabe and Ito).
 COLOURS = dict(zip(FORMS, ("#E69F00", "#56B4E9", "#009E73", "#0072B2"), strict=True))
+LIBRARIES = {"snntorch": COLOURS["snntorch"], "snnlstm": COLOURS["sequence"]}
 OTHERS = "#CC79A7", "#D55E00", "#999933", "#882255", "#44AA99", "#332288"
 COLOURED = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"
 # This grey is readable on white and on black.

@@ -9,7 +9,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.report import COLOURS, STYLE, draw_history, save
+from benchmarks.report import LIBRARIES, STYLE, draw_history, save
 from snnlstm import quant, surrogate
 
 ROWS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "accuracy.csv"
@@ -60,14 +60,14 @@ def draw_accuracy() -> Figure:
     panel = figure.subplots()
     rows = list(csv.DictReader(ROWS.read_text().splitlines()))
     batches = [name for name in rows[0] if name.isdecimal()]
-    for library, form, width in (("snntorch", "snntorch", 4.5), ("snnlstm", "sequence", 1.8)):
+    for library, width in (("snntorch", 4.5), ("snnlstm", 1.8)):
         own = [row for row in rows if row["library"] == library]
         curves = torch.tensor([[float(row[name]) for row in own] for name in batches])
         found = torch.tensor([100 * float(row["accuracy"]) for row in own])
         label = f"{library}: {found.mean():.1f} ± {found.std():.1f} % of test digits"
         x = [int(name) for name in batches]
-        panel.plot(x, curves, color=COLOURS[form], linewidth=0.7, alpha=0.5)
-        panel.plot(x, curves.mean(1), color=COLOURS[form], linewidth=width, label=label)
+        panel.plot(x, curves, color=LIBRARIES[library], linewidth=0.7, alpha=0.5)
+        panel.plot(x, curves.mean(1), color=LIBRARIES[library], linewidth=width, label=label)
     panel.set(xlabel="batch", ylabel="loss, mean of 30 batches", ylim=0)
     panel.legend(fontsize="small")
     return figure

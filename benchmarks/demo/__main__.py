@@ -14,11 +14,8 @@ from benchmarks import machine
 from benchmarks.demo import training
 from benchmarks.demo.seeds import WINDOW
 from benchmarks.demo.training import CANVAS, DIGIT, STEPS
+from benchmarks.report import LIBRARIES, STYLE
 
-COLOURS = {"snntorch": "#E69F00", "snnlstm": "#0072B2"}
-GREY = "#808890"  # readable on white and on black
-STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), GREY)
-STYLE |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), GREY)
 LINES = {
     "accuracy": ("test accuracy", "{:.1%}"),
     "seconds": ("seconds of training,", "{:.1f}"),
@@ -61,7 +58,7 @@ def plot(reference: Result, ours: Result, path: Path, caption: str) -> None:
         times, curves = figure.subplots(1, 2)
         for result, width in ((reference, 4), (ours, 1.6)):
             name, losses = result["network"], pd.Series(result["losses"])
-            colour = COLOURS[name]
+            colour = LIBRARIES[name]
             seconds, found = zip(*result["tests"], strict=True)
             label = f"{name}: {seconds[-1]:.0f} s"
             percent = [100 * share for share in found]
