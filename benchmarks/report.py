@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +46,10 @@ README_FORMS = {
     "sequence": "sequence: `unroll`",
 }
 README_NETWORKS = {
-    "documentation": "snnTorch's documentation, two cells, 28x28, T=10 N=32",
+    "documentation": "two cells, 28x28, T=10 N=32, as in snnTorch's documentation",
     "documentation-n1": "the same, one sample at a time",
-    "events": "event camera: convolution, Leaky, one cell, 32x32, T=20 N=16",
+    "events": "convolution, Leaky, one cell, 32x32, T=20 N=16",
     "eeg": "three cells, 22x128, T=10 N=32",
-    "electrodes": "two cells, 19x125, T=23 N=16",
     "dense": "Leaky alone, 784-1000-10, snnTorch's tutorial 5, T=25 N=128",
     "dense-image": "the same, one image for all steps",
     "conv": "convolutions and Leaky alone, tutorial 6, T=25 N=32",
@@ -128,7 +127,7 @@ def markdown(rows: pd.DataFrame) -> str:
 def table(found: pd.DataFrame, titles: dict[str, str]) -> str:
     """Formats the figures of one run, with a line for each network."""
     firsts = found.groupby("network", sort=False).form.first()
-    forms = [form for form in found.form.unique() if form not in set(firsts)]
+    forms = _in_order(form for form in found.form.unique() if form not in set(firsts))
     compiled = found[found["training compiling"].notna() | found["inference compiling"].notna()]
     compiled = list(compiled.form.unique())
     head = ["network or layer", f"{' or '.join(firsts.unique())}, ms", *forms]
@@ -231,7 +230,13 @@ def save(figure: Figure, path: Path) -> None:
 def _speedups(found: pd.DataFrame, mode: str) -> pd.DataFrame:
     """Returns the speed-ups in a mode, a line for each network and a column for each form."""
     others = found[found.duplicated("network") | (found.form.isin(FORMS[1:]))]
-    return others.pivot_table(mode, "network", "form", sort=False)
+    bars = others.pivot_table(mode, "network", "form", sort=False)
+    return bars[_in_order(bars)]
+
+
+def _in_order(forms: Iterable[str]) -> list[str]:
+    """Returns forms in the order of every table and picture."""
+    return sorted(forms, key=lambda form: FORMS.index(form) if form in FORMS else len(FORMS))
 
 
 def _panels(panels: dict[str, pd.DataFrame], mode: str) -> Figure:

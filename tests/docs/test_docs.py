@@ -253,3 +253,11 @@ def test_dead_links_are_found_in_built_pages(tmp_path):
     source = "".join(f'<a href="{link}">[docs]</a>' for link in links)
     (tmp_path / "_modules" / "swap.html").write_text(source)
     assert dead_links(tmp_path) == [f"_modules/swap.html: {link}" for link in links[1:3]]
+
+
+def test_tables_show_the_last_run_of_the_history():
+    """README and docs/performance.md; `python -m benchmarks.report` writes both."""
+    from benchmarks import report
+
+    for page, text in report.published().items():
+        assert page.read_text() == text
