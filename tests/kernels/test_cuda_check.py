@@ -47,7 +47,7 @@ def machine(monkeypatch):
 
 OLD = ("driver is too old", "CUDA 12.4", "needs CUDA 13.0", "580", "build for CUDA 12")
 OLD_11 = ("driver is too old", "CUDA 11.7", "needs CUDA 11.8", "update the driver to 520 or newer")
-NO_KERNELS = ("no CUDA kernels", "SNNLSTM_CUDA=off", "+cu13", "SNNLSTM_CUDA=on")
+NO_KERNELS = ("no CUDA kernels", "SNNLSTM_CUDA=off", "SNNLSTM_CUDA=on", "SNNLSTM_CUDA=pip")
 
 
 @pytest.mark.parametrize(
