@@ -62,7 +62,9 @@ def recognise_surrogate(
 
 def reader_of(spike_grad: Any, names: Sequence[str]) -> Callable[[], Iterable[Any]]:
     """What reads the numbers of a surrogate of snnTorch's, which may change."""
-    if isinstance(spike_grad, types.FunctionType) and names:
+    if not names:
+        return tuple
+    if isinstance(spike_grad, types.FunctionType):
         return partial(map, operator.attrgetter("cell_contents"), spike_grad.__closure__ or ())
     return lambda: [getattr(spike_grad, name, None) for name in names]
 

@@ -183,6 +183,8 @@ def run_leaky(last: dict[str, Any], call: LeakyCall, spec: LeakySpec, now: Path 
 
     spk and mem are None if plain torch must run the call.
     """
+    if spec.against is not None:  # a look-up would take longer than to ask
+        return None, None, now or static_reason(call, spec, algorithms.current, None)
     entry = last_entry(last, call, spec)
     path = now or entry.fallback
     if path is not None:

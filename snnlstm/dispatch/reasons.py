@@ -6,6 +6,7 @@ checks for the others (:func:`asked_every_call`).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -249,8 +250,13 @@ def _leaky_reason(call: LeakyCall, spec: LeakySpec) -> Path | None:
     path = against_device(call.x.device)
     if path is None and leaky is not None:
         reason = spec.against or leaky.reason_against(call, spec.sequence)
-        path = None if reason is None else Path("reference", reason, slow=True)
+        path = None if reason is None else _slow(reason)
     return path
+
+
+@lru_cache(maxsize=64)
+def _slow(reason: str) -> Path:
+    return Path("reference", reason, slow=True)
 
 
 def _options_against(spec: CellSpec, dtype: torch.dtype) -> str | None:

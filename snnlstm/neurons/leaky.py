@@ -207,10 +207,10 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         call = self._called(input_, mem)
         try:
             if own is not None:
-                return self._without_kernels(Path("reference", own, slow=True), input_, mem, True)
+                return self._without_kernels(Path("reference", own, slow=True), call, mem, True)
             spk, after, path = run_leaky(self.__dict__, call, self._described(), recorded_now())
             if spk is None:
-                return self._without_kernels(path, input_, mem, False)
+                return self._without_kernels(path, call, mem, False)
         except RuntimeError:
             check_transforms(input_, mem=call.mem)
             raise
@@ -256,30 +256,33 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def _traced(self, x: Tensor, mem: Tensor | None, own: str | None) -> Any:
         """Run a step that torch.compile traces: as one operator, or in plain torch."""
         before: Any = self._buffers.get("mem") if mem is None else mem
-        parameters = [*map(self._parameter, LEAKY_PARAMETERS)]
+        call = LeakyCall(x, before, *map(self._parameter, LEAKY_PARAMETERS))
         if (
             own is not None or operators is None or not self._text
             or not unrecorded_while_tracing() or algorithms.current == "reference"
-            or kernels.reason_against(LeakyCall(x, before, *parameters), False) is not None
+            or kernels.reason_against(call, False) is not None
         ):  # fmt: skip
-            return self._without_kernels(_TRACED, x, mem, own is not None)
-        spk, after = operators.leaky(x, before, *parameters, self._text, False, False)
+            return self._without_kernels(_TRACED, call, mem, own is not None)
+        spk, after = operators.leaky(*call[:5], self._text, False, False)
         self._buffers["mem"] = after
         object.__setattr__(self, "_path", _COMPILED)  # nn.Module's takes long to trace
         return spk if self.init_hidden and not self.output else (spk, after)
 
-    def _without_kernels(self, path: Path, x: Tensor, mem: Tensor | None, own: bool) -> Any:
-        """Run a step in plain torch; if the layer has a method of its `own`, snnTorch's forward."""
+    def _without_kernels(self, path: Path, call: LeakyCall, mem: Tensor | None, own: bool) -> Any:
+        """Run a step in plain torch; if the layer has a method of its `own`, snnTorch's forward.
+
+        `mem` is None if the call continues from the stored state.
+        """
         before: Any = self._buffers.get("mem")
         traced, attributes = path is _TRACED, self.__dict__
         if own:
             try:
-                out = super().forward(x, mem)
+                out = super().forward(call.x, mem)
             except BaseException:  # snnTorch stores mem before it is done
                 self._buffers["mem"] = before
                 raise
         else:
-            spk, after = self._plain(x, before if mem is None else mem, traced)
+            spk, after = self._plain(call, traced)
             out = spk if self.init_hidden and not self.output else (spk, after)
             if traced:
                 self.mem = after
@@ -294,9 +297,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
                 log_fallback(path, self)
         return out
 
-    def _plain(self, x: Tensor, mem: Tensor, traced: bool) -> tuple[Tensor, Tensor]:
+    def _plain(self, call: LeakyCall, traced: bool) -> tuple[Tensor, Tensor]:
         """One step in plain torch."""
-        beta, threshold, graded = map(self._parameter, LEAKY_PARAMETERS)
+        x, mem, beta, threshold, graded = call[:5]
         dtype = real_dtype(x, beta)
         reset, delay = snntorch.STATE_FUNCTIONS[self._base], self.reset_delay
         guard = traced
@@ -409,7 +412,10 @@ def _results() -> Iterator[Any]:
         layer = Leaky(beta, 0.375, **options).to("cpu")
         for name, value in attributes.items():
             setattr(layer, name, value)
-        theirs, ours = TheirLeaky.forward(layer, *leaves), layer._plain(*leaves, traced=False)
+        theirs, ours = (
+            TheirLeaky.forward(layer, *leaves),
+            layer._plain(layer._called(*leaves), False),
+        )
         yield theirs, ours, (*leaves, layer.beta, layer.threshold)
 
 
