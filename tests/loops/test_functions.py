@@ -176,6 +176,26 @@ def test_checkpointed_cells_and_those_with_all_options(training):
     expect(calls, cell=T if training else 1)
 
 
+@pytest.mark.parametrize(("features", "count"), [(60_000, 1), (100_000, T)])
+def test_linear_and_leaky_take_all_steps_up_to_a_mebibyte_each(features, count):
+    """A step has N * features numbers of 4 bytes."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lif, self.fc = snnlstm.Leaky(beta=0.5), nn.Linear(features, 2)
+
+        def forward(self, x):
+            mem, out = self.lif.reset_mem(), []
+            for x_t in x:
+                spk, mem = self.lif(x_t, mem)
+                out.append(self.fc(spk))
+            return torch.stack(out)
+
+    calls = as_eager(Net, 2 * numbers(T, N, features), training=True, atol=1e-3, rtol=1e-3)
+    expect(calls, leaky=count, linear=count)
+
+
 def test_large_convolutions_are_not_stacked():
     """One step is larger than LARGEST[LARGE]: folded steps would be slower."""
 
