@@ -91,8 +91,8 @@ def checked_call(
     x = input_tensor(x, weight, channels[0], batch_first, dims, name)
     sequence = x.dim() == dims + 3
     record = flag("record", record)
-    for argument, given in ("record=True", record), ("lengths", lengths is not None):
-        if given and not sequence:
+    for argument, is_set in ("record=True", record), ("lengths", lengths is not None):
+        if is_set and not sequence:
             raise ValueError(
                 f"{argument} needs a sequence: x of shape (T, N, Cin, {SIZES[dims]}), got one step"
             )

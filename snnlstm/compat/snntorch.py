@@ -56,7 +56,8 @@ def recognise_surrogate(
     except (AttributeError, KeyError, TypeError, ValueError):  # no such parameter, or an odd one
         return spike_grad
     code = getattr(spike_grad, "__code__", None)
-    released = any(code is one for one, its in _CODES if its is kind) and _is_released(kind.name)
+    known = any(code is one and kind is kind_of_one for one, kind_of_one in _CODES)
+    released = known and _is_released(kind.name)
     return made if released or _alone(_agree, spike_grad, made, _POINTS) else spike_grad
 
 
@@ -312,12 +313,12 @@ def replaced(layer: Any, kind: Any, called: Collection[str] = ()) -> str | None:
     A layer may replace the methods in `called`, because ours calls them, too.
     """
     attributes, (_, released) = layer.__dict__, _RELEASED[kind]
-    found = "forward" if "forward" in attributes else _patched(type(layer), kind)
+    method = "forward" if "forward" in attributes else _patched(type(layer), kind)
     for name in released:
         if name in attributes and name not in called:
-            found = name
-    if found is not None:
-        return f"its {found} was replaced"
+            method = name
+    if method is not None:
+        return f"its {method} was replaced"
     chosen = attributes.get("state_function") or layer._modules.get("state_function")
     if chosen is not None:
         name = getattr(chosen, "__name__", "")

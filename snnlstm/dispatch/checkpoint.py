@@ -6,14 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..calls.call import Call
+from ..calls.call import Call, Outputs
 from ..compat.torch_private import transforms_are_active
 from ..native.tensors import restored
-
-Three = tuple[Tensor, Tensor, Tensor]
 
 
 def may_checkpoint() -> bool:
@@ -21,7 +18,7 @@ def may_checkpoint() -> bool:
     return torch.is_grad_enabled() and not transforms_are_active()
 
 
-def in_segments(call: Call, run: Callable[[Call], Three], foreign: bool, traced: bool) -> Three:
+def in_segments(call: Call, run: Callable[[Call], Outputs], foreign: bool, traced: bool) -> Outputs:
     """Run a call in segments of about sqrt(T) steps, each by `run`; return spk, syn and mem.
 
     Only the states between segments are saved for the backward pass, which computes the gates of
@@ -30,7 +27,7 @@ def in_segments(call: Call, run: Callable[[Call], Three], foreign: bool, traced:
     numbers, they are the same in both passes.
     """
 
-    def segment(time: int, *tensors: Any) -> Three:
+    def segment(time: int, *tensors: Any) -> Outputs:
         part = Call._make((*tensors, call.record))
         return run(part if traced else _restored(part, call, time))
 

@@ -253,8 +253,8 @@ def _run_by(
     assert function is not None
     if entry.in_float32:
         check_memory(call)  # torch reads the tensors first
-        found = entry.spec, entry.backend, entry.settings
-        return in_float32(call, lambda step: _run_by(None, step, entry_of(step, *found), None))
+        shared = entry.spec, entry.backend, entry.settings
+        return in_float32(call, lambda step: _run_by(None, step, entry_of(step, *shared), None))
     plan = entry.plan
     if plan is None:
         spec = replace(entry.spec, checkpoint=False)

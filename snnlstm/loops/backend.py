@@ -67,8 +67,8 @@ def compile_loop(
     """
     unknown = set(options or ()) - {"inner"}
     if unknown or mode is not None:
-        given = f"options {sorted(unknown)}" if unknown else f"mode={mode!r}"
-        raise ValueError(f'backend "snnlstm" takes options={{"inner": name}} alone, got {given}')
+        other = f"options {sorted(unknown)}" if unknown else f"mode={mode!r}"
+        raise ValueError(f'backend "snnlstm" takes options={{"inner": name}} alone, got {other}')
     version = torch.__version__
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
         needed = ".".join(map(str, OLDEST))

@@ -168,8 +168,8 @@ class Writer:
         node, item = self._loop.same[node], 0
         if node.target is rows.ITEM and self._loop.same[node.args[0]].target in rows.STATEFUL:
             node, item = self._loop.same[node.args[0]], node.args[1]
-        found = self._loop.runs.get(node)
-        return found and (found[0], item, found[1])
+        place = self._loop.runs.get(node)
+        return place and (place[0], item, place[1])
 
     def _single(self, node: Node) -> Node:
         """A node of the old graph in the new one; a step of a run is taken out of its result."""

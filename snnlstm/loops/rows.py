@@ -243,8 +243,8 @@ def row_of(node: Node) -> Row | None:
         return _LEADING
     if name == "pad" and (*args[2:], *node.kwargs.values(), "constant")[0] == "constant":
         return _LEADING
-    own = name == "batch_norm" and named_arguments(node).get("training", True)  # statistics
-    if _OF_BATCHES.get(name) == dim or (name in _OF_ANY_BATCHES and dim >= 2 and not own):
+    of_batch = name == "batch_norm" and named_arguments(node).get("training", True)  # statistics
+    if _OF_BATCHES.get(name) == dim or (name in _OF_ANY_BATCHES and dim >= 2 and not of_batch):
         return _FOLDED
     if name == "flatten" and dim:
         return _FLATTEN

@@ -90,15 +90,15 @@ def _effects(node: Node) -> Effects:
 
 def memory(node: Node) -> set[int]:
     """The memory of a node's result: a number for each storage."""
-    found: set[int] = set()
+    memories: set[int] = set()
     pending = [node.meta.get("example_value")]
     while pending:
         value = pending.pop()
         if isinstance(value, Tensor):
-            found.add(memory_of(value))
+            memories.add(memory_of(value))
         elif isinstance(value, tuple | list):
             pending += value
-    return found
+    return memories
 
 
 OTHER_SETTINGS = "a setting, such as the grad mode, changes between the steps"
@@ -423,11 +423,11 @@ class Loop:
                 depends_on[unit] = max((depends_on[u] for u in needed), default=-1)
                 continue
             others = needed - self._handed.get(unit, set())
-            own = max((depends_on[u] for u in others), default=-1)
+            latest = max((depends_on[u] for u in others), default=-1)
             reason = None
             if runs:  # why this call may not continue the run of the last one
                 last = members[runs[-1][-1]]
-                if own == len(runs) - 1:
+                if latest == len(runs) - 1:
                     between = {self._regions[unit], self._regions[calls[last]]}
                     reason = OTHER_SETTINGS if len(between) > 1 else FEEDBACK
                 elif row.states and at != last + 1:

@@ -287,19 +287,19 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     before, after, *parameters = ctx.saved_tensors
     plan = ctx.plan
     wanted = reached(ctx.needs_input_grad[2:], plan.spec.reset, grads)
-    found: Sequence[Any]
+    per_neuron: Sequence[Any]
     if torch.is_grad_enabled() or beyond_kernels(grads):
-        found = _by_formula(plan.spec, before, after, parameters, grads, wanted)
+        per_neuron = _by_formula(plan.spec, before, after, parameters, grads, wanted)
     else:
-        found = plan.backward(before, after, parameters, grads, wanted)
-    return None, None, *of_arguments(found, parameters, plan.types, wanted)
+        per_neuron = plan.backward(before, after, parameters, grads, wanted)
+    return None, None, *of_arguments(per_neuron, parameters, plan.types, wanted)
 
 
 _apply = differentiable("_Leaky", _forward, _gradients)
 
 
 def of_arguments(
-    found: Sequence[Any],
+    grads: Sequence[Any],
     parameters: Sequence[Tensor],
     types: Sequence[torch.dtype],
     wanted: Sequence[bool],
@@ -308,7 +308,7 @@ def of_arguments(
 
     `types` are those of x and mem.
     """
-    x, mem, *sums = found
+    x, mem, *sums = grads
     return (
         x.to(types[0]) if wanted[0] else None,
         mem.to(types[1]) if wanted[1] else None,
@@ -338,7 +338,7 @@ def _by_formula(
         before = before.to(after.dtype)
     inside, decay = (beta >= 0) & (beta <= 1), beta.clamp(0, 1)
     carried: Any = 0
-    found: list[Tensor] = []
+    of_x: list[Tensor] = []
     d_beta: Any = 0
     d_threshold: Any = 0
     for t in reversed(range(len(mems))):
@@ -347,7 +347,7 @@ def _by_formula(
             through_spk = spks[t] * graded * surrogate.factor(mems[t] - threshold)
         grad = through_spk + carried + (0 if others[t] is None else others[t])
         carried, previous = decay * grad, mems[t - 1] if t else before
-        found.append(grad)
+        of_x.append(grad)
         if previous is not None:
             signal = (previous - threshold > 0).to(previous.dtype).detach()
             if reset == "zero":
@@ -356,5 +356,5 @@ def _by_formula(
             d_threshold = d_threshold - through_spk
             if reset == "subtract":
                 d_threshold = d_threshold - grad * signal
-    x = torch.stack(found[::-1]) if sequence else found[0]
+    x = torch.stack(of_x[::-1]) if sequence else of_x[0]
     return x, carried, d_beta if wanted[2] else None, d_threshold if wanted[3] else None

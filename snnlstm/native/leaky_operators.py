@@ -107,15 +107,15 @@ def _backward_operator(*arguments: Any) -> Sequence[Tensor]:
         before = torch.zeros_like(after[0] if sequence else after)
     x = after if types[0] is after.dtype else torch.empty_like(after, dtype=types[0])
     plan = plan_of(LeakyCall(x, before, *parameters), LeakySpec.from_text(text, sequence))
-    found = plan.backward(before, after, parameters, (grad_spk, grad_mem), wanted)
-    return _gradient_outputs(found, after, parameters, types, wanted)
+    grads = plan.backward(before, after, parameters, (grad_spk, grad_mem), wanted)
+    return _gradient_outputs(grads, after, parameters, types, wanted)
 
 
 def _gradient_outputs(
-    found: Sequence[Any], after: Tensor, parameters: Sequence[Tensor], types: Any, wanted: Any
+    grads: Sequence[Any], after: Tensor, parameters: Sequence[Tensor], types: Any, wanted: Any
 ) -> Sequence[Tensor]:
-    grads = of_arguments(found, parameters, types, wanted)
-    return tuple(after.new_empty(0) if grad is None else grad for grad in grads)
+    shaped = of_arguments(grads, parameters, types, wanted)
+    return tuple(after.new_empty(0) if grad is None else grad for grad in shaped)
 
 
 @_backward_operator.register_fake
@@ -123,8 +123,8 @@ def _(*arguments: Any) -> Sequence[Tensor]:
     after, *parameters = arguments[1:5]
     sequence, *types, wanted = arguments[8:]
     like = after[0] if sequence else after
-    found = (_empty_like(after, types[0]), *(_empty_like(like, after.dtype) for _ in range(3)))
-    kept = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
+    grads = (_empty_like(after, types[0]), *(_empty_like(like, after.dtype) for _ in range(3)))
+    kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
     return _gradient_outputs(kept, after, parameters, types, wanted)
 
 

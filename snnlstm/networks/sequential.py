@@ -51,7 +51,7 @@ class Sequential(nn.Sequential):
     the layers one after the other, but each cell gets all steps in one call. After a call
     :attr:`report` shows which of four kinds of calls each layer got:
 
-    - *sequence*: :class:`SConv2dLSTM`, :class:`Leaky` (on the CPU where a step is at most 128 KiB),
+    - *sequence*: :class:`SConv2dLSTM`, :class:`Leaky` (on the CPU where a step is at most 1 MiB),
       and snnTorch's StateLeaky, LinearLeaky, AssociativeLeaky and LeakyParallel, one call for all
       steps. These four of snnTorch's keep no state: each call starts anew;
     - *fold*: layers of torch that treat every sample by itself, one call with all steps as a batch:
@@ -61,7 +61,8 @@ class Sequential(nn.Sequential):
     - *step*: all other layers, one call for each step: snnTorch's other neurons, batch norm in
       training (its statistics are those of one step), dropout in training (a new mask for every
       step), layers with hooks, modules that are not known here, and on the CPU layers whose input
-      or output at one step exceeds 128 KiB. Adjacent ones all run one step, then the next;
+      or output at one step exceeds 128 KiB (1 MiB for a Linear). Adjacent ones all run one step,
+      then the next;
     - *once*: the leading layers of kind *fold*, however large, if all steps are the same image,
       ``x.expand(T, ...)``, without `lengths`: one call with one step. x must require no gradient,
       and the layers must carry no hooks and not work in place.

@@ -121,11 +121,11 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
             raise AttributeError(NO_RESET)
-        found = super().__getattr__(name)
-        if name == "mem" and has_ended(found) and level_of(found) > NO_LEVEL:
+        value = super().__getattr__(name)
+        if name == "mem" and has_ended(value) and level_of(value) > NO_LEVEL:
             # A reset makes zeros like this attribute, but no operator reads what outlived a vmap.
-            return torch.zeros(0, dtype=found.dtype, device=found.device)
-        return found
+            return torch.zeros(0, dtype=value.dtype, device=value.device)
+        return value
 
     @property
     def state_function(self) -> Any:
@@ -201,13 +201,14 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """
         if mem is not None and self.init_hidden:
             raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
-        own = snntorch.replaced(self, TheirLeaky)
+        replaced = snntorch.replaced(self, TheirLeaky)
         if torch.compiler.is_compiling():
-            return self._traced(input_, mem, own)
+            return self._traced(input_, mem, replaced)
         call = self._called(input_, mem)
         try:
-            if own is not None:
-                return self._without_kernels(Path("reference", own, slow=True), call, mem, True)
+            if replaced is not None:
+                path = Path("reference", replaced, slow=True)
+                return self._without_kernels(path, call, mem, True)
             spk, after, path = run_leaky(self.__dict__, call, self._described(), recorded_now())
             if spk is None:
                 return self._without_kernels(path, call, mem, False)
@@ -253,29 +254,31 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         entry = last_entry(self.__dict__, self._called(x, None), self._described(sequence))
         return entry.fallback is None
 
-    def _traced(self, x: Tensor, mem: Tensor | None, own: str | None) -> Any:
+    def _traced(self, x: Tensor, mem: Tensor | None, replaced: str | None) -> Any:
         """Run a step that torch.compile traces: as one operator, or in plain torch."""
         before: Any = self._buffers.get("mem") if mem is None else mem
         call = LeakyCall(x, before, *map(self._parameter, LEAKY_PARAMETERS))
         if (
-            own is not None or operators is None or not self._text
+            replaced is not None or operators is None or not self._text
             or not unrecorded_while_tracing() or algorithms.current == "reference"
             or kernels.reason_against(call, False) is not None
         ):  # fmt: skip
-            return self._without_kernels(_TRACED, call, mem, own is not None)
+            return self._without_kernels(_TRACED, call, mem, replaced is not None)
         spk, after = operators.leaky(*call[:5], self._text, False, False)
         self._buffers["mem"] = after
         object.__setattr__(self, "_path", _COMPILED)  # nn.Module's takes long to trace
         return spk if self.init_hidden and not self.output else (spk, after)
 
-    def _without_kernels(self, path: Path, call: LeakyCall, mem: Tensor | None, own: bool) -> Any:
-        """Run a step in plain torch; if the layer has a method of its `own`, snnTorch's forward.
+    def _without_kernels(
+        self, path: Path, call: LeakyCall, mem: Tensor | None, replaced: bool
+    ) -> Any:
+        """Run a step in plain torch; if a method was `replaced`, snnTorch's forward.
 
         `mem` is None if the call continues from the stored state.
         """
         before: Any = self._buffers.get("mem")
         traced, attributes = path is _TRACED, self.__dict__
-        if own:
+        if replaced:
             try:
                 out = super().forward(call.x, mem)
             except BaseException:  # snnTorch stores mem before it is done
@@ -307,8 +310,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             guard = _may_be_infinite(threshold)
         at_once: Any = None
         if not delay:  # the compiler cannot read the number
-            said = self._parameter("reset_mechanism_val")
-            at_once = said if traced else int(said)
+            number = self._parameter("reset_mechanism_val")
+            at_once = number if traced else int(number)
         return leaky_step(
             x, mem, beta, threshold, graded, self._spikes(dtype, traced), reset, dtype, guard,
             at_once, self.state_quant or None, self.inhibition,
@@ -357,10 +360,10 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def _parameter(self, name: str) -> Any:
         """Return a parameter or buffer; nn.Module's search takes a microsecond."""
-        found = self._buffers.get(name)
-        if found is None:
-            found = self._parameters.get(name)
-        return getattr(self, name) if found is None else found
+        tensor = self._buffers.get(name)
+        if tensor is None:
+            tensor = self._parameters.get(name)
+        return getattr(self, name) if tensor is None else tensor
 
     def _called(self, x: Any, mem: Any, every: bool = True) -> LeakyCall:
         """The call of x, from the stored state if mem is None."""

@@ -315,7 +315,7 @@ class SConv2dLSTM(CellAttributes):
         The compiler takes some 0.04 ms for each bytecode. So this function asks little in few of
         them, and leaves the errors of tensors that do not fit to the operator's fake kernel.
         """
-        own, conv, state = self.__dict__, self._modules.get("conv"), self._state
+        attributes, conv, state = self.__dict__, self._modules.get("conv"), self._state
         if (
             conv is None or not plain_while_tracing(type(self), _RELEASED)
             or reason_against_conv(conv, nn.Conv2d, spec) is not None
@@ -325,7 +325,7 @@ class SConv2dLSTM(CellAttributes):
             return None
         inside = conv.__dict__
         for name in ("conv", "threshold", "graded_spikes_factor", "fire", "mem_reset"):
-            if name in own:  # it hides the class's or the registered one
+            if name in attributes:  # it hides the class's or the registered one
                 return None
         if "weight" in inside or "bias" in inside:
             return None
@@ -357,12 +357,12 @@ class SConv2dLSTM(CellAttributes):
         """Return the call as it came, if nothing in it needs a conversion."""
         if record is not False and record is not True:  # 1.0 and NumPy's True equal True in a key
             return None
-        own, conv = self.__dict__, self._modules.get("conv")
-        inside: Any = getattr(conv, "__dict__", own)
+        attributes, conv = self.__dict__, self._modules.get("conv")
+        inside: Any = getattr(conv, "__dict__", attributes)
         # An attribute in __dict__ hides the parameter or buffer of its name.
         if (
-            "conv" in own or "threshold" in own or "graded_spikes_factor" in own
-            or "weight" in inside or "bias" in inside
+            "conv" in attributes or "threshold" in attributes
+            or "graded_spikes_factor" in attributes or "weight" in inside or "bias" in inside
         ):  # fmt: skip
             return None
         threshold: Any = self._buffers.get("threshold")
