@@ -16,28 +16,34 @@ from scikit_build_core.build import (
     get_requires_for_build_editable,
     get_requires_for_build_sdist,
     get_requires_for_build_wheel,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
 )
 
 __all__ = [
     "build_editable", "build_sdist", "build_wheel", "get_requires_for_build_editable",
     "get_requires_for_build_sdist", "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable", "prepare_metadata_for_build_wheel",
 ]  # fmt: skip
 
 
 def build_wheel(
     wheel_directory: str, config_settings: dict | None = None, metadata_directory: str | None = None
 ) -> str:
-    return _built(build.build_wheel, wheel_directory, config_settings, metadata_directory)
+    return _built(build.build_wheel, wheel_directory, config_settings)
 
 
 def build_editable(
     wheel_directory: str, config_settings: dict | None = None, metadata_directory: str | None = None
 ) -> str:
-    return _built(build.build_editable, wheel_directory, config_settings, metadata_directory)
+    return _built(build.build_editable, wheel_directory, config_settings)
 
 
 def _built(hook: Callable[..., str], *arguments: object) -> str:
-    """Returns the name of the wheel with the most parts that can be built."""
+    """Returns the name of the wheel with the most parts that can be built.
+
+    No hook gets the metadata that was prepared: a wheel without the core has other tags.
+    """
     fallbacks = []
     if not (os.environ.get("SNNLSTM_CUDA") or os.environ.get("SNNLSTM_LOCAL_VERSION")):
         if nvcc():

@@ -107,3 +107,12 @@ def test_after_a_failure_fewer_parts_are_built(set_by_user, has_nvcc, fallbacks,
         tries.append(tries[-1] | fallback)
     assert seen == tries
     assert backend._built(lambda folder: f"{folder}/wheel", "folder") == "folder/wheel"
+
+
+def test_metadata_need_no_compiler_and_do_not_bind_a_smaller_wheel(monkeypatch, tmp_path):
+    monkeypatch.chdir(Path(TOOLS).parent)
+    monkeypatch.setenv("CXX", "false")
+    folder = backend.prepare_metadata_for_build_wheel(str(tmp_path))
+    assert "Name: snnlstm\n" in (tmp_path / folder / "METADATA").read_text()
+    monkeypatch.setattr(backend.build, "build_wheel", lambda *arguments: arguments)
+    assert str(tmp_path) not in backend.build_wheel("wheels", None, str(tmp_path))
