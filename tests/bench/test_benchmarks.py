@@ -124,7 +124,7 @@ def own(tmp_path):
 
 def test_ones_own_network_is_timed_with_either_cell(own):
     step, sequence = "torch.nn.Sequential", "snnlstm.Sequential"
-    for library, stack in (("snntorch", step), ("snnlstm", step), ("snnlstm", sequence)):
+    for library, stack in (("snntorch", step), ("snnlstm", sequence)):
         own(
             "def make():\n"
             f"    cell = {library}.SConv2dLSTM(2, 3, 3, threshold=0.05, init_hidden=True)\n"
@@ -243,9 +243,7 @@ def test_a_name_means_one_layer_or_network():
     "table",
     [
         "convlstm",
-        "lengths",
-        "sparse",
-        *(pytest.param(t, marks=long) for t in ("networks", "one-sample")),
+        *(pytest.param(t, marks=long) for t in ("lengths", "sparse", "networks", "one-sample")),
     ],
 )
 def test_all_forms_of_every_case_compute_the_same(table):

@@ -116,7 +116,7 @@ class Programs(RuleBasedStateMachine):
         self.compare(*((cell.syn, cell.mem) for cell in self.cells))
 
 
-Programs.TestCase.settings = drawing(100)
+Programs.TestCase.settings = drawing(60)
 
 
 @pytest.mark.drawn
