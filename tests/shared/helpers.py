@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import snnlstm
+from tests.shared.fresh import HANG, server
 
 THRESHOLD = 0.1  # cells spike at this threshold
-HANG = 1200  # seconds; what takes longer hangs, on the busiest machine
 measures_memory = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
 )
@@ -180,9 +180,9 @@ def more_memory(size: int) -> Iterator[None]:
 def in_processes(work: Callable[..., None], *arguments: Any, count: int = 1) -> None:
     """Calls `work` with the rank and `arguments` in each of several fresh processes.
 
-    The error of any is raised. A server imports torch once, in seconds, and forks for each process.
+    The error of any is raised.
     """
-    torch.multiprocessing.set_forkserver_preload(["torch", "snntorch", "pytest"])
+    server()
     torch.multiprocessing.start_processes(
         _in_one, (work, *arguments), count, start_method="forkserver"
     )
