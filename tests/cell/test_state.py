@@ -137,6 +137,7 @@ def test_zeros_of_a_wrong_size_that_have_a_history_or_other_channels_are_refused
         torch.func.vmap(lambda mem: cell(x, mem=mem)[2])(torch.zeros(2, 1, 3, 6, 7))
 
 
+@pytest.mark.emulator_long
 @pytest.mark.parametrize("how", ["as it is", "reread", "passed"])
 @pytest.mark.parametrize("time", [1, 7])
 def test_a_reset_state_may_be_edited_in_place(backend, how, time):
@@ -201,6 +202,7 @@ def test_the_callers_tensors_are_never_modified(backend):
         assert not any(o.data_ptr() == g.data_ptr() for o in out for g in given)
 
 
+@pytest.mark.emulator_long
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["spk", "syn", "mem"])
 @pytest.mark.parametrize("recurrent", [False, True])
 @pytest.mark.parametrize("pool", [{}, {"max_pool": 2}], ids=str)
