@@ -82,7 +82,7 @@ def compare(
     return outs[0]
 
 
-@pytest.mark.parametrize("dtype", [F32, long(F64), long(F16), BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, long(F64), long(F16), long(BF16)], ids=str)
 @pytest.mark.parametrize(
     "name", [name if name == "two layers, batch first" else long(name) for name in STACKS]
 )

@@ -14,7 +14,7 @@ from snnlstm.calls.spec import RESETS
 from tests.shared.cases import drawing
 from tests.shared.helpers import close, ours, states, steps, twins
 
-SHAPES = st.sampled_from([(2, 5, 6), (3, 5, 6), (1, 4, 4)])  # N, H and W
+SHAPES = st.sampled_from([(2, 5, 6), (1, 5, 6), (2, 4, 4)])  # N, H and W
 SEEDS = st.integers(0, 9)
 NAMES = st.sets(st.sampled_from(["syn", "mem"]))
 
@@ -116,7 +116,7 @@ class Programs(RuleBasedStateMachine):
         self.compare(*((cell.syn, cell.mem) for cell in self.cells))
 
 
-Programs.TestCase.settings = drawing(60)
+Programs.TestCase.settings = drawing(40)
 
 
 @pytest.mark.drawn

@@ -102,8 +102,15 @@ BACK = {
 
 
 @pytest.mark.emulator_long
-@pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=["whole", "segments"])
-def test_hooks_may_bring_lengths_back_in_other_memory(backend, options):
+@pytest.mark.parametrize("way", ["whole", "segments", "compiled segments"])
+def test_hooks_may_bring_lengths_back_in_other_memory(backend, way):
+    options, compiled = {"checkpoint": "segments" in way}, "compiled" in way
+    if compiled and backend.name != "cpu":
+        pytest.skip("one backend's operators are enough")
+    torch.compiler.reset()
+    run: Any = functional.sconv2dlstm
+    run = torch.compile(run, backend="aot_eager") if compiled else run
+
     def found(back: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         def packed(tensor: Tensor) -> Tensor:
             return back(tensor) if tensor.dtype is torch.int64 and tensor.dim() == 1 else tensor
@@ -111,7 +118,7 @@ def test_hooks_may_bring_lengths_back_in_other_memory(backend, options):
         torch.manual_seed(0)
         given = padded_inputs()
         with torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor):
-            out = functional.sconv2dlstm(**given, **options, lengths=torch.tensor(LENGTHS))
+            out = run(**given, **options, lengths=torch.tensor(LENGTHS))
             return gradients_by_name(out, given)
 
     expected = found(lambda lengths: lengths)

@@ -67,6 +67,7 @@ def alike(
 
 
 CHANNELS, FEATURES = torch.tensor([0.3, 0.6, 0.9])[:, None, None], torch.linspace(0.1, 0.9, 5)
+NEURONS = torch.linspace(0.1, 0.9, 120).reshape(2, 3, 4, 5)
 SHAPES = [(2, 3, 4, 5), (7,), (3, 5), (2, 3, 5), (1, 1), (33, 67), (2, 3, 40, 50)]
 
 
@@ -100,16 +101,26 @@ OPTIONS: list[dict[str, Any]] = [
     {"beta": torch.tensor([0.7]), "threshold": torch.tensor(0.2, dtype=F64)},
     {"beta": CHANNELS * 3 - 1, "threshold": CHANNELS}, {"graded_spikes_factor": -0.5},
     {"surrogate_disable": True}, {"beta": CHANNELS[:2, None] + 0.2},
+    {"beta": NEURONS, "threshold": NEURONS[0]}, {"beta": NEURONS[0], "threshold": NEURONS},
+    {"beta": NEURONS[0, :, :, :1], "threshold": NEURONS[0, :, :, :1]},
     *({"spike_grad": getattr(snntorch.surrogate, spike.name)()} for spike in IN_SNNTORCH),
 ]  # fmt: skip
 
 
+def has_tensors(options: dict[str, Any]) -> bool:
+    return any(map(torch.is_tensor, options.values()))
+
+
 @native
 @pytest.mark.parametrize(
-    "layout", ["contiguous", *long(["channels_last"], ["transposed"], ["strided"])]
+    ("options", "layout"),
+    [
+        *((options, "contiguous") for options in OPTIONS),
+        *long(*product(filter(has_tensors, OPTIONS), ("channels_last", "transposed", "strided"))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
-@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
 def test_options(backend: Any, options: dict[str, Any], reset: str, layout: str) -> None:
     learn = {f"learn_{name}": torch.is_tensor(options.get(name)) for name in ("beta", "threshold")}
     layers = leaky_twins(**options, **learn, reset_mechanism=reset)
@@ -135,25 +146,6 @@ def test_dtypes(backend: Any, reset: str, dtype: torch.dtype, run: Any) -> None:
     assert grads[0].dtype is dtype
     close(grads[0].to(real), exact[0], atol=1e-5, rtol=1e-5 if dtype is F64 else 1e-2)
     close(grads[1:], exact[1:], atol=1e-3, rtol=1e-3)
-
-
-NEURONS = torch.linspace(0.1, 0.9, 120).reshape(2, 3, 4, 5)
-SEVERAL = {"all": NEURONS, "a sample's": NEURONS[0], "rows": NEURONS[0, :, :, :1]}
-
-
-@native
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-@pytest.mark.parametrize("name", ["beta", "threshold"])
-@pytest.mark.parametrize("kind", SEVERAL)
-def test_parameters_of_several_dimensions(backend: Any, name: str, kind: str, layout: str) -> None:
-    """The kernels read them if neighbours in x have neighbouring numbers."""
-    layers = leaky_twins(**{name: SEVERAL[kind]}, **LEARN)
-    x = laid_out(currents(2, 3, 4, 5), layout)
-    (out, grads), (expected, exact) = (outcome(layer, x) for layer in layers)
-    close(out, expected, atol=0, rtol=0)
-    close(grads, exact, atol=1e-4, rtol=1e-4)
-    if layout == "contiguous":
-        backend.check(layers[0].path)
 
 
 # ---- which forward runs --------------------------------------------------------------------------
@@ -216,12 +208,6 @@ def test_replaced_methods_are_called(name: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(snntorch.Leaky, name, lambda self, x: x)
     other(currents(3, 5)[0])
     assert other.path.reason == f"its {name} was replaced"
-
-
-def test_transforms_see_plain_torch() -> None:
-    layer, other = leaky_twins(init_hidden=True, spike_grad=surrogate.atan())
-    x = currents(3, 5)
-    assert torch.equal(torch.func.vmap(layer)(x), torch.func.vmap(other)(x))
 
 
 # ---- the state -----------------------------------------------------------------------------------
@@ -361,8 +347,6 @@ def test_nan_and_infinity() -> None:
     for reset in RESETS:
         layer, other = leaky_twins(reset_mechanism=reset)
         close([*map(layer, x)], [*map(other, x)], atol=0)
-    layer = leaky_twins(threshold=float("inf"))[0]
-    assert layer(x[0])[1][3] == 0.5  # snnTorch's is NaN
 
 
 def test_stochastic_surrogate() -> None:

@@ -303,16 +303,6 @@ def test_large_gradients_lie_in_blocks(name):
     assert pool.free_bytes() - free == 5 * MIB
 
 
-def test_a_kept_gradient_is_summed_and_never_overwritten():
-    cell, x = ours(), torch.rand(1, 2, 2, 512, 520, requires_grad=True)
-    TRAINED["a sequence"](cell, x).backward()
-    kept, once = x.grad, x.grad.clone()
-    cell.reset_mem()
-    TRAINED["a sequence"](cell, x).backward()
-    assert x.grad is kept
-    assert torch.equal(kept, 2 * once)
-
-
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 

@@ -91,7 +91,7 @@ OBJECTS = {
             {"avg_pool": 2, "reset_mechanism": "zero", "learn_threshold": True, "output": True},
             {"state_quant": snnlstm.quant.state_quant(4), "stride": 2, "dilation": 2},
             {"inhibition": True, "dtype": torch.float64, "bias": False},
-            {"surrogate_disable": True, "checkpoint": True}, {"spike_grad": torch.sigmoid},
+            {"spike_grad": torch.sigmoid},
         )
     },
     "a sequence": (
@@ -434,7 +434,7 @@ def test_a_graph_cached_on_disk_by_another_instruction_set_is_not_used(monkeypat
     x, before = steps(2, 2, 2, 6, 6), native.cpu.isa
     with fresh_cache():
         try:
-            for isa in snnlstm._C.isa_names():
+            for isa in snnlstm._C.isa_names()[-2:]:
                 native.cpu.set_isa(isa)
                 monkeypatch.setattr(operators, "LAYOUT", operators.layout())
                 torch._dynamo.reset()
