@@ -48,6 +48,7 @@ def test_kernel_size_is_an_int_a_tuple_or_a_list_and_padding_is_its_half(backend
     backend.check(actual.path)
 
 
+@pytest.mark.emulator_long
 @pytest.mark.parametrize(
     "shape", [(), (1,), (3, 1, 1), (1, 3, 1, 1), (6, 8), (2, 1, 1, 1)], ids=str
 )
@@ -79,6 +80,7 @@ def test_the_threshold_attribute_takes_a_number(backend):
         assert "threshold" in cell.state_dict()
 
 
+@pytest.mark.emulator_long
 @pytest.mark.parametrize("reset", RESETS)
 def test_a_reset_mechanism_that_is_set_or_loaded_is_what_runs(backend, reset):
     syn, mem = states(2, 3, 6, 7)

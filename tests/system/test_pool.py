@@ -90,6 +90,8 @@ def test_a_block_is_used_again_when_nothing_refers_to_it():
     del view
     assert pool.free_bytes() == 8 * MIB
     assert mebibytes(8).data_ptr() == address
+    both = [mebibytes(8) for _ in range(2)]
+    assert both[0].data_ptr() == address != both[1].data_ptr(), "the block was still in use"
 
 
 GROUPS = {
