@@ -37,17 +37,6 @@ def test_arguments_come_in_snntorchs_order_and_ours_by_keyword():
     assert {p.kind for p in (record, *map(mine.get, added))} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 5, (3, 5), [5, 1], (1, 7)], ids=str)
-def test_kernel_size_is_an_int_a_tuple_or_a_list_and_padding_is_its_half(backend, kernel):
-    actual, expected = twins(2, 3, kernel)
-    assert actual.padding == expected.padding
-    assert tuple(actual.conv.kernel_size) == tuple(expected.conv.kernel_size)
-    x = steps(2, 2, 2, 7, 6)
-    for t in range(2):
-        close(actual(x[t]), expected(x[t]))
-    backend.check(actual.path)
-
-
 @pytest.mark.emulator_long
 @pytest.mark.parametrize(
     "shape", [(), (1,), (3, 1, 1), (1, 3, 1, 1), (6, 8), (2, 1, 1, 1)], ids=str

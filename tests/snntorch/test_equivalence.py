@@ -164,7 +164,7 @@ def test_the_oracle_is_snntorch_1_0_0():
 
 
 def test_attributes_that_users_touch(backend):
-    actual, expected = twins(reset_mechanism="subtract", max_pool=2)
+    actual, expected = twins(2, 3, (3, 5), reset_mechanism="subtract", max_pool=2)
     x = steps(1, 2, 2, 6, 6)[0]
     for _ in range(3):
         actual(x)
