@@ -91,19 +91,6 @@ def test_a_reset_mechanism_that_is_set_or_loaded_is_what_runs(backend, reset):
         close(assigned(x, syn, mem), expected)
 
 
-def test_device_and_dtype_keywords_and_cells_without_memory():
-    cell = ours(device="meta", dtype=torch.float64)
-    for value in (cell.conv.weight, cell.threshold, cell.graded_spikes_factor, cell.syn):
-        assert value.is_meta
-        assert value.dtype == torch.float64
-    with torch.device("meta"):
-        cell = ours()
-        assert cell(torch.empty(1, 2, 5, 5))[0].shape == (1, 3, 5, 5)
-        cell.reset_mechanism = "zero"
-        assert cell._describe().reset == "zero"
-    assert all(value.is_meta for value in cell.state_dict().values())
-
-
 def test_an_infinite_threshold_with_subtract_makes_no_nan(backend):
     threshold = torch.tensor([0.1, torch.inf, 0.1]).view(3, 1, 1)
     cell = ours(threshold=threshold, reset_mechanism="subtract", learn_threshold=True)

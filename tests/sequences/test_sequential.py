@@ -286,14 +286,6 @@ def test_the_next_layer_gets_the_first_item_of_a_tuple():
     close((h, c), [torch.stack([step[1][k] for step in expected]) for k in range(2)])
 
 
-def test_unroll_registers_nothing():
-    net = nn.ModuleDict({"lstm": ours(max_pool=2), "flat": nn.Flatten(), "lif": leaky()})
-    keys = list(net.state_dict())
-    snnlstm.unroll(X, *net.values())
-    assert list(net.state_dict()) == keys
-    assert [name for name, _ in net.named_children()] == ["lstm", "flat", "lif"]
-
-
 # ---- snnTorch's neurons that take whole sequences, and DeltaLeaky --------------------------------
 
 
