@@ -25,6 +25,7 @@ import snnlstm
 from tests.shared.fresh import HANG, server
 
 THRESHOLD = 0.1  # cells spike at this threshold
+_CUDA = torch.cuda.is_available()
 measures_memory = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
 )
@@ -44,16 +45,23 @@ def quietly(make: Any, *args: Any, **kwargs: Any) -> Any:
         return make(*args, **kwargs)
 
 
+def set_seed(seed: int) -> None:
+    """Does as torch.manual_seed, which also formats a stack for each kind of absent device."""
+    torch.default_generator.manual_seed(seed)
+    if _CUDA:
+        torch.cuda.manual_seed_all(seed)
+
+
 def ours(*args: Any, seed: int = 0, **kwargs: Any) -> snnlstm.SConv2dLSTM:
     """Makes a cell of 2 -> 3 channels, 3x3, with threshold 0.1, unless `args` say otherwise."""
-    torch.manual_seed(seed)
+    set_seed(seed)
     kwargs.setdefault("threshold", THRESHOLD)
     return quietly(snnlstm.SConv2dLSTM, *(args or (2, 3, 3)), **kwargs)
 
 
 def theirs(*args: Any, seed: int = 0, **kwargs: Any) -> snntorch.SConv2dLSTM:
     """Makes snnTorch's cell, with the weights of :func:`ours` of the same arguments."""
-    torch.manual_seed(seed)
+    set_seed(seed)
     kwargs.setdefault("threshold", THRESHOLD)
     return quietly(snntorch.SConv2dLSTM, *(args or (2, 3, 3)), **kwargs)
 
