@@ -105,10 +105,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"beta": NEURONS[0, :, :, :1], "threshold": NEURONS[0, :, :, :1]},
     *({"spike_grad": getattr(snntorch.surrogate, spike.name)()} for spike in IN_SNNTORCH),
 ]  # fmt: skip
-
-
-def has_tensors(options: dict[str, Any]) -> bool:
-    return any(map(torch.is_tensor, options.values()))
+OF_TENSORS = [options for options in OPTIONS if any(map(torch.is_tensor, options.values()))]
 
 
 @native
@@ -116,7 +113,7 @@ def has_tensors(options: dict[str, Any]) -> bool:
     ("options", "layout"),
     [
         *((options, "contiguous") for options in OPTIONS),
-        *long(*product(filter(has_tensors, OPTIONS), ("channels_last", "transposed", "strided"))),
+        *long(*product(OF_TENSORS, ("channels_last", "transposed", "strided"))),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )

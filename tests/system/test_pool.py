@@ -271,19 +271,11 @@ def test_an_interrupted_return_frees_a_block_once(monkeypatch):
 # ---- what lies in blocks -------------------------------------------------------------------------
 
 
-def with_leaky(cell: nn.Module, x: Tensor) -> Tensor:
-    return snnlstm.Leaky(beta=0.9, threshold=0.2).sequence(x, True, None)[1].sum()
-
-
-def compiled(cell: nn.Module, x: Tensor) -> Tensor:
-    return torch.compile(cell, backend="eager", fullgraph=True)(x)[0].sum()
-
-
 TRAINED = {
     "a step": lambda cell, x: cell(x)[-1].sum(),
     "a sequence": lambda cell, x: cell(x)[0].sum(),
-    "Leaky": with_leaky,
-    "the operator": compiled,
+    "Leaky": lambda cell, x: snnlstm.Leaky(0.9, threshold=0.2).sequence(x, True, None)[1].sum(),
+    "operator": lambda cell, x: torch.compile(cell, fullgraph=True, backend="eager")(x)[0].sum(),
 }
 
 

@@ -227,17 +227,9 @@ def test_every_option_that_changes_after_compiling_is_followed():
                 close(*results)
 
 
-def in_place_of_fire(mem):
-    return (mem > 0.03).float() + 0 * mem
-
-
 class Loud(snnlstm.SConv2dLSTM):
     def fire(self, mem):
         return 2 * super().fire(mem)
-
-
-def hooked(cell):
-    cell.conv.register_forward_hook(lambda module, args, out: out * 2)
 
 
 def in_doubles(name):
@@ -246,8 +238,8 @@ def in_doubles(name):
 
 # What a call needs besides its tensors being read, and how the cell gets it.
 UNUSUAL = {
-    "a hook": hooked,
-    "fire": lambda cell: setattr(cell, "fire", in_place_of_fire),
+    "a hook": lambda cell: cell.conv.register_forward_hook(lambda module, args, out: out * 2),
+    "fire": lambda cell: setattr(cell, "fire", lambda mem: (mem > 0.03).float() + 0 * mem),
     "a subclass": lambda cell: setattr(cell, "__class__", Loud),
     "conv's forward": lambda cell: setattr(cell.conv, "forward", lambda x: conv_of(cell, 3 * x)),
     "a function for conv": lambda cell: as_a_function(cell),
