@@ -20,7 +20,7 @@ from snnlstm.compat import snntorch as compat
 from snnlstm.dispatch import entry
 from tests.shared.helpers import close, long, ours
 from tests.shared.helpers import twins as cells
-from tests.shared.leaky import F64, LEARN, PLAIN, RESETS, currents, eighths, leaky_twins
+from tests.shared.leaky import F64, LEARN, PLAIN, RESETS, currents, eighths, leaky_twins, outcome
 
 # ---- the surrogate is recognised in the first call -----------------------------------------------
 
@@ -95,11 +95,7 @@ def test_parametrized_vectors(name: str, options: dict[str, Any]) -> None:
     found, layers = [], leaky_twins(**options)
     for layer in layers:
         register_parametrization(layer, name, Doubled())
-        x = currents(3, 5).requires_grad_()
-        spk, mem = map(torch.stack, zip(*map(layer, x), strict=True))
-        grads = torch.autograd.grad(spk.sum() + mem.square().sum(), [x, *layer.parameters()][:2],
-                                    allow_unused=True)  # fmt: skip
-        found.append((spk, mem, *grads))
+        found.append(outcome(layer, currents(3, 5)))
     close(*found, atol=1e-5)
     assert layers[0].path.native
 
