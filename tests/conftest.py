@@ -1,6 +1,7 @@
 """Defines the fixtures that all tests share."""
 
 import gc
+import logging
 import os
 
 # OpenMP reads this variable when torch loads it: waiting threads then leave cores to other workers.
@@ -21,8 +22,15 @@ import snnlstm.dispatch.entry
 import snnlstm.dispatch.path
 import snnlstm.dispatch.reasons
 from tests.shared.cpu_kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
+from tests.shared.helpers import set_seed
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# pytest hands each logger that does not propagate its handlers, in every phase of a test. Many of
+# torch's do not, and one of them writes all that is compiled if it has a handler.
+for logger in logging.root.manager.loggerDict.values():
+    if isinstance(logger, logging.Logger):
+        logger.propagate = True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -116,7 +124,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
-    torch.manual_seed(0)
+    set_seed(0)
     torch.set_num_threads(2)
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)

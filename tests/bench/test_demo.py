@@ -6,21 +6,22 @@ import json
 import runpy
 import shutil
 import sys
-
-import pytest
-
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
+from importlib.util import find_spec
 
 import pandas as pd
-from sklearn.datasets import load_digits
+import pytest
 
 from benchmarks.demo import __main__ as demo
 from benchmarks.demo import seeds, training
 from benchmarks.demo.training import load_split
 from tests.shared.helpers import long
 
-pytestmark = long  # `make demo` runs it, too
+pytestmark = [
+    long,  # `make demo` runs it, too
+    pytest.mark.skipif(
+        not (find_spec("sklearn") and find_spec("matplotlib")), reason="the demo needs both"
+    ),
+]
 
 
 @pytest.fixture
@@ -82,6 +83,8 @@ def test_training_reaches_the_same_accuracy_with_either_cell():
 
 
 def test_a_copy_of_the_training_runs_alone(tmp_path, monkeypatch, capsys):
+    from sklearn.datasets import load_digits  # an import of seconds
+
     copy = str(shutil.copy2(training.__file__, tmp_path))
     monkeypatch.setitem(sys.modules, "benchmarks", None)  # which a user's folder does not have
     digits = load_digits()

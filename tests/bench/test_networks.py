@@ -19,7 +19,7 @@ from benchmarks.demo import training
 from benchmarks.networks import NETWORKS, Network
 from tests.shared.helpers import close
 
-STEPS = 10
+STEPS = 6
 
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"], autouse=True)
@@ -80,7 +80,7 @@ def train(net: nn.Module, network: Network) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_ten_training_steps_stay_together(name, float64):
+def test_training_steps_stay_together(name, float64):
     """Each network trains with the imported cell, and one with the others, too."""
     network = NETWORKS[name]
     net = theirs(network)

@@ -37,17 +37,7 @@ def test_arguments_come_in_snntorchs_order_and_ours_by_keyword():
     assert {p.kind for p in (record, *map(mine.get, added))} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 5, (3, 5), [5, 1], (1, 7)], ids=str)
-def test_kernel_size_is_an_int_a_tuple_or_a_list_and_padding_is_its_half(backend, kernel):
-    actual, expected = twins(2, 3, kernel)
-    assert actual.padding == expected.padding
-    assert tuple(actual.conv.kernel_size) == tuple(expected.conv.kernel_size)
-    x = steps(2, 2, 2, 7, 6)
-    for t in range(2):
-        close(actual(x[t]), expected(x[t]))
-    backend.check(actual.path)
-
-
+@pytest.mark.emulator_long
 @pytest.mark.parametrize(
     "shape", [(), (1,), (3, 1, 1), (1, 3, 1, 1), (6, 8), (2, 1, 1, 1)], ids=str
 )
@@ -79,6 +69,7 @@ def test_the_threshold_attribute_takes_a_number(backend):
         assert "threshold" in cell.state_dict()
 
 
+@pytest.mark.emulator_long
 @pytest.mark.parametrize("reset", RESETS)
 def test_a_reset_mechanism_that_is_set_or_loaded_is_what_runs(backend, reset):
     syn, mem = states(2, 3, 6, 7)
@@ -98,19 +89,6 @@ def test_a_reset_mechanism_that_is_set_or_loaded_is_what_runs(backend, reset):
         assigned = ours(reset_mechanism=start)
         assigned.reset_mechanism_val = torch.tensor(RESETS.index(reset))
         close(assigned(x, syn, mem), expected)
-
-
-def test_device_and_dtype_keywords_and_cells_without_memory():
-    cell = ours(device="meta", dtype=torch.float64)
-    for value in (cell.conv.weight, cell.threshold, cell.graded_spikes_factor, cell.syn):
-        assert value.is_meta
-        assert value.dtype == torch.float64
-    with torch.device("meta"):
-        cell = ours()
-        assert cell(torch.empty(1, 2, 5, 5))[0].shape == (1, 3, 5, 5)
-        cell.reset_mechanism = "zero"
-        assert cell._describe().reset == "zero"
-    assert all(value.is_meta for value in cell.state_dict().values())
 
 
 def test_an_infinite_threshold_with_subtract_makes_no_nan(backend):

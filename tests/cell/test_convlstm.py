@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import snnlstm
 from tests.shared.cases import drawing
 from tests.shared.helpers import close, flat
-from tests.shared.oracle import float32_error
 from tests.shared.plain_convlstm import Cell, Stack
 
 # Rows have the arguments of both stacks; sizes are odd or prime.
@@ -82,7 +81,7 @@ def compare(
     return outs[0]
 
 
-@pytest.mark.parametrize("dtype", [F32, long(F64), long(F16), BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, long(F64), long(F16), long(BF16)], ids=str)
 @pytest.mark.parametrize(
     "name", [name if name == "two layers, batch first" else long(name) for name in STACKS]
 )
@@ -93,7 +92,10 @@ def test_a_stack_computes_what_plain_torch_does(backend, name, dtype):
     with torch.no_grad():
         ours(x)
     backend.check(ours.cell_list[-1].path)
-    errors = {F32: TIME * float32_error(ours.cell_list[0].path.name), F64: 1e-12}
+    # Winograd's transforms lose a decimal digit, and three products in tf32 for one 2^-22 of it.
+    path = ours.cell_list[0].path.name
+    of_a_step = 2e-5 if "winograd" in path else 5e-6 if "mma" in path else 2e-6
+    errors = {F32: TIME * of_a_step, F64: 1e-12}
     error = errors.get(dtype, 16 * torch.finfo(dtype).eps)
     out = compare(ours, plain, x, states, error, 10 * error)
     assert {o.dtype for o in out} == {dtype}

@@ -12,7 +12,7 @@ from torch import nn
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.quant import StateQuant, state_quant
-from tests.shared.helpers import close, flat, ours, same, steps, theirs
+from tests.shared.helpers import flat, ours, same, steps, theirs
 
 OPTIONS = {
     "spike_grad": surrogate.fast_sigmoid(5), "state_quant": state_quant(3), "dilation": 2,
@@ -115,13 +115,6 @@ def test_reprs_name_what_is_not_a_default():
     assert repr(signals).startswith("SConv1dLSTM(\n  2, 3, kernel_size=5, max_pool=2, stride=(2,)")
     assert "stride=(2, 2)" in repr(snnlstm.ConvLSTM(2, 3, 3, 1, stride=2))
     assert repr(state_quant(4)) == "StateQuant(16 levels, -1 to 1.2)"
-
-
-@pytest.mark.parametrize("lead", [(4,), (3, 4)], ids=str)
-def test_a_data_parallel_cell_without_a_gpu_is_the_cell(lead):
-    x, plain, parallel = torch.rand(*lead, 2, 6, 7), ours(), torch.nn.DataParallel(ours())
-    close(parallel(x), plain(x))
-    assert parallel.module.path == plain.path
 
 
 @pytest.mark.filterwarnings("ignore:.*prototype")

@@ -114,6 +114,7 @@ def check_that_cells_quantise():
     return cell.path
 
 
+@pytest.mark.emulator_long
 def test_cells_quantise_as_the_definition_says(backend):
     backend.check(check_that_cells_quantise())
 

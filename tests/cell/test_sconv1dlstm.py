@@ -29,6 +29,7 @@ def as_images(cell: snnlstm.SConv1dLSTM, **kwargs: object) -> snnlstm.SConv2dLST
     return twin
 
 
+@pytest.mark.emulator_long
 @pytest.mark.parametrize("kwargs", OPTIONS, ids=lambda kwargs: "-".join(kwargs) or "plain")
 @pytest.mark.parametrize("batch_first", [False, True], ids=["time-first", "batch-first"])
 def test_every_option_does_what_it_does_on_images(backend, kwargs, batch_first):

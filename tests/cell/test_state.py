@@ -14,7 +14,7 @@ from snnlstm.calls.spec import RESETS
 from tests.shared.cases import drawing
 from tests.shared.helpers import close, ours, states, steps, twins
 
-SHAPES = st.sampled_from([(2, 5, 6), (3, 5, 6), (1, 4, 4)])  # N, H and W
+SHAPES = st.sampled_from([(2, 5, 6), (1, 5, 6), (2, 4, 4)])  # N, H and W
 SEEDS = st.integers(0, 9)
 NAMES = st.sets(st.sampled_from(["syn", "mem"]))
 
@@ -66,7 +66,8 @@ class Programs(RuleBasedStateMachine):
     def restart(self, how):
         for cell in self.cells:
             getattr(cell, how)()
-            assert not how.startswith("detach") or not cell.mem.requires_grad
+            graphs = cell.syn.requires_grad or cell.mem.requires_grad
+            assert not (graphs and how == "detach_hidden")
         self.losses = [0, 0]
 
     @rule(shapes=st.lists(SHAPES, min_size=1), seed=SEEDS, how=st.sampled_from([*HANDLED]))
@@ -116,7 +117,7 @@ class Programs(RuleBasedStateMachine):
         self.compare(*((cell.syn, cell.mem) for cell in self.cells))
 
 
-Programs.TestCase.settings = drawing(100)
+Programs.TestCase.settings = drawing(40)
 
 
 @pytest.mark.drawn
@@ -137,6 +138,7 @@ def test_zeros_of_a_wrong_size_that_have_a_history_or_other_channels_are_refused
         torch.func.vmap(lambda mem: cell(x, mem=mem)[2])(torch.zeros(2, 1, 3, 6, 7))
 
 
+@pytest.mark.emulator_long
 @pytest.mark.parametrize("how", ["as it is", "reread", "passed"])
 @pytest.mark.parametrize("time", [1, 7])
 def test_a_reset_state_may_be_edited_in_place(backend, how, time):
@@ -201,6 +203,7 @@ def test_the_callers_tensors_are_never_modified(backend):
         assert not any(o.data_ptr() == g.data_ptr() for o in out for g in given)
 
 
+@pytest.mark.emulator_long
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["spk", "syn", "mem"])
 @pytest.mark.parametrize("recurrent", [False, True])
 @pytest.mark.parametrize("pool", [{}, {"max_pool": 2}], ids=str)

@@ -3,18 +3,17 @@
 Where a layer is nearly silent, many states are equal but for rounding. The maximum decides the
 spike. The gradient goes to the first state that is within one unit of the maximum's last place.
 With inhibition=True only the neuron with the highest state of each sample may spike, as snnTorch's
-documentation promises; its cell warns and ignores the argument.
+documentation promises; its cell warns and ignores the argument. tests/kernels compares the spikes
+and gradients of other states with the definition.
 """
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import snnlstm
 from snnlstm.quant import StateQuant
-from tests.shared.helpers import close, ours, states, steps
-from tests.shared.oracle import pooled
+from tests.shared.helpers import ours
 
 
 def open_cell(**kwargs) -> snnlstm.SConv2dLSTM:
@@ -119,56 +118,12 @@ def test_every_pixel_of_a_large_window_can_be_chosen(backend, size):
         assert chosen_by(open_cell(max_pool=size), syn) == [expected]
 
 
-# ---- inhibition -----------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("pool", [{}, {"max_pool": 2}, {"avg_pool": (2, 3)}], ids=str)
-def test_only_the_highest_pooled_state_of_each_sample_spikes(backend, pool):
-    """Suppressed neurons are reset as spiking neurons are."""
-    options = {"reset_mechanism": "subtract", **pool}
-    cell, free = ours(inhibition=True, **options), ours(**options)
-    x, (syn, mem) = steps(1, 3, 2, 6, 7)[0], states(3, 3, 6, 7)
-    syn[2] = -9  # no neuron of this sample reaches the threshold
-    spk, *new = cell(x, syn, mem)
-    winner = pooled(new[1], cell._describe()).flatten(1).argmax(1)
-    assert spk.sum((1, 2, 3)).tolist() == [1, 1, 0]
-    assert all(spk[n].flatten()[winner[n]] == 1 for n in range(2))
-    close(new, free(x, syn, mem)[1:])
-    backend.check(cell.path)
-
-
-def test_the_highest_state_counts_not_the_distance_to_the_threshold(backend):
-    cell = ours(1, 2, 1, inhibition=True, threshold=torch.tensor([0.7, 0.1]).view(2, 1, 1))
-    with torch.no_grad():
-        cell.conv.weight.zero_()
-        cell.conv.bias.copy_(torch.tensor([9.0, 9, 0, 0, 9, 9, 9, 0.8]))
-    spk, mem = run(cell, torch.zeros(1, 2, 1, 1))
-    assert 0.7 < mem[0, 0] < 0.9
-    assert mem[0, 0] > mem[0, 1] > 0.1
-    assert spk.flatten().tolist() == [1, 0]
-
-
 def test_the_winner_is_that_of_the_quantised_state(backend):
     """Of two states that round to one level, the first wins."""
     cell = open_cell(inhibition=True, state_quant=StateQuant(torch.tensor([0.0, 0.5, 1.0])))
     spk, mem = run(cell, torch.tensor([[[[0.5, 0.55], [0.6, 0.0]]]]))
     assert mem.flatten().tolist() == [0.5, 0.5, 0.5, 0]
     assert spk.flatten().tolist() == [1, 0, 0, 0]
-
-
-def test_no_gradient_flows_through_the_suppressed(backend):
-    """The gradient is that of a cell without inhibition, if the loss reads the winners alone."""
-    inhibited, free = ours(inhibition=True, max_pool=2), ours(max_pool=2)
-    given = steps(1, 2, 2, 6, 8)[0], *states(2, 3, 6, 8)
-    weights = torch.rand(2, 3, 3, 4)
-    spk, _, new_mem = inhibited(*given)
-    winner = F.max_pool2d(new_mem, 2).flatten(1).argmax(1)
-    (spk * weights).sum().backward()
-    mask = F.one_hot(winner, 36).view(2, 3, 3, 4)
-    (free(*given)[0] * weights * mask).sum().backward()
-    close(inhibited.conv.weight.grad, free.conv.weight.grad)
-    assert inhibited.conv.weight.grad.any()
 
 
 # ---- equal sums -----------------------------------------------------------------------------

@@ -56,7 +56,6 @@ def test_a_step_call_goes_the_way_that_the_architecture_tells():
     cell, x = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1), torch.rand(1, 2, 5, 5)
     cell(x), cell(x)
     entered, frames = followed(lambda: cell(x))
-    print(len(entered), entered, len(frames), frames)
     assert (list(dict.fromkeys(entered)), [len(entered), len(frames)]) == told("way")
 
 
@@ -65,14 +64,11 @@ def test_a_backward_pass_goes_the_way_that_the_architecture_tells():
     cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
     x = torch.rand(1, 2, 5, 13)  # no other test has this plan
     states = [torch.zeros(1, 3, 5, 13, requires_grad=k > 1) for k in range(4)]
-    for syn, mem in (states[:2], states[:2], states[2:], states[2:]):
+    for known, (syn, mem) in product((False, True), (states[:2], states[2:])):
         spk = cell(x, syn, mem)[0]
         entered, frames = followed(partial(spk.backward, torch.ones_like(spk)))
-        print(len(entered), entered, len(frames), frames)
-    for syn, mem in (states[:2], states[2:]):
-        spk = cell(x, syn, mem)[0]
-        entered, frames = followed(partial(spk.backward, torch.ones_like(spk)))
-        assert (list(dict.fromkeys(entered)), [len(entered), len(frames)]) == told("backward")
+        way = list(dict.fromkeys(entered)), [len(entered), len(frames)]
+        assert not known or way == told("backward")
 
 
 def test_the_table_of_wings_has_each_file():

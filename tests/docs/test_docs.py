@@ -118,7 +118,7 @@ def test_python_blocks_run_in_order_and_every_cell_spikes(
     ):
         pytest.skip("no compiler, or no core")
     monkeypatch.chdir(ROOT)
-    for seed in range(3 if page.parent in (ROOT, DOCS) else 1):
+    for seed in range(2 if page.parent in (ROOT, DOCS) else 1):
         run(page, seed)
         if "SConv2dLSTM(" in "".join(blocks(page, "python")):
             check_rates(counted)

@@ -16,8 +16,8 @@ import snntorch
 import torch
 
 import snnlstm
-from tests.shared.fresh import fresh
-from tests.shared.helpers import HANG, long
+from tests.shared.fresh import HANG, fresh
+from tests.shared.helpers import long
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GAIN = r"snnlstm trained \d+\.\d times as fast, in processor time"

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.shared.helpers import HANG, long, shell_program
+from tests.shared.fresh import HANG
+from tests.shared.helpers import long, shell_program
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [

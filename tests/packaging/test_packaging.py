@@ -15,8 +15,7 @@ import pytest
 
 import snnlstm
 from snnlstm import _C
-from tests.shared.fresh import fresh
-from tests.shared.helpers import HANG
+from tests.shared.fresh import HANG, fresh
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = Path(_C.__file__)

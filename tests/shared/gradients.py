@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.shared import flat
 from tests.shared.cases import Case, Inputs, Options, wanting_gradients
+from tests.shared.helpers import set_seed
 from tests.shared.oracle import decisions
 
 NAMES = ("x", "syn", "mem", "weight", "bias", "threshold")
@@ -43,7 +44,7 @@ def gradients(
     sources = {n: getattr(leaves, n) for n in wanted if getattr(leaves, n) is not None}
     if not pairs or not sources:
         return {name: torch.zeros_like(leaf) for name, leaf in sources.items()}
-    torch.manual_seed(0)
+    set_seed(0)
     grads = ask(
         [o for o, _ in pairs],
         list(sources.values()),

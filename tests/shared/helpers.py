@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 import snnlstm
+from tests.shared.fresh import HANG, server
 
 THRESHOLD = 0.1  # cells spike at this threshold
-HANG = 1200  # seconds; what takes longer hangs, on the busiest machine
+_CUDA = torch.cuda.is_available()
 measures_memory = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
 )
@@ -44,16 +45,23 @@ def quietly(make: Any, *args: Any, **kwargs: Any) -> Any:
         return make(*args, **kwargs)
 
 
+def set_seed(seed: int) -> None:
+    """Does as torch.manual_seed, which also formats a stack for each kind of absent device."""
+    torch.default_generator.manual_seed(seed)
+    if _CUDA:
+        torch.cuda.manual_seed_all(seed)
+
+
 def ours(*args: Any, seed: int = 0, **kwargs: Any) -> snnlstm.SConv2dLSTM:
     """Makes a cell of 2 -> 3 channels, 3x3, with threshold 0.1, unless `args` say otherwise."""
-    torch.manual_seed(seed)
+    set_seed(seed)
     kwargs.setdefault("threshold", THRESHOLD)
     return quietly(snnlstm.SConv2dLSTM, *(args or (2, 3, 3)), **kwargs)
 
 
 def theirs(*args: Any, seed: int = 0, **kwargs: Any) -> snntorch.SConv2dLSTM:
     """Makes snnTorch's cell, with the weights of :func:`ours` of the same arguments."""
-    torch.manual_seed(seed)
+    set_seed(seed)
     kwargs.setdefault("threshold", THRESHOLD)
     return quietly(snntorch.SConv2dLSTM, *(args or (2, 3, 3)), **kwargs)
 
@@ -180,9 +188,9 @@ def more_memory(size: int) -> Iterator[None]:
 def in_processes(work: Callable[..., None], *arguments: Any, count: int = 1) -> None:
     """Calls `work` with the rank and `arguments` in each of several fresh processes.
 
-    The error of any is raised. A server imports torch once, in seconds, and forks for each process.
+    The error of any is raised.
     """
-    torch.multiprocessing.set_forkserver_preload(["torch", "snntorch", "pytest"])
+    server()
     torch.multiprocessing.start_processes(
         _in_one, (work, *arguments), count, start_method="forkserver"
     )

@@ -31,15 +31,6 @@ def assert_quantised(value: Tensor, exact: Tensor, levels: Tensor, band: float) 
     assert excess.max() <= 2 * band, f"a level is not the nearest, by {float(excess.max()):.3g}"
 
 
-def float32_error(path: str) -> float:
-    """Returns by how much states of order 1 may differ in float32 from those of direct sums.
-
-    Cancellation in Winograd's transforms costs about one decimal digit. Three products in tf32 for
-    one in float32 drop 2^-22 of it. Gradients may differ by three times as much.
-    """
-    return 2e-5 if "winograd" in path else 5e-6 if "mma" in path else 2e-6
-
-
 def steps_of(tensor: Tensor, options: Options) -> Tensor:
     return tensor if options.sequence else tensor.unsqueeze(0)
 

@@ -122,7 +122,7 @@ def judge(case: Twins, backend: Any) -> None:
 
 @pytest.mark.drawn
 def test_any_combination_of_options_equals_snntorch(backend):
-    @drawing(6 if backend.name == "emulator" else 60)
+    @drawing(3 if backend.name == "emulator" else 60)
     @example(Twins(SMALL.but(height=1, width=1, kernel_size=(5, 5), channels=1, reset="zero")))
     @example(Twins(SMALL.but(batch=0, reset="subtract", pool="max", pool_size=(2, 2))))
     @given(drawn_twins())
@@ -164,7 +164,7 @@ def test_the_oracle_is_snntorch_1_0_0():
 
 
 def test_attributes_that_users_touch(backend):
-    actual, expected = twins(reset_mechanism="subtract", max_pool=2)
+    actual, expected = twins(2, 3, (3, 5), reset_mechanism="subtract", max_pool=2)
     x = steps(1, 2, 2, 6, 6)[0]
     for _ in range(3):
         actual(x)

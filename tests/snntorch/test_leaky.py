@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import weakref
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,43 +22,44 @@ from tests.conftest import _backends
 from tests.shared.cases import IN_SNNTORCH, laid_out
 from tests.shared.gradients import KEPT
 from tests.shared.helpers import close, described
-from tests.shared.leaky import F64, LEARN, T, currents, leaky_twins
+from tests.shared.leaky import (
+    F64,
+    LEARN,
+    RESETS,
+    T,
+    by_steps,
+    currents,
+    eighths,
+    foreign,
+    leaky_twins,
+    outcome,
+)
 
 native = pytest.mark.parametrize(
     "backend", [one for one in _backends() if one.native], ids=lambda one: one.name, indirect=True
 )
 
 
-def run(layer: Any, x: Tensor, through: str = "both", whole: bool = False) -> tuple[Any, Any]:
-    """Returns spk and mem of all steps, and the gradients of x, beta and threshold.
+def by_sequence(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns spk and mem of all steps, which are one call."""
+    with torch.no_grad():
+        spks = layer.sequence(x, False)
+    layer.reset_mem()
+    spk, mem = layer.sequence(x, True)
+    assert torch.equal(spks, spk)
+    assert torch.equal(layer.mem, mem[-1])
+    assert not layer.mem._is_view()
+    return spk, mem
 
-    The steps are calls of their own, or with `whole` one call.
-    """
-    x = x.clone().requires_grad_()
-    if whole:
-        with torch.no_grad():
-            spks = layer.sequence(x, False)
-        layer.reset_mem()
-        spk, mem = layer.sequence(x, True)
-        assert torch.equal(spks, spk)
-        assert torch.equal(layer.mem, mem[-1])
-        assert not layer.mem._is_view()
-    else:
-        outs = []
-        for x_t in x:
-            out = layer(x_t)
-            outs.append(out if isinstance(out, tuple) else (out, layer.mem))
-        spk, mem = map(torch.stack, zip(*outs, strict=True))
-    weights = currents(*x.shape, dtype=F64, seed=1)
-    parts = {"spk": spk * weights[0], "mem": mem * weights[1]}
-    sum(part.sum() for name, part in parts.items() if through in (name, "both")).backward()
-    return (spk.detach(), mem.detach()), [x.grad, layer.beta.grad, layer.threshold.grad]
+
+both_ways = pytest.mark.parametrize("run", [by_steps, by_sequence], ids=lambda run: run.__name__)
 
 
 def alike(
-    backend: Any, ours: Any, theirs: Any, x: Tensor, through: str = "both", whole: bool = False
+    backend: Any, ours: Any, theirs: Any, x: Tensor, through: str = "both", run: Any = by_steps
 ) -> None:
-    (out, grads), (expected, exact) = run(ours, x, through, whole), run(theirs, x, through)
+    out, grads = outcome(ours, x, through, run)
+    expected, exact = outcome(theirs, x, through)
     backend.check(ours.path)
     close(out, expected, atol=0, rtol=0)
     assert out[0].any(), "no neuron has spiked"
@@ -65,24 +67,31 @@ def alike(
 
 
 CHANNELS, FEATURES = torch.tensor([0.3, 0.6, 0.9])[:, None, None], torch.linspace(0.1, 0.9, 5)
+NEURONS = torch.linspace(0.1, 0.9, 120).reshape(2, 3, 4, 5)
 SHAPES = [(2, 3, 4, 5), (7,), (3, 5), (2, 3, 5), (1, 1), (33, 67), (2, 3, 40, 50)]
 
 
-def short(value: Any, *values: Any) -> list[Any]:
-    """Has the emulator take the first value in every run, and the others at length."""
-    return [value, *(pytest.param(one, marks=pytest.mark.emulator_long) for one in values)]
+def long(*values: Any) -> list[Any]:
+    """Has the emulator take the values at length alone."""
+    return [pytest.param(*value, marks=pytest.mark.emulator_long) for value in values]
 
 
 @native
-@pytest.mark.parametrize("through", ["spk", "mem", "both"])
-@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
-@pytest.mark.parametrize("shape", short(*SHAPES), ids=described)
-@pytest.mark.parametrize("whole", [False, True], ids=["steps", "sequence"])
-def test_steps(backend: Any, shape: tuple[int, ...], reset: str, through: str, whole: bool) -> None:
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize(
+    ("shape", "through"),
+    [
+        *product(SHAPES[:1], ("spk", "mem", "both")),
+        *long(*product(SHAPES[1:], ["both"])),
+    ],
+    ids=described,
+)
+@both_ways
+def test_steps(backend: Any, shape: tuple[int, ...], reset: str, through: str, run: Any) -> None:
     options: dict[str, Any] = {"reset_mechanism": reset, "learn_beta": True, "init_hidden": True}
     options["beta"] = CHANNELS if len(shape) == 4 else 0.8
-    alike(backend, *leaky_twins(**options, learn_threshold=True), currents(*shape), through, whole)
-    alike(backend, *leaky_twins(**options, output=True), currents(*shape, seed=2), through, whole)
+    alike(backend, *leaky_twins(**options, learn_threshold=True), currents(*shape), through, run)
+    alike(backend, *leaky_twins(**options, output=True), currents(*shape, seed=2), through, run)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -92,14 +101,23 @@ OPTIONS: list[dict[str, Any]] = [
     {"beta": torch.tensor([0.7]), "threshold": torch.tensor(0.2, dtype=F64)},
     {"beta": CHANNELS * 3 - 1, "threshold": CHANNELS}, {"graded_spikes_factor": -0.5},
     {"surrogate_disable": True}, {"beta": CHANNELS[:2, None] + 0.2},
+    {"beta": NEURONS, "threshold": NEURONS[0]}, {"beta": NEURONS[0], "threshold": NEURONS},
+    {"beta": NEURONS[0, :, :, :1], "threshold": NEURONS[0, :, :, :1]},
     *({"spike_grad": getattr(snntorch.surrogate, spike.name)()} for spike in IN_SNNTORCH),
 ]  # fmt: skip
+OF_TENSORS = [options for options in OPTIONS if any(map(torch.is_tensor, options.values()))]
 
 
 @native
-@pytest.mark.parametrize("layout", short("contiguous", "channels_last", "transposed", "strided"))
+@pytest.mark.parametrize(
+    ("options", "layout"),
+    [
+        *((options, "contiguous") for options in OPTIONS),
+        *long(*product(OF_TENSORS, ("channels_last", "transposed", "strided"))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
-@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
 def test_options(backend: Any, options: dict[str, Any], reset: str, layout: str) -> None:
     learn = {f"learn_{name}": torch.is_tensor(options.get(name)) for name in ("beta", "threshold")}
     layers = leaky_twins(**options, **learn, reset_mechanism=reset)
@@ -108,17 +126,17 @@ def test_options(backend: Any, options: dict[str, Any], reset: str, layout: str)
 
 
 @native
-@pytest.mark.parametrize("whole", [False, True], ids=["steps", "sequence"])
+@both_ways
 @pytest.mark.parametrize("dtype", [F64, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
-def test_dtypes(backend: Any, reset: str, dtype: torch.dtype, whole: bool) -> None:
+@pytest.mark.parametrize("reset", RESETS)
+def test_dtypes(backend: Any, reset: str, dtype: torch.dtype, run: Any) -> None:
     """x of a half type is read as it is, and all is computed in float32."""
     real = F64 if dtype is F64 else torch.float32
     beta, threshold = torch.rand(3, 1, 1, dtype=real), torch.rand(5, dtype=real)
     options = {"spike_grad": surrogate.fast_sigmoid(), "reset_mechanism": reset, **LEARN}
     layer, other = leaky_twins(beta=beta, threshold=threshold, **options)
     x = currents(2, 3, 4, 5, dtype=dtype)
-    (outs, grads), (expected, exact) = run(layer, x, whole=whole), run(other, x.to(real))
+    (outs, grads), (expected, exact) = outcome(layer, x, run=run), outcome(other, x.to(real))
     backend.check(layer.path)
     assert all(out.dtype is real for out in outs)
     close(outs, [out.to(real) for out in expected], atol=1e-14, rtol=0)
@@ -127,37 +145,14 @@ def test_dtypes(backend: Any, reset: str, dtype: torch.dtype, whole: bool) -> No
     close(grads[1:], exact[1:], atol=1e-3, rtol=1e-3)
 
 
-NEURONS = torch.linspace(0.1, 0.9, 120).reshape(2, 3, 4, 5)
-SEVERAL = {"all": NEURONS, "a sample's": NEURONS[0], "rows": NEURONS[0, :, :, :1]}
-
-
-@native
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-@pytest.mark.parametrize("name", ["beta", "threshold"])
-@pytest.mark.parametrize("kind", SEVERAL)
-def test_parameters_of_several_dimensions(backend: Any, name: str, kind: str, layout: str) -> None:
-    """The kernels read them if neighbours in x have neighbouring numbers."""
-    layers = leaky_twins(**{name: SEVERAL[kind]}, **LEARN)
-    x = laid_out(currents(2, 3, 4, 5), layout)
-    (out, grads), (expected, exact) = (run(layer, x) for layer in layers)
-    close(out, expected, atol=0, rtol=0)
-    close(grads, exact, atol=1e-4, rtol=1e-4)
-    if layout == "contiguous":
-        backend.check(layers[0].path)
-
-
 # ---- which forward runs --------------------------------------------------------------------------
-
-
-def quantiser(x: Tensor) -> Tensor:
-    return x.round()
 
 
 OTHERS = {
     "reset_delay is False": {"reset_delay": False},
     "inhibition": {"inhibition": True},
-    "state_quant": {"state_quant": quantiser},
-    "the surrogate is not a known one": {"spike_grad": lambda u: (u > 0).float() + 0 * u},
+    "state_quant": {"state_quant": eighths},
+    "the surrogate is not a known one": {"spike_grad": foreign},
     "graded_spikes_factor is learned": {"learn_graded_spikes_factor": True},
     "graded_spikes_factor is learned, or is not": {"graded_spikes_factor": torch.ones(5)},
     "beta is empty, or does not broadcast to x": {"beta": torch.rand(2, 1, 5)},
@@ -166,7 +161,6 @@ OTHERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Inhibition")
 @pytest.mark.parametrize("reason", OTHERS)
 def test_plain_torch_runs(reason: str, caplog: Any) -> None:
     layer, other = leaky_twins(**OTHERS[reason])
@@ -211,12 +205,6 @@ def test_replaced_methods_are_called(name: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(snntorch.Leaky, name, lambda self, x: x)
     other(currents(3, 5)[0])
     assert other.path.reason == f"its {name} was replaced"
-
-
-def test_transforms_see_plain_torch() -> None:
-    layer, other = leaky_twins(init_hidden=True, spike_grad=surrogate.atan())
-    x = currents(3, 5)
-    assert torch.equal(torch.func.vmap(layer)(x), torch.func.vmap(other)(x))
 
 
 # ---- the state -----------------------------------------------------------------------------------
@@ -266,18 +254,18 @@ def test_the_graph_of_old_steps_goes_with_the_mem_that_is_returned_and_stored() 
     assert not layer.mem.any()
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["steps", "sequence"])
+@both_ways
 @pytest.mark.parametrize("change", [*KEPT, "shape"])
-def test_hooks_on_saved_tensors(change: str, whole: bool) -> None:
+def test_hooks_on_saved_tensors(change: str, run: Any) -> None:
     layer, other = leaky_twins(**LEARN)[0], leaky_twins(**LEARN)[0]
     unpack: Any = (KEPT | {"shape": lambda t: t[:1] if t.dim() > 1 else t})[change]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack or (lambda t: t)):
         if change == "shape":
             with pytest.raises(RuntimeError, match="must keep its shape"):
-                run(layer, currents(3, 5), whole=whole)
+                outcome(layer, currents(3, 5), run=run)
             return
-        _, grads = run(layer, currents(3, 5), whole=whole)
-    close(grads, run(other, currents(3, 5), whole=whole)[1])
+        _, grads = outcome(layer, currents(3, 5), run=run)
+    close(grads, outcome(other, currents(3, 5), run=run)[1])
 
 
 def test_changes_in_place_are_noticed() -> None:
@@ -353,11 +341,9 @@ def test_a_state_of_inference_mode_serves_in_training() -> None:
 
 def test_nan_and_infinity() -> None:
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.5, -0.5]).repeat(T, 1)
-    for reset in ("subtract", "zero", "none"):
+    for reset in RESETS:
         layer, other = leaky_twins(reset_mechanism=reset)
         close([*map(layer, x)], [*map(other, x)], atol=0)
-    layer = leaky_twins(threshold=float("inf"))[0]
-    assert layer(x[0])[1][3] == 0.5  # snnTorch's is NaN
 
 
 def test_stochastic_surrogate() -> None:

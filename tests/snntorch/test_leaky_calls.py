@@ -18,12 +18,9 @@ import snnlstm
 from snnlstm import surrogate
 from snnlstm.compat import snntorch as compat
 from snnlstm.dispatch import entry
-from tests.shared.helpers import close, long, ours, quietly
+from tests.shared.helpers import close, long, ours
 from tests.shared.helpers import twins as cells
-from tests.shared.leaky import F64, LEARN, currents, leaky_twins
-
-RESETS = ["subtract", "zero", "none"]
-
+from tests.shared.leaky import F64, LEARN, PLAIN, RESETS, currents, eighths, leaky_twins, outcome
 
 # ---- the surrogate is recognised in the first call -----------------------------------------------
 
@@ -98,11 +95,7 @@ def test_parametrized_vectors(name: str, options: dict[str, Any]) -> None:
     found, layers = [], leaky_twins(**options)
     for layer in layers:
         register_parametrization(layer, name, Doubled())
-        x = currents(3, 5).requires_grad_()
-        spk, mem = map(torch.stack, zip(*map(layer, x), strict=True))
-        grads = torch.autograd.grad(spk.sum() + mem.square().sum(), [x, *layer.parameters()][:2],
-                                    allow_unused=True)  # fmt: skip
-        found.append((spk, mem, *grads))
+        found.append(outcome(layer, currents(3, 5)))
     close(*found, atol=1e-5)
     assert layers[0].path.native
 
@@ -150,13 +143,9 @@ def test_an_empty_expanded_x_beside_a_vector(name: str, whole: bool) -> None:
 # ---- gradients -----------------------------------------------------------------------------------
 
 
-def other_layout(mem: Tensor) -> Tensor:
-    return mem.transpose(1, 3).contiguous().transpose(1, 3)
-
-
 PASSED: dict[str, Any] = {
     "as x": (lambda x: x, lambda mem: mem),
-    "another layout": (lambda x: x, other_layout),
+    "another layout": (lambda x: x, lambda mem: mem.transpose(1, 3).contiguous().transpose(1, 3)),
     "channels-last x": (lambda x: x.contiguous(memory_format=torch.channels_last), lambda mem: mem),
     "half mem": (lambda x: x.float(), lambda mem: mem.half()),
     "half x": (lambda x: x.half(), lambda mem: mem.float()),
@@ -206,17 +195,16 @@ def test_only_the_threshold_is_learned(reset: str, disable: bool, whole: bool) -
             sum(o.sum() for o in out).backward(retain_graph=reset == "subtract")
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("time", [0, 3], ids=["step", "sequence"])
-def test_only_the_threshold_of_a_cell_is_learned(time: int, reset: str, compiled: bool) -> None:
+def test_only_the_threshold_of_a_cell_is_learned(time: int, reset: str) -> None:
+    """tests/torch/test_leaky_operators.py compares compiled cells with these."""
     found = []
     for cell in cells(reset_mechanism=reset, learn_threshold=True):
         cell.conv.requires_grad_(False)
         x = torch.rand(max(time, 1), 1, 2, 5, 5)
         if isinstance(cell, snnlstm.SConv2dLSTM):
-            call = torch.compile(cell, backend="aot_eager") if compiled else cell
-            out = call(x if time else x[0])
+            out = cell(x if time else x[0])
         else:
             out = [cell(x_t) for x_t in x][-1]
         found.append([o.requires_grad for o in out])
@@ -224,36 +212,6 @@ def test_only_the_threshold_of_a_cell_is_learned(time: int, reset: str, compiled
 
 
 # ---- dtypes --------------------------------------------------------------------------------------
-
-PLAIN: dict[str, Any] = {
-    "known": {},
-    "foreign": {"spike_grad": lambda u: (u > 0).float() + 0 * u},
-    "graded": {"graded_spikes_factor": torch.tensor(0.1, dtype=F64)},
-    "several dimensions": {"beta": torch.rand(3, 5, generator=torch.Generator().manual_seed(0))},
-    "state_quant": {"state_quant": lambda mem: (mem * 8).round() / 8},
-    "inhibition": {"inhibition": True},
-    "both": {"inhibition": True, "state_quant": lambda mem: (mem * 8).round() / 8},
-    "reset_delay": {"reset_delay": False},
-    "reset_delay, graded": {"reset_delay": False, "graded_spikes_factor": 0.5},
-    "surrogate_disable": {"surrogate_disable": True, "reset_delay": False},
-    "learned": {**LEARN, "learn_graded_spikes_factor": True},
-}
-
-
-def pair(kind: str, reset: str, dtype: torch.dtype) -> list[Any]:
-    """Makes our layer and snnTorch's, which in float64 gets a surrogate that keeps the dtype."""
-    options = {**PLAIN[kind], "reset_mechanism": reset}
-    if dtype != F64:
-        return quietly(leaky_twins, **options)
-    layer = quietly(leaky_twins, **options)[0].double()
-    other = quietly(leaky_twins, **{"spike_grad": surrogate.atan(), **options})[1].double()
-    if kind == "foreign":
-        other.spike_grad = lambda u: (u > 0).to(u.dtype) + 0 * u
-    elif kind == "surrogate_disable":
-        other.spike_grad = surrogate.NONE
-    for neuron in (layer, other):
-        neuron.threshold.data.fill_(0.1)  # which float32 does not hold
-    return [layer, other]
 
 
 def outcomes(layers: Any, call: Any, x: Tensor) -> list[list[Tensor]]:
@@ -271,51 +229,28 @@ def outcomes(layers: Any, call: Any, x: Tensor) -> list[list[Tensor]]:
     return found
 
 
-def agree(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype, name: str) -> None:
-    assert found[0].any(), name
-    assert {t.dtype for t in found} == {dtype}, name
-    exact = {"atol": 1e-12, "rtol": 1e-12} if dtype == F64 else {"atol": 0, "rtol": 0}
-    try:
-        close(found[:2], expected[:2], **exact)
-        close(found[2:], expected[2:], **(exact if dtype == F64 else {"atol": 1e-5}))
-    except AssertionError as error:
-        raise AssertionError(f"{name}: {error}") from None
-
-
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-
-
-@both_dtypes
-@pytest.mark.parametrize("algorithm", ["auto", "reference"])
-@pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("kind", PLAIN)
-def test_each_path_computes_what_snntorch_does(
-    kind: str, reset: str, algorithm: str, dtype: torch.dtype
-) -> None:
-    """In float64, as snnTorch computes where its surrogate keeps the dtype."""
-    layer, other = pair(kind, reset, dtype)
-    x = currents(3, 5, dtype=dtype)
-    with snnlstm.algorithm(algorithm):
-        (found,) = outcomes([layer], lambda step: [layer(step[0])], x)
-    (expected,) = outcomes([other], lambda step: [other(step[0])], x)
-    agree(found, expected, dtype, kind)
-    assert algorithm == "auto" or not layer.path.native
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(F64, marks=long)], ids=str)
 def test_compiled_layers_compute_what_snntorch_does(dtype: torch.dtype) -> None:
     """One graph has them all, and not each kind with each mechanism, because tracing takes long."""
     rows = [(k, reset) for k in PLAIN for reset in RESETS if k == "known" or reset == "zero"]
-    ours_, others = zip(*(pair(*row, dtype) for row in rows), strict=True)
+    threshold = torch.tensor(0.1, dtype=dtype)  # float32 does not hold that of float64
+    pairs = (leaky_twins(dtype, **PLAIN[kind], reset_mechanism=reset, threshold=threshold)
+             for kind, reset in rows)  # fmt: skip
+    ours_, others = zip(*pairs, strict=True)
 
     def each(layers: Any) -> Any:
         return lambda step: [layer(x) for layer, x in zip(layers, step, strict=True)]
 
     x, compiled = currents(3, 5, dtype=dtype), torch.compile(backend="eager", fullgraph=True)
     found, expected = outcomes(ours_, compiled(each(ours_)), x), outcomes(others, each(others), x)
-    for row, *results in zip(rows, found, expected, strict=True):
-        agree(*results, dtype, str(row))
+    outs, grads = ({"atol": 1e-12, "rtol": 1e-12},) * 2 if dtype is F64 else (
+        {"atol": 0, "rtol": 0}, {"atol": 1e-5}
+    )  # fmt: skip
+    for row, actual, exact in zip(rows, found, expected, strict=True):
+        assert actual[0].any(), row
+        close(actual[:2], exact[:2], **outs)
+        close(actual[2:], exact[2:], **grads)
     assert not any(layer.path.native for layer in ours_)
 
 
@@ -324,17 +259,6 @@ def test_a_surrogate_that_holds_a_tensor_compiles() -> None:
     layer, other = leaky_twins(spike_grad=snntorch.surrogate.atan(alpha=torch.tensor(2.0)))
     x = currents(3, 5)[0]
     close(torch.compile(layer, backend="eager", fullgraph=True)(x), other(x), atol=0)
-
-
-@pytest.mark.parametrize("how", ["eager", "aot_eager"])
-def test_a_network_in_double_compiles(how: str) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 5), snnlstm.Leaky(0.8, init_hidden=True), nn.Linear(5, 3))
-    net.double()
-    x = currents(3, 5, dtype=F64)[0] * 9
-    compiled = torch.compile(net, backend=how)(x)
-    net[1].reset_mem()
-    close(compiled, net(x))
 
 
 def test_forward_mode_in_double() -> None:
@@ -419,7 +343,7 @@ def parameter(name: str, value: Tensor) -> Any:
 CHANGED: dict[str, Any] = {
     "reset_delay": lambda layer: setattr(layer, "reset_delay", False),
     "inhibition": lambda layer: setattr(layer, "inhibition", True),
-    "state_quant": lambda layer: setattr(layer, "state_quant", lambda mem: (mem * 8).round() / 8),
+    "state_quant": lambda layer: setattr(layer, "state_quant", eighths),
     "spike_grad": lambda layer: setattr(layer, "spike_grad", snntorch.surrogate.triangular()),
     "foreign": lambda layer: setattr(layer, "spike_grad", lambda u: (u > 0.1).float() + 0 * u),
     "unseen": lambda layer: vars(layer).update(inhibition=True),

@@ -195,7 +195,7 @@ def test_two_thousand_steps_stay_close_to_float64(reset, algorithm):
     torch.set_num_threads(1)
     time = 2000
     cell = ours(2, 16, 3, reset_mechanism=reset, threshold=0.05)
-    x = (torch.rand(time, 1, 2, 12, 12) < 0.2).float()
+    x = (torch.rand(time, 1, 2, 8, 8) < 0.2).float()
     options = {"threshold": 0.05, "reset_mechanism": reset, "record": True}
 
     def run(function, x, *parameters):

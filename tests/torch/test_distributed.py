@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import snnlstm
 from tests.shared.cpu_kernels import native
-from tests.shared.helpers import HANG, THRESHOLD, close, in_processes, ours, steps
+from tests.shared.fresh import HANG
+from tests.shared.helpers import THRESHOLD, close, in_processes, ours, steps
 
 try:
     from torch.distributed.fsdp import fully_shard

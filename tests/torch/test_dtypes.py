@@ -51,13 +51,15 @@ def test_thresholds_of_another_dtype_are_converted(backend):
 def test_the_default_dtype_is_that_of_a_new_cell(dtype):
     torch.set_default_dtype(dtype)
     cell = ours(max_pool=2, learn_threshold=True)  # snnTorch's resets are always float32
-    assert {t.dtype for t in (*cell.parameters(), cell.syn, cell.graded_spikes_factor)} == {dtype}
+    single = ours(dtype=torch.float32)  # a cell may have another dtype than the default
+    for made, its in ((cell, dtype), (single, torch.float32)):
+        tensors = *made.parameters(), made.syn, made.threshold, made.graded_spikes_factor
+        assert {t.dtype for t in tensors} == {its}
     x = steps(2, 1, 2, 6, 6).to(dtype)
     out = cell(x)
     assert {t.dtype for t in out} == {dtype}
     (out[0].sum() + out[2].sum()).backward()
     assert cell.conv.weight.grad.dtype == cell.threshold.grad.dtype == dtype
-    single = ours(dtype=torch.float32)  # a cell may have another dtype than the default
     assert single(x.float())[1].dtype == torch.float32
     if dtype == torch.float64:
         with torch.no_grad():
@@ -116,6 +118,8 @@ def test_a_cell_without_memory_gets_it_by_to_empty():
     close(cell(steps(2, 1, 2, 5, 5)), other(steps(2, 1, 2, 5, 5)), atol=0, rtol=0)
     with torch.device("meta"):
         assigned = ours()
+        assigned.reset_mechanism = "subtract"
+        assert all(value.is_meta for value in assigned.state_dict().values())
     assigned.load_state_dict(ours(reset_mechanism="zero").state_dict(), assign=True)
     assert assigned.reset_mechanism == "zero"
     assert assigned(steps(2, 1, 2, 5, 5))[0].device.type == "cpu"

@@ -62,12 +62,12 @@ def any_batch(name: str, sequence: bool) -> Any:
     ("name", "sequence", "strict"),
     [
         ("pooled", False, True), ("strided", True, True), ("quantised", False, False),
-        ("no surrogate", True, False), ("hidden", True, False), ("hidden", True, True),
+        ("no surrogate", True, False), ("hidden", True, False),
         ("signals", True, False), ("ConvLSTM", True, False),
         # What the others have in other pairs.
         *(pytest.param(*row, marks=long) for row in (
             ("pooled", False, False), ("pooled", True, False), ("pooled", True, True),
-            ("ConvLSTM", True, True),
+            ("ConvLSTM", True, True), ("hidden", True, True),
         )),
     ],
 )  # fmt: skip

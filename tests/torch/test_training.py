@@ -34,6 +34,7 @@ def test_a_chunk_without_detached_states_says_what_is_wrong():
 # ---- activation checkpointing ---------------------------------------------------------------
 
 
+@pytest.mark.emulator_long
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_of_parts_of_a_loop(backend, reentrant):
     cells = [ours(reset_mechanism="subtract") for _ in range(2)]
