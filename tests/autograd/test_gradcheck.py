@@ -1,5 +1,6 @@
 """torch's own checks of first and second derivatives, of the functional form in float64."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import snnlstm
 from snnlstm import surrogate
+from snnlstm.calls.call import stateless_call
 from snnlstm.functional import sconv2dlstm
+from snnlstm.native import operators
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import close
 
@@ -43,15 +46,22 @@ def float64_inputs(options: dict[str, Any], step: bool) -> tuple[Tensor, ...]:
     )
 
 
+def called(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    *first, threshold = tensors
+    return sconv2dlstm(*first, threshold=threshold, **options)
+
+
+def by_operator(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    call, spec = stateless_call(*tensors[:5], threshold=tensors[5], **options)
+    return operators.run_operator(call, spec, "auto")[:3]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_first_and_second_derivatives_pass_torchs_checks(name):
     """Output gradients come alone, in batches, and with tangents."""
     options, step = CASES[name]
 
-    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        *first, threshold = tensors
-        return sconv2dlstm(*first, threshold=threshold, **options)
-
+    run = partial(called, **options)
     tensors = float64_inputs(options, step)
     # Spikes jump where they have a surrogate's gradient, whose own derivative is checked below.
     assert gradcheck(
@@ -61,6 +71,26 @@ def test_first_and_second_derivatives_pass_torchs_checks(name):
     assert gradgradcheck(
         spiking, tensors, check_fwd_over_rev=True, check_batched_grad=True, fast_mode=True
     )
+
+
+@pytest.mark.parametrize("run", [called, by_operator])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "checkpoint"])
+def test_a_gradient_that_is_wanted_alone_is_as_beside_the_others(name, run):
+    """Results that reach no wanted one are constant, but those of frozen weights reach x."""
+    options, step = CASES[name]
+    tensors = float64_inputs(options, step)
+    every = run(*tensors, **options)
+    for position in range(len(tensors)):
+        alone = [t.detach().requires_grad_(k == position) for k, t in enumerate(tensors)]
+        for of_alone, of_every in zip(run(*alone, **options), every, strict=True):
+            found = []
+            for result, leaf in (of_alone, alone[position]), (of_every, tensors[position]):
+                grad = None
+                if result.requires_grad:
+                    loss = (result * torch.arange(result.numel()).view_as(result)).sum()
+                    (grad,) = torch.autograd.grad(loss, leaf, retain_graph=True, allow_unused=True)
+                found.append(torch.zeros_like(leaf) if grad is None else grad)
+            close(*found, atol=1e-12, rtol=1e-12)
 
 
 def test_a_convlstm_passes_torchs_checks():

@@ -16,7 +16,7 @@ from tests.shared.helpers import close, ours, states, steps, twins
 
 SHAPES = st.sampled_from([(2, 5, 6), (1, 5, 6), (2, 4, 4)])  # N, H and W
 SEEDS = st.integers(0, 9)
-NAMES = st.sets(st.sampled_from(["syn", "mem"]))
+NAMES = st.sampled_from([(), ("syn",), ("mem",), ("syn", "mem")])
 
 
 # What becomes of a reset state, which stays zeros for any size.
@@ -123,6 +123,15 @@ Programs.TestCase.settings = drawing(40)
 @pytest.mark.drawn
 class TestPrograms(Programs.TestCase):
     pass
+
+
+@pytest.mark.parametrize("names", [("syn",), ("mem",), ("syn", "mem")], ids=" and ".join)
+def test_a_passed_state_takes_the_place_of_the_stored_one(names):
+    cell, oracle = twins(threshold=0.0625, reset_mechanism="subtract")
+    for t, x in enumerate(steps(6, 2, 2, 5, 6)):  # every second call continues from what is stored
+        drawn = dict(zip(("syn", "mem"), states(2, 3, 5, 6, seed=t), strict=True))
+        passed = {name: drawn[name] for name in names if t % 2}
+        close(cell(x, **passed), oracle(x, **passed))
 
 
 def test_zeros_of_a_wrong_size_that_have_a_history_or_other_channels_are_refused():
