@@ -62,6 +62,7 @@ for refused in (snnlstm.accelerate, snnlstm.restore, lambda model: snnlstm.patch
     except ImportError as error:
         print(error)
 snnlstm.unpatch()
+assert not {"Leaky", "TheirLeaky"} & {*vars(snnlstm), *snnlstm.__all__}
 assert not [name for name, module in sys.modules.items() if "snntorch." in name and module
             and not name.startswith("snnlstm")]
 """
