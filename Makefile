@@ -83,10 +83,10 @@ docs: $(VENV)/.docs  ## build the documentation into out/docs; a warning or a de
 	$(RUN) -m sphinx -W --keep-going -q docs out/docs $(ARGS)
 	$(RUN) tools/dead_links.py out/docs
 
-# Without site-packages, which an isolated build does not see.
-NVCC     = $(or $(CUDACXX),$(shell $(RUN) -S tools/local_version.py $(CUDA)))
 LOCAL   := $(if $(filter 12 13,$(CUDA)),cu)$(CUDA)
-BACKEND  = $(if $(filter cpu,$(CUDA)),off,$(if $(or $(NVCC),$(filter 12,$(CUDA))),on,pip))
+# Without site-packages, which an isolated build does not see.
+PLAN     = $(shell SNNLSTM_CUDA=on SNNLSTM_LOCAL_VERSION=$(LOCAL) $(RUN) -S tools/local_version.py 2>&-)
+BACKEND  = $(if $(filter cpu,$(CUDA)),off,$(if $(or $(PLAN),$(CUDACXX),$(filter 12,$(CUDA))),on,pip))
 wheel: $(VENV)/.build  ## build the wheel with both backends into dist/ (CUDA=cpu|12|13: +cpu, +cu12 or +cu13)
 	$(if $(filter-out cpu 12 13,$(CUDA)),$(error CUDA is '$(CUDA)'; accepted: cpu, 12, 13, or nothing))
 	rm -rf build/wheel

@@ -14,43 +14,25 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import sha1
-from itertools import groupby
 from pathlib import Path
 
 from tests.emulator.builder import CACHE, ROOT, run
 from tools import local_version
-
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 
 @cache
 def find(tool: str) -> str | None:
     """Path of nvcc, cuobjdump or nvdisasm, or None; nvcc is the one that a build takes."""
     if tool == "nvcc":
-        return next(iter(local_version.nvcc() or ()), None)
+        return local_version.nvcc()
     return shutil.which(tool, path=os.pathsep.join(map(str, local_version.places())))
 
 
 @cache
-def known_architectures() -> tuple[int, ...]:
-    """The members of ARCHITECTURES that nvcc can compile for."""
-    text = run([find("nvcc"), "--list-gpu-arch"])
-    return tuple(a for a in ARCHITECTURES if f"compute_{a}\n" in text)
-
-
-def ptx_of(arch: int) -> int:
-    """The PTX that machine code is made from, as csrc/cmake/cuda.cmake does it."""
-    return max(ptx for ptx in (75, 80, 90) if ptx <= arch)
-
-
-@cache
-def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
-    """Machine code of `source` for each architecture with its PTX, and what ptxas said."""
-    for_each = [
-        f"-gencode=arch=compute_{ptx},code=[compute_{ptx},{','.join(f'sm_{a}' for a in members)}]"
-        for ptx, members in groupby(archs, ptx_of)
-    ]
-    return _compile(source, ["-Xptxas=-v", *for_each, "-fatbin"])
+def compile_fatbin(source: Path) -> tuple[Path, str]:
+    """Machine code of `source` with the flags of a build for every GPU, and what ptxas said."""
+    flags, _ = local_version.machine_code(find("nvcc"), local_version.ARCHS)
+    return _compile(source, ["-Xptxas=-v", *flags, "-fatbin"])
 
 
 def compile_object(source: Path) -> Path:
