@@ -15,8 +15,6 @@ from tests.shared import cases, flat
 from tests.shared.cases import SILENT, Case
 from tests.shared.table import tagged
 
-SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
-
 
 @dataclass(frozen=True)
 class Mode:
@@ -166,13 +164,13 @@ JUMPING = shorter(CASES | {
 
 
 def crossed(modes, calls):
-    """Every mode and case, with a schedule. Short runs have each case once, and that of two steps
-    in each mode."""
+    """Every mode and case, with a schedule's seed. Short runs have each case once, and that of two
+    steps in each mode."""
     return [
         pytest.param(
             mode,
             case,
-            SCHEDULES[(i + j) % 3],
+            (i + j) % 3,
             id=f"{mode}-{name}",
             marks=pytest.mark.emulator_long if (i + j) % len(modes) and name != "two steps" else (),
         )

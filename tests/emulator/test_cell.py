@@ -35,9 +35,9 @@ def check(core, case: Case, mode: Mode) -> None:
         torch.testing.assert_close(trained, out, atol=0, rtol=0, equal_nan=False)
 
 
-@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(ALL, CASES))
-def test_forward(core, mode, case, schedule):
-    core.schedule(*schedule)
+@pytest.mark.parametrize(("mode", "case", "seed"), crossed(ALL, CASES))
+def test_forward(core, mode, case, seed):
+    core.settings.seed = seed
     check(core, case, ALL[mode])
 
 
@@ -119,7 +119,7 @@ def test_forward_of_random_calls(core, mode):
     @drawing(60)
     @given(cases((ALL[mode].dtype,)))
     def check_case(case: Case) -> None:
-        core.schedule("ahead", case.seed)
+        core.settings.seed = case.seed
         check(core, case, ALL[mode])
 
     check_case()

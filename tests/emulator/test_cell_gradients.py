@@ -18,7 +18,6 @@ from tests.emulator.modes import (
     JUMPING,
     MODES,
     PLAIN,
-    SCHEDULES,
     SMOOTH,
     Mode,
     crossed,
@@ -52,18 +51,18 @@ def check(core, case: Case, mode: Mode, outputs=OUTPUTS, wanted=NAMES) -> bool:
     return exact_or_undecided(actual, exact, mode.gradient, grads, decided)
 
 
-@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(named(ALL, True), JUMPING))
-def test_exact_gradients(core, mode, case, schedule):
+@pytest.mark.parametrize(("mode", "case", "seed"), crossed(named(ALL, True), JUMPING))
+def test_exact_gradients(core, mode, case, seed):
     double = ALL[mode].dtype == torch.float64
     if case is JUMPING["stochastic"] and not double:
         pytest.skip("the oracle draws the same noise in float64 alone")
-    core.schedule(*schedule)
+    core.settings.seed = seed
     assert check(core, case, ALL[mode]), "choose another seed"
 
 
-@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(named(ALL, False), SMOOTH))
-def test_coarse_gradients(core, mode, case, schedule):
-    core.schedule(*schedule)
+@pytest.mark.parametrize(("mode", "case", "seed"), crossed(named(ALL, False), SMOOTH))
+def test_coarse_gradients(core, mode, case, seed):
+    core.settings.seed = seed
     assert check(core, case, ALL[mode])
 
 
@@ -109,8 +108,8 @@ def test_results_are_the_same_under_every_schedule(core):
     case = mode.applied(CASES["channels last"])
     inputs, grads = case.inputs(), gradients_for(case)
     seen = []
-    for schedule in (*SCHEDULES, ("ahead", 2)):
-        core.schedule(*schedule)
+    for seed in range(4):
+        core.settings.seed = seed
         with mode.running(core):
             seen.append(gradients(mode.run, inputs, case.options, grads))
     for other in seen[1:]:
@@ -130,7 +129,7 @@ def test_gradients_of_random_calls(core, mode):
         # The oracle's noise depends on type and layout.
         if case.options.surrogate.name == "SSO" and case.dtype != torch.float64:
             return
-        core.schedule("ahead", case.seed)
+        core.settings.seed = case.seed
         check(core, case, ALL[mode], wanted=wanted)
 
     check_case()

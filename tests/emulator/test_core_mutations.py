@@ -98,7 +98,7 @@ def without_a_fault(*run) -> str:
 def test_a_fault_is_caught(core, name, run):
     """The run must notice it, and pass without it."""
     core.fault(name)
-    core.schedule("ahead", 1)
+    core.settings.seed = 1
     report = report_of(core, *run)
     assert report, f"the run does not notice {name}"
     assert re.search(KINDS.get(name, ""), report), report
@@ -113,7 +113,7 @@ def test_an_access_into_a_neighbouring_tensor_is_reported(core):
     parts = torch.cat([t.reshape(-1) for t in inputs]).split([t.numel() for t in inputs])
     inputs = [part.view(t.shape) for part, t in zip(parts, inputs, strict=True)]
     core.fault("wrong_tail_mask")
-    core.schedule("ahead", 1)
+    core.settings.seed = 1
     with (
         mode.running(core),
         torch.no_grad(),

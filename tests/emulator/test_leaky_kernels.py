@@ -71,7 +71,7 @@ def formula(facts, given):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_results_are_those_of_the_formula_and_of_the_cpu(core, name):
-    core.schedule("ahead", seed=1)
+    core.settings.seed = 1
     facts, given = CALLS[name], tensors(GIVEN, *CALLS[name])
     for k, number in enumerate((torch.nan, torch.inf, -torch.inf) if "NaN" in name else ()):
         given["x"][1, k] = given["mem0"][0, 8 + k] = given["grad_spk"][2, 20 + k] = number
