@@ -79,7 +79,7 @@ FEW = [
     (MODES["tf32"], SMOOTH["average pool"].but(time=2)),  # pooled in float32
     (MODES["float64"], TINY.but(inhibition=True)),  # the winner is chosen in a kernel of its own
     # Blocks of padded samples wait for the launch before, too, and cuDNN convolves padded samples.
-    *((ALL[name], CASES[case].but(time=3, batch=3, lengths=(1, 3, 0)))
+    *((ALL[name], CASES[case])
       for name in ("float32 on sm_75", "float64 on sm_90", "tf32x3 on sm_90", "float64 cudnn")
       for case in ("lengths", "lengths, avg_pool")),
     # The blocks on tensor cores, which are of three widths, with steps that are plain or not. Short
@@ -108,7 +108,7 @@ def test_results_are_the_same_under_every_schedule(core):
     case = mode.applied(CASES["channels last"])
     inputs, grads = case.inputs(), gradients_for(case)
     seen = []
-    for seed in range(4):
+    for seed in range(3):
         core.settings.seed = seed
         with mode.running(core):
             seen.append(gradients(mode.run, inputs, case.options, grads))
