@@ -45,6 +45,8 @@ NOTICED = {
 
 # What the emulator says of faults. Kinds of errors that no kernel of kernels/ makes stand here.
 KINDS = {
+    "wrong_tail_mask": "out of bounds: .* reads 4 bytes at 0 bytes behind the end of 'syn0'",
+    "wrong_row_stride": "misaligned: .* reads 8 bytes at",
     "no_chunk_wait": "race: .* reads .* while a cp_async of its own to it is under way",
     "no_stage_barrier": "race: .* reads .* while a cp_async of thread .* to it is under way",
     "no_chunk_barrier": "race: .* reads it .*, neither a barrier nor a __syncwarp between them",
