@@ -20,7 +20,7 @@ struct Settings {
   int races = 1;      // look for races
   int counters = 0;
   int compute_capability = 80;
-  int truncates = 0;  // mma rounds its sums towards zero: 1 once, 2 each term (fragment.cpp)
+  int truncates = 0;  // mma cuts the terms of its sums (fragment.cpp)
   int dry = 0;        // launches are checked and listed, but nothing runs
 };
 extern "C" __attribute__((visibility("default"))) Settings simt_settings;
