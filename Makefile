@@ -25,7 +25,6 @@ demo: $(VENV)/.demo  ## train with snnTorch's cell and ours, in two minutes (ARG
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests, on as many cores as there are (ARGS="-n 0": on one)
-	$(if $(ARGS),,$(RUN) -m tests.emulator.gpu_tools)
 	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.all  ## all tests, also those that take long or need more of PyPI

@@ -11,7 +11,6 @@ import fcntl
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import sha1
 from pathlib import Path
@@ -29,19 +28,14 @@ def find(tool: str) -> str | None:
 
 
 @cache
-def compile_fatbin(source: Path) -> tuple[Path, str]:
-    """Machine code of `source` with the flags of a build for every GPU, and what ptxas said."""
+def compile_all(source: Path) -> tuple[Path, str]:
+    """An object with the code of `source` for every GPU, as a build has it, and what ptxas said."""
     flags, _ = local_version.machine_code(find("nvcc"), local_version.ARCHS)
-    return _compile(source, ["-Xptxas=-v", *flags, "-fatbin"])
-
-
-def compile_object(source: Path) -> Path:
-    """What the linker gets of `source`: nvcc compiles the host's half for nothing else."""
-    return _compile(source, ["-gencode=arch=compute_90,code=compute_90", "-c"])[0]
+    return _compile(source, ["-Xptxas=-v", *flags, "-c"])
 
 
 @cache
-def compile_ptx(source: Path, arch: int, optimised: bool = True) -> str:
+def compile_ptx(source: Path, arch: int, optimised: bool) -> str:
     """The PTX of `source` for an architecture; without ptxas a quarter of the time is saved.
 
     An nvcc that can leave optimisations out needs a sixth of the time without them.
@@ -52,12 +46,9 @@ def compile_ptx(source: Path, arch: int, optimised: bool = True) -> str:
     return _compile(source, [f"-arch=compute_{arch}", *fast, "-ptx"])[0].read_text()
 
 
-def reached_ptx(source: Path, arch: int) -> dict[str, set[str]]:
-    """The names of the PTX instructions of each kernel of `source`, and of all that it calls.
-
-    They are not optimised.
-    """
-    text = re.sub(r"\.func[^{};]*;", "", compile_ptx(source, arch, optimised=False))
+def reached_ptx(source: Path, arch: int, optimised: bool = False) -> dict[str, set[str]]:
+    """The names of the PTX instructions of each kernel of `source`, and of all that it calls."""
+    text = re.sub(r"\.func[^{};]*;", "", compile_ptx(source, arch, optimised))
     bodies = dict(
         re.findall(
             r"\.(?:entry|func)\s+(?:\([^()]*\)\s*)?(\w+)[^{]*\{\n(.*?)^\}", text, re.M | re.S
@@ -101,25 +92,6 @@ def _compile(source: Path, what: list[str]) -> tuple[Path, str]:
     return binary, log.read_text()
 
 
-def code_of_ptx(source: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
-    """The PTX of each kernel of `source` by its name, in the form of :func:`disassemble`."""
-    text = compile_ptx(source, arch)
-    found = {}
-    for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{\n(.*?)\n\}", text, re.DOTALL):
-        code: list[tuple[int, str, str, str]] = []
-        labels: dict[str, int] = {}
-        for line in map(str.strip, body.splitlines()):
-            if label := re.match(r"(\$\w+):", line):
-                labels[label[1]] = len(code)
-            elif m := re.match(r"(@!?%p\d+\s+)?([a-z][\w.:]*)\s*(.*?);", line):
-                code.append((len(code), m[1] or "", m[2], m[3]))
-        found[name] = [
-            (at, predicate, what, hex(labels[rest]) if rest in labels else rest)
-            for at, predicate, what, rest in code
-        ]
-    return found
-
-
 def disassemble(binary: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
     """The instructions of each kernel: address, predicate or "", name with its modifiers
     ("LDG.E.128"), operands."""
@@ -142,17 +114,3 @@ def demangle(names: list[str]) -> list[str]:
         return names
     found = run([tool], input="\n".join(names))
     return [n.replace("(anonymous namespace)::", "") for n in found.splitlines()]
-
-
-def main() -> None:
-    """Compiles the kernels that `make test` looks at, so that no test waits for another's nvcc."""
-    if find("nvcc") is None:
-        return
-    print("nvcc is here: it compiles the CUDA kernels to PTX for sm_90.", flush=True)
-    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"), key=lambda p: -p.stat().st_size)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda path: compile_ptx(path, 90, path.name == "leaky.cu"), sources))
-
-
-if __name__ == "__main__":
-    main()
