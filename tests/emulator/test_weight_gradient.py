@@ -88,9 +88,9 @@ def long_sums(core, monkeypatch, mode: str, time: int, special: float | None = N
     return found, torch.einsum("tnpg,tnip->gi", d_gates.flatten(3), inputs)
 
 
-# The share by which long sums may shrink, since each k-step loses half a unit in the 24th bit of the
-# sum so far for each of 10 terms. In tf32 and 16-bit types a fold comes after 128 k-steps, which is
-# little beside the operands' errors.
+# The share by which long sums may shrink, since each k-step loses half a unit in the 24th bit of
+# the sum so far for each of 10 terms. In tf32 and 16-bit types a fold comes after 128 k-steps,
+# which is little beside the operands' errors.
 SHRINKS = {"tf32": 4e-5, "tf32x3": 1e-5, "bfloat16 autocast": 4e-5}
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.shared.helpers import shell_program
+from tests.shared.helpers import long, shell_program
 from tools import local_version
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,3 +132,19 @@ def test_a_build_is_for_the_gpus_that_are_asked_for(
     nvcc, actual, reason = plan(**wishes)
     assert planned == (nvcc if nvcc == "error" else actual if nvcc else "")
     assert why in reason
+
+
+@long
+@pytest.mark.parametrize("wish", ["off", "on"])
+def test_cmake_follows_the_plan(wish, tmp_path):
+    pybind11 = pytest.importorskip("pybind11")
+    if not shutil.which("cmake") or (wish == "on" and not local_version.nvcc()):
+        pytest.skip("there is no CMake or no nvcc")
+    command = ["cmake", "-S", ROOT / "csrc", "-B", tmp_path, f"-DSNNLSTM_CUDA={wish}"]
+    command += ["-DSNNLSTM_CUDA_ARCHS=75;90", f"-DPython_EXECUTABLE={sys.executable}"]
+    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    status = "built with nvcc .* for sm_75 90 90.ptx " if wish == "on" else f"not built: {OFF}"
+    assert re.search(f"snnlstm CUDA kernels: {status.replace('+', '.')}", said)
+    commands = (tmp_path / "compile_commands.json").read_text()
+    assert ("compute_90,code=[sm_90,compute_90]" in commands) == (wish == "on")
