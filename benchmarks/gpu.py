@@ -1,6 +1,6 @@
 """`make gpu` says what is right and what is slow on a GPU, and writes one report.
 
-    python -m benchmarks.gpu [--quick] [--minutes M] [--steps NAME ...] [--core PATH] [--out DIR]
+    python -m benchmarks.gpu [--quick] [--minutes M] [--core PATH] [--out DIR]
     python -m benchmarks.gpu --rehearse [DEVICE] [--quick]
 
 What is missing is listed first, with the lines that install it. With --venv DIR it is installed
@@ -225,7 +225,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--core", type=Path, metavar="PATH", help="take this core, and build none")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/gpu-DATE-TIME")
     parser.add_argument("--build", type=Path, metavar="DIR", default=ROOT / "out" / "gpu-build")
-    parser.add_argument("--steps", nargs="+", metavar="NAME", help="of the report; default: all")
     parser.add_argument("--rehearse", nargs="?", const="emulator-t4", metavar="DEVICE",
         help="without a GPU, on an emulated one")  # fmt: skip
     parser.add_argument("--venv", metavar="DIR", help="install what is missing there, run there")
@@ -250,9 +249,6 @@ def main(arguments: list[str] | None = None) -> int:
     place = Place(device, capability, core, out, build, build / "work", build / "tree")
     gpus = {capability} if options.rehearse else devices.capabilities()
     planned = steps(place, options.quick, gpus)
-    if unknown := set(options.steps or ()) - {step.name for step in planned}:
-        parser.error(f"--steps: {unknown} are none of {[step.name for step in planned]}")
-    planned = [step for step in planned if step.name in (options.steps or step.name)]
     for old in (place.tree, place.work):
         shutil.rmtree(old, ignore_errors=True)
     # The sources are copied with their times, but for what was built there.

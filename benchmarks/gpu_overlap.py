@@ -27,7 +27,7 @@ import snnlstm
 from benchmarks import devices
 from benchmarks.cases import parse_case
 from benchmarks.gpu import NOT_RUN
-from benchmarks.providers import OPERANDS, Setting
+from benchmarks.providers import FORMS, OPERANDS, Provider, Setting
 
 # The wide one has a reset, which reads mem, and a pool. Training takes about 3 GB in float32.
 LAYERS = (
@@ -57,11 +57,8 @@ def hashes(device: str, layers: Sequence[str], seconds: Iterable[float]) -> Iter
     """
     for (case, dtype, way), limit in zip(rows(device, layers), seconds, strict=False):
         setting, found, end = Setting(device, dtype), list[int](), time.monotonic() + limit
-        setting.apply_precision()
-        torch.manual_seed(0)
-        cell = case.make(snnlstm.SConv2dLSTM).to(setting.torch_device, setting.torch_dtype)
-        size = case.steps, case.batch, case.cin, case.height, case.width
-        x = torch.rand(size, device=setting.torch_device).lt(0.1).to(setting.torch_dtype)
+        provider = Provider(case, FORMS["sequence"], setting)
+        cell, x = provider.net, provider.x[0]
         inputs = [x.requires_grad_(), *cell.parameters()]
         lengths = torch.arange(1, case.batch + 1, device=x.device) % (case.steps + 1)
         while len(found) < 2 or (len(found) < 50 and time.monotonic() < end):

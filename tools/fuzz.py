@@ -47,6 +47,7 @@ from tests.shared.poison import HUGE, NAN
 WAYS = ("one call", "steps", "chunks", "a cell's calls", "a cell's chunks")
 LAID_OUT = ("x", "states", "weight", "gradients")
 BY_STEPS = ("steps", "a cell's calls")
+ROUND = 100  # examples of a seed
 _MOST_WORK = 3_000_000  # multiply-adds of a gate, over all steps
 _DTYPES = (*[torch.float32] * 4, *[torch.float64] * 2, torch.float16, torch.bfloat16)
 
@@ -242,14 +243,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10, help="0: one round of examples")
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--round", type=int, default=100, metavar="N", help="examples of a seed")
     chosen = parser.parse_args()
     end, done, seed = time.monotonic() + 60 * chosen.minutes, Counter[str](), chosen.seed
     with tqdm(unit=" calls", disable=None) as progress:
         while not done or time.monotonic() < end:
-            done += run(chosen.round, seed)
+            done += run(ROUND, seed)
             seed += 1
-            progress.update(chosen.round)
+            progress.update(ROUND)
     print(f"seeds {chosen.seed} to {seed - 1}: {dict(done)}")
     return 0
 

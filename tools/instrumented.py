@@ -1,4 +1,4 @@
-"""Builds the CPU kernels with an instrument, and runs random calls of them, or tests.
+"""Builds the CPU kernels with a sanitizer, and runs random calls of them, or tests.
 
     python tools/instrumented.py address     random calls: accesses out of bounds, undefined results
     python tools/instrumented.py thread      random calls: data races
@@ -8,14 +8,14 @@
         CXX="python -m ziglang c++ -target x86_64-windows-gnu" python tools/instrumented.py none \
             --under wine
     python tools/instrumented.py tests       the kernels' tests under AddressSanitizer
-    python tools/instrumented.py coverage    lists the lines and branches that no test reaches
 
 Random calls come from sanitizers/driver.cpp, which calls the kernels of one instruction set without
 torch and Python. With "address" the pieces of a workspace have fences (workspace.h), and
 every piece starts as NaN. The compiler must be GCC or Clang with the sanitizers' runtime libraries.
 
-Tests run in a copy of the package, build/instrumented/NAME, where a build compiles only the changed
-files of csrc. Options come before --; the arguments after -- replace the usual choice of tests.
+Tests run in a copy of the package, build/instrumented/tests, where a build compiles only the
+changed files of csrc. Options come before --; the arguments after -- replace the usual choice of
+tests.
 """
 
 from __future__ import annotations
@@ -44,27 +44,11 @@ ISAS = {
     "wide": ["-mavx2", "-mfma", "-DSNNLSTM_WIDE=1"],
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"],
 }
-FLAGS = {
-    "tests": "-O1 -g1 -fsanitize=address -fno-omit-frame-pointer",
-    "coverage": "-Og -g1 --coverage -fprofile-update=atomic",
-}
-TESTS = {
-    "tests": ["kernels", "autograd/test_loop.py", "system/test_threads.py",
-              *(f"--ignore=tests/kernels/test_{x}.py" for x in ("cuda_check", "math", "packing")),
-              "-k", "not long and not gil"],
-    "coverage": ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal",
-                 "--ignore=tests/packaging/test_distribution.py",
-                 "--ignore=tests/bench/test_demo.py",
-                 # These files test the emulator itself, or build much more than other tests do.
-                 *(f"--ignore=tests/emulator/test_{name}.py" for name in (
-                     "compiles", "core_counters", "core_mutations"))],
-}  # fmt: skip
-REPORTS = (
-    "coverage combine -q --append",
-    "coverage report --show-missing --skip-covered",
-    # --merge-lines counts a line once for all instantiations. Inner loops run 2^32 times.
-    "gcovr --filter=csrc/ --merge-lines --gcov-suspicious-hits-threshold=0 build",
-)
+TESTS = [
+    "kernels", "autograd/test_loop.py", "system/test_threads.py",
+    *(f"--ignore=tests/kernels/test_{name}.py" for name in ("cuda_check", "math", "packing")),
+    "-k", "not long and not gil",
+]  # fmt: skip
 
 
 # ---- random calls --------------------------------------------------------------------------------
@@ -113,43 +97,28 @@ def random_calls(sanitizer: str, isa: str, under: str) -> int:
 # ---- tests ---------------------------------------------------------------------------------------
 
 
-def tree(name: str) -> Path:
-    """Copies all that is built and tested; unchanged files keep their times."""
-    to = TREES / name
+def run_tests(tests: list[str]) -> int:
+    """Builds the core of a copy of all that is tested with AddressSanitizer, and runs tests."""
+    to = TREES / "tests"
     for old in {*to.glob("*")} - {to / "build", to / "snnlstm"}:  # which hold what was built
         shutil.rmtree(old, ignore_errors=True)  # copies take the place of files
     built = ".*", "build", "dist", "out", "*.so", "__pycache__", "_generated"
+    # Unchanged files keep their times.
     shutil.copytree(ROOT, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*built))
-    return to
-
-
-def run_tests(name: str, tests: list[str]) -> int:
-    """Builds the core with an instrument, and runs tests; coverage is reported."""
-    to = tree(name)
-    arguments = f"-DCMAKE_CXX_FLAGS='{FLAGS[name]}' -DCMAKE_CXX_FLAGS_RELEASE="
-    built = os.environ | {"CMAKE_ARGS": arguments, "SNNLSTM_CUDA": "off"}
-    subprocess.run(
-        ["make", "-s", "core", f"PYTHON={sys.executable}"], cwd=to, env=built, check=True
-    )
+    flags = "-DCMAKE_CXX_FLAGS='-O1 -g1 -fsanitize=address -fno-omit-frame-pointer'"
+    settings = {"CMAKE_ARGS": f"{flags} -DCMAKE_CXX_FLAGS_RELEASE=", "SNNLSTM_CUDA": "off"}
+    make = ["make", "-s", "core", f"PYTHON={sys.executable}"]
+    subprocess.run(make, cwd=to, env=os.environ | settings, check=True)
     environment = {k: v for k, v in os.environ.items() if k != "SNNLSTM_ISA"}
-    environment |= {"PYTHONPATH": str(to), "COVERAGE_FILE": str(to / ".coverage")}
-    python = [sys.executable, "-m"]
-    if name == "coverage":
-        for old in [*to.glob("build/**/*.gcda"), *to.glob(".coverage*")]:
-            old.unlink()
-        python += ["coverage", "run", "-m"]
-    else:
-        libraries = [library(name) for name in ("libasan.so", "libstdc++.so.6")]
-        environment["LD_PRELOAD"] = " ".join(libraries)
+    environment |= {
+        "PYTHONPATH": str(to),
+        "LD_PRELOAD": " ".join(map(library, ("libasan.so", "libstdc++.so.6"))),
         # At its end Python leaves most memory allocated, which is no leak.
-        environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0"
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
+    }
     paths = [f"tests/{test}" if (ROOT / "tests" / test).exists() else test for test in tests]
-    command = [*python, "pytest", "-q", "-p", "no:cacheprovider", *paths]
-    failed = subprocess.run(command, cwd=to, env=environment, check=False).returncode
-    for report in REPORTS if name == "coverage" else ():
-        command = [sys.executable, "-m", *report.split()]
-        subprocess.run(command, cwd=to, env=environment, check=True)
-    return failed
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
+    return subprocess.run(command, cwd=to, env=environment, check=False).returncode
 
 
 def library(name: str) -> str:
@@ -160,15 +129,14 @@ def library(name: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("instrument", choices=[*SANITIZERS, *TESTS])
+    parser.add_argument("instrument", choices=[*SANITIZERS, "tests"])
     parser.add_argument("--isa", choices=[*ISAS, "all"], default="all")
     parser.add_argument("--under", default="", help="command that runs the program")
     parser.add_argument("rest", nargs="*", metavar="-- ...", help="for pytest")
     chosen = parser.parse_args()
-    name = chosen.instrument
-    if name in TESTS:
-        return run_tests(name, chosen.rest or TESTS[name])
-    return random_calls(name, chosen.isa, chosen.under)
+    if chosen.instrument == "tests":
+        return run_tests(chosen.rest or TESTS)
+    return random_calls(chosen.instrument, chosen.isa, chosen.under)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What scikit-build-core asks before a build: the version, and packages that the build needs.
 
-Programs that look for a GPU's driver and compiler ask here, too. csrc/cmake/cuda_plan.cmake has the
-same rules for the compiler, because a build has nothing but CMake's language.
+The rules for CUDA's compiler are here, too: `python tools/local_version.py` prints what a build
+compiles, and programs that look for a GPU's driver and compiler import this module.
 """
 
 from __future__ import annotations
@@ -13,10 +13,16 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-OLDEST_NVCC = 11, 8
+OLDEST_NVCC = 11, 8  # the first with cudaLaunchKernelExC and __grid_constant__
+ARCHS = 75, 80, 86, 89, 90, 100, 120
+PTX = 75, 80, 90
+"""Translating C++ to PTX takes two thirds of nvcc's time. Therefore GPUs without cp.async share one
+PTX, those with it another, and those on which launches overlap (griddepcontrol, from 9.0 on) a
+third. Each GPU still has its own machine code."""
 TOOLKIT = "/usr/local/cuda"  # where NVIDIA's installers put it
 # The CUDA of torch and of nvcc for drivers from a number on. PyPI has both for CUDA 13 alone. The
 # indexes of torch have torch for the others: cu128 up to 2.11, and cu126 up to 2.14.
@@ -73,38 +79,131 @@ def torch_for(cuda: float) -> list[str]:
     return ["torch", *index * (0 < cuda < 13)]
 
 
-def places() -> list[Path]:
-    """Returns the folders in which a build looks for CUDA's programs, in this order."""
-    homes = os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")
+def places(pip: bool = False) -> list[Path]:
+    """Returns the folders in which a build looks for CUDA's programs, in this order.
+
+    pip: only those of pip's nvidia-cuda-nvcc.
+    """
     package = importlib.util.find_spec("nvidia")
     sites = package.submodule_search_locations if package else None
-    return [
-        *(Path(home, "bin") for home in homes if home),
-        *map(Path, os.environ.get("PATH", "").split(os.pathsep)),
-        *(place for site in sites or () for place in Path(site).glob("cu*/bin")),
-        Path(TOOLKIT, "bin"),
-    ]
+    packages = [place for site in sites or () for place in Path(site).glob("cu*/bin")]
+    if pip:
+        return packages
+    homes = os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")
+    path = os.environ.get("PATH", "").split(os.pathsep)
+    return [*(Path(home, "bin") for home in homes if home), *map(Path, path), *packages,
+            Path(TOOLKIT, "bin")]  # fmt: skip
 
 
-def compilers() -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yields each CUDA compiler, with its CUDA version, in the order in which a build looks."""
-    named = os.environ.get("CUDACXX")
-    candidates = [shutil.which(named)] if named else [str(place / "nvcc") for place in places()]
-    for candidate in candidates:
-        release = re.search(r"release (\d+)\.(\d+)", printed([candidate or "", "--version"]))
-        if candidate and release:
-            yield candidate, (int(release[1]), int(release[2]))
+class Compiler(NamedTuple):
+    """A CUDA compiler, its CUDA, or (0, 0) if it does not tell, and what it says of its version."""
+
+    path: str
+    release: tuple[int, int]
+    says: str
+
+    @property
+    def why(self) -> str:
+        """Returns the beginning of a reason against it."""
+        return f"{self.path} is of CUDA {self.release[0]}.{self.release[1]}"
+
+    def against(self, tag: str = "") -> str:
+        """Returns why a build does not take it, or "". tag: of a wheel, such as cu13."""
+        if not any(self.release):
+            text = re.sub(r'[^ -~]+|["\\]', " ", self.says)  # build_info.h quotes it
+            return f"{self.path} --version says: {text.strip()}"
+        if self.release < OLDEST_NVCC:
+            return f"{self.why}, and the kernels need {'.'.join(map(str, OLDEST_NVCC))} or newer"
+        if re.match(r"cu\d", tag) and tag != f"cu{self.release[0]}":
+            return f"{self.why}, but the wheel's name is {tag}"
+        return ""
 
 
-def nvcc(major: int | None = None) -> tuple[str, int] | None:
-    """Returns the CUDA compiler that a build takes, and its CUDA major version, or None.
+def compilers(pip: bool = False) -> Iterator[Compiler]:
+    """Yields each CUDA compiler in the order in which a build looks. pip: only those of pip."""
+    named = os.environ.get("CUDACXX")  # only this one: another would be a surprise
+    found = [str(place / "nvcc") for place in places(pip)]
+    for path in [shutil.which(named)] if named and not pip else found:
+        if path and os.path.exists(path):
+            says = printed([path, "--version"], failed=True)
+            release = re.search(r"release (\d+)\.(\d+)", says)
+            yield Compiler(path, (int(release[1]), int(release[2])) if release else (0, 0), says)
 
-    major: the only one that serves, if it is given.
+
+def nvcc() -> str | None:
+    """Returns the CUDA compiler that a build takes, or None."""
+    return next((one.path for one in compilers() if not one.against()), None)
+
+
+def gpus() -> list[int]:
+    """Returns the compute capabilities of this machine's GPUs that a build serves: 89 for 8.9."""
+    found = re.findall(r"(?m)^(\d+)\.(\d)$", printed([*QUERY, "--query-gpu=compute_cap"]))
+    known = dict.fromkeys(int(major + minor) for major, minor in found)
+    return [gpu for gpu in known if gpu >= ARCHS[0]]
+
+
+def plan() -> tuple[str, list[str], str, str]:
+    """Returns nvcc or "", its flags, the GPUs that they are for in words, and the reason for all.
+
+    The variables of the environment that CONTRIBUTING.md lists decide. Exits with a message if they
+    ask for what is not there.
     """
-    for path, release in compilers():
-        if release >= OLDEST_NVCC and major in (None, release[0]):
-            return path, release[0]
-    return None
+    names = "SNNLSTM_CUDA", "SNNLSTM_CUDA_ARCHS", "SNNLSTM_LOCAL_VERSION"
+    asked, archs, tag = (os.environ.get(name, "") for name in names)
+    wish, found, why = asked.lower(), None, "no CUDA compiler found"
+    if wish not in ("on", "off", "pip", "failed", ""):  # tools/backend.py sets it to failed
+        sys.exit(f"SNNLSTM_CUDA is '{asked}'; accepted: on, off, pip, or unset (automatic)")
+    if not re.fullmatch(r"[\d;]*|native", archs):
+        sys.exit(f"SNNLSTM_CUDA_ARCHS is '{archs}'; accepted: such as 80;90, or native")
+    if wish == "off" or tag == "cpu":
+        why = "it is switched off by SNNLSTM_CUDA or by a wheel named +cpu"
+    elif wish == "failed":
+        why = "building them failed; SNNLSTM_CUDA=on shows why"
+    elif sys.platform != "linux":
+        why = "it is built only on Linux"
+    else:
+        for one in compilers(wish == "pip"):
+            if not (against := one.against(tag)):
+                found, why = one.path, one.path
+                break
+            why += f"; {against}"
+    numbers = list(map(int, re.findall(r"\d+", archs))) or list(ARCHS if wish and not archs else ())
+    # All GPUs take minutes, so a plain `pip install .` builds only for those of this machine.
+    if found and not numbers and not (numbers := gpus()):
+        why = "nvidia-smi shows no GPU of 7.5 or newer; SNNLSTM_CUDA=on builds it for all, "
+        found, why = None, f"{why}with {found}"
+    if found:
+        return found, *machine_code(found, numbers), why
+    if wish in ("on", "pip") or re.match(r"cu\d", tag) or archs == "native":
+        sys.exit(
+            f"SNNLSTM_CUDA={wish}, but {why}.\nSet CUDACXX=/path/to/nvcc, or SNNLSTM_CUDA=pip to "
+            "have pip fetch CUDA 13's compiler for the build (not with --no-build-isolation), or "
+            "SNNLSTM_CUDA=off."
+        )
+    return "", [], "", why
+
+
+def machine_code(nvcc: str, archs: Iterable[int]) -> tuple[list[str], str]:
+    """Returns flags for machine code of those GPUs that nvcc knows, and for PTX; and what they are.
+
+    The PTX of 8.0 is kept, because it serves most GPUs: the driver translates it for GPUs that are
+    not listed, on which launches do not overlap.
+    """
+    text = printed([nvcc, "--list-gpu-arch"], failed=True)
+    known = sorted(map(int, re.findall(r"compute_(\d+)", text)))
+    served = [arch for arch in archs if arch in known and arch >= PTX[0]]
+    code: dict[int, list[str]] = {ptx: [] for ptx in PTX}
+    for arch in served:
+        code[max(ptx for ptx in PTX if ptx <= arch)].append(f"sm_{arch}")
+    newer = any(known and arch > known[-1] for arch in archs)
+    ways = (80, code[80]), (90, code[90]), (80, newer), (75, code[75])
+    kept = next((ptx for ptx, fits in ways if fits), None)
+    if kept is None:
+        sys.exit(f"{nvcc} knows none of the GPUs {list(archs)}; it says: {text}")
+    code[kept].append(f"compute_{kept}")
+    flags = [f"-gencode=arch=compute_{ptx},code=[{','.join(names)}]"
+             for ptx, names in code.items() if names]  # fmt: skip
+    return flags, " ".join([*map(str, served), f"{kept}+ptx"])
 
 
 def serving(cuda: float) -> tuple[str | None, str]:
@@ -113,32 +212,33 @@ def serving(cuda: float) -> tuple[str | None, str]:
     cuda: as `cuda` returns it. A compiler that does not know a GPU makes PTX for it. That is taken
     where PyPI's compiler does not serve the driver.
     """
-    found = re.findall(r"(?m)^\d+\.\d$", printed([*QUERY, "--query-gpu=compute_cap"]))
-    gpus, only_ptx, reasons = [gpu for gpu in found if float(gpu) >= 7.5], None, []
-    for path, release in compilers():
-        why = f"{path} is of CUDA {release[0]}.{release[1]}, and "
-        known = printed([path, "--list-gpu-arch"]).split()
-        unknown = [gpu for gpu in gpus if f"compute_{gpu.replace('.', '')}" not in known]
-        if release < OLDEST_NVCC:
-            why += f"the kernels need {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer"
-        elif release[0] > cuda:
-            why += f"the driver runs {cuda}"
-        elif unknown:
-            why += f"does not know GPUs of {', '.join(unknown)}"
-            only_ptx = only_ptx or path
-        else:
-            return path, ""
+    present, only_ptx, reasons = gpus(), None, []
+    for one in compilers():
+        known = printed([one.path, "--list-gpu-arch"]).split()
+        unknown = [f"{gpu / 10}" for gpu in present if f"compute_{gpu}" not in known]
+        why = one.against()
+        if not why and one.release[0] > cuda:
+            why = f"{one.why}, and the driver runs {cuda}"
+        elif not why and unknown:
+            why = f"{one.why}, and does not know GPUs of {', '.join(unknown)}"
+            only_ptx = only_ptx or one.path
+        if not why:
+            return one.path, ""
         reasons.append(why)
     return only_ptx if cuda < 13 else None, "; ".join(reasons)
 
 
-def printed(command: list[str]) -> str:
-    """Returns what a command prints, or "" if it fails."""
+def printed(command: list[str], failed: bool = False) -> str:
+    """Returns what a command prints, or "" if it fails. failed: with errors, even if it fails."""
+    errors = subprocess.STDOUT if failed else subprocess.DEVNULL
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, check=not failed
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
-if __name__ == "__main__":  # the Makefile asks: prints the compiler, of a CUDA if it is given
-    print(*(nvcc(*map(int, sys.argv[1:])) or ())[:1])
+if __name__ == "__main__":  # CMake and the Makefile ask for the plan
+    path, flags, archs, why = plan()
+    print(path, ";".join(flags), archs, why, sep="\n")

@@ -141,9 +141,8 @@ def emulated_core() -> Core:
 
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
-    """Runs the ordinary tests' backend "emulator": float32 at full precision, one warp ahead."""
+    """Runs the ordinary tests' backend "emulator": float32 at full precision."""
     core = emulated_core()
-    core.schedule("ahead", seed=1)
     core.device(compute_capability=86)
     try:
         with core.installed(), float32_precision("ieee"):

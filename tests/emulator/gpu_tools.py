@@ -11,55 +11,31 @@ import fcntl
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import sha1
-from itertools import groupby
 from pathlib import Path
 
 from tests.emulator.builder import CACHE, ROOT, run
 from tools import local_version
-
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 
 @cache
 def find(tool: str) -> str | None:
     """Path of nvcc, cuobjdump or nvdisasm, or None; nvcc is the one that a build takes."""
     if tool == "nvcc":
-        return next(iter(local_version.nvcc() or ()), None)
+        return local_version.nvcc()
     return shutil.which(tool, path=os.pathsep.join(map(str, local_version.places())))
 
 
 @cache
-def known_architectures() -> tuple[int, ...]:
-    """The members of ARCHITECTURES that nvcc can compile for."""
-    text = run([find("nvcc"), "--list-gpu-arch"])
-    return tuple(a for a in ARCHITECTURES if f"compute_{a}\n" in text)
-
-
-def ptx_of(arch: int) -> int:
-    """The PTX that machine code is made from, as csrc/cmake/cuda.cmake does it."""
-    return max(ptx for ptx in (75, 80, 90) if ptx <= arch)
+def compile_all(source: Path) -> tuple[Path, str]:
+    """An object with the code of `source` for every GPU, as a build has it, and what ptxas said."""
+    flags, _ = local_version.machine_code(find("nvcc"), local_version.ARCHS)
+    return _compile(source, ["-Xptxas=-v", *flags, "-c"])
 
 
 @cache
-def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
-    """Machine code of `source` for each architecture with its PTX, and what ptxas said."""
-    for_each = [
-        f"-gencode=arch=compute_{ptx},code=[compute_{ptx},{','.join(f'sm_{a}' for a in members)}]"
-        for ptx, members in groupby(archs, ptx_of)
-    ]
-    return _compile(source, ["-Xptxas=-v", *for_each, "-fatbin"])
-
-
-def compile_object(source: Path) -> Path:
-    """What the linker gets of `source`: nvcc compiles the host's half for nothing else."""
-    return _compile(source, ["-gencode=arch=compute_90,code=compute_90", "-c"])[0]
-
-
-@cache
-def compile_ptx(source: Path, arch: int, optimised: bool = True) -> str:
+def compile_ptx(source: Path, arch: int, optimised: bool) -> str:
     """The PTX of `source` for an architecture; without ptxas a quarter of the time is saved.
 
     An nvcc that can leave optimisations out needs a sixth of the time without them.
@@ -70,12 +46,9 @@ def compile_ptx(source: Path, arch: int, optimised: bool = True) -> str:
     return _compile(source, [f"-arch=compute_{arch}", *fast, "-ptx"])[0].read_text()
 
 
-def reached_ptx(source: Path, arch: int) -> dict[str, set[str]]:
-    """The names of the PTX instructions of each kernel of `source`, and of all that it calls.
-
-    They are not optimised.
-    """
-    text = re.sub(r"\.func[^{};]*;", "", compile_ptx(source, arch, optimised=False))
+def reached_ptx(source: Path, arch: int, optimised: bool = False) -> dict[str, set[str]]:
+    """The names of the PTX instructions of each kernel of `source`, and of all that it calls."""
+    text = re.sub(r"\.func[^{};]*;", "", compile_ptx(source, arch, optimised))
     bodies = dict(
         re.findall(
             r"\.(?:entry|func)\s+(?:\([^()]*\)\s*)?(\w+)[^{]*\{\n(.*?)^\}", text, re.M | re.S
@@ -119,25 +92,6 @@ def _compile(source: Path, what: list[str]) -> tuple[Path, str]:
     return binary, log.read_text()
 
 
-def code_of_ptx(source: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
-    """The PTX of each kernel of `source` by its name, in the form of :func:`disassemble`."""
-    text = compile_ptx(source, arch)
-    found = {}
-    for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{\n(.*?)\n\}", text, re.DOTALL):
-        code: list[tuple[int, str, str, str]] = []
-        labels: dict[str, int] = {}
-        for line in map(str.strip, body.splitlines()):
-            if label := re.match(r"(\$\w+):", line):
-                labels[label[1]] = len(code)
-            elif m := re.match(r"(@!?%p\d+\s+)?([a-z][\w.:]*)\s*(.*?);", line):
-                code.append((len(code), m[1] or "", m[2], m[3]))
-        found[name] = [
-            (at, predicate, what, hex(labels[rest]) if rest in labels else rest)
-            for at, predicate, what, rest in code
-        ]
-    return found
-
-
 def disassemble(binary: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
     """The instructions of each kernel: address, predicate or "", name with its modifiers
     ("LDG.E.128"), operands."""
@@ -160,17 +114,3 @@ def demangle(names: list[str]) -> list[str]:
         return names
     found = run([tool], input="\n".join(names))
     return [n.replace("(anonymous namespace)::", "") for n in found.splitlines()]
-
-
-def main() -> None:
-    """Compiles the kernels that `make test` looks at, so that no test waits for another's nvcc."""
-    if find("nvcc") is None:
-        return
-    print("nvcc is here: it compiles the CUDA kernels to PTX for sm_90.", flush=True)
-    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"), key=lambda p: -p.stat().st_size)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda path: compile_ptx(path, 90, path.name == "leaky.cu"), sources))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """A library of emulated kernels, for Python.
 
 emulator = Emulator(build("own"))
-emulator.schedule("ahead", seed=3)
+emulator.settings.seed = 3
 with emulator.arrays(a=a, out=(out, "w")):
     emulator.call("run", a, out, 64)
 """
@@ -23,7 +23,6 @@ import numpy as np
 from tests.emulator.builder import ROOT, build
 
 CUDA = ROOT / "csrc" / "cuda"
-SCHEDULES = ("in_order", "shuffled", "ahead")
 
 
 class EmulationError(RuntimeError):
@@ -61,7 +60,7 @@ class Launch(NamedTuple):
 class Settings(ctypes.Structure):
     """The struct of this name in machine/machine.h, which documents the fields."""
 
-    NUMBERS = "policy races counters compute_capability truncates dry"
+    NUMBERS = "races counters compute_capability truncates dry"
     _fields_ = [("seed", ctypes.c_uint64), *((n, ctypes.c_int) for n in NUMBERS.split())]
 
 
@@ -79,13 +78,10 @@ class Emulator:
         self.reset()
 
     def reset(self) -> None:
-        """Sets the defaults: threads in order, all checks, no counters, no fault, sm_80."""
+        """Sets the defaults: seed 0, all checks, no counters, no fault, sm_80."""
         ctypes.memmove(ctypes.byref(self.settings), self._defaults, len(self._defaults))
         self.fault("none")
         self.reset_counters()
-
-    def schedule(self, policy: str, seed: int = 0) -> None:
-        self.settings.policy, self.settings.seed = SCHEDULES.index(policy), seed
 
     def checks(self, races: bool = True, counters: bool = False) -> None:
         self.settings.races, self.settings.counters = races, counters

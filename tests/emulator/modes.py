@@ -15,8 +15,6 @@ from tests.shared import cases, flat
 from tests.shared.cases import SILENT, Case
 from tests.shared.table import tagged
 
-SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
-
 
 @dataclass(frozen=True)
 class Mode:
@@ -97,7 +95,12 @@ OVERLAPPING = {
 ALL = MODES | CUDNN | OVERLAPPING
 
 PLAIN = cases.PLAIN.but(reset="none", threshold="number")
-CASES = tagged("emulator") | {
+# Three samples are enough of different lengths, of which one has no step.
+FEW_LENGTHS = {"time": 3, "batch": 3, "lengths": (1, 3, 0)}
+CASES = {
+    name: case.but(**FEW_LENGTHS) if case.options.lengths else case
+    for name, case in tagged("emulator").items()
+} | {
     "plain": PLAIN,
     "odd sizes": PLAIN.but(batch=1, height=9, width=13),
     "wide": PLAIN.but(time=2, batch=1, in_channels=16, channels=24, height=16, width=16),
@@ -132,14 +135,25 @@ CASES = tagged("emulator") | {
 def shorter(calls):
     """The calls with two steps in the place of three: then a pass has a first and a last step.
 
-    The plain call keeps its step between them, and checkpoints need another segment.
+    The plain call keeps its step between them, and checkpoints and lengths need more. One sample is
+    enough where only the numbers of a neuron are others.
     """
+
+    def stays(name, case):
+        return case.time != 3 or name == "plain" or case.options.checkpoint or case.options.lengths
+
     return {
-        name: case.but(time=2)
-        if case.time == 3 and name != "plain" and not case.options.checkpoint
-        else case
+        name: case
+        if stays(name, case)
+        else case.but(time=2, batch=1 if name in OF_NEURONS else case.batch)
         for name, case in calls.items()
     }
+
+
+OF_NEURONS = (
+    "quantised", "threshold per channel", "no spikes, last states", "dilation and stride",
+    "kernel 1x1", "kernel 5x5", "every neuron's own surrogate", "no gradient of spikes",
+)  # fmt: skip
 
 
 # Calls without decisions, for the gradients of coarse modes, which would decide some resets
@@ -161,18 +175,17 @@ JUMPING = shorter(CASES | {
     "stochastic": PLAIN.but(surrogate=surrogate.SSO(0.1, 0.2)),
     "no gradient of spikes": PLAIN.but(surrogate=surrogate.NONE),
     "kernel 5x5": PLAIN.but(kernel_size=(5, 5)),
-    "no bias": PLAIN.but(bias=False),
 })  # fmt: skip
 
 
 def crossed(modes, calls):
-    """Every mode and case, with a schedule. Short runs have each case once, and that of two steps
-    in each mode."""
+    """Every mode and case, with a schedule's seed. Short runs have each case once, and that of two
+    steps in each mode."""
     return [
         pytest.param(
             mode,
             case,
-            SCHEDULES[(i + j) % 3],
+            (i + j) % 3,
             id=f"{mode}-{name}",
             marks=pytest.mark.emulator_long if (i + j) % len(modes) and name != "two steps" else (),
         )

@@ -331,24 +331,13 @@ def test_the_built_core_serves_cuda_tensors_where_it_has_the_kernels():
 @pytest.mark.parametrize("algorithm", ["fused", "cudnn"])
 def test_fields_are_given_in_the_order_of_the_cores(core, monkeypatch, algorithm):
     """Every address is that of the tensor by whose name csrc/args.h calls it."""
-    given, weights, levels = [], [], []
-
-    def note(name, place, noting):
-        of = getattr(core.module.CudaPass, name)
-
-        def noted(*args):
-            noting(args[place])
-            return of(*args)
-
-        monkeypatch.setattr(core.module.CudaPass, name, noted)
-
-    note("run", 2, given.append)
-    note("pack", 2, weights.append)
-    note("store_levels", 2, levels.append)
+    methods = ("run", "pack", "store_levels")
+    calls = [watched(monkeypatch, core.module.CudaPass, name) for name in methods]
     monkeypatch.setattr(native, "_plans", BoundedDict())
     case = TRAINED.but(time=1, batch=6, pool="max", pool_size=(2, 2), record=True, inhibition=True)
     with core.installed(), noted() as found:
         train(case, case.inputs(), algorithm)
+    given, weights, levels = ([args[2] for args, _ in seen] for seen in calls)
     absent = {"x", "mem0", "grad_x", "grad_mem0", "grad_weight", "grad_bias", "lengths"}
     for number, struct in enumerate(("ForwardArgs", "BackwardArgs")):
         fields, expected = by_name(struct, given[number]), found.expected[number]

@@ -35,9 +35,9 @@ def check(core, case: Case, mode: Mode) -> None:
         torch.testing.assert_close(trained, out, atol=0, rtol=0, equal_nan=False)
 
 
-@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(ALL, CASES))
-def test_forward(core, mode, case, schedule):
-    core.schedule(*schedule)
+@pytest.mark.parametrize(("mode", "case", "seed"), crossed(ALL, CASES))
+def test_forward(core, mode, case, seed):
+    core.settings.seed = seed
     check(core, case, ALL[mode])
 
 
@@ -80,12 +80,10 @@ def test_full_precision_survives_truncating_tensor_cores(core):
     inputs.weight.div_(inputs.weight.mean() * 9 * 128 * inputs.x.mean())
     found = []
     with MODES["tf32x3"].running(core), torch.no_grad():
-        for truncates in (0, 1, 2):
+        for truncates in (0, 1):
             core.settings.truncates = truncates
             found.append(MODES["tf32x3"].run(*inputs, case.options)[1])
-    nearest, once, each_term = found
-    torch.testing.assert_close(once, nearest, atol=3e-6, rtol=0)
-    torch.testing.assert_close(each_term, nearest, atol=6e-6, rtol=0)
+    torch.testing.assert_close(*found, atol=6e-6, rtol=0)
 
 
 @pytest.mark.emulator_long
@@ -119,7 +117,7 @@ def test_forward_of_random_calls(core, mode):
     @drawing(60)
     @given(cases((ALL[mode].dtype,)))
     def check_case(case: Case) -> None:
-        core.schedule("ahead", case.seed)
+        core.settings.seed = case.seed
         check(core, case, ALL[mode])
 
     check_case()

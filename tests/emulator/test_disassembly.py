@@ -5,10 +5,9 @@ import re
 
 import pytest
 
-from tests.emulator import gpu_tools
+from tests.emulator import gpu_tools, machine_code
 from tests.emulator.builder import ROOT
-from tests.emulator.test_compiles import compiled, kind_of, needs_nvcc
-from tools import machine_code
+from tests.emulator.test_compiles import compiled, needs_nvcc
 
 pytestmark = [
     needs_nvcc,
@@ -74,13 +73,25 @@ MOST = {"half": 8, "tf32": 10, "parts": 14}
 ABOVE = {("backward", "parts", 12): 14.5}
 # On sm_75 a product takes two HMMA, and threads carry what is copied elsewhere.
 MOST_ON_SM75 = 8
+MOST_BARRIERS = 21  # backward: six for each of three widths, of which one runs, and three behind
+
+
+def kind_of(kernel: str) -> str:
+    if "tf32x3" in kernel:
+        return "parts"
+    return "tf32" if "<float" in kernel else "half"
 
 
 @pytest.mark.parametrize("arch", [75, 90])
 @pytest.mark.parametrize("file", ["forward", "backward", "weight_gradient"])
 def test_inner_loops_do_little_beside_multiplying(file, arch):
     binary, _ = compiled()[CUDA / f"{file}.cu"]
-    found = machine_code.loops_of_binary(binary, arch)
+    code = gpu_tools.disassemble(binary, arch)
+    for kernel, instructions in code.items():
+        barriers = sum(name.startswith("BAR.") for _, _, name, _ in instructions)
+        assert barriers <= MOST_BARRIERS, kernel
+    found = {kernel: machine_code.loops(instructions) for kernel, instructions in code.items()}
+    found = {kernel: loops for kernel, loops in found.items() if loops}
     assert any(re.search(SM75, kernel) for kernel in found) if arch == 75 else found
     for kernel, loops in found.items():
         kind = kind_of(kernel)

@@ -95,9 +95,8 @@ def test_ldmatrix_follows_the_ptx_isa(emulator, transposed):
         assert (r[:, [i]] == (pairs[g, 2 * t] | pairs[g, 2 * t + 1] << 16)).all()
     # By hand: 8 loads and writes of 2 bytes in rows of 16, ldmatrix, and 4 writes of 4 bytes in 16.
     expected = {
-        "bytes_requested": 1024, "bytes_read": 512, "bytes_written": 512,
-        "global_read_requests": 8, "global_read_sectors": 8 * 16, "global_read_fewest": 8 * 2,
-        "global_write_requests": 4, "global_write_sectors": 4 * 16, "global_write_fewest": 4 * 4,
+        "bytes_read": 512, "global_read_sectors": 8 * 16, "global_read_fewest": 8 * 2,
+        "bytes_written": 512, "global_write_sectors": 4 * 16, "global_write_fewest": 4 * 4,
         "shared_wavefronts": 8 * 4 + 4, "shared_fewest": 8 + 4,
     }  # fmt: skip
     counts = emulator.counters()["one_ldmatrix"]

@@ -40,7 +40,7 @@ def test_tiles_of_many_shapes(core, monkeypatch, name, mode, size):
     case = case.but(height=size[0], width=size[1])
     planned = watched(monkeypatch, type(core.kernels), "core_pass")
     for number, tile in enumerate(tiles):
-        core.schedule("ahead", number)
+        core.settings.seed = number
         forced = replace(MODES[mode], tile=tile)
         test_cell.check(core, case, forced)
         assert test_cell_gradients.check(core, case, forced), "choose another seed"

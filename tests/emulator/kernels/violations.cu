@@ -80,8 +80,6 @@ CASE(shared_pointer) {
   d.out[threadIdx.x] = 1;
 }
 
-CASE(read_behind) { d.out[threadIdx.x] = d.in[threadIdx.x + (d.bad ? 1 : 0)]; }
-
 CASE(vector_behind) {
   if (threadIdx.x < 16) {
     const int i = 4 * int(threadIdx.x) + (d.bad ? 4 : 0);
@@ -108,10 +106,6 @@ CASE(write_input) {
 CASE(write_static) {
   if (d.bad) static_variable = 1;
   d.out[threadIdx.x] = float(static_variable);
-}
-
-CASE(misaligned_vector) {
-  if (threadIdx.x < 8) d.out[threadIdx.x] = load<float2>(d.in + 2 * threadIdx.x + d.bad).x;
 }
 
 CASE(misaligned_copy) {

@@ -16,12 +16,10 @@ constexpr size_t sector_bytes = 32;
 constexpr unsigned banks = 32, bank_bytes = 4;
 
 // Counters by name. A request is a warp's, of one instruction.
-//   global_{read, write}_{requests, sectors, fewest}
-//   bytes_requested                                    all that lanes ask for
-//   bytes_read, bytes_written                          distinct bytes of each launch
-//   shared_{wavefronts, fewest}                        a wavefront serves each bank once
-//   mma_{fp16, bf16, tf32}                             a warp's each
-//   launches, blocks, threads
+//   global_{read, write}_{sectors, fewest}
+//   bytes_read, bytes_written              distinct bytes of each launch
+//   shared_{wavefronts, fewest}            a wavefront serves each bank once
+//   mma_{fp16, bf16, tf32}                 a warp's each
 using Totals = std::map<std::string, uint64_t>;
 
 std::map<std::string, Totals> totals;
@@ -61,10 +59,8 @@ void count_global(const Request& r) {
       sectors.push_back(bytes.back() / sector_bytes);
     }
   const std::string kind = r.kind == Access::write ? "global_write_" : "global_read_";
-  ++(*now)[kind + "requests"];
   (*now)[kind + "sectors"] += distinct(sectors);
   (*now)[kind + "fewest"] += (distinct(bytes) + sector_bytes - 1) / sector_bytes;
-  (*now)["bytes_requested"] += bytes.size();
 }
 
 // Half a warp accesses 8 bytes at once, a quarter of a warp 16 bytes.
@@ -112,9 +108,6 @@ void touch(const Place& place, size_t bytes, bool write) {
 void begin_count_launch(const Geometry& g) {
   if (!simt_settings.counters) return;
   now = &totals[g.name];
-  ++(*now)["launches"];
-  (*now)["blocks"] += g.grid.count();
-  (*now)["threads"] = g.block.count();
   logs.clear();
   logs.resize(machine().warps.size());
   touched.clear();

@@ -45,8 +45,8 @@ double add_aligned(double sum, const double (&products)[4]) {
 
 // Products are exact in float for all three types. The order and rounding of a tensor core's sums
 // are not documented. Here sums are float additions in the order of k; or, if the machine
-// truncates, an exact sum that loses what is behind its 24th bit, as Ootomo and Yokota report of
-// real ones (2022, https://doi.org/10.1177/10943420221090256); or, if it aligns, see above.
+// truncates, see above. (Ootomo and Yokota report that real ones truncate, too: 2022,
+// https://doi.org/10.1177/10943420221090256.)
 template <MmaType type>
 void multiply(Warp& warp) {
   constexpr int per_word = type == MmaType::tf32 ? 1 : 2;
@@ -72,12 +72,9 @@ void multiply(Warp& warp) {
         double sum = d[row][column], products[4];
         for (int k = 0; k < K; ++k) {
           products[k % 4] = double(a[row][k]) * b[k][column];
-          if (simt_settings.truncates == 1)
-            sum += products[k % 4];
-          else if (k % 4 == 3)
-            sum = add_aligned(sum, products);
+          if (k % 4 == 3) sum = add_aligned(sum, products);
         }
-        d[row][column] = towards_zero(sum);
+        d[row][column] = float(sum);
       }
       continue;
     }

@@ -14,16 +14,13 @@ namespace simt {
 
 constexpr size_t most_shared_bytes = 227 * 1024;  // of one block, on sm_90
 
-enum class Policy : int { in_order, shuffled, ahead };
-
-// Python sets these; emulator.py has the same fields.
+// Python sets these; library.py has the same fields.
 struct Settings {
-  uint64_t seed = 0;
-  Policy policy = Policy::in_order;
-  int races = 1;  // look for races
+  uint64_t seed = 0;  // of the schedule
+  int races = 1;      // look for races
   int counters = 0;
   int compute_capability = 80;
-  int truncates = 0;  // mma rounds its sums towards zero: 1 once, 2 each term (fragment.cpp)
+  int truncates = 0;  // mma cuts the terms of its sums (fragment.cpp)
   int dry = 0;        // launches are checked and listed, but nothing runs
 };
 extern "C" __attribute__((visibility("default"))) Settings simt_settings;
@@ -94,7 +91,7 @@ class Machine {
   void run(const Geometry& geometry, void (*body)(void*), void* context);
   // Ends the launch with an error; called on a thread's fibre.
   [[noreturn]] void fail(std::string message);
-  // Lets the next thread of this pass run; to_host: the thread that the policy chooses.
+  // Lets the next thread of this pass run; to_host: the thread that the schedule chooses.
   void yield(bool to_host);
   std::string name_of(unsigned thread_id) const;  // by the number in the block
   std::string name(const Thread& thread) const;   // and the block
@@ -120,7 +117,6 @@ class Machine {
   Thread* next_of_pass();
   void enter(Thread& thread);
   bool resume_warp(Warp& warp, bool shuffle_lanes);
-  void fill_pass(unsigned first, unsigned count);
   bool round_ahead();
   void release_barrier();
   std::string stuck() const;

@@ -14,12 +14,10 @@ namespace simt {
 
 namespace {
 
-constexpr size_t guard_bytes = 1024;
-constexpr unsigned char guard_pattern = 0xa5;
-
-constexpr size_t all_shared_bytes = most_shared_bytes + 2 * guard_bytes;
-char* const shared_with_guards = static_cast<char*>(std::aligned_alloc(1024, all_shared_bytes));
-char* const shared_start = shared_with_guards + guard_bytes;
+// Addresses shortly before and behind the block's belong to nothing else.
+constexpr size_t margin = 1024;
+char* const shared_start =
+    static_cast<char*>(std::aligned_alloc(1024, most_shared_bytes + 2 * margin)) + margin;
 size_t shared_bytes = 0;  // of this launch
 
 // Begin and end of this module's loaded code, constants and variables, as the linker defines them.
@@ -112,7 +110,7 @@ const void* copy_of(const void* p) {
 
 std::string describe_address(const void* p) {
   const char* c = static_cast<const char*>(p);
-  if (size_t(c - shared_with_guards) < all_shared_bytes)
+  if (size_t(c - shared_start + margin) < most_shared_bytes + 2 * margin)
     return text("byte ", c - shared_start, " of the block's ", shared_bytes,
                 " bytes of shared memory");
   const Place place = locate(p);
@@ -134,16 +132,7 @@ std::string describe_address(const void* p) {
 
 void prepare_shared_memory(size_t bytes) {
   shared_bytes = bytes;
-  std::memset(shared_with_guards, guard_pattern, bytes + 2 * guard_bytes);
   std::memset(shared_start, 0xff, bytes);
-}
-
-std::string check_shared_guard() {
-  for (size_t i = 0; i < guard_bytes; ++i)
-    for (const char* p : {shared_start + shared_bytes + i, shared_start - 1 - i})
-      if (static_cast<unsigned char>(*p) != guard_pattern)
-        return "a thread wrote to " + describe_address(p);
-  return "";
 }
 
 // ---- what kernels call ------------------------------------------------------------------------

@@ -45,7 +45,5 @@ char* shared_base();
 size_t shared_size();
 // Fills the block's shared memory with 0xff: NaN for every floating point type, -1 for integers.
 void prepare_shared_memory(size_t bytes);
-// Says what was overwritten behind the shared memory; "" if nothing was.
-std::string check_shared_guard();
 
 }  // namespace simt

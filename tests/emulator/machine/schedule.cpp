@@ -131,14 +131,13 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
 
   std::vector<uint64_t> order(g.grid.count());
   std::iota(order.begin(), order.end(), uint64_t(0));
-  if (simt_settings.policy != Policy::in_order) std::shuffle(order.begin(), order.end(), random_);
+  std::shuffle(order.begin(), order.end(), random_);
   for (const uint64_t b : order) {
     prepare_block({unsigned(b % g.grid.x), unsigned(b / g.grid.x % g.grid.y),
                    unsigned(b / g.grid.x / g.grid.y)},
                   overlaps);
     run_block();
     count_interval();
-    if (!failed()) error = check_shared_guard();
     if (failed()) break;
   }
   ++epoch;
@@ -179,22 +178,8 @@ void Machine::prepare_block(uint3 block, bool overlaps) {
 void Machine::run_block() {
   const unsigned size = unsigned(warps.size()) * warp_size;
   while (finished < size && !failed()) {
-    bool progress = false;
-    if (simt_settings.policy == Policy::ahead) {
-      progress = round_ahead();
-    } else {  // all warps in step: each thread runs to its next collective or barrier
-      fill_pass(0, size);
-      if (simt_settings.policy == Policy::shuffled)
-        std::shuffle(pass_.begin(), pass_.end(), random_);
-      progress = run_pass();
-    }
-    if (!progress && !failed()) error = stuck();
+    if (!round_ahead() && !failed()) error = stuck();
   }
-}
-
-void Machine::fill_pass(unsigned first, unsigned count) {
-  pass_.resize(count);
-  for (unsigned i = 0; i < count; ++i) pass_[i] = &threads[first + i];
 }
 
 // Between two barriers one random warp goes as far as it can before the others start. These follow
@@ -222,7 +207,8 @@ bool Machine::round_ahead() {
 }
 
 bool Machine::resume_warp(Warp& warp, bool shuffle_lanes) {
-  fill_pass(warp.id * warp_size, warp_size);
+  pass_.resize(warp_size);
+  for (unsigned lane = 0; lane < warp_size; ++lane) pass_[lane] = &warp.lanes[lane];
   if (shuffle_lanes) std::shuffle(pass_.begin(), pass_.end(), random_);
   return run_pass();
 }

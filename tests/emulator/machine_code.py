@@ -8,13 +8,9 @@ which elements are fetched one by one, are taken rarely or by few threads.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import networkx as nx  # torch wants it, too
-
-from tests.emulator import gpu_tools
 
 ENDS = ("BRA", "EXIT", "RET", "BRX")  # only a branch reaches what comes behind
 # Divisions (by way of a reciprocal), calls and local memory.
@@ -30,12 +26,12 @@ class Instruction:
 
     @property
     def is_hmma(self) -> bool:
-        return self.name.startswith(("HMMA", "mma."))  # of machine code, of PTX
+        return self.name.startswith("HMMA")
 
     @property
     def ends(self) -> bool:
         """Whether only a branch reaches the next instruction."""
-        return not self.predicated and self.name.split(".")[0].upper() in ENDS
+        return not self.predicated and self.name.split(".")[0] in ENDS
 
 
 @dataclass
@@ -43,12 +39,12 @@ class Loop:
     """An innermost loop with HMMA."""
 
     code: list[Instruction]  # on all ways
-    way: Counter[str]  # names without modifiers, on the way that is issued over and over
+    issued: int  # on the way that is issued over and over
     hmma: int  # on that way
 
     @property
     def per_hmma(self) -> float:
-        return sum(self.way.values()) / self.hmma
+        return self.issued / self.hmma
 
     def slow(self) -> list[str]:
         """Instructions that no way of such a loop may have."""
@@ -56,10 +52,10 @@ class Loop:
 
 
 def parse(code: list[tuple[int, str, str, str]]) -> list[Instruction]:
-    """The instructions of one kernel, from gpu_tools.disassemble() or gpu_tools.code_of_ptx()."""
+    """The instructions of one kernel, from gpu_tools.disassemble()."""
     instructions = []
     for address, predicate, name, operands in code:
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name[:3].upper() == "BRA" else None
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name[:3] == "BRA" else None
         # BRA.DIV branches only if the lanes of a warp have gone different ways.
         predicated = bool(predicate or re.match(r"!?U?P\d", operands) or name == "BRA.DIV")
         to = int(target[1], 16) if target else None
@@ -85,9 +81,9 @@ def blocks_of(code: list[Instruction]) -> tuple[list[list[Instruction]], nx.DiGr
     return blocks, graph
 
 
-def loops(code: list[Instruction]) -> list[Loop]:
-    """The innermost loops with HMMA."""
-    blocks, graph = blocks_of(code)
+def loops(disassembled: list[tuple[int, str, str, str]]) -> list[Loop]:
+    """The innermost loops with HMMA of one kernel, from gpu_tools.disassemble()."""
+    blocks, graph = blocks_of(parse(disassembled))
     graph = graph.subgraph({0} | nx.descendants(graph, 0))
     tree = nx.DiGraph((above, n) for n, above in nx.immediate_dominators(graph, 0).items() if n)
     back = [(n, h) for n, h in graph.edges if n == h or (n in tree and h in nx.ancestors(tree, n))]
@@ -110,14 +106,6 @@ def loops(code: list[Instruction]) -> list[Loop]:
             edge["cost"] = sum(1 - 10**6 * i.is_hmma for i in blocks[n])
         *way, _ = nx.bellman_ford_path(once, header, "end", weight="cost")
         issued = [i for n in way for i in blocks[n]]
-        names = Counter(i.name.split(".")[0] for i in issued)
         code = [i for n in sorted(body) for i in blocks[n]]
-        hot_loops.append(Loop(code, names, sum(i.is_hmma for i in issued)))
+        hot_loops.append(Loop(code, len(issued), sum(i.is_hmma for i in issued)))
     return hot_loops
-
-
-def loops_of_binary(binary: Path, arch: int) -> dict[str, list[Loop]]:
-    """Loops with HMMA by kernel."""
-    code = gpu_tools.disassemble(binary, arch)
-    by_kernel = {name: loops(parse(instructions)) for name, instructions in code.items()}
-    return {name: hmma for name, hmma in by_kernel.items() if hmma}
