@@ -40,11 +40,14 @@ def test_channels_around_the_length_of_each_vector(kernels, channels):
             check_results(PLAIN.but(time=1, channels=count, height=3, width=9), kernels)
 
 
-def test_outputs_are_channels_last_where_x_is(kernels):
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "transposed"])
+def test_outputs_are_channels_last_where_x_is(kernels, layout):
+    is_last = layout == "channels_last"
+    expected = torch.channels_last if is_last else torch.contiguous_format
     for options in ({}, {"record": False}, {"sequence": False, "record": False}):
-        case = PLAIN.but(layouts=("channels_last",) * 4, **options)
+        case = PLAIN.but(layouts=(layout,) * 4, **options)
         for tensor in infer(kernels, case, case.inputs()):
-            assert tensor.flatten(0, -4).is_contiguous(memory_format=torch.channels_last)
+            assert tensor.flatten(0, -4).is_contiguous(memory_format=expected)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
