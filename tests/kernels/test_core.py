@@ -1,5 +1,6 @@
 """Random calls pass, and the core refuses what no kernel can run with an error that says why."""
 
+import re
 import shutil
 import sys
 from contextlib import nullcontext
@@ -34,6 +35,24 @@ def extreme(random: Random) -> dict[str, Any]:
     if random.random() < 0.5:
         facts["stride"], facts["dilation"] = ((size(31), size(31)) for _ in range(2))
     return facts
+
+
+NEEDS = {
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"},
+}
+
+
+def test_the_processors_instruction_sets_are_used():
+    """Without them calls would be several times slower, and right."""
+    told = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)$", told.read_text() if told.exists() else "", re.MULTILINE)
+    if flags is None:
+        pytest.skip("only Linux on x86 tells the processor's flags")
+    has = set(flags[1].split())
+    assert {name: name in ISAS for name in NEEDS} == {
+        name: needed <= has for name, needed in NEEDS.items()
+    }
 
 
 @pytest.mark.parametrize("core", ["cpu", "emulator"])
