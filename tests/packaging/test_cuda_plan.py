@@ -103,8 +103,7 @@ def test_gpus_that_the_compiler_does_not_know_get_ptx(add, asked, known, flags, 
     nvcc = add("nvcc", "", known)
     code = [f"-gencode=arch=compute_{{}},code=[{flag[3:]}]".format(flag[:2]) for flag in flags]
     assert local_version.machine_code(nvcc, asked) == (code, words)
-    with pytest.raises(SystemExit, match="knows none of the GPUs"):
-        local_version.machine_code(nvcc, (70,))
+    assert local_version.machine_code(nvcc, (70,)) == ([], "")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +115,7 @@ def test_gpus_that_the_compiler_does_not_know_get_ptx(add, asked, known, flags, 
         ("", "", "80;86", "", "80 86 80+ptx", "nvcc"),
         ("8.9", "on", "native", "", "89 80+ptx", "nvcc"),
         ("", "", "native", "", "error", "nvidia-smi shows no GPU"),
+        ("", "", "70", "", "error", "nvcc knows none of the GPUs 70"),
         ("", "maybe", "", "", "error", "'maybe'; accepted: on, off, pip"),
         ("", "", "8.6", "", "error", "SNNLSTM_CUDA_ARCHS is '8.6'; accepted: such as 80;90"),
         ("", "pip", "", "", "error", "SNNLSTM_CUDA=pip, but no CUDA compiler found"),
@@ -132,6 +132,13 @@ def test_a_build_is_for_the_gpus_that_are_asked_for(
     nvcc, actual, reason = plan(**wishes)
     assert planned == (nvcc if nvcc == "error" else actual if nvcc else "")
     assert why in reason
+
+
+def test_a_compiler_that_lists_no_gpu_fails_only_a_build_that_asks_for_it(add, plan):
+    add("path/nvidia-smi", "8.9")
+    nvcc = add("path/nvcc", "release 13.0", "")
+    assert plan() == ("", "", f"{nvcc} knows none of the GPUs 89")
+    assert plan(SNNLSTM_CUDA="on")[0] == "error"
 
 
 @long

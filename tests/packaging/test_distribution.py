@@ -137,7 +137,8 @@ print(snnlstm.__file__, snnlstm.__version__, cell.path.name)
 # The stand-in's answers: none, the version alone, and all but for the sources of the kernels.
 NVCCS = {
     "nothing": "exit 1",
-    "version": 'test "$1" = --version && echo "release 13.0" || exit 1',
+    "no GPU": 'test "$1" = --version && echo "release 13.0" || exit 1',
+    "no program": "case $1 in --version) echo release 13.0 ;; --list*) echo compute_80 ;; *) exit 1 ;; esac",
     "no kernel": 'case "$*" in *csrc/cuda/*) exit 1 ;; esac; exec {} "$@"',
 }
 
@@ -160,7 +161,8 @@ def test_where_nvcc_fails_the_cpu_core_is_built(answers, sdist, tmp_path):
     assert ("WITHOUT its CUDA kernels" in said) == (answers == "no kernel")
     why = {
         "nothing": "says:",
-        "version": "cannot compile a program",
+        "no GPU": "knows none of the GPUs",
+        "no program": "cannot compile a program",
         "no kernel": "building them failed",
     }
     assert re.search(f"CUDA kernels: not built: .*{why[answers]}", said)
@@ -214,12 +216,18 @@ def test_readmes_code_runs_after_readmes_own_installation(tmp_path):
     command, code = (
         re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("sh", "python")
     )
-    program, *arguments = shlex.split(command[0], comments=True)
-    assert (program, arguments[0]) == ("pip", "install")
+    clone, install, report = (shlex.split(line, comments=True) for line in command[0].splitlines())
+    assert clone[:2] == ["git", "clone"]
+    assert install[:2] == ["pip", "install"]
+    assert report == ["python", "-m", "snnlstm"]
+    run("git", "clone", "-q", ROOT, tmp_path / "snnlstm", cwd=tmp_path)
     python = fresh(tmp_path / "venv", torch_alone(tmp_path / "torch"))
-    run(python, "-m", program, *arguments, cwd=ROOT, **COMPILED)
-    (tmp_path / "readme.py").write_text("".join(code))
-    said = run(python, tmp_path / "readme.py", cwd=tmp_path)
+    run(python, "-m", *install, cwd=tmp_path, **COMPILED)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    assert "Nothing is wrong." in run(python, *report[1:], cwd=outside)
+    (outside / "readme.py").write_text("".join(code))
+    said = run(python, outside / "readme.py", cwd=outside)
     assert "accelerate: 2 swapped, 0 left\n" in said
     assert "(the native kernels cover this call)\n" in said
 
