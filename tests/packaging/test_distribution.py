@@ -138,7 +138,8 @@ print(snnlstm.__file__, snnlstm.__version__, cell.path.name)
 NVCCS = {
     "nothing": "exit 1",
     "no GPU": 'test "$1" = --version && echo "release 13.0" || exit 1',
-    "no program": "case $1 in --version) echo release 13.0 ;; --list*) echo compute_80 ;; *) exit 1 ;; esac",
+    "no program": "case $1 in --version) echo release 13.0 ;; --list*) echo compute_80 ;; "
+    "*) exit 1 ;; esac",
     "no kernel": 'case "$*" in *csrc/cuda/*) exit 1 ;; esac; exec {} "$@"',
 }
 
