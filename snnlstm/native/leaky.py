@@ -153,12 +153,19 @@ class Plan:
         self.of_beta, self.of_threshold = (at or (self.first[-1], 1) for at in self.places)
         small = x.dtype is self.dtype and x.nbytes < pool.SMALLEST
         self._empty_like = torch.empty_like if small else partial(_empty_like, dtype=self.dtype)
+        call = self.fitted(call)
         self.copies = not all(map(operator.is_, self._readable(call)[:5], call))
+
+    def fitted(self, call: LeakyCall) -> LeakyCall:
+        """The call with a mem of the shape of a step."""
+        if self.fits:
+            return call
+        return call._replace(mem=fitting(call.mem, call.x, self.spec.sequence))
 
     def _readable(self, call: LeakyCall) -> LeakyCall:
         """The call with tensors that the core reads as they are."""
         x = without_gaps(call.x, self.spec.sequence)
-        mem = _laid_out(fitting(call.mem, x, self.spec.sequence), *self.step)
+        mem = _laid_out(call.mem, *self.step)
         return LeakyCall(x, mem, *self._numbers(call[2:5]))
 
     def _numbers(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -246,8 +253,7 @@ def run_plan(plan: Plan, call: LeakyCall, training: bool) -> tuple[Tensor, Tenso
     spk, mem : Tensor
         Of x's shape, in float32, or float64 if x is.
     """
-    if not plan.fits:
-        call = call._replace(mem=fitting(call.mem, call.x, plan.spec.sequence))
+    call = plan.fitted(call)
     if not training:
         return *plan.forward(call, call.every), plan.name
     if call.mem.is_inference():  # autograd refuses to save it
