@@ -105,7 +105,9 @@ def compared(device: str) -> str:
     """
     import torch
 
-    from . import SConv2dLSTM, algorithm, get_algorithm
+    # The package has no names if its import failed, and these modules say why.
+    from .calls.algorithms import algorithm, get_algorithm
+    from .neurons.sconv2dlstm import SConv2dLSTM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -176,11 +176,12 @@ def plan() -> tuple[str, list[str], str, str]:
         flags, served = machine_code(found, numbers)
         if flags:
             return found, flags, served, why
-        why = f"{found} knows none of the GPUs {', '.join(map(str, numbers))}"
+        why = f"{found} knows none of the GPUs {', '.join(map(str, numbers))} (it knows {served})"
     asks = wish in ("on", "pip") or bool(re.match(r"cu\d", tag))
     if asks or archs == "native" or (found and archs):
+        wanted = f"SNNLSTM_CUDA_ARCHS={archs}" if archs and not wish else f"SNNLSTM_CUDA={wish}"
         sys.exit(
-            f"SNNLSTM_CUDA={wish}, but {why}.\nSet CUDACXX=/path/to/nvcc, or SNNLSTM_CUDA=pip to "
+            f"{wanted}, but {why}.\nSet CUDACXX=/path/to/nvcc, or SNNLSTM_CUDA=pip to "
             "have pip fetch CUDA 13's compiler for the build (not with --no-build-isolation), or "
             "SNNLSTM_CUDA=off."
         )
@@ -190,7 +191,7 @@ def plan() -> tuple[str, list[str], str, str]:
 def machine_code(nvcc: str, archs: Iterable[int]) -> tuple[list[str], str]:
     """Returns flags for machine code of those GPUs that nvcc knows, and for PTX; and what they are.
 
-    Both are empty if it knows none, and makes no PTX for newer ones.
+    If it knows none, and they are not newer, there are no flags, and the text has those it knows.
     The PTX of 8.0 is kept, because it serves most GPUs: the driver translates it for GPUs that are
     not listed, on which launches do not overlap.
     """
@@ -204,7 +205,7 @@ def machine_code(nvcc: str, archs: Iterable[int]) -> tuple[list[str], str]:
     ways = (80, code[80]), (90, code[90]), (80, newer), (75, code[75])
     kept = next((ptx for ptx, fits in ways if fits), None)
     if kept is None:
-        return [], ""
+        return [], ", ".join(map(str, known)) or "none"
     code[kept].append(f"compute_{kept}")
     flags = [f"-gencode=arch=compute_{ptx},code=[{','.join(names)}]"
              for ptx, names in code.items() if names]  # fmt: skip

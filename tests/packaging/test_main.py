@@ -128,6 +128,17 @@ print(cell.path)
     assert "reference path, which is slower: the compiled core does not load" in done.stderr
 
 
+def test_a_package_that_does_not_import_says_why(tmp_path):
+    """An import of the package itself would only say that it lacks a name."""
+    shutil.copytree(Path(snnlstm.__file__).parent, tmp_path / "snnlstm")
+    with (tmp_path / "snnlstm" / "native" / "operators.py").open("a") as module:
+        module.write("_C.a_function_that_is_not_built\n")
+    done = python("-m", "snnlstm", cwd=tmp_path)
+    *_, problem = done.stdout.splitlines()
+    assert problem.startswith("problem: one step on cpu failed (missing: ")
+    assert "has no attribute 'a_function_that_is_not_built'" in problem, problem
+
+
 def test_gpus_are_shown_with_the_code_for_them(monkeypatch):
     build = {"cuda": "built", "cuda_version": "13.0.88", "cuda_archs": "86 80+ptx"}
     capabilities = [(8, 9), (12, 0), (7, 5)]
