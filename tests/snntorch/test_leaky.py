@@ -21,7 +21,7 @@ from snnlstm import surrogate
 from tests.conftest import _backends
 from tests.shared.cases import IN_SNNTORCH, laid_out
 from tests.shared.gradients import KEPT
-from tests.shared.helpers import close, described
+from tests.shared.helpers import close, described, watched
 from tests.shared.leaky import (
     F64,
     LEARN,
@@ -205,6 +205,17 @@ def test_replaced_methods_are_called(name: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(snntorch.Leaky, name, lambda self, x: x)
     other(currents(3, 5)[0])
     assert other.path.reason == f"its {name} was replaced"
+
+
+def test_a_call_from_an_empty_mem_copies_nothing_that_the_core_can_read(monkeypatch: Any) -> None:
+    kernels = pytest.importorskip("snnlstm.native.leaky")
+    layer, x = leaky_twins()[0], currents(3, 5)[0]
+    empty, fitting, transposed = torch.zeros(0), torch.zeros(3, 5), torch.zeros(5, 3).t()
+    for mem, copies in (empty, False), (fitting, False), (transposed, True):
+        layer(x, mem)  # which makes the plan
+        copied = watched(monkeypatch, kernels.Plan, "_readable")
+        layer(x, mem)
+        assert bool(copied) == copies
 
 
 # ---- the state -----------------------------------------------------------------------------------
