@@ -187,8 +187,14 @@ def guard_of(tensors: Sequence[Tensor]) -> Any:
 # ---- recorded graphs -----------------------------------------------------------------------------
 
 
+_unwrapped: Callable[[Tensor], Tensor] = _find("_C._functorch.get_unwrapped", lambda t: t)
+_is_wrapped: Callable[[Tensor], bool] = _find("_C._functorch.is_functorch_wrapped_tensor", _never)
+
+
 def memory_of(tensor: Tensor) -> int:
     """A number for the memory of a tensor, which other tensors in the same memory share."""
+    while _is_wrapped(tensor):  # within a transform of torch.func
+        tensor = _unwrapped(tensor)
     strided = tensor.layout is torch.strided
     return tensor.untyped_storage()._cdata if strided else id(tensor)
 

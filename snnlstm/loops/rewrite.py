@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from ..compat.torch_private import memory_of
+from ..compat.torch_private import size_hint
 from . import rows
 from .steps import Loop, Run
 
@@ -38,10 +38,11 @@ class Writer:
         self._results: dict[tuple[Run, int], Node] = {}
         self._unbound: dict[tuple[Run, int], Node] = {}
         self._sequences: dict[Any, Node] = {}
-        self._returned: dict[Node, Node] = {}
         self._removable: list[Node] = []  # what nothing loses if nobody uses it, by age
-        self._shared: set[int] = set()
-        """Memory of the old graph whose place in the new one several results share."""
+        self._stacks: set[Node] = set()  # what has become the sequence that it was stacked from
+        self._moved: set[Node] = set()  # nodes whose strides may differ from the recorded ones
+        self._recorded: dict[tuple[Node, bool], Node] = {}
+        self._inputs: list[Node] = []
 
     def write(self) -> Graph:
         """Write the graph, without what nothing needs."""
@@ -136,32 +137,35 @@ class Writer:
             return None
         dim = (*node.args[1:], *node.kwargs.values(), 0)[0]
         out = self.sequence(nodes)
-        if dim:
-            return self.call("contiguous", self.call("movedim", out, 0, dim))
-        self._shared |= self._loop.memory[node]
-        return out
+        self._stacks.add(node)
+        return self.call("movedim", out, 0, dim) if dim else out
 
     # ---- runs and single nodes ------------------------------------------------------------------
 
     def _write_run(self, run: Run) -> None:
-        result, loop = run.row.together(self, run), self._loop
+        result = run.row.together(self, run)
         if not run.row.states:
             self._results[run, 0] = result
-            self._shared.update(*(loop.memory[call] for call in run.calls))
             return
         for item in (0, *(item for _, item in run.row.states)):
             self._results[run, item] = self.call(rows.ITEM, result, item)
-            if item == 0 or run.record:
-                parts = [rows.value_of(call)[item] for call in run.calls]
-                self._shared.update(map(memory_of, parts))
 
     def _copy(self, node: Node) -> Node:
-        new = self.graph.node_copy(node, self._single)
+        loop, argument = self._loop, self._single
+        row, pure = rows.row_of(node), loop.is_pure(node)
+        if any(map(self._is_moved, node.all_input_nodes)):
+            if pure and (row is not None or node.target in (rows.ITEM, torch.stack)):
+                self._moved.add(node)
+            elif list(loop.effects[node].writes) != list(node.args[:1]):
+                argument = self._as_recorded  # the function may depend on strides
+        new = self.graph.node_copy(node, argument)
         new.target = self._operators.get(node.target, node.target)
-        if self._loop.is_pure(node):
+        if node.op == "placeholder":
+            self._inputs.append(new)
+        if pure:
             self._removable.append(new)
-            if rows.row_of(node) is rows.RESHAPE:  # a view of a step may be none of all steps
-                new.target = "reshape"
+            if row is rows.RESHAPE and node in self._moved:
+                new.target = "reshape"  # a view of a step may be none of all steps
         return new
 
     def _place(self, node: Node) -> Place | None:
@@ -189,19 +193,77 @@ class Writer:
             self._copies[node] = self.call(rows.ITEM, unbound, step)
         return self._copies[node]
 
-    def _as_output(self, node: Node) -> Node:
-        """A result of the graph, which shares its memory with no other one.
+    # ---- strides and memory as they were recorded -----------------------------------------------
 
-        The caller may write to each of them, and snnTorch detaches states in place.
+    def _is_moved(self, node: Node) -> bool:
+        """Whether the strides of a node may differ from the recorded ones."""
+        node = self._loop.same[node]
+        return node in self._moved or node in self._stacks or self._place(node) is not None
+
+    def _is_lent(self, node: Node) -> bool:
+        """Whether a node lies in one memory with others that were recorded elsewhere."""
+        place = self._place(node)
+        in_sequence = place is not None and (place[1] == 0 or place[0].record)
+        return in_sequence or node in self._stacks or bool(self._loop.memory[node] & self._loop.merged)
+
+    def _as_output(self, node: Node) -> Node:
+        """A result of the graph, to which the caller may write, and which snnTorch detaches in place."""
+        return self._as_recorded(node, alone=True)
+
+    def _as_recorded(self, node: Node, alone: bool = False) -> Node:
+        """A node with the strides of the old graph; a view is a view of the same tensor.
+
+        With `alone`, it also shares its memory only with what was recorded to share it.
         """
-        out, place = self._single(node), self._place(node)
-        if node in self._returned or node.op == "placeholder":
-            return self._returned.get(node, out)
-        alone = place is not None and place[1] > 0 and not place[0].record
-        memory, twice = self._loop.memory[node], out in self._returned.values()
-        if (not alone and memory & self._shared) or (twice and memory):
-            out = self.call("clone", out)
-        elif out.op == "placeholder" and rows.name_of(node) == "detach":  # no input itself
-            out = self.call("detach", out)
-        self._returned[node] = out
+        first = self._loop.same[node]
+        if not alone or rows.value_of(node) is rows.value_of(first):
+            node = first
+        if (node, alone) not in self._recorded:
+            source = self._source(node)
+            make = self._laid_out(node, alone) if source is None else self._viewed(node, source, alone)
+            self._recorded[node, alone] = make
+        return self._recorded[node, alone]
+
+    def _source(self, node: Node) -> Node | None:
+        """The argument of which a node is a view, or to which it writes; None if it is none."""
+        memory = self._loop.memory
+        for arg in node.all_input_nodes:
+            if memory[arg] & memory[node]:
+                is_item = isinstance(rows.value_of(arg), tuple | list)
+                return None if is_item and self._source(arg) is None else arg
+        return None
+
+    def _viewed(self, node: Node, source: Node, alone: bool) -> Node:
+        """A view, or what was written to, as one of its source as it was recorded."""
+        base = self._as_recorded(source, alone)
+        if node is self._loop.same[node] and base is self._single(source) and not self._is_moved(node):
+            return self._single(node)
+        copies = {arg: base if arg is source else self._single(arg) for arg in node.all_input_nodes}
+        with self._behind(copies.values()):
+            out = self.graph.node_copy(node, copies.__getitem__)
+            if rows.requires_grad(source) and not rows.requires_grad(node):
+                out = self.call("detach", out)
         return out
+
+    def _laid_out(self, node: Node, alone: bool) -> Node:
+        out, copied = self._single(node), alone and self._is_lent(node)
+        if not copied and not self._is_moved(node):
+            return out
+        value = rows.value_of(node)
+        by_stride = sorted(range(value.dim()), key=lambda dim: -size_hint(value.stride(dim)))
+        shown = [dim for dim in by_stride if size_hint(value.shape[dim]) != 1]
+        order = list(range(value.dim())) if shown == sorted(shown) else by_stride
+        with self._behind([out]):
+            if order != sorted(order):
+                out = self.call("permute", out, order)
+            if copied:
+                out = self.call("clone", out, memory_format=torch.contiguous_format)
+            else:
+                out = self.call("contiguous", out)
+            if order != sorted(order):
+                out = self.call("permute", out, [order.index(dim) for dim in sorted(order)])
+        return out
+
+    def _behind(self, nodes: Iterable[Node]) -> Any:
+        """Where the next nodes are written: in the settings of the last one of these nodes."""
+        return self.graph.inserting_before(max([*nodes, *self._inputs[-1:]]).next)

@@ -265,5 +265,5 @@ def _promotes_alike(inputs: Sequence[Node]) -> bool:
     """Whether the result's dtype stays as it is if numbers, (), become a tensor, (T,)."""
     if not all(isinstance(value_of(arg), Tensor) for arg in inputs):
         return False
-    dims = {dim_of(arg) for arg in inputs}
-    return 0 not in dims or dims == {0} or len({value_of(arg).dtype for arg in inputs}) == 1
+    has_number = any(dim_of(arg) == 0 for arg in inputs)
+    return not has_number or len({value_of(arg).dtype for arg in inputs}) == 1

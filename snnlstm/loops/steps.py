@@ -146,6 +146,8 @@ class Loop:
         The first of all nodes that compute the same, for each node.
     written : set of int
         Memory to which some node writes.
+    merged : set of int
+        Memory of nodes that compute the same and were recorded in other memory.
     users : dict of Node to list of Node
         The nodes that take a node, or one that is the same, as an argument.
     runs : dict of Node to (Run, int)
@@ -168,6 +170,7 @@ class Loop:
             for written in effects.writes
             for place in self.memory[written]
         }
+        self.merged: set[int] = set()
         self._number = {node: number for number, node in enumerate(self.nodes)}
         self._regions = self._needs_of_effects()
         self._find_equal()
@@ -251,6 +254,8 @@ class Loop:
                 self.same[node] = first.setdefault(key, node)
             if self._is_its_argument(node):
                 self.same[node] = self.same[node.all_input_nodes[0]]
+            if self.memory[self.same[node]] != self.memory[node]:
+                self.merged |= self.memory[node] | self.memory[self.same[node]]
             if self.same[node] is node:
                 for arg in node.all_input_nodes:
                     self._needs[number].add(self._number[self.same[arg]])
