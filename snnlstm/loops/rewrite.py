@@ -42,7 +42,7 @@ class Writer:
         self._stacks: set[Node] = set()  # what has become the sequence that it was stacked from
         self._moved: set[Node] = set()  # nodes whose strides may differ from the recorded ones
         self._recorded: dict[tuple[Node, bool], Node] = {}
-        self._inputs: list[Node] = []
+        self._starts: dict[int, Node] = {}  # the node of the new graph that begins a region
 
     def write(self) -> Graph:
         """Write the graph, without what nothing needs."""
@@ -160,8 +160,9 @@ class Writer:
                 argument = self._as_recorded  # the function may depend on strides
         new = self.graph.node_copy(node, argument)
         new.target = self._operators.get(node.target, node.target)
-        if node.op == "placeholder":
-            self._inputs.append(new)
+        region = loop.region(node)
+        if node.op == "placeholder" or (region and region not in self._starts):
+            self._starts[region] = new
         if pure:
             self._removable.append(new)
             if row is rows.RESHAPE and node in self._moved:
@@ -204,7 +205,9 @@ class Writer:
         """Whether a node lies in one memory with others that were recorded elsewhere."""
         place = self._place(node)
         in_sequence = place is not None and (place[1] == 0 or place[0].record)
-        return in_sequence or node in self._stacks or bool(self._loop.memory[node] & self._loop.merged)
+        return (
+            in_sequence or node in self._stacks or bool(self._loop.memory[node] & self._loop.merged)
+        )
 
     def _as_output(self, node: Node) -> Node:
         """A result of the graph, to which the caller may write, and which snnTorch detaches in place."""
@@ -220,7 +223,9 @@ class Writer:
             node = first
         if (node, alone) not in self._recorded:
             source = self._source(node)
-            make = self._laid_out(node, alone) if source is None else self._viewed(node, source, alone)
+            make = (
+                self._laid_out(node, alone) if source is None else self._viewed(node, source, alone)
+            )
             self._recorded[node, alone] = make
         return self._recorded[node, alone]
 
@@ -236,24 +241,25 @@ class Writer:
     def _viewed(self, node: Node, source: Node, alone: bool) -> Node:
         """A view, or what was written to, as one of its source as it was recorded."""
         base = self._as_recorded(source, alone)
-        if node is self._loop.same[node] and base is self._single(source) and not self._is_moved(node):
+        if (
+            node is self._loop.same[node]
+            and base is self._single(source)
+            and not self._is_moved(node)
+        ):
             return self._single(node)
         copies = {arg: base if arg is source else self._single(arg) for arg in node.all_input_nodes}
-        with self._behind(copies.values()):
-            out = self.graph.node_copy(node, copies.__getitem__)
-            if rows.requires_grad(source) and not rows.requires_grad(node):
-                out = self.call("detach", out)
-        return out
+        with self._beside(node, copies.values()):
+            return self.graph.node_copy(node, copies.__getitem__)
 
     def _laid_out(self, node: Node, alone: bool) -> Node:
         out, copied = self._single(node), alone and self._is_lent(node)
         if not copied and not self._is_moved(node):
             return out
-        value = rows.value_of(node)
+        value, place = rows.value_of(node), self._place(node)
         by_stride = sorted(range(value.dim()), key=lambda dim: -size_hint(value.stride(dim)))
         shown = [dim for dim in by_stride if size_hint(value.shape[dim]) != 1]
         order = list(range(value.dim())) if shown == sorted(shown) else by_stride
-        with self._behind([out]):
+        with self._beside(node, [out]):
             if order != sorted(order):
                 out = self.call("permute", out, order)
             if copied:
@@ -262,8 +268,11 @@ class Writer:
                 out = self.call("contiguous", out)
             if order != sorted(order):
                 out = self.call("permute", out, [order.index(dim) for dim in sorted(order)])
+            if place and not value.requires_grad and any(map(rows.requires_grad, place[0].calls)):
+                out = self.call("detach", out)  # other steps have a gradient
         return out
 
-    def _behind(self, nodes: Iterable[Node]) -> Any:
-        """Where the next nodes are written: in the settings of the last one of these nodes."""
-        return self.graph.inserting_before(max([*nodes, *self._inputs[-1:]]).next)
+    def _beside(self, node: Node, arguments: Iterable[Node]) -> Any:
+        """Where a node that needs these ones is written, in the settings of another one."""
+        start = self._starts.get(self._loop.region(node))
+        return self.graph.inserting_before(max([*arguments, *([start] if start else [])]).next)

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,6 +143,7 @@ def outcome(
             outs = tree_leaves(function(*leaves))
             found |= {f"output {k} of call {call}": out for k, out in enumerate(outs)}
             found[f"random numbers after call {call}"] = torch.rand(3)
+            found |= layout([out for out in outs if isinstance(out, Tensor)], leaves, call)
     if training:
         wanted = [out for out in found.values() if isinstance(out, Tensor) and out.requires_grad]
         found["with gradients"] = torch.tensor(
@@ -161,6 +162,21 @@ def outcome(
     return Outcome(kept, calls)
 
 
+def layout(outs: Sequence[Tensor], leaves: Sequence[Tensor], call: int) -> dict[str, Any]:
+    """Returns the strides of outputs, and for each the first output or input in its memory.
+
+    An empty tensor has None: compiled code returns one for a Leaky's mem of zeros.
+    """
+    memory = [t.untyped_storage()._cdata if t.numel() else None for t in (*leaves, *outs)]
+    strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in outs]
+    return {
+        f"strides after call {call}": [
+            s if t.numel() else None for t, s in zip(outs, strides, strict=True)
+        ],
+        f"memory after call {call}": [place and memory.index(place) for place in memory],
+    }
+
+
 def equal(actual: Outcome, expected: Outcome, atol: float = 0.0, rtol: float = 0.0) -> None:
     """Asserts that two calls left the same; an error names the first difference.
 
@@ -176,6 +192,9 @@ def equal(actual: Outcome, expected: Outcome, atol: float = 0.0, rtol: float = 0
             if isinstance(value, Tensor):
                 largest = float(value.double().abs().nan_to_num().max()) if value.numel() else 0.0
                 close(other, value, atol=atol * max(1.0, largest), rtol=rtol)
+            elif isinstance(value, list):
+                pairs = list(zip(other, value, strict=True))
+                assert all(a == b or None in (a, b) for a, b in pairs), pairs
             else:
                 assert other is None if value is None else other == value
         except AssertionError as error:

@@ -40,6 +40,7 @@ class Program:
     start: tuple[str, ...]
     head: str
     body: tuple[str, ...]
+    end: tuple[str, ...]
     result: str
     one: bool = False
     axis: int = 0
@@ -49,10 +50,15 @@ class Program:
     def source(self) -> str:
         """Returns the program's forward."""
         body = indent("\n".join(self.body), " " * 8)
-        start = indent("\n".join(self.start), " " * 4)
+        start, end = (indent("\n".join(lines), " " * 4) for lines in (self.start, self.end))
         return (
-            f"def forward(self, x):\n{start}\n    {self.head}\n{body}\n    return {self.result}\n"
+            f"def forward(self, x):\n{start}\n    {self.head}\n{body}\n{end}\n"
+            f"    return {self.result}\n"
         )
+
+    @property
+    def graph_breaks(self) -> bool:
+        return "graph_break()" in self.source
 
     @property
     def exact(self) -> bool:
@@ -103,6 +109,7 @@ class _Draft:
     start: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
+    end: list[str] = field(default_factory=list)  # what follows the loop
     results: list[str] = field(default_factory=list)
     states: list[tuple[str, str]] = field(default_factory=list)  # names of a state and its layer
     stored: list[str] = field(default_factory=list)  # layers that keep their states
@@ -288,8 +295,34 @@ def _record(p: _Draft) -> None:
     )
     p.start.append(f"{name} = {begin}")
     p.ends += line.format(name, source).split("\n")
-    stacked = begin == "[]" and p.perhaps(2)
-    p.results.append(f"torch.stack({name})" if stacked else name)
+    if begin == "[]" and p.perhaps(2):
+        p.end.append(f"{name} = torch.stack({name})")
+        begin = "stack"
+    p.results.append(name)
+    if begin not in ("[]", "None") and p.perhaps(2):
+        related = (
+            "{0}[-1]",
+            "{0}.view(-1)",
+            "{0}.flatten()",
+            "{0}.detach()",
+            "{0} * 1",
+            "{0}.to({0})",
+        )
+        columns = "torch.stack([{0}[:, k] for k in range(2)])", "{0}[:, 1:].as_strided((2,), (3,))"
+        name, source = p.name("more"), name
+        p.end.append(f"{name} = {p.one_of(*related, *columns).format(source)}")
+        p.results.append(name)
+    if begin not in ("[]", "None") and p.perhaps(4):
+        p.end += ["torch._dynamo.graph_break()"] * p.perhaps(2) + [f"{name}.mul_(0.5)"]
+
+
+def _number(p: _Draft) -> None:
+    """Keeps a number of each step, (), which meets one of another dtype or of its own."""
+    source, _ = p.value()
+    name, number, dtype = p.name("kept"), p.name("number"), p.one_of("float64", "float32", "int64")
+    p.start += [f"{name} = []", f"{number} = torch.tensor(2, dtype=torch.{dtype})"]
+    p.ends.append(f"{name}.append({source}.sum() * {number})")
+    p.results.append(name)
 
 
 def _written(p: _Draft) -> None:
@@ -303,7 +336,7 @@ def _written(p: _Draft) -> None:
 
 
 _LAYERS = (_product, _product, _leaky, _leaky, _leaky, _cell, _plain, _plain)
-_OTHERS = (_record, _record, _state, _state, _written)
+_OTHERS = (_record, _record, _number, _state, _state, _written)
 
 
 @st.composite
@@ -354,5 +387,5 @@ def programs(draw: Any, training: bool) -> Program:
     states = [state for state, _ in p.states]
     return Program(
         kind, time, tuple(p.layers), tuple(filter(None, [*begin.split("\n"), *p.start])), head,
-        (*p.body, *p.ends), f"[{', '.join([*p.results, *states])}]", one, axis, times,
+        (*p.body, *p.ends), tuple(p.end), f"[{', '.join([*p.results, *states])}]", one, axis, times,
     )  # fmt: skip

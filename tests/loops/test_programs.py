@@ -49,8 +49,9 @@ def margin_of(program: Program, training: bool) -> float:
 
 def run(program, make, dtype, training, compiled) -> Outcome:
     return outcome(
-        make, program.x(dtype), training=training, compiled=compiled, times=program.times
-    )
+        make, program.x(dtype), training=training, compiled=compiled, times=program.times,
+        graph_breaks=program.graph_breaks,
+    )  # fmt: skip
 
 
 def check(program: Program, training: bool) -> None:

@@ -217,6 +217,109 @@ def test_returned_tensors_share_no_memory_that_eager_does_not_share():
                 assert torch.equal(outs[other], before[other]), (k, other)
 
 
+def _stacked(net, x):
+    steps = [net.fc1(x_t) for x_t in x]
+    rec = torch.stack(steps)
+    return (
+        rec,
+        rec[-1],
+        steps[1],
+        steps[1].view(-1),
+        steps[2].float(),
+        steps[0].detach(),
+        sum(steps),
+    )
+
+
+def _views_without_gradients(net, x):
+    steps = [net.fc1(x_t) for x_t in x]
+    with torch.no_grad():
+        views = [step.view(-1) for step in steps]
+    return steps, views
+
+
+# What is returned of x, (T, N, 6); the comparison includes strides, and who shares memory.
+RELATED = {
+    "an equal call and a step of it": lambda net, x: (x * 2, (x * 2)[0]),
+    "an equal call and a view": lambda net, x: (torch.cat(list(x)), torch.cat(list(x)).view(-1)),
+    "equal sums": lambda net, x: (sum(net.fc1(t) for t in x), sum(net.fc1(t) for t in x).flatten()),
+    "a record and its last step": _stacked,
+    "a state and itself detached": lambda net, x: [
+        each for mem in [net.lif1(x[0])[1]] for each in (mem, mem.detach(), mem.view(-1), mem.float())
+    ],
+    "views of x": lambda net, x: [x[0], x[0], x[1].flatten(), x[2].view(-1), x.detach(), x],
+    "columns": lambda net, x: [torch.stack([x[:, t] for t in range(N)])],
+    "a view of columns": lambda net, x: torch.stack([x[:, t] for t in range(N)]).view(-1),
+    "columns by their strides": lambda net, x: (
+        torch.stack([x[:, t] for t in range(N)]).as_strided((3, 5), (2, 7)),
+        [torch.relu(x[:, t]).as_strided((4, 2), (3, 2)) for t in range(N)],
+        [x[:, t].as_strided((4, 2), (3, 2)) for t in range(N)],
+    ),
+    "columns, unfolded and drawn": lambda net, x: [
+        each for t in range(N) for y in [torch.relu(x[:, t])]
+        for each in (y.unfold(0, 2, 1), torch.rand_like(y), F.dropout(y), y.view(-1), y.sum(0))
+    ],
+    "steps behind another layout": lambda net, x: [
+        F.max_pool2d(image.unsqueeze(0), 3, 1, 1)
+        for image in x[:, None].expand(T, 6, N, 6).permute(0, 2, 3, 1)
+    ],
+    "a view within no_grad": _views_without_gradients,
+}  # fmt: skip
+
+
+@MODES
+@pytest.mark.parametrize("name", RELATED)
+def test_results_share_memory_and_have_strides_as_recorded(name, training):
+    check(RELATED[name], training)
+
+
+@pytest.mark.parametrize("written", [0, 1], ids=["the record", "its last step"])
+def test_views_follow_across_a_graph_break(written):
+    """What is written behind the break shows in each view, and nowhere else."""
+
+    def forward(net, x):
+        rec = torch.stack([net.fc1(x_t) for x_t in x])
+        last, total, first = rec[-1], torch.zeros(N, 6), torch.zeros(N, 6)[0]
+        torch._dynamo.graph_break()
+        (rec, last)[written].mul_(0)
+        for x_t in x:
+            total += x_t
+        return rec, last, total, first
+
+    check(forward, training=False, graph_breaks=True)
+
+
+def test_numbers_keep_the_dtype_that_they_have_alone():
+    """A number, (), of another dtype does not decide; of all steps, (T,), it would."""
+
+    def forward(net, x):
+        whole = torch.arange(T, dtype=torch.int32) + (2**31 - 3)
+        offset, scale = torch.tensor(2**33), torch.tensor(0.1, dtype=torch.float64)
+        return [whole[t] + offset for t in range(T)], [x_t.sum() * scale for x_t in x]
+
+    check(forward)
+
+
+@pytest.mark.parametrize("name", ["vmap", "grad", "jvp", "grad of each"])
+def test_transforms_of_torch_func_within_the_loop(name):
+    """Tensors within a transform have no memory of their own."""
+
+    def forward(net, x):
+        function = {
+            "vmap": torch.func.vmap(lambda row: net.fc1(row) + row.sum()),
+            "grad": torch.func.grad(lambda x_t: (x_t * net.fc1(x_t)).sum()),
+            "jvp": lambda x_t: torch.func.jvp(net.fc1, (x_t,), (x_t,))[1],
+            "grad of each": torch.func.vmap(torch.func.grad(lambda row: (row * row).sum())),
+        }[name]
+        mem, out = net.lif1.reset_mem(), []
+        for x_t in x:
+            spk, mem = net.lif1(function(x_t), mem)
+            out.append(spk)
+        return torch.stack(out), mem
+
+    check(forward, training=False)
+
+
 def test_a_detached_input_is_a_tensor_of_its_own():
     @torch.compile(backend=BACKEND)
     def function(x):
