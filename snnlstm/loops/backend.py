@@ -86,6 +86,7 @@ def compile_loop(
 _PLAIN = "torch.compile records it as plain operations, and its path says why"
 _NEURONS = "SConv2dLSTM", "SConv1dLSTM", "Leaky"
 _steps_seen: BoundedDict[Any, set[int]] = BoundedDict()  # the numbers of steps, by loop
+_told: BoundedDict[Any, None] = BoundedDict()  # why graphs have one step, and of which layer
 
 
 @dataclass
@@ -107,6 +108,7 @@ def _layers(loop: Loop) -> Iterator[_Layer]:
         stack = list(node.meta.get("nn_module_stack", {}).values())
         if node.target in rows.STATEFUL or (stack and node.target is not rows.ITEM):
             path, kind = stack[-1] if stack else ("", None)
+            path = re.sub(r"\.\w+\.__self__$", "", path)  # a method that the layer keeps
             modules.setdefault(path, (kind, []))[1].append(node)
     for path, (kind, nodes) in modules.items():
         operators = [node for node in nodes if node.target in rows.STATEFUL]
@@ -135,7 +137,7 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
         kind, reason = ("sequence", ONE_CALL) if has_states else ("fold", ALONE)
     elif len(runs) > len(single):
         pieces = f"{len(alone)} steps in {len(runs) + len(single)} calls"
-        kind, reason = "sequence", f"{pieces}: {reason}"
+        kind, reason = "sequence", f"{pieces}: {reason or STATES}"
     else:
         kind = "step"
         if layer.is_neuron and not has_states:
@@ -167,15 +169,20 @@ def _log(loop: Loop, gm: GraphModule) -> None:
     ours = [layer for layer in neurons if layer.is_ours and _is_step(layer.calls[0])]
     counts = {len(layer.calls) for layer in ours}
     if counts == {1}:
-        text = "torch.compile: the graph has one step of layer %s: %s"
-        logger.warning(text, ours[0].name, graph_break(gm) or _OUTSIDE)
+        reason = graph_break(gm) or _OUTSIDE
+        key = reason, ours[0].calls[0].meta.get("stack_trace")
+        if key not in _told:
+            _told.keep(key, None)
+            text = "torch.compile: the graph has one step of layer %s: %s"
+            logger.warning(text, ours[0].name, reason)
     elif counts:
         _warn_of_lengths(ours, max(counts))
 
 
 _OUTSIDE = (
-    "the loop lies outside of what is compiled, so compile the function that has it, or a graph "
-    "break cut it, which TORCH_LOGS=graph_breaks shows"
+    "the loop lies outside of what is compiled, or .backward(), .item(), print or another graph "
+    "break within the loop cut it, which TORCH_LOGS=graph_breaks shows: compile the function that "
+    "has the loop over steps, without these"
 )
 
 

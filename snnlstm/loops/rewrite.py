@@ -210,7 +210,7 @@ class Writer:
         )
 
     def _as_output(self, node: Node) -> Node:
-        """A result of the graph, to which the caller may write, and which snnTorch detaches in place."""
+        """A result of the graph: the caller may write to it, and snnTorch detaches it in place."""
         return self._as_recorded(node, alone=True)
 
     def _as_recorded(self, node: Node, alone: bool = False) -> Node:

@@ -104,6 +104,7 @@ def memory(node: Node) -> set[int]:
 OTHER_SETTINGS = "a setting, such as the grad mode, changes between the steps"
 WEIGHTS = "its weights differ from step to step"
 STATES = "its states are reset, detached or changed between the steps"
+ROUNDED = "its states are rounded to a half type between the steps"
 FEEDBACK = "its input, or its state, depends on its last result"
 IN_PLACE = "its results are modified in place"
 MEMORY = "all steps at once would take too much memory"
@@ -324,6 +325,10 @@ class Loop:
         known = previous is not None and previous in self._last
         if not known or self._options(row, node) != self._options(row, previous):
             self._last[node] = node
+            state = self.same[node.args[row.states[-1][0]]]
+            dtypes = {shape[1] for arg in state.all_input_nodes if (shape := rows.shape_of(arg))}
+            if dtypes & {torch.float16, torch.bfloat16}:
+                self.reasons[node] = ROUNDED
             return node
         self._handed[number] = handed
         self._last[node] = self._last.pop(previous)  # another call may not continue from it

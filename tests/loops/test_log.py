@@ -10,6 +10,8 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 import snnlstm
+from snnlstm.calls.keys import BoundedDict
+from snnlstm.loops import backend
 from tests.loops.compiled import BACKEND, merges, numbers
 from tests.loops.networks import Documentation, leaky
 from tests.loops.parts import N, T, looped
@@ -18,6 +20,12 @@ from tests.loops.test_rules import feedback
 pytestmark = [merges, pytest.mark.usefixtures("fresh_compiler")]
 
 INFO, WARNING = logging.INFO, logging.WARNING
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_told", "_steps_seen"):
+        monkeypatch.setattr(backend, name, BoundedDict())
 
 
 def all_steps(net: Any, x: torch.Tensor) -> Any:
@@ -47,6 +55,22 @@ def detached(net: Any, x: torch.Tensor) -> Any:
     return torch.stack(out)
 
 
+def cut(net: Any, x: torch.Tensor) -> Any:
+    """Detaches the state at every second step."""
+    mem, out = net.lif1.reset_mem(), []
+    for t, x_t in enumerate(x):
+        spk, mem = net.lif1(net.fc1(x_t), mem if t % 2 else mem.detach())
+        out.append(spk)
+    return torch.stack(out)
+
+
+def in_halves() -> nn.Module:
+    """Makes an accelerated network of half types."""
+    net = Documentation()
+    snnlstm.accelerate(net)
+    return net.bfloat16()
+
+
 def theirs() -> nn.Module:
     """Makes a network of snnTorch's layers that nobody has accelerated."""
     return Documentation()
@@ -68,6 +92,8 @@ MESSAGES = {
     "feedback": (looped(feedback), STEPS, WARNING, ["lif1", "Leaky", "last result"]),
     "feedback of the second": (looped(feedback), STEPS, WARNING, ["lif2", "Leaky", "last result"]),
     "a detach in each step": (looped(detached), STEPS, WARNING, ["lif1", "detach"]),
+    "detached at times": (looped(cut), STEPS, INFO, ["lif1", "in 2 calls", "detached"]),
+    "states of half types": (in_halves, IMAGES, WARNING, ["sclstm1", "half type"]),
     "a graph break": (looped(broken), STEPS, WARNING, ["one step", "Leaky", "graph_breaks"]),
     "a single step": (looped(all_steps), (1, N, 6), WARNING, ["one step", "lif1", "outside"]),
     "snnTorch's cell": (theirs, IMAGES, WARNING, ["sclstm1", "SConv2dLSTM", "accelerate"]),
@@ -81,9 +107,11 @@ OLDER = r"torch 2\.13.*got 2\.9\.1"
 
 def compiled(make: Any, *shapes: tuple[int, ...], **options: Any) -> None:
     """Compiles a network and calls it with x of these shapes."""
-    net = torch.compile(make(), backend=BACKEND, **options)
+    net = make()
+    dtype = next((p.dtype for p in net.parameters()), torch.float32)
+    net = torch.compile(net, backend=BACKEND, **options)
     for shape in shapes:
-        net(numbers(*shape))
+        net(numbers(*shape, dtype=dtype))
 
 
 def said(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
@@ -121,6 +149,35 @@ def test_a_layer_has_its_name_in_the_network(caplog, monkeypatch):
     (message,) = said(caplog, INFO)
     names = {part.split()[0] for part in message.removeprefix("torch.compile: ").split("; ")}
     assert names == {"fc1", "lif1", "drop"}
+
+
+@pytest.mark.parametrize("breaks", ["backward", "item", "print"])
+def test_a_loop_that_graph_breaks_cut_is_told_once(breaks, caplog):
+    """Each layer is compiled alone then, with gradients and without."""
+    net = looped(all_steps)()
+
+    def step(x):
+        mem, other = net.lif1.reset_mem(), net.lif2.reset_mem()
+        for x_t in x:
+            spk, mem = net.lif1(net.fc1(x_t), mem)
+            spk, other = net.lif2(net.fc2(spk), other)
+            loss = spk.sum()
+            if breaks == "backward" and loss.requires_grad:
+                loss.backward()
+                mem, other = mem.detach(), other.detach()
+            elif breaks == "item":
+                loss.item()
+            elif breaks == "print":
+                print(end="")
+
+    with caplog.at_level(WARNING, "snnlstm"):
+        compiled_step = torch.compile(step, backend=BACKEND)
+        compiled_step(numbers(*STEPS))
+        with torch.no_grad():
+            compiled_step(numbers(*STEPS))
+    messages = [message for message in said(caplog, WARNING) if "one step" in message]
+    assert len(messages) == 1, messages
+    assert all(word in messages[0] for word in (".backward()", ".item()", "print")), messages
 
 
 def test_a_second_number_of_steps_has_a_warning_and_a_third_no_other(caplog):

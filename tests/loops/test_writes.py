@@ -245,7 +245,7 @@ RELATED = {
     "equal sums": lambda net, x: (sum(net.fc1(t) for t in x), sum(net.fc1(t) for t in x).flatten()),
     "a record and its last step": _stacked,
     "a state and itself detached": lambda net, x: [
-        each for mem in [net.lif1(x[0])[1]] for each in (mem, mem.detach(), mem.view(-1), mem.float())
+        each for mem in [net.lif1(x[0])[1]] for each in (mem, mem.detach(), mem.view(-1), +mem)
     ],
     "views of x": lambda net, x: [x[0], x[0], x[1].flatten(), x[2].view(-1), x.detach(), x],
     "columns": lambda net, x: [torch.stack([x[:, t] for t in range(N)])],
