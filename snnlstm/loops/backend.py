@@ -23,6 +23,7 @@ except ImportError as error:
         'backend "snnlstm" needs the compiled core, and python -m snnlstm says why it is missing'
     ) from error
 from . import rows
+from .layout import channels_last
 from .rewrite import Writer
 from .steps import IN_PLACE, MEMORY, STATES, Loop
 
@@ -75,7 +76,8 @@ def compile_loop(
         raise RuntimeError(f'backend "snnlstm" needs torch {needed} or newer, got {version}')
     inner = (options or {}).get("inner")
     loop = Loop(gm.graph)
-    graph = Writer(loop, OPAQUE if inner else PLAIN).write()
+    last = set() if inner else channels_last(loop)  # another compiler chooses layouts itself
+    graph = Writer(loop, OPAQUE if inner else PLAIN, last).write()
     _log(loop, gm)
     new = GraphModule(gm, graph)
     return backend_of(inner)(new, example_inputs) if inner else new.forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -28,16 +28,21 @@ class Writer:
     loop : Loop
     operators : mapping
         What takes the place of an operator.
+    last : set of Node
+        The convolutions that run channels-last.
     """
 
-    def __init__(self, loop: Loop, operators: Mapping[Any, Callable[..., Any]]) -> None:
+    def __init__(
+        self, loop: Loop, operators: Mapping[Any, Callable[..., Any]], last: Set[Node]
+    ) -> None:
         self.graph = Graph()
-        self._loop, self._operators = loop, operators
+        self._loop, self._operators, self._last = loop, operators, last
         self._at = loop.nodes[0]  # what is being written
         self._copies: dict[Node, Node] = {}
         self._results: dict[tuple[Run, int], Node] = {}
         self._unbound: dict[tuple[Run, int], Node] = {}
         self._sequences: dict[Any, Node] = {}
+        self._weights: dict[tuple[int, Node], Node] = {}  # channels-last, by region
         self._removable: list[Node] = []  # what nothing loses if nobody uses it, by age
         self._stacks: set[Node] = set()  # what has become the sequence that it was stacked from
         self._moved: set[Node] = set()  # nodes whose strides may differ from the recorded ones
@@ -74,6 +79,16 @@ class Writer:
     def copied(self, value: Any) -> Any:
         """An argument of the old graph, with the nodes of the new one."""
         return map_arg(value, self._single)
+
+    def argument(self, call: Node, value: Any) -> Any:
+        """An argument of a call; the weight of a convolution decides its layout."""
+        if call not in self._last or value is not call.args[1]:
+            return self.copied(value)
+        key = self._loop.region(self._at), self._loop.same[value]
+        if key not in self._weights:
+            layout = torch.channels_last
+            self._weights[key] = self.call("clone", self.copied(value), memory_format=layout)
+        return self._weights[key]
 
     def is_one(self, nodes: Sequence[Node]) -> bool:
         """Whether the nodes of all steps are one."""
@@ -159,6 +174,9 @@ class Writer:
             elif list(loop.effects[node].writes) != list(node.args[:1]):
                 argument = self._as_recorded  # the function may depend on strides
         new = self.graph.node_copy(node, argument)
+        if node in self._last:
+            self._moved.add(node)
+            new.args = (new.args[0], self.argument(node, node.args[1]), *new.args[2:])
         new.target = self._operators.get(node.target, node.target)
         region = loop.region(node)
         if node.op == "placeholder" or (region and region not in self._starts):

@@ -119,7 +119,7 @@ def _first(w: Any, run: Any) -> Any:
 def _rest(w: Any, run: Any) -> tuple[list[Any], dict[str, Any]]:
     """The other arguments, which are the same in each call."""
     call = run.calls[0]
-    return [w.copied(arg) for arg in call.args[1:]], w.copied(dict(call.kwargs))
+    return [w.argument(call, arg) for arg in call.args[1:]], w.copied(dict(call.kwargs))
 
 
 def _leading(w: Any, run: Any) -> Any:
@@ -199,7 +199,7 @@ def _leakies(w: Any, run: Any) -> Any:
 _CELL = Row(_cells, states=((1, 1), (2, 2)), options=(3, 4, 5, 6, 7, 9, 10))
 LEAKIES = Row(_leakies, states=((1, 1),), options=(2, 3, 4, 5))
 _LEADING, _FOLDED = Row(_leading), Row(_folded)
-_ELEMENTWISE = Row(_elementwise, first_alone=False)
+ELEMENTWISE = Row(_elementwise, first_alone=False)
 _FLATTEN, RESHAPE = Row(_flattened), Row(_reshaped)
 _CAT = Row(_concatenated, first_alone=False)
 
@@ -232,7 +232,7 @@ def row_of(node: Node) -> Row | None:
     if "memory_format" in node.kwargs:  # it is that of a step
         return None
     if _is_elementwise(name, node):
-        return _ELEMENTWISE if inputs and _promotes_alike(inputs) else None
+        return ELEMENTWISE if inputs and _promotes_alike(inputs) else None
     if name == "cat" and args and isinstance(args[0], tuple | list):
         dims = {dim_of(tensor) for tensor in args[0]}  # torch skips empty tensors of one dimension
         return _CAT if len(dims) == 1 and 0 not in dims else None

@@ -15,6 +15,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from snnlstm.loops import layout
 from snnlstm.native import operators
 from tests.shared.helpers import close
 
@@ -90,6 +91,7 @@ class Calls(TorchFunctionMode):
             return run
 
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layout, "SAMPLES", 1)  # convolutions of float32 run channels-last
             for operator, function in getattr(operators, "PLAIN", {}).items():
                 name = operator.name().removesuffix(".default")
                 patch.setitem(operators.PLAIN, operator, counting(name, function))
@@ -143,7 +145,7 @@ def outcome(
             outs = tree_leaves(function(*leaves))
             found |= {f"output {k} of call {call}": out for k, out in enumerate(outs)}
             found[f"random numbers after call {call}"] = torch.rand(3)
-            found |= layout([out for out in outs if isinstance(out, Tensor)], leaves, call)
+            found |= layout_of([out for out in outs if isinstance(out, Tensor)], leaves, call)
     if training:
         wanted = [out for out in found.values() if isinstance(out, Tensor) and out.requires_grad]
         found["with gradients"] = torch.tensor(
@@ -162,7 +164,7 @@ def outcome(
     return Outcome(kept, calls)
 
 
-def layout(outs: Sequence[Tensor], leaves: Sequence[Tensor], call: int) -> dict[str, Any]:
+def layout_of(outs: Sequence[Tensor], leaves: Sequence[Tensor], call: int) -> dict[str, Any]:
     """Returns the strides of outputs, and for each the first output or input in its memory.
 
     An empty tensor has None: compiled code returns one for a Leaky's mem of zeros.

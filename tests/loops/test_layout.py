@@ -1,0 +1,102 @@
+"""Convolutions that run channels-last: nothing that can tell layouts apart sees another one."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import snnlstm
+from snnlstm.loops import rows
+from snnlstm.loops.layout import channels_last
+from snnlstm.loops.steps import Loop
+from tests.loops.compiled import as_eager, dyadic_, merges, numbers
+from tests.loops.networks import exact_leaky
+from tests.loops.parts import MODES
+
+T, N = 3, 2
+
+
+class Images(nn.Module):
+    """Runs a function behind a convolution and Leaky, of x (T, N, 3, 8, 8)."""
+
+    def __init__(self, behind: Any) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
+        self.lif1, self.lif2 = exact_leaky(), exact_leaky(threshold=0.375)
+        self.fc = nn.Linear(4 * 9, 5)
+        self.behind = behind
+
+    def forward(self, x: Tensor) -> Any:
+        mem1, mem2, out = self.lif1.reset_mem(), self.lif2.reset_mem(), []
+        for x_t in x:
+            cur = self.conv1(x_t)
+            spk, mem1 = self.lif1(F.max_pool2d(cur, 2), mem1)
+            out.append(self.behind(self, cur, spk, mem1))
+        return out, mem1
+
+
+def rest(net: Images, cur: Tensor, spk: Tensor, mem: Tensor) -> Any:
+    """The rest of a network: a second convolution, and Linear behind flatten."""
+    return net.fc(F.avg_pool2d(net.conv2(F.pad(spk, (1, 1, 1, 1, 0, 0))), 2, 1).flatten(1)[:, :36])
+
+
+BEHIND = {
+    "a network": rest,
+    "results": lambda net, cur, spk, mem: (cur, spk, mem, torch.relu(cur) + 1),
+    "dropout": lambda net, cur, spk, mem: F.dropout(cur),
+    "rand_like": lambda net, cur, spk, mem: torch.rand_like(mem * 2) + mem,
+    "strides": lambda net, cur, spk, mem: (cur.as_strided((9, 7), (8, 2)), spk.unfold(1, 2, 1)),
+    "view": lambda net, cur, spk, mem: (cur.view(N, -1), spk.view(-1), cur.flatten()),
+    "numbers": lambda net, cur, spk, mem: (cur.argmax(), cur.sum((1, 2)), spk[:, 1] - mem[:, 2]),
+    "in place": lambda net, cur, spk, mem: (cur * 2).add_(1).view(-1),
+    "joined": lambda net, cur, spk, mem: torch.cat([cur, cur * 2], 1).as_strided((9, 7), (8, 2)),
+}  # fmt: skip
+
+
+@MODES
+@pytest.mark.parametrize("name", BEHIND)
+def test_what_follows_sees_the_recorded_layout(name, training):
+    """Random numbers, strides, and whatever depends on these."""
+
+    def make():
+        net = Images(BEHIND[name])
+        snnlstm.accelerate(dyadic_(net))
+        return net
+
+    as_eager(make, numbers(T, N, 3, 8, 8), training=training)
+
+
+# Samples, channels and kernel of the first convolution; whether gradients are recorded; and for
+# each convolution whether it runs channels-last.
+CHOICES = {
+    "few channels of many samples": (8, 2, 3, False, [True, True]),
+    "few channels of one sample": (1, 2, 3, True, [False, True]),
+    "more channels": (8, 6, 3, False, [False, True]),
+    "more channels with gradients": (1, 6, 3, True, [True, True]),
+    "one sample without gradients": (1, 6, 3, False, [False, False]),
+    "1x1": (8, 2, 1, True, [False, True]),
+}
+
+
+@merges
+@pytest.mark.parametrize("name", CHOICES)
+def test_where_convolutions_run_channels_last(name):
+    """The second one does so for its gradients, or because its input is channels-last."""
+    samples, channels, kernel, training, expected = CHOICES[name]
+    found: list[bool] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        loop = Loop(graph.graph)
+        chosen = channels_last(loop)
+        found.extend(node in chosen for node in loop.nodes if rows.name_of(node) == "conv2d")
+        return graph.forward
+
+    net = Images(rest)
+    net.conv1 = nn.Conv2d(channels, 4, kernel, padding=kernel // 2)
+    snnlstm.accelerate(net)
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(training):
+        torch.compile(net, backend=backend)(numbers(1, samples, channels, 8, 8))
+    assert found == expected
