@@ -24,12 +24,12 @@ class Images(nn.Module):
     def __init__(self, behind: Any) -> None:
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
-        self.lif1, self.lif2 = exact_leaky(), exact_leaky(threshold=0.375)
+        self.lif1 = exact_leaky()
         self.fc = nn.Linear(4 * 9, 5)
         self.behind = behind
 
     def forward(self, x: Tensor) -> Any:
-        mem1, mem2, out = self.lif1.reset_mem(), self.lif2.reset_mem(), []
+        mem1, out = self.lif1.reset_mem(), []
         for x_t in x:
             cur = self.conv1(x_t)
             spk, mem1 = self.lif1(F.max_pool2d(cur, 2), mem1)
