@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..calls.spec import OPTIONS, RESETS, a_module, flag, never_spikes
-from ..compat.registry import register
+from ..compat.registry import register, skip_ours, unlist
 from ..compat.snntorch import (
     COMPARED,
     Base,
@@ -225,6 +225,7 @@ def _swap(
         object.__setattr__(layer, "__class__", type(made))
         object.__setattr__(layer, "__dict__", made.__dict__)
         register(layer)
+        unlist(layer)
     if not any(isinstance(module, _SWAPPED) for module in pairs):
         logger.warning("%s found neither SConv2dLSTM nor Leaky in the model", action)
     logger.info("%s", report.headline)
@@ -276,10 +277,10 @@ COMPARED[Base] = _results
 
 def _their_cell(**options: Any) -> Any:
     """A small cell of snnTorch's, also under patch(); making it draws no random numbers."""
+    skip_ours()
     with torch.device("cpu"), Constants():
-        cell = type(Base.__name__, (Base,), {})(1, 1, 1, **options)
+        cell = type(Base.__name__, (Base,), {"registers_itself": True})(1, 1, 1, **options)
     object.__setattr__(cell, "__class__", Base)
-    register(cell)  # snnTorch's list would keep it alive
     return cell
 
 

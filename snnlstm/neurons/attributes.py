@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..calls import spec
 from ..calls.call import values
 from ..calls.spec import RESETS, CellSpec, Reset
-from ..compat.registry import alive, clear_registries, register
+from ..compat.registry import clear_registries, detach_all, register, reset_all
 from ..compat.snntorch import Base
 from ..dispatch.path import LastPath
 from ..surrogate import is_number
@@ -170,8 +170,7 @@ class CellAttributes(Base):
     @classmethod
     def reset_hidden(cls) -> None:
         """Set the stored states of all living cells to zero."""
-        for cell in alive(CellAttributes):
-            cell.reset_mem()
+        reset_all(CellAttributes)
 
     @classmethod
     def detach_hidden(cls) -> None:
@@ -180,8 +179,7 @@ class CellAttributes(Base):
         This serves truncated backpropagation through time: it keeps states and drops their history.
         snnTorch's neurons have their own ``detach_hidden()``. Detach passed states yourself.
         """
-        for cell in alive(CellAttributes):
-            cell._state.detach()
+        detach_all(CellAttributes)
 
     @classmethod
     def init(cls) -> None:
