@@ -1,7 +1,6 @@
-"""What reaches all layers of the process: snnTorch's list of its neurons, and a weak set of ours.
+"""What reaches every layer: snnTorch's list of its neurons, and a weak set of ours.
 
-Everything of snnTorch's that changes in memory is changed here, once in a process, also if the
-package is imported again.
+What changes in snnTorch is changed here, once in a process, also if the package is imported again.
 """
 
 from __future__ import annotations
@@ -20,19 +19,20 @@ from torch import nn
 from .snntorch import Base, Neuron, TheirLeaky, library
 from .torch_private import opaque
 
+_alive: Any = getattr(Neuron, "_of_snnlstm", weakref.WeakValueDictionary())
+
+
+def _is_ours(neuron: Any) -> bool:
+    return getattr(type(neuron), "registers_itself", False)
+
 
 class Instances(list[Any]):
     """snnTorch's list of neurons, without ours, which it would keep alive."""
 
     def append(self, neuron: Any) -> None:
         """List a neuron, as snnTorch's constructor does, unless it is one of ours."""
-        if not getattr(type(neuron), "registers_itself", False):
+        if not _is_ours(neuron):
             super().append(neuron)
-
-
-_alive: weakref.WeakValueDictionary[int, Any] = getattr(
-    Neuron, "_of_snnlstm", weakref.WeakValueDictionary()
-)
 
 
 def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
@@ -51,16 +51,10 @@ def register(layer: nn.Module) -> None:
 
 
 def skip_ours() -> None:
-    """Make snnTorch's list one that skips ours; ``SpikingNeuron.init()`` replaces the list."""
+    """Make snnTorch's list one that skips ours; ``SpikingNeuron.init()`` makes a plain one."""
     neurons = getattr(Neuron, "instances", None)
     if isinstance(neurons, list) and not isinstance(neurons, Instances):
         Neuron.instances = Instances(neurons)
-
-
-def unlist(layer: nn.Module) -> None:
-    """Take a layer that changes its library off snnTorch's list; it is registered instead."""
-    with suppress(ValueError):
-        Neuron.instances.remove(layer)
 
 
 def clear_registries() -> None:
@@ -74,82 +68,51 @@ def clear_registries() -> None:
 
 
 def _either(eager: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that is `eager`, but in code that torch.compile traces `compiled`."""
+    """Return a function that is `eager`, but `compiled` in code that torch.compile traces."""
 
-    @wraps(eager)
     def run(*args: Any, **kwargs: Any) -> Any:
         return (compiled if torch.compiler.is_compiling() else eager)(*args, **kwargs)
 
-    return run
+    # torch.compile bounds how often it compiles one code object.
+    run.__code__ = run.__code__.replace(co_name=eager.__name__)
+    return wraps(eager)(run)
 
 
-def _untraced(walk: Callable[[Any], None]) -> Callable[..., Any]:
+def untraced(walk: Callable[..., Any]) -> Callable[..., Any]:
     """Let compiled code break its graph at a walk: a graph would guard on all layers."""
     return _either(walk, opaque(walk))
 
 
-@_untraced
-def reset_all(kind: type[nn.Module]) -> None:
-    """Set the stored states of all registered layers of a class to zero."""
-    for layer in alive(kind):
-        layer.reset_mem()
-
-
-@_untraced
-def detach_all(kind: type[nn.Module]) -> None:
-    """Detach the stored states of all registered layers of a class from the graph."""
-    for layer in alive(kind):
-        state = layer.__dict__.get("_state")
-        if state is None:
-            detach_states(layer)
-        else:
-            state.detach()
-
-
-def detach_states(owner: Any) -> None:
-    """Detach the attributes syn and mem, in place where torch allows that."""
-    for name in ("syn", "mem"):
-        state = getattr(owner, name, None)
-        if state is None:
-            continue
-        if state.is_leaf or state._is_view():  # detach_ harms a leaf, and a view refuses
-            setattr(owner, name, state.detach())
-        else:
-            state.detach_()
-
-
-def _wrap_walk(kind: Any, name: str, ours: Callable[[Any], None]) -> None:
-    """Let a classmethod that walks snnTorch's list by position reach our layers, too."""
-    theirs = vars(kind)[name].__func__
+def _with_ours(kind: Any, theirs: Callable[[Any], None], own: str) -> Callable[..., Any]:
+    """snnTorch's walk over all neurons of a class; ours have a method for what it does to one."""
 
     @wraps(theirs)
     def walk(cls: Any) -> None:
-        ours(kind)
-        # A swap in another thread may make the list itself shorter meanwhile.
-        theirs(SimpleNamespace(instances=[*cls.instances]))
+        # A copy, because a swap in another thread may make the list shorter meanwhile.
+        neurons = [*cls.instances, *alive(kind)]
+        for neuron in filter(_is_ours, neurons):
+            getattr(neuron, own)()
+        # A constructor lists its neuron before this has a mem, and may fail or be in another thread.
+        rest = [one for one in neurons if not _is_ours(one) and hasattr(one, "mem")]
+        theirs(SimpleNamespace(instances=rest))
 
-    has_ours = kind in (Base, TheirLeaky)
-    setattr(kind, name, classmethod(_untraced(walk) if has_ours else _either(walk, theirs)))
+    return untraced(walk) if kind in (Base, TheirLeaky) else _either(walk, theirs)
 
 
 def _reset_traced(net: nn.Module) -> None:
-    """Reset the neurons in a network, and guard on no other; snnTorch's function walks the list."""
+    """Reset the neurons in a network; snnTorch's function would make a graph guard on all others."""
     for module in net.modules():
         if isinstance(module, Neuron) and hasattr(module, "reset_mem"):
             module.reset_mem()
 
 
-def _wrap() -> None:
-    Neuron._of_snnlstm = _alive
-    for kind in vars(library).values():
-        if isinstance(kind, type) and issubclass(kind, Neuron):
-            for name, ours in (("reset_hidden", reset_all), ("detach_hidden", detach_all)):
-                if name in vars(kind):
-                    _wrap_walk(kind, name, ours)
-    with suppress(ImportError):
-        utils = import_module("snntorch.utils")
-        utils.reset = _either(utils.reset, _reset_traced)
-
-
 if Neuron is not None and "_of_snnlstm" not in vars(Neuron):
-    _wrap()
+    Neuron._of_snnlstm = _alive
+    for _kind in vars(library).values():
+        for _name, _own in (("reset_hidden", "reset_mem"), ("detach_hidden", "_detach")):
+            if isinstance(_kind, type) and isinstance(vars(_kind).get(_name), classmethod):
+                _walk = _with_ours(_kind, vars(_kind)[_name].__func__, _own)
+                setattr(_kind, _name, classmethod(_walk))
+    with suppress(ImportError):
+        _utils: Any = import_module("snntorch.utils")
+        _utils.reset = _either(_utils.reset, _reset_traced)

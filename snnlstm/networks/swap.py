@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import product
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..calls.spec import OPTIONS, RESETS, a_module, flag, never_spikes
-from ..compat.registry import register, skip_ours, unlist
+from ..compat.registry import register, skip_ours
 from ..compat.snntorch import (
     COMPARED,
     Base,
@@ -222,10 +222,11 @@ def _swap(
     )
     swapped = [pair for pair in pairs.items() if isinstance(pair[1], nn.Module)]
     for layer, made in swapped:
+        with suppress(ValueError):  # snnTorch's list would keep it alive
+            Neuron.instances.remove(layer)
         object.__setattr__(layer, "__class__", type(made))
         object.__setattr__(layer, "__dict__", made.__dict__)
         register(layer)
-        unlist(layer)
     if not any(isinstance(module, _SWAPPED) for module in pairs):
         logger.warning("%s found neither SConv2dLSTM nor Leaky in the model", action)
     logger.info("%s", report.headline)

@@ -93,7 +93,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """
 
     path = LastPath()
-    registers_itself = True  # snnTorch's constructor does not enter it in the list
+    registers_itself = True  # snnTorch's list has no place for it
     _base: str
     """Name of the method that is ``state_function``."""
     _text: str = ""
@@ -156,6 +156,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         mem = self._parameter("threshold").detach().new_zeros(0)
         self._buffers["mem"] = mem  # nn.Module.__setattr__ would look at the old one
         return mem
+
+    def _detach(self) -> None:
+        self.mem.detach_()
 
     # ---- copies ---------------------------------------------------------------------------
 

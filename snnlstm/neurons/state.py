@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..calls.call import check_dense, state_tensor
-from ..compat.registry import detach_states
 from ..compat.torch_private import NO_LEVEL, backward_pass, has_ended, level_of
 
 NO_RESET = "no reset signal is kept: mem_reset(mem) computes it from the mem before the step"
@@ -73,7 +72,12 @@ class State:
     def detach(self) -> None:
         """Detach both from the graph, in place where torch allows that."""
         self.forget_ended()
-        detach_states(self)
+        for name in ("syn", "mem"):
+            state = getattr(self, name)
+            if state.is_leaf or state._is_view():  # detach_ harms a leaf, and a view refuses
+                setattr(self, name, state.detach())
+            else:
+                state.detach_()
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply to both what ``nn.Module._apply`` applies to parameters."""
