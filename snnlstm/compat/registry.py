@@ -92,7 +92,7 @@ def _with_ours(kind: Any, theirs: Callable[[Any], None], own: str) -> Callable[.
         neurons = [*cls.instances, *alive(kind)]
         for neuron in filter(_is_ours, neurons):
             getattr(neuron, own)()
-        # A constructor lists its neuron before this has a mem, and may fail or be in another thread.
+        # A constructor lists a neuron without a mem, and may fail, or run in another thread.
         rest = [one for one in neurons if not _is_ours(one) and hasattr(one, "mem")]
         theirs(SimpleNamespace(instances=rest))
 
@@ -100,7 +100,7 @@ def _with_ours(kind: Any, theirs: Callable[[Any], None], own: str) -> Callable[.
 
 
 def _reset_traced(net: nn.Module) -> None:
-    """Reset the neurons in a network; snnTorch's function would make a graph guard on all others."""
+    """Reset the neurons in a network; with snnTorch's function a graph guards on all others."""
     for module in net.modules():
         if isinstance(module, Neuron) and hasattr(module, "reset_mem"):
             module.reset_mem()
