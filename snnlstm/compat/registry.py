@@ -113,6 +113,6 @@ if Neuron is not None and "_of_snnlstm" not in vars(Neuron):
             if isinstance(_kind, type) and isinstance(vars(_kind).get(_name), classmethod):
                 _walk = _with_ours(_kind, vars(_kind)[_name].__func__, _own)
                 setattr(_kind, _name, classmethod(_walk))
-    with suppress(ImportError):
+    with suppress(Exception):  # a broken one may raise anything
         _utils: Any = import_module("snntorch.utils")
         _utils.reset = _either(_utils.reset, _reset_traced)

@@ -278,6 +278,29 @@ def test_utils_reset_compiles_for_the_network_alone():
     assert counts == [counts[0]] * 3
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_utils_reset_reaches_all_neurons_in_a_network():
+    mixed = nn.ModuleDict({"kind": nn.ModuleList([
+        leaky(), leaky(snntorch), ours(), theirs(), snntorch.Synaptic(0.9, 0.8),
+        snntorch.RLeaky(0.9, linear_features=3), snntorch.RSynaptic(0.9, 0.8, linear_features=3),
+        snntorch.Alpha(0.9, 0.8), snntorch.Lapicque(0.9), snntorch.SLSTM(2, 3),
+        snntorch.StateLeaky(0.9, 3),
+    ])})  # fmt: skip
+    states = [(one, name) for one in mixed["kind"] for name in ("spk", "syn", "syn_exc", "mem")
+              if isinstance(getattr(one, name, None), torch.Tensor)]  # fmt: skip
+    assert len(states) == 18
+    for one, name in states:
+        setattr(one, name, torch.ones(3))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def reset(net, x):
+        snntorch.utils.reset(net)
+        return x + 1
+
+    reset(mixed, torch.ones(3))
+    assert not any(getattr(one, name).any() for one, name in states)
+
+
 WALKS = {
     "snntorch's": lambda _: [
         kind.reset_hidden() for kind in (snntorch.Leaky, snntorch.SConv2dLSTM)
