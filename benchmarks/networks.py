@@ -39,7 +39,7 @@ def averaged(run: Callable[..., Tensor], net: nn.Module, optimizer: Any, x: Tens
     return loss
 
 
-# Compiling the reset would take half a second, and more with each layer of the process.
+# Tracing the reset would take time that is no part of the loop.
 reset = torch.compiler.disable(utils.reset)
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)

@@ -1,116 +1,42 @@
-"""The registries of neurons: snnTorch's list, and ours. Neither keeps a layer of ours alive."""
+"""What reaches every layer: snnTorch's list of its neurons, and a weak set of ours.
+
+What changes in snnTorch is changed here, once in a process, also if the package is imported again.
+"""
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections import deque
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import snntorch
+from .snntorch import Base, Neuron, TheirLeaky, library
+from .torch_private import opaque
+
+_alive: Any = getattr(Neuron, "_of_snnlstm", weakref.WeakValueDictionary())
 
 
-class _Vacancy:
-    """What is in a dead layer's place; snnTorch may set states of a layer that has just died."""
-
-    syn = mem = property(lambda _: torch.zeros(0, device="cpu"), lambda _, value: None)
+def _is_ours(neuron: Any) -> bool:
+    return getattr(type(neuron), "registers_itself", False)
 
 
-_VACANCY = _Vacancy()
-
-
-def _found(entry: Any) -> Any:
-    """Return the neuron of an entry, or the vacancy that it left."""
-    if not isinstance(entry, weakref.ref):  # torch.compile cannot guard the type of a reference
-        return entry
-    neuron = entry()
-    return _VACANCY if neuron is None else neuron
-
-
-def _collect_garbage() -> None:
-    """Let unreachable layers die now: torch.compile fails if one dies while it is compiling."""
-    gc.collect()
-
-
-# torch.compiler.assume_constant_result sets this flag, but its import loads the compiler.
-_collect_garbage._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-class Instances(MutableSequence[Any]):
-    """snnTorch's list of neurons, which refers to ours weakly.
-
-    snnTorch's reset_hidden and detach_hidden walk ``SpikingNeuron.instances`` by position, and
-    torch.compile traces the walk. Both find the layers themselves. Other threads may make and drop
-    layers meanwhile, so a layer that dies leaves its place vacant, and a new one takes it.
-    """
-
-    def __init__(self, entries: list[Any]) -> None:
-        self._entries = entries
-        self._dead: deque[Any] = deque()  # two threads cannot pop the same reference
-
-    def __len__(self) -> int:
-        if torch.compiler.is_compiling():
-            _collect_garbage()
-        return len(self._entries)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([neuron for neuron in map(_found, self._entries) if neuron is not _VACANCY])
-
-    def __getitem__(self, position: Any) -> Any:
-        entry = self._entries[position]
-        return [*map(_found, entry)] if isinstance(position, slice) else _found(entry)
-
-    def __setitem__(self, position: Any, neuron: Any) -> None:
-        self._entries[position] = neuron
-
-    def __delitem__(self, position: Any) -> None:
-        del self._entries[position]
-
-    def insert(self, position: int, neuron: Any) -> None:
-        self._entries.insert(position, neuron)
+class Instances(list[Any]):
+    """snnTorch's list of neurons, without ours, which it would keep alive."""
 
     def append(self, neuron: Any) -> None:
-        """List a neuron, in the place of a dead one if there is one; ours `register` themselves.
-
-        snnTorch's constructor lists a neuron before it has a mem, which another thread may read.
-        """
-        if getattr(type(neuron), "registers_itself", False):
-            return
-        while self._dead:
-            try:
-                place = self._place(self._dead.popleft())
-            except (IndexError, ValueError):  # another thread was faster, or the list was cleared
-                continue
-            self._entries[place] = neuron
-            return
-        self._entries.append(neuron)
-
-    def hold_weakly(self, neuron: Any) -> None:
-        """List a neuron once, without keeping it alive."""
-        # The callback is compiled code, within which no signal handler can raise.
-        entry = weakref.ref(neuron, self._dead.append)
-        try:
-            self._entries[self._place(neuron)] = entry
-        except ValueError:
-            self.append(entry)
-
-    def _place(self, sought: Any) -> int:
-        """Return the position of a neuron, or of an entry."""
-        for position, entry in enumerate(self._entries):
-            if entry is sought or _found(entry) is sought:
-                return position
-        raise ValueError
-
-
-_alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        """List a neuron, as snnTorch's constructor does, unless it is one of ours."""
+        if not _is_ours(neuron):
+            super().append(neuron)
 
 
 def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
-    """The registered layers of a class that are alive.
+    """The registered layers of a class that are alive: ours, and those that were ours.
 
     The list is made without a lock, because a fork or a signal handler could find it taken. Other
     threads may make and drop layers meanwhile.
@@ -122,19 +48,71 @@ def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
 def register(layer: nn.Module) -> None:
     """Let the classmethods of both libraries reach a layer, without keeping the layer alive."""
     _alive[id(layer)] = layer
-    instances().hold_weakly(layer)
+
+
+def skip_ours() -> None:
+    """Make snnTorch's list one that skips ours; ``SpikingNeuron.init()`` makes a plain one."""
+    neurons = getattr(Neuron, "instances", None)
+    if isinstance(neurons, list) and not isinstance(neurons, Instances):
+        Neuron.instances = Instances(neurons)
 
 
 def clear_registries() -> None:
     """Forget every layer, as ``SpikingNeuron.init()`` does."""
     _alive.clear()
-    if snntorch.Neuron is not None:
-        snntorch.Neuron.instances = []
+    if Neuron is not None:
+        Neuron.instances = []
 
 
-def instances() -> Instances:
-    """snnTorch's list of neurons, which becomes an :class:`Instances` with our first layer."""
-    neurons = getattr(snntorch.Neuron, "instances", None)
-    if isinstance(neurons, list):
-        neurons = snntorch.Neuron.instances = Instances(neurons)
-    return neurons if isinstance(neurons, Instances) else Instances([])
+# ---- walks over all layers -----------------------------------------------------------------------
+
+
+def _either(eager: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that is `eager`, but `compiled` in code that torch.compile traces."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if torch.compiler.is_compiling() else eager)(*args, **kwargs)
+
+    # torch.compile bounds how often it compiles one code object.
+    run.__code__ = run.__code__.replace(co_name=eager.__name__)
+    return wraps(eager)(run)
+
+
+def untraced(walk: Callable[..., Any]) -> Callable[..., Any]:
+    """Let compiled code break its graph at a walk: a graph would guard on all layers."""
+    return _either(walk, opaque(walk))
+
+
+def _with_ours(kind: Any, theirs: Callable[[Any], None], own: str) -> Callable[..., Any]:
+    """snnTorch's walk over all neurons of a class; ours have a method for what it does to one."""
+
+    @wraps(theirs)
+    def walk(cls: Any) -> None:
+        # A copy, because a swap in another thread may make the list shorter meanwhile.
+        neurons = [*cls.instances, *alive(kind)]
+        for neuron in filter(_is_ours, neurons):
+            getattr(neuron, own)()
+        # A constructor lists a neuron without a mem, and may fail, or run in another thread.
+        rest = [one for one in neurons if not _is_ours(one) and hasattr(one, "mem")]
+        theirs(SimpleNamespace(instances=rest))
+
+    return untraced(walk) if kind in (Base, TheirLeaky) else _either(walk, theirs)
+
+
+def _reset_traced(net: nn.Module) -> None:
+    """Reset the neurons in a network; with snnTorch's function a graph guards on all others."""
+    for module in net.modules():
+        if isinstance(module, Neuron) and hasattr(module, "reset_mem"):
+            module.reset_mem()
+
+
+if Neuron is not None and "_of_snnlstm" not in vars(Neuron):
+    Neuron._of_snnlstm = _alive
+    for _kind in vars(library).values():
+        for _name, _own in (("reset_hidden", "reset_mem"), ("detach_hidden", "_detach")):
+            if isinstance(_kind, type) and isinstance(vars(_kind).get(_name), classmethod):
+                _walk = _with_ours(_kind, vars(_kind)[_name].__func__, _own)
+                setattr(_kind, _name, classmethod(_walk))
+    with suppress(Exception):  # a broken one may raise anything
+        _utils: Any = import_module("snntorch.utils")
+        _utils.reset = _either(_utils.reset, _reset_traced)

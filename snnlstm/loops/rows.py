@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..compat.torch_private import operators_named, size_hint
+from ..native.leaky_operators import OPERATORS
 
-CELL = torch.ops.snnlstm.forward.default
-LEAKY = torch.ops.snnlstm.leaky.default
+CELL = OPERATORS.forward.default
+LEAKY = OPERATORS.leaky.default
 STATEFUL = frozenset((CELL, LEAKY))
 ITEM = operator.getitem
 

@@ -22,6 +22,13 @@ from .function import reached
 from .leaky import of_arguments, plan_of, reason_against, run_plan, without_gaps
 from .tensors import real
 
+NAMESPACE = "snnlstm"
+while hasattr(getattr(torch.ops, NAMESPACE), "leaky"):
+    # The package was imported before. Its compiled graphs call those operators, and would crash if
+    # others took their names.
+    NAMESPACE += "_"
+OPERATORS: Any = getattr(torch.ops, NAMESPACE)
+
 _SCHEMA = (
     "(Tensor x, Tensor mem, Tensor beta, Tensor threshold, Tensor graded, str text, "
     "bool sequence, bool record) -> (Tensor, Tensor)"
@@ -46,9 +53,9 @@ def _formula(*arguments: Any) -> tuple[Tensor, Tensor]:
     return torch.stack(spks), torch.stack(mems) if record else mem
 
 
-torch.library.define("snnlstm::leaky", _SCHEMA)
-torch.library.impl("snnlstm::leaky", "CompositeImplicitAutograd")(_formula)
-leaky = torch.ops.snnlstm.leaky.default
+torch.library.define(f"{NAMESPACE}::leaky", _SCHEMA)
+torch.library.impl(f"{NAMESPACE}::leaky", "CompositeImplicitAutograd")(_formula)
+leaky = OPERATORS.leaky.default
 
 
 def run_plainly(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -72,7 +79,7 @@ def _call_of(arguments: Sequence[Any]) -> tuple[LeakyCall, LeakySpec]:
 # ---- the operator that other compilers call ------------------------------------------------------
 
 
-@torch.library.custom_op("snnlstm::leaky_kernels", mutates_args=(), schema=_SCHEMA)
+@torch.library.custom_op(f"{NAMESPACE}::leaky_kernels", mutates_args=(), schema=_SCHEMA)
 def kernels_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     """What ``snnlstm::leaky`` computes, by the kernels."""
     call, spec = _call_of(arguments)
@@ -95,7 +102,7 @@ def _empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op(
-    "snnlstm::leaky_backward", mutates_args=(),
+    f"{NAMESPACE}::leaky_backward", mutates_args=(),
     schema="(Tensor? before, Tensor after, Tensor beta, Tensor threshold, Tensor graded, "
     "Tensor? grad_spk, Tensor? grad_mem, str text, bool sequence, ScalarType x_type, "
     "ScalarType mem_type, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",

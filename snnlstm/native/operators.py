@@ -28,6 +28,7 @@ from . import leaky_operators, pool
 from .backends import BACKENDS, operands_of, plan_of
 from .function import constant_states, reached, run_plan
 from .half_types import in_float32
+from .leaky_operators import NAMESPACE, OPERATORS
 from .plan import (
     Gradients,
     Plan,
@@ -116,7 +117,7 @@ def _check_fit(call: Call, spec: CellSpec) -> None:
 
 
 @torch.library.custom_op(
-    "snnlstm::forward", mutates_args=(),
+    f"{NAMESPACE}::forward", mutates_args=(),
     schema=f"({_CALL}, bool training) -> ({', '.join(['Tensor'] * 5)})",
 )  # fmt: skip
 @pool.where_it_fits
@@ -144,7 +145,7 @@ def _(*arguments):
 
 
 @torch.library.custom_op(
-    "snnlstm::backward", mutates_args=(),
+    f"{NAMESPACE}::backward", mutates_args=(),
     schema=f"({_CALL}, Tensor saved, Tensor selection, Tensor? grad_spk, Tensor? grad_syn, "
     f"Tensor? grad_mem, bool[] wanted) -> ({', '.join(['Tensor'] * 6)})",
 )  # fmt: skip
@@ -196,7 +197,7 @@ def _backward_of_operator(ctx: Any, *grads: Tensor | None) -> tuple:
 
 
 _forward.register_autograd(_backward_of_operator, setup_context=_setup_context)
-_forward_operator = torch.ops.snnlstm.forward.default  # dynamo traces this one faster
+_forward_operator = OPERATORS.forward.default  # dynamo traces this one faster
 
 
 def run_tensors(
@@ -243,4 +244,4 @@ PLAIN: dict[Any, Callable[..., tuple[Any, ...]]] = {
     _forward_operator: _run_plainly,
     leaky_operators.leaky: leaky_operators.run_plainly,
 }
-OPAQUE: dict[Any, Any] = {leaky_operators.leaky: torch.ops.snnlstm.leaky_kernels.default}
+OPAQUE: dict[Any, Any] = {leaky_operators.leaky: OPERATORS.leaky_kernels.default}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import product
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..calls.spec import OPTIONS, RESETS, a_module, flag, never_spikes
-from ..compat.registry import register
+from ..compat.registry import register, skip_ours
 from ..compat.snntorch import (
     COMPARED,
     Base,
@@ -222,6 +222,8 @@ def _swap(
     )
     swapped = [pair for pair in pairs.items() if isinstance(pair[1], nn.Module)]
     for layer, made in swapped:
+        with suppress(ValueError):  # snnTorch's list would keep it alive
+            Neuron.instances.remove(layer)
         object.__setattr__(layer, "__class__", type(made))
         object.__setattr__(layer, "__dict__", made.__dict__)
         register(layer)
@@ -276,10 +278,10 @@ COMPARED[Base] = _results
 
 def _their_cell(**options: Any) -> Any:
     """A small cell of snnTorch's, also under patch(); making it draws no random numbers."""
+    skip_ours()
     with torch.device("cpu"), Constants():
-        cell = type(Base.__name__, (Base,), {})(1, 1, 1, **options)
+        cell = type(Base.__name__, (Base,), {"registers_itself": True})(1, 1, 1, **options)
     object.__setattr__(cell, "__class__", Base)
-    register(cell)  # snnTorch's list would keep it alive
     return cell
 
 

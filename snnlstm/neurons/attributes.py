@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..calls import spec
 from ..calls.call import values
 from ..calls.spec import RESETS, CellSpec, Reset
-from ..compat.registry import alive, clear_registries, register
+from ..compat.registry import alive, clear_registries, register, untraced
 from ..compat.snntorch import Base
 from ..dispatch.path import LastPath
 from ..surrogate import is_number
@@ -22,6 +22,7 @@ from .state import NO_RESET, State
 class CellAttributes(Base):
     """The attributes and states of SConv2dLSTM; changes take effect from the next call on."""
 
+    registers_itself = True  # snnTorch's list has no place for it
     _dims: ClassVar[int] = 2
     """Dimensions of an image: 2, height and width, or 1, length."""
 
@@ -168,12 +169,17 @@ class CellAttributes(Base):
     init_sconvlstm = init_sconv2dlstm  # snnTorch's older name of that method
 
     @classmethod
+    @untraced
     def reset_hidden(cls) -> None:
         """Set the stored states of all living cells to zero."""
         for cell in alive(CellAttributes):
             cell.reset_mem()
 
+    def _detach(self) -> None:
+        self._state.detach()
+
     @classmethod
+    @untraced
     def detach_hidden(cls) -> None:
         """Detach the stored states of all living cells from the graph, in place.
 
@@ -181,7 +187,7 @@ class CellAttributes(Base):
         snnTorch's neurons have their own ``detach_hidden()``. Detach passed states yourself.
         """
         for cell in alive(CellAttributes):
-            cell._state.detach()
+            cell._detach()
 
     @classmethod
     def init(cls) -> None:

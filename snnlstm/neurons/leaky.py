@@ -18,7 +18,7 @@ from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_transforms
 from ..calls.lengths import hold_last, last_state, mask_padding
 from ..calls.spec import RESETS, LeakySpec, Reset, leaky_spec
 from ..compat import snntorch
-from ..compat.registry import instances, register
+from ..compat.registry import register, skip_ours
 from ..compat.snntorch import (
     Neuron,
     TheirLeaky,
@@ -93,7 +93,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """
 
     path = LastPath()
-    registers_itself = True  # snnTorch's constructor does not enter it in the list
+    registers_itself = True  # snnTorch's list has no place for it
     _base: str
     """Name of the method that is ``state_function``."""
     _text: str = ""
@@ -101,7 +101,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     @wraps(TheirLeaky.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        instances()  # snnTorch's own list would take a layer that is not whole
+        skip_ours()
         super().__init__(*args, **kwargs)
         register(self)
 
@@ -156,6 +156,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         mem = self._parameter("threshold").detach().new_zeros(0)
         self._buffers["mem"] = mem  # nn.Module.__setattr__ would look at the old one
         return mem
+
+    def _detach(self) -> None:
+        self.mem.detach_()
 
     # ---- copies ---------------------------------------------------------------------------
 

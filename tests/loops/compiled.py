@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from snntorch import utils
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.overrides import TorchFunctionMode
@@ -28,8 +27,6 @@ _NAMES = {
     "conv2d": "conv", "_convolution": "conv", "addmm": "linear",
 }  # fmt: skip
 _STATES = ("syn", "mem", "spk")
-# utils.reset makes its global variables in its first call, and torch.compile cannot trace that.
-utils.reset(nn.Module())
 
 
 class Calls(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""snnTorch's list of all neurons, and ours, know every living layer of ours and keep none alive."""
+"""What reaches all layers reaches every living layer of ours, and keeps none alive."""
 
 import copy
 import gc
@@ -11,8 +11,10 @@ import snntorch.functional.quant
 import snntorch.utils
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import snnlstm
+from tests.shared.fresh import fresh
 from tests.shared.helpers import close, described, ours, steps, theirs
 
 X = torch.ones(1, 2, 5, 5)
@@ -62,18 +64,14 @@ def test_layers_are_not_kept_alive(make):
         seen = []
         for _ in range(50):
             layer = make()
-            assert layer in snntorch.SpikingNeuron.instances
             layer(layer(X)[0][:, :2])
             assert layer.mem.requires_grad
             seen.append(weakref.ref(layer))
-        entries = len(snntorch.SpikingNeuron.instances)
         del layer
         assert [one() for one in seen] == [None] * 50
     finally:
         gc.enable()
-    snntorch.Leaky.reset_hidden()
-    snntorch.SConv2dLSTM.reset_hidden()
-    assert entries < 9, "a dead layer's place is not reused"
+    assert not snntorch.SpikingNeuron.instances
 
 
 @pytest.mark.parametrize("make", RESTORED.values(), ids=RESTORED)
@@ -84,21 +82,7 @@ def test_restored_layers_are_not_kept_alive_either(make):
     assert seen() is None
 
 
-def test_swaps_do_not_make_the_list_longer():
-    net = nn.Sequential(theirs(), leaky(snntorch), snntorch.Synaptic(0.9, 0.8))
-    lengths = set()
-    for _ in range(5):
-        for swap in (snnlstm.accelerate, snnlstm.restore):
-            swap(net)
-            lengths.add(len(snntorch.SpikingNeuron.instances))
-            assert {*net} == {*snntorch.SpikingNeuron.instances}
-    snnlstm.accelerate(net)
-    snnlstm.accelerate(net)
-    assert max(lengths) - 3 <= 5, "a swap leaves entries behind"
-    assert len(snntorch.SpikingNeuron.instances) == max(lengths)
-
-
-def test_the_list_may_be_walked_while_a_cell_dies():
+def test_the_layers_may_be_walked_while_a_cell_dies():
     """Python clears all weak references to an object, and then calls their callbacks in turn."""
     walks = []
 
@@ -129,31 +113,33 @@ def test_snntorch_reaches_every_living_layer(make):
         assert not layer.mem.any()
 
 
-def test_the_list_is_a_list_of_the_layers_themselves():
-    layer, cell, other = leaky(), ours(), snntorch.Synaptic(0.9, 0.8)
-    known = snntorch.SpikingNeuron.instances
-    assert [*known] == known[:] == [layer, cell, other]
-    assert known[1] is known[-2] is cell
-    del cell
-    assert [*known] == [layer, other]  # a loop over the list calls methods of each neuron
-    snntorch.Leaky(0.9)
-    assert len(known) == 3, "snnTorch's neuron does not take the vacant place"
-    known.remove(layer)
-    assert layer not in known
-    known[0] = known[1] = layer
-    known.clear()
-    assert snntorch.SpikingNeuron.instances is known
-    again = leaky()
-    assert [*known] == [again]
+def test_the_list_is_a_list_of_snntorchs_neurons():
+    first, net = snntorch.Synaptic(0.9, 0.8), nn.Sequential(theirs(), leaky(snntorch))
+    kept = leaky(), ours()
+    for swap in (snnlstm.accelerate, snnlstm.restore, snnlstm.accelerate):
+        swap(net)
+        other = snntorch.Leaky(0.9)
+        known = snntorch.SpikingNeuron.instances
+        assert isinstance(known, list)
+        assert known == known.copy() == known + [] == [first, other]  # noqa: RUF005
+        known.sort(key=id)
+        known.remove(other)
+    assert {type(layer) for layer in (*net, *kept)} == {snnlstm.SConv2dLSTM, snnlstm.Leaky}
 
 
-def test_a_constructor_that_fails_leaves_nothing_behind():
+@pytest.mark.parametrize("library", [snnlstm, snntorch])
+def test_a_constructor_that_fails_does_no_harm(library):
+    """snnTorch keeps its half-made neuron for ever."""
     for options in ({"reset_mechanism": "none at all"}, {"bias": 1}):
         with pytest.raises((TypeError, ValueError)):
-            leaky(**options)
-        gc.collect()
-        assert not [*snntorch.SpikingNeuron.instances]
+            leaky(library, **options)
+    gc.collect()
+    assert library is snntorch or not snntorch.SpikingNeuron.instances
+    layer = leaky(library)
+    layer(X)
+    snntorch.Leaky.detach_hidden()
     snntorch.Leaky.reset_hidden()
+    assert not layer.mem.any()
 
 
 @pytest.mark.parametrize("library", [snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM])
@@ -197,80 +183,194 @@ def test_stored_states_can_be_detached_in_place(backend, options):
 
 def test_the_registries_survive_being_cleared(monkeypatch):
     monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
-    before = ours()
-    before(torch.ones(1, 2, 5, 5))
-    snntorch.SpikingNeuron.init()
-    after = ours()
-    after(torch.ones(1, 2, 5, 5))
-    snnlstm.SConv2dLSTM.reset_hidden()  # ours keeps its own registry
-    assert not before.mem.any() | after.mem.any()
-    snnlstm.SConv2dLSTM.init()
-    after(torch.ones(1, 2, 5, 5))
-    snnlstm.SConv2dLSTM.reset_hidden()
-    assert after.mem.any()
-    assert snntorch.SpikingNeuron.instances == []
+    for make in (*LAYERS.values(), *RESTORED.values()):
+        before = make()
+        snntorch.SpikingNeuron.init()
+        after = make()
+        for layer in (before, after):
+            layer(X)
+        kind = snntorch.Leaky if isinstance(after, snntorch.Leaky) else snntorch.SConv2dLSTM
+        kind.reset_hidden()  # `init` forgets snnTorch's neurons alone
+        assert not before.mem.any() | after.mem.any()
+        assert snntorch.SpikingNeuron.instances == []
+        snnlstm.SConv2dLSTM.init()
+        after(X)
+        kind.reset_hidden()
+        assert after.mem.any()
+
+
+@pytest.mark.filterwarnings("ignore:The module snntorch.backprop will be deprecated")
+@pytest.mark.parametrize("cell", [True, False])
+@pytest.mark.parametrize("chunks", [{}, {"K": 2}], ids=["BPTT", "TBPTT"])
+def test_backprop_trains_alike(chunks, cell):
+    """snnTorch resets and detaches all layers by their classes."""
+    from snntorch import backprop
+
+    method = backprop.TBPTT if chunks else backprop.BPTT
+    shape = (2, 5, 5) if cell else (2,)
+    data = [(steps(3, *shape, seed=k), torch.randint(3, (3, *shape[1:]))) for k in range(2)]
+    results = []
+    for library in (snnlstm, snntorch):
+        torch.manual_seed(0)
+        options = {"init_hidden": True, "output": True, "threshold": 0.1}
+        last = library.SConv2dLSTM(3, 3, 3, **options) if cell else library.Leaky(0.9, **options)
+        net = nn.Sequential(nn.Conv2d(2, 3, 1) if cell else nn.Linear(2, 3), last)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        criterion = snntorch.functional.ce_rate_loss()
+        loss = method(net, data, optimizer, criterion, num_steps=4, time_var=False, **chunks)
+        results.append((loss, *net.parameters()))
+    close(*results)
 
 
 # ---- within compiled code ------------------------------------------------------------------------
+
+early = snntorch.utils.reset.__wrapped__  # a name that was imported before our package
 
 
 class Resets(nn.Module):
     """Resets its layers at the start of each sequence, as many of snnTorch's users write it."""
 
-    def __init__(self, library):
+    def __init__(self, library, reset):
         super().__init__()
         torch.manual_seed(0)
-        self.lif = leaky(library, init_hidden=True)
-        self.cell = library.SConv2dLSTM(2, 3, 3, threshold=0.1, init_hidden=True)
+        options = {"init_hidden": True, "threshold": 0.1}
+        self.cell = library.SConv2dLSTM(2, 3, 3, **options)
+        self.last = nn.Sequential(nn.Sequential(library.Leaky(0.9, learn_beta=True, **options)))
+        self.lif = library.Leaky(0.9, **options)
+        self.reset = reset
+
+    def forward(self, x):
+        self.reset(self)
+        return torch.stack([self.last(self.cell(self.lif(x_t))) for x_t in x])
+
+
+def results(net, training, batch, seed=0):
+    net.train(training)
+    net.zero_grad()
+    with torch.set_grad_enabled(training):
+        spk = net(steps(2, batch, 2, 6, 7, seed=seed))
+    assert spk.any()
+    if training:
+        spk.square().sum().backward()
+    return [spk, *(parameter.grad for parameter in net.parameters())]
+
+
+CALLS = [(True, 3), (False, 3), (False, 2), (True, 3)]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_utils_reset_compiles_for_the_network_alone():
+    """Other networks come, run and die meanwhile, and keep their states."""
+    counter, counts = CompileCounter(), []
+    other, expected = Resets(snnlstm, early), Resets(snntorch, early)
+    for _ in range(3):
+        net = Resets(snnlstm, snntorch.utils.reset)
+        compiled = torch.compile(net, backend=counter, fullgraph=True)
+        for seed, call in enumerate(CALLS):
+            close(results(compiled, *call, seed), results(expected, *call, seed))
+            results(other, *call)
+            mem = other.lif.mem
+            results(compiled, *call)
+            assert other.lif.mem is mem
+            other, _gone = Resets(snnlstm, early), snntorch.Synaptic(0.9, 0.8)
+        counts.append(counter.frame_count)
+    assert counts[0] <= 4
+    assert counts == [counts[0]] * 3
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_utils_reset_reaches_all_neurons_in_a_network():
+    mixed = nn.ModuleDict({"kind": nn.ModuleList([
+        leaky(), leaky(snntorch), ours(), theirs(), snntorch.Synaptic(0.9, 0.8),
+        snntorch.RLeaky(0.9, linear_features=3), snntorch.RSynaptic(0.9, 0.8, linear_features=3),
+        snntorch.Alpha(0.9, 0.8), snntorch.Lapicque(0.9), snntorch.SLSTM(2, 3),
+        snntorch.StateLeaky(0.9, 3),
+    ])})  # fmt: skip
+    states = [(one, name) for one in mixed["kind"] for name in ("spk", "syn", "syn_exc", "mem")
+              if isinstance(getattr(one, name, None), torch.Tensor)]  # fmt: skip
+    assert len(states) == 18
+    for one, name in states:
+        setattr(one, name, torch.ones(3))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def reset(net, x):
+        snntorch.utils.reset(net)
+        return x + 1
+
+    reset(mixed, torch.ones(3))
+    assert not any(getattr(one, name).any() for one, name in states)
+
+
+WALKS = {
+    "snntorch's": lambda _: [
+        kind.reset_hidden() for kind in (snntorch.Leaky, snntorch.SConv2dLSTM)
+    ],
+    "ours": lambda _: [kind.reset_hidden() for kind in (snnlstm.Leaky, snnlstm.SConv2dLSTM)],
+    "an early name": early,
+}
+
+
+@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_walks_over_all_layers_break_the_graph(walk):
+    """They reach other networks, too, and further networks need no other graph."""
+    other, expected = Resets(snnlstm, early), results(Resets(snntorch, early), True, 3)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="_hidden"):
+        torch.compile(Resets(snnlstm, WALKS[walk]), backend="eager", fullgraph=True)(X[None])
+    counter, counts = CompileCounter(), []
+    for _ in range(2):
+        other(X[None])
+        net = Resets(snnlstm, WALKS[walk])
+        close(results(torch.compile(net, backend=counter), True, 3), expected)
+        assert not other.lif.mem.any() | other.cell.mem.any()
+        counts.append(counter.frame_count)
+    assert counts == [counts[0]] * 2
+
+
+# ---- imported again ------------------------------------------------------------------------------
+
+AGAIN = """
+import logging, sys
+import torch, snntorch, snntorch.utils
+from torch import nn
+
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, init_hidden=True)
+        self.lif = snnlstm.Leaky(0.9, threshold=0.1, init_hidden=True)
 
     def forward(self, x):
         snntorch.utils.reset(self)
         return torch.stack([self.cell(self.lif(x_t)) for x_t in x])
 
+def wrapped():
+    return snntorch.utils.reset, snntorch.Leaky.reset_hidden.__func__
 
-@pytest.fixture
-def nets(fresh_compiler):
-    return Resets(snnlstm), Resets(snntorch)
+nets, x = [], torch.rand(2, 2, 2, 5, 5)
+for _ in range(2):
+    import snnlstm
+    net = Net()
+    nets.append((net, torch.compile(net, backend="snnlstm")))
+    before = wrapped() if len(nets) == 1 else before
+    assert wrapped() == before
+    for net, run in nets:
+        assert torch.equal(run(x), net(x))
+    for net, _ in nets:
+        net.cell(net.lif(x[0]))
+        assert net.lif.mem.any() and net.cell.mem.any()
+    snntorch.utils.reset(net)
+    assert not any(net.lif.mem.any() or net.cell.mem.any() for net, _ in nets)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "snnlstm"]:
+        del sys.modules[name]
+"""
 
 
-def trains_alike(compiled, expected, calls, seed=0):
-    for k in range(calls):
-        results = []
-        for net in (compiled, expected):
-            net.zero_grad()
-            spk = net(steps(2, 2, 2, 6, 7, seed=seed + k))
-            spk.square().sum().backward()
-            results.append((spk, *(p.grad for p in net.parameters())))
-        close(*results)
-        assert results[0][0].any()
-
-
-def test_compiled_code_resets_the_layers(nets):
-    """Also layers of other networks, which come, are used and die between the calls.
-
-    The collector may run between the trace of the list and the guards of its entries, and then
-    frees layers that only garbage holds.
-    """
-    net, expected = nets
-    other, old = Resets(snnlstm), Resets(snnlstm)
-    other(steps(3, 2, 2, 6, 7))
-
-    def backend(graph, _):
-        gc.collect()
-        return graph
-
-    gc.disable()
-    try:
-        old.itself = [old]
-        del old
-        compiled = torch.compile(net, backend=backend, fullgraph=True)
-        trains_alike(compiled, expected, calls=3)
-    finally:
-        gc.enable()
-    assert not other.lif.mem.any() | other.cell.mem.any()
-    del other
-    trains_alike(compiled, expected, calls=3, seed=3)
-    other = Resets(snnlstm)
-    other(steps(3, 2, 2, 6, 7))
-    trains_alike(compiled, expected, calls=1)
-    assert not other.lif.mem.any() | other.cell.mem.any()
+def test_the_package_may_be_imported_again():
+    """Compiled code of the first import goes on, and what changes in snnTorch changes once."""
+    done = fresh(AGAIN)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("lif Leaky: sequence (one call for all steps)") == 2

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import warnings
-from functools import partial
 
 import pytest
 import snntorch
@@ -161,19 +160,19 @@ def test_the_gil_is_released(direction, monkeypatch):
     assert any(seen)
 
 
-def test_cells_come_and_go_while_another_thread_resets_all():
-    """Neither library's walk over all cells may stumble over one that comes or goes meanwhile."""
+def test_layers_come_and_go_while_another_thread_resets_all():
+    """Neither library's walk over all layers may stumble over one that comes or goes meanwhile."""
+    kinds = [getattr(lib, name) for lib in (snntorch, snnlstm) for name in ("SConv2dLSTM", "Leaky")]
 
     def walk() -> None:
-        for library in (snntorch, snnlstm):
-            library.SConv2dLSTM.reset_hidden()
-            library.SConv2dLSTM.detach_hidden()
-            library.Leaky.reset_hidden()
-            library.Leaky.detach_hidden()
+        for kind in (*kinds, snntorch.Synaptic):
+            kind.reset_hidden()
+            kind.detach_hidden()
 
     with beside(walk):
         sys.setswitchinterval(1e-5)
         for _ in range(30):
-            made = [make() for _ in range(5) for make in (ours, partial(snnlstm.Leaky, 0.9))]
+            made = [ours(), snnlstm.Leaky(0.9), snntorch.Leaky(0.9), snntorch.Synaptic(0.9, 0.8)]
+            snnlstm.accelerate(torch.nn.Sequential(*made))
             del made
-    assert len(snntorch.SpikingNeuron.instances) < 30
+    assert {type(one) for one in snntorch.SpikingNeuron.instances} == {snntorch.Synaptic}
