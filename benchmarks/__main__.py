@@ -7,11 +7,11 @@ try:
 
     parser().parse_args()  # --help and wrong arguments end here, before a run's packages are needed
     from benchmarks.run import main
-except ModuleNotFoundError as error:
-    sys.exit(
-        f'python -m benchmarks needs {error.name}, which the extra "bench" brings: in the checkout '
-        f'run {sys.executable} -m pip install -e ".[bench]"'
-    )
+except ImportError as error:
+    text = f"python -m benchmarks: {error}"  # the core is missing, or does not load
+    if isinstance(error, ModuleNotFoundError):
+        text = f'python -m benchmarks needs {error.name}, which the extra "bench" brings'
+    sys.exit(f'{text}: in the checkout run {sys.executable} -m pip install -e ".[bench]"')
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -369,6 +369,11 @@ def from_file(place: str) -> Network:
         raise ValueError(f"--network: expected FILE.py:FUNCTION, got {place!r}: {error}") from None
     except KeyError:
         raise ValueError(f"--network: {file} has no function {name!r}, as {place!r} asks") from None
+    made = function()
+    if not isinstance(made, (tuple, list)) or len(made) < 2:
+        raise ValueError(
+            f"--network: {name}() must return a network and its input x, got {type(made).__name__}"
+        )
     run = _called
 
     def make(cell: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <numeric>
 #include <vector>
 
@@ -28,33 +29,6 @@ inline cpu::Pass make_cpu_pass(const Cell& cell, int algorithm, double density, 
           grad_weight,
           cpu::kernels(),
           threads};
-}
-
-// Estimates the share of nonzeros in x from values spread over all images that are not padded.
-template <class T>
-double density(const Cell& c, const View& x, const int64_t* lengths) {
-  const int64_t plane = c.H * c.W;
-  const int64_t size = c.Cin * plane;
-  const auto steps = [&](int64_t n) { return lengths ? std::min(lengths[n], c.T) : c.T; };
-  int64_t images = 0, seen = 0, nonzero = 0;
-  for (int64_t n = 0; n < c.N; ++n) images += steps(n);
-  // An odd distance shares no period with even numbers of channels and columns.
-  const int64_t distance = images * size / 16384 | 1;
-  const auto* s = x.stride;
-  const bool dense = (s[4] == 1 && s[3] == c.W && s[2] == plane) ||
-                     (s[2] == 1 && s[4] == c.Cin && s[3] == c.W * c.Cin);
-  const auto place = [&](int64_t k) {
-    return k / plane * s[2] + k / c.W % c.H * s[3] + k % c.W * s[4];
-  };
-  int64_t k = 0;
-  for (int64_t t = 0; t < c.T; ++t)
-    for (int64_t n = 0; n < c.N; ++n) {
-      if (t >= steps(n)) continue;
-      const T* image = static_cast<const T*>(x.data) + t * s[0] + n * s[1];
-      for (; k < size; k += distance, ++seen) nonzero += image[dense ? k : place(k)] != T(0);
-      k -= size;
-    }
-  return seen ? double(nonzero) / double(seen) : 1;
 }
 
 // Calls f(chunk, begin, end) for chunks of `count` values or bytes on all of torch's threads, until
@@ -118,14 +92,37 @@ inline bool same_bytes(Address tensor, Address copy, int64_t bytes) {
   return each_chunk(bytes, 1 << 17, equal);
 }
 
-// Returns x's density in hundredths.
-inline int percent_of(const Cell& cell, const py::handle& x, Address lengths) {
-  const View seen = view(x);
-  needs(seen.data, "x");
+// Returns x's density in hundredths, and its largest magnitude, which is at least 1. Both come from
+// all values if x has at most four channels, as images have, otherwise from some 16,000, which are
+// spread over all images. Padded images do not count.
+inline py::tuple facts(const Cell& cell, const py::handle& from, Address lengths) {
+  const View x = view(from);
+  needs(x.data, "x");
   const auto* steps = static_cast<const int64_t*>(at(lengths));
-  const double part = cell.dtype == DType::float64 ? density<double>(cell, seen, steps)
-                                                   : density<float>(cell, seen, steps);
-  return int(100 * part + 0.5);
+  const int64_t size = cell.Cin * cell.H * cell.W, images = cell.T * cell.N;
+  const int64_t running = steps ? std::accumulate(steps, steps + cell.N, int64_t(0)) : images;
+  const bool whole = cell.Cin <= 4;
+  // An odd distance shares no period with even numbers of channels and columns.
+  const int64_t distance = whole ? 1 : running * size / 16384 | 1;
+  cpu::Seen seen;
+  if (!whole || images * size < 1 << 17) {
+    seen = cpu::kernels().look_at(cell, x, steps, 0, images, distance);
+  } else {
+    py::gil_scoped_release release;
+    std::mutex mutex;
+    each_chunk(images, (1 << 15) / size + 1, [&](int64_t, int64_t begin, int64_t end) {
+      const cpu::Seen some = cpu::kernels().look_at(cell, x, steps, begin, end, distance);
+      const std::lock_guard<std::mutex> lock(mutex);
+      seen.values += some.values;
+      seen.nonzero += some.nonzero;
+      seen.largest = std::max(seen.largest, some.largest);
+      return true;
+    });
+  }
+  // One or two channels gain nothing from lists of nonzeros.
+  const bool counts = cell.Cin > 2 && seen.values > 0;
+  const double density = counts ? double(seen.nonzero) / double(seen.values) : 1;
+  return py::make_tuple(int(100 * density + 0.5), seen.largest);
 }
 
 // Returns the layouts of the weight that a pass reads, each as (number, name, bytes). Layouts with
@@ -202,7 +199,7 @@ inline void bind_cpu(py::module_& m) {
   m.def("isa_name", &cpu::isa_name);
   m.def("set_isa", &cpu::set_isa);
   m.def("same", &same_bytes);
-  m.def("density", &percent_of);
+  m.def("facts", &facts);
   m.def("copy_weight", &copy_weight);
   m.def("cpu_padded_channels", [](int dtype, int64_t C) {
     Cell cell;

@@ -43,6 +43,12 @@ inline bool reads(const Cell& c, Form form, bool grad_x) {
 // channels and the instruction set.
 std::string form_name(const Cell& cell, Form form);
 
+// What the values of an x say about the algorithms. NaN is a nonzero without a magnitude.
+struct Seen {
+  int64_t values = 0, nonzero = 0;
+  double largest = 1;  // magnitude, or 1 if all are smaller
+};
+
 // The functions that are compiled for each instruction set.
 struct Kernels {
   // Says whether there are Winograd kernels for the cell's type and number of channels.
@@ -50,6 +56,11 @@ struct Kernels {
   // Returns the cost of the forward pass's input half by lists of its nonzeros, divided by its cost
   // by direct sums. It is infinity if the image is too large for lists.
   double (*sparse_cost)(const Cell&, double density);
+
+  // Looks at every `distance`-th value of the images from begin to end, which are numbered step by
+  // step, but not at padded images.
+  Seen (*look_at)(const Cell&, const View& x, const int64_t* lengths, int64_t begin, int64_t end,
+                  int64_t distance);
 
   // These return the size of a call's workspace in bytes. `weight` says whether the backward pass
   // computes the weight's gradient.

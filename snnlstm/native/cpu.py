@@ -49,13 +49,13 @@ def set_isa(name: str) -> None:
 class PackedWeight:
     """A copy of a weight, and the layouts made from it, which the kernels read.
 
-    ``max_tile_inputs`` is the side of the largest Winograd tile whose rounding errors stay near
-    those of torch's convolution, or 0 if there is none. ``GAINS`` has the largest gain that each
-    side admits: the gates' root mean square per unit of input, 0.58 for nn.Conv2d's initial
-    weights. Infinite and NaN weights, which a tile would spread, have no gain that is admitted.
+    ``gain`` is the gates' root mean square per unit of input, 0.58 for nn.Conv2d's initial weights.
+    ``LIMITS`` has the largest gain that a Winograd tile of each side admits, and the largest
+    product of gain and magnitude of x: rounding errors beside large values grow with this product.
+    Infinite and NaN weights, which a tile would spread, have no gain that is admitted.
     """
 
-    GAINS: ClassVar = {8: 1.5, 6: 1e3}
+    LIMITS: ClassVar = {8: (1.5, 30.0), 6: (16.0, 300.0)}
 
     def __init__(self, weight: Tensor) -> None:
         self.copy, count = pool.empty(weight.shape, weight.dtype), weight.numel()
@@ -66,12 +66,20 @@ class PackedWeight:
         else:
             dtype = DTYPES.index(weight.dtype)
             squares = _C.copy_weight(weight.data_ptr(), self.address, dtype, count)
-        gain = (squares / max(weight.shape[0], 1)) ** 0.5
-        self.max_tile_inputs = max(
-            (s for s, max_gain in self.GAINS.items() if gain <= max_gain), default=0
-        )
+        self.gain = (squares / max(weight.shape[0], 1)) ** 0.5
         # The keys are numbers and names of layouts, the values their addresses and memory.
         self.layouts: dict[tuple[int, str], tuple[int, Tensor]] = {}
+
+    def max_tile_inputs(self, largest: float) -> int:
+        """The side of the largest tile with admissible rounding errors, or 0 if there is none.
+
+        `largest` is the largest magnitude in x, or 1 if that is more.
+        """
+        gain = self.gain
+        for side, (max_gain, max_product) in self.LIMITS.items():
+            if gain <= max_gain and gain * largest <= max_product:
+                return side
+        return 0
 
     def holds(self, weight: Tensor) -> bool:
         """Whether a contiguous weight of this shape has the copied values."""
@@ -125,8 +133,8 @@ class Pass:
     """One pass of a plan: the core's pass, the weight layouts that it reads, and its workspace.
 
     `selection` has the value-dependent facts that choose a call's algorithms: the percentage of x's
-    numbers that are not zero, and :attr:`PackedWeight.max_tile_inputs`. `wanted` has the gradients
-    that a backward pass computes.
+    numbers that are not zero, and what :meth:`PackedWeight.max_tile_inputs` returned. `wanted` has
+    the gradients that a backward pass computes.
     """
 
     def __init__(self, passes: Passes, selection: Any, wanted: Sequence[bool] | None) -> None:
@@ -158,7 +166,7 @@ class Pass:
 
 
 class Passes:
-    """The passes of a plan; the density of x and the gain of the weight choose one for a call."""
+    """The passes of a plan; the values of x and the gain of the weight choose one for a call."""
 
     def __init__(self, plan: Plan, settings: Settings) -> None:
         algorithm, self.threads, self.isa = settings[:3]
@@ -166,8 +174,10 @@ class Passes:
         self.cell, self.weight_shape = make_cell(_C, plan), plan.gradient_memory[3][0]
         levels = plan.spec.quant
         self.levels = None if levels is None else levels.levels.to(plan.dtype).contiguous()
-        # An x of few channels gains nothing from lists of nonzeros, so its zeros are not counted.
-        self.counts_zeros = plan.cin > 2
+        # Nobody needs to look at an x whose zeros and size would leave all sums direct.
+        best = self.algorithm, 0.0, max(PackedWeight.LIMITS), 1
+        names = {_C.CpuPass(self.cell, *best, backward).name for backward in (False, True)}
+        self.looks_at_x = self.algorithm == 0 and names != {"direct"}
         # This guess saves the look-up of the packed weight, 1 us of a step.
         self._last_packed: Callable[[], PackedWeight | None] = lambda: None
         self._threshold: Tensor | None = None
@@ -189,10 +199,11 @@ class Passes:
         packed = packed_weight(call.weight, self._last_packed())
         if packed is not self._last_packed():
             self._last_packed = ref(packed)
-        percent = 100
-        if self.counts_zeros:
-            percent = _C.density(self.cell, fields[0], 0 if lengths is None else lengths.data_ptr())
-        a_pass = self._pass((percent, packed.max_tile_inputs), None)
+        percent, largest = 100, 1.0
+        if self.looks_at_x:
+            at = 0 if lengths is None else lengths.data_ptr()
+            percent, largest = _C.facts(self.cell, fields[0], at)
+        a_pass = self._pass((percent, packed.max_tile_inputs(largest)), None)
         a_pass.run_kernels(call, packed, fields)
         copy = self._threshold  # equal values share the last copy
         if (

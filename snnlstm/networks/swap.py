@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import product
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -98,6 +98,12 @@ class SwapReport:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Raise a TypeError, because users take the report for the model."""
+        raise TypeError(
+            f"{self.action} swaps the layers in place and returns a report: call the model itself"
+        )
 
 
 # ---- in a model ---------------------------------------------------------------------------

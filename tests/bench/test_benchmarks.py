@@ -58,6 +58,7 @@ def suite(out: Path, *arguments: str) -> tuple[int, pd.DataFrame]:
         (["pandas", "tqdm"], ["--threads", "0"], 2, "--threads"),
         (["pandas"], [], 1, 'pandas, which the extra "bench" brings: in the checkout run'),
         (["snntorch"], ["--help"], 1, 'snntorch, which the extra "bench" brings'),
+        (["snnlstm._C"], ["--help"], 1, '-m pip install -e ".[bench]"'),
     ],
 )
 def test_arguments_are_read_before_a_package_is_missed(missing, arguments, status, said):
@@ -142,8 +143,12 @@ def test_ones_own_loop_runs_the_network_step_by_step(own, tmp_path, capsys):
         "    cell = snntorch.SConv2dLSTM(2, 3, 3, threshold=0.05, init_hidden=True)\n"
         "    return torch.nn.Sequential(cell), torch.rand(3, 2, 2, 5, 5), run\n"
     )
-    other = f"{tmp_path}/mine.py:other"
-    for wrong, said in ((other, "no function 'other'"), ("none.py", "No such file")):
+    (tmp_path / "mine.py").write_text("import torch\ndef alone(): return torch.nn.Sequential()")
+    for wrong, said in (
+        (f"{tmp_path}/mine.py:other", "no function 'other'"),
+        (f"{tmp_path}/mine.py:alone", "a network and its input x, got Sequential"),
+        ("none.py", "No such file"),
+    ):
         with pytest.raises(SystemExit):
             run.main(["--network", wrong])
         (line,) = capsys.readouterr().err.splitlines()

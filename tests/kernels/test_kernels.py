@@ -132,8 +132,8 @@ def test_gradients_are_nan_where_those_of_snntorch_are(isa, channels, value):
 
 def test_skipped_and_tiled_inputs_make_no_nan_of_infinity(isa):
     cell, reference = twins(8, 13, 3, threshold=0.05)
-    x, states = steps(3, 2, 8, 16, 16, density=0.05), torch.zeros(2, 2, 13, 16, 16)
-    x[-1, 0, 0, 4, 4] = torch.inf
+    x, states = steps(9, 2, 8, 16, 16, density=0.05), torch.zeros(2, 2, 13, 16, 16)
+    x[-1, 0, 0, 4, 4] = torch.inf  # which the sample of x misses, or all sums would be direct
     for actual, expected in zip(
         _nan_gradients(cell, x, states, whole=True),
         _nan_gradients(reference, x, states, whole=False),

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import snnlstm
 from snnlstm.native import cpu
 from tests.shared import flat
-from tests.shared.cases import PLAIN, SILENT, Case, Inputs, wanting_gradients
+from tests.shared.cases import LAYOUTS, PLAIN, SILENT, Case, Inputs, laid_out, wanting_gradients
 from tests.shared.cpu_kernels import needs_core, one_thread
 from tests.shared.gradients import Run
 
@@ -61,7 +62,7 @@ def test_errors_are_a_small_multiple_of_torchs(isa, kernel, side, factor, lowest
     if isa == "wide" and kernel != (3, 3) and not os.environ.get("SNNLSTM_LONG"):
         pytest.skip("part of `make test-all`")
     if side == 4:
-        monkeypatch.setattr(cpu.PackedWeight, "GAINS", {4: 1e3})
+        monkeypatch.setattr(cpu.PackedWeight, "LIMITS", {4: (16.0, 300.0)})
     calls = (1, 2, lowest), (1, 2, 3.0), (1, 2, 15.0), (20, 1, lowest), (20, 1, 7.0)
     for time, batch, gain in calls:
         ratios = []
@@ -75,15 +76,74 @@ def test_errors_are_a_small_multiple_of_torchs(isa, kernel, side, factor, lowest
         assert max(medians) < factor, (time, gain, medians)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("gain", "way"),
-    [(1.4, "winograd4"), (1.6, "winograd2"), (900.0, "winograd2"), (1100.0, "direct")],
+    ("gain", "largest", "way"),
+    [
+        (1.4, 20.0, "winograd4"),
+        (1.4, 22.0, "winograd2"),
+        (1.4, 200.0, "winograd2"),
+        (1.4, 230.0, "direct"),
+        (0.1, 250.0, "winograd4"),
+        (1.6, 0.5, "winograd2"),
+        (15.5, 19.0, "winograd2"),
+        (15.5, 20.0, "direct"),
+        (16.5, 0.5, "direct"),
+        (0.1, torch.inf, "direct"),
+    ],
 )
-def test_the_gain_decides_on_the_tiles(isa, gain, way):
-    case = LAYER.but(kernel_size=(5, 5), time=1, gain=gain)
+def test_gain_and_largest_x_decide_on_the_tiles(isa, dtype, gain, largest, way):
+    case = LAYER.but(kernel_size=(5, 5), time=1, gain=gain, dtype=dtype)
+    inputs = case.inputs()
+    inputs.x.mul_(0.5 / inputs.x.abs().max())[0, 1, 0, 7, 5] = -largest
     with torch.no_grad():
-        flat.run(*case.inputs(), case.options)
+        flat.run(*inputs, case.options)
     assert flat.last_name() == f"cpu-{isa}-{way}"
+
+
+def facts(case: Case, x: Tensor) -> tuple[int, float]:
+    """Returns x's percentage of nonzeros, and its largest magnitude, as the core finds them."""
+    plan = flat.plan_of((*case.inputs()._replace(x=x), case.options), "auto")
+    lengths = torch.tensor(case.options.lengths or [case.time] * case.batch)
+    return snnlstm._C.facts(plan.passes.cell, (x.data_ptr(), plan.x_strides), lengths.data_ptr())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_one_value_is_found_in_images_of_any_layout(isa, channels, layout):
+    """The images with 5 channels have so few values that each is in the sample."""
+    single, double = torch.float32, torch.float64
+    for height, width, dtype in ((1, 1, single), (20, 1, double), (5, 40, single), (7, 13, double)):
+        case = LAYER.but(
+            in_channels=channels, channels=1, height=height, width=width, time=1, dtype=dtype,
+            lengths=(1, 0),
+        )  # fmt: skip
+        own, padded, found = (0, 0, -1, -1, -1), (0, 1, -1, -1, -1), []
+        for value, place in (
+            (-50, own),
+            (0, own),
+            (torch.nan, own),
+            (torch.inf, own),
+            (50, padded),
+        ):
+            x = torch.full((1, 2, channels, height, width), 0.5, dtype=dtype)
+            x[place] = value
+            found.append(facts(case, laid_out(x, layout)))
+        without_one = 100 if channels <= 2 else round(100 - 100 / (channels * height * width))
+        percentages = 100, without_one, 100, 100, 100
+        assert found == list(zip(percentages, (50, 1, 1, torch.inf, 1), strict=True))
+
+
+def test_threads_look_at_all_of_a_large_x():
+    case = LAYER.but(channels=1, batch=33, height=96, width=97, in_channels=3, time=1)
+    x = torch.zeros(1, 33, 3, 96, 97)
+    x[0, :11] = 0.5
+    with one_thread():
+        torch.set_num_threads(4)
+        assert facts(case, x) == (33, 1)
+        for sample in (0, 13, 32):
+            x[0, sample, 2, 95, 96] = 5 + sample
+            assert facts(case, x) == (33, 5 + sample)
 
 
 @pytest.mark.parametrize("value", [3e38, torch.inf, torch.nan], ids=str)

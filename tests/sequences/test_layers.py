@@ -276,7 +276,7 @@ class Theirs(snntorch.SConv2dLSTM):
 
 
 def test_accelerate_works_on_it_and_fallbacks_of_cells_are_logged_once(caplog):
-    net = snnlstm.Sequential(theirs(), Theirs(3, 3, 3, threshold=0.01), nn.ReLU(), ours(3, 2, 3))
+    net = snnlstm.Sequential(theirs(), Theirs(3, 3, 3, threshold=0.01), leaky(), ours(3, 2, 3))
     net[3].register_forward_hook(lambda *_: None)
     for _ in range(2):
         net(X)
@@ -285,11 +285,13 @@ def test_accelerate_works_on_it_and_fallbacks_of_cells_are_logged_once(caplog):
         "snnlstm.accelerate(net) makes it ours",
         "layer 1 (Theirs) of a stack runs step by step: its class is a subclass of "
         "snntorch.SConv2dLSTM",
+        "layer 2 (Leaky) of a stack runs step by step: it is snntorch's, and "
+        "snnlstm.accelerate(net) makes it ours",
         "layer 3 (SConv2dLSTM) of a stack runs step by step: it carries hooks",
     ]
     before = net(X)
     utils.reset(net)
-    assert snnlstm.accelerate(net).swapped == ("0",)
+    assert snnlstm.accelerate(net).swapped == ("0", "2")
     first = net(X)
     assert net.report[0].kind == "sequence"
     utils.reset(net)

@@ -254,6 +254,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
     give(a, packed, workspace);
     a.bias = has_bias ? bias.get() : nullptr;
     a.spk = spk.view(), a.syn = syn.view(), a.mem = mem.view();
+    kernels.look_at(c, a.x, nullptr, 0, c.T * c.N, one_of<int64_t>({1, 1, 3, 29}));
     kernels.forward(a);
   }
   spk.check("spk"), syn.check("syn"), mem.check("mem");

@@ -2,6 +2,7 @@
 #include "../api.h"
 #include "entry.h"
 #include "lanes.h"
+#include "look.h"
 #include "pack.h"
 #include "sparse.h"
 
@@ -69,11 +70,11 @@ static void pack_weight(const Cell& cell, Form form, int threads, const void* we
 }
 
 extern const cpu::Kernels kernels;
-const cpu::Kernels kernels = {has_tiles,       sparse_cost,   forward_workspace, backward_workspace,
-                              padded_channels, packed_bytes,  pack_weight,       forward,
-                              backward,        leaky_forward, leaky_backward,
+const cpu::Kernels kernels = {
+    has_tiles,    sparse_cost, look_at, forward_workspace, backward_workspace, padded_channels,
+    packed_bytes, pack_weight, forward, backward,          leaky_forward,      leaky_backward,
 #if SNNLSTM_TESTING
-                              evaluate
+    evaluate
 #endif
 };
 
