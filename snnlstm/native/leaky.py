@@ -19,7 +19,7 @@ from torch import Tensor
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, broadcasts
 from ..calls.keys import OF_TORCH, BoundedDict, key_of
 from ..calls.spec import DTYPES, RESETS, LeakySpec
-from . import pool
+from . import lender
 from .backends import BACKENDS
 from .function import beyond_kernels, differentiable, reached
 from .tensors import contiguous_as, pointer, real, restored, stochastic_noise
@@ -151,7 +151,7 @@ class Plan:
             surrogate.p1, x.shape[0] if sequence else 1, math.prod(step[0]),
         )  # fmt: skip
         self.of_beta, self.of_threshold = (at or (self.first[-1], 1) for at in self.places)
-        small = x.dtype is self.dtype and x.nbytes < pool.SMALLEST
+        small = x.dtype is self.dtype and x.nbytes < lender.SMALLEST
         self._empty_like = torch.empty_like if small else partial(_empty_like, dtype=self.dtype)
         call = self.fitted(call)
         self.copies = not all(map(operator.is_, self._readable(call)[:5], call))
@@ -199,7 +199,7 @@ class Plan:
         self.backend.leaky((*self._fields(call[2:5], mem), *into), False, self.device)
         return spk, after
 
-    @pool.where_it_fits
+    @lender.where_it_fits
     def backward(
         self,
         before: Tensor | None,
@@ -242,7 +242,7 @@ def plan_of(call: LeakyCall, spec: LeakySpec) -> Plan:
     return plan
 
 
-@pool.where_it_fits
+@lender.where_it_fits
 def run_plan(plan: Plan, call: LeakyCall, training: bool) -> tuple[Tensor, Tensor, str]:
     """Run the kernels; return spk and mem of each step, and the name of what ran.
 
@@ -263,9 +263,9 @@ def run_plan(plan: Plan, call: LeakyCall, training: bool) -> tuple[Tensor, Tenso
 
 def _empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory in the order of a tensor; a small one takes half the time of empty_strided."""
-    if like.dtype is dtype and like.nbytes < pool.SMALLEST:
+    if like.dtype is dtype and like.nbytes < lender.SMALLEST:
         return torch.empty_like(like)
-    return pool.empty_result(like.shape, like.stride(), dtype, like.device)
+    return lender.empty_result(like.shape, like.stride(), dtype, like.device)
 
 
 # ---- the Function --------------------------------------------------------------------------------

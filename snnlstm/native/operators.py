@@ -24,7 +24,7 @@ from ..calls.call import (
 )
 from ..calls.lengths import recorded_states
 from ..calls.spec import HALF_TYPES, CellSpec
-from . import leaky_operators, pool
+from . import leaky_operators, lender
 from .backends import BACKENDS, operands_of, plan_of
 from .function import constant_states, reached, run_plan
 from .half_types import in_float32
@@ -119,7 +119,7 @@ def _check_fit(call: Call, spec: CellSpec) -> None:
     "snnlstm::forward", mutates_args=(),
     schema=f"({_CALL}, bool training) -> ({', '.join(['Tensor'] * 5)})",
 )  # fmt: skip
-@pool.where_it_fits
+@lender.where_it_fits
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Run a plan's forward pass; also return what is saved for the backward pass."""
     text, algorithm, training = arguments[_FIELDS:]

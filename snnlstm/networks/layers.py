@@ -19,7 +19,7 @@ from ..dispatch.reasons import (
     beyond_forward,
     recorded_now,
 )
-from ..native import pool
+from ..native import lender
 from ..neurons.attributes import CELL
 from ..neurons.leaky import Leaky
 from ..neurons.sconv2dlstm import SConv2dLSTM
@@ -315,10 +315,10 @@ def exchanged(out: Any) -> Any:
 
 
 def stack(steps: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """torch.stack(steps); a large result lies in a block of :mod:`snnlstm.native.pool`."""
+    """torch.stack(steps); a large result lies in a block of :mod:`snnlstm.native.lender`."""
     if not torch.compiler.is_compiling() and recorded_now() is None:
         size = len(steps) * steps[0].numel() * steps[0].element_size()
-        if size >= pool.MAPPED and _are_alike(steps):
+        if size >= lender.MAPPED and _are_alike(steps):
             return _Stack.apply(*steps)
     return torch.stack(steps)
 
@@ -349,7 +349,8 @@ class _Stack(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         first = steps[0]
         shape, strides = (len(steps), *first.shape), (first.numel(), *first.stride())
-        return torch.stack(steps, out=pool.empty_result(shape, strides, first.dtype, first.device))
+        out = lender.empty_result(shape, strides, first.dtype, first.device)
+        return torch.stack(steps, out=out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:

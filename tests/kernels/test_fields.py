@@ -14,7 +14,7 @@ from snnlstm import _C, surrogate
 from snnlstm.calls.call import LeakyCall
 from snnlstm.calls.keys import BoundedDict
 from snnlstm.calls.spec import leaky_spec
-from snnlstm.native import cpu, leaky, pool
+from snnlstm.native import cpu, leaky, lender
 from snnlstm.quant import state_quant
 from tests.shared.cpu_kernels import native, needs_core
 from tests.shared.fields import CSRC, address, by_name, fields_of, noted
@@ -69,7 +69,7 @@ def test_the_cpu_gives_the_fields_in_their_order(monkeypatch):
     for pass_number, struct in enumerate(("ForwardArgs", "BackwardArgs")):
         fields = by_name(struct, given[pass_number])
         of_device = {"levels": address(plan.passes.levels), "order": address(orders[pass_number])}
-        of_device["workspace"] = address(pool.small[-1])
+        of_device["workspace"] = address(lender.small[-1])
         for (number, _), (at, _) in packed.layouts.items():
             if number // 3 == pass_number:
                 of_device[("weight", "weight_mem", "weight_x")[number % 3]] = at
