@@ -22,7 +22,7 @@ from ..calls.spec import DTYPES, RESETS, LeakySpec
 from . import lender
 from .backends import BACKENDS
 from .function import beyond_kernels, differentiable, reached
-from .tensors import contiguous_as, pointer, real, restored, stochastic_noise
+from .tensors import contiguous_as, laid_out, pointer, real, stochastic_noise
 
 
 def reason_against(call: LeakyCall, sequence: bool) -> str | None:
@@ -102,22 +102,6 @@ def fitting(mem: Tensor, x: Tensor, sequence: bool) -> Tensor:
     return torch.zeros_like(x[0] if sequence else x, dtype=real(x.dtype))
 
 
-def _laid_out(
-    tensor: Tensor,
-    shape: Sequence[int],
-    strides: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """The tensor, or a copy of it, in a memory layout, a dtype and on a device."""
-    fits = tensor.stride() == strides and tensor.shape == shape
-    if fits and tensor.dtype is dtype and tensor.device == device:
-        return tensor.resolve_neg()
-    tensor = restored(tensor, shape, dtype, device)
-    out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-    return out.copy_(tensor.detach())
-
-
 # ---- plans ---------------------------------------------------------------------------------------
 
 
@@ -165,7 +149,7 @@ class Plan:
     def _readable(self, call: LeakyCall) -> LeakyCall:
         """The call with tensors that the core reads as they are."""
         x = without_gaps(call.x, self.spec.sequence)
-        mem = _laid_out(call.mem, *self.step)
+        mem = laid_out(call.mem, *self.step)
         return LeakyCall(x, mem, *self._numbers(call[2:5]))
 
     def _numbers(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -174,7 +158,7 @@ class Plan:
         A parameter that varies in another order than x becomes one with a number for each neuron.
         """
         beta, threshold, graded = (
-            _laid_out(parameter.detach().expand(self.step[0]), *self.step)
+            laid_out(parameter.detach().expand(self.step[0]), *self.step)
             if at is None
             else contiguous_as(parameter, self.dtype)
             for parameter, at in zip(parameters, (*self.places, (1, 1)), strict=True)
@@ -213,13 +197,13 @@ class Plan:
         `before` and `after`, mem of all steps, may have another layout than in the forward pass.
         """
         sequence, surrogate = self.spec.sequence, self.spec.surrogate
-        after = _laid_out(after, *self.whole)
+        after = laid_out(after, *self.whole)
         like = after[0] if sequence else after
-        before = None if before is None else _laid_out(before, *self.step)
-        laid = [None if grad is None else _laid_out(grad, *self.whole) for grad in grads]
+        before = None if before is None else laid_out(before, *self.step)
+        laid = [None if grad is None else laid_out(grad, *self.whole) for grad in grads]
         noise = stochastic_noise(surrogate, laid[0], sequence)
         if noise is not None:
-            noise = _laid_out(noise, *self.whole)
+            noise = laid_out(noise, *self.whole)
         x = _empty_like(after, self.types[0]) if wanted[0] else None
         mem = _empty_like(like, self.dtype) if wanted[1] or sequence else None
         sums = [_empty_like(like, self.dtype) if want else None for want in wanted[2:]]

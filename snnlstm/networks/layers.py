@@ -23,6 +23,7 @@ from ..native import lender
 from ..neurons.attributes import CELL
 from ..neurons.leaky import Leaky
 from ..neurons.sconv2dlstm import SConv2dLSTM
+from .pool2d import AvgPool2d, MaxPool2d
 from .spikes import SpikeCount
 
 ALONE = "it treats every sample by itself"
@@ -76,6 +77,7 @@ class LayerReport:
 _LEAST_DIM: dict[type[nn.Module], int] = {
     nn.Conv1d: 3, nn.MaxPool1d: 3, nn.AvgPool1d: 3,
     nn.Conv2d: 4, nn.MaxPool2d: 4, nn.AvgPool2d: 4, nn.AdaptiveAvgPool2d: 4,
+    MaxPool2d: 4, AvgPool2d: 4,
     nn.Linear: 2, nn.Flatten: 2, nn.Identity: 2, nn.GroupNorm: 2,
     nn.ReLU: 2, nn.LeakyReLU: 2, nn.Sigmoid: 2, nn.Tanh: 2,
     nn.BatchNorm1d: 2, nn.BatchNorm2d: 4, nn.Dropout: 2, nn.Dropout2d: 4,
