@@ -198,4 +198,35 @@ struct LeakyBackwardArgs : LeakyArgs {
   bool needs_before() const { return reset == Reset::zero || grad_beta || grad_threshold; }
 };
 
+// ---- max_pool2d and avg_pool2d ----
+
+// x is (N, C, H, W), y and places are (N, C, Ho, Wo), all without gaps and in one layout. Python
+// passes these fields, and then those of the pass, in this order.
+struct PoolArgs {
+  DType dtype = DType::float32;
+  Pool pool = Pool::max;
+  bool channels_last = false;
+  int64_t N = 0, C = 0, H = 0, W = 0, Ho = 0, Wo = 0;
+  int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, padding_h = 0, padding_w = 0;
+  bool counts_padding = true;  // whether an average is divided by the number of all its pixels, or
+                               // of those in the image
+  int64_t divisor = 0;         // what an average is divided by instead, if not 0
+  int threads = 1;             // CPU
+
+  // Returns the size in bytes of a pixel's index in its window: a uint8_t or an int32_t.
+  int place_bytes() const { return kernel_h * kernel_w > 256 ? 4 : 1; }
+};
+
+struct PoolForwardArgs : PoolArgs {
+  const void* x = nullptr;
+  void* y = nullptr;
+  void* places = nullptr;  // max: the row-major index in the window of the pixel that y is
+};
+
+struct PoolBackwardArgs : PoolArgs {
+  const void* grad_y = nullptr;
+  const void* places = nullptr;
+  void* grad_x = nullptr;
+};
+
 }  // namespace snnlstm

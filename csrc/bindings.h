@@ -266,4 +266,43 @@ Args leaky_args(const py::tuple& fields) {
   return a;
 }
 
+// ---- max_pool2d and avg_pool2d ----
+
+// Reads a call of either pass. Refuses sizes with which a window would lie outside of the image.
+template <class Args>
+Args pool_args(const py::tuple& fields) {
+  Args a;
+  Fields f(fields, 20);
+  int64_t dtype, pool;
+  f.read(dtype, pool, a.channels_last, a.N, a.C, a.H, a.W, a.Ho, a.Wo, a.kernel_h, a.kernel_w,
+         a.stride_h, a.stride_w, a.padding_h, a.padding_w, a.counts_padding, a.divisor);
+  a.dtype = numbered<DType>("dtype", dtype, 2);
+  a.pool = pool == int(Pool::avg) ? Pool::avg : Pool::max;
+  counted("N", a.N);
+  for (const int64_t size : {a.C, a.H, a.W, a.Ho, a.Wo}) counted("a size of an image", size, 1);
+  if (std::max(double(a.H) * double(a.W), double(a.Ho) * double(a.Wo)) * double(a.N) * double(a.C) >
+      double(kMostElements))
+    throw py::value_error("the sizes of a pool are too large");
+  const auto check = [](int64_t size, int64_t outputs, int64_t kernel, int64_t stride,
+                        int64_t padding) {
+    const int64_t most = int64_t(1) << 30;
+    if (kernel < 1 || stride < 1 || padding < 0 || std::max(kernel, stride) > most ||
+        padding > kernel / 2 || (outputs - 1) * double(stride) >= double(size + padding))
+      throw py::value_error("each window must have a pixel of the image");
+  };
+  check(a.H, a.Ho, a.kernel_h, a.stride_h, a.padding_h);
+  check(a.W, a.Wo, a.kernel_w, a.stride_w, a.padding_w);
+  if (a.kernel_h * a.kernel_w > INT32_MAX) throw py::value_error("a window is too large");
+  if (a.N == 0) return a;
+  if constexpr (std::is_same_v<Args, PoolForwardArgs>) {
+    f.read(a.x, a.y, a.places);
+    needs(a.x, "x"), needs(a.y, "y");
+  } else {
+    f.read(a.grad_y, a.places, a.grad_x);
+    needs(a.grad_y, "grad_y"), needs(a.grad_x, "grad_x");
+    if (a.pool == Pool::max) needs(a.places, "places");
+  }
+  return a;
+}
+
 }  // namespace snnlstm::bindings

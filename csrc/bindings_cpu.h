@@ -194,6 +194,18 @@ void run_leaky(const py::tuple& fields) {
     cpu::kernels().leaky_backward(a);
 }
 
+template <class Args>
+void run_pool(const py::tuple& fields) {
+  auto a = pool_args<Args>(fields);
+  if (a.N == 0) return;
+  a.threads = most_threads();
+  py::gil_scoped_release release;
+  if constexpr (std::is_same_v<Args, PoolForwardArgs>)
+    cpu::kernels().pool_forward(a);
+  else
+    cpu::kernels().pool_backward(a);
+}
+
 inline void bind_cpu(py::module_& m) {
   m.def("isa_names", &cpu::isa_names);
   m.def("isa_name", &cpu::isa_name);
@@ -211,6 +223,8 @@ inline void bind_cpu(py::module_& m) {
 
   m.def("leaky_forward", &run_leaky<LeakyForwardArgs>);
   m.def("leaky_backward", &run_leaky<LeakyBackwardArgs>);
+  m.def("pool_forward", &run_pool<PoolForwardArgs>);
+  m.def("pool_backward", &run_pool<PoolBackwardArgs>);
 
   using cpu::Pass;
   py::class_<Pass>(m, "CpuPass", py::module_local())

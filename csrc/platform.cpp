@@ -1,10 +1,10 @@
-// Finds torch's thread pool, so that the process has only one.
+// Finds torch's threads, so that the process has only one set of them.
 //
 // torch brings its own OpenMP runtime (GCC's, LLVM's or Intel's), whose name depends on the wheel:
 // libgomp.so.1 (2.13, x86-64), libgomp-a34b3233.so.1 (2.4, x86-64),
 // torch.libs/libgomp-804f19d4.so.1.0.0 with a matching SONAME, loaded locally (2.4, Arm),
 // libomp.dylib (macOS), libiomp5md.dll (Windows); conda builds have libiomp5 or libomp. A link to
-// any of them would load a second copy into some processes, whose thread pool would compete with
+// any of them would load a second copy into some processes, whose threads would compete with
 // torch's for the cores. So this file links nothing and uses no pragma. It looks up the functions
 // that a compiler would call in the library that torch uses, and calls them itself.
 #include "platform.h"

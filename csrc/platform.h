@@ -3,8 +3,8 @@
 
 namespace snnlstm {
 
-// Calls body(data, thread) on `threads` threads of torch's pool, each with its number in the team.
-// Returns when all calls have returned. The pool may provide fewer threads, but at least one.
+// Calls body(data, thread) on `threads` of torch's threads, each with its number in the team.
+// Returns when all calls have returned. OpenMP may provide fewer threads, but at least one.
 void run_team(int threads, void (*body)(void* data, int thread), void* data);
 
 // Does the same for a body(thread) of any type. The functions are static, so that the linker does

@@ -10,7 +10,7 @@ try:
     from .calls.algorithms import algorithm, get_algorithm, set_algorithm
     from .compat.snntorch import TheirLeaky
     from .dispatch.path import Path
-    from .native.pool import empty_cache
+    from .native.lender import empty_cache
     from .networks.layers import LayerReport
     from .networks.sequential import Sequential, unroll
     from .networks.spikes import SpikeCount, spike_rates

@@ -79,6 +79,8 @@ struct Kernels {
   void (*backward)(const BackwardArgs&);
   void (*leaky_forward)(const LeakyForwardArgs&);
   void (*leaky_backward)(const LeakyBackwardArgs&);
+  void (*pool_forward)(const PoolForwardArgs&);
+  void (*pool_backward)(const PoolBackwardArgs&);
 #if SNNLSTM_TESTING
   bool (*evaluate)(const char* name, DType dtype, const void* in, void* out, int64_t count);
 #endif

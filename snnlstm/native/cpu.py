@@ -14,7 +14,7 @@ from .. import _C
 from ..calls.call import Call, Outputs
 from ..calls.keys import BoundedDict
 from ..calls.spec import DTYPES, HALF_TYPES
-from . import pool
+from . import lender
 from .plan import (
     BackwardInputs,
     CommonBackend,
@@ -58,7 +58,7 @@ class PackedWeight:
     LIMITS: ClassVar = {8: (1.5, 30.0), 6: (16.0, 300.0)}
 
     def __init__(self, weight: Tensor) -> None:
-        self.copy, count = pool.empty(weight.shape, weight.dtype), weight.numel()
+        self.copy, count = lender.empty(weight.shape, weight.dtype), weight.numel()
         self.address, self.bytes = self.copy.data_ptr(), self.copy.nbytes
         if weight.dtype in HALF_TYPES:
             self.copy.copy_(readable(weight))
@@ -89,7 +89,7 @@ class PackedWeight:
     def pack(self, a_pass: Pass, key: tuple[int, str], size: int) -> tuple[int, Tensor]:
         """Make a layout that a pass reads, keep it here, and return its address and memory."""
         source = self.copy.float() if self.copy.dtype in HALF_TYPES else self.copy
-        layout = pool.empty((size,), torch.uint8)
+        layout = lender.empty((size,), torch.uint8)
         a_pass.core.pack(key[0], source.data_ptr(), layout.data_ptr())
         # A layout is published after packing; setdefault keeps the first of two threads' layouts.
         return self.layouts.setdefault(key, (layout.data_ptr(), layout))
@@ -144,7 +144,7 @@ class Pass:
         self.core = _C.CpuPass(passes.cell, *arguments, wanted is not None, grad_x, grad_weight)
         self.selection, self.name = selection, f"cpu-{passes.isa}-{self.core.name}"
         self._levels, self._bytes = pointer(passes.levels), self.core.workspace
-        self._is_small = self._bytes <= pool.SMALL_WORKSPACE
+        self._is_small = self._bytes <= lender.SMALL_WORKSPACE
         # Each layout's key, which is its number and name, and its size in bytes.
         self.layouts = tuple(
             ((number, f"{passes.isa}:{name}"), size) for number, name, size in self.core.layouts
@@ -157,12 +157,12 @@ class Pass:
             weights[key[0] % 3] = (packed.layouts.get(key) or packed.pack(self, key, size))[0]
         order = None if call.lengths is None else longest_first(call.lengths)
         try:
-            workspace = pool.small.pop() if self._is_small else pool.workspace(self._bytes)
+            workspace = lender.small.pop() if self._is_small else lender.workspace(self._bytes)
         except IndexError:  # all small workspaces are in use
-            workspace = pool.workspace(self._bytes)
+            workspace = lender.workspace(self._bytes)
         order_at = 0 if order is None else order.data_ptr()
         self.core.run((workspace.data_ptr(), *weights, self._levels, order_at, *fields))
-        (pool.small.append if self._is_small else pool.let_go)(workspace)
+        (lender.small.append if self._is_small else lender.let_go)(workspace)
 
 
 class Passes:

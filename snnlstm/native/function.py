@@ -24,7 +24,7 @@ from ..compat.torch_private import (
     opaque,
     transforms_are_active,
 )
-from . import pool
+from . import lender
 from .plan import Plan
 from .tensors import check_memory
 
@@ -48,9 +48,9 @@ def run_plan(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Te
         check_memory(call)
         raise
     except (MemoryError, RuntimeError) as error:
-        if not pool.is_for_lack_of_memory(error):
+        if not lender.is_for_lack_of_memory(error):
             raise
-    pool.empty_cache()  # after the error, whose traceback holds what the call allocated
+    lender.empty_cache()  # after the error, whose traceback holds what the call allocated
     return run_plan(plan, call, training)
 
 

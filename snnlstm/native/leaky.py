@@ -19,10 +19,10 @@ from torch import Tensor
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, broadcasts
 from ..calls.keys import OF_TORCH, BoundedDict, key_of
 from ..calls.spec import DTYPES, RESETS, LeakySpec
-from . import pool
+from . import lender
 from .backends import BACKENDS
 from .function import beyond_kernels, differentiable, reached
-from .tensors import contiguous_as, pointer, real, restored, stochastic_noise
+from .tensors import contiguous_as, laid_out, pointer, real, stochastic_noise
 
 
 def reason_against(call: LeakyCall, sequence: bool) -> str | None:
@@ -102,22 +102,6 @@ def fitting(mem: Tensor, x: Tensor, sequence: bool) -> Tensor:
     return torch.zeros_like(x[0] if sequence else x, dtype=real(x.dtype))
 
 
-def _laid_out(
-    tensor: Tensor,
-    shape: Sequence[int],
-    strides: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """The tensor, or a copy of it, in a memory layout, a dtype and on a device."""
-    fits = tensor.stride() == strides and tensor.shape == shape
-    if fits and tensor.dtype is dtype and tensor.device == device:
-        return tensor.resolve_neg()
-    tensor = restored(tensor, shape, dtype, device)
-    out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-    return out.copy_(tensor.detach())
-
-
 # ---- plans ---------------------------------------------------------------------------------------
 
 
@@ -151,7 +135,7 @@ class Plan:
             surrogate.p1, x.shape[0] if sequence else 1, math.prod(step[0]),
         )  # fmt: skip
         self.of_beta, self.of_threshold = (at or (self.first[-1], 1) for at in self.places)
-        small = x.dtype is self.dtype and x.nbytes < pool.SMALLEST
+        small = x.dtype is self.dtype and x.nbytes < lender.SMALLEST
         self._empty_like = torch.empty_like if small else partial(_empty_like, dtype=self.dtype)
         call = self.fitted(call)
         self.copies = not all(map(operator.is_, self._readable(call)[:5], call))
@@ -165,7 +149,7 @@ class Plan:
     def _readable(self, call: LeakyCall) -> LeakyCall:
         """The call with tensors that the core reads as they are."""
         x = without_gaps(call.x, self.spec.sequence)
-        mem = _laid_out(call.mem, *self.step)
+        mem = laid_out(call.mem, *self.step)
         return LeakyCall(x, mem, *self._numbers(call[2:5]))
 
     def _numbers(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -174,7 +158,7 @@ class Plan:
         A parameter that varies in another order than x becomes one with a number for each neuron.
         """
         beta, threshold, graded = (
-            _laid_out(parameter.detach().expand(self.step[0]), *self.step)
+            laid_out(parameter.detach().expand(self.step[0]), *self.step)
             if at is None
             else contiguous_as(parameter, self.dtype)
             for parameter, at in zip(parameters, (*self.places, (1, 1)), strict=True)
@@ -199,7 +183,7 @@ class Plan:
         self.backend.leaky((*self._fields(call[2:5], mem), *into), False, self.device)
         return spk, after
 
-    @pool.where_it_fits
+    @lender.where_it_fits
     def backward(
         self,
         before: Tensor | None,
@@ -213,13 +197,13 @@ class Plan:
         `before` and `after`, mem of all steps, may have another layout than in the forward pass.
         """
         sequence, surrogate = self.spec.sequence, self.spec.surrogate
-        after = _laid_out(after, *self.whole)
+        after = laid_out(after, *self.whole)
         like = after[0] if sequence else after
-        before = None if before is None else _laid_out(before, *self.step)
-        laid = [None if grad is None else _laid_out(grad, *self.whole) for grad in grads]
+        before = None if before is None else laid_out(before, *self.step)
+        laid = [None if grad is None else laid_out(grad, *self.whole) for grad in grads]
         noise = stochastic_noise(surrogate, laid[0], sequence)
         if noise is not None:
-            noise = _laid_out(noise, *self.whole)
+            noise = laid_out(noise, *self.whole)
         x = _empty_like(after, self.types[0]) if wanted[0] else None
         mem = _empty_like(like, self.dtype) if wanted[1] or sequence else None
         sums = [_empty_like(like, self.dtype) if want else None for want in wanted[2:]]
@@ -242,7 +226,7 @@ def plan_of(call: LeakyCall, spec: LeakySpec) -> Plan:
     return plan
 
 
-@pool.where_it_fits
+@lender.where_it_fits
 def run_plan(plan: Plan, call: LeakyCall, training: bool) -> tuple[Tensor, Tensor, str]:
     """Run the kernels; return spk and mem of each step, and the name of what ran.
 
@@ -263,9 +247,9 @@ def run_plan(plan: Plan, call: LeakyCall, training: bool) -> tuple[Tensor, Tenso
 
 def _empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory in the order of a tensor; a small one takes half the time of empty_strided."""
-    if like.dtype is dtype and like.nbytes < pool.SMALLEST:
+    if like.dtype is dtype and like.nbytes < lender.SMALLEST:
         return torch.empty_like(like)
-    return pool.empty_result(like.shape, like.stride(), dtype, like.device)
+    return lender.empty_result(like.shape, like.stride(), dtype, like.device)
 
 
 # ---- the Function --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
@@ -24,7 +25,7 @@ from ..calls.call import (
 )
 from ..calls.lengths import recorded_states
 from ..calls.spec import HALF_TYPES, CellSpec
-from . import leaky_operators, pool
+from . import leaky_operators, lender, pool2d
 from .backends import BACKENDS, operands_of, plan_of
 from .function import constant_states, reached, run_plan
 from .half_types import in_float32
@@ -120,7 +121,7 @@ def _check_fit(call: Call, spec: CellSpec) -> None:
     f"{NAMESPACE}::forward", mutates_args=(),
     schema=f"({_CALL}, bool training) -> ({', '.join(['Tensor'] * 5)})",
 )  # fmt: skip
-@pool.where_it_fits
+@lender.where_it_fits
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Run a plan's forward pass; also return what is saved for the backward pass."""
     text, algorithm, training = arguments[_FIELDS:]
@@ -239,9 +240,13 @@ def _run_plainly(*arguments: Any) -> tuple[Any, ...]:
 
 # A compiler that runs its graph by itself calls these functions with an operator's arguments:
 # torch's dispatcher would take 50 to 100 us a call. A compiler that hands its graph on to another
-# one puts the other operator in the place of the composite one.
-PLAIN: dict[Any, Callable[..., tuple[Any, ...]]] = {
+# one puts the other operator in the place of the composite one, and leaves torch's pools, which the
+# other compiler may fuse.
+PLAIN: dict[Any, Callable[..., Any]] = {
     _forward_operator: _run_plainly,
     leaky_operators.leaky: leaky_operators.run_plainly,
+    F.max_pool2d: pool2d.max_pool2d,
+    torch.max_pool2d: pool2d.max_pool2d,
+    F.avg_pool2d: pool2d.avg_pool2d,
 }
 OPAQUE: dict[Any, Any] = {leaky_operators.leaky: OPERATORS.leaky_kernels.default}

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..calls.call import Call, Outputs
 from ..calls.spec import DTYPES, POOLS, RESETS, CellSpec
 from ..compat.torch_private import guard_of
-from . import pool
+from . import lender
 from .tensors import (
     has_numbers,
     image_strides,
@@ -207,9 +207,9 @@ def gradient_memory(x: Tensor, s: Sizes) -> Sequence[tuple[Any, Any]]:
 
 def empty_of(x: Tensor, largest: int) -> Any:
     """Return what makes a tensor like x from a shape and strides; large ones reuse blocks."""
-    if largest < pool.MAPPED:
+    if largest < lender.MAPPED:
         return x.new_empty_strided
-    return partial(pool.empty_result, dtype=x.dtype, device=x.device)
+    return partial(lender.empty_result, dtype=x.dtype, device=x.device)
 
 
 def empty_gradients(
@@ -267,7 +267,7 @@ class Plan(Sizes):
         self.largest_result = self._largest(self.spk_memory, self.state_memory)
         as_mem = tuple(call.mem.shape), call.mem.stride()
         self.results_like_mem = (
-            self.spk_memory == self.state_memory == as_mem and self.largest_result < pool.MAPPED
+            self.spk_memory == self.state_memory == as_mem and self.largest_result < lender.MAPPED
         )
         # The core takes five strides; `out_strides` are those of the new syn and mem.
         strides = *(t.stride() for t in call[:3]), self.spk_memory[1], self.state_memory[1]
@@ -376,9 +376,9 @@ class Plan(Sizes):
         saved = None
         if training:
             size = self.saved.bytes
-            pooled = size >= pool.SMALLEST and self.device.type == "cpu"
+            lent = size >= lender.SMALLEST and self.device.type == "cpu"
             kind = torch.uint8
-            saved = pool.empty((size,), kind) if pooled else x.new_empty(size, dtype=kind)
+            saved = lender.empty((size,), kind) if lent else x.new_empty(size, dtype=kind)
         bias_at = 0 if bias is None else bias.data_ptr()
         if not bias_at and bias is not None:
             raise ValueError("bias has no memory")
@@ -399,7 +399,7 @@ class Plan(Sizes):
             keep_empty(call, outs[1:], (syn, mem))
         return Result(spk, new_syn, new_mem, saved, *ran)
 
-    @pool.where_it_fits
+    @lender.where_it_fits
     def backward(
         self,
         call: Call,

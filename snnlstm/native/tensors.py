@@ -103,6 +103,22 @@ def restored(
     return tensor.resolve_neg().to(device, dtype)
 
 
+def laid_out(
+    tensor: Tensor,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The tensor, or a copy, in a memory layout, in a dtype, on a device, not lazily negated."""
+    fits = tensor.stride() == strides and tensor.shape == shape
+    if fits and tensor.dtype is dtype and tensor.device == device:
+        return tensor.resolve_neg()
+    tensor = restored(tensor, shape, dtype, device)
+    out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return out.copy_(tensor.detach())
+
+
 # ---- memory -----------------------------------------------------------------------------------
 
 

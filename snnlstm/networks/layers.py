@@ -19,10 +19,11 @@ from ..dispatch.reasons import (
     beyond_forward,
     recorded_now,
 )
-from ..native import pool
+from ..native import lender
 from ..neurons.attributes import CELL
 from ..neurons.leaky import Leaky
 from ..neurons.sconv2dlstm import SConv2dLSTM
+from .pool2d import AvgPool2d, MaxPool2d
 from .spikes import SpikeCount
 
 ALONE = "it treats every sample by itself"
@@ -76,6 +77,7 @@ class LayerReport:
 _LEAST_DIM: dict[type[nn.Module], int] = {
     nn.Conv1d: 3, nn.MaxPool1d: 3, nn.AvgPool1d: 3,
     nn.Conv2d: 4, nn.MaxPool2d: 4, nn.AvgPool2d: 4, nn.AdaptiveAvgPool2d: 4,
+    MaxPool2d: 4, AvgPool2d: 4,
     nn.Linear: 2, nn.Flatten: 2, nn.Identity: 2, nn.GroupNorm: 2,
     nn.ReLU: 2, nn.LeakyReLU: 2, nn.Sigmoid: 2, nn.Tanh: 2,
     nn.BatchNorm1d: 2, nn.BatchNorm2d: 4, nn.Dropout: 2, nn.Dropout2d: 4,
@@ -315,10 +317,10 @@ def exchanged(out: Any) -> Any:
 
 
 def stack(steps: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """torch.stack(steps); a large result lies in a block of :mod:`snnlstm.native.pool`."""
+    """torch.stack(steps); a large result lies in a block of :mod:`snnlstm.native.lender`."""
     if not torch.compiler.is_compiling() and recorded_now() is None:
         size = len(steps) * steps[0].numel() * steps[0].element_size()
-        if size >= pool.MAPPED and _are_alike(steps):
+        if size >= lender.MAPPED and _are_alike(steps):
             return _Stack.apply(*steps)
     return torch.stack(steps)
 
@@ -349,7 +351,8 @@ class _Stack(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         first = steps[0]
         shape, strides = (len(steps), *first.shape), (first.numel(), *first.stride())
-        return torch.stack(steps, out=pool.empty_result(shape, strides, first.dtype, first.device))
+        out = lender.empty_result(shape, strides, first.dtype, first.device)
+        return torch.stack(steps, out=out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:

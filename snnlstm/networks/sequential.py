@@ -38,6 +38,7 @@ from .layers import (
     unshared,
     whole_sequence,
 )
+from .pool2d import faster
 
 Named = tuple[str, nn.Module]  # a layer and its name
 
@@ -268,13 +269,13 @@ def _over_time(
             out = whole_sequence(name, layer, x, lengths, last=len(rest) == 1)
             reports.append(report)
         elif once is not None:
-            once = layer(once)
+            once = faster(layer)(once)
             out = once.expand(len(whole), *once.shape)
             reports.append(report)
         else:
             if folded is None:
                 x, folded = x.flatten(0, 1), x.shape[:2]
-            out = layer(unshared(x, layer, constant and x.stride(0) == 0))
+            out = faster(layer)(unshared(x, layer, constant and x.stride(0) == 0))
             reports.append(report)
         before = reports[-1].name
     if folded is not None:
@@ -360,7 +361,7 @@ def _step_by_step(
         if report.kind != "step":
             break
         reports.append(report)
-        call: Callable[[Tensor], Any] = layer
+        call = faster(layer)
         if isinstance(layer, Sequential):
             call = partial(_one_step, layer)
         if lengths is not None and report.reason not in PER_SAMPLE:

@@ -31,6 +31,7 @@ from ..dispatch.reasons import against_device
 from ..neurons.leaky import PRIVATE, Leaky
 from ..neurons.sconv2dlstm import SConv1dLSTM, SConv2dLSTM
 from ..reference import sconv2dlstm
+from . import pool2d
 
 logger = logging.getLogger("snnlstm")
 
@@ -151,7 +152,7 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
         if type(module) in (SConv2dLSTM, Leaky):
             module._layer_name = name
     changed = {id(m) for _, m in named if surrogates and _take_our_surrogate(m)}
-    cells = [module for name, module in named if name in report.swapped]
+    cells = [m for name, m in named if name in report.swapped and isinstance(m, _SWAPPED)]
     paths = [against_device(cell.graded_spikes_factor.device) for cell in cells]
     return replace(
         report,
@@ -232,7 +233,8 @@ def _swap(
             Neuron.instances.remove(layer)
         object.__setattr__(layer, "__class__", type(made))
         object.__setattr__(layer, "__dict__", made.__dict__)
-        register(layer)
+        if isinstance(layer, _SWAPPED):
+            register(layer)
     if not any(isinstance(module, _SWAPPED) for module in pairs):
         logger.warning("%s found neither SConv2dLSTM nor Leaky in the model", action)
     logger.info("%s", report.headline)
@@ -253,7 +255,24 @@ def _as_ours(module: nn.Module) -> nn.Module | str | None:
         return _other_leaky(module, Leaky)
     if Neuron is not None and isinstance(module, Neuron):
         return f"{name} is another neuron; only SConv2dLSTM and Leaky have faster ones"
+    if isinstance(module, tuple(pool2d.OURS)):
+        return _other_pool(module, True)
     return _CONVLSTM if _looks_like_a_convlstm(module) else None
+
+
+def _other_pool(old: nn.Module, becomes_ours: bool) -> nn.Module | str | None:
+    """A pool of ours, or of torch's, with the attributes of `old`; why `old` stays, or None."""
+    torchs = next(kind for kind in pool2d.OURS if isinstance(old, kind))
+    ours = pool2d.OURS[torchs]
+    if becomes_ours and type(old) is ours:
+        return _ALREADY[0]
+    if not becomes_ours and not isinstance(old, ours):
+        return None
+    if (reason := pool2d.reason_against(old, torchs)) is not None:
+        return reason
+    new = nn.Module.__new__(ours if becomes_ours else torchs)
+    new.__dict__ = old.__dict__
+    return new
 
 
 def _looks_like_a_convlstm(module: nn.Module) -> bool:
@@ -296,6 +315,8 @@ def _as_theirs(module: Any) -> nn.Module | str | None:
     name = type(module).__name__
     if isinstance(module, TheirLeaky):
         return _other_leaky(module, TheirLeaky)
+    if isinstance(module, tuple(pool2d.OURS)):
+        return _other_pool(module, False)
     if not isinstance(module, SConv2dLSTM):
         return _ALREADY[1] if type(module) is Base else None
     if type(module) is SConv1dLSTM:

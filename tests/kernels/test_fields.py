@@ -14,7 +14,7 @@ from snnlstm import _C, surrogate
 from snnlstm.calls.call import LeakyCall
 from snnlstm.calls.keys import BoundedDict
 from snnlstm.calls.spec import leaky_spec
-from snnlstm.native import cpu, leaky, pool
+from snnlstm.native import cpu, leaky, lender, pool2d
 from snnlstm.quant import state_quant
 from tests.shared.cpu_kernels import native, needs_core
 from tests.shared.fields import CSRC, address, by_name, fields_of, noted
@@ -24,6 +24,7 @@ pytestmark = needs_core
 READS = {
     "pass_args": ("PassArgs", "ForwardArgs", "BackwardArgs"),
     "leaky_args": ("LeakyArgs", "LeakyBackwardArgs", "LeakyForwardArgs"),
+    "pool_args": ("PoolArgs", "PoolForwardArgs", "PoolBackwardArgs"),
 }
 
 
@@ -69,7 +70,7 @@ def test_the_cpu_gives_the_fields_in_their_order(monkeypatch):
     for pass_number, struct in enumerate(("ForwardArgs", "BackwardArgs")):
         fields = by_name(struct, given[pass_number])
         of_device = {"levels": address(plan.passes.levels), "order": address(orders[pass_number])}
-        of_device["workspace"] = address(pool.small[-1])
+        of_device["workspace"] = address(lender.small[-1])
         for (number, _), (at, _) in packed.layouts.items():
             if number // 3 == pass_number:
                 of_device[("weight", "weight_mem", "weight_x")[number % 3]] = at
@@ -84,7 +85,7 @@ def test_leaky_gives_the_fields_in_their_order(monkeypatch):
     given, memory = [], []
     for name in ("leaky_forward", "leaky_backward"):
         monkeypatch.setattr(_C, name, given.append)
-    for name in ("_empty_like", "stochastic_noise", "_laid_out"):
+    for name in ("_empty_like", "stochastic_noise", "laid_out"):
         function = getattr(leaky, name)
         noting = lambda *of, run=function, **how: memory.append(run(*of, **how)) or memory[-1]  # noqa: E731
         monkeypatch.setattr(leaky, name, noting)
@@ -112,3 +113,29 @@ def test_leaky_gives_the_fields_in_their_order(monkeypatch):
     noted_as = dict(zip((*names, "grad_beta", "grad_threshold"), map(address, memory), strict=True))
     assert by_name("LeakyBackwardArgs", given[1]) == common | noted_as
     assert len(set(noted_as.values())) == len(noted_as)
+
+
+def test_pools_give_the_fields_in_their_order(monkeypatch):
+    given = []
+    for name in ("pool_forward", "pool_backward"):
+        monkeypatch.setattr(_C, name, given.append)
+    monkeypatch.setattr(pool2d, "LEAST_IN_TRAINING", 0)
+    x = torch.rand(5, 11, 17, 29).contiguous(memory_format=torch.channels_last).requires_grad_()
+    common = {
+        "dtype": 0, "channels_last": True, "N": 5, "C": 11, "H": 17, "W": 29, "Ho": 8, "Wo": 9,
+        "kernel_h": 4, "kernel_w": 7, "stride_h": 2, "stride_w": 3, "padding_h": 1, "padding_w": 2,
+    }  # fmt: skip
+    options = {"kernel_size": (4, 7), "stride": (2, 3), "padding": (1, 2)}
+    averaged = {"count_include_pad": False, "divisor_override": 9}
+    for number, pool, own, others in (
+        (1, pool2d.max_pool2d, {"counts_padding": True, "divisor": 0}, {}),
+        (2, pool2d.avg_pool2d, {"counts_padding": False, "divisor": 9}, averaged),
+    ):
+        given.clear()
+        y = pool(x, **options, **others)
+        (saved,) = y.grad_fn.saved_tensors
+        (grad,) = torch.autograd.grad(y, x, ones := torch.ones_like(y))
+        expected = common | own | {"pool": number, "places": address(saved)}
+        assert by_name("PoolForwardArgs", given[0]) == expected | {"x": address(x), "y": address(y)}
+        ends = {"grad_y": address(ones), "grad_x": address(grad)}
+        assert by_name("PoolBackwardArgs", given[1]) == expected | ends

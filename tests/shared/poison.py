@@ -1,6 +1,6 @@
 """Fills the outputs and workspaces of the core with a pattern, and puts fences around them.
 
-The core takes all its memory from torch.empty and its relatives, and from pool.py. Within
+The core takes all its memory from torch.empty and its relatives, and from lender.py. Within
 :func:`poisoned` these return memory that holds a pattern and lies between two fences. A result that
 the core does not write keeps the pattern. A result of memory that nobody wrote is wrong. A write
 past the end changes a fence.
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snnlstm.native import cpu, plan, pool, tensors
+from snnlstm.native import cpu, lender, plan, tensors
 
 NAN = 0xFF  # as float32, float64: NaN; as int64: -1
 HUGE = 0x7F  # as float32, float64: 3.4e38, 1.4e306; as int64: 9.2e18
@@ -83,11 +83,11 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
         return fenced.new(tuple(shape), tuple(strides), dtype or self.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cpu, plan, pool, tensors):
+        for module in (cpu, lender, plan, tensors):
             patch.setattr(module, "torch", Torch())
-        patch.setattr(pool, "empty", lambda shape, dtype: contiguous(shape, dtype=dtype))
-        patch.setattr(pool, "small", deque(maxlen=0))
-        patch.setattr(pool, "workspace", lambda count: contiguous(count, dtype=torch.uint8))
+        patch.setattr(lender, "empty", lambda shape, dtype: contiguous(shape, dtype=dtype))
+        patch.setattr(lender, "small", deque(maxlen=0))
+        patch.setattr(lender, "workspace", lambda count: contiguous(count, dtype=torch.uint8))
         patch.setattr(Tensor, "new_empty", new_empty)
         patch.setattr(Tensor, "new_empty_strided", new_empty_strided)
         patch.setattr(cpu, "_packed", WeakKeyDictionary())

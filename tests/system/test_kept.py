@@ -17,7 +17,7 @@ import snnlstm.dispatch.entry
 from benchmarks import peak_memory
 from snnlstm.calls.keys import BoundedDict
 from snnlstm.compat import torch_private
-from snnlstm.native import pool
+from snnlstm.native import lender
 from tests.shared.cpu_kernels import native, needs_core
 from tests.shared.helpers import measures_memory, ours, states, steps, watched
 
@@ -224,8 +224,8 @@ def test_large_results_are_what_small_ones_are(monkeypatch, channels_last, time_
         x = x.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (4, 3))
     x = x.transpose(0, 1).contiguous().transpose(0, 1) if time_within else x
     results = []
-    for mapped in (1 << 40, pool.SMALLEST):
-        monkeypatch.setattr(pool, "MAPPED", mapped)
+    for mapped in (1 << 40, lender.SMALLEST):
+        monkeypatch.setattr(lender, "MAPPED", mapped)
         cell.reset_mem()
         cell.zero_grad()
         spk, syn, mem = cell(x)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
 from benchmarks import peak_memory
-from snnlstm.native import pool
+from snnlstm.native import lender
 from snnlstm.quant import state_quant
 from tests.shared import cases
 from tests.shared.cases import Case, wanting_gradients
@@ -113,9 +113,9 @@ def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
     with torch.no_grad():
         kernels.run(*inputs, case.options)  # packs the weight
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pool, "SMALLEST", float("inf"))  # torch allocates all blocks
-            patch.setattr(pool, "small", deque(maxlen=0))
-            patch.setattr(pool, "workspace", lambda count: pool.empty((count,), torch.uint8))
+            patch.setattr(lender, "SMALLEST", float("inf"))  # torch allocates all blocks
+            patch.setattr(lender, "small", deque(maxlen=0))
+            patch.setattr(lender, "workspace", lambda count: lender.empty((count,), torch.uint8))
             with Allocations() as taken:
                 out = kernels.run(*inputs, case.options)
     outputs = sum(storage(o)[1] for o in out)

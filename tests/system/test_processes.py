@@ -89,7 +89,7 @@ class Encoded(Dataset):
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=long)])
 @in_a_process
 def test_cells_in_the_workers_of_a_data_loader(start):
-    """A forked worker has no pool of threads, and torch sets one thread for it."""
+    """A forked worker has no threads of its own, and torch sets one thread for it."""
     data = Encoded()
     train(data.cell, made()[1])
     expected = torch.stack([data[k] for k in range(12)])

@@ -11,6 +11,8 @@ int64_t forward_workspace(const Cell& cell, int threads);
 int64_t backward_workspace(const Cell& cell, int threads, bool weight);
 void leaky_forward(const LeakyForwardArgs& args);
 void leaky_backward(const LeakyBackwardArgs& args);
+void pool_forward(const PoolForwardArgs& args);
+void pool_backward(const PoolBackwardArgs& args);
 // csrc/testing/evaluate.cpp
 bool evaluate(const char* name, DType dtype, const void* in, void* out, int64_t count);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "math.h"
+#include "places.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -115,47 +116,18 @@ struct PoolWindow {
 
 // The numbers of the pixels that max_pool chose: PassArgs::places, (T, N, Hp, Wp, Cp) on the CPU.
 template <class M>
-class Places {
-  using Mask = typename M::Mask;
-
+class Places : public StoredPlaces<M> {
  public:
   Places(const PassArgs& a, int64_t Cp)
-      : data_(a.cell.pool == Pool::max ? a.places : nullptr),
-        has_32_bits_(a.cell.place_bytes() > 1),
+      : StoredPlaces<M>(a.cell.pool == Pool::max ? a.places : nullptr, a.cell.place_bytes() > 1),
         N_(a.cell.N),
         Hp_(a.cell.Hp()),
         row_(a.cell.Wp() * Cp) {}
 
-  bool present() const { return data_ != nullptr; }
   // Returns where a row of an image begins.
   int64_t row(int64_t t, int64_t n, int64_t h) const { return ((t * N_ + n) * Hp_ + h) * row_; }
 
-  SNNLSTM_INLINE void put(int64_t k, Mask places) const {
-    has_32_bits_ ? put(static_cast<int32_t*>(data_) + k, places)
-                 : put(static_cast<uint8_t*>(data_) + k, places);
-  }
-  SNNLSTM_INLINE Mask get(int64_t k) const {
-    return has_32_bits_ ? get(static_cast<const int32_t*>(data_) + k)
-                        : get(static_cast<const uint8_t*>(data_) + k);
-  }
-
  private:
-  template <class Place>
-  using Stored = typename VectorOf<Place, M::lanes>::type;
-  template <class Place>
-  static SNNLSTM_INLINE void put(Place* to, Mask places) {
-    const auto stored = __builtin_convertvector(places, Stored<Place>);
-    std::memcpy(to, &stored, sizeof(stored));
-  }
-  template <class Place>
-  static SNNLSTM_INLINE Mask get(const Place* from) {
-    Stored<Place> stored;
-    std::memcpy(&stored, from, sizeof(stored));
-    return __builtin_convertvector(stored, Mask);
-  }
-
-  void* data_;
-  bool has_32_bits_;
   int64_t N_, Hp_, row_;
 };
 

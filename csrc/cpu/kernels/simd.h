@@ -105,25 +105,41 @@ struct Simd {
       R out[VL];
 #pragma GCC unroll 16
       for (int k = 0; k < VL / 2; ++k) {
-        out[2 * k] = interleave<0>(rows[k], rows[k + VL / 2], Lanes());
-        out[2 * k + 1] = interleave<VL / 2>(rows[k], rows[k + VL / 2], Lanes());
+        out[2 * k] = interleave<0>(rows[k], rows[k + VL / 2]);
+        out[2 * k + 1] = interleave<VL / 2>(rows[k], rows[k + VL / 2]);
       }
 #pragma GCC unroll 16
       for (int k = 0; k < VL; ++k) rows[k] = out[k];
     }
   }
 
+  // Returns a[from], b[from], a[from + 1], b[from + 1], ...: half of the lanes of each vector.
+  template <int from>
+  static SNNLSTM_INLINE R interleave(R a, R b) {
+    return interleave<from>(a, b, Lanes());
+  }
+  // Returns a[0], a[2], ..., b[1], b[3], ...
+  static SNNLSTM_INLINE R every_other(R a, R b) { return every_other(a, b, Lanes()); }
+
  private:
   using Lanes = std::make_integer_sequence<int, VL>;
 
-  // Returns a[from], b[from], a[from + 1], b[from + 1], ...: half of the lanes of each vector.
+  // Returns lanes of a, whose numbers are 0 to VL - 1, and b.
+  template <int... lane>
+  static SNNLSTM_INLINE R shuffle(R a, R b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, lane...);
+#else  // GCC before version 12 has only this function
+    return __builtin_shuffle(a, b, Mask{lane...});
+#endif
+  }
   template <int from, int... lane>
   static SNNLSTM_INLINE R interleave(R a, R b, std::integer_sequence<int, lane...>) {
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, (lane % 2 * VL + lane / 2 + from)...);
-#else  // GCC before version 12 has only this function
-    return __builtin_shuffle(a, b, Mask{(lane % 2 * VL + lane / 2 + from)...});
-#endif
+    return shuffle<(lane % 2 * VL + lane / 2 + from)...>(a, b);
+  }
+  template <int... lane>
+  static SNNLSTM_INLINE R every_other(R a, R b, std::integer_sequence<int, lane...>) {
+    return shuffle<(2 * lane + (2 * lane >= VL))...>(a, b);
   }
 };
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import snnlstm
 from snnlstm import surrogate
-from snnlstm.native import pool
+from snnlstm.native import lender
 from snnlstm.networks.layers import stack
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import (
@@ -41,44 +41,44 @@ def _without_blocks():
 
 
 def mebibytes(count: int) -> Tensor:
-    return pool.empty((count, MIB), torch.uint8)
+    return lender.empty((count, MIB), torch.uint8)
 
 
 def used_bytes() -> int:
-    pool._take_back()
-    return pool._used_bytes()
+    lender._take_back()
+    return lender._used_bytes()
 
 
 # ---- the bound -----------------------------------------------------------------------------------
 
 
 def test_free_blocks_and_those_in_use_stay_within_the_most_that_were_in_use(monkeypatch):
-    monkeypatch.setattr(pool, "SPARE", 8 * MIB)
+    monkeypatch.setattr(lender, "SPARE", 8 * MIB)
     before = used_bytes()
     blocks = [mebibytes(8) for _ in range(4)]
-    assert pool.free_bytes() == 0
+    assert lender.free_bytes() == 0
     del blocks
-    assert (used_bytes() - before, pool.free_bytes()) == (0, 32 * MIB)
+    assert (used_bytes() - before, lender.free_bytes()) == (0, 32 * MIB)
     others = [mebibytes(6)]
-    assert pool.free_bytes() == 32 * MIB, "8 MiB may be there beside the most that were in use"
+    assert lender.free_bytes() == 32 * MIB, "8 MiB may be there beside the most that were in use"
     for count in range(2, 6):
         others.append(mebibytes(6))
         assert used_bytes() - before == count * 6 * MIB
-        assert pool.free_bytes() <= (40 - 6 * count) * MIB
-    assert pool.free_bytes() == 8 * MIB
+        assert lender.free_bytes() <= (40 - 6 * count) * MIB
+    assert lender.free_bytes() == 8 * MIB
     del others
-    assert pool.free_bytes() == 38 * MIB
+    assert lender.free_bytes() == 38 * MIB
 
 
 def test_blocks_take_at_most_half_of_the_memory(monkeypatch):
     half = used_bytes() + 20 * MIB
-    monkeypatch.setattr(pool, "_memory", lambda: 2 * half)
+    monkeypatch.setattr(lender, "_memory", lambda: 2 * half)
     blocks = [mebibytes(8) for _ in range(4)]
-    assert pool.free_bytes() == 0
+    assert lender.free_bytes() == 0
     blocks.pop()
-    assert pool.free_bytes() == 0, "more than half is in use"
+    assert lender.free_bytes() == 0, "more than half is in use"
     blocks.clear()
-    assert pool.free_bytes() == 16 * MIB
+    assert lender.free_bytes() == 16 * MIB
 
 
 def test_a_block_is_used_again_when_nothing_refers_to_it():
@@ -88,7 +88,7 @@ def test_a_block_is_used_again_when_nothing_refers_to_it():
     assert mebibytes(8).data_ptr() != address, "a view was still there"
     snnlstm.empty_cache()
     del view
-    assert pool.free_bytes() == 8 * MIB
+    assert lender.free_bytes() == 8 * MIB
     assert mebibytes(8).data_ptr() == address
     both = [mebibytes(8) for _ in range(2)]
     assert both[0].data_ptr() == address != both[1].data_ptr(), "the block was still in use"
@@ -122,21 +122,21 @@ def test_the_limit_of_a_control_group_counts(name, tmp_path, monkeypatch):
         "": f"{tmp_path}/v2{{}}/memory.max",
         "memory": f"{tmp_path}/v1{{}}/memory.limit_in_bytes",
     }
-    monkeypatch.setattr(pool, "LIMITS", {})
-    machine = pool._memory.__wrapped__()
-    monkeypatch.setattr(pool, "LIMITS", limits)
-    monkeypatch.setattr(pool, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(lender, "LIMITS", {})
+    machine = lender._memory.__wrapped__()
+    monkeypatch.setattr(lender, "LIMITS", limits)
+    monkeypatch.setattr(lender, "GROUPS", tmp_path / "groups")
     limited = "5242880" in "".join(files.values())
-    assert pool._memory.__wrapped__() == (5 * MIB if limited else machine)
-    monkeypatch.setattr(pool, "GROUPS", tmp_path / "missing")
-    assert pool._memory.__wrapped__() == machine
+    assert lender._memory.__wrapped__() == (5 * MIB if limited else machine)
+    monkeypatch.setattr(lender, "GROUPS", tmp_path / "missing")
+    assert lender._memory.__wrapped__() == machine
 
 
-def fresh_pool(monkeypatch: pytest.MonkeyPatch, cache: str) -> ModuleType:
+def fresh_lender(monkeypatch: pytest.MonkeyPatch, cache: str) -> ModuleType:
     """Loads the module as a process with this setting does."""
     monkeypatch.setenv("SNNLSTM_CACHE", cache)
-    assert pool.__spec__ is not None
-    spec = spec_from_file_location("fresh_pool", pool.__spec__.origin)
+    assert lender.__spec__ is not None
+    spec = spec_from_file_location("fresh_lender", lender.__spec__.origin)
     assert spec is not None
     spec.loader.exec_module(made := module_from_spec(spec))
     return made
@@ -144,7 +144,7 @@ def fresh_pool(monkeypatch: pytest.MonkeyPatch, cache: str) -> ModuleType:
 
 @pytest.mark.parametrize(("cache", "kept"), [("", 6), ("5", 4), ("0", 0)])
 def test_the_environment_bounds_what_is_kept(cache, kept, monkeypatch):
-    fresh = fresh_pool(monkeypatch, cache)
+    fresh = fresh_lender(monkeypatch, cache)
     blocks = [fresh.empty((2 << 20,), torch.uint8) for _ in range(3)]
     fresh.small.append(fresh.workspace(100))
     del blocks
@@ -156,7 +156,7 @@ def test_the_environment_bounds_what_is_kept(cache, kept, monkeypatch):
 def test_the_environment_must_have_a_number(cache, monkeypatch):
     text = f"SNNLSTM_CACHE must be a whole number of MiB, got '{cache}'"
     with pytest.raises(ValueError, match=text):
-        fresh_pool(monkeypatch, cache)
+        fresh_lender(monkeypatch, cache)
 
 
 # ---- counting without locks ----------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_the_environment_must_have_a_number(cache, monkeypatch):
 def lend_at_random(seed: int, count: int = 300) -> None:
     draw, held = random.Random(seed), []
     for _ in range(count):
-        held.append(pool.empty((draw.randrange(256 << 10, 2 << 20),), torch.uint8))
+        held.append(lender.empty((draw.randrange(256 << 10, 2 << 20),), torch.uint8))
         if len(held) > draw.randrange(1, 9):
             del held[draw.randrange(len(held)) :]
 
@@ -174,24 +174,24 @@ def test_threads_lose_no_count(monkeypatch):
     """At most 8 blocks of 2 MiB are in use in each thread, and all of them come back."""
     before = used_bytes()
     sys.setswitchinterval(1e-6)
-    monkeypatch.setattr(pool, "SPARE", 0)
+    monkeypatch.setattr(lender, "SPARE", 0)
     in_threads(lend_at_random)
     assert used_bytes() == before
-    assert pool._most_used <= before + 4 * 9 * 2 * MIB
+    assert lender._most_used <= before + 4 * 9 * 2 * MIB
     lend_at_random(0, 1)  # the last checks of the threads may have been each other's
-    assert 0 < pool.free_bytes() <= pool._most_used - before
+    assert 0 < lender.free_bytes() <= lender._most_used - before
 
 
 def test_garbage_collection_while_a_block_comes_back(monkeypatch):
-    monkeypatch.setattr(pool, "SPARE", 2 * MIB)
+    monkeypatch.setattr(lender, "SPARE", 2 * MIB)
     before, threshold, cycles = used_bytes(), gc.get_threshold(), 0
-    original = pool._drop_oldest
+    original = lender._drop_oldest
 
     def collecting():
         gc.collect(0)  # the blocks of cycles come back while others are taken back
         original()
 
-    monkeypatch.setattr(pool, "_drop_oldest", collecting)
+    monkeypatch.setattr(lender, "_drop_oldest", collecting)
     gc.set_threshold(1)
     try:
         for cycles in range(200):
@@ -203,8 +203,8 @@ def test_garbage_collection_while_a_block_comes_back(monkeypatch):
         gc.set_threshold(*threshold)
     gc.collect()
     assert used_bytes() == before
-    assert pool.free_bytes() <= pool._most_used - before + 2 * MIB
-    assert pool._most_used <= before + 200 * MIB
+    assert lender.free_bytes() <= lender._most_used - before + 2 * MIB
+    assert lender._most_used <= before + 200 * MIB
 
 
 @linux
@@ -218,7 +218,7 @@ def test_a_fork_while_other_threads_lend_blocks():
             lend_at_random(seed, 50)
         return (
             used_bytes() == before <= 3 * 9 * 2 * MIB
-            and pool._most_used <= before + 4 * 9 * 2 * MIB
+            and lender._most_used <= before + 4 * 9 * 2 * MIB
         )
 
     with beside(lambda: lend_at_random(1, 20), 3):
@@ -227,13 +227,13 @@ def test_a_fork_while_other_threads_lend_blocks():
 
 
 def test_ten_thousand_shapes_have_few_sizes(monkeypatch):
-    monkeypatch.setattr(pool, "SPARE", 4 * MIB)
+    monkeypatch.setattr(lender, "SPARE", 4 * MIB)
     before = used_bytes()
     for count in range(10_000):
-        pool.empty((1, 256 + count // 10, 1 << 10, 1 + count % 10), torch.uint8)
-    assert len(pool._blocks) < 100
+        lender.empty((1, 256 + count // 10, 1 << 10, 1 + count % 10), torch.uint8)
+    assert len(lender._blocks) < 100
     assert used_bytes() == before
-    assert pool.free_bytes() <= pool._most_used - before + 4 * MIB <= 20 * MIB
+    assert lender.free_bytes() <= lender._most_used - before + 4 * MIB <= 20 * MIB
 
 
 def test_an_interrupted_allocation_counts_as_none(monkeypatch):
@@ -243,7 +243,7 @@ def test_an_interrupted_allocation_counts_as_none(monkeypatch):
     with pytest.raises(TypeError):
         mebibytes(2)
     monkeypatch.undo()
-    assert (used_bytes(), pool.free_bytes()) == (before, 2 * MIB)
+    assert (used_bytes(), lender.free_bytes()) == (before, 2 * MIB)
 
 
 def test_no_python_runs_when_a_tensor_dies():
@@ -253,19 +253,19 @@ def test_no_python_runs_when_a_tensor_dies():
     del block
     sys.setprofile(None)
     assert [name for event, name in called if event == "call"] == []
-    assert pool.free_bytes() == 8 * MIB
+    assert lender.free_bytes() == 8 * MIB
 
 
 def test_an_interrupted_return_frees_a_block_once(monkeypatch):
     """A handler may raise an error in the middle, and another call then takes the block back."""
     before, block = used_bytes(), mebibytes(8)
     del block
-    ages = pool._ages
-    monkeypatch.setattr(pool, "_ages", iter(()))
+    ages = lender._ages
+    monkeypatch.setattr(lender, "_ages", iter(()))
     with pytest.raises(StopIteration):
-        pool._take_back()
-    monkeypatch.setattr(pool, "_ages", ages)
-    assert (used_bytes(), pool.free_bytes(), len(pool._returned)) == (before, 0, 0)
+        lender._take_back()
+    monkeypatch.setattr(lender, "_ages", ages)
+    assert (used_bytes(), lender.free_bytes(), len(lender._returned)) == (before, 0, 0)
 
 
 # ---- what lies in blocks -------------------------------------------------------------------------
@@ -290,11 +290,11 @@ def test_large_gradients_lie_in_blocks(name):
     assert grad.isfinite().all()
     assert not grad._is_view()
     assert grad.stride() == x.stride()
-    free = pool.free_bytes()
+    free = lender.free_bytes()
     gc.collect()
-    assert pool.free_bytes() == free, "the gradient is still there"
+    assert lender.free_bytes() == free, "the gradient is still there"
     del grad
-    assert pool.free_bytes() - free == 5 * MIB
+    assert lender.free_bytes() - free == 5 * MIB
 
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -307,7 +307,7 @@ def test_stacking_in_a_block_equals_torchs_stack(layout):
         torch.rand(2, 3, 512, 512).to(memory_format=layout).requires_grad_(k < 2) for k in range(3)
     ]
     expected = torch.stack(steps)
-    free = pool.free_bytes()
+    free = lender.free_bytes()
     actual = stack(steps)
     assert type(actual.grad_fn).__name__ == "_StackBackward"
     same([actual], [expected])
@@ -322,7 +322,7 @@ def test_stacking_in_a_block_equals_torchs_stack(layout):
     second = [torch.autograd.grad(one[0].square().sum(), steps[0])[0] for one in grads]
     same(second[:1], second[1:])
     del actual, grads, second
-    assert pool.free_bytes() > free
+    assert lender.free_bytes() > free
     with torch.no_grad():
         assert not stack(steps).requires_grad
 
@@ -356,9 +356,9 @@ def test_unroll_stacks_steps_in_a_block():
     out = net(x)
     assert {report.kind for report in net.report} == {"step"}
     torch.testing.assert_close(out, torch.stack([nn.BatchNorm2d(2)(step) for step in x]))
-    free = pool.free_bytes()
+    free = lender.free_bytes()
     del out
-    assert pool.free_bytes() - free == 10 * MIB
+    assert lender.free_bytes() - free == 10 * MIB
 
 
 # ---- memory that runs out ------------------------------------------------------------------------
@@ -374,10 +374,10 @@ def test_torch_gets_the_memory_of_free_blocks_before_it_fails():
     cell.reset_mem()
     loss = cell(x)[0].sum()
     mebibytes(512)
-    assert pool.free_bytes() > 500 * MIB
+    assert lender.free_bytes() > 500 * MIB
     with more_memory(0):
         loss.backward()
-    assert pool.free_bytes() < 500 * MIB
+    assert lender.free_bytes() < 500 * MIB
     assert cell.conv.weight.grad.isfinite().all()
 
 
@@ -391,17 +391,17 @@ def test_errors_of_other_kinds_and_second_ones_are_raised():
 
     lacking = RuntimeError("DefaultCPUAllocator: can't allocate memory")
     with pytest.raises(RuntimeError, match="shapes"):
-        pool.where_it_fits(failing)(RuntimeError("shapes"))
+        lender.where_it_fits(failing)(RuntimeError("shapes"))
     assert len(calls) == 1
-    assert pool.free_bytes()
+    assert lender.free_bytes()
     for error in (lacking, MemoryError()):
         mebibytes(2)
         calls.clear()
         with pytest.raises(type(error)):
-            pool.where_it_fits(failing)(error)
-        assert (len(calls), pool.free_bytes()) == (2, 0)
+            lender.where_it_fits(failing)(error)
+        assert (len(calls), lender.free_bytes()) == (2, 0)
         with pytest.raises(type(error)):
-            pool.where_it_fits(failing)(error)
+            lender.where_it_fits(failing)(error)
         assert len(calls) == 3, "nothing was free"
 
 
@@ -414,17 +414,17 @@ class Block:
         return 8 * MIB
 
     def madvise(self, option: int) -> None:
-        assert not pool._blocks[len(self)][0], "another thread may have taken the block"
+        assert not lender._blocks[len(self)][0], "another thread may have taken the block"
         self.told = option
 
 
 @linux
 def test_the_system_may_take_the_pages_of_a_free_block():
     block, view = mebibytes(8), memoryview(b"0")
-    one = pool._Lent(view, pool._returned.append)
+    one = lender._Lent(view, lender._returned.append)
     one.block = Block()
-    pool._blocks[8 * MIB][1][id(one)] = one
+    lender._blocks[8 * MIB][1][id(one)] = one
     del view
-    assert pool.free_bytes() == 8 * MIB
+    assert lender.free_bytes() == 8 * MIB
     assert one.block.told == mmap.MADV_FREE
     del block

@@ -1,0 +1,87 @@
+"""torch's nn.MaxPool2d and nn.AvgPool2d with a forward that runs the CPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..dispatch.reasons import beyond_forward
+
+try:
+    from ..native import pool2d as kernels
+except ImportError:  # there is no core
+    kernels = F  # type: ignore[assignment]
+
+# Whatever records a call gets torch's function: a compiler may fuse it, and an export has it.
+# torch.jit.script compiles the methods below, but not what their first condition excludes.
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """``torch.nn.MaxPool2d``, faster on the CPU.
+
+    A subclass with the same constructor, attributes, results and gradients, by bits.
+    :func:`snnlstm.accelerate` gives torch's modules this class, and :func:`snnlstm.restore` takes
+    it away. The kernels take images (N, C, H, W) of float32 and float64, contiguous or
+    channels-last; torch's function takes all other calls, such as those on other devices, with
+    ``dilation`` or with ``return_indices``.
+    """
+
+    def forward(self, input: Tensor):
+        """Pool images, as ``torch.nn.MaxPool2d`` does."""
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            return kernels.max_pool2d(
+                input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode,
+                self.return_indices,
+            )  # fmt: skip
+        return F.max_pool2d(
+            input, self.kernel_size, self.stride, self.padding, self.dilation,
+            ceil_mode=self.ceil_mode, return_indices=self.return_indices,
+        )  # fmt: skip
+
+
+class AvgPool2d(nn.AvgPool2d):
+    """``torch.nn.AvgPool2d``, faster on the CPU; see :class:`MaxPool2d`."""
+
+    def forward(self, input: Tensor):
+        """Pool images, as ``torch.nn.AvgPool2d`` does."""
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            return kernels.avg_pool2d(
+                input, self.kernel_size, self.stride, self.padding, self.ceil_mode,
+                self.count_include_pad, self.divisor_override,
+            )  # fmt: skip
+        return F.avg_pool2d(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode,
+            self.count_include_pad, self.divisor_override,
+        )  # fmt: skip
+
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MaxPool2d: MaxPool2d,
+    nn.AvgPool2d: AvgPool2d,
+}
+"""Our class for each of torch's."""
+_RELEASED = {kind: kind.forward for kind in OURS}
+
+
+def reason_against(pool: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a pool of torch's class `kind`, or of a subclass, may compute something else."""
+    if type(pool) not in (kind, OURS[kind]):
+        name = type(pool).__name__
+        return f"{name} is a subclass of nn.{kind.__name__} and may compute something else"
+    if "forward" in pool.__dict__ or kind.forward is not _RELEASED[kind]:
+        return "its forward was replaced"
+    return None
+
+
+def faster(layer: nn.Module) -> Callable[[Any], Any]:
+    """A layer or, for a pool of torch's that carries no hooks, our forward of it."""
+    kind: Any = type(layer)
+    plain = kind in OURS and not torch.compiler.is_compiling() and beyond_forward(layer) is None
+    if not plain or reason_against(layer, kind) is not None:
+        return layer
+    return partial(OURS[kind].forward, layer)
