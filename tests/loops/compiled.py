@@ -24,6 +24,7 @@ merges = pytest.mark.skipif(BACKEND != "snnlstm", reason="only our backend merge
 # The names that calls are counted by; others keep torch's.
 _NAMES = {
     "snnlstm::forward": "cell", "snnlstm::leaky": "leaky",
+    "snnlstm::max_pool2d": "pool", "snnlstm::avg_pool2d": "pool",
     "conv2d": "conv", "_convolution": "conv", "addmm": "linear",
 }  # fmt: skip
 _STATES = ("syn", "mem", "spk")
@@ -89,9 +90,9 @@ class Calls(TorchFunctionMode):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layout, "SAMPLES", 1)  # convolutions of float32 run channels-last
-            for operator, function in getattr(operators, "PLAIN", {}).items():
-                name = operator.name().removesuffix(".default")
-                patch.setitem(operators.PLAIN, operator, counting(name, function))
+            for target, function in getattr(operators, "PLAIN", {}).items():
+                name = getattr(target, "_name", f"snnlstm::{target.__name__}")
+                patch.setitem(operators.PLAIN, target, counting(name, function))
             yield backend
 
 

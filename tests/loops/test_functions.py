@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import snnlstm
+from snnlstm.native import pool2d
 from tests.loops.compiled import as_eager, numbers
+from tests.loops.networks import exact_leaky
 from tests.loops.parts import MODES, N, T, check, expect
 
 # ---- what mixes samples --------------------------------------------------------------------------
@@ -209,3 +211,29 @@ def test_large_convolutions_are_not_stacked():
 
     calls = as_eager(Net, numbers(T, N, 2, 48, 48), training=False, atol=1e-5, rtol=1e-5)
     expect(calls, conv=T)
+
+
+@MODES
+def test_pools_of_torch_become_ours(training, monkeypatch):
+    """In runs and alone, by each name that torch has for them; indices stay torch's."""
+    for name in ("LEAST", "LEAST_IN_TRAINING"):
+        monkeypatch.setattr(pool2d, name, 0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.max, self.avg = nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2)
+            self.lif = exact_leaky()
+            snnlstm.accelerate(self)
+
+        def forward(self, x):
+            mem, out = self.lif.reset_mem(), []
+            scale = F.max_pool2d(x[0], x.shape[-2:])
+            for x_t in x:
+                spk, mem = self.lif(self.max(F.avg_pool2d(x_t, 2, ceil_mode=True)) * scale, mem)
+                last = torch.max_pool2d(self.avg(mem), kernel_size=2, stride=1)
+                out += [spk, last, F.max_pool2d(x_t, 2, return_indices=True)[1]]
+            return out
+
+    calls = as_eager(Net, numbers(T, N, 2, 16, 16), training=training)
+    expect(calls, pool=5 + T, leaky=1)

@@ -24,6 +24,7 @@ from tests.sequences.stacks import (
     loop,
     total,
 )
+from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import close, ours, theirs
 
 
@@ -43,6 +44,23 @@ def test_layers_that_change_under_way_take_effect():
     expected = loop(copy.deepcopy(net), X)
     close(one(X), expected)
     assert one.report[0].reason == "its forward was replaced"
+
+
+@needs_core
+@pytest.mark.parametrize("kind", ["fold", "step", "once"])
+def test_pools_in_a_stack_run_the_kernels(kind, monkeypatch):
+    """The network was not accelerated; a pool that carries hooks stays torch's."""
+    called, run = [], snnlstm._C.pool_forward
+    monkeypatch.setattr(snnlstm._C, "pool_forward", lambda of: called.append(of) or run(of))
+    fold_up_to(0 if kind == "step" else 1 << 20, monkeypatch)
+    x = torch.rand(1 if kind == "once" else T, N, 4, 30, 24).expand(T, N, 4, 30, 24)
+    one = equals_the_loop(nn.Sequential(nn.MaxPool2d(2), nn.AvgPool2d(3, 1)), x, f"{kind} {kind}")
+    runs, calls = 2, T if kind == "step" else 1
+    assert len(called) == runs * 2 * calls
+    one[0].register_forward_hook(lambda *_: None)
+    called.clear()
+    one(x)
+    assert len(called) == calls
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

@@ -175,6 +175,56 @@ def test_the_report_names_what_looks_like_a_convlstm_and_nothing_changes():
     assert not snnlstm.restore(model).left
 
 
+class MyPool(nn.MaxPool2d):
+    pass
+
+
+def test_pools_become_ours_and_torchs_again(caplog):
+    """Ours are subclasses of torch's. What may compute something else stays, and is reported."""
+
+    def pools():
+        net = nn.ModuleDict({
+            "max": nn.MaxPool2d(2), "avg": nn.AvgPool2d(3, 2, ceil_mode=True), "lif": neuron(),
+            "mine": MyPool(2), "hand": nn.AvgPool2d(2), "signal": nn.MaxPool1d(2),
+        })  # fmt: skip
+        net["hand"].forward = torch.relu
+        return net
+
+    def neuron():
+        return snntorch.Leaky(0.5, init_hidden=True)
+
+    net, expected, x, seen = pools(), pools(), torch.randn(4, 8, 12, 13), []
+    handle = net["max"].register_forward_hook(lambda *_: seen.append(1))
+    net["avg"].remark, before = "mine", dict(net.named_children())
+    left = {
+        "mine": "MyPool is a subclass of nn.MaxPool2d and may compute something else",
+        "hand": "its forward was replaced",
+    }
+    report = snnlstm.accelerate(net)
+    assert (report.swapped, report.left) == (("max", "avg", "lif"), left)
+    again = snnlstm.accelerate(net)
+    assert again.left == left | dict.fromkeys(report.swapped, "is snnlstm's already")
+    assert dict(net.named_children()) == before
+    assert (repr(net), list(net.state_dict())) == (repr(expected), list(expected.state_dict()))
+    assert isinstance(net["max"], nn.MaxPool2d)
+    assert net["avg"].remark == "mine"
+    for made in (net, copy.deepcopy(net)):
+        for name in ("max", "avg", "mine", "hand"):
+            assert torch.equal(made[name](x), expected[name](x))
+    assert type(pickle.loads(pickle.dumps(net["avg"]))) is type(net["avg"]) is not nn.AvgPool2d
+    # Attributes count as they are at a call.
+    for pool in (net["max"], expected["max"]):
+        pool.kernel_size, pool.stride, pool.return_indices = 3, 1, True
+    assert all(map(torch.equal, net["max"](x), expected["max"](x)))
+    assert snnlstm.restore(net).swapped == ("max", "avg", "lif")
+    assert [type(pool) for pool in net.values()] == [type(pool) for pool in expected.values()]
+    net["max"](x)
+    handle.remove()
+    assert len(seen) == 4
+    assert [net["lif"]] == [m for m in snntorch.SpikingNeuron.instances if m in net.values()]
+    assert not caplog.records
+
+
 OPTIONS = [
     {},
     {"max_pool": 2, "reset_mechanism": "subtract", "learn_threshold": True},
