@@ -173,10 +173,11 @@ class Writer:
                 self._moved.add(node)
             elif list(loop.effects[node].writes) != list(node.args[:1]):
                 argument = self._as_recorded  # the function may depend on strides
+        weight = self.argument(node, node.args[1]) if node in self._last else None
         new = self.graph.node_copy(node, argument)
-        if node in self._last:
+        if weight is not None:
             self._moved.add(node)
-            new.args = (new.args[0], self.argument(node, node.args[1]), *new.args[2:])
+            new.update_arg(1, weight)
         new.target = self._operators.get(node.target, node.target)
         region = loop.region(node)
         if node.op == "placeholder" or (region and region not in self._starts):

@@ -11,6 +11,7 @@ import snnlstm
 from snnlstm.loops import rows
 from snnlstm.loops.layout import channels_last
 from snnlstm.loops.steps import Loop
+from snnlstm.networks.layers import LARGE, LARGEST
 from tests.loops.compiled import as_eager, dyadic_, merges, numbers
 from tests.loops.networks import exact_leaky
 from tests.loops.parts import MODES
@@ -56,9 +57,12 @@ BEHIND = {
 
 
 @MODES
+@pytest.mark.parametrize("by_step", [False, True], ids=["all steps", "step by step"])
 @pytest.mark.parametrize("name", BEHIND)
-def test_what_follows_sees_the_recorded_layout(name, training):
+def test_what_follows_sees_the_recorded_layout(name, by_step, training, monkeypatch):
     """Random numbers, strides, and whatever depends on these."""
+    if by_step:
+        monkeypatch.setitem(LARGEST, LARGE, 0)
 
     def make():
         net = Images(BEHIND[name])
