@@ -15,12 +15,12 @@ from . import rows
 from .steps import Loop
 
 SAMPLES, CHANNELS = 8, 4
-"""Where channels-last pays, by turns: large batches of few channels, or gradients of more.
+"""The least samples or channels for which a convolution is channels-last where gradients are recorded.
 
-Time of 3x3 and 5x5 convolutions with a channels-last weight, relative to a contiguous one: 0.77 to
-0.95 in inference for 8 samples of up to 4 channels, 0.86 to 1.16 for more channels, 3.6 for one
-sample of 2 channels; 0.78 to 1.06 in training. A 1x1 convolution takes 1.9. If x is channels-last
-already, 0.5 to 1.0.
+Time of a training pass of 3x3 and 5x5 convolutions with a channels-last weight, relative to a
+contiguous one: 0.78 to 1.06; 2.3 for one sample of 2 channels, and 1.9 for a 1x1 convolution. If x
+is channels-last already, 0.5 to 1.05. Whole networks train 1.04 to 1.24 times as fast. Without
+gradients they run at 0.9 to 0.97 of their speed (benchmarks/NOTES.md).
 """
 
 
@@ -73,8 +73,6 @@ def _can(loop: Loop, node: Node) -> bool:
 def _pays(node: Node) -> bool:
     """Whether a convolution of a contiguous x is faster channels-last."""
     x, weight = (rows.value_of(arg) for arg in node.args[:2])
-    if max(weight.shape[2:]) == 1:
+    if max(weight.shape[2:]) == 1 or not rows.requires_grad(node):
         return False
-    if rows.requires_grad(node) and x.shape[1] >= CHANNELS:
-        return True
-    return size_hint(x.shape[0]) >= SAMPLES and x.shape[1] <= CHANNELS
+    return x.shape[1] >= CHANNELS or size_hint(x.shape[0]) >= SAMPLES
