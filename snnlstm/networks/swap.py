@@ -1,4 +1,7 @@
-"""Swaps snnTorch's cells and Leaky for ours, and back: in a model, or wherever one is made."""
+"""Swaps snnTorch's cells and Leaky for ours, and back: in a model, or wherever one is made.
+
+In a model it also swaps torch's pools.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ class SwapReport:
         Names of the swapped layers, as ``model.named_modules()`` gives them. A layer that occurs in
         several places has all of its names here. The name of the model itself is "".
     left : dict of str to str
-        Names of the cells and neurons that stay as they were, each with the reason.
+        Names of the cells, neurons and pools that stay as they were, each with the reason.
     surrogates : tuple of str
         Names of snnTorch's other neurons that got picklable surrogates.
     silent : tuple of str
@@ -113,6 +116,7 @@ class SwapReport:
 def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     """Make every ``snntorch.SConv2dLSTM`` and ``snntorch.Leaky`` in a model ours, in place.
 
+    ``torch.nn.MaxPool2d`` and ``torch.nn.AvgPool2d`` become faster subclasses of themselves, too.
     Each layer stays the same object, with its parameters, buffers, submodules, state and hooks, and
     changes its class, so optimizers, plain lists and ``torch.compile`` keep working with it. Some
     layers stay as they are, and the report gives the reason: instances of subclasses and layers
@@ -179,12 +183,12 @@ def _is_silent(module: Any) -> bool:
 def restore(model: nn.Module) -> SwapReport:
     """Make every :class:`SConv2dLSTM` and :class:`Leaky` in a model one of snnTorch's, in place.
 
-    This undoes :func:`snnlstm.accelerate`, and also takes models that were built with ours. A layer
-    keeps its parameters, buffers, submodules, state and hooks. snnTorch's own ``spike_grad``
-    and ``state_quant`` come back if they were not changed since; otherwise ours stay, which also
-    work in snnTorch's cell. A cell stays as it is if it has an option that snnTorch's lacks, such
-    as ``stride``. So does a cell with ``inhibition``, float16 or bfloat16, unless it came from
-    snnTorch, whose cell does not follow these. The report gives the reasons.
+    This undoes :func:`snnlstm.accelerate`, also for pools, and takes models that were built with
+    ours. A layer keeps its parameters, buffers, submodules, state and hooks. snnTorch's own
+    ``spike_grad`` and ``state_quant`` come back if they were not changed since; otherwise ours
+    stay, which also work in snnTorch's cell. A cell stays as it is if it has an option that
+    snnTorch's lacks, such as ``stride``. So does a cell with ``inhibition``, float16 or bfloat16,
+    unless it came from snnTorch, whose cell does not follow these. The report gives the reasons.
 
     `model`, the report and the errors are those of :func:`snnlstm.accelerate`.
     """

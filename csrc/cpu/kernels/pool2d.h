@@ -11,14 +11,13 @@
 
 SNNLSTM_BEGIN_ISA
 
-// Outputs whose windows reach alike over the ends of the image, or of the rows that a task has:
-// lines of neighbours, one after the other.
+// Lines of neighbouring outputs. Their windows have the same pixels within the image, or within the
+// rows of it that a task has; all other pixels do not count here.
 struct PoolRun {
-  int64_t x, y;  // where the window of the first one begins in x, without what is outside; where
-                 // the first one is in y
+  int64_t x, y;  // the offsets, in x and y, of the first window's first pixel and of its output
   int64_t lines, length;
-  int64_t rows, columns;  // of a window, without what is outside
-  int64_t place;          // the number of the first pixel among all of a window, row by row
+  int64_t rows, columns;  // of pixels in a window
+  int64_t place;          // the number of the first pixel in the whole window, row by row
   int64_t divisor;        // of an average
 };
 
@@ -65,14 +64,16 @@ class Pool2d {
       s.end = std::max(s.first, last < 0 ? 0 : std::min(count, last / stride + 1));
       return s;
     }
-    // Returns the number of windows from k on, before `most`, that are like window k.
+    // Returns how many windows, from k on and before `most`, have the same pixels.
     int64_t alike(int64_t k, int64_t most) const {
       return first <= k && k < end ? std::min(end, most) - k : 1;
     }
     int64_t begin(int64_t k) const { return k * stride - padding; }
+    // Returns the length of window k between `top` and `bottom`.
     int64_t pixels(int64_t k) const {
       return std::min(begin(k) + kernel, bottom) - std::max(begin(k), top);
     }
+    // Returns the length of window k by which an average is divided.
     int64_t counted(int64_t k, bool counts_padding) const {
       const int64_t least = counts_padding ? begin(k) : std::max<int64_t>(begin(k), 0);
       return std::min(begin(k) + kernel, counts_padding ? size + padding : size) - least;
@@ -118,8 +119,7 @@ class Pool2d {
       for (int64_t k = 0; k < n; ++k) f(Count<1>(), k, int64_t(0));
   }
 
-  // Calls f(Count<L>(), x, y, done) for the vectors of all lines of a run; x and y are places in x
-  // and y.
+  // Calls f(Count<L>(), x, y, done) for the vectors of all lines of a run. x and y are offsets.
   template <class F>
   SNNLSTM_INLINE void each_vector_of(const PoolRun& run, F&& f) const {
     for (int64_t line = 0; line < run.lines; ++line)
@@ -147,7 +147,7 @@ class Pool2d {
   // ---- windows -----------------------------------------------------------------------------------
 
   // Calls f(run) for all runs of an image, in the rows of outputs from `begin` to `end`. `height` is
-  // height_ or a part of it. If `in_order`, no pixel meets its windows in another order than theirs.
+  // height_ or a part of it. If `in_order`, each pixel meets its windows in the order of outputs.
   template <class F>
   SNNLSTM_INLINE void each_run(const Side& height, int64_t image, int64_t begin, int64_t end,
                                bool in_order, F&& f) const {
@@ -175,8 +175,8 @@ class Pool2d {
     }
   }
 
-  // Calls f(p, j) for the pixels p of a window, j of which counts columns. x is the first one. K is
-  // the number of rows and columns, if it is known when this is compiled, else 0.
+  // Calls f(pixel, i, j) for row i and column j of a window, whose first pixel is at x. K is the
+  // number of rows and of columns, if this is compiled for it, else 0.
   template <int K, class F>
   SNNLSTM_INLINE void each_pixel(const PoolRun& run, const T* x, F&& f) const {
     const int64_t rows = K ? K : run.rows, columns = K ? K : run.columns;
@@ -256,7 +256,7 @@ class Pool2d {
     const T* const from = static_cast<const T*>(f.x);
     T* const to = static_cast<T*>(f.y);
     const T divisor = T(run.divisor);
-    const T zero = a.channels_last ? T(-0.0) : T(0);  // torch adds contiguous averages to +0
+    const T zero = a.channels_last ? T(-0.0) : T(0);  // torch makes -0 to +0 in contiguous images
     each_vector_of(
         run, [&](auto lanes, int64_t x, int64_t y, int64_t) __attribute__((always_inline)) {
           constexpr int L = decltype(lanes)::value;
@@ -279,11 +279,11 @@ class Pool2d {
   // Computes the gradient of the rows of x from `begin` to `end`, among those of all images.
   void gradient(const PoolBackwardArgs& b, int64_t begin, int64_t end) const {
     const bool max = a.pool == Pool::max;
-    // Vectors pay if no two windows share a pixel, and windows have two columns; and in images that
-    // are channels-last, if windows are small or give each pixel the same.
+    // Vectors pay if windows have two columns and share no pixel; in channels-last images they pay
+    // for averages and small windows.
     const bool pairs = !a.channels_last && a.stride_w == 2 && a.kernel_w == 2 &&
                        a.kernel_h <= a.stride_h && (!max || a.Wo >= 16);
-    const bool vectors = a.channels_last ? !max || a.kernel_h * a.kernel_w <= VL : pairs;
+    const bool vectors = a.channels_last ? !max || 2 * a.kernel_h * a.kernel_w <= VL : pairs;
     std::memset(static_cast<T*>(b.grad_x) + begin * row_, 0,
                 size_t((end - begin) * row_) * sizeof(T));
     for (int64_t image = begin / a.H; image * a.H < end; ++image) {
@@ -395,7 +395,7 @@ class Pool2d {
         run, [&](auto lanes, int64_t x, int64_t y, int64_t done) __attribute__((always_inline)) {
           using S = Simd<T, decltype(lanes)::value>;
           Given<S::lanes, max> given(b, wide_, run, y);
-          for (int64_t other = 0; other < done; ++other) given.grad[other] = 0;
+          if (done > 0) given.grad = S::without(given.grad, done);
           for (int64_t i = 0; i < run.rows; ++i)
             for (int64_t j = 0; j < run.columns; ++j) {
               T* const p = static_cast<T*>(b.grad_x) + x + i * row_ + j * pixel_;

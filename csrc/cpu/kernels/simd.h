@@ -120,6 +120,8 @@ struct Simd {
   }
   // Returns a[0], a[2], ..., b[1], b[3], ...
   static SNNLSTM_INLINE R every_other(R a, R b) { return every_other(a, b, Lanes()); }
+  // Returns v with zeros in its first `count` lanes.
+  static SNNLSTM_INLINE R without(R v, int64_t count) { return without(v, count, Lanes()); }
 
  private:
   using Lanes = std::make_integer_sequence<int, VL>;
@@ -140,6 +142,10 @@ struct Simd {
   template <int... lane>
   static SNNLSTM_INLINE R every_other(R a, R b, std::integer_sequence<int, lane...>) {
     return shuffle<(2 * lane + (2 * lane >= VL))...>(a, b);
+  }
+  template <int... lane>
+  static SNNLSTM_INLINE R without(R v, int64_t count, std::integer_sequence<int, lane...>) {
+    return where(Mask{lane...} >= Mask{} + Bits(count), v, R{});
   }
 };
 
