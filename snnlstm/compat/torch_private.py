@@ -189,6 +189,8 @@ def guard_of(tensors: Sequence[Tensor]) -> Any:
 
 def memory_of(tensor: Tensor) -> int:
     """A number for the memory of a tensor, which other tensors in the same memory share."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     strided = tensor.layout is torch.strided
     return tensor.untyped_storage()._cdata if strided else id(tensor)
 
@@ -232,6 +234,20 @@ def operators_named(name: str) -> Operators | None:
                     writes.add(position)
     draws, pointwise = torch.Tag.nondeterministic_seeded in tags, torch.Tag.pointwise in tags
     return Operators(frozenset(writes), draws, pointwise)
+
+
+apply_recorded: Callable[..., Any] | None = _find(
+    "_functorch.autograd_function.autograd_function_apply", None
+)
+"""What torch.compile records as the call of a custom autograd Function."""
+
+apply_in_transforms: Callable[..., Any] = _find(
+    "_functorch.autograd_function.custom_function_call", None
+)
+"""Calls an autograd Function with ``setup_context`` within transforms of torch.func."""
+
+delayed_error: Callable[..., Any] = _find("_C._functions.DelayedError", None)
+"""Makes, of a message and a number of tensors, a function whose derivatives raise that error."""
 
 
 def backend_of(name: str) -> Callable[..., Any]:
