@@ -240,6 +240,20 @@ def operators_named(name: str) -> Operators | None:
     return Operators(frozenset(writes), draws, pointwise)
 
 
+apply_recorded: Callable[..., Any] | None = _find(
+    "_functorch.autograd_function.autograd_function_apply", None
+)
+"""What torch.compile records as the call of a custom autograd Function."""
+
+apply_in_transforms: Callable[..., Any] = _find(
+    "_functorch.autograd_function.custom_function_call", None
+)
+"""Calls an autograd Function with ``setup_context`` within transforms of torch.func."""
+
+delayed_error: Callable[..., Any] = _find("_C._functions.DelayedError", None)
+"""Makes, of a message and a number of tensors, a function whose derivatives raise that error."""
+
+
 def backend_of(name: str) -> Callable[..., Any]:
     """The backend of torch.compile of a name."""
     from torch._dynamo.backends.registry import lookup_backend

@@ -24,6 +24,7 @@ except ImportError as error:
         'backend "snnlstm" needs the compiled core, and python -m snnlstm says why it is missing'
     ) from error
 from . import rows
+from .functions import make_functions
 from .layout import channels_last
 from .rewrite import Writer
 from .steps import IN_PLACE, MEMORY, STATES, Loop
@@ -84,7 +85,7 @@ def compile_loop(
     graph = Writer(loop, OPAQUE if inner else PLAIN, last).write()
     _log(loop, gm)
     new = GraphModule(gm, graph)
-    return backend_of(inner)(new, example_inputs) if inner else new.forward
+    return backend_of(inner)(new, example_inputs) if inner else make_functions(new).forward
 
 
 # ---- the log ------------------------------------------------------------------------------------

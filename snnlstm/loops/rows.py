@@ -17,15 +17,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
-from ..compat.torch_private import operators_named, size_hint
+from ..compat.torch_private import apply_recorded, operators_named, size_hint
 from ..native.leaky_operators import OPERATORS
 
 CELL = OPERATORS.forward.default
 LEAKY = OPERATORS.leaky.default
 STATEFUL = frozenset((CELL, LEAKY))
 ITEM = operator.getitem
+APPLY = apply_recorded
+SET_GRAD = torch._C._set_grad_enabled
 
 # ---- what a node is -----------------------------------------------------------------------------
 
@@ -84,6 +87,31 @@ def bytes_of(node: Node) -> int:
     value = value_of(node)
     first = value[0] if isinstance(value, tuple | list) else value
     return first.element_size() * size_hint(first.numel())
+
+
+def body_of(node: Any) -> Any:
+    """The attribute of the graph's module that a node gets; for a Function, a graph of its own."""
+    return getattr(node.graph.owning_module, node.target)
+
+
+def key_of(node: Node) -> Any:
+    """What nodes have in common that get equal bodies of autograd Functions."""
+    body = body_of(node)
+    if not isinstance(body, GraphModule):
+        return node
+    names = {inner: f"%{number}" for number, inner in enumerate(body.graph.nodes)}
+    arguments = [repr(map_arg((inner.args, inner.kwargs), names.get)) for inner in names]
+    targets = [inner.op == "placeholder" or inner.target for inner in names]
+    return tuple(zip(targets, arguments, strict=True))
+
+
+def own_settings(graph: Graph) -> list[Node]:
+    """The two nodes by which dynamo turns gradients off in all of such a graph, as autograd does.
+
+    For second derivatives autograd leaves them on.
+    """
+    settings = graph.find_nodes(op="call_function", target=SET_GRAD)
+    return [*settings[:1], *settings[1:][-1:]]
 
 
 # ---- the rows -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import networkx  # torch itself needs it
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ..compat.torch_private import memory_of, operators_named
 from ..networks.layers import LARGE, LARGE_LINEAR, LARGE_STATE, TO_STACK, too_large
@@ -57,13 +57,16 @@ _WRITE_BUFFERS = {"batch_norm", "instance_norm"}  # without saying so
 _DRAW = {"fractional_max_pool2d", "fractional_max_pool3d"}  # likewise
 
 
-def _effects(node: Node) -> Effects:
+def effects_of(node: Node) -> Effects:
     """What a node does; a function that is not known writes to all of its arguments, and draws."""
     number = isinstance(rows.value_of(node), int | float | torch.SymInt | torch.SymFloat)
     if number or node.op not in ("call_function", "call_method") or node.target in rows.STATEFUL:
         return _NONE
     name, tensors = rows.name_of(node), [arg for arg in node.all_input_nodes if memory(arg)]
     everything = Effects(tensors, True, True)
+    if node.target is rows.APPLY:
+        is_pure = all(_only_computes(rows.body_of(arg)) for arg in node.args[:2])
+        return _NONE if is_pure else everything
     if rows.is_operator(node):  # in place, operator.iadd(a, b) is named after Tensor.__iadd__
         in_place = name in ("setitem", "delitem") or (
             name[0] == "i" and hasattr(operator, f"__{name[1:]}__")
@@ -86,6 +89,15 @@ def _effects(node: Node) -> Effects:
     if len(writes) < len(known.writes):  # it is a list of tensors, or was given by name
         writes = tensors
     return Effects(writes, known.draws and bool(named.get("training", True)))
+
+
+def _only_computes(body: GraphModule) -> bool:
+    """Whether a body of an autograd Function draws nothing, and writes to its own memory alone."""
+    nodes, outer = set(body.graph.nodes), set(rows.own_settings(body.graph))
+    given = {place for node in nodes if node.op == "placeholder" for place in memory(node)}
+    effects = [effects_of(node) for node in nodes - outer]
+    writes = {place for effect in effects for arg in effect.writes for place in memory(arg)}
+    return not (writes & given or any(effect.draws or effect.unknown for effect in effects))
 
 
 def memory(node: Node) -> set[int]:
@@ -163,7 +175,7 @@ class Loop:
         self.users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
         self.runs: dict[Node, tuple[Run, int]] = {}
         self.reasons: dict[Node, str] = {}
-        self.effects = {node: _effects(node) for node in self.nodes}
+        self.effects = {node: effects_of(node) for node in self.nodes}
         self.memory = {node: memory(node) for node in self.nodes}
         self.written = {
             place
@@ -310,6 +322,8 @@ class Loop:
             elif node.op in ("call_function", "call_method"):
                 arguments = self._frozen((node.args, node.kwargs), lambda a: colors[self.same[a]])
                 key = node.target, arguments, str(rows.shape_of(node))
+            elif node.op == "get_attr":
+                key = rows.key_of(node)
             colors[node] = numbers.setdefault(key, len(numbers))
             if row is not None:
                 group = self._chain(number, row) if row.states else colors[node]

@@ -411,17 +411,17 @@ def test_nothing_moves_across_a_region_of_autocast(training):
     check(forward, training)
 
 
-def test_custom_autograd_functions_are_barriers():
-    """Their backward is the user's, and merged calls would not run it."""
+def test_custom_autograd_functions_are_called_step_by_step():
+    """Layers before and behind them get all steps, because equal Functions are one layer."""
 
     def forward(net, x):
         mem, out = net.lif1.reset_mem(), []
         for x_t in x:
-            spk, mem = net.lif1(Scale.apply(net.fc1(x_t)), mem)
+            spk, mem = net.lif1(net.fc2(Scale.apply(net.fc1(x_t))), mem)
             out.append(spk)
         return torch.stack(out)
 
-    check(forward)
+    expect(check(forward), linear=2, leaky=1)
 
 
 def test_checkpointed_steps_are_barriers():
