@@ -46,10 +46,6 @@ LAYERS = {
     "a pickle": lambda: pickle.loads(pickle.dumps(leaky())),
 }
 made = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-RESTORED = {
-    "a restored cell": lambda: snnlstm.restore(ours()).model,
-    "a restored leaky": lambda: snnlstm.restore(leaky()).model,
-}
 
 
 @made
@@ -76,24 +72,13 @@ def test_layers_are_not_kept_alive(make):
     assert entries < 9, "a dead layer's place is not reused"
 
 
-@pytest.mark.parametrize("make", RESTORED.values(), ids=RESTORED)
-def test_restored_layers_are_not_kept_alive_either(make):
-    """They hold their own method, as all of snnTorch's do, so the garbage collector frees them."""
-    seen = weakref.ref(make())
-    gc.collect()
-    assert seen() is None
-
-
 def test_swaps_do_not_make_the_list_longer():
     net = nn.Sequential(theirs(), leaky(snntorch), snntorch.Synaptic(0.9, 0.8))
     lengths = set()
     for _ in range(5):
-        for swap in (snnlstm.accelerate, snnlstm.restore):
-            swap(net)
-            lengths.add(len(snntorch.SpikingNeuron.instances))
-            assert {*net} == {*snntorch.SpikingNeuron.instances}
-    snnlstm.accelerate(net)
-    snnlstm.accelerate(net)
+        snnlstm.accelerate(net)
+        lengths.add(len(snntorch.SpikingNeuron.instances))
+        assert {*net} == {*snntorch.SpikingNeuron.instances}
     assert max(lengths) - 3 <= 5, "a swap leaves entries behind"
     assert len(snntorch.SpikingNeuron.instances) == max(lengths)
 
@@ -115,7 +100,7 @@ def test_the_list_may_be_walked_while_a_cell_dies():
     assert walks
 
 
-@pytest.mark.parametrize("make", [*LAYERS.values(), *RESTORED.values()], ids=[*LAYERS, *RESTORED])
+@made
 def test_snntorch_reaches_every_living_layer(make):
     layer, gone = make(), make()
     kind = snntorch.Leaky if isinstance(layer, snntorch.Leaky) else snntorch.SConv2dLSTM
