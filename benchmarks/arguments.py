@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, devices, networks, providers, trained
+from benchmarks import cases, devices, networks, providers
 from benchmarks.cases import Case
 from benchmarks.networks import Network
 from benchmarks.providers import FORMS, TOLERANCE
 
-TABLES: dict[str, Any] = {**networks.TABLES, **trained.TABLES, **cases.TABLES}
+TABLES: dict[str, Any] = {**networks.TABLES, **cases.TABLES}
 CASES = {name: case for table in TABLES.values() for name, case in table.items()}
 DESCRIPTION = """\
 Times layers and whole networks with snnTorch's cell and with ours, in one process.

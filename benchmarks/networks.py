@@ -14,10 +14,12 @@ import itertools
 import math
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import snntorch as snn
 import torch
@@ -86,10 +88,13 @@ class Network:
         return {"loss": self.train(*step)}
 
 
+def _leaky_class(cell: Any) -> Any:
+    """Returns the Leaky of the cell's library."""
+    return (snnlstm if issubclass(cell, snnlstm.SConv2dLSTM) else snn).Leaky
+
+
 def _leaky(cell: Any, **options: Any) -> nn.Module:
-    """Makes a Leaky of the cell's library."""
-    library = snnlstm if issubclass(cell, snnlstm.SConv2dLSTM) else snn
-    return library.Leaky(**options)
+    return _leaky_class(cell)(**options)
 
 
 # ---- networks as people have them ----------------------------------------------------------------
@@ -314,6 +319,29 @@ def _unrolled(net: nn.Sequential, x: Tensor, steps: int = 0) -> Tensor:
 # ---- the ConvLSTM without spikes, and one's own network ------------------------------------------
 
 
+def _init_of(theirs: Any, ours: Any) -> Callable[..., None]:
+    """Returns an ``__init__`` of our class that makes an instance of snnTorch's."""
+    original = ours.__init__
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        is_ours = type(self) is ours
+        if is_ours:
+            self.__class__ = theirs
+        (theirs.__init__ if is_ours else original)(self, *args, **options)
+
+    return init
+
+
+@contextmanager
+def made_for(cell: Any) -> Iterator[None]:
+    """Lets our classes make snnTorch's layers within the context, if the cell is snnTorch's."""
+    pairs = (snn.SConv2dLSTM, snnlstm.SConv2dLSTM), (snn.Leaky, snnlstm.Leaky)
+    with ExitStack() as undo:
+        for theirs, ours in pairs if cell is snn.SConv2dLSTM else ():
+            undo.enter_context(mock.patch.object(ours, "__init__", _init_of(theirs, ours)))
+        yield
+
+
 def squared(run: Callable[..., Any], net: nn.Module, optimizer: Any, x: Tensor, y: Tensor):
     """Trains on the mean square of all that the network returns."""
     optimizer.zero_grad()
@@ -378,14 +406,15 @@ def from_file(place: str) -> Network:
 
     def make(cell: Any) -> nn.Module:
         nonlocal run
-        net, _, *own = function()
+        with made_for(cell):
+            net, _, *own = function()
         run = own[0] if own else _called
-        ours = cell is snnlstm.SConv2dLSTM
-        report = (snnlstm.accelerate if ours else snnlstm.restore)(net)
-        kinds = cell, snnlstm.Leaky if ours else snn.Leaky
-        if not any(type(module) in kinds for module in report.model.modules()):
+        if cell is snnlstm.SConv2dLSTM:
+            snnlstm.accelerate(net)
+        kinds = cell, _leaky_class(cell)
+        if not any(type(module) in kinds for module in net.modules()):
             raise ValueError(f"--network: {name}() returns no network with SConv2dLSTM or Leaky")
-        return report.model
+        return net
 
     def fresh(net: nn.Module, x: Any) -> Any:
         reset(net)

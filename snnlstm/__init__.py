@@ -14,7 +14,7 @@ try:
     from .networks.layers import LayerReport
     from .networks.sequential import Sequential, unroll
     from .networks.spikes import SpikeCount, spike_rates
-    from .networks.swap import SwapReport, accelerate, patch, restore, unpatch
+    from .networks.swap import SwapReport, accelerate, patch, unpatch
     from .neurons.convlstm import ConvLSTM, ConvLSTMCell
     from .neurons.leaky import Leaky
     from .neurons.sconv2dlstm import SConv1dLSTM, SConv2dLSTM
@@ -44,7 +44,6 @@ __all__ = [
     "patch",
     "quant",
     "reference",
-    "restore",
     "set_algorithm",
     "spike_rates",
     "surrogate",

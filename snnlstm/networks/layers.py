@@ -32,6 +32,7 @@ LARGE_LINEAR = "one step of its input or output is larger than 1 MiB"
 LARGE_STATE = "it keeps a state, and one step of it is larger than 1 MiB"
 TO_STACK = "the layers before it run step by step, and one of their steps is larger than 1 MiB"
 ONE_CALL = "one call for all steps"
+THEIRS = "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
 TAKES = "it takes sequences"
 CONSTANT = "every step of its input is the same tensor"
 # The reasons of layers that neither mix samples nor keep a state.
@@ -109,12 +110,12 @@ def report_of(
     elif isinstance(layer, CELL):
         if type(layer) is not CELL:
             reason = "its class is a subclass of snntorch.SConv2dLSTM"
-        reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+        reason = reason or THEIRS
     elif type(layer) in SEQUENCE_NEURONS:
         kind, reason = "sequence", TAKES
     elif type(layer) in (Leaky, TheirLeaky):
         if type(layer) is not Leaky:
-            reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+            reason = reason or THEIRS
         elif reason is None and (torch.compiler.is_compiling() or not layer.takes(x, whole)):
             reason = "plain torch runs it, and its path says why"
         reason = reason or too_large(size, LARGE_STATE)

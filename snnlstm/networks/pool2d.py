@@ -25,9 +25,8 @@ class MaxPool2d(nn.MaxPool2d):
     """``torch.nn.MaxPool2d``, faster on the CPU.
 
     A subclass with the same constructor, attributes, results and gradients, by bits.
-    :func:`snnlstm.accelerate` gives torch's modules this class, and :func:`snnlstm.restore` takes
-    it away. The kernels take images (N, C, H, W) of float32 and float64, contiguous or
-    channels-last; torch's function takes all other calls, such as those on other devices, with
+    :func:`snnlstm.accelerate` gives torch's modules this class. The kernels take images
+    (N, C, H, W) of float32 and float64, contiguous or channels-last; torch's function takes all other calls, such as those on other devices, with
     ``dilation`` or with ``return_indices``.
     """
 

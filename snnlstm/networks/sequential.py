@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from ..calls.call import check_transforms
 from ..calls.lengths import checked_lengths, mask_padding
 from ..calls.spec import flag
-from ..compat.snntorch import SEQUENCE_NEURONS, TheirLeaky
+from ..compat.snntorch import SEQUENCE_NEURONS
 from ..dispatch.path import log_once
 from ..neurons.attributes import CELL
 from ..neurons.sconv2dlstm import SConv2dLSTM
 from .layers import (
     ONE_CALL,
     PER_SAMPLE,
+    THEIRS,
     TO_STACK,
     Frozen,
     LayerReport,
@@ -321,12 +322,12 @@ def _shared_state(modules: Iterable[Named]) -> str | None:
 def _log_oddities(layers: list[Named], reports: list[LayerReport], batch_first: bool) -> None:
     """Log, once for each cell, why it runs step by step, or that the stack exchanges its axes.
 
-    snnTorch's Leaky is logged, too.
+    A Leaky is logged if it is snnTorch's.
     """
     for (name, layer), report in zip(layers, reports, strict=True):
         oddities = []
-        could_be_whole = isinstance(layer, CELL) or type(layer) is TheirLeaky
-        if report.kind == "step" and could_be_whole and report.reason != TO_STACK:
+        slow = report.reason == THEIRS or (isinstance(layer, CELL) and report.reason != TO_STACK)
+        if report.kind == "step" and slow:
             oddities.append(f"runs step by step: {report.reason}")
         if not batch_first and isinstance(layer, SConv2dLSTM) and layer.batch_first:
             oddities.append(

@@ -1,4 +1,4 @@
-"""Swaps snnTorch's cells and Leaky for ours, and back: in a model, or wherever one is made.
+"""Swaps snnTorch's cells and Leaky for ours: in a model, or wherever one is made.
 
 In a model it also swaps torch's pools.
 """
@@ -6,34 +6,20 @@ In a model it also swaps torch's pools.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from itertools import product
 from types import MethodType
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
-from ..calls.spec import OPTIONS, RESETS, a_module, flag, never_spikes
-from ..compat.registry import register, skip_ours
-from ..compat.snntorch import (
-    COMPARED,
-    Base,
-    Constants,
-    Neuron,
-    TheirLeaky,
-    library,
-    recognise_quant,
-    recognise_surrogate,
-    replaced,
-)
+from ..calls.spec import a_module, flag, never_spikes
+from ..compat.registry import register
+from ..compat.snntorch import Base, Neuron, TheirLeaky, library, recognise_surrogate, replaced
 from ..dispatch.reasons import against_device
-from ..neurons.leaky import PRIVATE, Leaky
-from ..neurons.sconv2dlstm import SConv1dLSTM, SConv2dLSTM
-from ..reference import sconv2dlstm
+from ..neurons.leaky import Leaky
+from ..neurons.sconv2dlstm import SConv2dLSTM
 from . import pool2d
 
 logger = logging.getLogger("snnlstm")
@@ -43,10 +29,9 @@ _SILENT = "NEVER SPIKES: no mem exceeds its threshold of 1 or more; threshold=0.
 # Both libraries' cells have these arguments and attributes.
 _SAME = ["in_channels", "out_channels", "kernel_size", "bias", "max_pool", "avg_pool"]
 _SAME += ["init_hidden", "inhibition", "output", "surrogate_disable"]
-_RECOGNISE = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
-_SWAPPED = (Base, SConv2dLSTM, TheirLeaky)
-
-_ALREADY = ("is snnlstm's already", "is snntorch's already")
+_OURS: dict[Any, Any] = {Base: SConv2dLSTM, TheirLeaky: Leaky}
+_OURS.pop(nn.Module, None)  # it stands for a class that snnTorch does not have
+_ALREADY = "is snnlstm's already"
 _CONVLSTM = (
     "it looks like a ConvLSTM and stays as it is; the documentation's page ConvLSTM shows how "
     "snnlstm.ConvLSTM replaces it"
@@ -55,12 +40,10 @@ _CONVLSTM = (
 
 @dataclass(frozen=True, repr=False)
 class SwapReport:
-    """What :func:`snnlstm.accelerate` or :func:`snnlstm.restore` did. Printed, it is a table.
+    """What :func:`snnlstm.accelerate` did. Printed, it is a table.
 
     Parameters
     ----------
-    action : str
-        ``"accelerate"`` or ``"restore"``.
     model : nn.Module
         The model, changed in place.
     swapped : tuple of str
@@ -76,7 +59,6 @@ class SwapReport:
         Why the swapped cells take the reference path for now, such as a device without kernels.
     """
 
-    action: str
     model: nn.Module
     swapped: tuple[str, ...]
     left: dict[str, str] = field(default_factory=dict)
@@ -87,7 +69,7 @@ class SwapReport:
     @property
     def headline(self) -> str:
         """The first line of the table."""
-        return f"{self.action}: {len(self.swapped)} swapped, {len(self.left)} left"
+        return f"accelerate: {len(self.swapped)} swapped, {len(self.left)} left"
 
     def __str__(self) -> str:
         rows = [(name, "swapped") for name in self.swapped]
@@ -106,7 +88,7 @@ class SwapReport:
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         """Raise a TypeError, because users take the report for the model."""
         raise TypeError(
-            f"{self.action} swaps the layers in place and returns a report: call the model itself"
+            "accelerate swaps the layers in place and returns a report: call the model itself"
         )
 
 
@@ -136,7 +118,6 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     surrogates : bool, default False
         Also replace the surrogates of snnTorch's other neurons, which are closures, by ours. Our
         surrogates compute the same and can be pickled, so that ``torch.save(model)`` works.
-        :func:`snnlstm.restore` leaves them there.
 
     Returns
     -------
@@ -150,13 +131,13 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
         If `model` is not an nn.Module.
     """
     surrogates = flag("surrogates", surrogates)
-    report = _swap("accelerate", model, _as_ours)
+    report = _swap(model)
     named = list(model.named_modules(remove_duplicate=False))
     for name, module in reversed(named):  # the first of several names stays
         if type(module) in (SConv2dLSTM, Leaky):
             module._layer_name = name
     changed = {id(m) for _, m in named if surrogates and _take_our_surrogate(m)}
-    cells = [m for name, m in named if name in report.swapped and isinstance(m, _SWAPPED)]
+    cells = [m for name, m in named if name in report.swapped and type(m) in _OURS.values()]
     paths = [against_device(cell.graded_spikes_factor.device) for cell in cells]
     return replace(
         report,
@@ -180,53 +161,31 @@ def _is_silent(module: Any) -> bool:
     return fixed and not module.state_quant and never_spikes(module.threshold)
 
 
-def restore(model: nn.Module) -> SwapReport:
-    """Make every :class:`SConv2dLSTM` and :class:`Leaky` in a model one of snnTorch's, in place.
-
-    This undoes :func:`snnlstm.accelerate`, also for pools, and takes models that were built with
-    ours. A layer keeps its parameters, buffers, submodules, state and hooks. snnTorch's own
-    ``spike_grad`` and ``state_quant`` come back if they were not changed since; otherwise ours
-    stay, which also work in snnTorch's cell. A cell stays as it is if it has an option that
-    snnTorch's lacks, such as ``stride``. So does a cell with ``inhibition``, float16 or bfloat16,
-    unless it came from snnTorch, whose cell does not follow these. The report gives the reasons.
-
-    `model`, the report and the errors are those of :func:`snnlstm.accelerate`.
-    """
-    return _swap("restore", model, _as_theirs)
-
-
 def _require_snntorch(function: str) -> None:
     if Base is nn.Module:
         lacks = "which is not installed or has no SConv2dLSTM: pip install snntorch"
         raise ImportError(f"{function}() needs snntorch, {lacks}")
 
 
-def _swap(
-    action: str, model: nn.Module, counterpart: Callable[[Any], nn.Module | str | None]
-) -> SwapReport:
-    """Turn cells of one library into those of the other, and report the rest.
-
-    `counterpart` returns the other library's cell for a module, the reason to leave the module, or
-    None for a module that a swap does not concern.
-    """
+def _swap(model: nn.Module) -> SwapReport:
+    """Turn snnTorch's layers into ours, and report the rest."""
     a_module("model", model)
-    _require_snntorch(action)
+    _require_snntorch("accelerate")
     # All new cells are made before the model is changed, so that an error leaves it whole.
     results: dict[str, Any] = {}
     pairs: dict[nn.Module, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if module not in pairs:
             try:
-                result = counterpart(module)
+                result = _as_ours(module)
             except (TypeError, ValueError) as error:
                 result = str(error)
             pairs[module] = result
-            theirs = isinstance(module, _SWAPPED)
-            if isinstance(result, str) and theirs and result not in _ALREADY:
-                logger.warning("%s leaves %s: %s", action, name or "the model itself", result)
+            theirs = isinstance(module, tuple(_OURS))
+            if isinstance(result, str) and theirs and result != _ALREADY:
+                logger.warning("accelerate leaves %s: %s", name or "the model itself", result)
         results[name] = pairs[module]
     report = SwapReport(
-        action,
         model,
         tuple(name for name, result in results.items() if isinstance(result, nn.Module)),
         {name: result for name, result in results.items() if isinstance(result, str)},
@@ -237,44 +196,42 @@ def _swap(
             Neuron.instances.remove(layer)
         object.__setattr__(layer, "__class__", type(made))
         object.__setattr__(layer, "__dict__", made.__dict__)
-        if isinstance(layer, _SWAPPED):
+        if isinstance(layer, tuple(_OURS.values())):
             register(layer)
-    if not any(isinstance(module, _SWAPPED) for module in pairs):
-        logger.warning("%s found neither SConv2dLSTM nor Leaky in the model", action)
+    if not any(isinstance(module, tuple(_OURS)) for module in pairs):
+        logger.warning("accelerate found neither SConv2dLSTM nor Leaky in the model")
     logger.info("%s", report.headline)
     return report
 
 
 def _as_ours(module: nn.Module) -> nn.Module | str | None:
-    """Our cell for one of snnTorch's; why other cells, neurons and ConvLSTMs are left, or None."""
-    kind, name = type(module), type(module).__name__
-    if isinstance(module, SConv2dLSTM):
-        return _ALREADY[0]
-    if kind is Base:
-        reason = replaced(module, Base, called=("fire", "mem_reset"))
-        return reason or _adopt(module)
-    if isinstance(module, Base):
-        return f"{name} is a subclass of snntorch.SConv2dLSTM and may compute something else"
-    if isinstance(module, TheirLeaky):
-        return _other_leaky(module, Leaky)
+    """Our layer for one of snnTorch's; why other cells, neurons and ConvLSTMs are left, or None."""
+    name = type(module).__name__
+    for theirs, ours in _OURS.items():
+        if isinstance(module, ours):
+            return _ALREADY
+        if type(module) is theirs:
+            is_cell = theirs is Base
+            reason = replaced(module, theirs, called=("fire", "mem_reset") if is_cell else ())
+            return reason or (_cell_of(module) if is_cell else _leaky_of(module))
+        if isinstance(module, theirs):
+            base = f"snntorch.{theirs.__name__}"
+            return f"{name} is a subclass of {base} and may compute something else"
     if Neuron is not None and isinstance(module, Neuron):
         return f"{name} is another neuron; only SConv2dLSTM and Leaky have faster ones"
     if isinstance(module, tuple(pool2d.OURS)):
-        return _other_pool(module, True)
+        return _pool_of(module)
     return _CONVLSTM if _looks_like_a_convlstm(module) else None
 
 
-def _other_pool(old: nn.Module, becomes_ours: bool) -> nn.Module | str | None:
-    """A pool of ours, or of torch's, with the attributes of `old`; why `old` stays, or None."""
-    torchs = next(kind for kind in pool2d.OURS if isinstance(old, kind))
-    ours = pool2d.OURS[torchs]
-    if becomes_ours and type(old) is ours:
-        return _ALREADY[0]
-    if not becomes_ours and not isinstance(old, ours):
-        return None
+def _pool_of(old: nn.Module) -> nn.Module | str:
+    """Make a pool that holds everything that one of torch holds; or say why `old` stays."""
+    torchs, ours = next(pair for pair in pool2d.OURS.items() if isinstance(old, pair[0]))
+    if type(old) is ours:
+        return _ALREADY
     if (reason := pool2d.reason_against(old, torchs)) is not None:
         return reason
-    new = nn.Module.__new__(ours if becomes_ours else torchs)
+    new = nn.Module.__new__(ours)
     new.__dict__ = old.__dict__
     return new
 
@@ -288,77 +245,16 @@ def _looks_like_a_convlstm(module: nn.Module) -> bool:
     return any(c.out_channels % 4 == 0 and c.in_channels > c.out_channels // 4 for c in convs)
 
 
-def _results() -> Iterator[Any]:
-    """What a step of snnTorch's cell and of ours returns, and what it depends on."""
-    x, syn, mem = torch.tensor([[-1, 0.5, 2]] * 3, device="cpu").reshape(3, 1, 1, 1, 3)
-    states = x.clone().requires_grad_(), syn.requires_grad_(), mem.requires_grad_()
-    for reset, graded, quant in product(RESETS, (1.0, 0.5), (False, torch.round)):
-        options = {"reset_mechanism": reset, "state_quant": quant}
-        cell = _their_cell(threshold=0.25, learn_threshold=True, **options)
-        cell.graded_spikes_factor.fill_(graded)
-        weights = cell.conv.weight, cell.conv.bias
-        options |= {"threshold": cell.threshold, "graded_spikes_factor": graded}
-        ours = sconv2dlstm(*states, *weights, **options)
-        yield Base.forward(cell, *states), ours, (*states, *weights, cell.threshold)
-
-
-COMPARED[Base] = _results
-
-
-def _their_cell(**options: Any) -> Any:
-    """A small cell of snnTorch's, also under patch(); making it draws no random numbers."""
-    skip_ours()
-    with torch.device("cpu"), Constants():
-        cell = type(Base.__name__, (Base,), {"registers_itself": True})(1, 1, 1, **options)
-    object.__setattr__(cell, "__class__", Base)
-    return cell
-
-
-def _as_theirs(module: Any) -> nn.Module | str | None:
-    """snnTorch's cell for one of ours; why other cells are left, or None."""
-    name = type(module).__name__
-    if isinstance(module, TheirLeaky):
-        return _other_leaky(module, TheirLeaky)
-    if isinstance(module, tuple(pool2d.OURS)):
-        return _other_pool(module, False)
-    if not isinstance(module, SConv2dLSTM):
-        return _ALREADY[1] if type(module) is Base else None
-    if type(module) is SConv1dLSTM:
-        return f"snntorch has no {name}"
-    if type(module) is not SConv2dLSTM:
-        return f"{name} is a subclass of snnlstm.SConv2dLSTM and may compute something else"
-    if "forward" in module.__dict__:
-        return "its forward was replaced"
-    for option in OPTIONS.values():
-        value = getattr(module, option.name)
-        if option.describes and not option.in_snntorch and not option.is_default(value):
-            return f"snntorch's cell has no {option.name}, and here it is {value}"
-    if module._adopted is None:
-        if module.inhibition:
-            return "snntorch's cell ignores inhibition, and here it is True"
-        dtype = module.graded_spikes_factor.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            return f"snntorch's cell cannot start from zeros in {dtype}"
-    return _give_back(module)
-
-
-def _other_leaky(old: Any, kind: type[nn.Module]) -> nn.Module | str:
-    """A Leaky of `kind`, ours or snnTorch's, that holds what `old` holds; or why `old` stays."""
-    if type(old) is kind:
-        return _ALREADY[kind is TheirLeaky]
-    if type(old) not in (Leaky, TheirLeaky):
-        base = "snnlstm.Leaky" if isinstance(old, Leaky) else "snntorch.Leaky"
-        return f"{type(old).__name__} is a subclass of {base} and may compute something else"
-    if (reason := replaced(old, TheirLeaky)) is not None:
-        return reason
-    new = nn.Module.__new__(kind)
-    private = (*PRIVATE, "reset", "state_function")
+def _leaky_of(old: Any) -> nn.Module:
+    """Make a Leaky that holds everything that one of snnTorch holds."""
+    new = nn.Module.__new__(Leaky)
+    private = "reset", "state_function"
     new.__dict__ = {k: v for k, v in old.__dict__.items() if k not in private}
     new.state_function = old.state_function
     return new
 
 
-def _adopt(old: Any) -> nn.Module:
+def _cell_of(old: Any) -> nn.Module:
     """Make a cell that holds everything that one of snnTorch holds."""
     same = {name: getattr(old, name) for name in _SAME}
     cell = SConv2dLSTM(
@@ -368,34 +264,12 @@ def _adopt(old: Any) -> nn.Module:
         state_quant=old.state_quant,
         device="meta",
     )
-    cell._adopted = {k: getattr(old, k) for k in _RECOGNISE if k not in old._modules}
     _share(old, cell, {"reset", *_chosen(old)})
     states = {name: cell._buffers.pop(name) for name in ("syn", "mem")}
     cell._non_persistent_buffers_set -= set(states)
     cell._initial_threshold = cell.threshold.detach().clone()
     cell.syn, cell.mem = states["syn"], states["mem"]
     cell.reset_mechanism_val = cell.reset_mechanism_val  # the setter also sets what runs
-    return cell
-
-
-def _give_back(old: SConv2dLSTM) -> nn.Module:
-    """Make a cell of snnTorch that holds everything that one of ours holds."""
-    callables = {name: getattr(old, name) for name in _RECOGNISE}
-    for name, original in (old._adopted or {}).items():
-        if _RECOGNISE[name](original) == callables[name]:
-            callables[name] = original
-    cell = _their_cell(  # its tensors are replaced below
-        surrogate_disable=old.surrogate_disable, reset_mechanism=old.reset_mechanism, **callables
-    )
-    for name in (*_SAME, "padding"):
-        setattr(cell, name, getattr(old, name))
-    ours = set(vars(type(old)(1, 1, 1, threshold=0.1, device="meta")))
-    ours |= {"_path", "_adopted", "_layer_name", "reset"}
-    _share(old, cell, ours)
-    for name in _chosen(cell):
-        setattr(cell, name, MethodType(getattr(cell, name).__func__, old))  # old becomes the cell
-    cell._buffers.update(syn=old.syn, mem=old.mem)
-    cell._non_persistent_buffers_set |= {"syn", "mem"}
     return cell
 
 
@@ -449,9 +323,8 @@ def patch() -> AbstractContextManager[object]:
     if _patch is not None:
         return undo
     _patch = ExitStack()
-    _make_ours(Base, SConv2dLSTM)
-    if TheirLeaky is not nn.Module:
-        _make_ours(TheirLeaky, Leaky)
+    for theirs, ours in _OURS.items():
+        _make_ours(theirs, ours)
     if not hasattr(library, _OLD_NAME):
         setattr(library, _OLD_NAME, Base)
         _patch.callback(delattr, library, _OLD_NAME)
@@ -476,10 +349,7 @@ def _make_ours(theirs: Any, ours: Any) -> None:
 
 
 def unpatch() -> None:
-    """Undo :func:`snnlstm.patch`.
-
-    Layers made under the patch stay ours: see :func:`snnlstm.restore`.
-    """
+    """Undo :func:`snnlstm.patch`. Layers made under the patch stay ours."""
     global _patch
     if _patch is not None:
         _patch.close()

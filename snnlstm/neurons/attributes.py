@@ -40,8 +40,6 @@ class CellAttributes(Base):
     _entry: Any
     """The entry of the last call."""
     _initial_threshold: Any
-    _adopted: dict[str, Any] | None = None
-    """The callables of the snnTorch cell that this one replaces, by name."""
     _layer_name: str = ""
     """The cell's name in the network that was accelerated, for the log."""
 
@@ -243,8 +241,6 @@ class CellAttributes(Base):
         state["_spec"] = state["_entry"] = None
         state["_state"] = copy(self._state)  # State.__getstate__ leaves the graph out
         state.pop("spk", None)  # spk holds the graph of the last call
-        if self._adopted is not None:
-            state["_adopted"] = {}  # snnTorch's closures cannot be pickled
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
 from functools import wraps
-from itertools import product
 from types import FunctionType
 from typing import Any, cast
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from ..calls import algorithms
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_transforms
 from ..calls.lengths import hold_last, last_state, mask_padding
-from ..calls.spec import RESETS, LeakySpec, Reset, leaky_spec
+from ..calls.spec import LeakySpec, Reset, leaky_spec
 from ..compat import snntorch
 from ..compat.registry import register, skip_ours
 from ..compat.snntorch import (
@@ -41,9 +39,6 @@ try:
     from ..native import leaky_operators as operators
 except ImportError:  # path.against_device says why
     kernels = operators = None  # type: ignore[assignment]
-
-PRIVATE = ("_base", "_path", "_layer_name", "_specs", "_entry", "_text")
-"""The attributes of an instance that only our class has."""
 
 _TRACED = Path("reference", "torch.compile traces plain operators")
 _COMPILED = Path("compiled", "torch.compile's backend chooses between kernels and plain operators")
@@ -399,30 +394,3 @@ def _may_be_infinite(threshold: Tensor) -> bool:
     if threshold.numel() == 1:
         return math.isinf(threshold.item())
     return bool(threshold.isinf().any())
-
-
-_PROBED: tuple[dict[str, Any], ...] = (
-    {}, {"graded_spikes_factor": torch.tensor(0.5, device="cpu")}, {"reset_delay": False},
-    {"inhibition": True}, {"state_quant": torch.round},
-)  # fmt: skip
-"""Attributes that decide what a layer computes."""
-
-
-def _results() -> Iterator[Any]:
-    """What a step of snnTorch's layer and of ours returns, and what it depends on."""
-    x = torch.tensor([[-1, 0.25, 0.5, 1], [0.25, 0.75, 1.5, -0.5]], device="cpu")
-    mem = torch.tensor([[0.5, 0.25, 1, 0], [2, 0.75, -1, 0.5]], device="cpu")
-    leaves = x.requires_grad_(), mem.requires_grad_()
-    for reset, beta, attributes in product(RESETS, (-0.5, 0.5, 1.5), _PROBED):
-        options = {"learn_beta": True, "learn_threshold": True, "reset_mechanism": reset}
-        layer = Leaky(beta, 0.375, **options).to("cpu")
-        for name, value in attributes.items():
-            setattr(layer, name, value)
-        theirs, ours = (
-            TheirLeaky.forward(layer, *leaves),
-            layer._plain(layer._called(*leaves), False),
-        )
-        yield theirs, ours, (*leaves, layer.beta, layer.threshold)
-
-
-snntorch.COMPARED[TheirLeaky] = _results

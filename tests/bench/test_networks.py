@@ -4,7 +4,6 @@ Our cell and Leaky are imported in the place of snnTorch's, or come by ``patch()
 ``accelerate()``. The kernels must run each of them.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import snnlstm
-from benchmarks import trained
-from benchmarks.demo import training
 from benchmarks.networks import NETWORKS, Network
 from tests.shared.helpers import close
 
@@ -95,35 +92,3 @@ def test_training_steps_stay_together(name, float64):
         kinds = {snnlstm.SConv2dLSTM, snnlstm.Leaky} if has_cells else {snnlstm.Leaky}
         assert {type(layer) for layer in layers} == kinds
         assert all(layer.path.native or "AMX" in layer.path.reason for layer in layers)
-
-
-def test_trained_networks_are_timed_beside_fresh_ones_on_the_same_digits(monkeypatch, capsys):
-    """Some noise of two classes stands for the demo's digits."""
-    labels = torch.arange(48, device="cpu") % 2
-    images = torch.rand(48, 8, 8, device="cpu") * (0.2 + 0.8 * labels[:, None, None])
-    split = images, labels, images, labels
-    monkeypatch.setattr(training, "load_split", lambda seed: split)
-    monkeypatch.setattr(trained, "EPOCHS", 2)
-    trained.weights.cache_clear()
-    for name, case in trained.FRESH.items():
-        after, cells = (
-            trained.TRAINED[f"{name}-trained"],
-            (snntorch.SConv2dLSTM, snnlstm.SConv2dLSTM),
-        )
-        fresh = theirs(case).state_dict()
-        nets = [theirs(after, cell) for cell in cells]
-        close(nets[1].state_dict(), nets[0].state_dict(), atol=0, rtol=0)
-        assert any((nets[0].state_dict()[key] - fresh[key]).abs().max() > 0.01 for key in fresh)
-        close(case.batches()[0], after.batches()[0], atol=0, rtol=0)
-        x, y = after.batches()[0]
-        assert f"T={len(x)} N={len(y)}" in after.title
-        runs = [(cells[0], after.loop), (cells[1], after.loop), (cells[1], after.sequences)]
-        losses = []
-        for cell, run in runs:
-            net = theirs(after, cell)
-            losses.append(after.train(run, net, after.optimizer(net.parameters()), x, y).item())
-        assert losses == pytest.approx([losses[0]] * 3, rel=5e-3)
-        (line,) = capsys.readouterr().out.splitlines()
-        begin, end = re.fullmatch(f"{name}: .* from ([\\d.]+) to ([\\d.]+)", line).groups()
-        assert float(end) < float(begin)
-    trained.weights.cache_clear()

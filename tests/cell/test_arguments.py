@@ -422,11 +422,9 @@ SAID = {
     ),
     # in the place of snnTorch's cell
     "model must be an nn.Module, got list": lambda: snnlstm.accelerate([]),
-    "model must be an nn.Module, got int": lambda: snnlstm.restore(3),
     "returns a report: call the model itself": lambda: snnlstm.accelerate(ours())(X),
     "surrogates must be a bool, got 'all'": lambda: snnlstm.accelerate(ours(), surrogates="all"),
     f"accelerate() {WITHOUT}": lambda: without_snntorch(snnlstm.accelerate, ours()),
-    f"restore() {WITHOUT}": lambda: without_snntorch(snnlstm.restore, ours()),
     f"patch() {WITHOUT}": lambda: without_snntorch(snnlstm.patch),
 }
 

@@ -139,8 +139,6 @@ def test_a_network_of_the_next_release_takes_the_kernels(backend, monkeypatch):
     assert snnlstm.accelerate(net).swapped == ("0", "1")
     close(net(x), expected)
     backend.check(net[0].path)
-    assert snnlstm.restore(net).swapped == ("0", "1")
-    assert net[0].spike_grad is made
 
 
 EDGES = [*ALL, ("SFS", {"slope": 5, "B": 0.125})]

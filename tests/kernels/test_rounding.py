@@ -134,6 +134,16 @@ def test_one_value_is_found_in_images_of_any_layout(isa, channels, layout):
         assert found == list(zip(percentages, (50, 1, 1, torch.inf, 1), strict=True))
 
 
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "expanded"])
+def test_every_third_value_of_a_wider_x_is_looked_at(isa, layout):
+    case = LAYER.but(in_channels=5, channels=1, height=60, width=61, time=1)
+    x = torch.arange(2 * 5 * 60 * 61.0).view(1, 2, 5, 60, 61)
+    in_memory = x.movedim(2, -1) if layout == "channels_last" else x
+    sample = in_memory.flatten()[::3]
+    x[torch.isin(x, sample[::4])] = 0
+    assert facts(case, laid_out(x, layout)) == (75, sample.max())
+
+
 def test_threads_look_at_all_of_a_large_x():
     case = LAYER.but(channels=1, batch=33, height=96, width=97, in_channels=3, time=1)
     x = torch.zeros(1, 33, 3, 96, 97)

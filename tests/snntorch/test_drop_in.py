@@ -56,7 +56,7 @@ snnlstm.SConv2dLSTM.init()
 print(snnlstm.compat.snntorch.Base.__module__)
 net = snnlstm.Sequential(cell, nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(75, 2))
 assert net(torch.zeros(4, 2, 2, 5, 5)).shape == (4, 2, 2)
-for refused in (snnlstm.accelerate, snnlstm.restore, lambda model: snnlstm.patch()):
+for refused in (snnlstm.accelerate, lambda model: snnlstm.patch()):
     try:
         refused(net)
     except ImportError as error:
@@ -90,7 +90,7 @@ def test_a_missing_or_broken_snntorch_costs_no_more_than_its_features(tmp_path, 
     base, *refused = done.stdout.splitlines()
     assert base == "torch.nn.modules.module"
     assert [line.split(", which")[0] for line in refused] == [
-        f"{function}() needs snntorch" for function in ("accelerate", "restore", "patch")
+        f"{function}() needs snntorch" for function in ("accelerate", "patch")
     ]
     assert said in done.stderr
 
@@ -142,7 +142,6 @@ def test_patch_leaves_old_cells_and_subclasses_alone():
         utils.reset(model)
         assert not any(cell.mem.any() for cell in model)
         utils.reset(nn.Sequential(old))  # this network holds old cells alone
-        assert type(snnlstm.restore(model[1]).model) is snntorch.SConv2dLSTM
 
 
 def test_patched_code_with_the_old_names_runs(monkeypatch):

@@ -48,10 +48,6 @@ LAYERS = {
     "a pickle": lambda: pickle.loads(pickle.dumps(leaky())),
 }
 made = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-RESTORED = {
-    "a restored cell": lambda: snnlstm.restore(ours()).model,
-    "a restored leaky": lambda: snnlstm.restore(leaky()).model,
-}
 
 
 @made
@@ -74,14 +70,6 @@ def test_layers_are_not_kept_alive(make):
     assert not snntorch.SpikingNeuron.instances
 
 
-@pytest.mark.parametrize("make", RESTORED.values(), ids=RESTORED)
-def test_restored_layers_are_not_kept_alive_either(make):
-    """They hold their own method, as all of snnTorch's do, so the garbage collector frees them."""
-    seen = weakref.ref(make())
-    gc.collect()
-    assert seen() is None
-
-
 def test_the_layers_may_be_walked_while_a_cell_dies():
     """Python clears all weak references to an object, and then calls their callbacks in turn."""
     walks = []
@@ -99,7 +87,7 @@ def test_the_layers_may_be_walked_while_a_cell_dies():
     assert walks
 
 
-@pytest.mark.parametrize("make", [*LAYERS.values(), *RESTORED.values()], ids=[*LAYERS, *RESTORED])
+@made
 def test_snntorch_reaches_every_living_layer(make):
     layer, gone = make(), make()
     kind = snntorch.Leaky if isinstance(layer, snntorch.Leaky) else snntorch.SConv2dLSTM
@@ -116,8 +104,8 @@ def test_snntorch_reaches_every_living_layer(make):
 def test_the_list_is_a_list_of_snntorchs_neurons():
     first, net = snntorch.Synaptic(0.9, 0.8), nn.Sequential(theirs(), leaky(snntorch))
     kept = leaky(), ours()
-    for swap in (snnlstm.accelerate, snnlstm.restore, snnlstm.accelerate):
-        swap(net)
+    for _ in range(2):
+        snnlstm.accelerate(net)
         other = snntorch.Leaky(0.9)
         known = snntorch.SpikingNeuron.instances
         assert isinstance(known, list)
@@ -183,7 +171,7 @@ def test_stored_states_can_be_detached_in_place(backend, options):
 
 def test_the_registries_survive_being_cleared(monkeypatch):
     monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
-    for make in (*LAYERS.values(), *RESTORED.values()):
+    for make in LAYERS.values():
         before = make()
         snntorch.SpikingNeuron.init()
         after = make()
