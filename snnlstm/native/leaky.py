@@ -130,6 +130,8 @@ class Plan:
         The memory of all steps and of one, as the kernels read and write it.
     fits : bool
         Whether mem has the shape of a step.
+    memory : list of (shape, strides, dtype)
+        The memory of beta and threshold.
     places : list
         What :func:`place` returns for beta and threshold.
     copies : bool
@@ -144,6 +146,7 @@ class Plan:
         self.whole = x.shape, x.stride(), *of_x
         self.step = step = x.shape[sequence:], x.stride()[sequence:], *of_x
         self.fits = call.mem.shape == step[0]
+        self.memory = [(p.shape, p.stride(), p.dtype) for p in call[2:4]]
         self.places = [place(parameter, *step[:2]) for parameter in call[2:4]]
         # What equal calls share of the fields (csrc/args.h).
         self.first = (
@@ -181,23 +184,38 @@ class Plan:
         )
         return beta, threshold, graded
 
-    def _fields(self, numbers: Sequence[Tensor], before: Tensor | None) -> tuple[Any, ...]:
-        """Both passes' fields (csrc/args.h)."""
-        beta, threshold, graded = numbers
+    def _fields(
+        self, beta: int, threshold: int, graded: Tensor, before: Tensor | None
+    ) -> tuple[Any, ...]:
+        """Both passes' fields (csrc/args.h), from the addresses of beta and threshold."""
         return (
-            *self.first, beta.data_ptr(), *self.of_beta, threshold.data_ptr(), *self.of_threshold,
-            graded.data_ptr(), pointer(before),
+            *self.first, beta, *self.of_beta, threshold, *self.of_threshold, graded.data_ptr(),
+            pointer(before),
         )  # fmt: skip
 
     def forward(self, call: LeakyCall, record: bool) -> tuple[Tensor, Tensor]:
         """Run the forward kernels; return spk and mem of each step, or only the last mem."""
         if self.copies:
             call = self._readable(call)
-        x, mem = call.x, call.mem
+        x, mem, beta, threshold, graded = call[:5]
         spk, after = self._empty_like(x), self._empty_like(x if record else mem)
+        fields = self._fields(beta.data_ptr(), threshold.data_ptr(), graded, mem)
         into = x.data_ptr(), spk.data_ptr(), after.data_ptr(), record
-        self.backend.leaky((*self._fields(call[2:5], mem), *into), False, self.device)
+        self.backend.leaky((*fields, *into), False, self.device)
         return spk, after
+
+    def as_read(self, parameters: Sequence[Tensor], read: Sequence[Any]) -> Sequence[Tensor]:
+        """beta, threshold and graded, the first two with the numbers that a forward pass `read`."""
+        out = []
+        kept = zip(parameters[:2], read[:2], read[2:], self.memory, strict=True)
+        for now, storage, offset, (shape, strides, dtype) in kept:
+            then = now
+            if now.untyped_storage() is not storage or now.storage_offset() != offset:
+                then = now.clone()  # a derivative of the gradient reaches the parameter through it
+                numbers = torch.empty(0, dtype=dtype, device=self.device)
+                then.data = numbers.set_(storage, offset, shape, strides)
+            out.append(then)
+        return *out, parameters[2]
 
     @pool.where_it_fits
     def backward(
@@ -205,12 +223,15 @@ class Plan:
         before: Tensor | None,
         after: Tensor,
         parameters: Sequence[Tensor],
+        read: Sequence[Any],
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
     ) -> Sequence[Tensor | None]:
         """The gradients of x and mem, and those of beta and threshold, per neuron.
 
         `before` and `after`, mem of all steps, may have another layout than in the forward pass.
+        `read` has the storages of beta and threshold, and in these the indices of their first
+        numbers, as that pass has read them.
         """
         sequence, surrogate = self.spec.sequence, self.spec.surrogate
         after = _laid_out(after, *self.whole)
@@ -223,9 +244,16 @@ class Plan:
         x = _empty_like(after, self.types[0]) if wanted[0] else None
         mem = _empty_like(like, self.dtype) if wanted[1] or sequence else None
         sums = [_empty_like(like, self.dtype) if want else None for want in wanted[2:]]
-        numbers = self._numbers(parameters)  # they must live while the kernels run
+        if self.copies:  # the numbers must live while the kernels run
+            *numbers, graded = self._numbers(self.as_read(parameters, read))
+            addresses = [number.data_ptr() for number in numbers]
+        else:  # storages may have moved, as FSDP's do
+            graded, size = contiguous_as(parameters[2], self.dtype), self.dtype.itemsize
+            beta, threshold, beta_at, threshold_at = read
+            addresses = beta.data_ptr() + beta_at * size, threshold.data_ptr() + threshold_at * size
         others = map(pointer, (after, noise, *laid, x, mem, *sums))
-        self.backend.leaky((*self._fields(numbers, before), *others), True, self.device)
+        fields = self._fields(*addresses, graded, before)
+        self.backend.leaky((*fields, *others), True, self.device)
         return x, mem, *sums
 
 
@@ -275,10 +303,14 @@ def _forward(ctx: Any, plan: Plan, call: LeakyCall, *_tensors: Tensor) -> tuple[
     """Run the kernels; the tensors are those that may require a gradient."""
     spk, after = plan.forward(call, True)
     _, _, *others, of_beta, of_threshold = ctx.needs_input_grad
+    mem, beta, threshold, graded = call[1:5]
     reset = plan.spec.reset
     is_read = of_beta or of_threshold or reset == "zero"
-    ctx.save_for_backward(call.mem if is_read else None, after, *call[2:5])
-    ctx.plan = plan
+    ctx.save_for_backward(mem if is_read else None, after, beta, threshold, graded)
+    # An assignment to a parameter's ``.data``, which autograd does not notice, gives the parameter
+    # other memory. An alias of the old memory would take three times as long as its storage.
+    at = beta.storage_offset(), threshold.storage_offset()
+    ctx.kept = plan, (beta.untyped_storage(), threshold.untyped_storage(), *at)
     ctx.set_materialize_grads(False)
     constant = () if plan.spec.surrogate.kind else (spk,)
     if reset != "subtract" and not (any(others) or of_beta):
@@ -291,13 +323,14 @@ def _forward(ctx: Any, plan: Plan, call: LeakyCall, *_tensors: Tensor) -> tuple[
 def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The gradients of the Function's arguments: plan, call, x, mem, beta and threshold."""
     before, after, *parameters = ctx.saved_tensors
-    plan = ctx.plan
+    plan, read = ctx.kept
     wanted = reached(ctx.needs_input_grad[2:], plan.spec.reset, grads)
     per_neuron: Sequence[Any]
     if torch.is_grad_enabled() or beyond_kernels(grads):
+        parameters = plan.as_read(parameters, read)
         per_neuron = _by_formula(plan.spec, before, after, parameters, grads, wanted)
     else:
-        per_neuron = plan.backward(before, after, parameters, grads, wanted)
+        per_neuron = plan.backward(before, after, parameters, read, grads, wanted)
     return None, None, *of_arguments(per_neuron, parameters, plan.types, wanted)
 
 
@@ -358,7 +391,7 @@ def _by_formula(
             signal = (previous - threshold > 0).to(previous.dtype).detach()
             if reset == "zero":
                 carried, previous = carried * (1 - signal), previous * (1 - signal)
-            d_beta = d_beta + grad * previous * inside
+            d_beta = d_beta + torch.where(inside, grad * previous, 0)  # mem may be infinite
             d_threshold = d_threshold - through_spk
             if reset == "subtract":
                 d_threshold = d_threshold - grad * signal

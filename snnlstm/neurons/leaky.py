@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..calls import algorithms
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_transforms
 from ..calls.lengths import hold_last, last_state, mask_padding
-from ..calls.spec import RESETS, LeakySpec, Reset, leaky_spec
+from ..calls.spec import FINITE, RESETS, LeakySpec, Reset, leaky_spec
 from ..compat import snntorch
 from ..compat.registry import instances, register
 from ..compat.snntorch import (
@@ -26,15 +26,14 @@ from ..compat.snntorch import (
     reader_of,
     recognise_quant,
     recognise_surrogate,
-    recognise_traced,
 )
-from ..compat.torch_private import NO_LEVEL, has_ended, level_of
+from ..compat.torch_private import NO_LEVEL, backward_pass, has_ended, level_of
 from ..dispatch.entry import last_entry, run_leaky
 from ..dispatch.path import LastPath, Path, log_fallback
-from ..dispatch.reasons import recorded_now, unrecorded_while_tracing
+from ..dispatch.reasons import operator_path, recorded_now
 from ..reference import leaky_step, real_dtype
 from ..surrogate import NONE, Surrogate
-from .state import NO_RESET
+from .state import NO_RESET, let_pass
 
 try:
     from ..native import leaky as kernels
@@ -42,16 +41,18 @@ try:
 except ImportError:  # path.against_device says why
     kernels = operators = None  # type: ignore[assignment]
 
-PRIVATE = ("_base", "_path", "_layer_name", "_specs", "_entry", "_text")
+PRIVATE = ("_base", "_path", "_layer_name", "_specs", "_entry", "_text", "_known", "_numbers")
+PRIVATE += ("_stored_in",)
 """The attributes of an instance that only our class has."""
 
 _TRACED = Path("reference", "torch.compile traces plain operators")
-_COMPILED = Path("compiled", "torch.compile's backend chooses between kernels and plain operators")
 _parameters_of = operator.itemgetter(*LEAKY_PARAMETERS)
 _TENSORS = {Tensor, nn.Parameter}
 _CLOSURES: dict[str, Any] = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
 _DECIDING = {"spike_grad", "_base", "reset_delay", "inhibition", "state_quant"}
 """The attributes that decide what a layer computes."""
+_READ = {"threshold", "reset_mechanism_val"}
+"""The tensors whose numbers decide what plain torch must compute."""
 _BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # what surrogate_disable makes of spike_grad
 
 
@@ -97,7 +98,14 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     _base: str
     """Name of the method that is ``state_function``."""
     _text: str = ""
-    """Reset and surrogate for an operator; empty if plain torch must run the layer."""
+    """Reset, surrogate and whether the threshold is finite, for an operator; empty if plain torch
+    must run the layer."""
+    _known: Surrogate | None = None
+    """The surrogate, if traced code may know it."""
+    _numbers: tuple[bool, int] = True, 0
+    """Whether the threshold may be infinite or NaN, and the number of the reset."""
+    _stored_in: int = -1
+    """The last backward pass in which mem was stored."""
 
     @wraps(TheirLeaky.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -106,17 +114,32 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         register(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mem":
+            self._note_pass()
+            if isinstance(value, nn.Parameter):  # nn.Module would register it
+                self._buffers["mem"] = value
+                return
         super().__setattr__(name, value)
-        if name in _DECIDING:
-            self._remake_text()
+        if name in _DECIDING or (name in _READ and not torch.compiler.is_compiling()):
+            self._prepare()
 
-    def _remake_text(self) -> None:
-        """Make the text again, at once, because torch.compile must find it ready."""
+    def _prepare(self) -> None:
+        """Find out, at once, what code that torch.compile traces must find ready."""
         attributes = self.__dict__
-        attributes["_specs"], attributes["_text"] = None, ""
-        whole = _DECIDING.issubset(attributes)  # snnTorch's constructor sets one after another
-        if whole and type(self.spike_grad) in (Surrogate, FunctionType):
+        attributes["_specs"], attributes["_text"], attributes["_known"] = None, "", None
+        if not _DECIDING.issubset(attributes):  # snnTorch's constructor sets one after another
+            return
+        if not torch.compiler.is_compiling():
+            number, threshold = self._parameter("reset_mechanism_val"), self._parameter("threshold")
+            unreadable = number.is_meta or recorded_now() is not None
+            chosen = RESETS.index(self.reset_mechanism) if unreadable else int(number)
+            attributes["_numbers"] = _may_be_infinite(threshold), chosen
+        if type(self.spike_grad) in (Surrogate, FunctionType):
             self._described()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._prepare()
 
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
@@ -162,7 +185,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without what cannot be copied: mem's graph, snnTorch's closures."""
         state = self.__dict__.copy()
-        for name in ("_specs", "_entry"):
+        for name in ("_specs", "_entry", "_stored_in"):
             state.pop(name, None)
         for name, recognise in _CLOSURES.items():
             if isinstance(state.get(name), FunctionType):
@@ -173,7 +196,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._remake_text()
+        self._prepare()
         register(self)
 
     # ---- the call -------------------------------------------------------------------------
@@ -207,11 +230,10 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         call = self._called(input_, mem)
         try:
             if replaced is not None:
-                path = Path("reference", replaced, slow=True)
-                return self._without_kernels(path, call, mem, True)
+                return self._theirs(input_, mem, Path("reference", replaced, slow=True))
             spk, after, path = run_leaky(self.__dict__, call, self._described(), recorded_now())
             if spk is None:
-                return self._without_kernels(path, call, mem, False)
+                spk, after = self._plain(call)
         except RuntimeError:
             check_transforms(input_, mem=call.mem)
             raise
@@ -256,73 +278,74 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def _traced(self, x: Tensor, mem: Tensor | None, replaced: str | None) -> Any:
         """Run a step that torch.compile traces: as one operator, or in plain torch."""
+        if replaced is not None:
+            object.__setattr__(self, "_path", _TRACED)  # nn.Module's takes long to trace
+            return super().forward(x, mem)
         before: Any = self._buffers.get("mem") if mem is None else mem
-        call = LeakyCall(x, before, *map(self._parameter, LEAKY_PARAMETERS))
+        call, path = LeakyCall(x, before, *map(self._parameter, LEAKY_PARAMETERS)), None
         if (
-            replaced is not None or operators is None or not self._text
-            or not unrecorded_while_tracing() or algorithms.current == "reference"
-            or kernels.reason_against(call, False) is not None
+            operators is not None and self._text and algorithms.current != "reference"
+            and kernels.reason_against(call, False) is None
         ):  # fmt: skip
-            return self._without_kernels(_TRACED, call, mem, replaced is not None)
-        spk, after = operators.leaky(*call[:5], self._text, False, False)
+            path = operator_path()
+        if path is not None:
+            spk, after = operators.leaky(*call[:5], self._text, False, False)
+        else:
+            spk, after = self._step(call, self._known or self.spike_grad, *self._numbers)
         self._buffers["mem"] = after
-        object.__setattr__(self, "_path", _COMPILED)  # nn.Module's takes long to trace
+        object.__setattr__(self, "_path", path or _TRACED)
         return spk if self.init_hidden and not self.output else (spk, after)
 
-    def _without_kernels(
-        self, path: Path, call: LeakyCall, mem: Tensor | None, replaced: bool
-    ) -> Any:
-        """Run a step in plain torch; if a method was `replaced`, snnTorch's forward.
-
-        `mem` is None if the call continues from the stored state.
-        """
+    def _theirs(self, x: Tensor, mem: Tensor | None, path: Path) -> Any:
+        """Run snnTorch's forward, because a method was replaced."""
         before: Any = self._buffers.get("mem")
-        traced, attributes = path is _TRACED, self.__dict__
-        if replaced:
-            try:
-                out = super().forward(call.x, mem)
-            except BaseException:  # snnTorch stores mem before it is done
-                self._buffers["mem"] = before
-                raise
-        else:
-            spk, after = self._plain(call, traced)
-            out = spk if self.init_hidden and not self.output else (spk, after)
-            if traced:
-                self.mem = after
-            else:  # nn.Module.__setattr__ is slow
-                self._buffers["mem"] = after
-                attributes.pop("reset", None)
-        if traced:
-            self._path = path
-        elif attributes.get("_path") is not path:
-            attributes["_path"] = path
-            if path.slow:
-                log_fallback(path, self)
+        try:
+            out = super().forward(x, mem)
+        except BaseException:  # snnTorch stores mem before it is done
+            self._buffers["mem"] = before
+            raise
+        self._tell(path)
         return out
 
-    def _plain(self, call: LeakyCall, traced: bool) -> tuple[Tensor, Tensor]:
-        """One step in plain torch."""
-        x, mem, beta, threshold, graded = call[:5]
-        dtype = real_dtype(x, beta)
-        reset, delay = snntorch.STATE_FUNCTIONS[self._base], self.reset_delay
-        guard = traced
-        if not traced and (reset == "subtract" or not delay):
-            guard = _may_be_infinite(threshold)
-        at_once: Any = None
-        if not delay:  # the compiler cannot read the number
-            number = self._parameter("reset_mechanism_val")
-            at_once = number if traced else int(number)
+    def _plain(self, call: LeakyCall) -> tuple[Tensor, Tensor]:
+        """Run a step in plain torch."""
+        subtracts = snntorch.STATE_FUNCTIONS[self._base] == "subtract" or not self.reset_delay
+        number = 0 if self.reset_delay else int(self._parameter("reset_mechanism_val"))
+        guard = subtracts and _may_be_infinite(call.threshold)
+        return self._step(call, self._described().surrogate or self.spike_grad, guard, number)
+
+    def _step(
+        self, call: LeakyCall, surrogate: Any, guard: bool, number: int
+    ) -> tuple[Tensor, Tensor]:
+        dtype, at_once = real_dtype(call.x, call.beta), None if self.reset_delay else number
         return leaky_step(
-            x, mem, beta, threshold, graded, self._spikes(dtype, traced), reset, dtype, guard,
-            at_once, self.state_quant or None, self.inhibition,
+            *call[:5], surrogate, snntorch.STATE_FUNCTIONS[self._base], dtype, guard, at_once,
+            self.state_quant or None, self.inhibition,
         )  # fmt: skip
 
     def _keep(self, mem: Tensor, path: Path) -> None:
         """Keep the results of a call that succeeded."""
-        attributes = self.__dict__
+        if backward_pass() != -1:
+            self._note_pass()
         self._buffers["mem"] = mem
-        attributes["_path"] = path
-        attributes.pop("reset", None)
+        self.__dict__.pop("reset", None)
+        self._tell(path)
+
+    def _tell(self, path: Path) -> None:
+        """Tell what has run."""
+        attributes = self.__dict__
+        if attributes.get("_path") is not path:
+            attributes["_path"] = path
+            if path.slow:
+                log_fallback(path, self)
+
+    def _note_pass(self) -> None:
+        """Note the backward pass, if any, in which mem changes; when it ends, mem is as before."""
+        if not torch.compiler.is_compiling():
+            now = backward_pass()
+            if now not in (-1, self._stored_in):
+                let_pass(self._buffers)
+                self.__dict__["_stored_in"] = now
 
     # ---- what the layer computes --------------------------------------------------------------
 
@@ -347,16 +370,10 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if known or kind is None:  # else the attempt may have failed
             attributes["_specs"] = asked, read, [*read()], specs
         written = type(theirs) in (Surrogate, FunctionType)
-        attributes["_text"] = specs[0].serialized if written else ""
+        finite = "" if self._numbers[0] else FINITE
+        attributes["_text"] = written and specs[0].serialized and specs[0].serialized + finite
+        attributes["_known"] = specs[0].surrogate if written else None
         return specs[sequence]
-
-    def _spikes(self, dtype: torch.dtype, traced: bool) -> Any:
-        """Return what computes spikes in plain torch: our surrogate, or ``spike_grad`` itself."""
-        theirs = self.spike_grad
-        if not traced:
-            return self._described().surrogate or theirs
-        # The compiler traces snnTorch's closures as they are, but their gradients are of float32.
-        return recognise_traced(theirs) if dtype is torch.float64 else theirs
 
     def _parameter(self, name: str) -> Any:
         """Return a parameter or buffer; nn.Module's search takes a microsecond."""
@@ -390,12 +407,12 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
 
 def _may_be_infinite(threshold: Tensor) -> bool:
-    """Whether a threshold has an infinity; True if reading its numbers is impossible or slow."""
+    """Whether a threshold may have infinities or NaN; True if to read it is impossible or slow."""
     if threshold.device.type != "cpu" or type(threshold) not in _TENSORS or recorded_now():
         return True
     if threshold.numel() == 1:
-        return math.isinf(threshold.item())
-    return bool(threshold.isinf().any())
+        return not math.isfinite(threshold.item())
+    return not bool(threshold.isfinite().all())
 
 
 _PROBED: tuple[dict[str, Any], ...] = (
@@ -417,7 +434,7 @@ def _results() -> Iterator[Any]:
             setattr(layer, name, value)
         theirs, ours = (
             TheirLeaky.forward(layer, *leaves),
-            layer._plain(layer._called(*leaves), False),
+            layer._plain(layer._called(*leaves)),
         )
         yield theirs, ours, (*leaves, layer.beta, layer.threshold)
 
