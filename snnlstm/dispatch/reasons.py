@@ -264,6 +264,8 @@ def _leaky_reason(call: LeakyCall, spec: LeakySpec) -> Path | None:
     """Why plain torch must run a call of a Leaky and all similar calls."""
     if not OF_TORCH.issuperset(map(type, call[:2])):
         return Path("reference", "x or mem is of a subclass of Tensor")
+    if call.x.layout is not torch.strided or call.mem.layout is not torch.strided:
+        return Path("reference", "x or mem is sparse")
     path = against_device(call.x.device)
     if path is None and leaky is not None:
         reason = spec.against or leaky.reason_against(call, spec.sequence)

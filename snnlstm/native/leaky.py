@@ -245,14 +245,14 @@ class Plan:
         mem = _empty_like(like, self.dtype) if wanted[1] or sequence else None
         sums = [_empty_like(like, self.dtype) if want else None for want in wanted[2:]]
         if self.copies:  # the numbers must live while the kernels run
-            *numbers, graded = self._numbers(self.as_read(parameters, read))
-            addresses = [number.data_ptr() for number in numbers]
+            beta, threshold, graded = self._numbers(self.as_read(parameters, read))
+            at = beta.data_ptr(), threshold.data_ptr()
         else:  # storages may have moved, as FSDP's do
             graded, size = contiguous_as(parameters[2], self.dtype), self.dtype.itemsize
-            beta, threshold, beta_at, threshold_at = read
-            addresses = beta.data_ptr() + beta_at * size, threshold.data_ptr() + threshold_at * size
+            beta, threshold, first, other = read
+            at = beta.data_ptr() + first * size, threshold.data_ptr() + other * size
         others = map(pointer, (after, noise, *laid, x, mem, *sums))
-        fields = self._fields(*addresses, graded, before)
+        fields = self._fields(*at, graded, before)
         self.backend.leaky((*fields, *others), True, self.device)
         return x, mem, *sums
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..calls import algorithms
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_transforms
 from ..calls.lengths import hold_last, last_state, mask_padding
-from ..calls.spec import FINITE, RESETS, LeakySpec, Reset, leaky_spec
+from ..calls.spec import FINITE, RESETS, LeakySpec, Reset, check_dense, leaky_spec
 from ..compat import snntorch
 from ..compat.registry import instances, register
 from ..compat.snntorch import (
@@ -33,7 +33,7 @@ from ..dispatch.path import LastPath, Path, log_fallback
 from ..dispatch.reasons import operator_path, recorded_now
 from ..reference import leaky_step, real_dtype
 from ..surrogate import NONE, Surrogate
-from .state import NO_RESET, let_pass
+from .state import NO_RESET, note_pass
 
 try:
     from ..native import leaky as kernels
@@ -41,8 +41,10 @@ try:
 except ImportError:  # path.against_device says why
     kernels = operators = None  # type: ignore[assignment]
 
-PRIVATE = ("_base", "_path", "_layer_name", "_specs", "_entry", "_text", "_known", "_numbers")
-PRIVATE += ("_stored_in",)
+PRIVATE = (
+    "_base", "_path", "_layer_name", "_specs", "_entry", "_text", "_known", "_numbers",
+    "_stored_in",
+)  # fmt: skip
 """The attributes of an instance that only our class has."""
 
 _TRACED = Path("reference", "torch.compile traces plain operators")
@@ -115,7 +117,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mem":
-            self._note_pass()
+            self.__dict__["_stored_in"] = note_pass(self._buffers, self._stored_in)
             if isinstance(value, nn.Parameter):  # nn.Module would register it
                 self._buffers["mem"] = value
                 return
@@ -235,7 +237,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             if spk is None:
                 spk, after = self._plain(call)
         except RuntimeError:
-            check_transforms(input_, mem=call.mem)
+            _explain(input_, call.mem)
             raise
         self._keep(after, path)
         return spk if self.init_hidden and not self.output else (spk, after)
@@ -255,7 +257,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
                 call = call._replace(x=x, mem=kernels.fitting(call.mem, x, True))
             spk, mem, path = run_leaky(self.__dict__, call, self._described(True), None)
         except RuntimeError:
-            check_transforms(x, mem=call.mem)
+            _explain(x, call.mem)
             raise
         after = mem[-1].clone() if mem.shape == x.shape else mem
         if lengths is not None:
@@ -325,27 +327,20 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def _keep(self, mem: Tensor, path: Path) -> None:
         """Keep the results of a call that succeeded."""
+        attributes = self.__dict__
         if backward_pass() != -1:
-            self._note_pass()
+            attributes["_stored_in"] = note_pass(self._buffers, self._stored_in)
         self._buffers["mem"] = mem
-        self.__dict__.pop("reset", None)
+        attributes.pop("reset", None)
         self._tell(path)
 
     def _tell(self, path: Path) -> None:
-        """Tell what has run."""
+        """Keep the path of a call, and log a slow one."""
         attributes = self.__dict__
         if attributes.get("_path") is not path:
             attributes["_path"] = path
             if path.slow:
                 log_fallback(path, self)
-
-    def _note_pass(self) -> None:
-        """Note the backward pass, if any, in which mem changes; when it ends, mem is as before."""
-        if not torch.compiler.is_compiling():
-            now = backward_pass()
-            if now not in (-1, self._stored_in):
-                let_pass(self._buffers)
-                self.__dict__["_stored_in"] = now
 
     # ---- what the layer computes --------------------------------------------------------------
 
@@ -404,6 +399,13 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if self.state_quant:
             return "state_quant"
         return None if known else "the surrogate is not a known one"
+
+
+def _explain(x: Tensor, mem: Tensor) -> None:
+    """Raise a clearer error than torch's operators do for tensors that these cannot take."""
+    check_transforms(x, mem=mem)
+    check_dense("input_", x)
+    check_dense("mem", mem)
 
 
 def _may_be_infinite(threshold: Tensor) -> bool:

@@ -23,13 +23,19 @@ NO_RESET = "no reset signal is kept: mem_reset(mem) computes it from the mem bef
 """The error of the attribute ``reset`` of a cell and of a Leaky."""
 
 
-def let_pass(states: dict[str, Any]) -> None:
-    """Let a layer's `states` be as they are now when the backward pass ends that is running.
+def note_pass(states: dict[str, Any], last: int) -> int:
+    """Let a layer's `states` change in a backward pass, and be as before when the pass ends.
 
-    torch.utils.checkpoint calls layers again in a backward pass, the last steps first, and stops as
-    soon as it has the last tensor that was saved, before the last call returns.
+    torch.utils.checkpoint calls layers again in a backward pass, the last steps first, and stops
+    with the last tensor that was saved, before the last call returns. `last` is the pass in which
+    the states changed last. The result is the one that is running, or -1.
     """
-    at_end_of_backward(partial(states.update, states.copy()))
+    if torch.compiler.is_compiling():
+        return last
+    now = backward_pass()
+    if now not in (-1, last):
+        at_end_of_backward(partial(states.update, states.copy()))
+    return now
 
 
 class State:
@@ -51,16 +57,8 @@ class State:
         self._restart(empty, empty.clone())
 
     def _restart(self, syn: Tensor, mem: Tensor) -> None:
-        self._note_pass()
+        self.stored_in = note_pass(self.__dict__, self.stored_in)
         self.syn, self.mem, self.restarted = syn, mem, True
-
-    def _note_pass(self) -> None:
-        """Note in which backward pass the states change; when it ends, they are as before it."""
-        if not torch.compiler.is_compiling():
-            now = backward_pass()
-            if now not in (-1, self.stored_in):
-                let_pass(self.__dict__)
-            self.stored_in = now
 
     def shared(self) -> State:
         """Return a replica with the same tensors; it stores later states for itself."""
@@ -72,7 +70,7 @@ class State:
         """Take a state that the user has set."""
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {value!r}")
-        self._note_pass()
+        self.stored_in = note_pass(self.__dict__, self.stored_in)
         setattr(self, name, value)
         self.restarted = False
 
@@ -126,7 +124,7 @@ class State:
 
     def store(self, syn: Tensor, mem: Tensor) -> None:
         """Keep the states after a call."""
-        self._note_pass()
+        self.stored_in = note_pass(self.__dict__, self.stored_in)
         self.syn, self.mem, self.restarted = syn, mem, False
 
     def readable(self) -> bool:
