@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, broadcasts
 from ..calls.keys import OF_TORCH, BoundedDict, key_of
 from ..calls.spec import DTYPES, RESETS, LeakySpec
@@ -130,8 +131,6 @@ class Plan:
         The memory of all steps and of one, as the kernels read and write it.
     fits : bool
         Whether mem has the shape of a step.
-    memory : list of (shape, strides, dtype)
-        The memory of beta and threshold.
     places : list
         What :func:`place` returns for beta and threshold.
     copies : bool
@@ -146,7 +145,6 @@ class Plan:
         self.whole = x.shape, x.stride(), *of_x
         self.step = step = x.shape[sequence:], x.stride()[sequence:], *of_x
         self.fits = call.mem.shape == step[0]
-        self.memory = [(p.shape, p.stride(), p.dtype) for p in call[2:4]]
         self.places = [place(parameter, *step[:2]) for parameter in call[2:4]]
         # What equal calls share of the fields (csrc/args.h).
         self.first = (
@@ -157,7 +155,11 @@ class Plan:
         small = x.dtype is self.dtype and x.nbytes < pool.SMALLEST
         self._empty_like = torch.empty_like if small else partial(_empty_like, dtype=self.dtype)
         call = self.fitted(call)
-        self.copies = not all(map(operator.is_, self._readable(call)[:5], call))
+        readable = self._readable(call)
+        self.copies = not all(map(operator.is_, readable[:5], call))
+        self._kept: BoundedDict[Any, Any] = BoundedDict(32)  # by the addresses of the parameters
+        self._bytes = [number.nbytes for number in readable[2:4]]
+        self._compares = self.device.type == "cpu" and not self.copies
 
     def fitted(self, call: LeakyCall) -> LeakyCall:
         """The call with a mem of the shape of a step."""
@@ -184,54 +186,60 @@ class Plan:
         )
         return beta, threshold, graded
 
-    def _fields(
-        self, beta: int, threshold: int, graded: Tensor, before: Tensor | None
-    ) -> tuple[Any, ...]:
-        """Both passes' fields (csrc/args.h), from the addresses of beta and threshold."""
+    def _fields(self, numbers: Sequence[Tensor], before: Tensor | None) -> tuple[Any, ...]:
+        """Both passes' fields (csrc/args.h)."""
+        beta, threshold, graded = numbers
         return (
-            *self.first, beta, *self.of_beta, threshold, *self.of_threshold, graded.data_ptr(),
-            pointer(before),
+            *self.first, beta.data_ptr(), *self.of_beta, threshold.data_ptr(), *self.of_threshold,
+            graded.data_ptr(), pointer(before),
         )  # fmt: skip
+
+    def kept(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """beta and threshold for the backward pass, as the core reads them.
+
+        They stay what they are when users assign to the ``.data`` of a parameter, or write to it,
+        which autograd does not notice; on CUDA only the former. Equal numbers share a copy.
+        """
+        if not self._compares:
+            numbers = self._numbers(parameters) if self.copies else parameters
+            aliases = [number.data for number in numbers[:2]]
+            return aliases if self.device.type != "cpu" else [alias.clone() for alias in aliases]
+        beta, threshold, _ = parameters
+        at = first, second = beta.data_ptr(), threshold.data_ptr()
+        kept = self._kept.get(at)
+        if kept is not None:
+            copies, copy, other = kept
+            if _C.same(first, copy, self._bytes[0]) and _C.same(second, other, self._bytes[1]):
+                return copies
+            self._kept.pop(at, None)
+        copies = beta.detach().clone(), threshold.detach().clone()
+        self._kept.keep(at, (copies, *map(pointer, copies)))
+        return copies
 
     def forward(self, call: LeakyCall, record: bool) -> tuple[Tensor, Tensor]:
         """Run the forward kernels; return spk and mem of each step, or only the last mem."""
         if self.copies:
             call = self._readable(call)
-        x, mem, beta, threshold, graded = call[:5]
+        x, mem = call.x, call.mem
         spk, after = self._empty_like(x), self._empty_like(x if record else mem)
-        fields = self._fields(beta.data_ptr(), threshold.data_ptr(), graded, mem)
         into = x.data_ptr(), spk.data_ptr(), after.data_ptr(), record
-        self.backend.leaky((*fields, *into), False, self.device)
+        self.backend.leaky((*self._fields(call[2:5], mem), *into), False, self.device)
         return spk, after
-
-    def as_read(self, parameters: Sequence[Tensor], read: Sequence[Any]) -> Sequence[Tensor]:
-        """beta, threshold and graded, the first two with the numbers that a forward pass `read`."""
-        out = []
-        kept = zip(parameters[:2], read[:2], read[2:], self.memory, strict=True)
-        for now, storage, offset, (shape, strides, dtype) in kept:
-            then = now
-            if now.untyped_storage() is not storage or now.storage_offset() != offset:
-                then = now.clone()  # a derivative of the gradient reaches the parameter through it
-                numbers = torch.empty(0, dtype=dtype, device=self.device)
-                then.data = numbers.set_(storage, offset, shape, strides)
-            out.append(then)
-        return *out, parameters[2]
 
     @pool.where_it_fits
     def backward(
         self,
         before: Tensor | None,
         after: Tensor,
-        parameters: Sequence[Tensor],
-        read: Sequence[Any],
+        kept: Sequence[Tensor],
+        graded: Tensor,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
     ) -> Sequence[Tensor | None]:
         """The gradients of x and mem, and those of beta and threshold, per neuron.
 
         `before` and `after`, mem of all steps, may have another layout than in the forward pass.
-        `read` has the storages of beta and threshold, and in these the indices of their first
-        numbers, as that pass has read them.
+        `kept` is what :meth:`kept` returned in that pass.
         """
         sequence, surrogate = self.spec.sequence, self.spec.surrogate
         after = _laid_out(after, *self.whole)
@@ -244,16 +252,9 @@ class Plan:
         x = _empty_like(after, self.types[0]) if wanted[0] else None
         mem = _empty_like(like, self.dtype) if wanted[1] or sequence else None
         sums = [_empty_like(like, self.dtype) if want else None for want in wanted[2:]]
-        if self.copies:  # the numbers must live while the kernels run
-            beta, threshold, graded = self._numbers(self.as_read(parameters, read))
-            at = beta.data_ptr(), threshold.data_ptr()
-        else:  # storages may have moved, as FSDP's do
-            graded, size = contiguous_as(parameters[2], self.dtype), self.dtype.itemsize
-            beta, threshold, first, other = read
-            at = beta.data_ptr() + first * size, threshold.data_ptr() + other * size
+        numbers = *kept, contiguous_as(graded, self.dtype)  # they must live while the kernels run
         others = map(pointer, (after, noise, *laid, x, mem, *sums))
-        fields = self._fields(*at, graded, before)
-        self.backend.leaky((*fields, *others), True, self.device)
+        self.backend.leaky((*self._fields(numbers, before), *others), True, self.device)
         return x, mem, *sums
 
 
@@ -303,14 +304,11 @@ def _forward(ctx: Any, plan: Plan, call: LeakyCall, *_tensors: Tensor) -> tuple[
     """Run the kernels; the tensors are those that may require a gradient."""
     spk, after = plan.forward(call, True)
     _, _, *others, of_beta, of_threshold = ctx.needs_input_grad
-    mem, beta, threshold, graded = call[1:5]
     reset = plan.spec.reset
     is_read = of_beta or of_threshold or reset == "zero"
-    ctx.save_for_backward(mem if is_read else None, after, beta, threshold, graded)
-    # An assignment to a parameter's ``.data``, which autograd does not notice, gives the parameter
-    # other memory. An alias of the old memory would take three times as long as its storage.
-    at = beta.storage_offset(), threshold.storage_offset()
-    ctx.kept = plan, (beta.untyped_storage(), threshold.untyped_storage(), *at)
+    parameters = call[2:5]
+    ctx.save_for_backward(call.mem if is_read else None, after, *parameters)
+    ctx.kept = plan, plan.kept(parameters)
     ctx.set_materialize_grads(False)
     constant = () if plan.spec.surrogate.kind else (spk,)
     if reset != "subtract" and not (any(others) or of_beta):
@@ -323,14 +321,14 @@ def _forward(ctx: Any, plan: Plan, call: LeakyCall, *_tensors: Tensor) -> tuple[
 def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The gradients of the Function's arguments: plan, call, x, mem, beta and threshold."""
     before, after, *parameters = ctx.saved_tensors
-    plan, read = ctx.kept
+    plan, kept = ctx.kept
     wanted = reached(ctx.needs_input_grad[2:], plan.spec.reset, grads)
     per_neuron: Sequence[Any]
     if torch.is_grad_enabled() or beyond_kernels(grads):
-        parameters = plan.as_read(parameters, read)
-        per_neuron = _by_formula(plan.spec, before, after, parameters, grads, wanted)
+        numbers = *map(_connected, parameters, kept), parameters[2]
+        per_neuron = _by_formula(plan.spec, before, after, numbers, grads, wanted)
     else:
-        per_neuron = plan.backward(before, after, parameters, read, grads, wanted)
+        per_neuron = plan.backward(before, after, kept, parameters[2], grads, wanted)
     return None, None, *of_arguments(per_neuron, parameters, plan.types, wanted)
 
 
@@ -356,6 +354,13 @@ def of_arguments(
             for total, parameter in zip(sums, parameters[:2], strict=True)
         ),
     )
+
+
+def _connected(parameter: Tensor, numbers: Tensor) -> Tensor:
+    """The `numbers` that were kept of a parameter, whose derivatives reach the parameter."""
+    out = parameter.expand_as(numbers).to(numbers.dtype, copy=True)
+    out.data = numbers
+    return out
 
 
 def _by_formula(
