@@ -126,12 +126,13 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     wanted = reached(ctx.needs_input_grad[2:], ctx.plan.spec.reset, grads, ctx.plan.time > 1)
     create_graph = torch.is_grad_enabled()
     if create_graph and wanted[5]:
-        if not torch.allclose(ctx.threshold, threshold, 0, 0, equal_nan=True):
+        now, then = ctx.threshold, threshold
+        if not (now.is_leaf or torch.allclose(now, then, 0, 0, equal_nan=True)):
             raise RuntimeError(
                 "the threshold was modified by an inplace operation, which its second derivative "
                 "does not allow"
             )
-        threshold = ctx.threshold
+        threshold = connected(now, then)
     call = Call._make((*tensors, threshold, graded, lengths, ctx.record))
     if create_graph or beyond_kernels(grads):
         return None, None, *_by_reference(ctx.plan, call, grads, wanted, create_graph)
@@ -155,6 +156,13 @@ def reached(
     """
     by_mem = reset == "subtract" and (steps or grads[-1] is not None)
     return (*wanted[:-1], wanted[-1] and (grads[0] is not None or by_mem))
+
+
+def connected(parameter: Tensor, numbers: Tensor) -> Tensor:
+    """The `numbers` that were kept of a parameter, whose derivatives reach the parameter."""
+    out = parameter.expand_as(numbers).to(numbers.dtype, copy=True)
+    out.data = numbers
+    return out
 
 
 def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:

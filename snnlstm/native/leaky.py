@@ -22,7 +22,7 @@ from ..calls.keys import OF_TORCH, BoundedDict, key_of
 from ..calls.spec import DTYPES, RESETS, LeakySpec
 from . import pool
 from .backends import BACKENDS
-from .function import beyond_kernels, differentiable, reached
+from .function import beyond_kernels, connected, differentiable, reached
 from .tensors import contiguous_as, pointer, real, restored, stochastic_noise
 
 
@@ -325,7 +325,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     wanted = reached(ctx.needs_input_grad[2:], plan.spec.reset, grads)
     per_neuron: Sequence[Any]
     if torch.is_grad_enabled() or beyond_kernels(grads):
-        numbers = *map(_connected, parameters, kept), parameters[2]
+        numbers = *map(connected, parameters, kept), parameters[2]
         per_neuron = _by_formula(plan.spec, before, after, numbers, grads, wanted)
     else:
         per_neuron = plan.backward(before, after, kept, parameters[2], grads, wanted)
@@ -354,13 +354,6 @@ def of_arguments(
             for total, parameter in zip(sums, parameters[:2], strict=True)
         ),
     )
-
-
-def _connected(parameter: Tensor, numbers: Tensor) -> Tensor:
-    """The `numbers` that were kept of a parameter, whose derivatives reach the parameter."""
-    out = parameter.expand_as(numbers).to(numbers.dtype, copy=True)
-    out.data = numbers
-    return out
 
 
 def _by_formula(

@@ -267,6 +267,26 @@ def test_the_users_choice_of_plain_torch_is_followed() -> None:
     assert [COMPOSITE in targets(graph) for graph in graphs[:2]] == [True, False]
 
 
+def test_the_path_names_what_ran() -> None:
+    """Also where compiled functions of several backends take turns, and none compiles again."""
+    net, x = Loop(), currents(3, 5)
+    backends: dict[str, dict[str, Any]] = {
+        "snnlstm": {"backend": "snnlstm"},
+        "others": {"backend": "eager"},
+        "hands on": {"backend": "snnlstm", "options": {"inner": "eager"}},
+        "a user's": {"backend": keeping([], "snnlstm")},
+    }
+    calls = {name: torch.compile(net, **options) for name, options in backends.items()}
+    for name, call in 2 * [*calls.items()]:
+        call(x)
+        assert net.leaky.path.native == (name != "others")
+        reason = "takes the operator apart" if name == "others" else "the native kernels cover"
+        assert reason in net.leaky.path.reason
+    net.leaky.reset_delay = False
+    calls["snnlstm"](x)
+    assert net.leaky.path.name == "reference"
+
+
 @pytest.mark.parametrize(
     ("inner", "reset"),
     [
