@@ -118,7 +118,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mem":
             self.__dict__["_stored_in"] = note_pass(self._buffers, self._stored_in)
-            if isinstance(value, nn.Parameter):  # nn.Module would register it, and detach_() harm it
+            if isinstance(
+                value, nn.Parameter
+            ):  # nn.Module would register it, and detach_() harm it
                 self._buffers["mem"] = value.clone()
                 return
         super().__setattr__(name, value)
