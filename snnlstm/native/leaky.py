@@ -159,7 +159,7 @@ class Plan:
         self.copies = not all(map(operator.is_, readable[:5], call))
         self._kept: BoundedDict[Any, Any] = BoundedDict(32)  # by the addresses of the parameters
         self._bytes = [number.nbytes for number in readable[2:4]]
-        self._compares = self.device.type == "cpu" and not self.copies
+        self._on_cpu = self.device.type == "cpu"
 
     def fitted(self, call: LeakyCall) -> LeakyCall:
         """The call with a mem of the shape of a step."""
@@ -200,20 +200,20 @@ class Plan:
         They stay what they are when users assign to the ``.data`` of a parameter, or write to it,
         which autograd does not notice; on CUDA only the former. Equal numbers share a copy.
         """
-        if not self._compares:
-            numbers = self._numbers(parameters) if self.copies else parameters
-            aliases = [number.data for number in numbers[:2]]
-            return aliases if self.device.type != "cpu" else [alias.clone() for alias in aliases]
-        beta, threshold, _ = parameters
-        at = first, second = beta.data_ptr(), threshold.data_ptr()
-        kept = self._kept.get(at)
+        beta, threshold, _ = self._numbers(parameters) if self.copies else parameters
+        if not self._on_cpu:
+            return beta.data, threshold.data
+        key = first, second = beta.data_ptr(), threshold.data_ptr()
+        if self.copies:
+            key = 0, 0
+        kept = self._kept.get(key)
         if kept is not None:
             copies, copy, other = kept
             if _C.same(first, copy, self._bytes[0]) and _C.same(second, other, self._bytes[1]):
                 return copies
-            self._kept.pop(at, None)
+            self._kept.pop(key, None)
         copies = beta.detach().clone(), threshold.detach().clone()
-        self._kept.keep(at, (copies, *map(pointer, copies)))
+        self._kept.keep(key, (copies, *map(pointer, copies)))
         return copies
 
     def forward(self, call: LeakyCall, record: bool) -> tuple[Tensor, Tensor]:

@@ -118,11 +118,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mem":
             self.__dict__["_stored_in"] = note_pass(self._buffers, self._stored_in)
-            if isinstance(
-                value, nn.Parameter
-            ):  # nn.Module would register it, and detach_() harm it
-                self._buffers["mem"] = value.clone()
-                return
+            if isinstance(value, nn.Parameter):  # nn.Module would register it
+                value = value.clone()
         super().__setattr__(name, value)
         if name in _DECIDING or (name in _READ and not torch.compiler.is_compiling()):
             self._prepare()
@@ -237,7 +234,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
                 return self._theirs(input_, mem, Path("reference", replaced, slow=True))
             spk, after, path = run_leaky(self.__dict__, call, self._described(), recorded_now())
             if spk is None:
-                spk, after = self._plain(call)
+                spk, after = self._plain(call, False)
         except RuntimeError:
             _explain(input_, call.mem)
             raise
@@ -295,7 +292,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if path is not None:
             spk, after = operators.leaky(*call[:5], self._text, False, False)
         else:
-            spk, after = self._step(call, self._known or self.spike_grad, *self._numbers)
+            spk, after = self._plain(call, True)
         self._buffers["mem"] = after
         object.__setattr__(self, "_path", path or _TRACED)
         return spk if self.init_hidden and not self.output else (spk, after)
@@ -311,20 +308,18 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         self._tell(path)
         return out
 
-    def _plain(self, call: LeakyCall) -> tuple[Tensor, Tensor]:
+    def _plain(self, call: LeakyCall, traced: bool) -> tuple[Tensor, Tensor]:
         """Run a step in plain torch."""
-        subtracts = snntorch.STATE_FUNCTIONS[self._base] == "subtract" or not self.reset_delay
-        number = 0 if self.reset_delay else int(self._parameter("reset_mechanism_val"))
-        guard = subtracts and _may_be_infinite(call.threshold)
-        return self._step(call, self._described().surrogate or self.spike_grad, guard, number)
-
-    def _step(
-        self, call: LeakyCall, surrogate: Any, guard: bool, number: int
-    ) -> tuple[Tensor, Tensor]:
-        dtype, at_once = real_dtype(call.x, call.beta), None if self.reset_delay else number
+        reset, delay = snntorch.STATE_FUNCTIONS[self._base], self.reset_delay
+        if traced:
+            surrogate, (guard, number) = self._known, self._numbers
+        else:
+            surrogate = self._described().surrogate
+            guard = (reset == "subtract" or not delay) and _may_be_infinite(call.threshold)
+            number = 0 if delay else int(self._parameter("reset_mechanism_val"))
         return leaky_step(
-            *call[:5], surrogate, snntorch.STATE_FUNCTIONS[self._base], dtype, guard, at_once,
-            self.state_quant or None, self.inhibition,
+            *call[:5], surrogate or self.spike_grad, reset, real_dtype(call.x, call.beta), guard,
+            None if delay else number, self.state_quant or None, self.inhibition,
         )  # fmt: skip
 
     def _keep(self, mem: Tensor, path: Path) -> None:
@@ -438,7 +433,7 @@ def _results() -> Iterator[Any]:
             setattr(layer, name, value)
         theirs, ours = (
             TheirLeaky.forward(layer, *leaves),
-            layer._plain(layer._called(*leaves)),
+            layer._plain(layer._called(*leaves), False),
         )
         yield theirs, ours, (*leaves, layer.beta, layer.threshold)
 

@@ -1,6 +1,7 @@
 """What the graph of a Leaky keeps, and what a backward pass does to the layer's state."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import snnlstm
 from tests.shared.helpers import close, ours, steps
-from tests.shared.leaky import F64, LEARN, currents, leaky_twins, outcome
+from tests.shared.leaky import F64, LEARN, currents, leaky_twins
 
 # ---- parameters that change through .data --------------------------------------------------------
 
@@ -125,6 +126,10 @@ LAYERS: dict[str, Callable[[], Any]] = {
 }
 
 
+def plainly(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
 @pytest.mark.parametrize("how", ["one", "two", "steps"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_checkpoint_leaves_the_state_of_the_forward_pass(name: str, how: str) -> None:
@@ -132,7 +137,7 @@ def test_a_checkpoint_leaves_the_state_of_the_forward_pass(name: str, how: str) 
     found = []
     for again in True, False:
         layer, x = LAYERS[name](), steps(4, 2, 2, 5, 5).requires_grad_()
-        run: Any = lambda f, *args: checkpoint(f, *args, use_reentrant=False) if again else f(*args)
+        run: Any = partial(checkpoint, use_reentrant=False) if again else plainly
 
         def sequence(x: Tensor, layer: Any = layer) -> Tensor:
             layer.reset_mem()
