@@ -100,8 +100,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     _base: str
     """Name of the method that is ``state_function``."""
     _text: str = ""
-    """Reset, surrogate and whether the threshold is finite, for an operator; empty if plain torch
-    must run the layer."""
+    """Reset and surrogate for an operator; empty if plain torch must run the layer."""
     _known: Surrogate | None = None
     """The surrogate, if traced code may know it."""
     _numbers: tuple[bool, int] = True, 0
@@ -121,8 +120,10 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             if isinstance(value, nn.Parameter):  # nn.Module would register it
                 value = value.clone()
         super().__setattr__(name, value)
-        if name in _DECIDING or (name in _READ and not torch.compiler.is_compiling()):
+        if name in _DECIDING:
             self._prepare()
+        elif name in _READ:
+            self._read()
 
     def _prepare(self) -> None:
         """Find out, at once, what code that torch.compile traces must find ready."""
@@ -130,17 +131,22 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         attributes["_specs"], attributes["_text"], attributes["_known"] = None, "", None
         if not _DECIDING.issubset(attributes):  # snnTorch's constructor sets one after another
             return
-        if not torch.compiler.is_compiling():
-            number, threshold = self._parameter("reset_mechanism_val"), self._parameter("threshold")
-            unreadable = number.is_meta or recorded_now() is not None
-            chosen = RESETS.index(self.reset_mechanism) if unreadable else int(number)
-            attributes["_numbers"] = _may_be_infinite(threshold), chosen
+        self._read()
         if type(self.spike_grad) in (Surrogate, FunctionType):
             self._described()
 
+    def _read(self) -> None:
+        """Read the numbers of tensors that code cannot read while torch.compile traces it."""
+        if torch.compiler.is_compiling() or not _DECIDING.issubset(self.__dict__):
+            return
+        number, threshold = self._parameter("reset_mechanism_val"), self._parameter("threshold")
+        unreadable = number.is_meta or recorded_now() is not None
+        chosen = RESETS.index(self.reset_mechanism) if unreadable else int(number)
+        self.__dict__["_numbers"] = _may_be_infinite(threshold), chosen
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._prepare()
+        self._read()
 
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
@@ -290,7 +296,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         ):  # fmt: skip
             path = operator_path()
         if path is not None:
-            spk, after = operators.leaky(*call[:5], self._text, False, False)
+            text = self._text if self._numbers[0] else self._text + FINITE
+            spk, after = operators.leaky(*call[:5], text, False, False)
         else:
             spk, after = self._plain(call, True)
         self._buffers["mem"] = after
@@ -362,8 +369,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if known or kind is None:  # else the attempt may have failed
             attributes["_specs"] = asked, read, [*read()], specs
         written = type(theirs) in (Surrogate, FunctionType)
-        finite = "" if self._numbers[0] else FINITE
-        attributes["_text"] = written and specs[0].serialized and specs[0].serialized + finite
+        attributes["_text"] = specs[0].serialized if written else ""
         attributes["_known"] = specs[0].surrogate if written else None
         return specs[sequence]
 
