@@ -116,7 +116,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mem":
-            self.__dict__["_stored_in"] = note_pass(self._buffers, self._stored_in)
+            if not torch.compiler.is_compiling():  # which would guard on the number
+                self.__dict__["_stored_in"] = note_pass(self._buffers, self._stored_in)
             if isinstance(value, nn.Parameter):  # nn.Module would register it
                 value = value.clone()
         super().__setattr__(name, value)

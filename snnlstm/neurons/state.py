@@ -30,8 +30,6 @@ def note_pass(states: dict[str, Any], last: int) -> int:
     with the last tensor that was saved, before the last call returns. `last` is the pass in which
     the states changed last. The result is the one that is running, or -1.
     """
-    if torch.compiler.is_compiling():
-        return last
     now = backward_pass()
     if now not in (-1, last):
         at_end_of_backward(partial(states.update, states.copy()))
@@ -57,8 +55,12 @@ class State:
         self._restart(empty, empty.clone())
 
     def _restart(self, syn: Tensor, mem: Tensor) -> None:
-        self.stored_in = note_pass(self.__dict__, self.stored_in)
+        self._note_pass()
         self.syn, self.mem, self.restarted = syn, mem, True
+
+    def _note_pass(self) -> None:
+        if not torch.compiler.is_compiling():  # which would guard on the number
+            self.stored_in = note_pass(self.__dict__, self.stored_in)
 
     def shared(self) -> State:
         """Return a replica with the same tensors; it stores later states for itself."""
@@ -70,7 +72,7 @@ class State:
         """Take a state that the user has set."""
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {value!r}")
-        self.stored_in = note_pass(self.__dict__, self.stored_in)
+        self._note_pass()
         setattr(self, name, value)
         self.restarted = False
 
@@ -124,7 +126,7 @@ class State:
 
     def store(self, syn: Tensor, mem: Tensor) -> None:
         """Keep the states after a call."""
-        self.stored_in = note_pass(self.__dict__, self.stored_in)
+        self._note_pass()
         self.syn, self.mem, self.restarted = syn, mem, False
 
     def readable(self) -> bool:
