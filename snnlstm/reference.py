@@ -234,7 +234,7 @@ def leaky_step(
     # A user's function may draw random numbers, so it is called as often as in snnTorch.
     if reset != "none" or not delay or type(surrogate) is not Surrogate:
         signal = reset_signal(mem, threshold, surrogate)
-    if not delay:  # a user's function may write into what it has returned
+    if not delay and type(surrogate) is not Surrogate:  # it may write into what it has returned
         signal = signal.clone()
     if reset == "zero":
         mem = (1 - signal) * mem
@@ -255,10 +255,6 @@ def leaky_step(
         return spk, mem
 
     # The neurons that have fired, and were not reset in this step, are reset at once.
-    if isinstance(at_once, Tensor):
-        rest = spk / torch.where(at_once == 2, 1, graded) - signal
-        amount = torch.where(at_once == 0, _amount(rest, threshold, guard), rest * mem)
-        return spk, torch.where(at_once == 2, mem, mem - amount).to(mem.dtype)
     if at_once == 2:
         return spk, mem
     rest = spk / graded - signal
@@ -272,7 +268,7 @@ def _amount(signal: Tensor, threshold: Tensor, guard: bool) -> Tensor:
     if not signal.requires_grad:
         return (signal * threshold).nan_to_num(0, math.inf, -math.inf)
     # The gradient of a signal is the threshold, which must be finite, too.
-    without = (signal == 0) & threshold.isinf()
+    without = (signal == 0) & ~threshold.isfinite()
     if signal.dim() and not threshold.dim():  # torch ignores the dtype of such a number
         threshold = threshold.to(signal.dtype)
     return signal * torch.where(without, 0, threshold)

@@ -107,6 +107,10 @@ class CellSpec:
         return CellSpec(**values, quant=StateQuant.from_text(quant) if quant else None)
 
 
+FINITE = " finite"
+"""Says of a Leaky, behind :attr:`LeakySpec.serialized`, that its threshold is finite."""
+
+
 class LeakySpec(NamedTuple):
     """What a Leaky computes, besides its tensors."""
 
@@ -124,8 +128,8 @@ class LeakySpec(NamedTuple):
     @staticmethod
     @lru_cache(maxsize=256)
     def from_text(text: str, sequence: bool) -> LeakySpec:
-        """The spec that :attr:`serialized` describes in these words."""
-        reset, _, numbers = text.partition(" ")
+        """The spec that :attr:`serialized` describes in these words; FINITE may follow them."""
+        reset, _, numbers = text.removesuffix(FINITE).partition(" ")
         return leaky_spec(cast(Reset, reset), Surrogate(*literal_eval(numbers)), sequence)
 
 

@@ -81,6 +81,13 @@ backward_pass: Callable[[], int] = _find(
 )
 """Number of the backward pass that is running in this thread; -1 outside of one."""
 
+at_end_of_backward: Callable[[Callable[[], None]], None] = _find(
+    "autograd.Variable._execution_engine.queue_callback",
+    lambda _: None,
+    "a backward pass that calls a layer again, as torch.utils.checkpoint's, changes its state",
+)
+"""Has the backward pass that is running call a function when it ends."""
+
 keeps_graph: Callable[[], bool] = _find("_C._autograd._get_current_graph_task_keep_graph", _always)
 """Whether the graph of the backward pass that is running is kept for another one.
 
@@ -259,6 +266,10 @@ def backend_of(name: str) -> Callable[..., Any]:
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(name)
+
+
+tracing_context: Callable[[], Any] = _find("_guards.TracingContext.try_get", lambda: None)
+"""An object of the graph that torch.compile is recording or compiling; None outside of both."""
 
 
 def graph_break(gm: Any) -> str | None:

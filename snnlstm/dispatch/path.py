@@ -24,7 +24,7 @@ class Path:
     ----------
     name : str
         ``"reference"``, or the name of the native kernels, such as ``"cpu-avx2-direct"``.
-        ``"compiled"`` if the backend of torch.compile chooses between these two.
+        ``"compiled"`` if a backend of torch.compile runs a Leaky as plain operators.
     reason : str
         Why, in plain words.
     slow : bool, default False
@@ -42,7 +42,7 @@ class Path:
 
     @property
     def native(self) -> bool:
-        """Whether the native kernels ran, and not plain torch or what a compiler chose."""
+        """Whether the native kernels ran, and not plain torch, compiled or not."""
         return self.name not in ("reference", "compiled")
 
     def __str__(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from ..compat.torch_private import (
     global_hooks,
     is_tracing,
     recorder,
+    tracing_context,
     transforms_are_active,
 )
 from ..native import WAYS_OUT, checkout
@@ -123,12 +125,27 @@ def reason_against_conv(
     return None
 
 
-def unrecorded_while_tracing() -> bool:
-    """Whether torch.compile traces no export, and no transform of torch.func.
+_operator_paths: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
+"""The path of the Leaky layers in each graph that torch.compile is recording or compiling."""
+
+
+def operator_path() -> Path | None:
+    """The path of a Leaky that torch.compile may record as an operator; None if it may not.
 
     The compiler asks once for each call that it traces. It guards on transforms by itself.
     """
-    return recorded_now(True) is None
+    if recorded_now(True) is not None:
+        return None
+    path = Path("compiled", "torch.compile's backend takes the operator apart into plain ones")
+    context = tracing_context()
+    return path if context is None else _operator_paths.setdefault(context, path)
+
+
+def tell_of_kernels(device: str) -> None:
+    """Tell the Leaky layers of the graph that is being compiled that the kernels run them."""
+    context = tracing_context()
+    if context in _operator_paths:  # the layers hold this very path
+        vars(_operator_paths[context]).update(vars(NATIVE_PATHS[device]))
 
 
 def plain_while_tracing(cell: type, released: tuple[Any, ...]) -> bool:
@@ -139,12 +156,12 @@ def plain_while_tracing(cell: type, released: tuple[Any, ...]) -> bool:
     """
     return (
         (cell.fire, cell.mem_reset) == released  # type: ignore[attr-defined]
-        and unrecorded_while_tracing()
+        and recorded_now(True) is None
     )
 
 
 # torch.compiler.assume_constant_result sets this flag, but its import loads the compiler.
-unrecorded_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+operator_path._dynamo_marked_constant = True  # type: ignore[attr-defined]
 plain_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -247,6 +264,8 @@ def _leaky_reason(call: LeakyCall, spec: LeakySpec) -> Path | None:
     """Why plain torch must run a call of a Leaky and all similar calls."""
     if not OF_TORCH.issuperset(map(type, call[:2])):
         return Path("reference", "x or mem is of a subclass of Tensor")
+    if call.x.layout is not torch.strided or call.mem.layout is not torch.strided:
+        return Path("reference", "x or mem is sparse")
     path = against_device(call.x.device)
     if path is None and leaky is not None:
         reason = spec.against or leaky.reason_against(call, spec.sequence)

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from ..calls.keys import BoundedDict
 from ..compat.torch_private import backend_of, graph_break
+from ..dispatch.reasons import tell_of_kernels
 from ..networks.layers import ALONE, CONSTANT, LARGE_STATE, ONE_CALL, TO_STACK, LayerReport
 
 try:
@@ -84,6 +85,9 @@ def compile_loop(
     last = set() if inner else channels_last(loop)  # another compiler chooses layouts itself
     graph = Writer(loop, OPAQUE if inner else PLAIN, last).write()
     _log(loop, gm)
+    leaky = next((node for node in loop.nodes if node.target is rows.LEAKY), None)
+    if leaky is not None:
+        tell_of_kernels(rows.value_of(leaky.args[0]).device.type)
     new = GraphModule(gm, graph)
     return backend_of(inner)(new, example_inputs) if inner else make_functions(new).forward
 

@@ -123,15 +123,16 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         raise
     *tensors, graded, lengths, saved, kept = everything
     threshold = None if ctx.threshold is None else ctx.copy
-    wanted = reached(ctx.needs_input_grad[2:], ctx.plan.spec.reset, grads)
+    wanted = reached(ctx.needs_input_grad[2:], ctx.plan.spec.reset, grads, ctx.plan.time > 1)
     create_graph = torch.is_grad_enabled()
     if create_graph and wanted[5]:
-        if not torch.allclose(ctx.threshold, threshold, 0, 0, equal_nan=True):
+        now, then = ctx.threshold, threshold
+        if not (now.is_leaf or torch.allclose(now, then, 0, 0, equal_nan=True)):
             raise RuntimeError(
                 "the threshold was modified by an inplace operation, which its second derivative "
                 "does not allow"
             )
-        threshold = ctx.threshold
+        threshold = connected(now, then)
     call = Call._make((*tensors, threshold, graded, lengths, ctx.record))
     if create_graph or beyond_kernels(grads):
         return None, None, *_by_reference(ctx.plan, call, grads, wanted, create_graph)
@@ -145,9 +146,23 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
 _apply = differentiable("_SConv2dLSTM", _forward, _gradients)
 
 
-def reached(wanted: Sequence[bool], reset: str, grads: Sequence[Tensor | None]) -> Sequence[bool]:
-    """Which gradients are wanted and exist; the threshold's come only from spk and "subtract"."""
-    return (*wanted[:-1], wanted[-1] and (grads[0] is not None or reset == "subtract"))
+def reached(
+    wanted: Sequence[bool], reset: str, grads: Sequence[Tensor | None], steps: bool = False
+) -> Sequence[bool]:
+    """Which gradients are wanted and exist.
+
+    The threshold's come only from spk, from mem with "subtract", and through that mem from syn of a
+    later step, if there are several `steps`.
+    """
+    by_mem = reset == "subtract" and (steps or grads[-1] is not None)
+    return (*wanted[:-1], wanted[-1] and (grads[0] is not None or by_mem))
+
+
+def connected(parameter: Tensor, numbers: Tensor) -> Tensor:
+    """The `numbers` that were kept of a parameter, whose derivatives reach the parameter."""
+    out = parameter.expand_as(numbers).to(numbers.dtype, copy=True)
+    out.data = numbers
+    return out
 
 
 def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:

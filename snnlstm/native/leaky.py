@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, broadcasts
 from ..calls.keys import OF_TORCH, BoundedDict, key_of
 from ..calls.spec import DTYPES, RESETS, LeakySpec
 from . import lender
 from .backends import BACKENDS
-from .function import beyond_kernels, differentiable, reached
-from .tensors import contiguous_as, laid_out, pointer, real, stochastic_noise
+from .function import beyond_kernels, connected, differentiable, reached
+from .tensors import contiguous_as, laid_out, pointer, real, restored, stochastic_noise
 
 
 def reason_against(call: LeakyCall, sequence: bool) -> str | None:
@@ -138,7 +139,11 @@ class Plan:
         small = x.dtype is self.dtype and x.nbytes < lender.SMALLEST
         self._empty_like = torch.empty_like if small else partial(_empty_like, dtype=self.dtype)
         call = self.fitted(call)
-        self.copies = not all(map(operator.is_, self._readable(call)[:5], call))
+        readable = self._readable(call)
+        self.copies = not all(map(operator.is_, readable[:5], call))
+        self._kept: BoundedDict[Any, Any] = BoundedDict(32)  # by the addresses of the parameters
+        self._bytes = [number.nbytes for number in readable[2:4]]
+        self._on_cpu = self.device.type == "cpu"
 
     def fitted(self, call: LeakyCall) -> LeakyCall:
         """The call with a mem of the shape of a step."""
@@ -173,6 +178,28 @@ class Plan:
             graded.data_ptr(), pointer(before),
         )  # fmt: skip
 
+    def kept(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """beta and threshold for the backward pass, as the core reads them.
+
+        They stay what they are when users assign to the ``.data`` of a parameter, or write to it,
+        which autograd does not notice; on CUDA only the former. Equal numbers share a copy.
+        """
+        beta, threshold, _ = self._numbers(parameters) if self.copies else parameters
+        if not self._on_cpu:
+            return beta.data, threshold.data
+        key = first, second = beta.data_ptr(), threshold.data_ptr()
+        if self.copies:
+            key = 0, 0
+        kept = self._kept.get(key)
+        if kept is not None:
+            copies, copy, other = kept
+            if _C.same(first, copy, self._bytes[0]) and _C.same(second, other, self._bytes[1]):
+                return copies
+            self._kept.pop(key, None)
+        copies = beta.detach().clone(), threshold.detach().clone()
+        self._kept.keep(key, (copies, *map(pointer, copies)))
+        return copies
+
     def forward(self, call: LeakyCall, record: bool) -> tuple[Tensor, Tensor]:
         """Run the forward kernels; return spk and mem of each step, or only the last mem."""
         if self.copies:
@@ -188,13 +215,15 @@ class Plan:
         self,
         before: Tensor | None,
         after: Tensor,
-        parameters: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        graded: Tensor,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
     ) -> Sequence[Tensor | None]:
         """The gradients of x and mem, and those of beta and threshold, per neuron.
 
         `before` and `after`, mem of all steps, may have another layout than in the forward pass.
+        `kept` is what :meth:`kept` returned in that pass.
         """
         sequence, surrogate = self.spec.sequence, self.spec.surrogate
         after = laid_out(after, *self.whole)
@@ -207,7 +236,7 @@ class Plan:
         x = _empty_like(after, self.types[0]) if wanted[0] else None
         mem = _empty_like(like, self.dtype) if wanted[1] or sequence else None
         sums = [_empty_like(like, self.dtype) if want else None for want in wanted[2:]]
-        numbers = self._numbers(parameters)  # they must live while the kernels run
+        numbers = *kept, contiguous_as(graded, self.dtype)  # they must live while the kernels run
         others = map(pointer, (after, noise, *laid, x, mem, *sums))
         self.backend.leaky((*self._fields(numbers, before), *others), True, self.device)
         return x, mem, *sums
@@ -261,8 +290,9 @@ def _forward(ctx: Any, plan: Plan, call: LeakyCall, *_tensors: Tensor) -> tuple[
     _, _, *others, of_beta, of_threshold = ctx.needs_input_grad
     reset = plan.spec.reset
     is_read = of_beta or of_threshold or reset == "zero"
-    ctx.save_for_backward(call.mem if is_read else None, after, *call[2:5])
-    ctx.plan = plan
+    parameters = call[2:5]
+    ctx.save_for_backward(call.mem if is_read else None, after, *parameters)
+    ctx.kept = plan, plan.kept(parameters)
     ctx.set_materialize_grads(False)
     constant = () if plan.spec.surrogate.kind else (spk,)
     if reset != "subtract" and not (any(others) or of_beta):
@@ -275,13 +305,14 @@ def _forward(ctx: Any, plan: Plan, call: LeakyCall, *_tensors: Tensor) -> tuple[
 def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The gradients of the Function's arguments: plan, call, x, mem, beta and threshold."""
     before, after, *parameters = ctx.saved_tensors
-    plan = ctx.plan
+    plan, kept = ctx.kept
     wanted = reached(ctx.needs_input_grad[2:], plan.spec.reset, grads)
     per_neuron: Sequence[Any]
     if torch.is_grad_enabled() or beyond_kernels(grads):
-        per_neuron = _by_formula(plan.spec, before, after, parameters, grads, wanted)
+        numbers = *map(connected, parameters, kept), parameters[2]
+        per_neuron = _by_formula(plan.spec, before, after, numbers, grads, wanted)
     else:
-        per_neuron = plan.backward(before, after, parameters, grads, wanted)
+        per_neuron = plan.backward(before, after, kept, parameters[2], grads, wanted)
     return None, None, *of_arguments(per_neuron, parameters, plan.types, wanted)
 
 
@@ -342,7 +373,7 @@ def _by_formula(
             signal = (previous - threshold > 0).to(previous.dtype).detach()
             if reset == "zero":
                 carried, previous = carried * (1 - signal), previous * (1 - signal)
-            d_beta = d_beta + grad * previous * inside
+            d_beta = d_beta + torch.where(inside, grad * previous, 0)  # mem may be infinite
             d_threshold = d_threshold - through_spk
             if reset == "subtract":
                 d_threshold = d_threshold - grad * signal

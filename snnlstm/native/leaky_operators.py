@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..calls.call import LeakyCall, may_require_grad
 from ..calls.keys import OF_TORCH
-from ..calls.spec import LeakySpec
+from ..calls.spec import FINITE, LeakySpec
 from ..reference import leaky_step, real_dtype
 from .function import reached
 from .leaky import of_arguments, plan_of, reason_against, run_plan, without_gaps
@@ -43,9 +43,9 @@ def _formula(*arguments: Any) -> tuple[Tensor, Tensor]:
     """
     x, mem, beta, threshold, graded, text, sequence, record = arguments
     reset, surrogate, *_ = LeakySpec.from_text(text, sequence)
-    dtype, spks, mems = real_dtype(x, beta), [], []
+    dtype, guard, spks, mems = real_dtype(x, beta), not text.endswith(FINITE), [], []
     for x_t in x.unbind() if sequence else (x,):
-        spk, mem = leaky_step(x_t, mem, beta, threshold, graded, surrogate, reset, dtype)
+        spk, mem = leaky_step(x_t, mem, beta, threshold, graded, surrogate, reset, dtype, guard)
         spks.append(spk)
         mems.append(mem)
     if not sequence:
@@ -114,7 +114,8 @@ def _backward_operator(*arguments: Any) -> Sequence[Tensor]:
         before = torch.zeros_like(after[0] if sequence else after)
     x = after if types[0] is after.dtype else torch.empty_like(after, dtype=types[0])
     plan = plan_of(LeakyCall(x, before, *parameters), LeakySpec.from_text(text, sequence))
-    grads = plan.backward(before, after, parameters, (grad_spk, grad_mem), wanted)
+    kept, graded = plan.kept(parameters), parameters[2]
+    grads = plan.backward(before, after, kept, graded, (grad_spk, grad_mem), wanted)
     return _gradient_outputs(grads, after, parameters, types, wanted)
 
 

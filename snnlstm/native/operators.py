@@ -191,7 +191,8 @@ def _backward_of_operator(ctx: Any, *grads: Tensor | None) -> tuple:
     if grads[0] is grads[1] is grads[2] is None:
         return (None,) * len(ctx.needs_input_grad)
     spec, saved = _traced_spec(ctx.text)[0], ctx.saved_tensors
-    wanted = list(reached(ctx.needs_input_grad[:6], spec.reset, grads))
+    steps = saved[0].dim() == 5 and saved[0].shape[0] > 1
+    wanted = list(reached(ctx.needs_input_grad[:6], spec.reset, grads[:3], steps))
     static = ctx.record, ctx.text, ctx.algorithm
     out = _backward_operator(*saved[:8], *static, *saved[8:], *grads[:3], wanted)
     return (*(g if want else None for g, want in zip(out, wanted, strict=True)), *(None,) * 6)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..calls import algorithms
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_transforms
 from ..calls.lengths import hold_last, last_state, mask_padding
-from ..calls.spec import LeakySpec, Reset, leaky_spec
+from ..calls.spec import FINITE, LeakySpec, Reset, check_dense, leaky_spec
 from ..compat import snntorch
 from ..compat.registry import register, skip_ours
 from ..compat.snntorch import (
@@ -24,15 +24,14 @@ from ..compat.snntorch import (
     reader_of,
     recognise_quant,
     recognise_surrogate,
-    recognise_traced,
 )
-from ..compat.torch_private import NO_LEVEL, has_ended, level_of
+from ..compat.torch_private import NO_LEVEL, backward_pass, has_ended, level_of
 from ..dispatch.entry import last_entry, run_leaky
 from ..dispatch.path import LastPath, Path, log_fallback
-from ..dispatch.reasons import recorded_now, unrecorded_while_tracing
+from ..dispatch.reasons import operator_path, recorded_now
 from ..reference import leaky_step, real_dtype
 from ..surrogate import NONE, Surrogate
-from .state import NO_RESET
+from .state import NO_RESET, note_pass
 
 try:
     from ..native import leaky as kernels
@@ -41,12 +40,13 @@ except ImportError:  # path.against_device says why
     kernels = operators = None  # type: ignore[assignment]
 
 _TRACED = Path("reference", "torch.compile traces plain operators")
-_COMPILED = Path("compiled", "torch.compile's backend chooses between kernels and plain operators")
 _parameters_of = operator.itemgetter(*LEAKY_PARAMETERS)
 _TENSORS = {Tensor, nn.Parameter}
 _CLOSURES: dict[str, Any] = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
 _DECIDING = {"spike_grad", "_base", "reset_delay", "inhibition", "state_quant"}
 """The attributes that decide what a layer computes."""
+_READ = {"threshold", "reset_mechanism_val"}
+"""The tensors whose numbers decide what plain torch must compute."""
 _BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # what surrogate_disable makes of spike_grad
 
 
@@ -93,6 +93,12 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """Name of the method that is ``state_function``."""
     _text: str = ""
     """Reset and surrogate for an operator; empty if plain torch must run the layer."""
+    _known: Surrogate | None = None
+    """The surrogate, if traced code may know it."""
+    _numbers: tuple[bool, int] = True, 0
+    """Whether the threshold may be infinite or NaN, and the number of the reset."""
+    _stored_in: int = -1
+    """The last backward pass in which mem was stored."""
 
     @wraps(TheirLeaky.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -101,17 +107,39 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         register(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mem":
+            if not torch.compiler.is_compiling():  # which would guard on the number
+                self.__dict__["_stored_in"] = note_pass(self._buffers, self._stored_in)
+            if isinstance(value, nn.Parameter):  # nn.Module would register it
+                value = value.clone()
         super().__setattr__(name, value)
         if name in _DECIDING:
-            self._remake_text()
+            self._prepare()
+        elif name in _READ:
+            self._read()
 
-    def _remake_text(self) -> None:
-        """Make the text again, at once, because torch.compile must find it ready."""
+    def _prepare(self) -> None:
+        """Find out, at once, what code that torch.compile traces must find ready."""
         attributes = self.__dict__
-        attributes["_specs"], attributes["_text"] = None, ""
-        whole = _DECIDING.issubset(attributes)  # snnTorch's constructor sets one after another
-        if whole and type(self.spike_grad) in (Surrogate, FunctionType):
+        attributes["_specs"], attributes["_text"], attributes["_known"] = None, "", None
+        if not _DECIDING.issubset(attributes):  # snnTorch's constructor sets one after another
+            return
+        self._read()
+        if type(self.spike_grad) in (Surrogate, FunctionType):
             self._described()
+
+    def _read(self) -> None:
+        """Read the numbers of tensors that code cannot read while torch.compile traces it."""
+        if torch.compiler.is_compiling() or not _DECIDING.issubset(self.__dict__):
+            return
+        number, threshold = self._parameter("reset_mechanism_val"), self._parameter("threshold")
+        unreadable = number.is_meta or recorded_now() is not None
+        chosen = RESETS.index(self.reset_mechanism) if unreadable else int(number)
+        self.__dict__["_numbers"] = _may_be_infinite(threshold), chosen
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._read()
 
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
@@ -160,7 +188,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without what cannot be copied: mem's graph, snnTorch's closures."""
         state = self.__dict__.copy()
-        for name in ("_specs", "_entry"):
+        for name in ("_specs", "_entry", "_stored_in"):
             state.pop(name, None)
         for name, recognise in _CLOSURES.items():
             if isinstance(state.get(name), FunctionType):
@@ -171,7 +199,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._remake_text()
+        self._prepare()
         register(self)
 
     # ---- the call -------------------------------------------------------------------------
@@ -205,13 +233,12 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         call = self._called(input_, mem)
         try:
             if replaced is not None:
-                path = Path("reference", replaced, slow=True)
-                return self._without_kernels(path, call, mem, True)
+                return self._theirs(input_, mem, Path("reference", replaced, slow=True))
             spk, after, path = run_leaky(self.__dict__, call, self._described(), recorded_now())
             if spk is None:
-                return self._without_kernels(path, call, mem, False)
+                spk, after = self._plain(call, False)
         except RuntimeError:
-            check_transforms(input_, mem=call.mem)
+            _explain(input_, call.mem)
             raise
         self._keep(after, path)
         return spk if self.init_hidden and not self.output else (spk, after)
@@ -231,7 +258,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
                 call = call._replace(x=x, mem=kernels.fitting(call.mem, x, True))
             spk, mem, path = run_leaky(self.__dict__, call, self._described(True), None)
         except RuntimeError:
-            check_transforms(x, mem=call.mem)
+            _explain(x, call.mem)
             raise
         after = mem[-1].clone() if mem.shape == x.shape else mem
         if lengths is not None:
@@ -254,73 +281,66 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def _traced(self, x: Tensor, mem: Tensor | None, replaced: str | None) -> Any:
         """Run a step that torch.compile traces: as one operator, or in plain torch."""
+        if replaced is not None:
+            object.__setattr__(self, "_path", _TRACED)  # nn.Module's takes long to trace
+            return super().forward(x, mem)
         before: Any = self._buffers.get("mem") if mem is None else mem
-        call = LeakyCall(x, before, *map(self._parameter, LEAKY_PARAMETERS))
+        call, path = LeakyCall(x, before, *map(self._parameter, LEAKY_PARAMETERS)), None
         if (
-            replaced is not None or operators is None or not self._text
-            or not unrecorded_while_tracing() or algorithms.current == "reference"
-            or kernels.reason_against(call, False) is not None
+            operators is not None and self._text and algorithms.current != "reference"
+            and kernels.reason_against(call, False) is None
         ):  # fmt: skip
-            return self._without_kernels(_TRACED, call, mem, replaced is not None)
-        spk, after = operators.leaky(*call[:5], self._text, False, False)
+            path = operator_path()
+        if path is not None:
+            text = self._text if self._numbers[0] else self._text + FINITE
+            spk, after = operators.leaky(*call[:5], text, False, False)
+        else:
+            spk, after = self._plain(call, True)
         self._buffers["mem"] = after
-        object.__setattr__(self, "_path", _COMPILED)  # nn.Module's takes long to trace
+        object.__setattr__(self, "_path", path or _TRACED)
         return spk if self.init_hidden and not self.output else (spk, after)
 
-    def _without_kernels(
-        self, path: Path, call: LeakyCall, mem: Tensor | None, replaced: bool
-    ) -> Any:
-        """Run a step in plain torch; if a method was `replaced`, snnTorch's forward.
-
-        `mem` is None if the call continues from the stored state.
-        """
+    def _theirs(self, x: Tensor, mem: Tensor | None, path: Path) -> Any:
+        """Run snnTorch's forward, because a method was replaced."""
         before: Any = self._buffers.get("mem")
-        traced, attributes = path is _TRACED, self.__dict__
-        if replaced:
-            try:
-                out = super().forward(call.x, mem)
-            except BaseException:  # snnTorch stores mem before it is done
-                self._buffers["mem"] = before
-                raise
-        else:
-            spk, after = self._plain(call, traced)
-            out = spk if self.init_hidden and not self.output else (spk, after)
-            if traced:
-                self.mem = after
-            else:  # nn.Module.__setattr__ is slow
-                self._buffers["mem"] = after
-                attributes.pop("reset", None)
-        if traced:
-            self._path = path
-        elif attributes.get("_path") is not path:
-            attributes["_path"] = path
-            if path.slow:
-                log_fallback(path, self)
+        try:
+            out = super().forward(x, mem)
+        except BaseException:  # snnTorch stores mem before it is done
+            self._buffers["mem"] = before
+            raise
+        self._tell(path)
         return out
 
     def _plain(self, call: LeakyCall, traced: bool) -> tuple[Tensor, Tensor]:
-        """One step in plain torch."""
-        x, mem, beta, threshold, graded = call[:5]
-        dtype = real_dtype(x, beta)
+        """Run a step in plain torch."""
         reset, delay = snntorch.STATE_FUNCTIONS[self._base], self.reset_delay
-        guard = traced
-        if not traced and (reset == "subtract" or not delay):
-            guard = _may_be_infinite(threshold)
-        at_once: Any = None
-        if not delay:  # the compiler cannot read the number
-            number = self._parameter("reset_mechanism_val")
-            at_once = number if traced else int(number)
+        if traced:
+            surrogate, (guard, number) = self._known, self._numbers
+        else:
+            surrogate = self._described().surrogate
+            guard = (reset == "subtract" or not delay) and _may_be_infinite(call.threshold)
+            number = 0 if delay else int(self._parameter("reset_mechanism_val"))
         return leaky_step(
-            x, mem, beta, threshold, graded, self._spikes(dtype, traced), reset, dtype, guard,
-            at_once, self.state_quant or None, self.inhibition,
+            *call[:5], surrogate or self.spike_grad, reset, real_dtype(call.x, call.beta), guard,
+            None if delay else number, self.state_quant or None, self.inhibition,
         )  # fmt: skip
 
     def _keep(self, mem: Tensor, path: Path) -> None:
         """Keep the results of a call that succeeded."""
         attributes = self.__dict__
+        if backward_pass() != -1:
+            attributes["_stored_in"] = note_pass(self._buffers, self._stored_in)
         self._buffers["mem"] = mem
-        attributes["_path"] = path
         attributes.pop("reset", None)
+        self._tell(path)
+
+    def _tell(self, path: Path) -> None:
+        """Keep the path of a call, and log a slow one."""
+        attributes = self.__dict__
+        if attributes.get("_path") is not path:
+            attributes["_path"] = path
+            if path.slow:
+                log_fallback(path, self)
 
     # ---- what the layer computes --------------------------------------------------------------
 
@@ -346,15 +366,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             attributes["_specs"] = asked, read, [*read()], specs
         written = type(theirs) in (Surrogate, FunctionType)
         attributes["_text"] = specs[0].serialized if written else ""
+        attributes["_known"] = specs[0].surrogate if written else None
         return specs[sequence]
-
-    def _spikes(self, dtype: torch.dtype, traced: bool) -> Any:
-        """Return what computes spikes in plain torch: our surrogate, or ``spike_grad`` itself."""
-        theirs = self.spike_grad
-        if not traced:
-            return self._described().surrogate or theirs
-        # The compiler traces snnTorch's closures as they are, but their gradients are of float32.
-        return recognise_traced(theirs) if dtype is torch.float64 else theirs
 
     def _parameter(self, name: str) -> Any:
         """Return a parameter or buffer; nn.Module's search takes a microsecond."""
@@ -387,10 +400,17 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return None if known else "the surrogate is not a known one"
 
 
+def _explain(x: Tensor, mem: Tensor) -> None:
+    """Raise a clearer error than torch's operators do for tensors that these cannot take."""
+    check_transforms(x, mem=mem)
+    check_dense("input_", x)
+    check_dense("mem", mem)
+
+
 def _may_be_infinite(threshold: Tensor) -> bool:
-    """Whether a threshold has an infinity; True if reading its numbers is impossible or slow."""
+    """Whether a threshold may have infinities or NaN; True if to read it is impossible or slow."""
     if threshold.device.type != "cpu" or type(threshold) not in _TENSORS or recorded_now():
         return True
     if threshold.numel() == 1:
-        return math.isinf(threshold.item())
-    return bool(threshold.isinf().any())
+        return not math.isfinite(threshold.item())
+    return not bool(threshold.isfinite().all())

@@ -10,16 +10,30 @@ stored states, so one compiled graph starts every sequence, whatever states the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..calls.call import check_dense, state_tensor
-from ..compat.torch_private import NO_LEVEL, backward_pass, has_ended, level_of
+from ..compat.torch_private import NO_LEVEL, at_end_of_backward, backward_pass, has_ended, level_of
 
 NO_RESET = "no reset signal is kept: mem_reset(mem) computes it from the mem before the step"
 """The error of the attribute ``reset`` of a cell and of a Leaky."""
+
+
+def note_pass(states: dict[str, Any], last: int) -> int:
+    """Let a layer's `states` change in a backward pass, and be as before when the pass ends.
+
+    torch.utils.checkpoint calls layers again in a backward pass, the last steps first, and stops
+    with the last tensor that was saved, before the last call returns. `last` is the pass in which
+    the states changed last. The result is the one that is running, or -1.
+    """
+    now = backward_pass()
+    if now not in (-1, last):
+        at_end_of_backward(partial(states.update, states.copy()))
+    return now
 
 
 class State:
@@ -33,15 +47,20 @@ class State:
         The backward pass in which they were stored; -1 outside of one.
     """
 
+    stored_in = -1
+
     def __init__(self, like: Tensor) -> None:
         """Start without a state, on the device and in the dtype of `like`."""
         empty = like.detach().new_zeros(0)
         self._restart(empty, empty.clone())
 
     def _restart(self, syn: Tensor, mem: Tensor) -> None:
+        self._note_pass()
         self.syn, self.mem, self.restarted = syn, mem, True
-        if not torch.compiler.is_compiling():
-            self.stored_in = backward_pass()
+
+    def _note_pass(self) -> None:
+        if not torch.compiler.is_compiling():  # which would guard on the number
+            self.stored_in = note_pass(self.__dict__, self.stored_in)
 
     def shared(self) -> State:
         """Return a replica with the same tensors; it stores later states for itself."""
@@ -53,6 +72,7 @@ class State:
         """Take a state that the user has set."""
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {value!r}")
+        self._note_pass()
         setattr(self, name, value)
         self.restarted = False
 
@@ -104,11 +124,10 @@ class State:
             mem = self.mem
             self._restart(*(torch.zeros(0, dtype=mem.dtype, device=mem.device) for _ in range(2)))
 
-    def store(self, syn: Tensor, mem: Tensor, traced: bool) -> None:
+    def store(self, syn: Tensor, mem: Tensor) -> None:
         """Keep the states after a call."""
+        self._note_pass()
         self.syn, self.mem, self.restarted = syn, mem, False
-        if not traced:
-            self.stored_in = backward_pass()
 
     def readable(self) -> bool:
         """Whether a call may continue from the stored states: they are not another pass's."""

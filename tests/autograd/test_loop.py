@@ -62,28 +62,51 @@ def test_a_weight_whose_data_is_replaced_between_steps(change):
     close(*found, atol=1e-11, rtol=1e-10)
 
 
-@pytest.mark.parametrize("learn", [False, True])
-@pytest.mark.parametrize("through_data", [False, True])
-def test_a_threshold_that_adapts_from_step_to_step(learn, through_data):
+ADAPTS = {
+    "in place": lambda threshold: threshold.detach().mul_(2),
+    "through data": lambda threshold: threshold.data.mul_(2),
+    "other data": lambda threshold: setattr(threshold, "data", threshold.data * 2),
+}
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("adapt", ADAPTS)
+def test_a_threshold_that_adapts_from_step_to_step(adapt, order):
+    """It is learned, and differentiated once or twice, or it is not learned."""
+
     def work(cell):
         state, loss = zeros(), 0
-        for x in events():
+        for x in events(3):
             spk, *state = cell(x, *state)
             loss = loss + spk.sum() + state[1].square().sum()
-            with torch.no_grad():
-                (cell.threshold.data if through_data else cell.threshold).mul_(2)
+            ADAPTS[adapt](cell.threshold)
+        if order == 2:
+            grads = torch.autograd.grad(loss, [*cell.parameters()], create_graph=True)
+            loss = sum(grad.square().sum() for grad in grads).log() / 100
         loss.backward()
 
-    both(work, learn_threshold=learn)
+    both(work, learn_threshold=order > 0)
 
 
-def test_a_threshold_that_was_changed_has_no_second_derivatives():
+def test_a_computed_threshold_that_was_changed_has_no_second_derivatives():
     _, ours = cells(learn_threshold=True)
-    loss = loss_of(unroll(ours, events()))
+    threshold = ours.threshold * 1
+    loss = torch.func.functional_call(ours, {"threshold": threshold}, events()[0])[2].sum()
     with torch.no_grad():
-        ours.threshold.mul_(1.5)
+        threshold.mul_(1.5)
     with pytest.raises(RuntimeError, match="threshold was modified by an inplace operation"):
         torch.autograd.grad(loss, ours.threshold, create_graph=True)
+
+
+def test_a_step_s_syn_does_not_depend_on_the_threshold():
+    found = []
+    for cell in cells(learn_threshold=True):
+        _, syn, mem = cell(events()[0], *zeros())
+        for loss in syn.sum(), mem.sum(), cell(events()[1])[1].sum():
+            wanted = loss, cell.threshold
+            found.append(torch.autograd.grad(*wanted, retain_graph=True, allow_unused=True)[0])
+    close(found[:3], found[3:])
+    assert found[0] is None is not found[2]
 
 
 def test_a_weight_whose_data_is_replaced_before_the_backward_pass():

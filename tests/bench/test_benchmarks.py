@@ -187,7 +187,7 @@ def test_the_report_of_ones_own_network_says_what_compiling_took(feedback, modes
     )
     compiled = rows.provider == "compiled-loop"
     assert (rows.compiling.notna() == compiled).all()
-    assert rows.path[compiled].str.startswith("compiled").all()
+    assert rows.path[compiled].str.startswith("cpu-").all()
     said = capsys.readouterr().out
     line = (
         r'\ncompiled-loop: compiling took [\d.]+ s of processor time, with backend="eager" [\d.]+ s'

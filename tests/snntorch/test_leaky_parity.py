@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
@@ -93,6 +94,42 @@ def test_plain_torch_runs_no_more_operators_than_snntorch(
             spk, mem = layer(x[1].requires_grad_())
             (spk.sum() + mem.sum()).backward()
         counts.append(counting.count)
+    assert counts[0] <= counts[1]
+
+
+TRACED = (
+    "known", "foreign", "both", "reset_delay, graded", "reset_delay, foreign", "surrogate_disable",
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("reset", RESETS)
+def test_a_traced_step_runs_no_more_operators_than_an_eager_one(reset: str) -> None:
+    """Also a step whose operator a backend takes apart. One graph has all layers."""
+    counts = []
+    for traced in True, False:
+        layers = [leaky_twins(**PLAIN[name], reset_mechanism=reset)[0] for name in TRACED]
+        counting, x = Counting(), currents(3, 5)[0].requires_grad_()
+
+        def step(x: Tensor, layers: Any = layers) -> list[Tensor]:
+            return [out for layer in layers for out in layer(x, torch.ones(3, 5))]
+
+        def backend(graph: Any, _: Any, counting: Any = counting) -> Any:
+            def run(*arguments: Any) -> Any:
+                with counting:
+                    return graph(*arguments)
+
+            return run
+
+        if traced:
+            outs = torch.compile(step, backend=backend, fullgraph=True)(x)
+        else:
+            with counting, snnlstm.algorithm("reference"):
+                outs = step(x)
+        with counting:
+            torch.autograd.grad(sum(out.sum() for out in outs), x)
+        counts.append(counting.count)
+        assert {layer.path.name for layer in layers} <= {"reference", "compiled"}
     assert counts[0] <= counts[1]
 
 

@@ -256,6 +256,31 @@ def test_what_changes_after_compiling_is_followed() -> None:
             assert not known or layers[0].path.name == "compiled"
 
 
+NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "": lambda layer: None,
+    "infinite": lambda layer: setattr(layer, "threshold", torch.tensor(torch.inf)),
+    "loaded": lambda layer: layer.load_state_dict(snnlstm.Leaky(0.8, threshold=0.3).state_dict()),
+    "loaded, infinite": lambda layer: layer.load_state_dict(
+        snnlstm.Leaky(0.8, threshold=torch.inf, reset_mechanism="zero").state_dict()
+    ),
+    "finite": lambda layer: setattr(layer, "threshold", torch.tensor(0.3)),
+    "another reset": lambda layer: setattr(layer, "reset_mechanism", "none"),
+}
+
+
+@pytest.mark.parametrize("delay", [True, False])
+def test_numbers_that_a_trace_cannot_read_are_followed(delay: bool) -> None:
+    layers = [snnlstm.Leaky(0.8, threshold=0.3, reset_delay=delay) for _ in range(2)]
+    compiled, x = torch.compile(layers[0], backend="eager", fullgraph=True), currents(3, 5)[0]
+    for name, change in NUMBERS.items():
+        found = []
+        for layer, call in zip(layers, (compiled, layers[1]), strict=True):
+            change(layer)
+            found.append(call(x, torch.ones(3, 5)))
+            assert not found[-1][1].isnan().any(), name
+        close(*found, atol=1e-6)
+
+
 def test_the_users_choice_of_plain_torch_is_followed() -> None:
     layer, x, graphs = snnlstm.Leaky(0.8), currents(3, 5)[0], []
     compiled = torch.compile(layer, backend=keeping(graphs), fullgraph=True)
@@ -265,6 +290,26 @@ def test_the_users_choice_of_plain_torch_is_followed() -> None:
             compiled(x)
         assert layer.path.name == path
     assert [COMPOSITE in targets(graph) for graph in graphs[:2]] == [True, False]
+
+
+def test_the_path_names_what_ran() -> None:
+    """Also where compiled functions of several backends take turns, and none compiles again."""
+    net, x = Loop(), currents(3, 5)
+    backends: dict[str, dict[str, Any]] = {
+        "snnlstm": {"backend": "snnlstm"},
+        "others": {"backend": "eager"},
+        "hands on": {"backend": "snnlstm", "options": {"inner": "eager"}},
+        "a user's": {"backend": keeping([], "snnlstm")},
+    }
+    calls = {name: torch.compile(net, **options) for name, options in backends.items()}
+    for name, call in 2 * [*calls.items()]:
+        call(x)
+        assert net.leaky.path.native == (name != "others")
+        reason = "takes the operator apart" if name == "others" else "the native kernels cover"
+        assert reason in net.leaky.path.reason
+    net.leaky.reset_delay = False
+    calls["snnlstm"](x)
+    assert net.leaky.path.name == "reference"
 
 
 @pytest.mark.parametrize(
