@@ -199,11 +199,12 @@ class Passes:
         packed = packed_weight(call.weight, self._last_packed())
         if packed is not self._last_packed():
             self._last_packed = ref(packed)
-        percent, largest = 100, 1.0
+        selection = 100, 0
         if self.looks_at_x:
             at = 0 if lengths is None else lengths.data_ptr()
             percent, largest = _C.facts(self.cell, fields[0], at)
-        a_pass = self._pass((percent, packed.max_tile_inputs(largest)), None)
+            selection = percent, packed.max_tile_inputs(largest)
+        a_pass = self._pass(selection, None)
         a_pass.run_kernels(call, packed, fields)
         copy = self._threshold  # equal values share the last copy
         if (
