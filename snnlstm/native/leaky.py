@@ -23,7 +23,7 @@ from ..calls.spec import DTYPES, RESETS, LeakySpec
 from . import lender
 from .backends import BACKENDS
 from .function import beyond_kernels, connected, differentiable, reached
-from .tensors import contiguous_as, laid_out, pointer, real, restored, stochastic_noise
+from .tensors import contiguous_as, laid_out, pointer, real, stochastic_noise
 
 
 def reason_against(call: LeakyCall, sequence: bool) -> str | None:

@@ -26,8 +26,8 @@ class MaxPool2d(nn.MaxPool2d):
 
     A subclass with the same constructor, attributes, results and gradients, by bits.
     :func:`snnlstm.accelerate` gives torch's modules this class. The kernels take images
-    (N, C, H, W) of float32 and float64, contiguous or channels-last; torch's function takes all other calls, such as those on other devices, with
-    ``dilation`` or with ``return_indices``.
+    (N, C, H, W) of float32 and float64, contiguous or channels-last; torch's function takes all
+    other calls, such as those on other devices, with ``dilation`` or with ``return_indices``.
     """
 
     def forward(self, input: Tensor):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..calls import algorithms
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_transforms
 from ..calls.lengths import hold_last, last_state, mask_padding
-from ..calls.spec import FINITE, LeakySpec, Reset, check_dense, leaky_spec
+from ..calls.spec import FINITE, RESETS, LeakySpec, Reset, check_dense, leaky_spec
 from ..compat import snntorch
 from ..compat.registry import register, skip_ours
 from ..compat.snntorch import (
