@@ -21,7 +21,7 @@ NEW_ENOUGH = @$(1) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 23
 
-demo: $(VENV)/.demo  ## train with snnTorch's cell and ours, in two minutes (ARGS=--quick: in one)
+demo: $(VENV)/.demo  ## train with snnTorch's cell and ours, in two minutes on an idle core (ARGS=--quick: in one)
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests, on as many cores as there are (ARGS="-n 0": on one)

@@ -26,7 +26,7 @@ from ..neurons.sconv2dlstm import SConv2dLSTM
 from .pool2d import AvgPool2d, MaxPool2d
 from .spikes import SpikeCount
 
-ALONE = "it treats every sample by itself"
+ALONE = "one call, all steps as a larger batch"
 LARGE = "one step of its input or output is larger than 128 KiB"
 LARGE_LINEAR = "one step of its input or output is larger than 1 MiB"
 LARGE_STATE = "it keeps a state, and one step of it is larger than 1 MiB"

@@ -84,7 +84,7 @@ REASONS = {
     "it is snntorch's, and snnlstm.accelerate(net) makes it ours": [leaky()],
     "it draws a new mask for every step": [nn.Dropout(0.5), nn.Dropout2d(1.0)],
     "InstanceNorm2d is not known to treat every sample by itself": [nn.InstanceNorm2d(2)],
-    "it treats every sample by itself": [
+    "one call, all steps as a larger batch": [
         nn.Dropout(0.0), nn.Dropout(0.5).eval(), nn.GroupNorm(1, 2), nn.ReLU(),
     ],
 }  # fmt: skip
