@@ -442,10 +442,10 @@ class SConv2dLSTM(CellAttributes):
             else:
                 attributes.pop("reset", None)
         if not record:
-            self._state.store(syn, mem)
+            self._state.store(syn, mem, traced)
         elif syn.shape[0] > 0:  # a sequence without a step leaves the states as they were
             # The states are copies: snnTorch detaches states in place, which views refuse.
-            self._state.store(syn[-1].clone(), mem[-1].clone())
+            self._state.store(syn[-1].clone(), mem[-1].clone(), traced)
 
     def _on_images(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Wrap the user's code, which takes signals if the cell does, so that it takes images."""

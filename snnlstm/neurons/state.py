@@ -124,9 +124,10 @@ class State:
             mem = self.mem
             self._restart(*(torch.zeros(0, dtype=mem.dtype, device=mem.device) for _ in range(2)))
 
-    def store(self, syn: Tensor, mem: Tensor) -> None:
+    def store(self, syn: Tensor, mem: Tensor, traced: bool) -> None:
         """Keep the states after a call."""
-        self._note_pass()
+        if not traced and backward_pass() != self.stored_in:
+            self._note_pass()
         self.syn, self.mem, self.restarted = syn, mem, False
 
     def readable(self) -> bool:

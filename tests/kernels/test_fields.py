@@ -111,7 +111,9 @@ def test_leaky_gives_the_fields_in_their_order(monkeypatch):
     torch.autograd.grad((spk, after), (x, mem, beta, threshold), grads)
     names = "mem", "mem0", "grad_spk", "grad_mem", "noise", "noise", "grad_x", "grad_mem0"
     noted_as = dict(zip((*names, "grad_beta", "grad_threshold"), map(address, memory), strict=True))
-    assert by_name("LeakyBackwardArgs", given[1]) == common | noted_as
+    copies = [address(copy) for copy in plan.kept(call[2:5])]
+    kept = {"beta.values": copies[0], "threshold.values": copies[1]}
+    assert by_name("LeakyBackwardArgs", given[1]) == common | noted_as | kept
     assert len(set(noted_as.values())) == len(noted_as)
 
 
