@@ -43,8 +43,8 @@ sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-be
 versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Python, in fresh environments (3 GB each)
 	$(VENV)/bin/nox $(ARGS)
 
-bench: $(VENV)/.demo  ## measure networks of users with either library's cell
-	$(RUN) -m benchmarks $(ARGS)
+bench: $(VENV)/.demo  ## measure networks of users with either library's cell, and under inductor
+	$(RUN) -m benchmarks --providers loop sequence compiled-loop inductor $(ARGS)
 
 # The first Python whose torch sees the GPU runs it. $(VENV) gets what is missing there.
 SEES = -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null

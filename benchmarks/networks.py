@@ -240,11 +240,48 @@ def convolutions(cell: Any, side: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * side**2, 10), last)
 
 
-def _convolutions(shape: tuple[int, ...], image: bool = False) -> Network:
-    """Returns the network of `convolutions` on (N, T, 1, H, W)."""
+def _convolutions(shape: tuple[int, ...], image: bool = False, swap: bool = False) -> Network:
+    """Returns the network of `convolutions` on (N, T, 1, H, W); with `swap` accelerate makes it."""
     title = f"Leaky alone: Conv 1->12->64 5x5 {shape[3]}x{shape[4]}, each with max_pool 2; Linear"
-    make = functools.partial(convolutions, side=shape[3])
+    make: Any = functools.partial(convolutions, side=shape[3])
+    if swap:
+        title, make = f"swapped: {title}", _swapped(make)
     return _stepwise(title, make, shape, image)
+
+
+def _swapped(make: Callable[[Any], nn.Module]) -> Callable[[Any], nn.Module]:
+    """Returns a function of a cell's class; ours gets snnTorch's network, swapped by accelerate."""
+
+    def swapped(cell: Any) -> nn.Module:
+        net = make(snn.SConv2dLSTM)
+        return snnlstm.accelerate(net).model if cell is snnlstm.SConv2dLSTM else net
+
+    return swapped
+
+
+def deep(cell: Any, channels: Sequence[int]) -> nn.Module:
+    """Makes two convolutions for each number of channels, each with batch norm and Leaky.
+
+    Behind two comes a 3x3 pool with padding, and behind the last two the average of all pixels.
+    Images have two channels. All layers keep their states.
+    """
+    grad, layers = surrogate.fast_sigmoid(slope=25), list[nn.Module]()
+    options = {"beta": 0.9, "threshold": 0.3, "init_hidden": True, "spike_grad": grad}
+    for before, count in itertools.pairwise((2, *channels)):
+        for one in (before, count):
+            layers += [nn.Conv2d(one, count, 3, padding=1, bias=False), nn.BatchNorm2d(count)]
+            layers += [_leaky(cell, **options)]
+        layers += [nn.MaxPool2d(3, 2, padding=1)]
+    layers[-1] = nn.AdaptiveAvgPool2d(1)
+    last = _leaky(cell, **options, output=True)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1], 10), last)
+
+
+def _deep(shape: tuple[int, ...], *channels: int) -> Network:
+    """Returns the network of `deep` on (N, T, 2, H, W), swapped by accelerate."""
+    title = f"swapped: 2 x Conv 2->{'->2 x '.join(map(str, channels))} 3x3 {shape[3]}x{shape[4]}"
+    make = _swapped(functools.partial(deep, channels=channels))
+    return _stepwise(f"{title}, each with BatchNorm, Leaky; max_pool 3, average", make, shape)
 
 
 def dense(cell: Any, sizes: Sequence[int]) -> nn.Module:
@@ -438,6 +475,7 @@ def _users(small: bool = False) -> dict[str, Network]:
         return tuple(map(min, shape, (2, 3, shape[2], 14, 14))) if small else shape
 
     images = (2, 3, 1, 16, 16) if small else (32, 25, 1, 28, 28)
+    larger = (2, 3, 1, 20, 20) if small else (32, 25, 1, 32, 32)
     return {
         "documentation": _classifier(
             "1->8 28x28, max_pool 2, 8->8, avg_pool 2",
@@ -486,6 +524,8 @@ def _users(small: bool = False) -> dict[str, Network]:
         "dense-audio": _dense(size(64, 100, 700, 1, 1), 256, 256, 20),
         "conv": _convolutions(images),
         "conv-image": _convolutions(images, image=True),
+        "conv-swapped": _convolutions(larger, swap=True),
+        "deep": _deep(size(8, 10, 2, 32, 32), 32, 64),
     }  # fmt: skip
 
 

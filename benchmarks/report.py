@@ -3,7 +3,8 @@
 Rows are a pandas table, one row for each case, mode and provider; times are milliseconds of all
 time steps. `speedup` is the median of the case's first provider, timed in the same rounds, over
 this median; it is missing where the machine was too busy for ratios. `compiling` is the processor
-time in seconds that torch.compile took before the rounds, where it compiled the loop over time.
+time in seconds that torch.compile took before the rounds, where it compiled the loop over time,
+with that of the C++ compilers that it started.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ COLUMNS = [*RELEASE, *QUANTITIES]
 SMALLEST_CHANGE = 0.03
 """Clocks and the placement of pages make medians of equal programs differ by up to this share."""
 FEWEST_ROUNDS = 5
-FORMS = ("snntorch", "loop", "compiled-loop", "sequence")
+FORMS = ("snntorch", "loop", "compiled-loop", "sequence", "inductor")
+COMPILED = ("compiled-loop", "inductor")
 # These colours differ for any kind of colour vision (Okabe and Ito).
-COLOURS = dict(zip(FORMS, ("#E69F00", "#56B4E9", "#009E73", "#0072B2"), strict=True))
+COLOURS = dict(zip(FORMS, ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7"), strict=True))
 LIBRARIES = {"snntorch": COLOURS["snntorch"], "snnlstm": COLOURS["sequence"]}
-OTHERS = "#CC79A7", "#D55E00", "#999933", "#882255", "#44AA99", "#332288"
+OTHERS = "#D55E00", "#999933", "#882255", "#44AA99", "#332288"
 COLOURED = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"
 # This grey is readable on white and on black.
 STYLE = dict.fromkeys(COLOURED, "#808890") | {"svg.hashsalt": "snnlstm", "legend.framealpha": 0}
@@ -44,6 +46,7 @@ README_FORMS = {
     "loop": "loop: one import",
     "compiled-loop": "loop, compiled",
     "sequence": "sequence: `unroll`",
+    "inductor": "snnTorch, compiled: inductor",
 }
 README_NETWORKS = {
     "documentation": "two cells, 28x28, T=10 N=32, as in snnTorch's documentation",
@@ -54,6 +57,8 @@ README_NETWORKS = {
     "dense-image": "the same, one image for all steps",
     "conv": "convolutions and Leaky alone, tutorial 6, T=25 N=32",
     "conv-image": "the same, one image for all steps",
+    "conv-swapped": "the same, 32x32, with pools swapped by `accelerate`",
+    "deep": "four convolutions, batch norm, Leaky, pools, 32x32, T=10 N=8",
 }
 
 
@@ -124,14 +129,17 @@ def markdown(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def table(found: pd.DataFrame, titles: dict[str, str]) -> str:
-    """Formats the figures of one run, with a line for each network."""
+def table(found: pd.DataFrame, titles: dict[str, str], forms: Iterable[str] = ()) -> str:
+    """Formats the figures of one run, with a line for each network.
+
+    `forms` have columns also if the run has none of them.
+    """
     firsts = found.groupby("network", sort=False).form.first()
-    forms = _in_order(form for form in found.form.unique() if form not in set(firsts))
-    compiled = found[found["training compiling"].notna() | found["inference compiling"].notna()]
-    compiled = list(compiled.form.unique())
+    forms = _in_order({*found.form.unique(), *forms} - {*firsts})
+    compiled = [form for form in forms if form in COMPILED]
     head = ["network or layer", f"{' or '.join(firsts.unique())}, ms", *forms]
-    cells = [[*head, *["compiling, s"] * len(compiled)], ["---"] * (len(head) + len(compiled))]
+    times = [f"compiling {form}, s" if len(compiled) > 1 else "compiling, s" for form in compiled]
+    cells = [[*head, *times], ["---"] * (len(head) + len(compiled))]
     for network, first in firsts.items():
         own = found[found.network == network].set_index("form")
         line = [f"**{network}**: {titles[network]}", _pair(own, first, " ms", number)]
@@ -141,9 +149,10 @@ def table(found: pd.DataFrame, titles: dict[str, str]) -> str:
 
 
 def _pair(own: pd.DataFrame, form: str, quantity: str, text: Callable[[Any], str]) -> str:
-    """Formats a form's quantity, inference / training."""
+    """Formats a form's quantity, inference / training, and one without either as "-"."""
     shown = [mode for mode in MODES if own[f"{mode} ms"].notna().any() or own[mode].notna().any()]
-    return " / ".join(text(own[mode + quantity].get(form)) for mode in shown)
+    texts = [text(own[mode + quantity].get(form)) for mode in shown]
+    return " / ".join(texts) if any(text != "-" for text in texts) else "-"
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame) -> str:
@@ -291,11 +300,11 @@ def published() -> dict[Path, str]:
     lines = [head, ["---"] * len(head)]
     for network, title in README_NETWORKS.items():
         own = found[found.network == network].set_index("form")
-        lines.append([f"**{network}**: {title}"])
-        lines[-1] += [_pair(own, form, "", factor) for form in README_FORMS]
+        pairs = [_pair(own, form, "", factor) for form in README_FORMS]
+        lines.append([f"**{network}**: {title}", *pairs])
     tables = {
         ROOT / "README.md": "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        ROOT / "docs" / "performance.md": table(found, titles),
+        ROOT / "docs" / "performance.md": table(found, titles, FORMS[1:]),
     }
     return {page: _between(page.read_text(), text) for page, text in tables.items()}
 

@@ -25,7 +25,15 @@ from benchmarks import cases, devices, machine, networks, peak_memory, providers
 from benchmarks.arguments import TABLES, find_case, parser
 from benchmarks.cases import Case
 from benchmarks.gpu import NOT_RUN
-from benchmarks.providers import TOLERANCE, Provider, Runner, Setting, Unavailable, find_form
+from benchmarks.providers import (
+    BASELINE,
+    TOLERANCE,
+    Provider,
+    Runner,
+    Setting,
+    Unavailable,
+    find_form,
+)
 from snnlstm.dispatch import reasons
 
 INTERRUPTED = 130  # the shell's status of a program that SIGINT ended
@@ -199,7 +207,7 @@ class Suite:
                     spiking = one.spiking_threshold() if isinstance(case, Case) else None
                     expected = functools.cache(one.results)
                 # A threshold of another shape would be compiled once more, which takes a minute.
-                threshold = None if form.compiled else spiking
+                threshold = None if form.compiled or form.backend == "inductor" else spiking
                 results = expected(threshold)
                 if built:
                     compare(case, setting.dtype, results, one.results(threshold))
@@ -215,7 +223,7 @@ class Suite:
         error = getattr(error, "inner_exception", error)  # what a backend of torch.compile raised
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         by_design = isinstance(error, (Unavailable, MemoryError, torch.cuda.OutOfMemoryError))
-        excused = by_design or provider.startswith("snntorch")
+        excused = by_design or provider.startswith((BASELINE, "inductor"))
         if isinstance(error, Disagreement):
             reason, excused = f"computes something else: {reason}", False
         line = f"{label}: {provider}: {reason}"

@@ -188,6 +188,10 @@ def _log(loop: Loop, gm: GraphModule) -> None:
             logger.warning(text, ours[0].name, reason)
     elif counts:
         _warn_of_lengths(ours, max(counts))
+        calls = [call for layer in ours for call in layer.calls]
+        small = sum(map(rows.bytes_of, calls)) <= SMALL and not any(map(rows.requires_grad, calls))
+        if max(counts) <= FEW and small:
+            logger.warning(_TOO_FEW, ours[0].name, max(counts))
 
 
 _OUTSIDE = (
@@ -195,6 +199,14 @@ _OUTSIDE = (
     "break within the loop cut it, which TORCH_LOGS=graph_breaks shows: compile the function that "
     "has the loop over steps, without these"
 )
+
+
+_TOO_FEW = (
+    "torch.compile: the loop around layer %s has %s small steps, which may be faster as they are, "
+    "because torch checks before each call whether its record still holds"
+)
+FEW, SMALL = 3, 16 << 10
+"""The most steps, and the most bytes of their spikes, that may take less time than the checks."""
 
 
 def _is_step(call: Node) -> bool:

@@ -103,12 +103,13 @@ def _function(call: Node) -> Callable[..., Any]:
         own = [outputs[results.index(node)] if node in results else None for node in kept]
         save(ctx, outputs, [s if o is None else o for o, s in zip(own, saved, strict=True)])
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    kind: Any = type("Recorded", (torch.autograd.Function,), methods)
+    passes = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    kind: Any = type("Recorded", (torch.autograd.Function,), passes)
     # This is apply without its search for torch.func's wrappers among all arguments.
     apply = super(torch.autograd.Function, kind).apply
-    methods = {"apply": staticmethod(apply), "setup_context": staticmethod(setup_context)}
-    within = type("Recorded", (kind,), methods)
+    within = type(
+        "Recorded", (kind,), {"apply": apply, "setup_context": staticmethod(setup_context)}
+    )
 
     def function(*args: Any) -> Any:
         if not transforms_are_active():
@@ -151,11 +152,11 @@ def _differentiable(
         for node in [node for node in graph.nodes if node.op.startswith("call")]:
             frames = _frames(node)[depth:]
             modes = [mode for file, line, _ in frames for mode in _grad_modes(file, line)]
+            if not frames and value_of(node) is not None:
+                modes = [None]
             once |= once_differentiable.__code__.co_filename in [file for file, _, _ in frames]
-            of_other = "forward" in [name for _, _, name in frames[1:]]
-            is_known &= not (
-                None in modes or of_other or (value_of(node) is not None and not frames)
-            )
+            of_another = "forward" in [name for _, _, name in frames[1:]]
+            is_known &= None not in modes and not of_another
             if modes[-1:] == [False]:
                 with graph.inserting_before(node):
                     graph.call_function(SET_GRAD, (False,))

@@ -101,8 +101,9 @@ def key_of(node: Node) -> Any:
         return node
     names = {inner: f"%{number}" for number, inner in enumerate(body.graph.nodes)}
     arguments = [repr(map_arg((inner.args, inner.kwargs), names.get)) for inner in names]
-    targets = [inner.op == "placeholder" or inner.target for inner in names]
-    return tuple(zip(targets, arguments, strict=True))
+    targets: list[Any] = [inner.op == "placeholder" or inner.target for inner in names]
+    own = [id(body_of(inner)) for inner in names if inner.op == "get_attr"]
+    return *zip(targets, arguments, strict=True), *own
 
 
 def own_settings(graph: Graph) -> list[Node]:

@@ -179,7 +179,7 @@ def test_the_report_of_ones_own_network_says_what_compiling_took(feedback, modes
         "        self.fc, self.lif = torch.nn.Linear(3, 3), snntorch.Leaky(beta=0.9)\n"
         "    def forward(self, x):\n"
         "        spk, mem = torch.zeros_like(x), self.lif.reset_mem()\n"
-        "        for _ in range(3):\n"
+        "        for _ in range(4):\n"
         f"            spk, mem = self.lif(self.fc(x{feedback}), mem)\n"
         "        return mem\n"
         "def make(): return Net(), torch.rand(2, 3)\n",
@@ -212,6 +212,24 @@ def test_a_loop_that_does_not_compile_is_not_timed_and_the_line_says_why(monkeyp
     assert run.main(asked) == 0
     said = capsys.readouterr().out
     assert "NOT TIMED: small, float32: compiled-loop: compiled loops need torch 99.1\n" in said
+    monkeypatch.setitem(FORMS, "inductor", FORMS["inductor"]._replace(backend="none"))
+    assert run.main([*asked[:-1], "inductor"]) == 0
+    assert "NOT TIMED: small, float32: inductor: Invalid backend: 'none'" in capsys.readouterr().out
+
+
+@long
+def test_inductor_compiles_snntorchs_loop_anew_each_time():
+    """The cache has what it compiled for the comparison."""
+    from torch._inductor import metrics  # whose import takes seconds
+
+    case = dataclasses.replace(networks.NETWORKS["dense"], shapes=((2, 2, 3, 1, 1),))
+    case = dataclasses.replace(case, make=lambda cell: networks.dense(cell, (3, 4, 3)))
+    provider = Provider(case, FORMS["inductor"], Setting())
+    for _ in range(2):
+        metrics.reset()
+        assert provider.first_run("inference")[1].seconds > 0
+        assert metrics.generated_kernel_count > 0
+    assert not any(isinstance(m, snnlstm.Leaky) for m in provider.net.modules())
 
 
 def test_an_older_number_of_steps_is_no_reason_to_warn():

@@ -214,6 +214,16 @@ def test_another_neuron_of_snntorch_is_no_layer_of_ours(caplog):
     assert not said(caplog, WARNING)
 
 
+@pytest.mark.parametrize(("steps", "features", "told"), [(3, 6, 1), (4, 6, 0), (3, 500, 0)])
+def test_few_small_steps_without_gradients_have_a_warning(steps, features, told, caplog):
+    """Wide spikes have 4 * 500 bytes for each of 3 samples and 3 steps."""
+    net = snnlstm.Leaky(beta=0.5)
+    run = torch.compile(lambda x: torch.stack([net(x_t)[0] for x_t in x]), backend=BACKEND)
+    with caplog.at_level(WARNING, "snnlstm"), torch.no_grad():
+        run(numbers(steps, N, features))
+    assert len([m for m in said(caplog, WARNING) if "small steps" in m]) == told
+
+
 def test_an_older_torch_is_refused_by_its_version(monkeypatch):
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1"))
     with pytest.raises(RuntimeError, match=OLDER):
