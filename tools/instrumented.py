@@ -70,8 +70,8 @@ def build_driver(sanitizer: str, isa: str) -> Path:
 
     units = sorted((CSRC / "cpu" / "kernels").glob("*.cpp"), key=lambda f: -f.stat().st_size)
     units.append(ROOT / "tools" / "sanitizers" / "driver.cpp")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, units))
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        objects = list(workers.map(compiled, units))
     program = folder / "driver.exe"  # as Windows wants it
     subprocess.run([*cxx, *flags, *objects, "-pthread", "-o", str(program)], check=True)
     return program

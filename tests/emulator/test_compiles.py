@@ -27,8 +27,8 @@ TUNED = (75, 80, 90)  # the architectures whose registers and shared memory were
 @cache
 def compiled() -> dict[Path, tuple[Path, str]]:
     """Machine code of each source for every architecture, and what ptxas said."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(SOURCES, pool.map(gpu_tools.compile_all, SOURCES), strict=True))
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        return dict(zip(SOURCES, workers.map(gpu_tools.compile_all, SOURCES), strict=True))
 
 
 @needs_nvcc

@@ -135,8 +135,8 @@ def watched(monkeypatch: pytest.MonkeyPatch, holder: Any, name: str) -> list[tup
 
 def in_threads(work: Callable[[int], Any], count: int = 4) -> None:
     """Calls `work` with a number in each of several threads, and raises the error of any thread."""
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(work, range(count)))
+    with ThreadPoolExecutor(count) as workers:
+        list(workers.map(work, range(count)))
 
 
 @contextmanager
@@ -151,8 +151,8 @@ def beside(work: Callable[[], object], count: int = 1) -> Iterator[None]:
         while not ended.is_set():
             work()
 
-    with ThreadPoolExecutor(count) as pool:
-        found = pool.map(repeat, range(count))
+    with ThreadPoolExecutor(count) as workers:
+        found = workers.map(repeat, range(count))
         try:
             yield
         finally:
