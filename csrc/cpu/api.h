@@ -57,8 +57,8 @@ struct Kernels {
   // by direct sums. It is infinity if the image is too large for lists.
   double (*sparse_cost)(const Cell&, double density);
 
-  // Looks at every `distance`-th value of the images from begin to end, which are numbered step by
-  // step, but not at padded images.
+  // Looks at every `distance`-th value or row of the images from begin to end, which are numbered
+  // step by step, but not at padded images.
   Seen (*look_at)(const Cell&, const View& x, const int64_t* lengths, int64_t begin, int64_t end,
                   int64_t distance);
 

@@ -8,14 +8,37 @@
 
 SNNLSTM_BEGIN_ISA
 
+// Looks at VL values at once.
+template <class T, int VL>
+struct LookAtLanes {
+  using S = Simd<T, VL>;
+  typename S::Mask zeros = {};  // minus the number of zeros in each lane
+  typename S::R largest = {};
+
+  // Looks at whole vectors of `number` values that are `step` apart, and leaves the rest.
+  template <class Step>
+  SNNLSTM_INLINE void add(const T*& values, int64_t& number, Step step) {
+    for (; number >= VL; number -= VL, values += VL * step) {
+      typename S::R v;
+      for (int lane = 0; lane < VL; ++lane) v[lane] = values[lane * step];
+      zeros += v == typename S::R{};
+      largest = S::greater(S::abs(v), largest);  // NaN changes nothing
+    }
+  }
+
+  void put(cpu::Seen& seen) const {
+    for (int lane = 0; lane < VL; ++lane) {
+      seen.nonzero += zeros[lane];
+      seen.largest = std::max(seen.largest, double(largest[lane]));
+    }
+  }
+};
+
 template <class T, class Distance>
 class Look {
-  using S = Simd<T, kNativeBytes / sizeof(T)>;
-  using R = typename S::R;
-  using Mask = typename S::Mask;
-
  public:
-  // Every `distance`-th value is looked at. The distance may be known when this is compiled.
+  // Looks at every `distance`-th value, or at such rows if an image has gaps. The distance may be
+  // known when this is compiled.
   Look(const Cell& cell, const View& x, Distance distance)
       : c(cell), s(x.stride), size(c.Cin * c.H * c.W), distance(distance) {
     dense = (s[4] == 1 && s[3] == c.W && s[2] == c.H * c.W) ||
@@ -23,60 +46,56 @@ class Look {
   }
 
   void image(const T* values) {
-    if (dense) return run(values, size, 1);
+    if (dense) {
+      if (next < size) {
+        const int64_t chosen = (size - next + distance - 1) / distance;
+        add(values + next, chosen, distance);
+        next += chosen * distance;
+      }
+      next -= size;
+      return;
+    }
+    const bool column = c.W == 1;  // which is taken as one row
+    const int64_t rows = column ? 1 : c.H, length = column ? c.H : c.W;
+    const int64_t step = column ? s[3] : s[4];
     for (int64_t channel = 0; channel < c.Cin; ++channel)
-      for (int64_t row = 0; row < c.H; ++row) run(values + channel * s[2] + row * s[3], c.W, s[4]);
+      for (int64_t row = 0; row < rows; ++row) {
+        if (next == 0) {
+          const T* first = values + channel * s[2] + row * s[3];
+          if (step == 1)
+            add(first, length, std::integral_constant<int64_t, 1>());
+          else
+            add(first, length, step);
+          next = distance;
+        }
+        --next;
+      }
   }
 
   cpu::Seen seen() const {
-    cpu::Seen seen{count, nonzero, largest_of_rest};
-    for (int lane = 0; lane < S::lanes; ++lane) {
-      seen.nonzero -= zeros[lane];
-      seen.largest = std::max(seen.largest, double(largest[lane]));
-    }
+    cpu::Seen seen{count, count};
+    wide.put(seen), narrow.put(seen), single.put(seen);
     return seen;
   }
 
  private:
-  // Looks at values that are `step` apart.
-  SNNLSTM_INLINE void run(const T* values, int64_t length, int64_t step) {
-    if (first < length) {
-      const int64_t chosen = (length - first + distance - 1) / distance;
-      if (step == 1)
-        add(values + first, chosen, distance);
-      else
-        add(values + first * step, chosen, step * distance);
-      first += chosen * distance;
-    }
-    first -= length;
-  }
-
   template <class Step>
   SNNLSTM_INLINE void add(const T* values, int64_t number, Step step) {
-    count += number, nonzero += number;
-    for (; number >= S::lanes; number -= S::lanes, values += S::lanes * step) {
-      R v;
-      for (int lane = 0; lane < S::lanes; ++lane) v[lane] = values[lane * step];
-      zeros -= v == R{};
-      largest = S::greater(S::abs(v), largest);  // NaN changes nothing
-    }
-    for (; number > 0; --number, values += step) {
-      const T v = std::abs(*values);
-      nonzero -= v == T(0);
-      largest_of_rest = v > largest_of_rest ? v : largest_of_rest;
-    }
+    count += number;
+    wide.add(values, number, step), narrow.add(values, number, step);
+    single.add(values, number, step);
   }
 
   const Cell& c;
   const int64_t* s;
   const int64_t size;
   const Distance distance;
-  bool dense;                      // whether an image's values fill its memory
-  int64_t first = 0;               // place of the next value, from the next run's beginning
-  int64_t count = 0, nonzero = 0;  // without the zeros in `zeros`, one number for each lane
-  Mask zeros = {};
-  R largest = {};
-  T largest_of_rest = 1;
+  bool dense;        // whether an image's values fill its memory
+  int64_t next = 0;  // place of the next value, or rows before the next row
+  int64_t count = 0;
+  LookAtLanes<T, kNativeBytes / sizeof(T)> wide;
+  LookAtLanes<T, 16 / sizeof(T)> narrow;
+  LookAtLanes<T, 1> single;
 };
 
 template <class T, class Distance>
