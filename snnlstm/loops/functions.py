@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from ..compat.torch_private import apply_in_transforms, delayed_error, transforms_are_active
-from .rows import APPLY, SET_GRAD, body_of, key_of, own_settings, value_of
+from .rows import APPLY, SET_GRAD, body_of, own_settings, value_of
 from .steps import effects_of
 
 
@@ -35,8 +36,7 @@ def make_functions(module: GraphModule) -> GraphModule:
     calls = module.graph.find_nodes(op="call_function", target=APPLY)
     for call in calls:
         bodies = call.args[:2]
-        lines = [node.meta.get("stack_trace") for node in body_of(bodies[1]).graph.nodes]
-        key = *map(key_of, bodies), *lines, repr(call.kwargs)
+        key = *(_key_of(body_of(body)) for body in bodies), repr(call.kwargs)
         if key not in made:
             made[key] = _function(call)
         call.target, call.args, call.kwargs = made[key], call.args[2:], {}
@@ -45,6 +45,19 @@ def make_functions(module: GraphModule) -> GraphModule:
     if calls:
         module.recompile()
     return module
+
+
+def _key_of(body: GraphModule) -> Any:
+    """What equal bodies that come from the same lines have in common."""
+    names = {node: f"%{number}" for number, node in enumerate(body.graph.nodes)}
+    return tuple(
+        (
+            id(body_of(node)) if node.op == "get_attr" else node.op == "placeholder" or node.target,
+            repr(map_arg((node.args, node.kwargs), names.get)),
+            node.meta.get("stack_trace"),
+        )
+        for node in names
+    )
 
 
 def _compiled(body: GraphModule, *changes: Callable[[Graph], Any]) -> Callable[..., Any]:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import Graph, Node
 
 from ..compat.torch_private import apply_recorded, operators_named, size_hint
 from ..native.leaky_operators import OPERATORS
@@ -92,18 +91,6 @@ def bytes_of(node: Node) -> int:
 def body_of(node: Any) -> Any:
     """The attribute of the graph's module that a node gets; for a Function, a graph of its own."""
     return getattr(node.graph.owning_module, node.target)
-
-
-def key_of(node: Node) -> Any:
-    """What nodes have in common that get equal bodies of autograd Functions."""
-    body = body_of(node)
-    if not isinstance(body, GraphModule):
-        return node
-    names = {inner: f"%{number}" for number, inner in enumerate(body.graph.nodes)}
-    arguments = [repr(map_arg((inner.args, inner.kwargs), names.get)) for inner in names]
-    targets: list[Any] = [inner.op == "placeholder" or inner.target for inner in names]
-    own = [id(body_of(inner)) for inner in names if inner.op == "get_attr"]
-    return *zip(targets, arguments, strict=True), *own
 
 
 def own_settings(graph: Graph) -> list[Node]:

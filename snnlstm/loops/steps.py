@@ -322,8 +322,6 @@ class Loop:
             elif node.op in ("call_function", "call_method"):
                 arguments = self._frozen((node.args, node.kwargs), lambda a: colors[self.same[a]])
                 key = node.target, arguments, str(rows.shape_of(node))
-            elif node.op == "get_attr":
-                key = rows.key_of(node)
             colors[node] = numbers.setdefault(key, len(numbers))
             if row is not None:
                 group = self._chain(number, row) if row.states else colors[node]
