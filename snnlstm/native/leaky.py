@@ -22,7 +22,7 @@ from ..calls.spec import DTYPES, RESETS, LeakySpec
 from . import pool
 from .backends import BACKENDS
 from .function import beyond_kernels, differentiable, reached
-from .tensors import contiguous_as, pointer, real, restored, stochastic_noise
+from .tensors import contiguous_as, pointer, real, restored
 
 
 def reason_against(call: LeakyCall, sequence: bool) -> str | None:
@@ -212,19 +212,16 @@ class Plan:
 
         `before` and `after`, mem of all steps, may have another layout than in the forward pass.
         """
-        sequence, surrogate = self.spec.sequence, self.spec.surrogate
+        sequence = self.spec.sequence
         after = _laid_out(after, *self.whole)
         like = after[0] if sequence else after
         before = None if before is None else _laid_out(before, *self.step)
         laid = [None if grad is None else _laid_out(grad, *self.whole) for grad in grads]
-        noise = stochastic_noise(surrogate, laid[0], sequence)
-        if noise is not None:
-            noise = _laid_out(noise, *self.whole)
         x = _empty_like(after, self.types[0]) if wanted[0] else None
         mem = _empty_like(like, self.dtype) if wanted[1] or sequence else None
         sums = [_empty_like(like, self.dtype) if want else None for want in wanted[2:]]
         numbers = self._numbers(parameters)  # they must live while the kernels run
-        others = map(pointer, (after, noise, *laid, x, mem, *sums))
+        others = map(pointer, (after, *laid, x, mem, *sums))
         self.backend.leaky((*self._fields(numbers, before), *others), True, self.device)
         return x, mem, *sums
 

@@ -69,9 +69,9 @@ struct PoolWindow {
     return best;
   }
 
-  // Returns the number of the first pixel that counts as the maximum.
-  static SNNLSTM_INLINE Mask place(const Cell& c, const T* mem, int64_t row, int64_t pixel,
-                                   R maximum) {
+  // Returns the index of the first pixel that counts as the maximum.
+  static SNNLSTM_INLINE Mask argmax(const Cell& c, const T* mem, int64_t row, int64_t pixel,
+                                    R maximum) {
     const R unit = M::last_place(maximum);
     Mask where{};
     for (int i = c.pool_h - 1; i >= 0; --i)
@@ -82,13 +82,13 @@ struct PoolWindow {
     return where;
   }
 
-  // Returns the values of the pixels with the numbers `where`.
+  // Returns the values of the pixels with the indices `where`.
   static SNNLSTM_INLINE R at(const Cell& c, const T* mem, int64_t row, int64_t pixel, Mask where) {
     R value{};
-    typename M::Bits place = 0;
+    typename M::Bits index = 0;
     for (int i = 0; i < c.pool_h; ++i)
-      for (int j = 0; j < c.pool_w; ++j, ++place)
-        value = M::where(where == Mask{} + place, M::load(mem + i * row + j * pixel), value);
+      for (int j = 0; j < c.pool_w; ++j, ++index)
+        value = M::where(where == Mask{} + index, M::load(mem + i * row + j * pixel), value);
     return value;
   }
 
@@ -103,25 +103,25 @@ struct PoolWindow {
   static SNNLSTM_INLINE void spread(const Cell& c, R grad, Mask where, T* out, int64_t row,
                                     int64_t pixel) {
     if (c.pool == Pool::avg) grad = grad / T(c.pool_h * c.pool_w);
-    typename M::Bits place = 0;
+    typename M::Bits index = 0;
     for (int i = 0; i < c.pool_h; ++i)
-      for (int j = 0; j < c.pool_w; ++j, ++place) {
+      for (int j = 0; j < c.pool_w; ++j, ++index) {
         T* p = out + i * row + j * pixel;
-        const R g = c.pool == Pool::max ? M::where(where == Mask{} + place, grad, R{}) : grad;
+        const R g = c.pool == Pool::max ? M::where(where == Mask{} + index, grad, R{}) : grad;
         M::store(p, M::load(p) + g);
       }
   }
 };
 
-// The numbers of the pixels that max_pool chose: PassArgs::places, (T, N, Hp, Wp, Cp) on the CPU.
+// The indices of the pixels that max_pool chose: PassArgs::argmax, (T, N, Hp, Wp, Cp) on the CPU.
 template <class M>
-class Places {
+class Argmax {
   using Mask = typename M::Mask;
 
  public:
-  Places(const PassArgs& a, int64_t Cp)
-      : data_(a.cell.pool == Pool::max ? a.places : nullptr),
-        has_32_bits_(a.cell.place_bytes() > 1),
+  Argmax(const PassArgs& a, int64_t Cp)
+      : data_(a.cell.pool == Pool::max ? a.argmax : nullptr),
+        has_32_bits_(a.cell.argmax_bytes() > 1),
         N_(a.cell.N),
         Hp_(a.cell.Hp()),
         row_(a.cell.Wp() * Cp) {}
@@ -130,9 +130,9 @@ class Places {
   // Returns where a row of an image begins.
   int64_t row(int64_t t, int64_t n, int64_t h) const { return ((t * N_ + n) * Hp_ + h) * row_; }
 
-  SNNLSTM_INLINE void put(int64_t k, Mask places) const {
-    has_32_bits_ ? put(static_cast<int32_t*>(data_) + k, places)
-                 : put(static_cast<uint8_t*>(data_) + k, places);
+  SNNLSTM_INLINE void put(int64_t k, Mask indices) const {
+    has_32_bits_ ? put(static_cast<int32_t*>(data_) + k, indices)
+                 : put(static_cast<uint8_t*>(data_) + k, indices);
   }
   SNNLSTM_INLINE Mask get(int64_t k) const {
     return has_32_bits_ ? get(static_cast<const int32_t*>(data_) + k)
@@ -140,16 +140,16 @@ class Places {
   }
 
  private:
-  template <class Place>
-  using Stored = typename VectorOf<Place, M::lanes>::type;
-  template <class Place>
-  static SNNLSTM_INLINE void put(Place* to, Mask places) {
-    const auto stored = __builtin_convertvector(places, Stored<Place>);
+  template <class Index>
+  using Stored = typename VectorOf<Index, M::lanes>::type;
+  template <class Index>
+  static SNNLSTM_INLINE void put(Index* to, Mask indices) {
+    const auto stored = __builtin_convertvector(indices, Stored<Index>);
     std::memcpy(to, &stored, sizeof(stored));
   }
-  template <class Place>
-  static SNNLSTM_INLINE Mask get(const Place* from) {
-    Stored<Place> stored;
+  template <class Index>
+  static SNNLSTM_INLINE Mask get(const Index* from) {
+    Stored<Index> stored;
     std::memcpy(&stored, from, sizeof(stored));
     return __builtin_convertvector(stored, Mask);
   }
