@@ -11,8 +11,8 @@ Pass::Pass(const Cell& sequence, const Device& device, Matrix numbers, Algorithm
       algorithm(wanted),
       backward(is_backward),
       device_(device.number),
-      forward_(other ? other->forward_
-                     : std::make_shared<const ForwardSteps>(cell, device, matrix, BlockChoice())) {
+      forward_(other ? std::make_unique<const ForwardSteps>(*other->forward_)
+                     : std::make_unique<const ForwardSteps>(cell, device, matrix, BlockChoice())) {
   if (wanted == Algorithm::automatic) algorithm = choose(device);
   plan(device, only);
   describe(only);
@@ -31,14 +31,14 @@ Algorithm Pass::choose(const Device& device) const {
 void Pass::plan(const Device& device, const BlockChoice& only) {
   if (algorithm == Algorithm::cudnn) {
     cell.T = 1;
-    steps_ = std::make_shared<const CudnnSteps>(cell, matrix, backward);
+    steps_ = std::make_unique<const CudnnSteps>(cell, matrix, backward);
   } else if (backward) {
     const Multiply multiply = forward_->step.multiply;
-    steps_ = std::make_shared<const BackwardSteps>(cell, device, matrix, multiply, only);
+    steps_ = std::make_unique<const BackwardSteps>(cell, device, matrix, multiply, only);
   } else if (only.is_free()) {
-    steps_ = forward_;
+    steps_ = std::make_unique<const ForwardSteps>(*forward_);
   } else {
-    steps_ = std::make_shared<const ForwardSteps>(cell, device, matrix, only);
+    steps_ = std::make_unique<const ForwardSteps>(cell, device, matrix, only);
   }
 }
 
@@ -51,6 +51,10 @@ void Pass::describe(const BlockChoice& only) {
     name = name + "-" + (backward ? kDataShapes : kForwardShapes)[shape].name;
   reason_against = cuda::reason_against(cell, steps_->blocks);
 }
+
+Pass::Pass(Pass&&) noexcept = default;
+Pass& Pass::operator=(Pass&&) noexcept = default;
+Pass::~Pass() = default;
 
 std::pair<int, int> Pass::tile() const { return {steps_->tiling().h, steps_->tiling().w}; }
 

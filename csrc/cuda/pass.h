@@ -64,6 +64,9 @@ class Pass {
   // other: a pass of the same plan, whose forward steps this one need not plan again.
   Pass(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm, bool backward,
        const BlockChoice& only = {}, const Pass* other = nullptr);
+  Pass(Pass&&) noexcept;
+  Pass& operator=(Pass&&) noexcept;
+  ~Pass();
 
   // Returns the passes that are worth timing, the rules' choice first: fused for each kind
   // of block, and the other algorithms. other: as above.
@@ -102,8 +105,8 @@ class Pass {
   void describe(const BlockChoice& only);
 
   int device_;                                   // on which everything is launched
-  std::shared_ptr<const ForwardSteps> forward_;  // of any blocks
-  std::shared_ptr<const Steps> steps_;
+  std::unique_ptr<const ForwardSteps> forward_;  // of any blocks
+  std::unique_ptr<const Steps> steps_;
 };
 
 // Launches all steps of snntorch.Leaky, on the device's `stream`: one kernel a pass.
