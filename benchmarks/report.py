@@ -129,13 +129,10 @@ def markdown(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def table(found: pd.DataFrame, titles: dict[str, str], forms: Iterable[str] = ()) -> str:
-    """Formats the figures of one run, with a line for each network.
-
-    `forms` have columns also if the run has none of them.
-    """
+def table(found: pd.DataFrame, titles: dict[str, str]) -> str:
+    """Formats the figures of one run, with a line for each network."""
     firsts = found.groupby("network", sort=False).form.first()
-    forms = _in_order({*found.form.unique(), *forms} - {*firsts})
+    forms = _in_order({*found.form.unique()} - {*firsts})
     compiled = [form for form in forms if form in COMPILED]
     head = ["network or layer", f"{' or '.join(firsts.unique())}, ms", *forms]
     times = [f"compiling {form}, s" if len(compiled) > 1 else "compiling, s" for form in compiled]
@@ -296,15 +293,18 @@ def published() -> dict[Path, str]:
     found = _last_run()
     titles = {name: case.title for part in TABLES.values() for name, case in part.items()}
     titles = {name: title.replace("->", "→") for name, title in titles.items()}
-    head = ["speed-up, inference / training", *README_FORMS.values()]
+    forms = {form: title for form, title in README_FORMS.items() if form in {*found.form}}
+    head = ["speed-up, inference / training", *forms.values()]
     lines = [head, ["---"] * len(head)]
     for network, title in README_NETWORKS.items():
         own = found[found.network == network].set_index("form")
-        pairs = [_pair(own, form, "", factor) for form in README_FORMS]
+        if own.empty:
+            continue  # the last run has not timed it
+        pairs = [_pair(own, form, "", factor) for form in forms]
         lines.append([f"**{network}**: {title}", *pairs])
     tables = {
         ROOT / "README.md": "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        ROOT / "docs" / "performance.md": table(found, titles, FORMS[1:]),
+        ROOT / "docs" / "performance.md": table(found, titles),
     }
     return {page: _between(page.read_text(), text) for page, text in tables.items()}
 
