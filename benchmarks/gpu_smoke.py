@@ -20,7 +20,6 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +29,10 @@ import snnlstm
 from benchmarks import devices
 from benchmarks.cases import widest_gap
 from benchmarks.providers import TOLERANCE, WIDE, Setting
-from snnlstm import surrogate
-from snnlstm.native import plan
 from snnlstm.native.cuda_check import trouble
 from snnlstm.reference import fire
 from tests.shared.table import arguments_of
 
-SSO = {"spike_grad": surrogate.SSO(variance=2.0)}
 CHANNELS = {"leaky": True, "beta": "channels", "learn_beta": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "second GPU": {"second": True},  # before any work on the first one
@@ -44,13 +40,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "max_pool, subtract": arguments_of("max_pool"),
     "avg_pool, zero": arguments_of("avg_pool", reset="zero"),
     "stride, dilation": arguments_of("dilation and stride", reset="none"),
-    "inhibition": arguments_of("inhibition", reset="none"),
     # One launch stores 256 levels, of 512.
     "quantised": {"n": 1, "state_quant": snnlstm.quant.state_quant(9)},
     # A kernel of its own forms the spikes if a window is larger than a tile.
     "one window": {"avg_pool": "image"},
-    # A pixel's number in its window needs more than a byte. The surrogate draws at each step.
-    "532 pixels": SSO | {"t": 3, "n": 1, "c": 8, "h": 19, "w": 28, "max_pool": "image"},
+    # A pixel's number in its window needs more than a byte.
+    "532 pixels": {"t": 3, "n": 1, "c": 8, "h": 19, "w": 28, "max_pool": "image"},
     # A row has several tiles, and x few channels, but mem more than one chunk of them. Only the
     # last states are recorded in training, so each step reads mem in the layout of the kernels.
     "first layer": {"t": 2, "n": 1, "cin": 2, "c": 40, "h": 4, "w": 41, "record": False},
@@ -80,7 +75,7 @@ GRAPHS = ("cuda",)  # the devices whose results are also taken from a CUDA graph
 SECOND, CONTEXT = "cuda:1", 100  # MiB; a context takes more
 EXACT = ("float64", "float32")
 ALGORITHMS = ("fused", "cudnn")
-ROUNDING = ("max_pool, subtract", "avg_pool, zero", "inhibition", "quantised", "532 pixels")
+ROUNDING = ("max_pool, subtract", "avg_pool, zero", "quantised", "532 pixels")
 """Rounding changes decisions of these options; coarse precisions leave them out."""
 SPIKING, ROUNDED, DECIDING = 0.15, 0.05, 0.02
 """The share of neurons that spike; the largest shares that may spike by rounding, and whose states
@@ -256,14 +251,7 @@ class Cell:
             weights = torch.rand(spk.shape, generator=torch.Generator().manual_seed(1)).double()
             self.weights = weights.to(spk.device)
         loss = (self.weights * spk).sum() + sum(state.double().square().sum() for state in states)
-        # SSO draws the loss's weights on all paths, the reference path from the last step on.
-        steps = iter(reversed(self.weights.unbind()))
-        patched = mock.patch.object
-        with (
-            patched(plan, "stochastic_noise", lambda kind, grad, _: self.weights.to(grad.dtype)),
-            patched(surrogate, "_noise", lambda x, mean: next(steps).to(x.dtype) - 0.5 + mean),
-        ):
-            grads = torch.autograd.grad(loss, tensors) if loss.requires_grad else ()
+        grads = torch.autograd.grad(loss, tensors) if loss.requires_grad else ()
         return [result.detach() for result in out], list(grads)
 
     def replayed(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -333,7 +321,7 @@ class Cell:
             right &= (
                 wrong == 0 and rounded <= ROUNDED and state_error <= most
                 and gradients <= most_of_gradients and beside <= BESIDE_TORCH
-                and spiking > (0 if "inhibition" in self.options else SPIKING / 3)
+                and spiking > SPIKING / 3
                 and path.name.startswith(self.setting.device.split("-")[0])
             )  # fmt: skip
             text = f"{wrong} wrong and {spiking:.1%} of all spike, states {state_error:.1e}"
@@ -348,8 +336,7 @@ class Cell:
         """
         threshold, pooled = self.cell.threshold.detach().double(), self.pooled(mem)
         graded = threshold.new_tensor(self.graded)
-        rest = lambda u: u > 0, None, "inhibition" in self.options
-        true = torch.stack([fire(image, threshold, graded, *rest) for image in pooled])
+        true = torch.stack([fire(image, threshold, graded, lambda u: u > 0) for image in pooled])
         if self.lengths is not None:
             steps = torch.arange(len(self.inputs[0]), device=spk.device)[-len(spk) :, None]
             true *= (steps < self.lengths)[..., None, None, None]

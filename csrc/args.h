@@ -28,7 +28,7 @@ enum class Surrogate : int {
   heaviside = 6,
   spike_rate_escape = 7,
   sparse_fast_sigmoid = 8,
-  stochastic = 9,
+  stochastic = 9,  // which only the reference path computes
   leaky = 10,
 };
 constexpr int kSurrogates = int(Surrogate::leaky) + 1;
@@ -51,7 +51,6 @@ struct Cell {
   double surrogate_p0 = 2, surrogate_p1 = 0;
   bool spiking = true;  // false: a plain ConvLSTM, whose spk is mem, without reset, pooling and
                         // quantisation
-  bool inhibition = false;
   bool has_lengths = false;      // CUDA: calls have PassArgs::lengths
   int num_levels = 0;            // the state quantiser's; 0: states are not quantised
   int outer_h = 0, outer_w = 0;  // taps trimmed per side, not counted in kernel_h and kernel_w
@@ -67,7 +66,7 @@ struct Cell {
   int64_t Ho() const { return (H + stride_h - 1) / stride_h; }
   int64_t Wo() const { return (W + stride_w - 1) / stride_w; }
   // Returns the size in bytes of a pixel's index in its pooling window: a uint8_t or an int32_t.
-  int place_bytes() const { return int64_t(pool_h) * pool_w > 256 ? 4 : 1; }
+  int argmax_bytes() const { return int64_t(pool_h) * pool_w > 256 ? 4 : 1; }
   int64_t Hp() const { return Ho() / pool_h; }
   int64_t Wp() const { return Wo() / pool_w; }
 };
@@ -97,7 +96,7 @@ struct View {
   int64_t stride[5] = {0, 0, 0, 0, 0};
 };
 
-// The arguments of both passes. Python passes the fields from workspace to places, and then those
+// The arguments of both passes. Python passes the fields from workspace to argmax, and then those
 // of the pass, in this order (bindings.h).
 struct PassArgs {
   Cell cell;
@@ -120,10 +119,9 @@ struct PassArgs {
   // Training: the activated gates of every step, and syn after it, in the backend's layout.
   void* saved_gates = nullptr;
   void* saved_syn = nullptr;
-  int64_t* winner = nullptr;  // (T, N): place in (C, Hp, Wp) of the only neuron that may spike
   // Training with Pool::max: for each step and pooled pixel, the row-major index in the window of
   // the pixel that gets the gradient, in the backend's layout.
-  void* places = nullptr;  // Cell::place_bytes() each
+  void* argmax = nullptr;  // Cell::argmax_bytes() each
 };
 
 struct ForwardArgs : PassArgs {
@@ -138,11 +136,10 @@ struct ForwardArgs : PassArgs {
 };
 
 struct BackwardArgs : PassArgs {
-  View noise;                 // (T, N, C, Hp, Wp) uniform in [0, 1): the stochastic surrogate only
-  View grad_spk;              // (T, N, C, Hp, Wp)
-  View grad_syn, grad_mem;    // as ForwardArgs::syn and mem
-  View grad_x;                // (T, N, Cin, H, W)
-  View grad_syn0, grad_mem0;  // (N, C, Ho, Wo)
+  View grad_spk;                   // (T, N, C, Hp, Wp)
+  View grad_syn, grad_mem;         // as ForwardArgs::syn and mem
+  View grad_x;                     // (T, N, Cin, H, W)
+  View grad_syn0, grad_mem0;       // (N, C, Ho, Wo)
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
   void* grad_bias = nullptr;       // (4C,)
   void* grad_threshold = nullptr;  // (C,): summed over everything but the channels
@@ -185,7 +182,6 @@ struct LeakyForwardArgs : LeakyArgs {
 
 struct LeakyBackwardArgs : LeakyArgs {
   const void* mem = nullptr;       // (T, n) after each step
-  const void* noise = nullptr;     // (T, n) uniform in [0, 1): the stochastic surrogate only
   const void* grad_spk = nullptr;  // (T, n)
   const void* grad_mem = nullptr;  // (T, n)
   void* grad_x = nullptr;          // (T, n)

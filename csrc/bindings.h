@@ -103,7 +103,7 @@ class Fields {
 
 // ---- arguments of a call, for both backends ----
 
-constexpr Py_ssize_t kPassFields = 18;
+constexpr Py_ssize_t kPassFields = 17;
 
 // Reads a call of either pass. Refuses it if an argument that all kernels read is missing.
 template <class Args>
@@ -111,10 +111,10 @@ Args pass_args(const Cell& cell, const py::tuple& fields) {
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
   Args a;
   a.cell = cell;
-  Fields f(fields, kPassFields + (forward ? 6 : 12));
+  Fields f(fields, kPassFields + (forward ? 6 : 11));
   f.read(a.workspace, a.weight, a.weight_mem, a.weight_x, a.levels, a.order, a.x, a.syn0, a.mem0,
          a.threshold, a.threshold_stride, a.graded_factor, a.lengths, a.record, a.saved_gates,
-         a.saved_syn, a.winner, a.places);
+         a.saved_syn, a.argmax);
   needs(a.syn0.data, "syn0");
   if (a.threshold_stride != 0 && a.threshold_stride != 1)
     throw py::value_error("threshold_stride must be 0 or 1");
@@ -125,14 +125,12 @@ Args pass_args(const Cell& cell, const py::tuple& fields) {
     f.read(a.bias, a.gate_sums, a.x_sums, a.spk, a.syn, a.mem);
     needs(a.mem0.data, "mem0"), needs(a.syn.data, "syn"), needs(a.mem.data, "mem");
     if (cell.spiking || cell.T > 1) needs(a.spk.data, "spk");
-    if (a.saved_gates && cell.pool == Pool::max) needs(a.places, "places");
+    if (a.saved_gates && cell.pool == Pool::max) needs(a.argmax, "argmax");
   } else {
-    f.read(a.noise, a.grad_spk, a.grad_syn, a.grad_mem, a.grad_x, a.grad_syn0, a.grad_mem0,
-           a.grad_weight, a.grad_bias, a.grad_threshold, a.d_gates, a.mem_after);
+    f.read(a.grad_spk, a.grad_syn, a.grad_mem, a.grad_x, a.grad_syn0, a.grad_mem0, a.grad_weight,
+           a.grad_bias, a.grad_threshold, a.d_gates, a.mem_after);
     needs(a.saved_gates, "saved_gates");
-    if (a.grad_spk.data && cell.inhibition) needs(a.winner, "winner");
-    if (a.grad_spk.data && cell.pool == Pool::max) needs(a.places, "places");
-    if (a.grad_spk.data && cell.surrogate == Surrogate::stochastic) needs(a.noise.data, "noise");
+    if (a.grad_spk.data && cell.pool == Pool::max) needs(a.argmax, "argmax");
     if (a.grad_weight) needs(a.x.data, "x");
   }
   return a;
@@ -158,6 +156,13 @@ Enum numbered(const char* name, int64_t number, int count) {
     throw py::value_error(std::string(name) + " must be less than " + std::to_string(count) +
                           ", got " + std::to_string(number));
   return Enum(number);
+}
+
+inline Surrogate surrogate_of(int64_t number) {
+  const auto kind = numbered<Surrogate>("surrogate", number, kSurrogates);
+  if (kind == Surrogate::stochastic)
+    throw py::value_error("surrogate must not be stochastic: the kernels draw no numbers");
+  return kind;
 }
 
 // Refuses sizes below 1, and products of sizes that the kernels' integers cannot hold. The caller
@@ -187,8 +192,8 @@ inline void check_sizes(const Cell& c) {
 inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, int64_t H, int64_t W,
                       std::pair<int, int> kernel, std::pair<int, int> stride,
                       std::pair<int, int> dilation, int pool, std::pair<int, int> pool_size,
-                      int reset, int surrogate, double p0, double p1, bool inhibition,
-                      int num_levels, bool spiking) {
+                      int reset, int surrogate, double p0, double p1, int num_levels,
+                      bool spiking) {
   Cell c;
   c.dtype = numbered<DType>("dtype", dtype, kDTypes);
   c.T = T;
@@ -203,10 +208,9 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
   c.pool = numbered<Pool>("pool", pool, 3);
   std::tie(c.pool_h, c.pool_w) = pool_size;
   c.reset = numbered<Reset>("reset", reset, kResets);
-  c.surrogate = numbered<Surrogate>("surrogate", surrogate, kSurrogates);
+  c.surrogate = surrogate_of(surrogate);
   c.surrogate_p0 = p0;
   c.surrogate_p1 = p1;
-  c.inhibition = inhibition;
   c.num_levels = num_levels;
   c.spiking = spiking;
   check_sizes(c);
@@ -214,9 +218,9 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
   if (c.pool == Pool::none && c.pool_h * c.pool_w != 1)
     throw py::value_error("pool_size must be (1, 1) without pooling");
   if (c.Hp() < 1 || c.Wp() < 1) throw py::value_error("pool_size must fit into the state");
-  if (!spiking && (c.reset != Reset::none || c.pool != Pool::none || inhibition || num_levels > 0 ||
+  if (!spiking && (c.reset != Reset::none || c.pool != Pool::none || num_levels > 0 ||
                    c.surrogate != Surrogate::none))
-    throw py::value_error("spiking=False excludes reset, pool, surrogate, inhibition and levels");
+    throw py::value_error("spiking=False excludes reset, pool, surrogate and levels");
   return c;
 }
 
@@ -226,7 +230,7 @@ inline void bind_cell(py::module_& m) {
            py::arg("Cin"), py::arg("C"), py::arg("H"), py::arg("W"), py::arg("kernel"),
            py::arg("stride"), py::arg("dilation"), py::arg("pool"), py::arg("pool_size"),
            py::arg("reset"), py::arg("surrogate"), py::arg("p0"), py::arg("p1"),
-           py::arg("inhibition"), py::arg("num_levels"), py::arg("spiking") = true);
+           py::arg("num_levels"), py::arg("spiking") = true);
 }
 
 // ---- snntorch.Leaky, for both backends ----
@@ -237,21 +241,20 @@ template <class Args>
 Args leaky_args(const py::tuple& fields) {
   constexpr bool backward = std::is_same_v<Args, LeakyBackwardArgs>;
   Args a;
-  Fields f(fields, kLeakyFields + (backward ? 8 : 4));
+  Fields f(fields, kLeakyFields + (backward ? 7 : 4));
   int64_t dtype, reset, surrogate;
   f.read(dtype, reset, surrogate, a.surrogate_p0, a.surrogate_p1, a.T, a.n, a.beta, a.threshold,
          a.graded_factor, a.mem0);
   a.dtype = numbered<DType>("dtype", dtype, kDTypes);
   a.reset = numbered<Reset>("reset", reset, kResets);
-  a.surrogate = numbered<Surrogate>("surrogate", surrogate, kSurrogates);
+  a.surrogate = surrogate_of(surrogate);
   counted("T", a.T, 1), counted("n", a.n);
   if (double(a.T) * double(a.n) > double(kMostElements))
     throw py::value_error("T * n must lie below 2^48");
   needs(a.beta.values, "beta"), needs(a.threshold.values, "threshold");
   needs(a.graded_factor, "graded");
   if constexpr (backward)
-    f.read(a.mem, a.noise, a.grad_spk, a.grad_mem, a.grad_x, a.grad_mem0, a.grad_beta,
-           a.grad_threshold);
+    f.read(a.mem, a.grad_spk, a.grad_mem, a.grad_x, a.grad_mem0, a.grad_beta, a.grad_threshold);
   else
     f.read(a.x, a.spk, a.mem, a.record);
   if (a.n == 0) return a;
@@ -259,7 +262,6 @@ Args leaky_args(const py::tuple& fields) {
   if constexpr (backward) {
     if (a.needs_before()) needs(a.mem0, "mem0");
     if (a.T > 1) needs(a.grad_mem0, "grad_mem0");
-    if (a.grad_spk && a.surrogate == Surrogate::stochastic) needs(a.noise, "noise");
   } else {
     needs(a.mem0, "mem0"), needs(a.x, "x"), needs(a.spk, "spk");
   }

@@ -84,8 +84,8 @@ struct Neuron {
     return d;
   }
 
-  // Returns d spike / d u at u = mem - threshold. noise (stochastic) is uniform in [0, 1).
-  static SNNLSTM_HD R surrogate_gradient(Surrogate kind, R u, R p0, R p1, R noise) {
+  // Returns d spike / d u at u = mem - threshold.
+  static SNNLSTM_HD R surrogate_gradient(Surrogate kind, R u, R p0, R p1) {
     const R zero = M::splat(0), one = M::splat(1);
     switch (kind) {
       case Surrogate::atan: {
@@ -110,8 +110,6 @@ struct Neuron {
         const R d = p0 * M::abs(u) + one;
         return M::where(u > p1, one / (d * d), zero);
       }
-      case Surrogate::stochastic:
-        return M::where(u > zero, one, (noise - M::splat(0.5) + p0) * p1);
       case Surrogate::leaky:
         return M::where(u > zero, one, p0);
       default:
@@ -167,8 +165,8 @@ struct LeakyNeuron {
   }
 };
 
-// Says whether a mem counts as the largest of a pooling window or, under inhibition, of a sample.
-// The first one that counts gets the gradient. Because convolutions round, equal mems may differ by
+// Says whether a mem counts as the largest of a pooling window. The first one that counts gets the
+// gradient. Because convolutions round, equal mems may differ by
 // a unit in the last place. `unit` is that of the largest mem, or 0 in half types, whose unit is
 // larger than such differences. NaN counts as the largest.
 template <class R>

@@ -173,6 +173,11 @@ class Surrogate:
         """Name of the kind, such as ``"atan"``."""
         return KINDS[self.kind].name
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the backward pass draws random numbers, which the native kernels cannot."""
+        return self.name == "SSO"
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return the spikes for x, the membrane potential minus the threshold.
 
@@ -277,7 +282,7 @@ def SSO(mean: float = 0, variance: float = 0.2) -> Surrogate:
     """Stochastic spike operator: 1 where x > 0, else ``(u - 0.5 + mean) * variance``.
 
     Every backward pass draws u uniformly from [0, 1), with torch's global generator for the device
-    of x.
+    of x. A layer with this surrogate takes the reference path.
     """
     return make("SSO", mean=mean, variance=variance)
 

@@ -79,11 +79,8 @@ Cell choose(const Cell& cell, CpuAlgorithm algorithm, double density, int max_ti
   Cell c = within_image(cell);
   if (algorithm == CpuAlgorithm::direct) return c;
   const bool forced = algorithm == CpuAlgorithm::winograd;
-  // Inhibition chooses the first of equal neurons. Winograd's rounding would break the ties
-  // differently.
-  const bool has_ties = !backward && !forced && c.inhibition;
   double best = direct_cost(c, double(c.C), backward);
-  if (!has_ties && kernels().has_tiles(c)) {
+  if (kernels().has_tiles(c)) {
     for (const int h : {4, 3, 2, 1})
       for (const int w : {4, 3, 2, 1}) {
         if (!has_tile(c.kernel_h, h) || !has_tile(c.kernel_w, w) || h * w == 1) continue;

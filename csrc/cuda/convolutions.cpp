@@ -106,13 +106,14 @@ MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& de
   m.halo_w = reach(tiling.w, s.step_w, s.taps_w, s.dilation_w, int(s.dgrad_stride_w.value));
   m.by_halo_w = SmallDivisor(m.halo_w);
   m.step_h = s.step_h, m.step_w = s.step_w;
-  const bool plain = s.step_w == 1 && s.dgrad_stride_w.value == 1;
+  // Neighbouring pixels of the tile read neighbouring pixels of the source.
+  const bool adjacent = s.step_w == 1 && s.dgrad_stride_w.value == 1;
   // Gathered pixels are stored 8 at a time from an even column on, which must be an even pixel.
-  m.row_padding = plain && m.copy == GlobalCopy::gather ? s.pad_w & 1 : 0;
+  m.row_padding = adjacent && m.copy == GlobalCopy::gather ? s.pad_w & 1 : 0;
   m.pitch = int(round_up(m.halo_w + 1, 2));  // the same for all copies
   // An m16 tile may extend over the end of a row. With this pitch the next row lies on the banks on
   // which a longer row would continue.
-  if (tiling.w % 16 != 0 && plain) {
+  if (tiling.w % 16 != 0 && adjacent) {
     const int wanted = m.pitch + (tiling.w - m.pitch % 16 + 32) % 16;
     if (5 * wanted <= 8 * m.halo_w) m.pitch = wanted;
   }

@@ -33,7 +33,7 @@ inline Cell as_run(const Cell& cell) {
   }
   const bool fits = double(c.N) * double(c.W) * double(4 * c.C + c.Cin + 32) < double(1 << 30);
   if (cell.W <= 1 && fault(Fault::unturned_kernel)) std::swap(c.kernel_h, c.kernel_w);
-  const bool free = c.pool_h == 1 && !c.inhibition && !c.has_lengths;  // treats all samples alike
+  const bool free = c.pool_h == 1 && !c.has_lengths;  // treats all samples alike
   if (c.H == 1 && c.N > 1 && free && fits) {
     c.H = c.N;
     c.N = 1;
@@ -53,8 +53,8 @@ inline ForwardArgs as_run(ForwardArgs a, const Cell& as) {
   return a;
 }
 inline BackwardArgs as_run(BackwardArgs a, const Cell& as) {
-  lay_out({&a.x, &a.syn0, &a.mem0, &a.noise, &a.grad_spk, &a.grad_syn, &a.grad_mem, &a.grad_x,
-           &a.grad_syn0, &a.grad_mem0},
+  lay_out({&a.x, &a.syn0, &a.mem0, &a.grad_spk, &a.grad_syn, &a.grad_mem, &a.grad_x, &a.grad_syn0,
+           &a.grad_mem0},
           a.cell, as);
   return a;
 }

@@ -22,7 +22,7 @@ struct PackedFor {
 // Packs a weight for up to two passes of equal cells.
 void pack_weight(const void* weight, std::initializer_list<PackedFor> all, void* stream);
 
-void launch_fire(const FireStep& p, bool inhibition, void* stream);
+void launch_fire(const FireStep& p, void* stream);
 
 // Brings the gradients of spikes to p's neurons, by way of `spikes`, if there are any.
 void launch_spread(NeuronBackward& p, const Tensor& spikes, int64_t N, void* stream);
@@ -96,8 +96,8 @@ Neuron neuron_of_step(const Args& a, const View& spk, int64_t t, int per_thread)
   f.lengths = a.lengths;
   f.step = int(t);
   f.spk = tensor(spk, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, per_thread);
-  if (a.places && c.pool == Pool::max)
-    f.places = static_cast<char*>(a.places) + t * c.N * c.C * c.Hp() * c.Wp() * c.place_bytes();
+  if (a.argmax && c.pool == Pool::max)
+    f.argmax = static_cast<char*>(a.argmax) + t * c.N * c.C * c.Hp() * c.Wp() * c.argmax_bytes();
   return n;
 }
 
@@ -132,9 +132,6 @@ inline NeuronBackward neuron_backward(const BackwardArgs& a, int64_t t) {
   n.surrogate = c.surrogate;
   n.p0 = c.surrogate_p0;
   n.p1 = c.surrogate_p1;
-  const int64_t drawn = fault(Fault::first_noise) ? 0 : t;
-  n.noise = tensor(a.noise, c.dtype, drawn, {1, c.N, c.C, c.Hp(), c.Wp()}, 4);
-  n.winner = c.inhibition ? a.winner + t * c.N : nullptr;
   n.syn_prev = state_tensor(c, a.syn0, 0, 4);
   n.grad_syn = states_of_step(a, a.grad_syn, t, 4);
   n.grad_mem = states_of_step(a, a.grad_mem, t, 4);

@@ -10,54 +10,53 @@ Pass::Pass(const Cell& sequence, const Device& device, Matrix numbers, Algorithm
       matrix(numbers),
       algorithm(wanted),
       backward(is_backward),
-      device_(device.number) {
-  forward_ = other ? std::make_unique<const ForwardSteps>(*other->forward_)
-                   : std::make_unique<const ForwardSteps>(cell, device, matrix, BlockChoice());
-  const bool any_blocks = only.shape < 0 && only.h == 0 && only.w == 0;
-  auto forward = backward || any_blocks
-                     ? std::make_unique<const ForwardSteps>(*forward_)
-                     : std::make_unique<const ForwardSteps>(cell, device, matrix, only);
-  const Cell& c = forward->s.c;
-  reason_against = cuda::reason_against(c, 0);
-  const Multiply multiply = forward->step.multiply;
-  if (wanted == Algorithm::automatic) {
-    const Tiling& tiling = forward->step.tiling;
-    const double computed =
-        double(tiling.by_rows.value) * tiling.by_cols.value * forward->step.pixels();
-    algorithm =
-        rules::algorithm(c, device, matrix, multiply == Multiply::fma, multiply == Multiply::tf32x3,
-                         double(c.Ho() * c.Wo()) / computed, backward);
-  }
-  name = kMultiplyNames[int(multiply)];
-  const int64_t neurons = c.C * c.Ho() * c.Wo();
-  int64_t launched = 0;  // blocks of the largest launch
+      device_(device.number),
+      forward_(other ? std::make_unique<const ForwardSteps>(*other->forward_)
+                     : std::make_unique<const ForwardSteps>(cell, device, matrix, BlockChoice())) {
+  if (wanted == Algorithm::automatic) algorithm = choose(device);
+  plan(device, only);
+  describe(only);
+}
+
+Algorithm Pass::choose(const Device& device) const {
+  const ForwardBlocks& step = forward_->step;
+  const Cell& c = forward_->s.c;
+  const double computed =
+      double(step.tiling.by_rows.value) * step.tiling.by_cols.value * step.pixels();
+  return rules::algorithm(c, device, matrix, step.multiply == Multiply::fma,
+                          step.multiply == Multiply::tf32x3, double(c.Ho() * c.Wo()) / computed,
+                          backward);
+}
+
+void Pass::plan(const Device& device, const BlockChoice& only) {
   if (algorithm == Algorithm::cudnn) {
     cell.T = 1;
     steps_ = std::make_unique<const CudnnSteps>(cell, matrix, backward);
-    name = "cudnn";
   } else if (backward) {
-    auto steps = std::make_unique<const BackwardSteps>(cell, device, matrix, multiply, only);
-    shape = steps->to_mem.shape;
-    launched = std::max(steps->to_x.tiling.blocks(), c.N * ceil_div(neurons, kSpreadThreads));
-    steps_ = std::move(steps);
+    const Multiply multiply = forward_->step.multiply;
+    steps_ = std::make_unique<const BackwardSteps>(cell, device, matrix, multiply, only);
+  } else if (only.is_free()) {
+    steps_ = std::make_unique<const ForwardSteps>(*forward_);
   } else {
-    shape = forward->step.shape;
-    launched = c.N * ceil_div(neurons, kFireThreads);
-    steps_ = std::move(forward);
+    steps_ = std::make_unique<const ForwardSteps>(cell, device, matrix, only);
   }
-  launched = std::max(launched, steps_->tiling().blocks());
-  packed_bytes = steps_->packed.bytes;
-  workspace = steps_->workspace;
-  if (only.shape >= 0 && shape >= 0)
-    name = name + "-" + (backward ? kDataShapes : kForwardShapes)[shape].name;
-  if (reason_against.empty()) reason_against = cuda::reason_against(cell, launched);
 }
 
-std::pair<int, int> Pass::tile() const { return {steps_->tiling().h, steps_->tiling().w}; }
+void Pass::describe(const BlockChoice& only) {
+  shape = steps_->shape;
+  packed_bytes = steps_->packed.bytes;
+  workspace = steps_->workspace;
+  name = algorithm == Algorithm::cudnn ? "cudnn" : kMultiplyNames[int(steps_->multiply)];
+  if (only.shape >= 0 && shape >= 0)
+    name = name + "-" + (backward ? kDataShapes : kForwardShapes)[shape].name;
+  reason_against = cuda::reason_against(cell, steps_->blocks);
+}
 
 Pass::Pass(Pass&&) noexcept = default;
 Pass& Pass::operator=(Pass&&) noexcept = default;
 Pass::~Pass() = default;
+
+std::pair<int, int> Pass::tile() const { return {steps_->tiling().h, steps_->tiling().w}; }
 
 std::vector<Pass> Pass::candidates(const Cell& cell, const Device& device, Matrix matrix,
                                    bool backward, const Pass* other) {

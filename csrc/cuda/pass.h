@@ -52,6 +52,8 @@ int64_t padded_channels(int64_t C);
 // cores, and tiles of h x w pixels. -1 and 0 leave the choice to rules.cpp.
 struct BlockChoice {
   int shape = -1, h = 0, w = 0;
+
+  bool is_free() const { return shape < 0 && h == 0 && w == 0; }
 };
 
 struct ForwardSteps;
@@ -95,6 +97,13 @@ class Pass {
   void run(const BackwardArgs& args, void* stream) const;
 
  private:
+  // Returns the algorithm that the rules choose.
+  Algorithm choose(const Device& device) const;
+  // Plans the algorithm's steps.
+  void plan(const Device& device, const BlockChoice& only);
+  // Sets what the steps are called, the memory that they take, and why they cannot run.
+  void describe(const BlockChoice& only);
+
   int device_;                                   // on which everything is launched
   std::unique_ptr<const ForwardSteps> forward_;  // of any blocks
   std::unique_ptr<const Steps> steps_;

@@ -134,8 +134,7 @@ ForwardBlocks forward_blocks(const Cell& c, const Device& device, Matrix matrix,
   ForwardBlocks step;
   Best<ForwardBlocks> best;
   const auto offer = [&](auto&& fits) {
-    std::vector<TileSize> sizes;
-    if (!c.inhibition) sizes = tile_sizes(c, c.Ho(), c.Wo(), step.pixels(), pools, only);
+    std::vector<TileSize> sizes = tile_sizes(c, c.Ho(), c.Wo(), step.pixels(), pools, only);
     step.fires = !sizes.empty();
     if (!step.fires) sizes = tile_sizes(c, c.Ho(), c.Wo(), step.pixels(), false, only);
     cover(step.tiling, c, c.N, c.C, step.channels());

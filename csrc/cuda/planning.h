@@ -28,7 +28,7 @@ double busiest(const Device& device, const Load& load);
 constexpr double kClearly = 0.85;
 
 int64_t splits(const Device& device, int64_t blocks, int64_t pixels);
-Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool plain, bool tf32x3,
+Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool fma, bool tf32x3,
                     double share, bool backward);
 
 }  // namespace rules

@@ -11,8 +11,8 @@ namespace snnlstm::cuda {
 
 namespace rules {
 
-// Says whether 3xTF32 is faster than plain float32 on tensor cores of 8.0 and newer. The large
-// chips (8.0, 9.0, 10.x, 11.x) multiply tf32 at 4 to 8 times the rate of plain float32, so three
+// Says whether 3xTF32 is faster than float32 without tensor cores from 8.0 on. The large
+// chips (8.0, 9.0, 10.x, 11.x) multiply tf32 at 4 to 8 times the rate of float32, so three
 // products are faster than one. The others (8.6, 8.7, 8.9, 12.x) reach at most twice the rate.
 bool three_products_beat_one(int compute_capability) {
   const int major = compute_capability / 10;
@@ -59,9 +59,9 @@ int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
 }
 
 // Returns the algorithm of a pass. The same rules hold forward and backward, except where
-// `backward` is tested. plain: the step kernels multiply without tensor cores; tf32x3: in 3xTF32.
+// `backward` is tested. fma: the step kernels multiply without tensor cores; tf32x3: in 3xTF32.
 // share: the part of their tiles' pixels that lies in images.
-Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool plain, bool tf32x3,
+Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool fma, bool tf32x3,
                     double share, bool backward) {
   const int capability = device.compute_capability;
   const int64_t channels = c.Cin + c.C;
@@ -70,15 +70,15 @@ Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool pla
       double(c.N) * double(c.Ho() * c.Wo()) * double(c.C) / device.multiprocessors;
   const double products = neurons * 4 * depth;  // of a multiprocessor
 
-  // cuDNN has nothing better for float64, nor for bfloat16 before 8.0: plain cores, one by one.
+  // cuDNN has nothing better for float64, nor for bfloat16 before 8.0: these use no tensor cores.
   const bool bfloat16 = c.dtype == DType::bfloat16 || matrix == Matrix::bfloat16;
-  if (c.dtype == DType::float64 || (plain && bfloat16)) return Algorithm::fused;
+  if (c.dtype == DType::float64 || (fma && bfloat16)) return Algorithm::fused;
 
   // With cuDNN, Python and torch take some 40 us a step, 60 backward. Our steps take less up to
   // about so many products. A graph that replays a call costs the host nothing, and cuDNN would win
   // earlier there, but the rules do not know what will be captured.
   const bool large_chip = capability == 75 || three_products_beat_one(capability);
-  if (products < (plain || !large_chip ? 1e6 : 2e6)) return Algorithm::fused;
+  if (products < (fma || !large_chip ? 1e6 : 2e6)) return Algorithm::fused;
 
   // Tiles lie in one image, or in a batch of rows. cuDNN's rows run over images.
   if (share <= 0.5) return Algorithm::cudnn;
@@ -92,18 +92,18 @@ Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool pla
 
   // Without tensor cores cuDNN's Winograd for 3x3 kernels has 2.25 times fewer products, but
   // only forward. It gains nothing if x has one or two channels, whose products it pads. From 8.6
-  // on, though, a multiprocessor has 128 plain lanes, and our kernels' loads feed no more than 40 %
-  // of them.
+  // on, though, a multiprocessor has 128 lanes of float32, and our kernels' loads feed no more than
+  // 40 % of them.
   const bool winograd = !backward && c.kernel_h == 3 && c.kernel_w == 3 && c.stride_h == 1 &&
                         c.stride_w == 1 && c.dilation_h == 1 && c.dilation_w == 1;
-  if (plain && c.Cin > 2 && (winograd || capability >= 80)) return Algorithm::cudnn;
+  if (fma && c.Cin > 2 && (winograd || capability >= 80)) return Algorithm::cudnn;
 
   // On 9.0 and 10.x mma.sync reaches half to two thirds of the rate of wgmma and tcgen05, which
   // cuDNN uses. That matters if channels are many and our products take longer than the launches
   // around cuDNN, some 40 us: a multiprocessor computes 0.85 million products a us in tf32, and 1.4
-  // million in half types. 3xTF32 beats the plain float32 of cuDNN.
+  // million in half types. 3xTF32 beats cuDNN's float32 without tensor cores.
   const bool half = gate_type(c.dtype, matrix) != DType::float32;
-  if (capability >= 90 && capability < 120 && channels >= 96 && !plain && !tf32x3 &&
+  if (capability >= 90 && capability < 120 && channels >= 96 && !fma && !tf32x3 &&
       products > (half ? 56e6 : 34e6))
     return Algorithm::cudnn;
 

@@ -13,6 +13,9 @@ struct Steps {
   DType type, real, gates;  // of the states, of sums, of gates
   Packed packed;            // cudnn: nothing
   int64_t workspace = 0;
+  Multiply multiply = Multiply::fma;  // cudnn: unused
+  int shape = -1;      // the row of kForwardShapes or kDataShapes; -1 without tensor cores
+  int64_t blocks = 0;  // of the largest launch
 
   // c: the caller's.
   Steps(const Cell& c, Matrix matrix)
@@ -42,8 +45,7 @@ struct BackwardSteps : Steps {
   BothWeightBlocks weights;
   int bias_splits;
 
-  // multiply: the forward pass's.
-  BackwardSteps(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
+  BackwardSteps(const Cell& cell, const Device& device, Matrix matrix, Multiply forward_multiply,
                 const BlockChoice& only);
   void backward(const BackwardArgs& args, void* stream) const override;
   const Tiling& tiling() const override { return to_mem.tiling; }

@@ -70,6 +70,8 @@ class CellSpec:
     """The zero padding on each side that keeps the image size, (height, width)."""
     # Operators of torch.library get all fields as this text, which from_text() parses.
     serialized: str = field(default="", init=False, repr=False, compare=False)
+    traceable: bool = field(default=False, init=False, repr=False, compare=False)
+    """Whether the kernels run a step without checkpoint and quantiser, as far as options decide."""
 
     def __hash__(self) -> int:
         return hash(self.serialized)  # a string keeps its hash, which every call needs
@@ -96,6 +98,8 @@ class CellSpec:
             values = {name: getattr(self, name) for name in _NAMED}
             values["surrogate"] = fixed(spike.kind), float(fixed(spike.p0)), float(fixed(spike.p1))
             object.__setattr__(self, "serialized", f"{values};{quant.text if quant else ''}")
+            beyond = self.checkpoint or self.inhibition or quant is not None or spike.is_random
+            object.__setattr__(self, "traceable", not beyond)
 
     @staticmethod
     @lru_cache(maxsize=256)

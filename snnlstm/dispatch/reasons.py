@@ -66,6 +66,7 @@ _FUNCTIONS = F.conv1d, F.conv2d
 ONES = {1: (1,), 2: (1, 1)}  # a stride of 1, by the dimensions of an image
 
 
+RANDOM = "spike_grad draws random numbers"
 HOOKS, GLOBAL_HOOKS = "carries hooks", "global module hooks are registered"
 REPLACED, CONV_HOOKS = "forward was replaced", f"conv {HOOKS}"
 
@@ -282,6 +283,10 @@ def _options_against(spec: CellSpec, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run a cell of this spec on `dtype`; None if they can."""
     if type(spec.surrogate) is not Surrogate:
         return "spike_grad is unknown to the kernels"
+    if spec.surrogate.is_random:
+        return RANDOM
+    if spec.inhibition:
+        return "inhibition is unknown to the kernels"
     if spec.quant is not None:
         if type(spec.quant) is not StateQuant:
             return "state_quant is unknown to the kernels"

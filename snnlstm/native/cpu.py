@@ -255,7 +255,7 @@ class Backend(CommonBackend):
         return (
             ((*images, 4 * padded), s.dtype),
             ((*images, padded), s.dtype),
-            *s.decisions(padded),
+            s.argmax(padded),
         )
 
     def leaky(self, fields: Fields, backward: bool, device: torch.device) -> None:

@@ -216,14 +216,14 @@ def _steps_backward(
     `out` receives the gradients of syn, mem and threshold that it has memory for. `d_gates` and
     `mems`, if given, receive what the module's docstring says.
     """
-    call, _, saved, grads, noise = inputs[:5]
+    call, _, saved, grads = inputs[:4]
     syn, mem, record = call.syn, call.mem, call.record
     saved_syn = plan.saved.part(saved, 1)
     grad_spk, into_syn, into_mem = grads
     recorded_syn, recorded_mem = (into_syn, into_mem) if record else (None, None)
     if record:
         into_syn = into_mem = None
-    noise, grad_spk = (None if t is None else _steps(t, call.sequence) for t in (noise, grad_spk))
+    grad_spk = None if grad_spk is None else _steps(grad_spk, call.sequence)
     c, last = mem.shape[1], plan.time - 1
     mem_weight = _part(how, call.weight[:, -c:], d_gates)
     d_syn = syn.new_empty(plan.state) if out.syn is None else out.syn
@@ -235,10 +235,10 @@ def _steps_backward(
         into_syn = _sum(into_syn, recorded_syn, t)
         into_mem = _sum(into_mem, recorded_mem, t)
         syn_before = syn if t == 0 else images_of(saved_syn[t - 1], mem)[:, :c]
-        of_step = (None if each is None else each[t] for each in (grad_spk, noise, d_threshold))
-        spk_grad, step_noise, step_threshold = of_step
+        of_step = (None if each is None else each[t] for each in (grad_spk, d_threshold))
+        spk_grad, step_threshold = of_step
         views, step_grads = (None, *strided(syn_before), None), (spk_grad, into_syn, into_mem)
-        step = BackwardInputs(_step_of(call, t), views, saved, step_grads, step_noise)
+        step = BackwardInputs(_step_of(call, t), views, saved, step_grads)
         results = Gradients(None, d_syn, None, None, None, step_threshold)
         mem_after = 0 if mems is None or t == last else mems[t + 1].data_ptr()
         addresses = d_gates[t].data_ptr(), mem_after

@@ -23,7 +23,7 @@ from ..calls.spec import DTYPES, RESETS, LeakySpec
 from . import lender
 from .backends import BACKENDS
 from .function import beyond_kernels, connected, differentiable, reached
-from .tensors import contiguous_as, laid_out, pointer, real, stochastic_noise
+from .tensors import contiguous_as, laid_out, pointer, real
 
 
 def reason_against(call: LeakyCall, sequence: bool) -> str | None:
@@ -225,19 +225,16 @@ class Plan:
         `before` and `after`, mem of all steps, may have another layout than in the forward pass.
         `kept` is what :meth:`kept` returned in that pass.
         """
-        sequence, surrogate = self.spec.sequence, self.spec.surrogate
+        sequence = self.spec.sequence
         after = laid_out(after, *self.whole)
         like = after[0] if sequence else after
         before = None if before is None else laid_out(before, *self.step)
         laid = [None if grad is None else laid_out(grad, *self.whole) for grad in grads]
-        noise = stochastic_noise(surrogate, laid[0], sequence)
-        if noise is not None:
-            noise = laid_out(noise, *self.whole)
         x = _empty_like(after, self.types[0]) if wanted[0] else None
         mem = _empty_like(like, self.dtype) if wanted[1] or sequence else None
         sums = [_empty_like(like, self.dtype) if want else None for want in wanted[2:]]
         numbers = *kept, contiguous_as(graded, self.dtype)  # they must live while the kernels run
-        others = map(pointer, (after, noise, *laid, x, mem, *sums))
+        others = map(pointer, (after, *laid, x, mem, *sums))
         self.backend.leaky((*self._fields(numbers, before), *others), True, self.device)
         return x, mem, *sums
 

@@ -56,7 +56,7 @@ def layout() -> int:
     counts = [_C.cpu_padded_channels(dtype, c) for dtype in (0, 1) for c in range(1, 129)]
     if "cuda" in BACKENDS:
         counts += map(_C.cuda_padded_channels, range(1, 129))
-    return zlib.crc32(repr(("gates, syn, winner, places", counts)).encode())
+    return zlib.crc32(repr(("gates, syn, argmax", counts)).encode())
 
 
 LAYOUT = layout()  # dynamo cannot trace a call into the core

@@ -21,7 +21,6 @@ from .tensors import (
     image_strides,
     keep_empty,
     restored,
-    stochastic_noise,
     strided,
     with_numbers,
     with_time,
@@ -41,7 +40,6 @@ class SavedLayout:
 
     - gates (T, N, Ho * Wo, 4 Cp), activated, of every step, in the kernels' own order
     - syn (T, N, Ho * Wo, Cp), after every step; on CUDA, after every step but the last
-    - winner (T, N) int64, the neuron that inhibition let through; (0,) without inhibition
     - argmax (T, N, Hp * Wp, channels), for each pooled pixel, the row-major index of the pixel in
       its window that gets the gradient; (0,) without max_pool. uint8, or int32 where a window has
       more than 256 pixels.
@@ -61,14 +59,13 @@ class SavedLayout:
     def addresses(self, block: Tensor | None, step: int = 0) -> tuple[int, ...]:
         """Addresses of the parts, from `step` on; 0 for a part that is not saved."""
         if block is None:
-            return 0, 0, 0, 0
+            return 0, 0, 0
         start = block.data_ptr()
         if step == 0:
-            gates, syn, winner, argmax = self._offsets
+            gates, syn, argmax = self._offsets
             return (
                 start + gates,
                 0 if syn is None else start + syn,
-                0 if winner is None else start + winner,
                 0 if argmax is None else start + argmax,
             )
         addresses = []
@@ -120,7 +117,6 @@ class BackwardInputs(NamedTuple):
     views: Sequence[Any]  # addresses and strides of x, syn and mem
     saved: Tensor
     grads: Sequence[Tensor | None]  # the gradients of spk, syn and mem
-    noise: Tensor | None  # the stochastic surrogate's numbers
     wanted: Sequence[bool] = ()  # whether each of Gradients is computed
     selection: Sequence[int] = ()  # as in the forward pass's Result
     packed: Any = None  # as in the forward pass's Result; None if it was not kept
@@ -156,17 +152,12 @@ class Sizes:
             spk = (0,)
         return spk, (*(time if self.record else ()), *self.state)
 
-    def decisions(self, channels: int) -> Shapes:
-        """Shapes and dtypes of the saved winner and argmax, of images of `channels`."""
+    def argmax(self, channels: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the saved argmax, of images of `channels`."""
         ph, pw = self.spec.pool_size
         pixels = (self.time, self.n, (self.ho // ph) * (self.wo // pw), channels)
-        return (
-            ((self.time, self.n) if self.spec.inhibition else (0,), torch.int64),
-            (
-                pixels if self.spec.pool == "max" else (0,),
-                torch.uint8 if ph * pw <= 256 else torch.int32,
-            ),
-        )
+        dtype = torch.uint8 if ph * pw <= 256 else torch.int32
+        return pixels if self.spec.pool == "max" else (0,), dtype
 
 
 def make_cell(core: Any, s: Sizes) -> Any:
@@ -190,7 +181,6 @@ def make_cell(core: Any, s: Sizes) -> Any:
         surrogate=surrogate.kind,
         p0=surrogate.p0,
         p1=surrogate.p1,
-        inhibition=spec.inhibition,
         num_levels=0 if spec.quant is None else spec.quant.levels.numel(),
         spiking=spec.spiking,
     )
@@ -284,7 +274,6 @@ class Plan(Sizes):
         self.has_numbers = has_numbers(call)
         self.has_spk = spec.spiking or self.sequence
         self.passes_gradient = spec.passes_gradient(self.sequence)
-        self.is_stochastic = spec.surrogate.name == "SSO"
         self.passes = backend.passes(self, settings)
 
     def _largest(self, *memory: tuple[Any, Any]) -> int:
@@ -313,11 +302,11 @@ class Plan(Sizes):
         self, inputs: BackwardInputs, out: Gradients, last: Fields = (0, 0), step: int = 0
     ) -> Fields:
         """The fields of BackwardArgs from x on; `last` are d_gates and mem_after."""
-        call, views, saved, grads, noise = inputs[:5]
+        call, views, saved, grads = inputs[:4]
         (x, syn, mem, *others), (x_strides, syn_strides, mem_strides) = out, self._gradient_strides
         return (
             *self.call_fields(views, call, saved, step),
-            *strided(noise, *grads),
+            *strided(*grads),
             None if x is None else (x.data_ptr(), x_strides),
             None if syn is None else (syn.data_ptr(), syn_strides),
             None if mem is None else (mem.data_ptr(), mem_strides),
@@ -416,10 +405,8 @@ class Plan(Sizes):
         and `packed` are from the forward pass's result; `packed` may be None.
         """
         call, saved, views = self.restore(call, saved)
-        call, noise = with_numbers(call), None
-        if self.is_stochastic:
-            noise = stochastic_noise(self.spec.surrogate, grads[0], self.sequence)
-        inputs = BackwardInputs(call, views, saved, grads, noise, wanted, selection, packed)
+        call = with_numbers(call)
+        inputs = BackwardInputs(call, views, saved, grads, wanted, selection, packed)
         out = empty_gradients(call.x, self.gradient_memory, wanted, self.largest_gradient)
         fields = self.backward_fields(inputs, out)
         out = self.passes.backward(inputs, out, fields)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..calls.call import Call
-from ..surrogate import Surrogate
 
 
 def real(dtype: torch.dtype) -> torch.dtype:
@@ -151,19 +150,3 @@ def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
 def empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An output of `shape` ending in (C, H, W), or (0,), uninitialised."""
     return x.new_empty_strided(shape, image_strides(x, shape))
-
-
-def stochastic_noise(
-    surrogate: Surrogate, grad_spk: Tensor | None, sequence: bool
-) -> Tensor | None:
-    """Uniform numbers of the stochastic surrogate, contiguous and like the gradient, else None.
-
-    They are drawn in one block per step, last step first, each in the order of the dimensions, as
-    in a loop over steps on the reference path.
-    """
-    if grad_spk is None or surrogate.name != "SSO":
-        return None
-    noise = torch.empty_like(grad_spk, memory_format=torch.contiguous_format)
-    for step in reversed(noise.unbind()) if sequence else (noise,):
-        step.uniform_()
-    return noise

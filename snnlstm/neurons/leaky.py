@@ -28,7 +28,7 @@ from ..compat.snntorch import (
 from ..compat.torch_private import NO_LEVEL, backward_pass, has_ended, level_of
 from ..dispatch.entry import last_entry, run_leaky
 from ..dispatch.path import LastPath, Path, log_fallback
-from ..dispatch.reasons import operator_path, recorded_now
+from ..dispatch.reasons import RANDOM, operator_path, recorded_now
 from ..reference import leaky_step, real_dtype
 from ..surrogate import NONE, Surrogate
 from .state import NO_RESET, note_pass
@@ -359,7 +359,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         theirs, attributes = asked[0], self.__dict__
         kind, ours = kind_of(theirs), NONE if theirs is _BYPASS else recognise_surrogate(theirs)
         known, read = type(ours) is Surrogate, reader_of(theirs, kind.parameters if kind else ())
-        against = self._option_against(known)
+        against = self._option_against(ours)
         reset = cast(Reset, snntorch.STATE_FUNCTIONS[self._base])
         specs = [leaky_spec(reset, ours if known else None, one, against) for one in (False, True)]
         if known or kind is None:  # else the attempt may have failed
@@ -390,14 +390,16 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             beta, threshold, graded = map(self._parameter, LEAKY_PARAMETERS)
         return LeakyCall(x, mem, beta, threshold, graded, every)
 
-    def _option_against(self, known: bool) -> str | None:
+    def _option_against(self, surrogate: Any) -> str | None:
         if not self.reset_delay:
             return "reset_delay is False"
         if self.inhibition:
             return "inhibition"
         if self.state_quant:
             return "state_quant"
-        return None if known else "the surrogate is not a known one"
+        if type(surrogate) is not Surrogate:
+            return "the surrogate is not a known one"
+        return RANDOM if surrogate.is_random else None
 
 
 def _explain(x: Tensor, mem: Tensor) -> None:

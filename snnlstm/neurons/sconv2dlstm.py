@@ -80,7 +80,8 @@ class SConv2dLSTM(CellAttributes):
     init_hidden : bool, default False
         The states live in the cell only: a call takes the input alone and returns spk.
     inhibition : bool, default False
-        Only the neuron with the highest (pooled) mem of each sample may spike.
+        Only the neuron with the highest (pooled) mem of each sample may spike. The cell takes the
+        reference path.
     learn_threshold : bool, default False
         The threshold is a parameter.
     reset_mechanism : {"none", "subtract", "zero"}, default "none"
@@ -319,7 +320,7 @@ class SConv2dLSTM(CellAttributes):
         if (
             conv is None or not plain_while_tracing(type(self), _RELEASED)
             or reason_against_conv(conv, nn.Conv2d, spec) is not None
-            or not spec.serialized or spec.checkpoint or spec.quant is not None
+            or not spec.traceable
             or ((syn is None or mem is None) and state.restarted)
         ):  # fmt: skip
             return None

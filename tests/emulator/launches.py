@@ -40,14 +40,14 @@ def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
     # In the order of PassArgs (csrc/args.h).
     common = (
         ADDRESS, ADDRESS, 0, 0, 0, 0, x, state, state, ADDRESS, 0, ADDRESS, 0, True,
-        ADDRESS, ADDRESS, 0, ADDRESS,
+        ADDRESS, ADDRESS, ADDRESS,
     )  # fmt: skip
     with core.dry() as launches:
         forward, backward = (plan(core, matrix, a_pass, **facts) for a_pass in (False, True))
         forward.pack(ADDRESS, ADDRESS, 0, backward, ADDRESS)
         forward.run(0, (*common, 0, None, None, *(state,) * 3))
         gradients = *(state,) * 3, x, state, state, *(ADDRESS,) * 3
-        backward.run(0, (*common, None, *gradients, 0, 0))
+        backward.run(0, (*common, *gradients, 0, 0))
     return launches
 
 

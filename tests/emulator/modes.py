@@ -118,7 +118,6 @@ CASES = {
         height=4,
         layouts=("channels_last",) * 4,
     ),
-    "pooled inhibition": PLAIN.but(inhibition=True, pool="max", pool_size=(2, 2)),
     "quantised and pooled": PLAIN.but(
         quant=state_quant(4, uniform=False), pool="max", pool_size=(2, 2)
     ),
@@ -172,7 +171,6 @@ SMOOTH = shorter({
 })  # fmt: skip
 JUMPING = shorter(CASES | {
     "every neuron's own surrogate": PLAIN.but(surrogate=surrogate.sigmoid(25), reset="zero"),
-    "stochastic": PLAIN.but(surrogate=surrogate.SSO(0.1, 0.2)),
     "no gradient of spikes": PLAIN.but(surrogate=surrogate.NONE),
     "kernel 5x5": PLAIN.but(kernel_size=(5, 5)),
 })  # fmt: skip

@@ -334,7 +334,7 @@ def test_fields_are_given_in_the_order_of_the_cores(core, monkeypatch, algorithm
     methods = ("run", "pack", "store_levels")
     calls = [watched(monkeypatch, core.module.CudaPass, name) for name in methods]
     monkeypatch.setattr(native, "_plans", BoundedDict())
-    case = TRAINED.but(time=1, batch=6, pool="max", pool_size=(2, 2), record=True, inhibition=True)
+    case = TRAINED.but(time=1, batch=6, pool="max", pool_size=(2, 2), record=True)
     with core.installed(), noted() as found:
         train(case, case.inputs(), algorithm)
     given, weights, levels = ([args[2] for args, _ in seen] for seen in calls)

@@ -53,7 +53,7 @@ def test_forward(core, mode, case, seed):
     ("name", "plain"),
     [
         ("plain", True), ("wide", True), ("channels last", True), ("odd sizes", False),
-        ("quantised", False), ("max_pool", False), ("inhibition", False),
+        ("quantised", False), ("max_pool", False),
         ("no spikes, last states", False),
     ],
 )  # fmt: skip
@@ -100,7 +100,7 @@ def test_the_smoke_test_for_gpus_runs_every_kernel(core):
     core.checks(counters=True)
     with core.installed(), float32_precision("ieee"):
         for sizes, *which in (
-            ((2, 1, 3, 9, 4, 6), ("fused", "cudnn"), ("plain", "inhibition")),
+            ((2, 1, 3, 9, 4, 6), ("fused", "cudnn"), ("plain",)),
             ((2, 1, 3, 9, 4, 6), ("fused",), ("max_pool, subtract", "quantised")),
             ((2, 1, 2, 3, 11, 12), ("fused",), ("one window",)),
         ):

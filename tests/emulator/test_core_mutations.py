@@ -24,9 +24,6 @@ NOTICED = {
     (test_cell, "float32", "two steps"): (
         "no_fma_chunk_barrier", "wrong_fma_buffer", "wrong_fma_halo"
     ),
-    (test_cell, "tf32", "inhibition"): (
-        "no_highest_barrier", "no_highest_reuse_barrier", "no_winner_barrier"
-    ),
     (test_cell, "tf32", "max_pool"): ("no_reset",),
     (test_cell, "tf32", "odd sizes"): ("wrong_tail_mask",),
     (test_cell, "tf32 on sm_90", "two steps"): ("no_launch_wait_mma",),
@@ -74,7 +71,7 @@ NOTICED_BY_SMOKE = {
     ("float32", "one column"): (
         "unturned_kernel", "unjoined_rows", "untrimmed_kernel", "no_graded_factor"
     ),
-    ("float32", "532 pixels"): ("first_noise", "narrow_places"),
+    ("float32", "532 pixels"): ("narrow_argmax",),
     ("float32", "quantised"): ("lost_levels",),
 }  # fmt: skip
 

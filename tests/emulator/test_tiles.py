@@ -53,7 +53,6 @@ def test_tiles_reach_over_the_samples_of_a_batch_of_rows(core):
     for images in {"H": 129, "W": 1}, {"H": 1, "W": 32}, {"H": 32, "W": 1}:
         for backward in False, True:
             assert plan(core, backward=backward, N=128, C=64, **images).tile[0] > 1
-            assert plan(core, backward=backward, N=128, inhibition=True, **images).tile[0] == 1
             with_lengths = plan(core, backward=backward, lengths=True, N=128, **images)
             assert with_lengths.tile[0] == 1
 

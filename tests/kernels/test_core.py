@@ -115,15 +115,15 @@ VIEW = ADDRESS, (512, 512, 64, 8, 1)
 # The fields of a call of CpuPass, in the order of csrc/args.h.
 COMMON = (
     ADDRESS, ADDRESS, 0, 0, 0, 0, VIEW, VIEW, VIEW, ADDRESS, 0, ADDRESS, 0, True, ADDRESS, ADDRESS,
-    0, 0,
+    0,
 )  # fmt: skip
 FIELDS = {
     "forward": (*COMMON, 0, None, None, VIEW, VIEW, VIEW),
-    "backward": (*COMMON, *[None] * 7, ADDRESS, ADDRESS, ADDRESS, 0, 0),
+    "backward": (*COMMON, *[None] * 6, ADDRESS, ADDRESS, ADDRESS, 0, 0),
 }
 # The places of fields that must be given.
 NEEDED = {
-    "forward": {0, 1, 6, 7, 8, 9, 11, 15, 21, 22, 23},
+    "forward": {0, 1, 6, 7, 8, 9, 11, 15, 20, 21, 22},
     "backward": {0, 1, 6, 7, 8, 9, 11, 14, 15},
 }
 

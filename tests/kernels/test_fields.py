@@ -57,8 +57,8 @@ def test_the_cpu_gives_the_fields_in_their_order(monkeypatch):
     for module, table in ((native, "_plans"), (snnlstm.dispatch.entry, "_entries")):
         monkeypatch.setattr(module, table, BoundedDict())  # plans keep the core's functions
     cell = snnlstm.SConv2dLSTM(
-        4, 8, 3, threshold=torch.rand(8, 1, 1), learn_threshold=True, max_pool=2, inhibition=True,
-        spike_grad=surrogate.SSO(), state_quant=state_quant(2), reset_mechanism="subtract",
+        4, 8, 3, threshold=torch.rand(8, 1, 1), learn_threshold=True, max_pool=2,
+        state_quant=state_quant(2), reset_mechanism="subtract",
     )  # fmt: skip
     x = torch.rand(2, 3, 4, 8, 8, requires_grad=True)
     states = [torch.rand(3, 8, 8, 8, requires_grad=True) for _ in range(2)]
@@ -85,13 +85,13 @@ def test_leaky_gives_the_fields_in_their_order(monkeypatch):
     given, memory = [], []
     for name in ("leaky_forward", "leaky_backward"):
         monkeypatch.setattr(_C, name, given.append)
-    for name in ("_empty_like", "stochastic_noise", "laid_out"):
+    for name in ("_empty_like", "laid_out"):
         function = getattr(leaky, name)
         noting = lambda *of, run=function, **how: memory.append(run(*of, **how)) or memory[-1]  # noqa: E731
         monkeypatch.setattr(leaky, name, noting)
     beta, threshold = (torch.rand(3, 1, requires_grad=True) for _ in range(2))
     graded, mem = torch.tensor(0.5), torch.rand(2, 3, 4, requires_grad=True)
-    spike = surrogate.SSO(1, 0.25)
+    spike = surrogate.SFS(1, 0.25)
     x = torch.rand(5, 2, 3, 4, requires_grad=True)
     call = LeakyCall(x, mem, beta, threshold, graded)
     plan = leaky.plan_of(call, leaky_spec("zero", spike, True))
@@ -109,7 +109,7 @@ def test_leaky_gives_the_fields_in_their_order(monkeypatch):
     memory.clear()
     grads = torch.rand_like(spk), torch.rand_like(after)
     torch.autograd.grad((spk, after), (x, mem, beta, threshold), grads)
-    names = "mem", "mem0", "grad_spk", "grad_mem", "noise", "noise", "grad_x", "grad_mem0"
+    names = "mem", "mem0", "grad_spk", "grad_mem", "grad_x", "grad_mem0"
     noted_as = dict(zip((*names, "grad_beta", "grad_threshold"), map(address, memory), strict=True))
     copies = [address(copy) for copy in plan.kept(call[2:5])]
     kept = {"beta.values": copies[0], "threshold.values": copies[1]}

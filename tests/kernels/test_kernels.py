@@ -12,7 +12,7 @@ import torch
 import snnlstm
 from snnlstm.quant import state_quant
 from tests.shared import flat
-from tests.shared.cases import LAYOUTS, PLAIN, SILENT, SURROGATES, Inputs
+from tests.shared.cases import IN_KERNELS, LAYOUTS, PLAIN, SILENT, Inputs
 from tests.shared.checks import check_gradients, check_results, infer
 from tests.shared.cpu_kernels import ISAS, Kernels, native, needs_core, one_thread
 from tests.shared.gradients import NAMES, compare, gradients
@@ -57,7 +57,6 @@ def test_nan_and_infinity_go_where_the_reference_lets_them(kernels, where, value
         {"reset": "subtract", "pool": "max", "pool_size": (2, 2)},
         {"reset": "zero", "pool": "avg", "pool_size": (2, 2)},
         {"reset": "subtract", "quant": state_quant(4, threshold=0.4)},
-        {"inhibition": True},
     ):
         case = PLAIN.but(time=2, threshold="column", **options)
         if "quant" in options and kernels.algorithm != "direct":
@@ -172,7 +171,7 @@ def test_the_gradients_of_each_option_alone(kernels, name):
         assert any(check_gradients(kernels, case.but(seed=seed)) for seed in range(3))
 
 
-@pytest.mark.parametrize("kind", SURROGATES, ids=lambda s: s.name)
+@pytest.mark.parametrize("kind", IN_KERNELS, ids=lambda s: s.name)
 def test_each_surrogate(isa, kind):
     for pool in ({}, {"pool": "max", "pool_size": (2, 2)}, {"pool": "avg", "pool_size": (2, 2)}):
         assert check_gradients(Kernels(isa, "auto"), DOUBLE.but(surrogate=kind, **pool))

@@ -166,8 +166,8 @@ def test_checkpointed_cells_and_those_with_all_options(training):
             super().__init__()
             self.cell = snnlstm.SConv2dLSTM(
                 2, 3, 3, threshold=torch.full((3, 1, 1), 0.05), checkpoint=True, stride=2,
-                dilation=2, learn_threshold=True, reset_mechanism="zero", inhibition=True,
-                init_hidden=True, output=True,
+                dilation=2, learn_threshold=True, reset_mechanism="zero", init_hidden=True,
+                output=True,
             )  # fmt: skip
 
         def forward(self, x):

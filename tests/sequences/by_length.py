@@ -13,8 +13,8 @@ from tests.shared.table import arguments_of
 
 TIME, LENGTHS = 4, (2, 4, 0, 3, 1, 2)
 
-NAMED = "no reset", "max_pool", "avg_pool", "inhibition", "dilation and stride", "checkpoint"
-CELLS = {name: arguments_of(name) for name in NAMED}
+NAMED = "no reset", "max_pool", "avg_pool", "dilation and stride", "checkpoint"
+CELLS = {name: arguments_of(name) for name in NAMED} | {"inhibition": {"inhibition": True}}
 
 
 def unpadded() -> Tensor:

@@ -23,8 +23,9 @@ def unusual(kind: surrogate.Kind) -> surrogate.Surrogate:
 
 
 SURROGATES = (*map(unusual, surrogate.KINDS[1:]), surrogate.NONE)
-# snnTorch's LSO cannot be called, and SSO draws other numbers.
-IN_SNNTORCH = [s for s in SURROGATES if s.name in {*dir(snntorch.surrogate)} - {"LSO", "SSO"}]
+IN_KERNELS = [s for s in SURROGATES if not s.is_random]
+# snnTorch's LSO cannot be called.
+IN_SNNTORCH = [s for s in IN_KERNELS if s.name in {*dir(snntorch.surrogate)} - {"LSO"}]
 LAYOUTS = ("contiguous", "channels_last", "sliced", "strided", "transposed", "shifted", "expanded")
 INPUT_LAYOUTS = (*LAYOUTS, "overlapping")
 GRADIENT_LAYOUTS = (*INPUT_LAYOUTS, "negated")
@@ -223,7 +224,6 @@ SILENT: dict[str, Any] = {
     "pool_size": (1, 1),
     "surrogate": surrogate.NONE,
     "quant": None,
-    "inhibition": False,
 }
 
 
@@ -231,7 +231,7 @@ SILENT: dict[str, Any] = {
 FACTS: dict[str, Any] = {
     "dtype": 0, "T": 1, "N": 1, "Cin": 1, "C": 8, "H": 8, "W": 8, "kernel": (3, 3),
     "stride": (1, 1), "dilation": (1, 1), "pool": 0, "pool_size": (1, 1), "reset": 2,
-    "surrogate": 1, "p0": 2.0, "p1": 0.0, "inhibition": False, "num_levels": 0,
+    "surrogate": 1, "p0": 2.0, "p1": 0.0, "num_levels": 0,
 }  # fmt: skip
 
 
@@ -256,7 +256,7 @@ _QUANTS: tuple[StateQuant | None, ...] = (
 
 @st.composite
 def options(draw: Any, height: int, width: int) -> Options:
-    """Draws any options that an image of this size allows."""
+    """Draws any options of the kernels that an image of this size allows."""
     plain = draw(st.booleans())  # half of the cases have neither stride nor dilation
     sizes = st.tuples(st.integers(1, 3), st.integers(1, 3))
     kernel = draw(_KERNELS)
@@ -275,9 +275,8 @@ def options(draw: Any, height: int, width: int) -> Options:
         reset=draw(st.sampled_from(["none", "subtract", "zero"])),
         pool=pool,
         pool_size=pool_size,
-        surrogate=draw(st.sampled_from(SURROGATES)),
+        surrogate=draw(st.sampled_from(IN_KERNELS)),
         quant=draw(st.sampled_from(_QUANTS)),
-        inhibition=draw(st.sampled_from([False, False, False, True])),
         sequence=sequence,
         record=sequence and draw(st.booleans()),
         checkpoint=draw(st.booleans()),

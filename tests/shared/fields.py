@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from snnlstm.native import plan as plans
 from snnlstm.native.plan import Plan
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -54,12 +53,11 @@ class Noted:
 
     def __init__(self) -> None:
         self.expected: list[dict[str, Any]] = []
-        self.noise: Tensor | None = None
 
     def common(self, plan: Plan, call: Any, saved: Tensor) -> dict[str, Any]:
         """Returns the fields of both passes, but those that a device's plan adds."""
-        names = "saved_gates", "saved_syn", "winner", "places"
-        parts = (plan.saved.part(saved, number) for number in range(4))
+        names = "saved_gates", "saved_syn", "argmax"
+        parts = (plan.saved.part(saved, number) for number in range(3))
         return {
             **{name: view(t) for name, t in zip(("x", "syn0", "mem0"), call[:3], strict=True)},
             "threshold": address(call.threshold),
@@ -74,7 +72,7 @@ class Noted:
 def noted() -> Iterator[Noted]:
     """Within the block plans note what a test compares with the fields of their calls."""
     found = Noted()
-    forward, backward, noise = Plan.forward, Plan.backward, plans.stochastic_noise
+    forward, backward = Plan.forward, Plan.backward
 
     def noting_forward(plan: Plan, call: Any, training: bool) -> Any:
         result = forward(plan, call, training)
@@ -85,7 +83,7 @@ def noted() -> Iterator[Noted]:
 
     def noting_backward(plan: Plan, call: Any, saved: Any, grads: Any, *others: Any) -> Any:
         out = backward(plan, call, saved, grads, *others)
-        fields = found.common(plan, call, saved) | {"noise": view(found.noise)}
+        fields = found.common(plan, call, saved)
         fields |= zip(("grad_spk", "grad_syn", "grad_mem"), map(view, grads), strict=True)
         fields |= zip(("grad_x", "grad_syn0", "grad_mem0"), map(view, out[:3]), strict=True)
         names = "grad_weight", "grad_bias", "grad_threshold"
@@ -95,12 +93,7 @@ def noted() -> Iterator[Noted]:
         found.expected.append(fields | dict(zip(names, map(address, last), strict=True)))
         return out
 
-    def noting_noise(*arguments: Any) -> Tensor | None:
-        found.noise = noise(*arguments)
-        return found.noise
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Plan, "forward", noting_forward)
         patch.setattr(Plan, "backward", noting_backward)
-        patch.setattr(plans, "stochastic_noise", noting_noise)
         yield found

@@ -66,29 +66,10 @@ def check_spikes(
         low, high = options.quant(low) - band / 4, options.quant(high) + band / 4
     threshold = threshold.double()
     must, may = low > threshold, high > threshold
-    if options.inhibition:
-        flat_low, flat_high = low.flatten(1), high.flatten(1)
-        if band == 0:
-            # The first within a unit of the highest; argmax finds the first of the equal values.
-            winner = (flat_low >= _just_below(flat_low, mem.dtype)).float().argmax(1, keepdim=True)
-            winners = torch.zeros_like(flat_low, dtype=torch.bool).scatter(1, winner, True)
-        else:
-            winners = flat_high >= flat_low.amax(1, keepdim=True)
-            assert (spk.flatten(1) != 0).sum(1).max() <= 1, "more than one winner"
-        alone = winners.sum(1, keepdim=True) == 1
-        must = must & (winners & alone).view_as(must)
-        may = may & winners.view_as(may)
     spiked = spk != 0
     assert not (spiked & ~may).any(), f"{int((spiked & ~may).sum())} spikes too many"
     assert not (must & ~spiked).any(), f"{int((must & ~spiked).sum())} spikes missing"
     assert torch.equal(spk, torch.where(spiked, graded, torch.zeros_like(graded)))
-
-
-def _just_below(potential: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns what lies one unit in the last place of `dtype` below the highest of each row."""
-    highest = potential.amax(1, keepdim=True)
-    exponent = torch.frexp(highest).exponent - 1
-    return highest - torch.ldexp(torch.full_like(highest, torch.finfo(dtype).eps), exponent)
 
 
 def exact_steps(
@@ -142,7 +123,7 @@ def decisions(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor) -> list[Tens
     """Returns every decision of a recorded run: runs with equal decisions have equal derivatives.
 
     Decisions are the resets, the levels of the states, the places of the largest in every pooling
-    window, the winners, and the sides of the surrogate's jumps on which the potentials lie.
+    window, and the sides of the surrogate's jumps on which the potentials lie.
     """
     options = case.options
     if not options.spiking:
@@ -163,8 +144,6 @@ def decisions(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor) -> list[Tens
             found.append(torch.where(low == high, 0.0, torch.nan))
         potential = options.quant(potential)
         found.append(potential)
-    if options.inhibition:
-        found.append(potential.flatten(1).argmax(1))
     found += [potential > threshold, potential >= threshold]
     if options.surrogate.name == "SFS":
         found.append(potential - threshold > options.surrogate.p1)

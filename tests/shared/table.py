@@ -34,8 +34,6 @@ TABLE = {
     "max_pool": row("emulator snntorch operators", pool="max", pool_size=(2, 3)),
     "avg_pool": row("emulator snntorch operators", pool="avg", pool_size=(2, 3)),
     "a window as large as the image": row("emulator", pool="max", pool_size=(7, 10)),
-    "inhibition": row("emulator operators", inhibition=True),
-    "inhibition of pooled": row(inhibition=True, pool="avg", pool_size=(3, 2)),
     "quantised": row("emulator operators", quant=state_quant(3, threshold=0.4)),
     "quantised twice": row(
         quant=StateQuant(torch.tensor([-0.51, -0.13, 0.021, 0.1, 0.27])),
@@ -61,7 +59,6 @@ TABLE = {
     ),
     "checkpoint": row(checkpoint=True, time=7),
     "checkpoint, last states": row("emulator", checkpoint=True, record=False, reset="zero"),
-    "inhibition, last states": row(record=False, reset="zero", inhibition=True, channels=17),
     "no spikes": row(**SILENT),
     "no spikes, last states": row("emulator", **SILENT, record=False),
     "no spikes, checkpoint": row(**SILENT, record=False, checkpoint=True, time=7),
@@ -93,7 +90,6 @@ TABLE = {
     "small images, pooled and strided": row(
         time=2, batch=10, height=7, width=9, stride=(2, 1), pool="max", pool_size=(2, 2)
     ),
-    "small images, inhibition": row(time=2, batch=8, height=2, width=3, inhibition=True),
     "small images, one step": row(sequence=False, record=False, batch=9, height=3, width=3),
     # These weights do not stay in a thread's L2 cache.
     "many weights": row(time=2, batch=3, in_channels=43, channels=40, height=7, width=17),
@@ -109,9 +105,6 @@ TABLE = {
     "lengths, avg_pool": row(
         "emulator", **PADDED, **SMALL, record=False, pool="avg", pool_size=(3, 2)
     ),
-    "lengths, inhibition": row(
-        "emulator", **PADDED, in_channels=1, height=3, width=4, inhibition=True
-    ),
     "lengths, small images": row(
         **PADDED, in_channels=24, channels=8, height=5, width=6, record=False
     ),
@@ -126,7 +119,6 @@ TABLE = {
         "results", quant=StateQuant(torch.tensor([-0.5, 0.0, 0.0, 0.25]))
     ),
     "quantised to one level": row("results", quant=StateQuant(torch.tensor([0.15]))),
-    "quantised with ties": row("results", quant=state_quant(3, threshold=0.4), inhibition=True),
 }
 
 
@@ -137,7 +129,7 @@ def tagged(tag: str) -> dict[str, Case]:
 
 ARGUMENTS = {
     "reset_mechanism": "reset", "stride": "stride", "dilation": "dilation", "state_quant": "quant",
-    "inhibition": "inhibition", "checkpoint": "checkpoint",
+    "checkpoint": "checkpoint",
 }  # fmt: skip
 
 

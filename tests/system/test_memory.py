@@ -35,7 +35,6 @@ VARIANTS = {
     "quantised": PLAIN.but(quant=state_quant(8)),
     "float64": PLAIN.but(dtype=torch.float64),
     "few spikes": PLAIN.but(density=0.03, spikes=True),
-    "inhibition": PLAIN.but(inhibition=True),
 }
 
 
@@ -68,15 +67,11 @@ def state_bytes(case: Case) -> int:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_keeps_the_activated_gates_and_syn(kernels, name):
-    """A step keeps four gates, syn, and what was decided; no more.
-
-    That is the winner of each sample under inhibition, and a byte for each pixel of a max_pool.
-    """
+    """A step keeps four gates, syn, and a byte for each pixel of a max_pool; no more."""
     case = VARIANTS[name]
     (ph, pw), (n, c, ho, wo) = case.options.pool_size, case.state_shape
     pooled = n * c * (ho // ph) * (wo // pw) * (case.options.pool == "max")
-    decisions = case.time * (8 * n * case.options.inhibition + pooled)
-    assert kept_bytes(kernels, case) == 5 * case.time * state_bytes(case) + decisions
+    assert kept_bytes(kernels, case) == case.time * (5 * state_bytes(case) + pooled)
 
 
 def test_checkpoint_keeps_states_alone(kernels):

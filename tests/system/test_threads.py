@@ -33,7 +33,6 @@ CASES = {
     "large": LARGE,
     "one sample": LARGE.but(batch=1, height=130, width=41),
     "pooled": LARGE.but(pool="max", pool_size=(3, 2)),
-    "inhibition": LARGE.but(inhibition=True),
     "strided": LARGE.but(stride=(2, 1), height=33),
     "few spikes": LARGE.but(density=0.03, spikes=True, in_channels=17),
     "5x5": LARGE.but(kernel_size=(5, 5)),
@@ -97,9 +96,9 @@ def test_a_fresh_process_gives_the_same_bits():
     "options",
     [
         {"reset_mechanism": "subtract", "learn_threshold": True, "max_pool": 2},
-        {"reset_mechanism": "zero", "inhibition": True, "checkpoint": True},
+        {"reset_mechanism": "zero", "checkpoint": True},
     ],
-    ids=["subtract", "inhibition"],
+    ids=["subtract", "zero"],
 )
 def test_deterministic_mode_raises_nothing_and_changes_no_bit(backend, density, options):
     """The mode raises or warns at operations that are not deterministic, and fills new memory."""

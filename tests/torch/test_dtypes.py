@@ -79,8 +79,8 @@ def test_the_default_device_is_that_of_a_new_cell_that_names_none():
     assert cell(x)[0].device == default_device
     options = {
         "threshold": torch.full((3, 1, 1), 0.1, device="cpu"),
-        "state_quant": snnlstm.quant.state_quant(4, uniform=False), "inhibition": True,
-        "spike_grad": snnlstm.surrogate.SSO(), "reset_mechanism": "subtract",
+        "state_quant": snnlstm.quant.state_quant(4, uniform=False),
+        "reset_mechanism": "subtract",
     }  # fmt: skip
     for named in (ours(device="cpu"), ours(device="cpu", **options)):
         out = named(torch.zeros(3, 2, 2, 6, 6, device="cpu"))

@@ -170,7 +170,6 @@ Cell random_cell() {
   }
   c.surrogate = Surrogate(between(0, kSurrogates - 1));
   c.surrogate_p0 = 0.5, c.surrogate_p1 = 0.25;
-  c.inhibition = between(0, 4) == 0;
   c.num_levels = between(0, 2) == 0 ? int(between(1, 9)) : 0;
   return c;
 }
@@ -232,8 +231,8 @@ void run(Cell c, const cpu::Kernels& kernels) {
   const std::vector<int64_t> states = record ? std::vector<int64_t>{c.T, c.N, c.C, Ho, Wo} : state;
   StridedTensor<T> spk({c.T, c.N, c.C, c.Hp(), c.Wp()}), syn(states), mem(states);
   const int64_t padded = kernels.padded_channels(c), rows = c.T * c.N * Ho * Wo * padded;
-  Bytes gates(4 * rows * item), saved_syn(rows * item), winner(c.T * c.N * 8),
-      places(c.T * c.N * c.Hp() * c.Wp() * padded * c.place_bytes());
+  Bytes gates(4 * rows * item), saved_syn(rows * item),
+      argmax(c.T * c.N * c.Hp() * c.Wp() * padded * c.argmax_bytes());
   // Sets what both passes take. The packed weights are those of direct, mem's tiles and x's tiles.
   const auto give = [&](auto& a, const Bytes(&packed)[3], const Bytes& workspace) {
     a.cell = c, a.threads = threads, a.record = record;
@@ -243,8 +242,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
     a.graded_factor = &graded, a.levels = levels.get();
     a.workspace = workspace.get();
     if (!training) return;
-    a.saved_gates = gates.get(), a.saved_syn = saved_syn.get(), a.places = places.get();
-    if (c.inhibition) a.winner = winner.as<int64_t>();
+    a.saved_gates = gates.get(), a.saved_syn = saved_syn.get(), a.argmax = argmax.get();
   };
   {
     const Bytes packed[] = {pack(Form::forward, false), pack(Form::forward_mem_tiles, false),
@@ -262,9 +260,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
 
   StridedTensor<T> grad_spk({c.T, c.N, c.C, c.Hp(), c.Wp()}, true);
   StridedTensor<T> grad_syn(states, true), grad_mem(states, true);
-  StridedTensor<T> noise({c.T, c.N, c.C, c.Hp(), c.Wp()}, true);
   grad_spk.fill(number), grad_syn.fill(number), grad_mem.fill(number);
-  noise.fill([&] { return T(0.25); });
   StridedTensor<T> grad_x({c.T, c.N, c.Cin, c.H, c.W}), grad_syn0(state), grad_mem0(state);
   if (c.x_algorithm == CpuAlgorithm::sparse) c.x_algorithm = CpuAlgorithm::direct;
   const Bytes grad_weight(4 * c.C * (c.Cin + c.C) * K * item), grad_bias(4 * c.C * item),
@@ -276,7 +272,6 @@ void run(Cell c, const cpu::Kernels& kernels) {
   const Bytes workspace(kernels.backward_workspace(c, threads, true));
   BackwardArgs a;
   give(a, packed, workspace);
-  if (c.surrogate == Surrogate::stochastic) a.noise = noise.view();
   if (wanted()) a.grad_spk = grad_spk.view();
   if (wanted()) a.grad_syn = grad_syn.view();
   if (wanted()) a.grad_mem = grad_mem.view();

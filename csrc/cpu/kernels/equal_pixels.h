@@ -9,7 +9,7 @@
 // only this condition, for which a block reads no further pixels, so the answer for a pixel does
 // not depend on the block. By induction over the steps, p and q stay equal as long as their inputs
 // do, in step calls as in a sequence. Distances are shorter than a kernel, and are counted in taps
-// if it is dilated. Cells with inhibition, which choose among all neurons, sum all pixels directly.
+// if it is dilated.
 #pragma once
 
 #include "layout.h"

@@ -232,7 +232,6 @@ struct Layout {
     const int64_t bytes = (2 * Wm + Wo) * Cp * int64_t(sizeof(T));
     while (c.T == 1 && rows < Ho && tasks(2 * rows) >= wanted && 2 * rows * bytes <= 512 << 10)
       rows *= 2;
-    if (c.inhibition) return Hr;  // a task seeks the winner among all neurons of a sample
     int64_t unit = c.pool_h;
     while (unit % whole_tiles != 0) unit += c.pool_h;
     rows = rows / unit * unit;

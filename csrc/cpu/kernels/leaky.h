@@ -116,7 +116,6 @@ struct Leaky {
     const T* mem = at(a.mem);
     const T* grad_spk = at(a.grad_spk);
     const T* grad_mem = at(a.grad_mem);
-    const T* noise = at(a.noise);
     const T* before = !a.needs_before() ? mem : t == 0 ? static_cast<const T*>(a.mem0) : mem - a.n;
     X* grad_x = a.grad_x ? static_cast<X*>(a.grad_x) + t * a.n : nullptr;
     T* carried = static_cast<T*>(a.grad_mem0);
@@ -128,9 +127,8 @@ struct Leaky {
                   R from_spk{}, from_mem{};
                   if (grad_spk) {
                     const R u = load(mem + i, lanes) - threshold;
-                    const R drawn = noise ? load(noise + i, lanes) : R{};
                     from_spk = load(grad_spk + i, lanes) * graded *
-                               Neuron<M>::surrogate_gradient(a.surrogate, u, p0, p1, drawn);
+                               Neuron<M>::surrogate_gradient(a.surrogate, u, p0, p1);
                   }
                   if (grad_mem) from_mem = load(grad_mem + i, lanes);
                   if (!last) from_mem += load(carried + i, lanes);

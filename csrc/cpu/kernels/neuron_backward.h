@@ -19,7 +19,7 @@ class NeuronBackward {
 
  public:
   NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks)
-      : a_(a), l_(l), tasks_(tasks), places_(a, l.Cp), images_(l) {}
+      : a_(a), l_(l), tasks_(tasks), argmax_(a, l.Cp), images_(l) {}
 
   void allocate(Workspace& workspace) {
     images_.allocate(workspace, a_);
@@ -32,8 +32,7 @@ class NeuronBackward {
     const int64_t rows = tasks_.most_together * task_size();
     const int64_t some_rows = rows_at_once() * l_.Wo * l_.Cp;
     for (int k = 0; k < a_.threads; ++k) {
-      const NeuronScratch s{workspace.take<T>(rows), workspace.take<T>(some_rows),
-                            workspace.take<T>(some_rows)};
+      const NeuronScratch s{workspace.take<T>(rows), workspace.take<T>(some_rows)};
       if (scratch_) scratch_[k] = s;
     }
   }
@@ -133,8 +132,8 @@ class NeuronBackward {
 
  private:
   struct NeuronScratch {
-    T* mem_grad;           // (tasks of a group, rows, Wo, Cp)
-    T *rows, *noise_rows;  // (rows_at_once(), Wo, Cp)
+    T* mem_grad;  // (tasks of a group, rows, Wo, Cp)
+    T* rows;      // (rows_at_once(), Wo, Cp)
   };
 
   int64_t task_size() const { return tasks_.most_rows() * l_.Wo * l_.Cp; }
@@ -231,18 +230,15 @@ class NeuronBackward {
     const T graded = spike_of<T>(a_);
     const int64_t first = begin / c.pool_h, last = tasks_.end(task) / c.pool_h;
     for (int64_t h = first; h < last; ++h) {
-      const int64_t place_in = (h - first) % rows_at_once();
-      if (place_in == 0) {
+      const int64_t at = (h - first) % rows_at_once();  // among s.rows
+      if (at == 0) {
         const int64_t stop = h + rows_at_once() < last ? h + rows_at_once() : last;
         pooled_rows(a_.grad_spk, t, p.n, h, stop, s.rows);
-        if (a_.noise.data) pooled_rows(a_.noise, t, p.n, h, stop, s.noise_rows);
       }
-      T* const grads = s.rows + place_in * l_.Wp * l_.Cp;
-      const T* const noises = s.noise_rows + place_in * l_.Wp * l_.Cp;
-      if (c.inhibition) keep_winner(a_.winner[t * c.N + p.n], h, grads);
+      const T* const grads = s.rows + at * l_.Wp * l_.Cp;
       const int64_t top = (h * c.pool_h - begin) * row;
       const T* mem_after = images_.mem_row(t + 1, p.image, h * c.pool_h);
-      const int64_t places = places_.row(t, p.n, h);
+      const int64_t pooled = argmax_.row(t, p.n, h);
       const auto add = [&](int64_t w, auto count) __attribute__((always_inline)) {
         using N = Neighbours<T, VL, decltype(count)::value>;
         using W = typename N::R;
@@ -254,13 +250,12 @@ class NeuronBackward {
           if constexpr (decltype(count)::value > 1) {
             mem = N::load(mem_after + column, l_.Cp);
           } else {
-            if (c.pool == Pool::max) where = places_.get(places + k);
+            if (c.pool == Pool::max) where = argmax_.get(pooled + k);
             mem = pooled_mem(mem_after + column, where);
           }
-          const W noise = a_.noise.data ? N::load(noises + k, l_.Cp) : W{};
           const W slope = Neuron<N>::surrogate_gradient(
               c.surrogate, mem - N::repeat(threshold_ + ch), N::splat(T(c.surrogate_p0)),
-              N::splat(T(c.surrogate_p1)), noise);
+              N::splat(T(c.surrogate_p1)));
           const W grad = slope * (N::load(grads + k, l_.Cp) * graded);
           S::store(sums + ch, S::load(sums + ch) - N::sum(grad));
           if (c.pool == Pool::none)
@@ -277,7 +272,7 @@ class NeuronBackward {
   }
 
   // Returns the mem that the forward pass compared with the threshold. `mem` points to the window's
-  // first pixel, and `where` is the place of the window's maximum.
+  // first pixel, and `where` is the index of the window's maximum.
   R pooled_mem(const T* mem, Mask where) const {
     const Cell& c = a_.cell;
     const int64_t row = l_.Wm * l_.Cp;
@@ -290,13 +285,6 @@ class NeuronBackward {
   void pooled_rows(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end, T* dst) const {
     load_rows<S>(v, t, n, begin, end - begin, a_.cell.C, dst, Pixels{l_.Wp, l_.Wp * l_.Cp, l_.Cp},
                  l_.Cp);
-  }
-  void keep_winner(int64_t winner, int64_t h, T* row) const {
-    const bool here = winner >= 0 && winner / l_.Wp % l_.Hp == h;
-    const int64_t place = here ? winner % l_.Wp * l_.Cp + winner / (l_.Wp * l_.Hp) : 0;
-    const T grad = here ? row[place] : T(0);
-    std::memset(row, 0, l_.Wp * l_.Cp * sizeof(T));
-    if (here) row[place] = grad;
   }
 
   // Does the reset and the LSTM of one row.
@@ -338,7 +326,7 @@ class NeuronBackward {
   const BackwardArgs& a_;
   const Layout<T, VL>& l_;
   const RowTasks& tasks_;
-  Places<M> places_;
+  Argmax<M> argmax_;
   StepBuffers<T, VL> images_;
   T *threshold_ = nullptr, *threshold_sums_ = nullptr, *bias_sums_ = nullptr;
   T *syn0_ = nullptr, *d_syn_ = nullptr;

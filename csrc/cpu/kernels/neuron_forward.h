@@ -19,7 +19,7 @@ class NeuronForward {
 
  public:
   NeuronForward(const ForwardArgs& a, const Layout<T, VL>& l, const StateRows<T, VL>& states)
-      : a_(a), l_(l), states_(states), places_(a, l.Cp) {}
+      : a_(a), l_(l), states_(states), argmax_(a, l.Cp) {}
 
   void allocate(Workspace& workspace) {
     threshold_ = workspace.take<T>(l_.Cp);
@@ -71,12 +71,8 @@ class NeuronForward {
   // Writes the states and spikes of rows [begin, end), all of whose channels are updated.
   void finish(int64_t t, const Rows& r, int64_t begin, int64_t end, int thread) const {
     const Cell& c = a_.cell;
-    T* const pooled = pooled_[thread];
     write_states(t, r, begin, end);
-    if (c.inhibition)
-      fire_winner(t, r, pooled);
-    else if (c.spiking)
-      fire(t, r, begin / c.pool_h, end / c.pool_h, pooled);
+    if (c.spiking) fire(t, r, begin / c.pool_h, end / c.pool_h, pooled_[thread]);
   }
 
  private:
@@ -93,13 +89,13 @@ class NeuronForward {
   }
 
   // Returns row h of the pooled image: channels-last pixels, which lie `stride` apart. In training
-  // this also saves the places of the maxima.
+  // this also saves the indices of the maxima in their windows.
   const T* pooled_row(int64_t t, const Rows& r, int64_t h, T* pooled, int64_t& stride) const {
     const Cell& c = a_.cell;
     const T* mem = states_.mem_inner(t + 1, r, h * c.pool_h);
     stride = l_.Cp;
     if (c.pool == Pool::none) return mem;  // update() has quantised mem
-    const int64_t row = l_.Wm * l_.Cp, first = places_.row(t, r.n, h);
+    const int64_t row = l_.Wm * l_.Cp, first = argmax_.row(t, r.n, h);
     for (int64_t w = 0; w < l_.Wp; ++w)
       for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
         const T* window = mem + w * c.pool_w * l_.Cp + ch;
@@ -107,8 +103,8 @@ class NeuronForward {
         R v;
         if (c.pool == Pool::max) {
           v = PoolWindow<M>::max(c, window, row, l_.Cp);
-          if (places_.present())
-            places_.put(first + k, PoolWindow<M>::place(c, window, row, l_.Cp, v));
+          if (argmax_.present())
+            argmax_.put(first + k, PoolWindow<M>::argmax(c, window, row, l_.Cp, v));
         } else {
           v = PoolWindow<M>::mean(c, window, row, l_.Cp);
         }
@@ -133,46 +129,10 @@ class NeuronForward {
     }
   }
 
-  // Inhibition lets only the neuron of a sample with the highest (pooled) membrane potential spike.
-  // Of the neurons that count as the highest, the lowest index in (C, Hp, Wp) wins.
-  void fire_winner(int64_t t, const Rows& r, T* pooled) const {
-    const Cell& c = a_.cell;
-    const View& v = a_.spk;
-    const T size = spike_of<T>(a_);
-    const auto each = [&](auto&& look) {
-      for (int64_t h = 0; h < l_.Hp; ++h) {
-        int64_t stride;
-        const T* row = pooled_row(t, r, h, pooled, stride);
-        for (int64_t ch = 0; ch < c.C; ++ch)
-          for (int64_t w = 0; w < l_.Wp; ++w)
-            look(row[w * stride + ch], (ch * l_.Hp + h) * l_.Wp + w);
-        store_row<S>(row, Row{stride}, l_.Wp, c.C, row_of<T>(v, t, r.n, h), v.stride[2],
-                     v.stride[4], [&](R, int64_t) { return S::splat(T(0) * size); });
-      }
-    };
-    T highest = -INFINITY, best = 0;
-    each([&](T mem, int64_t) { highest = mem > highest || mem != mem ? mem : highest; });
-    const T unit = M::last_place(S::splat(highest))[0];
-    int64_t winner = -1;
-    each([&](T mem, int64_t index) {
-      if ((winner < 0 || index < winner) && is_largest(mem, highest, unit)) {
-        best = mem;
-        winner = index;
-      }
-    });
-    if (a_.winner) a_.winner[t * c.N + r.n] = winner;
-    if (winner < 0) return;
-    const int64_t ch = winner / (l_.Hp * l_.Wp);
-    const int64_t h = winner / l_.Wp % l_.Hp;
-    const int64_t w = winner % l_.Wp;
-    if (best - threshold_[ch] > T(0))
-      row_of<T>(v, t, r.n, h)[ch * v.stride[2] + w * v.stride[4]] = size;
-  }
-
   const ForwardArgs& a_;
   const Layout<T, VL>& l_;
   const StateRows<T, VL>& states_;
-  Places<M> places_;
+  Argmax<M> argmax_;
   T* threshold_ = nullptr;
   T** pooled_ = nullptr;  // (Wp, Cp) for each thread
 };

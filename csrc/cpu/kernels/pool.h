@@ -70,9 +70,9 @@ struct PoolWindow {
     return best;
   }
 
-  // Returns the number of the first pixel that counts as the maximum.
-  static SNNLSTM_INLINE Mask place(const Cell& c, const T* mem, int64_t row, int64_t pixel,
-                                   R maximum) {
+  // Returns the index of the first pixel that counts as the maximum.
+  static SNNLSTM_INLINE Mask argmax(const Cell& c, const T* mem, int64_t row, int64_t pixel,
+                                    R maximum) {
     const R unit = M::last_place(maximum);
     Mask where{};
     for (int i = c.pool_h - 1; i >= 0; --i)
@@ -83,13 +83,13 @@ struct PoolWindow {
     return where;
   }
 
-  // Returns the values of the pixels with the numbers `where`.
+  // Returns the values of the pixels with the indices `where`.
   static SNNLSTM_INLINE R at(const Cell& c, const T* mem, int64_t row, int64_t pixel, Mask where) {
     R value{};
-    typename M::Bits place = 0;
+    typename M::Bits index = 0;
     for (int i = 0; i < c.pool_h; ++i)
-      for (int j = 0; j < c.pool_w; ++j, ++place)
-        value = M::where(where == Mask{} + place, M::load(mem + i * row + j * pixel), value);
+      for (int j = 0; j < c.pool_w; ++j, ++index)
+        value = M::where(where == Mask{} + index, M::load(mem + i * row + j * pixel), value);
     return value;
   }
 
@@ -104,22 +104,22 @@ struct PoolWindow {
   static SNNLSTM_INLINE void spread(const Cell& c, R grad, Mask where, T* out, int64_t row,
                                     int64_t pixel) {
     if (c.pool == Pool::avg) grad = grad / T(c.pool_h * c.pool_w);
-    typename M::Bits place = 0;
+    typename M::Bits index = 0;
     for (int i = 0; i < c.pool_h; ++i)
-      for (int j = 0; j < c.pool_w; ++j, ++place) {
+      for (int j = 0; j < c.pool_w; ++j, ++index) {
         T* p = out + i * row + j * pixel;
-        const R g = c.pool == Pool::max ? M::where(where == Mask{} + place, grad, R{}) : grad;
+        const R g = c.pool == Pool::max ? M::where(where == Mask{} + index, grad, R{}) : grad;
         M::store(p, M::load(p) + g);
       }
   }
 };
 
-// The numbers of the pixels that max_pool chose: PassArgs::places, (T, N, Hp, Wp, Cp) on the CPU.
+// The indices of the pixels that max_pool chose: PassArgs::argmax, (T, N, Hp, Wp, Cp) on the CPU.
 template <class M>
-class Places : public StoredPlaces<M> {
+class Argmax : public StoredPlaces<M> {
  public:
-  Places(const PassArgs& a, int64_t Cp)
-      : StoredPlaces<M>(a.cell.pool == Pool::max ? a.places : nullptr, a.cell.place_bytes() > 1),
+  Argmax(const PassArgs& a, int64_t Cp)
+      : StoredPlaces<M>(a.cell.pool == Pool::max ? a.argmax : nullptr, a.cell.argmax_bytes() > 1),
         N_(a.cell.N),
         Hp_(a.cell.Hp()),
         row_(a.cell.Wp() * Cp) {}

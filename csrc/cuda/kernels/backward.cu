@@ -213,14 +213,18 @@ DataBlocks blocks_to_mem(const Cell& c, const Device& device, Multiply multiply,
 }  // namespace
 
 BackwardSteps::BackwardSteps(const Cell& cell, const Device& device, Matrix matrix,
-                             Multiply multiply, const BlockChoice& only)
+                             Multiply forward_multiply, const BlockChoice& only)
     : Steps(cell, matrix),
-      to_mem(blocks_to_mem(s.c, device, multiply, only, spreads)),
-      to_x(data_blocks(s.c, device, multiply, true, false).value()),
-      weights(both_weight_blocks(s.c, device, multiply)),
+      to_mem(blocks_to_mem(s.c, device, forward_multiply, only, spreads)),
+      to_x(data_blocks(s.c, device, forward_multiply, true, false).value()),
+      weights(both_weight_blocks(s.c, device, forward_multiply)),
       bias_splits(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * device.multiprocessors))) {
   packed = packed_backward(s.c, to_x, to_mem);
   workspace = Backward(*this, BackwardArgs(), nullptr).workspace();
+  multiply = forward_multiply;
+  shape = to_mem.shape;
+  blocks = std::max({to_mem.tiling.blocks(), to_x.tiling.blocks(),
+                     s.c.N * ceil_div(s.c.C * s.pixels, kSpreadThreads)});
 }
 
 void BackwardSteps::backward(const BackwardArgs& args, void* stream) const {

@@ -28,11 +28,8 @@ enum class Fault : int {
   no_vectors_barrier,
   no_gather_barrier,
   no_bias_barrier,
-  no_highest_barrier,
-  no_winner_barrier,
   // Nothing stands between reads and the next overwrite.
   no_chunk_barrier,
-  no_highest_reuse_barrier,
   wrong_fma_buffer,
   // An index is off by one, or of another dimension.
   wrong_mma_halo,
@@ -72,8 +69,7 @@ enum class Fault : int {
   unjoined_rows,
   untrimmed_kernel,
   no_graded_factor,
-  first_noise,
-  narrow_places,
+  narrow_argmax,
   lost_levels,
 };
 

@@ -3,16 +3,11 @@
 
 namespace snnlstm::cuda {
 
-void launch_fire(const FireStep& p, bool inhibition, void* stream) {
+void launch_fire(const FireStep& p, void* stream) {
   with_real(p.fire.spk.type, [&](auto real) {
-    using R = decltype(real);
-    if (inhibition) {
-      const Launch how{"fire (inhibition)", p.N, kFireThreads, sizeof(WinnerShared<R>), stream};
-      return launch(how, &fire_winner<R>, p);
-    }
     const int blocks = blocks_of_sample(p.fire, kFireThreads);
     const Launch how{"fire", p.N * blocks, kFireThreads, 0, stream};
-    launch(how, &fire_windows<R>, p);
+    launch(how, &fire_windows<decltype(real)>, p);
   });
 }
 

@@ -1,5 +1,4 @@
-// Kernels for spikes that a step's tiles cannot compute, because pooling windows may cross the
-// tiles and inhibition looks at a whole sample.
+// Kernels for spikes that a step's tiles cannot compute, because pooling windows cross the tiles.
 #pragma once
 
 #include "neuron_backward.cuh"
@@ -12,7 +11,6 @@ struct FireStep {
   Fire fire;
   Tensor mem;  // of one step, (1, N, C, Ho, Wo)
   int N;
-  int64_t* winner;  // (N,), or null
 };
 
 // Thresholded neuron i of a sample. Neighbouring numbers lie side by side in memory.
@@ -37,7 +35,7 @@ template <class R>
 SNNLSTM_DEVICE R thresholded_mem(const FireStep& p, int n, const PooledIndex& at) {
   const void* mem = image_of(p.mem, 0, n);
   const int first = offset(p.mem, at.c, at.y * p.fire.pool_h, at.x * p.fire.pool_w);
-  return thresholded<R>(p.fire, p.fire.place_at(n, at.c, at.y, at.x), [&](int i, int j) {
+  return thresholded<R>(p.fire, p.fire.pooled_index(n, at.c, at.y, at.x), [&](int i, int j) {
     return read<R>(mem, p.mem.type, first + i * p.mem.h + j * p.mem.w);
   });
 }
@@ -58,76 +56,6 @@ __global__ void __launch_bounds__(kFireThreads) fire_windows(const __grid_consta
   const PooledIndex at(f, i);
   write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, at.c, at.y, at.x),
         spike_of(f, thresholded_mem<R>(p, n, at), threshold_of<R>(f, at.c)));
-}
-
-// Under inhibition only the neuron with the highest (pooled) mem may spike. Of the neurons that
-// count as the highest, the lowest index in (C, Hp, Wp) wins.
-template <class R>
-struct Winner {
-  R mem = 0;
-  int index = -1;  // -1: no neuron
-
-  SNNLSTM_DEVICE void take(const Winner& other) {
-    if (other.index >= 0 && (index < 0 || other.index < index)) *this = other;
-  }
-};
-
-template <class R>
-struct WinnerShared {
-  R mem[kFireThreads / 32];
-  int index[kFireThreads / 32];
-};
-
-// A block has one sample.
-template <class R>
-__global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_constant__ FireStep p) {
-  auto& shared = shared_memory<WinnerShared<R>>();
-  const Fire& f = p.fire;
-  const int n = int(blockIdx.x);
-  const int warp = int(threadIdx.x) / 32;
-  const int warps = kFireThreads / 32;
-  if (f.is_padded(n)) return;
-  void* spk = image_of(f.spk, 0, n);
-  const auto higher = [](R a, R b) { return b > a || b != b ? b : a; };
-  R highest = -R(INFINITY);
-#pragma unroll 1
-  for (int i = int(threadIdx.x); i < neurons_of_sample(f); i += kFireThreads) {
-    const PooledIndex at(f, i);
-    highest = higher(highest, thresholded_mem<R>(p, n, at));
-    write(spk, f.spk.type, offset(f.spk, at.c, at.y, at.x), R(0) * graded_of<R>(f));
-  }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2)
-    highest = higher(highest, __shfl_xor_sync(full_warp, highest, lanes));
-  if (threadIdx.x % 32 == 0) shared.mem[warp] = highest;
-  if (!fault(Fault::no_highest_barrier)) __syncthreads();
-  for (int k = 0; k < warps; ++k) highest = higher(highest, shared.mem[k]);
-  if (!fault(Fault::no_highest_reuse_barrier)) __syncthreads();
-
-  const R unit = last_place(f.spk.type, highest);
-  Winner<R> best;
-#pragma unroll 1
-  for (int i = int(threadIdx.x); i < neurons_of_sample(f); i += kFireThreads) {
-    const PooledIndex at(f, i);
-    const R mem = thresholded_mem<R>(p, n, at);
-    if (is_largest(mem, highest, unit)) best.take({mem, f.flat(at.c, at.y, at.x)});
-  }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2)
-    best.take({__shfl_xor_sync(full_warp, best.mem, lanes),
-               __shfl_xor_sync(full_warp, best.index, lanes)});
-  if (threadIdx.x % 32 == 0) {
-    shared.mem[warp] = best.mem;
-    shared.index[warp] = best.index;
-  }
-  if (!fault(Fault::no_winner_barrier)) __syncthreads();
-  if (threadIdx.x > 0) return;
-  for (int k = 1; k < warps; ++k) best.take({shared.mem[k], shared.index[k]});
-  if (p.winner != nullptr) p.winner[n] = best.index;
-  if (best.index < 0) return;
-  const int c = best.index / (f.Hp * f.Wp), y = best.index / f.Wp % f.Hp;
-  write(spk, f.spk.type, offset(f.spk, c, y, best.index % f.Wp),
-        spike_of(f, best.mem, threshold_of<R>(f, c)));
 }
 
 // ---- the backward pass --------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // Launches the kernels of a sequence's forward pass, and lays out their memory: one launch for
-// every step, and a second if the spikes need a whole sample or windows that cross tiles.
+// every step, and a second if pooling windows cross tiles.
 //
 // The states before the first step stay in the caller's layout, apart from the others. In front of
 // our own images they would make all steps alike, but would need a copy in each call.
@@ -129,9 +129,7 @@ class Forward {
 
   void fire(int64_t t) const {
     const NeuronForward n = neuron(t);
-    const FireStep p{n.fire, n.own_mem.present() ? n.own_mem : n.mem_out, int(s_.c.N),
-                     a_.winner ? a_.winner + t * s_.c.N : nullptr};
-    launch_fire(p, s_.c.inhibition, stream_);
+    launch_fire({n.fire, n.own_mem.present() ? n.own_mem : n.mem_out, int(s_.c.N)}, stream_);
   }
 
   const ForwardSteps& steps_;
@@ -150,6 +148,9 @@ ForwardSteps::ForwardSteps(const Cell& cell, const Device& device, Matrix matrix
     : Steps(cell, matrix), step(forward_blocks(s.c, device, matrix, only)) {
   packed = packed_forward(s.c, step);
   workspace = Forward(*this, ForwardArgs(), nullptr).workspace();
+  multiply = step.multiply;
+  shape = step.shape;
+  blocks = std::max(step.tiling.blocks(), s.c.N * ceil_div(s.c.C * s.pixels, kFireThreads));
 }
 
 void ForwardSteps::forward(const ForwardArgs& args, void* stream) const {

@@ -53,8 +53,7 @@ void Leaky::run(const Device& device, const LeakyBackwardArgs& a, void* stream) 
   const OnDevice on(device.number);
   launch_neurons(
       "leaky backward", a, a.grad_x,
-      {a.mem0, a.mem, a.noise, a.grad_spk, a.grad_mem, a.grad_mem0, a.grad_beta, a.grad_threshold},
-      stream,
+      {a.mem0, a.mem, a.grad_spk, a.grad_mem, a.grad_mem0, a.grad_beta, a.grad_threshold}, stream,
       [](auto x, auto V) { return &leaky_backward<leaky::Real<decltype(x)>, decltype(V)::value>; });
 }
 

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(leaky::kThreads, leaky::kBlocks)
   using M = Math<R>;
   const int64_t i = vector_of_thread(), n = a.n / V;
   if (i >= n) return;
-  R beta[V], threshold[V], mem[V], noise[V], carried[V], grad_x[V], grad_beta[V], grad_threshold[V];
+  R beta[V], threshold[V], mem[V], carried[V], grad_x[V], grad_beta[V], grad_threshold[V];
   R before[kSteps][V], from_spk[kSteps][V], from_mem[kSteps][V];
   load_parameter(a.beta, i, beta);
   load_parameter(a.threshold, i, threshold);
@@ -120,12 +120,11 @@ __global__ void __launch_bounds__(leaky::kThreads, leaky::kBlocks)
     unrolled<kSteps>([&](int s) {
       const int64_t t = last - s;
       if (t < 0) return;
-      load_step(a.noise, t, noise);
       unrolled<V>([&](int k) {
         if (a.grad_spk != nullptr) {
           const R u = mem[k] - threshold[k];
-          from_spk[s][k] = from_spk[s][k] * graded *
-                           Neuron<M>::surrogate_gradient(a.surrogate, u, p0, p1, noise[k]);
+          from_spk[s][k] =
+              from_spk[s][k] * graded * Neuron<M>::surrogate_gradient(a.surrogate, u, p0, p1);
         }
         const auto d = LeakyNeuron<M>::backward(a.reset, before[s][k], beta[k], threshold[k],
                                                 from_spk[s][k], from_mem[s][k] + carried[k]);

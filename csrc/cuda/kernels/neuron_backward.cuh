@@ -14,9 +14,7 @@ struct NeuronBackward : NeuronStep {
   bool spreads = true;  // false: a kernel before this one has written spikes_in
   Surrogate surrogate = Surrogate::none;
   double p0 = 0, p1 = 0;
-  Tensor noise;                     // (1, N, C, Hp, Wp)
-  const int64_t* winner = nullptr;  // (N,), of the step; null: no inhibition
-  Tensor gates;                     // as the forward pass has saved them
+  Tensor gates;  // as the forward pass has saved them
   Tensor syn_prev;
   Tensor grad_syn, grad_mem;   // the caller's, for the states after this step
   bool at_ends = false;        // these are for the states after each sample's own last step
@@ -32,7 +30,7 @@ struct NeuronBackward : NeuronStep {
 
 // A plain step also has the default surrogate.
 inline bool is_plain(const NeuronBackward& n) {
-  return n.surrogate == Surrogate::atan && n.winner == nullptr &&
+  return n.surrogate == Surrogate::atan &&
          is_plain(n.fire, {&n.syn_prev, &n.grad_syn, &n.grad_mem, &n.grad_syn0});
 }
 
@@ -87,17 +85,10 @@ class BackwardTile {
     return !plain && spikes() && p_.fire.pool != Pool::none && p_.spreads;
   }
 
-  // Returns the gradient that a spike passes to the mem that it came from. u: mem - threshold; y,
-  // x: row and column of the (pooled) mem.
-  SNNLSTM_DEVICE R spike_gradient(int c, int y, int x, R u, R grad) const {
-    const Fire& f = p_.fire;
-    R noise = 0;
-    if (p_.noise.present())
-      noise =
-          read<R>(image_of(p_.noise, block_.t, block_.n), p_.noise.type, offset(p_.noise, c, y, x));
-    if (p_.winner != nullptr && p_.winner[block_.n] != f.flat(c, y, x)) return 0;
-    return N::surrogate_gradient(p_.surrogate, u, R(p_.p0), R(p_.p1), noise) *
-           (grad * graded_of<R>(f));
+  // Returns the gradient that a spike passes to the mem that it came from. u: mem - threshold.
+  SNNLSTM_DEVICE R spike_gradient(R u, R grad) const {
+    return N::surrogate_gradient(p_.surrogate, u, R(p_.p0), R(p_.p1)) *
+           (grad * graded_of<R>(p_.fire));
   }
 
   // Returns one neuron's mem after the step.
@@ -168,16 +159,16 @@ class BackwardTile {
     if (f.pool == Pool::avg) {
       mem = mean_of_window<R>(f, at);
     } else {
-      const int64_t place = f.place_at(block_.n, c, y, x);
-      where = f.wide_places() ? static_cast<const int32_t*>(f.places)[place]
-                              : static_cast<const uint8_t*>(f.places)[place];
+      const int64_t pooled = f.pooled_index(block_.n, c, y, x);
+      where = f.wide_argmax() ? static_cast<const int32_t*>(f.argmax)[pooled]
+                              : static_cast<const uint8_t*>(f.argmax)[pooled];
       for_each_element(f, [&](int i, int j, int number) {
         if (number == where) mem = at(i, j);
       });
     }
     mem = quantised(f, mem);
     R grad = read<R>(image_of(f.spk, block_.t, block_.n), f.spk.type, offset(f.spk, c, y, x));
-    grad = spike_gradient(c, y, x, mem - threshold, grad);
+    grad = spike_gradient(mem - threshold, grad);
     if (f.pool == Pool::avg) grad /= R(f.pool_h * f.pool_w);
     for_each_element(f, [&](int i, int j, int number) {
       put(i, j, f.pool == Pool::avg || number == where ? grad : R(0));
@@ -218,7 +209,7 @@ class BackwardTile {
                                      is_flagged(p.gate[2][px][ch]), p.threshold[ch]);
     });
     if (!plain && p_.fire.num_levels > 0)
-      for_each_value(p.mem, [&](R x, int, int) { return quantised(p_.fire, x); });
+      for_each_value(p.mem, [&](R x) { return quantised(p_.fire, x); });
     if (std::is_same_v<typename OfStates::Type, AnyType>) {
       const DType type = p_.syn_prev.type;
       unrolled<2, 4>([&](int px, int ch) { p.mem[px][ch] = rounded(type, p.mem[px][ch]); });
@@ -243,20 +234,15 @@ class BackwardTile {
     if (spikes() && (plain || p_.fire.pool == Pool::none)) {
       unrolled<2, 4>([&](int px, int ch) { p.mem[px][ch] -= p.threshold[ch]; });
       load_patch<OfStates>(p_.fire.spk, p.at, p.c0, spike);
-      if (plain || (p_.surrogate == Surrogate::atan && p_.winner == nullptr)) {
+      if (plain || p_.surrogate == Surrogate::atan) {
         const R graded = graded_of<R>(p_.fire);
         unrolled<2, 4>([&](int px, int ch) {
           spike[px][ch] =
-              N::surrogate_gradient(Surrogate::atan, p.mem[px][ch], R(p_.p0), R(p_.p1), R(0)) *
+              N::surrogate_gradient(Surrogate::atan, p.mem[px][ch], R(p_.p0), R(p_.p1)) *
               (spike[px][ch] * graded);
         });
       } else {
-        const auto gradient = [&](R grad, int px, int ch, R u) {
-          const bool real = (px ? p.at.valid[1] : p.at.valid[0]) && p.c0 + ch < p_.C;
-          const int y = px ? p.at.y[1] : p.at.y[0];
-          const int x = px ? p.at.x[1] : p.at.x[0];
-          return real ? spike_gradient(p.c0 + ch, y, x, u, grad) : R(0);
-        };
+        const auto gradient = [&](R grad, R u) { return spike_gradient(u, grad); };
         for_each_value(spike, gradient, p.mem);
       }
     } else if (!plain && p_.spikes_in.present()) {

@@ -25,7 +25,7 @@ struct Fire {
   int64_t threshold_stride = 0;
   const void* graded = nullptr;  // one number
   Tensor spk;  // (1, N, C, Hp, Wp); threshold, graded factor and bias have the same type
-  void* places = nullptr;  // max pooling in training: PassArgs::places of the step, (N, C, Hp, Wp)
+  void* argmax = nullptr;  // max pooling in training: PassArgs::argmax of the step, (N, C, Hp, Wp)
   const int64_t* lengths = nullptr;  // (N,) steps of each sample, or null
   int step = 0;                      // number of the step
 
@@ -36,11 +36,10 @@ struct Fire {
   SNNLSTM_DEVICE bool is_last(int n) const {
     return lengths != nullptr && int(lengths[n]) == step + 1;
   }
-  SNNLSTM_DEVICE int flat(int c, int y, int x) const { return (c * Hp + y) * Wp + x; }
-  SNNLSTM_DEVICE int64_t place_at(int64_t image, int c, int y, int x) const {
-    return image * (int64_t(C) * Hp * Wp) + flat(c, y, x);
+  SNNLSTM_DEVICE int64_t pooled_index(int64_t image, int c, int y, int x) const {
+    return image * (int64_t(C) * Hp * Wp) + (c * Hp + y) * Wp + x;
   }
-  SNNLSTM_DEVICE bool wide_places() const { return pool_h * pool_w > 256; }
+  SNNLSTM_DEVICE bool wide_argmax() const { return pool_h * pool_w > 256; }
 };
 
 // The arguments that the neurons' kernels of both passes share.
@@ -59,8 +58,8 @@ struct NeuronForward : NeuronStep {
   Tensor gates_out;            // in training
 };
 
-// Says whether a step is plain: without pooling, quantiser, inhibition and lengths, of float32
-// states that are all accessed in vectors. Tensor core kernels have an instance for such steps.
+// Says whether a step is plain: without pooling, quantiser and lengths, of float32 states that are
+// all accessed in vectors. Tensor core kernels have an instance for such steps.
 inline bool is_plain(const Fire& f, std::initializer_list<const Tensor*> states) {
   bool vectors = f.spk.access != Access::scalar;
   for (const Tensor* a : states) vectors = vectors && a->access != Access::scalar;
@@ -91,14 +90,14 @@ SNNLSTM_DEVICE void shift_values(R (&v)[2][CH], R last) {
   flat[2 * CH - 1] = last;
 }
 
-// Replaces each value of v by body(value, pixel, channel, the others' values). The loop is not
-// unrolled, so that the code holds the body once: quantisers and most surrogates are long and rare.
-// A loop cannot index registers: the values pass through [0][0]. The others do not change.
+// Replaces each value of v by body(value, the others' values). The loop is not unrolled, so that
+// the code holds the body once: quantisers and most surrogates are long and rare. A loop cannot
+// index registers: the values pass through [0][0]. The others do not change.
 template <int CH, class R, class Body, class... Others>
 SNNLSTM_DEVICE void for_each_value(R (&v)[2][CH], Body&& body, Others&... others) {
 #pragma unroll 1
   for (int k = 0; k < 2 * CH; ++k) {
-    shift_values(v, body(v[0][0], k / CH, k % CH, others[0][0]...));
+    shift_values(v, body(v[0][0], others[0][0]...));
     (shift_values(others, others[0][0]), ...);
   }
 }
@@ -143,9 +142,9 @@ SNNLSTM_DEVICE R mean_of_window(const Fire& f, At&& at) {
 }
 
 // Returns the mem that is compared with the threshold: pooled, or at(0, 0) itself. In training it
-// keeps the place of a window's maximum, at f.place_at(...) = place. NaN is the maximum.
+// keeps the index of a window's maximum, at f.pooled_index(...) = pooled. NaN is the maximum.
 template <class R, class At>
-SNNLSTM_DEVICE R thresholded(const Fire& f, int64_t place, At&& at) {
+SNNLSTM_DEVICE R thresholded(const Fire& f, int64_t pooled, At&& at) {
   if (f.pool == Pool::none) return at(0, 0);
   if (f.pool == Pool::avg) return quantised(f, mean_of_window<R>(f, at));
   R largest = at(0, 0);
@@ -153,16 +152,16 @@ SNNLSTM_DEVICE R thresholded(const Fire& f, int64_t place, At&& at) {
     const R v = at(i, j);
     if (v > largest || v != v) largest = v;
   });
-  if (f.places != nullptr) {
+  if (f.argmax != nullptr) {
     const R unit = last_place(f.spk.type, largest);
     int where = -1;
     for_each_element(f, [&](int i, int j, int number) {
       if (where < 0 && is_largest(R(at(i, j)), largest, unit)) where = number;
     });
-    if (f.wide_places())
-      static_cast<int32_t*>(f.places)[place] = where & (fault(Fault::narrow_places) ? 255 : -1);
+    if (f.wide_argmax())
+      static_cast<int32_t*>(f.argmax)[pooled] = where & (fault(Fault::narrow_argmax) ? 255 : -1);
     else
-      static_cast<uint8_t*>(f.places)[place] = uint8_t(where);
+      static_cast<uint8_t*>(f.argmax)[pooled] = uint8_t(where);
   }
   return quantised(f, largest);
 }
@@ -271,7 +270,7 @@ class ForwardTile {
       unrolled<4>(
           [&](int gate) { store_patch<Ours<OfGates>>(p_.gates_out, at, c0, sum[gate], gate); });
     if (!plain && p_.fire.num_levels > 0) {
-      const auto nearest = [&](R x, int, int) { return quantised(p_.fire, x); };
+      const auto nearest = [&](R x) { return quantised(p_.fire, x); };
       for_each_value(syn, nearest);
       for_each_value(mem, nearest);
     }
@@ -303,7 +302,7 @@ class ForwardTile {
     void* spk = image_of(f.spk, block_.t, block_.n);
     for_each_window(f, tiling_, block_, c0_, channels_, [&](const Window& w) {
       const auto at = [&](int i, int j) { return mem_tile.at(w.channel, w.m + i * tiling_.w + j); };
-      const R mem = thresholded<R>(f, f.place_at(block_.n, w.c, w.y, w.x), at);
+      const R mem = thresholded<R>(f, f.pooled_index(block_.n, w.c, w.y, w.x), at);
       write(spk, f.spk.type, offset(f.spk, w.c, w.y, w.x),
             spike_of(f, mem, vectors_[4 * channels_ + w.channel]));
     });

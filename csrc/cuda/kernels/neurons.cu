@@ -26,6 +26,7 @@ CudnnSteps::CudnnSteps(const Cell& of, Matrix matrix, bool backward) : Steps(of,
   whole_windows = !whole.empty();
   cut(of_step, c, c.Ho(), c.Wo(), whole_windows ? whole[0] : sizes(false)[0]);
   cover(of_step, c, c.N, c.C, neurons::kChannels);
+  blocks = of_step.blocks();
   if (!backward) return;
   sums_bytes = round_up(of_step.tiles() * pitch() * bytes_of(real), 256);
   workspace = sums_bytes + (whole_windows ? 0 : s.state() * bytes_of(real));
@@ -42,7 +43,7 @@ void CudnnSteps::forward(const ForwardArgs& args, void* stream) const {
     p.x_sums[k] = gate_of(args.x_sums, real, c, k);
   }
   p.neuron = neuron_forward(args, 0, 4);
-  p.neuron.fires = whole_windows && !c.inhibition;
+  p.neuron.fires = whole_windows;
   if (args.saved_syn) p.neuron.own_syn = image(args.saved_syn, s, type);
   if (args.saved_gates) p.neuron.gates_out = image(args.saved_gates, s, gates, 4);
   with_real(c.dtype, [&](auto real) {
@@ -51,9 +52,7 @@ void CudnnSteps::forward(const ForwardArgs& args, void* stream) const {
                      sizeof(neurons::PatchShared<R>), stream};
     launch(how, &neurons_forward<R>, p);
   });
-  if (p.neuron.fires) return;
-  const FireStep fire{p.neuron.fire, p.neuron.mem_out, int(c.N), args.winner};
-  launch_fire(fire, c.inhibition, stream);
+  if (!whole_windows) launch_fire({p.neuron.fire, p.neuron.mem_out, int(c.N)}, stream);
 }
 
 void CudnnSteps::backward(const BackwardArgs& args, void* stream) const {

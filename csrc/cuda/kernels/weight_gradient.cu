@@ -72,10 +72,10 @@ void weight_gradient(const BackwardSteps& steps, const WeightSources& sources, v
   if (bias != nullptr) sums.splits = steps.bias_splits;
   add.sums[0] = {sources.bias_parts, steps.bias_splits, 4, int(s.Cp), int(c.C), bias, steps.type};
 
-  WeightGradientsFma plain;
+  WeightGradientsFma by_fma;
   WeightGradientsMma mma;
-  plain.bias = mma.bias = sums;
-  auto& grad = plain.job;
+  by_fma.bias = mma.bias = sums;
+  auto& grad = by_fma.job;
   const WeightBlocks* both[2] = {&steps.weights.x, &steps.weights.mem};
   grad[0].in = x_segment(c);
   grad[0].in.src = sources.x;
@@ -129,13 +129,13 @@ void weight_gradient(const BackwardSteps& steps, const WeightSources& sources, v
     with_element(x.multiply,
                  [&](auto element) { launch(how, &weight_gradient_mma<decltype(element)>, mma); });
   } else {
-    if (weight != nullptr) plain.blocks = int(x.part_bytes(DType::float32) / (4 * 4096));
+    if (weight != nullptr) by_fma.blocks = int(x.part_bytes(DType::float32) / (4 * 4096));
     with_tile<32>(steps.real, x.columns, [&](auto real, auto tile) {
       using R = decltype(real);
       using T = decltype(tile);
-      const Launch how{"weight gradient (fma)", plain.blocks + plain.bias.blocks(), fma::kThreads,
+      const Launch how{"weight gradient (fma)", by_fma.blocks + by_fma.bias.blocks(), fma::kThreads,
                        sizeof(fma::WeightGradientShared<R, T>), stream};
-      launch(how, &weight_gradient_fma<R, T>, plain);
+      launch(how, &weight_gradient_fma<R, T>, by_fma);
     });
   }
 }

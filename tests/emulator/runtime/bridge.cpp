@@ -93,7 +93,7 @@ struct Extents {
   cuda::Shape shape;
   Extent input, state, states, spikes, gates;
   int64_t size, real, gate;  // of an element: of the states, the compute type, the gates
-  int64_t weight, gates_of_all, places;
+  int64_t weight, gates_of_all, argmax;
 
   Extents(const cuda::Pass& plan, bool record = false) : Extents(plan.cell, plan.matrix, record) {}
   Extents(const Cell& c, cuda::Matrix matrix, bool record)
@@ -108,7 +108,7 @@ struct Extents {
         gate(cuda::bytes_of(cuda::gate_type(c.dtype, matrix))),
         weight(4 * c.C * (c.Cin + c.C) * shape.taps * size),
         gates_of_all(c.T * shape.gates() * gate),
-        places(c.T * c.N * c.C * c.Hp() * c.Wp() * c.place_bytes()) {}
+        argmax(c.T * c.N * c.C * c.Hp() * c.Wp() * c.argmax_bytes()) {}
 
   // Bytes of syn after each step that another follows, or of one step with cudnn.
   int64_t saved_syn(bool cudnn) const { return (cudnn ? 1 : shape.c.T - 1) * shape.state() * size; }
@@ -149,8 +149,7 @@ struct CheckedPass : cuda::Pass {
     arrays.add("mem", a.mem, e.states, c.dtype, states);
     arrays.add("saved gates", a.saved_gates, e.gates_of_all, writes);
     arrays.add("saved syn", a.saved_syn, e.saved_syn(cudnn()), writes);
-    arrays.add("winner", a.winner, c.T * c.N * 8, writes);
-    arrays.add("places", a.places, e.places, writes);
+    arrays.add("argmax", a.argmax, e.argmax, writes);
     arrays.commit();
     cuda::Pass::run(a, stream);
   }
@@ -165,9 +164,7 @@ struct CheckedPass : cuda::Pass {
     arrays.add("d_gates", a.d_gates, e.gates_of_all, some);
     arrays.add("mem after", a.mem_after, e.shape.state() * e.gate, some);
     arrays.add("saved syn", a.saved_syn, e.saved_syn(false), reads);
-    arrays.add("winner", a.winner, c.T * c.N * 8, reads);
-    arrays.add("places", a.places, e.places, reads);
-    arrays.add("noise", a.noise, e.spikes, c.dtype, reads);
+    arrays.add("argmax", a.argmax, e.argmax, reads);
     arrays.add("grad_spk", a.grad_spk, e.spikes, c.dtype, reads);
     arrays.add("grad_syn", a.grad_syn, e.states, c.dtype, reads);
     arrays.add("grad_mem", a.grad_mem, e.states, c.dtype, reads);
@@ -225,7 +222,6 @@ struct CheckedLeaky : cuda::Leaky {
     Arrays arrays;
     const int64_t steps = add_inputs(arrays, a);
     arrays.add("mem", a.mem, steps, reads);
-    arrays.add("noise", a.noise, steps, reads);
     arrays.add("grad_spk", a.grad_spk, steps, reads);
     arrays.add("grad_mem", a.grad_mem, steps, reads);
     arrays.add("grad_x", a.grad_x, a.T * a.n * cuda::bytes_of(a.dtype), writes);
