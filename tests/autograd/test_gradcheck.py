@@ -27,7 +27,6 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "recorded": ({"reset_mechanism": "subtract", "record": True}, False),
     "max_pool": ({"max_pool": 2, "reset_mechanism": "subtract"}, False),
     "avg_pool": ({"avg_pool": (2, 1), "spike_grad": surrogate.sigmoid(3)}, False),
-    "inhibition": ({"inhibition": True}, False),
     "stride": ({"stride": (2, 1), "dilation": (1, 2)}, False),
     "checkpoint": ({"checkpoint": True}, False),
     "lengths": ({"lengths": [2, 1], "record": True}, False),

@@ -113,6 +113,7 @@ def test_under_inhibition_the_first_of_the_highest_quantised_states_wins(backend
     spk, mem = run(cell, torch.tensor([[[[0.0, 0.55], [0.6, 0.5]]]]))
     assert mem.flatten().tolist() == [0, 0.5, 0.5, 0.5]
     assert spk.flatten().tolist() == [0, 1, 0, 0]
+    assert chosen_by(open_cell(inhibition=True), mem) == [1]
     backend.check(cell.path, native=False)
     if backend.native:
         assert str(cell.path) == "reference (inhibition is unknown to the kernels)"

@@ -97,6 +97,7 @@ def test_a_cell_of_any_size_is_refused_or_its_memory_counted(core):
         ({"kernel": (2, 3)}, "kernel must be odd"),
         ({"pool": 1, "pool_size": (9, 1)}, "pool_size must fit into the state"),
         ({"spiking": False}, "spiking=False excludes reset, pool, surrogate"),
+        ({"surrogate": 9}, "surrogate must not be stochastic"),
     ],
     ids=str,
 )
