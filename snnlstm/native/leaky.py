@@ -155,9 +155,9 @@ class Plan:
         """The call with tensors that the core reads as they are."""
         x = without_gaps(call.x, self.spec.sequence)
         mem = laid_out(call.mem, *self.step)
-        return LeakyCall(x, mem, *self._numbers(call[2:5]))
+        return LeakyCall(x, mem, *self.numbers(call[2:5]))
 
-    def _numbers(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    def numbers(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """beta, threshold and graded as the core reads them.
 
         A parameter that varies in another order than x becomes one with a number for each neuron.
@@ -170,45 +170,50 @@ class Plan:
         )
         return beta, threshold, graded
 
-    def _fields(self, numbers: Sequence[Tensor], before: Tensor | None) -> tuple[Any, ...]:
-        """Both passes' fields (csrc/args.h)."""
-        beta, threshold, graded = numbers
+    def _fields(
+        self, beta: int, threshold: int, graded: Tensor, before: Tensor | None
+    ) -> tuple[Any, ...]:
+        """Both passes' fields (csrc/args.h); `beta` and `threshold` are addresses."""
         return (
-            *self.first, beta.data_ptr(), *self.of_beta, threshold.data_ptr(), *self.of_threshold,
-            graded.data_ptr(), pointer(before),
+            *self.first, beta, *self.of_beta, threshold, *self.of_threshold, graded.data_ptr(),
+            pointer(before),
         )  # fmt: skip
 
-    def kept(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """beta and threshold for the backward pass, as the core reads them.
+    def forward(self, call: LeakyCall, record: bool, training: bool) -> tuple[Tensor, Tensor, Any]:
+        """Run the forward kernels.
 
-        They stay what they are when users assign to the ``.data`` of a parameter, or write to it,
-        which autograd does not notice; on CUDA only the former. Equal numbers share a copy.
+        Returns
+        -------
+        spk : Tensor
+            Spikes of each step.
+        mem : Tensor
+            mem of each step, or only the last one unless `record`.
+        kept : tuple of Tensor, optional
+            beta and threshold for the backward pass, if `training`.
         """
-        beta, threshold, _ = self._numbers(parameters) if self.copies else parameters
-        if not self._on_cpu:
-            return beta.data, threshold.data
-        key = first, second = beta.data_ptr(), threshold.data_ptr()
-        if self.copies:
-            key = 0, 0
-        kept = self._kept.get(key)
-        if kept is not None:
-            copies, copy, other = kept
-            if _C.same(first, copy, self._bytes[0]) and _C.same(second, other, self._bytes[1]):
-                return copies
-            self._kept.pop(key, None)
-        copies = beta.detach().clone(), threshold.detach().clone()
-        self._kept.keep(key, (copies, *map(pointer, copies)))
-        return copies
-
-    def forward(self, call: LeakyCall, record: bool) -> tuple[Tensor, Tensor]:
-        """Run the forward kernels; return spk and mem of each step, or only the last mem."""
         if self.copies:
             call = self._readable(call)
-        x, mem = call.x, call.mem
+        x, mem, beta, threshold, graded = call[:5]
         spk, after = self._empty_like(x), self._empty_like(x if record else mem)
         into = x.data_ptr(), spk.data_ptr(), after.data_ptr(), record
-        self.backend.leaky((*self._fields(call[2:5], mem), *into), False, self.device)
-        return spk, after
+        first, second = beta.data_ptr(), threshold.data_ptr()
+        self.backend.leaky((*self._fields(first, second, graded, mem), *into), False, self.device)
+        if not training:
+            return spk, after, None
+        if not self._on_cpu:
+            return spk, after, (beta.data, threshold.data)
+        # Users may assign to the .data of a parameter, or write to it, which autograd does not
+        # notice, so copies are kept; on CUDA an alias, which survives only the former.
+        found = self._kept.get((first, second))
+        if found is not None:
+            kept, copy, other = found
+            sizes = self._bytes
+            if _C.same(first, copy, sizes[0], second, other, sizes[1]):  # equal numbers share it
+                return spk, after, kept
+            self._kept.pop((first, second), None)
+        kept = beta.detach().clone(), threshold.detach().clone()
+        self._kept.keep((first, second), (kept, *map(pointer, kept)))
+        return spk, after, kept
 
     @lender.where_it_fits
     def backward(
@@ -223,7 +228,7 @@ class Plan:
         """The gradients of x and mem, and those of beta and threshold, per neuron.
 
         `before` and `after`, mem of all steps, may have another layout than in the forward pass.
-        `kept` is what :meth:`kept` returned in that pass.
+        `kept` is what :meth:`forward` returned.
         """
         sequence = self.spec.sequence
         after = laid_out(after, *self.whole)
@@ -233,9 +238,10 @@ class Plan:
         x = _empty_like(after, self.types[0]) if wanted[0] else None
         mem = _empty_like(like, self.dtype) if wanted[1] or sequence else None
         sums = [_empty_like(like, self.dtype) if want else None for want in wanted[2:]]
-        numbers = *kept, contiguous_as(graded, self.dtype)  # they must live while the kernels run
+        graded = contiguous_as(graded, self.dtype)  # it must live while the kernels run
+        fields = self._fields(*map(pointer, kept), graded, before)
         others = map(pointer, (after, *laid, x, mem, *sums))
-        self.backend.leaky((*self._fields(numbers, before), *others), True, self.device)
+        self.backend.leaky((*fields, *others), True, self.device)
         return x, mem, *sums
 
 
@@ -265,7 +271,7 @@ def run_plan(plan: Plan, call: LeakyCall, training: bool) -> tuple[Tensor, Tenso
     """
     call = plan.fitted(call)
     if not training:
-        return *plan.forward(call, call.every), plan.name
+        return *plan.forward(call, call.every, False)[:2], plan.name
     if call.mem.is_inference():  # autograd refuses to save it
         call = call._replace(mem=call.mem.clone())
     return *_apply(plan, call, *call[:4]), plan.name
@@ -283,13 +289,12 @@ def _empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _forward(ctx: Any, plan: Plan, call: LeakyCall, *_tensors: Tensor) -> tuple[Tensor, Tensor]:
     """Run the kernels; the tensors are those that may require a gradient."""
-    spk, after = plan.forward(call, True)
+    spk, after, kept = plan.forward(call, True, True)
     _, _, *others, of_beta, of_threshold = ctx.needs_input_grad
     reset = plan.spec.reset
     is_read = of_beta or of_threshold or reset == "zero"
-    parameters = call[2:5]
-    ctx.save_for_backward(call.mem if is_read else None, after, *parameters)
-    ctx.kept = plan, plan.kept(parameters)
+    ctx.save_for_backward(call.mem if is_read else None, after, *call[2:5])
+    ctx.kept = plan, kept
     ctx.set_materialize_grads(False)
     constant = () if plan.spec.surrogate.kind else (spk,)
     if reset != "subtract" and not (any(others) or of_beta):

@@ -114,7 +114,7 @@ def _backward_operator(*arguments: Any) -> Sequence[Tensor]:
         before = torch.zeros_like(after[0] if sequence else after)
     x = after if types[0] is after.dtype else torch.empty_like(after, dtype=types[0])
     plan = plan_of(LeakyCall(x, before, *parameters), LeakySpec.from_text(text, sequence))
-    kept, graded = plan.kept(parameters), parameters[2]
+    *kept, graded = plan.numbers(parameters)
     grads = plan.backward(before, after, kept, graded, (grad_spk, grad_mem), wanted)
     return _gradient_outputs(grads, after, parameters, types, wanted)
 

@@ -332,15 +332,14 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             attributes["_stored_in"] = note_pass(self._buffers, self._stored_in)
         self._buffers["mem"] = mem
         attributes.pop("reset", None)
-        self._tell(path)
+        if attributes.get("_path") is not path:
+            self._tell(path)
 
     def _tell(self, path: Path) -> None:
-        """Keep the path of a call, and log a slow one."""
-        attributes = self.__dict__
-        if attributes.get("_path") is not path:
-            attributes["_path"] = path
-            if path.slow:
-                log_fallback(path, self)
+        """Keep the path of a call that is not the last call's, and log a slow one."""
+        self.__dict__["_path"] = path
+        if path.slow:
+            log_fallback(path, self)
 
     # ---- what the layer computes --------------------------------------------------------------
 

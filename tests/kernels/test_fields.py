@@ -111,8 +111,9 @@ def test_leaky_gives_the_fields_in_their_order(monkeypatch):
     torch.autograd.grad((spk, after), (x, mem, beta, threshold), grads)
     names = "mem", "mem0", "grad_spk", "grad_mem", "grad_x", "grad_mem0"
     noted_as = dict(zip((*names, "grad_beta", "grad_threshold"), map(address, memory), strict=True))
-    copies = [address(copy) for copy in plan.kept(call[2:5])]
-    kept = {"beta.values": copies[0], "threshold.values": copies[1]}
+    [(copies, *at)] = plan._kept.values()
+    kept = {"beta.values": at[0], "threshold.values": at[1]}
+    assert at == [*map(address, copies)] and not set(at) & {*map(address, (beta, threshold))}
     assert by_name("LeakyBackwardArgs", given[1]) == common | noted_as | kept
     assert len(set(noted_as.values())) == len(noted_as)
 
