@@ -28,7 +28,7 @@ from . import rows
 from .functions import make_functions
 from .layout import channels_last
 from .rewrite import Writer
-from .steps import IN_PLACE, MEMORY, STATES, Loop
+from .steps import FEEDBACK, IN_PLACE, MEMORY, STATES, UNALIKE, Loop
 
 logger = logging.getLogger("snnlstm")
 
@@ -157,8 +157,20 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
             reason = IN_PLACE
         elif has_states:
             reason = reason or STATES
+        elif rows.row_of(calls[0]) is not None:
+            reason = reason or (FEEDBACK if _depends(alone[1], alone[0]) else UNALIKE)
         reason = reason or "it is not known to treat every sample by itself"
     return LayerReport(layer.name, layer.kind, kind, str(reason))
+
+
+def _depends(later: Node, earlier: Node) -> bool:
+    """Whether a node needs the result of another."""
+    needed, seen = [later], {later}
+    while needed:
+        new = {node for node in needed.pop().all_input_nodes if node not in seen}
+        seen |= new
+        needed += new
+    return earlier in seen
 
 
 def _log(loop: Loop, gm: GraphModule) -> None:

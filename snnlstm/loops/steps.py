@@ -118,6 +118,7 @@ WEIGHTS = "its weights differ from step to step"
 STATES = "its states are reset, detached or changed between the steps"
 ROUNDED = "its states are rounded to a half type between the steps"
 FEEDBACK = "its input, or its state, depends on its last result"
+UNALIKE = "its input is another expression in each step, as behind a neuron that runs in steps"
 IN_PLACE = "its results are modified in place"
 MEMORY = "all steps at once would take too much memory"
 

@@ -83,6 +83,21 @@ def one_of_theirs() -> nn.Module:
     return net
 
 
+class Recurrent(nn.Module):
+    """Has a Linear within a neuron, which reads its own last result, and one behind the neuron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif, self.fc = snn.RLeaky(0.5, linear_features=6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spk, mem, out = *self.lif.init_rleaky(), []
+        for x_t in x:
+            spk, mem = self.lif(x_t, spk, mem)
+            out.append(self.fc(spk))
+        return torch.stack(out)
+
+
 STEPS, IMAGES = (T, N, 6), (N, T, 1, 8, 8)
 # What is compiled; the shape of x; the level; and the words of one message of that level.
 MESSAGES = {
@@ -91,6 +106,8 @@ MESSAGES = {
     "of what stays": (looped(all_steps), STEPS, INFO, ["drop", "Dropout", "step"]),
     "feedback": (looped(feedback), STEPS, WARNING, ["lif1", "Leaky", "last result"]),
     "feedback of the second": (looped(feedback), STEPS, WARNING, ["lif2", "Leaky", "last result"]),
+    "a Linear's feedback": (Recurrent, STEPS, INFO, ["lif.recurrent Linear: step (its input, or"]),
+    "other expressions": (Recurrent, STEPS, INFO, ["fc Linear: step (its input is another"]),
     "a detach in each step": (looped(detached), STEPS, WARNING, ["lif1", "detach"]),
     "detached at times": (looped(cut), STEPS, INFO, ["lif1", "in 2 calls", "detached"]),
     "states of half types": (in_halves, IMAGES, WARNING, ["sclstm1", "half type"]),
