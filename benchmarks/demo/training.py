@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 CHANNELS = 16
 THRESHOLD = 0.05
@@ -200,6 +199,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     clock = time.process_time if alone else time.perf_counter
     seconds, losses = [], []
     tests = [(0.0, accuracy(model, test, test_labels, args.device))]
+    from tqdm import tqdm  # --help does without it
+
     with tqdm(desc=args.network, total=epochs * batches, unit="batch", disable=None) as bar:
         for number in range(epochs):
             for batch in epoch(images, labels, 1000 * args.seed + number):

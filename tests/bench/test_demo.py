@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.demo import __main__ as demo
-from benchmarks.demo import seeds, training
+from benchmarks.demo import compare, seeds, training
 from benchmarks.demo.training import load_split
 from tests.shared.helpers import long
 
@@ -44,7 +44,7 @@ def test_the_demo_trains_both_from_one_start_and_they_learn(tmp_path, capsys, mo
     results = json.loads((tmp_path / "demo.json").read_text())
     reference, ours = results["snntorch"], results["snnlstm"]
     assert len(ours["losses"]) == 3 * 3
-    assert demo.furthest(reference, ours) < 0.1
+    assert compare.furthest(reference, ours) < 0.1
     assert sum(ours["losses"][-3:]) < 0.95 * sum(ours["losses"][:3])
     for result in (reference, ours):
         seconds, found = zip(*result["tests"], strict=True)
@@ -80,6 +80,17 @@ def test_training_reaches_the_same_accuracy_with_either_cell():
     assert rows.accuracy.min() > committed.min() - spread, rows
     means = rows.groupby("library").accuracy.mean()
     assert abs(means.snntorch - means.snnlstm) < spread, rows
+
+
+def test_help_needs_no_package_of_the_extra(monkeypatch, capsys):
+    for name in ("pandas", "tqdm", "benchmarks.demo.compare"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr("benchmarks.demo.compare")
+    with pytest.raises(SystemExit, match="0"):
+        demo.main(["--help"])
+    with pytest.raises(SystemExit, match="1"):
+        demo.main(["--quick"])
+    assert '".[bench]"' in capsys.readouterr().err
 
 
 def test_a_copy_of_the_training_runs_alone(tmp_path, monkeypatch, capsys):
