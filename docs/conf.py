@@ -56,9 +56,28 @@ def _mend_links(app, relative_path, parent_docname, content):
         content[0] = content[0].replace(link, here)
 
 
+# What a page has so that it reads well in the repository, and what it means here.
+MEANT = (
+    (r"<!-- (\w+\.svg): (.+) -->", r"![\2](_generated/\1)"),  # a picture that is drawn here
+    (r"\[`([^`]+)`\]\(api\.md#([\w.]+)\)", r"{py:obj}`\1 <\2>`"),
+    (r"\[(\w+)\]\(\.\./README\.md[^)]*\)", r"\1"),  # which is no page here
+    (r"> \[!WARNING\]\n((?:>.*\n)+)", lambda m: f"```{{warning}}\n{_unquoted(m[1])}```\n"),
+    (r"<!-- (\w+): (\w+(?:, \w+)+) -->", lambda m: _contents(m[1], m[2].split(", "))),
+)
+
+
+def _unquoted(text):
+    return re.sub(r"(?m)^> ?", "", text)
+
+
+def _contents(title, pages):
+    return "\n".join(["```{toctree}", f":caption: {title}", ":hidden:", "", *pages, "```"])
+
+
 def _mend_page(app, docname, source):
-    """Put drawn pictures in: a page has a comment, so that no link leads to a missing file."""
-    source[0] = re.sub(r"<!-- (\w+\.svg): (.+) -->", r"![\2](_generated/\1)", source[0])
+    """Turn what a page has for the repository into what Sphinx reads."""
+    for pattern, meant in MEANT:
+        source[0] = re.sub(pattern, meant, source[0])
 
 
 def setup(app):

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import itertools
 import logging
+import operator
 import pkgutil
 import re
 import shlex
@@ -109,7 +110,7 @@ def check_rates(counted) -> None:
 @pytest.mark.usefixtures("_settings")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run_in_order_and_every_cell_spikes(
-    page, recwarn, capsys, monkeypatch, counted
+    page, recwarn, capsys, monkeypatch, tmp_path, counted
 ):
     for needed in NEEDED.get(page.name, ()):
         pytest.importorskip(needed, reason=f"pip install {needed}")
@@ -117,7 +118,7 @@ def test_python_blocks_run_in_order_and_every_cell_spikes(
         snnlstm.dispatch.reasons.backends and shutil.which("g++")
     ):
         pytest.skip("no compiler, or no core")
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)  # where examples write
     for seed in range(2 if page.parent in (ROOT, DOCS) else 1):
         run(page, seed)
         if "SConv2dLSTM(" in "".join(blocks(page, "python")):
@@ -196,6 +197,8 @@ def test_what_a_page_names_exists(page):
         link = "".join(link)
         if "://" not in link:
             assert (page.parent / link).exists(), f"no file {link}"
+    for name in re.findall(r"\]\(api\.md#snnlstm\.([\w.]+)\)", text_of(page)):
+        assert operator.attrgetter(name)(snnlstm), f"no snnlstm.{name}"
     top = {path.name for path in ROOT.iterdir()} - {"build", "dist", "out"}
     for line in text_of(page).split("\n"):
         folder = ROOT
