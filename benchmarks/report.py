@@ -48,6 +48,12 @@ README_FORMS = {
     "sequence": "sequence: `unroll`",
     "inductor": "snnTorch, compiled: inductor",
 }
+README_PICTURE = {  # the networks of its pictures, in words
+    "documentation": "two cells",
+    "events64": "convolutions,\nLeaky, one cell",
+    "conv": "convolutions,\nLeaky (tutorial 6)",
+    "dense-image": "Linear, Leaky,\none image\n(tutorial 5)",
+}
 README_NETWORKS = {
     "documentation": "two cells, 28x28, T=10 N=32, as in snnTorch's documentation",
     "documentation-n1": "the same, one sample at a time",
@@ -245,15 +251,21 @@ def _in_order(forms: Iterable[str]) -> list[str]:
     return sorted(forms, key=lambda form: FORMS.index(form) if form in FORMS else len(FORMS))
 
 
-def _panels(panels: dict[str, pd.DataFrame], mode: str) -> Figure:
-    """Draws bars that begin at 1x, a group for each network, as wide as a telephone's screen."""
+def _panels(
+    panels: dict[str, pd.DataFrame], mode: str, width: float = 3.7, most: float = 1
+) -> Figure:
+    """Draws bars that begin at 1x, a group for each network, by default as wide as a telephone.
+
+    The axis reaches beyond `most`, and beyond every bar.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # which draws to files alone
     from matplotlib.ticker import LogLocator
 
-    heights = [0.8 + 0.18 * len(bars) * (1 + len(bars.columns)) for bars in panels.values()]
+    a_bar = 0.18 if width < 4 else 0.13  # inches
+    heights = [0.8 + a_bar * len(bars) * (1 + len(bars.columns)) for bars in panels.values()]
     with rc_context(STYLE | {"font.size": 9}):
-        figure = Figure(figsize=(3.7, 1 + sum(heights)), layout="constrained")
+        figure = Figure(figsize=(width, 1 + sum(heights)), layout="constrained")
         axes = figure.subplots(len(panels), height_ratios=heights, squeeze=False)[:, 0]
         for panel, (title, bars) in zip(axes, panels.items(), strict=True):
             bars = bars.rename(index=lambda name: Path(name).name)  # of a user's file
@@ -266,8 +278,8 @@ def _panels(panels: dict[str, pd.DataFrame], mode: str) -> Figure:
                 labels = bars[form].map(lambda value: factor(value, "x"), na_action="ignore")
                 panel.bar_label(drawn, labels.fillna("").tolist(), padding=2)
             panel.axvline(1, color="gray", linewidth=1)
-            least, most = bars.min(axis=None), bars.max(axis=None)
-            limits = 0.8 * least if least < 1 else 1, 1.6 * max(1, most)
+            least = bars.min(axis=None)
+            limits = 0.8 * least if least < 1 else 1, 1.6 * max(most, bars.max(axis=None))
             panel.set(ylabel="", xlim=limits)
             panel.set_title(title, fontsize=8)
             panel.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}x")
@@ -276,7 +288,9 @@ def _panels(panels: dict[str, pd.DataFrame], mode: str) -> Figure:
             panel.invert_yaxis()
         axes[-1].set_xlabel(f"speed-up over snnTorch in {mode}\n(logarithmic axis)")
         handles = {bar.get_label(): bar for panel in axes for bar in panel.containers}
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
+        names = [README_FORMS.get(form, form).replace("`", "") for form in handles]
+        columns = 1 if width < 4 else 2
+        figure.legend(handles.values(), names, loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -326,9 +340,14 @@ def publish() -> None:
     for page, text in published().items():
         page.write_text(text)
     found = _last_run()
-    shown = pd.concat([found[found.network == network] for network in README_NETWORKS])
     title = f"one thread of an {found.processor.iloc[0]}"
-    draw(shown, ROOT / "docs" / "images", "speedup", title)
+    bars = {mode: _speedups(found, mode).reindex(README_PICTURE) for mode in MODES}
+    for mode, own in bars.items():
+        forms = [form for form in README_FORMS if form in own and form != "sequence"]
+        own = own[forms].rename(index=README_PICTURE)
+        most = max(part[forms].max(axis=None) for part in bars.values())
+        path = ROOT / "docs" / "images" / f"speedup-{mode}.svg"
+        save(_panels({title: own}, mode, 4.6, most), path)
 
 
 if __name__ == "__main__":
