@@ -213,7 +213,7 @@ def leaky_step(
     surrogate: Callable[[Tensor], Tensor],
     reset: str,
     dtype: torch.dtype,
-    guard: bool = True,
+    infinite: bool = True,
     at_once: Any = None,
     quant: Callable[[Tensor], Tensor] | None = None,
     inhibition: bool = False,
@@ -221,8 +221,9 @@ def leaky_step(
     """One step of Leaky, written as in snnTorch 1.0.0; the results are spk and mem.
 
     spk is of `dtype`, :func:`real_dtype`'s. mem is promoted as in snnTorch, whose spikes and resets
-    are always float32. `guard` says whether the threshold may be infinite. `at_once` is the number
-    of the reset mechanism, if neurons that fire are reset in the same step (reset_delay=False).
+    are always float32. `infinite` says whether the threshold may be infinite. `at_once` is the
+    number of the reset mechanism, if neurons that fire are reset in the same step
+    (reset_delay=False).
     """
     delay = at_once is None
     x = x.to(dtype)
@@ -240,7 +241,7 @@ def leaky_step(
         mem = (1 - signal) * mem
     mem = beta.clamp(0, 1) * mem + x
     if reset == "subtract":
-        mem = mem - _amount(signal, threshold, guard)
+        mem = mem - _amount(signal, threshold, infinite)
     if quant is not None:
         mem = called("state_quant", quant, mem)
     if inhibition:  # along dimension 1, and without the graded factor
@@ -258,12 +259,12 @@ def leaky_step(
     if at_once == 2:
         return spk, mem
     rest = spk / graded - signal
-    return spk, mem - (rest * mem if at_once == 1 else _amount(rest, threshold, guard))
+    return spk, mem - (rest * mem if at_once == 1 else _amount(rest, threshold, infinite))
 
 
-def _amount(signal: Tensor, threshold: Tensor, guard: bool) -> Tensor:
-    """signal * threshold; with a `guard` 0 * inf is 0, without a gradient."""
-    if not guard:
+def _amount(signal: Tensor, threshold: Tensor, infinite: bool) -> Tensor:
+    """signal * threshold; with `infinite` numbers 0 * inf is 0, without a gradient."""
+    if not infinite:
         return signal * threshold
     if not signal.requires_grad:
         return (signal * threshold).nan_to_num(0, math.inf, -math.inf)

@@ -94,9 +94,9 @@ def effects_of(node: Node) -> Effects:
 def _only_computes(body: GraphModule) -> bool:
     """Whether a body of an autograd Function draws nothing, and writes to its own memory alone."""
     nodes, outer = set(body.graph.nodes), set(rows.own_settings(body.graph))
-    given = {place for node in nodes if node.op == "placeholder" for place in memory(node)}
+    given = {storage for node in nodes if node.op == "placeholder" for storage in memory(node)}
     effects = [effects_of(node) for node in nodes - outer]
-    writes = {place for effect in effects for arg in effect.writes for place in memory(arg)}
+    writes = {storage for effect in effects for arg in effect.writes for storage in memory(arg)}
     return not (writes & given or any(effect.draws or effect.unknown for effect in effects))
 
 
@@ -178,10 +178,10 @@ class Loop:
         self.effects = {node: effects_of(node) for node in self.nodes}
         self.memory = {node: memory(node) for node in self.nodes}
         self.written = {
-            place
+            storage
             for effects in self.effects.values()
             for written in effects.writes
-            for place in self.memory[written]
+            for storage in self.memory[written]
         }
         self.merged: set[int] = set()
         self._number = {node: number for number, node in enumerate(self.nodes)}
@@ -219,16 +219,16 @@ class Loop:
         barrier, region, since, regions = -1, 0, [0], []
         for number, node in enumerate(self.nodes):
             needs, effects = self._needs[number], self.effects[node]
-            writes = {place for arg in effects.writes for place in self.memory[arg]}
+            writes = {storage for arg in effects.writes for storage in self.memory[arg]}
             touched = self._touched(node)
-            for place in touched & self.written:
-                if place in writer:
-                    needs.add(writer[place])
-                if place in writes:
-                    needs.update(readers.pop(place, ()))
-                    writer[place] = number
+            for storage in touched & self.written:
+                if storage in writer:
+                    needs.add(writer[storage])
+                if storage in writes:
+                    needs.update(readers.pop(storage, ()))
+                    writer[storage] = number
                 else:
-                    readers.setdefault(place, []).append(number)
+                    readers.setdefault(storage, []).append(number)
             if effects.unknown:
                 needs.update(drawn.values())
                 drawn = {None: number}

@@ -63,7 +63,7 @@ def _parameter_against(name: str, tensor: Any, x: Tensor, sequence: bool) -> str
     return None
 
 
-def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Any:
+def grouping(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Any:
     """How many numbers a parameter has in a step of `shape`, and how many neurons share each.
 
     The neurons that share a number are adjacent in memory, and consecutive numbers belong to
@@ -115,8 +115,8 @@ class Plan:
         The memory of all steps and of one, as the kernels read and write it.
     fits : bool
         Whether mem has the shape of a step.
-    places : list
-        What :func:`place` returns for beta and threshold.
+    groupings : list
+        What :func:`grouping` returns for beta and threshold.
     copies : bool
         Whether the core cannot read every tensor as it is.
     """
@@ -129,13 +129,13 @@ class Plan:
         self.whole = x.shape, x.stride(), *of_x
         self.step = step = x.shape[sequence:], x.stride()[sequence:], *of_x
         self.fits = call.mem.shape == step[0]
-        self.places = [place(parameter, *step[:2]) for parameter in call[2:4]]
+        self.groupings = [grouping(parameter, *step[:2]) for parameter in call[2:4]]
         # What equal calls share of the fields (csrc/args.h).
         self.first = (
             DTYPES.index(x.dtype), RESETS.index(spec.reset), surrogate.kind, surrogate.p0,
             surrogate.p1, x.shape[0] if sequence else 1, math.prod(step[0]),
         )  # fmt: skip
-        self.of_beta, self.of_threshold = (at or (self.first[-1], 1) for at in self.places)
+        self.of_beta, self.of_threshold = (at or (self.first[-1], 1) for at in self.groupings)
         small = x.dtype is self.dtype and x.nbytes < lender.SMALLEST
         self._empty_like = torch.empty_like if small else partial(_empty_like, dtype=self.dtype)
         call = self.fitted(call)
@@ -166,7 +166,7 @@ class Plan:
             laid_out(parameter.detach().expand(self.step[0]), *self.step)
             if at is None
             else contiguous_as(parameter, self.dtype)
-            for parameter, at in zip(parameters, (*self.places, (1, 1)), strict=True)
+            for parameter, at in zip(parameters, (*self.groupings, (1, 1)), strict=True)
         )
         return beta, threshold, graded
 

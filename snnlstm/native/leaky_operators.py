@@ -43,9 +43,9 @@ def _formula(*arguments: Any) -> tuple[Tensor, Tensor]:
     """
     x, mem, beta, threshold, graded, text, sequence, record = arguments
     reset, surrogate, *_ = LeakySpec.from_text(text, sequence)
-    dtype, guard, spks, mems = real_dtype(x, beta), not text.endswith(FINITE), [], []
+    dtype, infinite, spks, mems = real_dtype(x, beta), not text.endswith(FINITE), [], []
     for x_t in x.unbind() if sequence else (x,):
-        spk, mem = leaky_step(x_t, mem, beta, threshold, graded, surrogate, reset, dtype, guard)
+        spk, mem = leaky_step(x_t, mem, beta, threshold, graded, surrogate, reset, dtype, infinite)
         spks.append(spk)
         mems.append(mem)
     if not sequence:

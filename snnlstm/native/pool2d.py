@@ -121,8 +121,8 @@ class Plan:
         sizes = [_outputs(*numbers, self.ceil_mode) for numbers in geometry]
         self.pool, self.of_x = pool, (x.shape, x.stride(), x.dtype, x.device)
         self.of_y = (shape := (n, c, *sizes)), order(*shape), x.dtype, x.device
-        place = torch.uint8 if self.kernel[0] * self.kernel[1] <= 256 else torch.int32
-        self.of_places = *self.of_y[:2], place, x.device
+        dtype = torch.uint8 if self.kernel[0] * self.kernel[1] <= 256 else torch.int32
+        self.of_argmax = *self.of_y[:2], dtype, x.device
         # torch takes a quarter of the time if images are channels-last.
         pixels = math.prod((*shape, *self.kernel))
         self._pixels = pixels // 4 if order is _channels_last else pixels
@@ -141,41 +141,41 @@ class Plan:
         """Pool x; a gradient goes through the kernels, too."""
         return _apply(self, x) if may_require_grad((x,)) else self.forward(x, None)
 
-    def forward(self, x: Tensor, places: Tensor | None) -> Tensor:
-        """Run the forward kernel; `places` gets the places of the maxima in their windows."""
+    def forward(self, x: Tensor, argmax: Tensor | None) -> Tensor:
+        """Run the forward kernel; `argmax` gets the index in its window of each maximum."""
         y = lender.empty_result(*self.of_y)
-        _C.pool_forward((*self.first, x.data_ptr(), y.data_ptr(), pointer(places)))
+        _C.pool_forward((*self.first, x.data_ptr(), y.data_ptr(), pointer(argmax)))
         return y
 
     @lender.where_it_fits
-    def backward(self, places: Tensor | None, grad: Tensor) -> Tensor:
+    def backward(self, argmax: Tensor | None, grad: Tensor) -> Tensor:
         """The gradient of x."""
-        grad, places = laid_out(grad, *self.of_y), self._laid_out(places)
+        grad, argmax = laid_out(grad, *self.of_y), self._laid_out(argmax)
         x = lender.empty_result(*self.of_x)
-        _C.pool_backward((*self.first, grad.data_ptr(), pointer(places), x.data_ptr()))
+        _C.pool_backward((*self.first, grad.data_ptr(), pointer(argmax), x.data_ptr()))
         return x
 
-    def by_torch(self, places: Tensor | None, grad: Tensor) -> Tensor:
+    def by_torch(self, argmax: Tensor | None, grad: Tensor) -> Tensor:
         """The gradient of x by torch's operators, which can be differentiated again."""
         shape, strides, dtype, device = self.of_x
         x = torch.empty_strided(shape, strides, dtype=dtype, device=device)  # nobody reads it
         geometry, aten = (x, self.kernel, self.stride, self.padding), torch.ops.aten
-        if places is None:
+        if argmax is None:
             averaged = self.ceil_mode, self.counts, self.divisor
             return aten.avg_pool2d_backward(grad, *geometry, *averaged)
-        places = self._laid_out(places).long()
+        argmax = self._laid_out(argmax).long()
         rows, columns = (
             torch.arange(size, device=device) * step - pad
             for size, step, pad in zip(self.of_y[0][2:], self.stride, self.padding, strict=True)
         )
-        row = rows[:, None] + places // self.kernel[1]
-        indices = row * shape[3] + columns + places % self.kernel[1]
+        row = rows[:, None] + argmax // self.kernel[1]
+        indices = row * shape[3] + columns + argmax % self.kernel[1]
         chosen = (1, 1), self.ceil_mode, indices
         return aten.max_pool2d_with_indices_backward(grad, *geometry, *chosen)
 
-    def _laid_out(self, places: Any) -> Any:
+    def _laid_out(self, argmax: Any) -> Any:
         """What autograd saved, as the kernels read it."""
-        return None if places is None else laid_out(places, *self.of_places)
+        return None if argmax is None else laid_out(argmax, *self.of_argmax)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -210,7 +210,7 @@ LEAST, LEAST_IN_TRAINING = 1 << 10, 1 << 12
 
 A call of torch's takes 3 us and some 4 ns a pixel, a call here 6 us, and in training 15 us more.
 """
-_LARGEST = 1 << 15  # of a window's sides, so that the core's integers hold its places
+_LARGEST = 1 << 15  # of a window's sides, so that the core's integers hold an index in it
 _plans: BoundedDict[Any, Plan | None] = BoundedDict()
 _MISSING: Any = object()
 
@@ -237,18 +237,18 @@ def _plan_of(x: Tensor, *options: Any) -> Plan | None:
 
 
 def _forward(ctx: Any, plan: Plan, x: Tensor) -> Tensor:
-    places = lender.empty_result(*plan.of_places) if plan.pool == "max" else None
-    ctx.save_for_backward(places)
+    argmax = lender.empty_result(*plan.of_argmax) if plan.pool == "max" else None
+    ctx.save_for_backward(argmax)
     ctx.plan = plan
     ctx.set_materialize_grads(False)
-    return plan.forward(x, places)
+    return plan.forward(x, argmax)
 
 
 def _gradients(ctx: Any, grads: Sequence[Any]) -> Sequence[Tensor | None]:
-    (places,) = ctx.saved_tensors
+    (argmax,) = ctx.saved_tensors
     plan = ctx.plan
     by_torch = torch.is_grad_enabled() or beyond_kernels(grads)
-    return None, (plan.by_torch if by_torch else plan.backward)(places, *grads)
+    return None, (plan.by_torch if by_torch else plan.backward)(argmax, *grads)
 
 
 _apply = differentiable("_Pool2d", _forward, _gradients)

@@ -321,13 +321,13 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """Run a step in plain torch."""
         reset, delay = snntorch.STATE_FUNCTIONS[self._base], self.reset_delay
         if traced:
-            surrogate, (guard, number) = self._known, self._numbers
+            surrogate, (infinite, number) = self._known, self._numbers
         else:
             surrogate = self._described().surrogate
-            guard = (reset == "subtract" or not delay) and _may_be_infinite(call.threshold)
+            infinite = (reset == "subtract" or not delay) and _may_be_infinite(call.threshold)
             number = 0 if delay else int(self._parameter("reset_mechanism_val"))
         return leaky_step(
-            *call[:5], surrogate or self.spike_grad, reset, real_dtype(call.x, call.beta), guard,
+            *call[:5], surrogate or self.spike_grad, reset, real_dtype(call.x, call.beta), infinite,
             None if delay else number, self.state_quant or None, self.inhibition,
         )  # fmt: skip
 
