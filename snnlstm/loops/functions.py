@@ -179,7 +179,6 @@ def _frames(node: Node) -> list[tuple[str, int, str]]:
     return [(file, int(line), name) for file, line, name in found]
 
 
-@cache
 def _source(file: str, line: int, name: str) -> str:
     """The source of the function of this name around a line; empty if there is none."""
     lines = linecache.getlines(file)

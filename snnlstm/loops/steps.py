@@ -21,6 +21,7 @@ import networkx  # torch itself needs it
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from ..compat.torch_private import memory_of, operators_named
 from ..networks.layers import LARGE, LARGE_LINEAR, LARGE_STATE, TO_STACK, too_large
@@ -121,7 +122,7 @@ FEEDBACK = "its input, or its state, depends on its last result"
 IN_PLACE = "its results are modified in place"
 MEMORY = "all steps at once would take too much memory"
 
-PIECE = 16 << 20
+MOST_BYTES = 16 << 20
 """The most bytes that the steps of one layer take at once where no gradients are recorded."""
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -282,21 +283,9 @@ class Loop:
         detached = rows.name_of(node) == "detach" and not argument.requires_grad
         return detached or (isinstance(value, Tensor) and value is argument)
 
-    def _arguments(self, node: Node) -> Any:
-        """A hashable form of a node's arguments."""
-        return self._frozen((*node.args, node.kwargs), self.same.get)
-
-    def _frozen(self, value: Any, of_node: Any) -> Any:
-        """A hashable form of arguments, with `of_node` applied to nodes."""
-        if isinstance(value, Node):
-            return of_node(value)
-        if isinstance(value, list | tuple):
-            return tuple(self._frozen(item, of_node) for item in value)
-        if isinstance(value, dict):
-            return tuple((key, self._frozen(item, of_node)) for key, item in value.items())
-        if isinstance(value, slice):
-            return "slice", self._frozen((value.start, value.stop, value.step), of_node)
-        return repr(value)
+    def _arguments(self, node: Node, start: int = 0) -> str:
+        """A node's arguments as text, from the one at `start` on; equal ones are alike."""
+        return repr(map_arg((node.args[start:], node.kwargs), self.same.get))
 
     # ---- the groups -----------------------------------------------------------------------------
 
@@ -320,8 +309,8 @@ class Loop:
             elif (piece := self.piece(node)) is not None:
                 key = piece[:2]
             elif node.op in ("call_function", "call_method"):
-                arguments = self._frozen((node.args, node.kwargs), lambda a: colors[self.same[a]])
-                key = node.target, arguments, str(rows.shape_of(node))
+                colored = map_arg((node.args, node.kwargs), lambda a: f"%{colors[self.same[a]]}")
+                key = node.target, repr(colored), str(rows.shape_of(node))
             colors[node] = numbers.setdefault(key, len(numbers))
             if row is not None:
                 group = self._chain(number, row) if row.states else colors[node]
@@ -348,8 +337,8 @@ class Loop:
 
     def _options(self, row: rows.Row, node: Node) -> Any:
         """What two calls of one layer with states have in common: options, weights and shapes."""
-        options = self._frozen([node.args[at] for at in row.options], self.same.get)
-        return node.target, options, str(rows.shape_of(node.args[0]))
+        options = map_arg([node.args[at] for at in row.options], self.same.get)
+        return node.target, repr(options), str(rows.shape_of(node.args[0]))
 
     def _handed_by(self, state: Any, item: int, handed: set[int]) -> Node | None:
         """The call whose result a state is; `handed` gets the node between the two calls."""
@@ -388,13 +377,13 @@ class Loop:
         nodes = [self.nodes[calls[0]] for _, calls in groups]
         if any(map(rows.requires_grad, nodes)):
             return len(self.nodes)
-        return max(1, PIECE // max([1, *map(rows.bytes_of, nodes)]))
+        return max(1, MOST_BYTES // max([1, *map(rows.bytes_of, nodes)]))
 
     def _reason_against(self, row: rows.Row, calls: Sequence[Node]) -> str | None:
         """Why no calls of a group become one; None if they may."""
         first, x = calls[0], calls[0].all_input_nodes[0]
         alone = row.first_alone and not row.states
-        if alone and len({self._arguments(call)[1:] for call in calls}) > 1:
+        if alone and len({self._arguments(call, 1) for call in calls}) > 1:
             return WEIGHTS
         if rows.value_of(x).device.type != "cpu":
             return None

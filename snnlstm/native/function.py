@@ -29,6 +29,7 @@ from .plan import Plan
 from .tensors import check_memory
 
 
+@lender.where_it_fits
 def run_plan(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor, str]:
     """Run the native kernels: spk, syn and mem as :func:`snnlstm.reference.run` returns them.
 
@@ -41,17 +42,12 @@ def run_plan(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Te
             if call.x.is_inference():  # autograd refuses to save it
                 call = call._replace(x=call.x.clone())
             spk, syn, mem, name = _apply(plan, call, *call[:6])
-        if call.lengths is not None and call.record:
-            syn, mem = recorded_states(call, syn, mem)
-        return spk, syn, mem, name
     except ValueError:  # the core refuses null addresses
         check_memory(call)
         raise
-    except (MemoryError, RuntimeError) as error:
-        if not lender.is_for_lack_of_memory(error):
-            raise
-    lender.empty_cache()  # after the error, whose traceback holds what the call allocated
-    return run_plan(plan, call, training)
+    if call.lengths is not None and call.record:
+        syn, mem = recorded_states(call, syn, mem)
+    return spk, syn, mem, name
 
 
 # ---- the Function --------------------------------------------------------------------------------

@@ -45,11 +45,8 @@ class CellAttributes(Base):
 
     # ---- spec -----------------------------------------------------------------------------
 
-    def _describe(self) -> CellSpec:
-        """Return the spec of the attributes; an error says which of them contradict each other."""
-        return self._spec or self._make_spec()
-
     def _make_spec(self) -> CellSpec:
+        """Make the spec of the attributes; an error says which of them contradict each other."""
         options = spec.OPTIONS.values()
         described = {
             option.name: getattr(self, option.name) for option in options if option.describes

@@ -36,7 +36,7 @@ from .state import NO_RESET, note_pass
 try:
     from ..native import leaky as kernels
     from ..native import leaky_operators as operators
-except ImportError:  # path.against_device says why
+except ImportError:  # reasons.against_device says why
     kernels = operators = None  # type: ignore[assignment]
 
 _TRACED = Path("reference", "torch.compile traces plain operators")

@@ -173,7 +173,7 @@ class SConv2dLSTM(CellAttributes):
         self.stride, self.dilation = stride, dilation
         self.checkpoint, self.batch_first = checkpoint, batch_first
         self._reset_mechanism = spec.reset_name(reset_mechanism)
-        self.padding = self._describe().padding[-self._dims :]
+        self.padding = self._make_spec().padding[-self._dims :]
 
         conv = self._conv_kind(
             in_channels + out_channels, 4 * out_channels, kernel[-self._dims :],
@@ -420,12 +420,14 @@ class SConv2dLSTM(CellAttributes):
 
         mem is quantised, thresholded and multiplied with the graded factor.
         """
-        threshold, graded, spec = self.threshold, self.graded_spikes_factor, self._describe()
+        threshold, graded = self.threshold, self.graded_spikes_factor
+        spec = self._spec or self._make_spec()
         return reference.fire(mem, threshold, graded, spec.surrogate, spec.quant, spec.inhibition)
 
     def mem_reset(self, mem: Tensor) -> Tensor:
         """Reset signal of a membrane potential: 1 where it exceeds the threshold, detached."""
-        return reference.reset_signal(mem, self.threshold, self._describe().surrogate)
+        spec = self._spec or self._make_spec()
+        return reference.reset_signal(mem, self.threshold, spec.surrogate)
 
 
 def _of_length(image: Tensor, fresh: bool) -> Tensor:
