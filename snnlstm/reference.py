@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls.call import Call, batch_before_time, stateless_call
+from .calls.call import Call, Outputs, batch_before_time, stateless_call
 from .calls.lengths import held, mask_padding
 from .calls.spec import CellSpec
 from .surrogate import Surrogate, heaviside_step
@@ -146,18 +147,21 @@ def run(
     ``call.record``. The steps also compute padded samples, and drop their results. No result is a
     view.
     """
-    x, syn, mem = call[:3]
-    overrides = overrides or Overrides()
+    step = partial(_step, call, spec, overrides or Overrides())
     if not call.sequence:
-        return _step(call, spec, overrides, x, syn, mem)
-    if x.shape[0] == 0:
-        return _no_steps(call, spec)
+        return step(*call[:3])
+    return _no_steps(call, spec) if call.x.shape[0] == 0 else over_time(call, step)
+
+
+def over_time(call: Call, step: Callable[..., Outputs]) -> Outputs:
+    """Run the steps of a sequence one by one: each by `step`, which gets x, syn and mem."""
+    x, syn, mem = call[:3]
     spks, syns, mems = [], [], []
     if call.lengths is not None:  # a NaN in the padding must not reach a gradient
         x = mask_padding(x, call.lengths)
     for t, x_t in enumerate(x):
         before = None, syn, mem
-        spk, syn, mem = _step(call, spec, overrides, x_t, syn, mem)
+        spk, syn, mem = step(x_t, syn, mem)
         if call.lengths is not None:
             spk, syn, mem = held(call.lengths > t, (spk, syn, mem), before, first=True)
         spks.append(spk)

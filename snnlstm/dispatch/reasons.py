@@ -17,7 +17,7 @@ from torch import nn
 
 from ..calls import algorithms
 from ..calls.call import Call, LeakyCall, autocast_dtype, may_require_grad
-from ..calls.keys import OF_TORCH
+from ..calls.keys import TORCH_TYPES
 from ..calls.spec import CellSpec, LeakySpec
 from ..compat import torch_private
 from ..compat.torch_private import (
@@ -249,7 +249,7 @@ def static_reason(
     if overrides is not None and overrides.conv is not None:  # the user's conv may have no weight
         call = call._replace(weight=call.x)
     if not traced:
-        if not OF_TORCH.issuperset(map(type, call[:7])):
+        if not TORCH_TYPES.issuperset(map(type, call[:7])):
             return Path("reference", "a tensor is of a subclass")
         if call.weight.layout is not torch.strided:
             return Path("reference", "weight is not strided")
@@ -281,7 +281,7 @@ def static_reason(
 
 def _leaky_reason(call: LeakyCall, spec: LeakySpec) -> Path | None:
     """Why plain torch must run a call of a Leaky and all similar calls."""
-    if not OF_TORCH.issuperset(map(type, call[:2])):
+    if not TORCH_TYPES.issuperset(map(type, call[:2])):
         return Path("reference", "x or mem is of a subclass of Tensor")
     if call.x.layout is not torch.strided or call.mem.layout is not torch.strided:
         return Path("reference", "x or mem is sparse")

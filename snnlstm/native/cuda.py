@@ -47,7 +47,10 @@ _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
 
 KEPT_WEIGHT = 256 << 10
-"""Bytes of the largest packed weight that training saves, beside no fewer bytes of other data."""
+"""The most bytes of a packed weight that training saves for the backward pass.
+
+It saves none that is larger than what it saves besides.
+"""
 
 _ROUNDS = 3  # timed runs of an algorithm, after one untimed run; the shortest counts
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..calls.call import Call
-from ..calls.lengths import recorded_states
+from ..reference import over_time
 
 Step = Callable[[Call], tuple[Tensor, Tensor, Tensor, Any]]
 
@@ -19,27 +18,18 @@ def in_float32(call: Call, run_step: Step) -> tuple[Tensor, Tensor, Tensor, Any]
 
     `run_step` runs a call of one step, and returns what this function returns.
     """
-    x, syn, mem, weight, bias, threshold, graded, lengths, record = call
-    dtype = x.dtype
+    _, _, _, weight, bias, threshold, graded, _, _ = call
     if call.sequence:  # a float32 weight adds the steps' gradients in float32
         weight, bias = weight.float(), None if bias is None else bias.float()
     threshold, graded = (None if t is None else t.float() for t in (threshold, graded))
-    results: list[tuple[Tensor, ...]] = []
-    name = step_lengths = None
-    for t, x_t in enumerate(x.split(1) if call.sequence else [x]):
-        if lengths is not None:
-            step_lengths = (lengths - t).clamp(0, 1)
-        states = syn.float(), mem.float()
-        *outputs, name = run_step(
-            Call(x_t.float(), *states, weight, bias, threshold, graded, step_lengths)
-        )
-        results.append(tuple(result.to(dtype) for result in outputs))
-        _, syn, mem = results[-1]
-    if not call.sequence:
-        return (*results[0], name)  # type: ignore[return-value]
-    spks, syns, mems = zip(*results, strict=True)
-    if record:
-        syn, mem = torch.stack(syns), torch.stack(mems)
-        if lengths is not None:
-            syn, mem = recorded_states(call, syn, mem)
-    return torch.cat(spks), syn, mem, name
+    name = None
+
+    def step(x: Tensor, *states: Tensor) -> Any:
+        nonlocal name
+        x, (syn, mem) = x.float(), (state.float() for state in states)
+        part = Call(x[None] if call.sequence else x, syn, mem, weight, bias, threshold, graded)
+        spk, syn, mem, name = run_step(part)
+        return tuple(t.to(call.x.dtype) for t in (spk[0] if call.sequence else spk, syn, mem))
+
+    out = over_time(call, step) if call.sequence else step(*call[:3])
+    return (*out, name)

@@ -145,8 +145,8 @@ def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
-            of_torch = isinstance(error, RuntimeError)
-            if free_bytes() == 0 or (of_torch and "DefaultCPUAllocator" not in str(error)):
+            is_torchs = isinstance(error, RuntimeError)
+            if free_bytes() == 0 or (is_torchs and "DefaultCPUAllocator" not in str(error)):
                 raise
         empty_cache()  # after the error, whose traceback holds what the function allocated
         return function(*args, **kwargs)

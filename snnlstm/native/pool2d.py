@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _C
 from ..calls import algorithms
 from ..calls.call import may_require_grad
-from ..calls.keys import OF_TORCH, BoundedDict
+from ..calls.keys import TORCH_TYPES, BoundedDict
 from ..calls.spec import DTYPES, POOLS
 from ..compat.torch_private import (
     dispatch_modes,
@@ -71,7 +71,7 @@ def avg_pool2d(
 def _is_readable(x: Any) -> bool:
     """Whether the kernels may read x, and nothing records or transforms the call."""
     return (
-        type(x) in OF_TORCH
+        type(x) in TORCH_TYPES
         and x.layout is torch.strided
         and x.device.type == "cpu"
         and not (transforms_are_active() or dispatch_modes() or is_tracing() or x.is_neg())
@@ -119,10 +119,10 @@ class Plan:
             raise ValueError
         geometry = zip((h, w), self.kernel, self.stride, self.padding, strict=True)
         sizes = [_outputs(*numbers, self.ceil_mode) for numbers in geometry]
-        self.pool, self.of_x = pool, (x.shape, x.stride(), x.dtype, x.device)
-        self.of_y = (shape := (n, c, *sizes)), order(*shape), x.dtype, x.device
+        self.pool, self.x_memory = pool, (x.shape, x.stride(), x.dtype, x.device)
+        self.y_memory = (shape := (n, c, *sizes)), order(*shape), x.dtype, x.device
         dtype = torch.uint8 if self.kernel[0] * self.kernel[1] <= 256 else torch.int32
-        self.of_argmax = *self.of_y[:2], dtype, x.device
+        self.argmax_memory = *self.y_memory[:2], dtype, x.device
         # torch takes a quarter of the time if images are channels-last.
         pixels = math.prod((*shape, *self.kernel))
         self._pixels = pixels // 4 if order is _channels_last else pixels
@@ -143,21 +143,21 @@ class Plan:
 
     def forward(self, x: Tensor, argmax: Tensor | None) -> Tensor:
         """Run the forward kernel; `argmax` gets the index in its window of each maximum."""
-        y = lender.empty_result(*self.of_y)
+        y = lender.empty_result(*self.y_memory)
         _C.pool_forward((*self.first, x.data_ptr(), y.data_ptr(), pointer(argmax)))
         return y
 
     @lender.where_it_fits
     def backward(self, argmax: Tensor | None, grad: Tensor) -> Tensor:
         """The gradient of x."""
-        grad, argmax = laid_out(grad, *self.of_y), self._laid_out(argmax)
-        x = lender.empty_result(*self.of_x)
+        grad, argmax = laid_out(grad, *self.y_memory), self._laid_out(argmax)
+        x = lender.empty_result(*self.x_memory)
         _C.pool_backward((*self.first, grad.data_ptr(), pointer(argmax), x.data_ptr()))
         return x
 
     def by_torch(self, argmax: Tensor | None, grad: Tensor) -> Tensor:
         """The gradient of x by torch's operators, which can be differentiated again."""
-        shape, strides, dtype, device = self.of_x
+        shape, strides, dtype, device = self.x_memory
         x = torch.empty_strided(shape, strides, dtype=dtype, device=device)  # nobody reads it
         geometry, aten = (x, self.kernel, self.stride, self.padding), torch.ops.aten
         if argmax is None:
@@ -166,7 +166,7 @@ class Plan:
         argmax = self._laid_out(argmax).long()
         rows, columns = (
             torch.arange(size, device=device) * step - pad
-            for size, step, pad in zip(self.of_y[0][2:], self.stride, self.padding, strict=True)
+            for size, step, pad in zip(self.y_memory[0][2:], self.stride, self.padding, strict=True)
         )
         row = rows[:, None] + argmax // self.kernel[1]
         indices = row * shape[3] + columns + argmax % self.kernel[1]
@@ -175,7 +175,7 @@ class Plan:
 
     def _laid_out(self, argmax: Any) -> Any:
         """What autograd saved, as the kernels read it."""
-        return None if argmax is None else laid_out(argmax, *self.of_argmax)
+        return None if argmax is None else laid_out(argmax, *self.argmax_memory)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -237,7 +237,7 @@ def _plan_of(x: Tensor, *options: Any) -> Plan | None:
 
 
 def _forward(ctx: Any, plan: Plan, x: Tensor) -> Tensor:
-    argmax = lender.empty_result(*plan.of_argmax) if plan.pool == "max" else None
+    argmax = lender.empty_result(*plan.argmax_memory) if plan.pool == "max" else None
     ctx.save_for_backward(argmax)
     ctx.plan = plan
     ctx.set_materialize_grads(False)

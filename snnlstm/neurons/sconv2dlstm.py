@@ -387,7 +387,7 @@ class SConv2dLSTM(CellAttributes):
         spk, syn, mem, path = results
         if self._dims == 1:
             fresh = path.native and not traced
-            spk, syn, mem = (_of_length(result, fresh) for result in (spk, syn, mem))
+            spk, syn, mem = (_as_signal(result, fresh) for result in (spk, syn, mem))
         out = spk, syn, mem
         if self.batch_first:
             out = batch_before_time(call, True, spk, syn, mem)
@@ -430,7 +430,7 @@ class SConv2dLSTM(CellAttributes):
         return reference.reset_signal(mem, self.threshold, spec.surrogate)
 
 
-def _of_length(image: Tensor, fresh: bool) -> Tensor:
+def _as_signal(image: Tensor, fresh: bool) -> Tensor:
     """(..., 1, L) as (..., L), not a view: snnTorch detaches states in place, which views refuse.
 
     `fresh` says that autograd has saved nothing in the tensor's memory.
