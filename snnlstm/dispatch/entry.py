@@ -19,7 +19,6 @@ from ..calls.call import Call, LeakyCall, autocast_dtype, check_transforms, may_
 from ..calls.keys import BoundedDict, key_of
 from ..calls.spec import HALF_TYPES, CellSpec, LeakySpec, are_ours
 from ..compat.torch_private import any_autocast, guard_of
-from ..native.half_types import in_float32
 from ..native.plan import Settings
 from ..native.tensors import check_memory
 from ..reference import Overrides
@@ -107,11 +106,6 @@ def _backend_of(x: Tensor) -> tuple[Any, Settings]:
     return backend, Settings(algorithm) if backend is None else backend.settings(algorithm)
 
 
-def _operands(call: Call) -> torch.dtype | None:
-    assert backends is not None
-    return backends.operands_of(call, autocast_dtype(call.x.device.type))
-
-
 def entry_of(call: Any, spec: Any, backend: Any, settings: Settings, checked: bool = True) -> Any:
     """Look up the entry of a call, or make it if the call was `checked`; else return None."""
     key = _key(call, spec, backend, settings)
@@ -178,7 +172,6 @@ def run_leaky(
     path = now or entry.fallback
     if path is not None:
         return None, None, path, entry
-    assert leaky is not None
     plan = entry.plan
     if plan is None:
         plan = entry.plan = leaky.plan_of(call, spec)
@@ -199,7 +192,6 @@ def run_traced(
     """
     algorithm = algorithms.current
     if usual and now is None:
-        assert operators is not None
         out = operators.run_tensors(call[:8], False, None, spec.serialized, algorithm)
         return (*out, NATIVE_PATHS[call.x.device.type])
     path = now or static_reason(call, spec, algorithm, overrides, True)
@@ -207,7 +199,6 @@ def run_traced(
     def traced(part: Call) -> tuple[Tensor, Tensor, Tensor]:
         if path is not None:
             return reference.run(part, spec, overrides)
-        assert operators is not None
         return operators.run_operator(part, spec, algorithm)[:3]
 
     segmented = spec.checkpoint and may_checkpoint()
@@ -246,16 +237,17 @@ def _run_by(
     """Run a call by the implementation that was chosen."""
     if fallback is not None:
         return (*reference.run(call, entry.spec, overrides), fallback)
-    assert backends is not None
-    assert function is not None
     if entry.in_float32:
         check_memory(call)  # torch reads the tensors first
         shared = entry.spec, entry.backend, entry.settings
-        return in_float32(call, lambda step: _run_by(None, step, entry_of(step, *shared), None))
+        return function.in_float32(
+            call, lambda step: _run_by(None, step, entry_of(step, *shared), None)
+        )
     plan = entry.plan
     if plan is None:
         spec = replace(entry.spec, checkpoint=False)
-        plan = backends.plan_of(call, spec, _operands(call), entry.backend, entry.settings)
+        operands = backends.operands_of(call, autocast_dtype(call.x.device.type))
+        plan = backends.plan_of(call, spec, operands, entry.backend, entry.settings)
         reason = plan.passes.reason_against(entry.training)
         if reason is not None:
             entry.fallback = Path("reference", reason, slow=True)

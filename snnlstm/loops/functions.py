@@ -12,7 +12,7 @@ import inspect
 import linecache
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -87,9 +87,7 @@ def _function(call: Node) -> Callable[..., Any]:
 
     run, run_backward = _compiled(forward_body, id), _compiled(backward_body, order)
 
-    @cache
-    def is_recorded() -> bool:
-        return _records_second_derivative(backward_body, len(_frames(call)))
+    is_recorded = cache(partial(_records_second_derivative, backward_body, len(_frames(call))))
 
     def save(ctx: Any, outputs: Sequence[Tensor], saved: Sequence[Any]) -> None:
         ctx.save_for_backward(*[saved[at] for at in checked])

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -65,10 +66,11 @@ def _tf32_is_allowed() -> bool:
 class Runner:
     """One pass of a plan, by one of the core's passes: `algorithm` is fused or cudnn."""
 
-    def __init__(self, backend: Backend, plan: Plan, core: Any, levels: Tensor | None) -> None:
-        self.backend, self.plan, self.core, self._levels = backend, plan, core, levels
-        self.algorithm, self.name = core.algorithm, core.name
-        self._convolutions = cudnn.convolutions(plan, core, backend.device(plan.device))
+    def __init__(self, passes: Passes, core: Any) -> None:
+        self.backend, self.plan, self._levels = passes.backend, passes.plan, passes.levels
+        self.core, self.algorithm, self.name = core, core.algorithm, core.name
+        device = self.backend.device(self.plan.device)
+        self._convolutions = cudnn.convolutions(self.plan, core, device)
 
     def _levels_on(self, x: Tensor, stream: int) -> Tensor | None:
         """The quantiser's levels on the device; each call copies them from the host."""
@@ -186,9 +188,6 @@ class Passes:
             reason = self._chosen_for(True).core.reason_against
         return reason or None
 
-    def _pass(self, core: Any) -> Runner:
-        return Runner(self.backend, self.plan, core, self.levels)
-
     def _fastest(
         self, run_pass: Callable[[Runner], object], backward: bool, *wanted: bool
     ) -> Runner:
@@ -203,7 +202,7 @@ class Passes:
         if fastest is None and self._measures and self.backend.may_measure():
             other = self._chosen[False].core
             cores = self.backend.candidates(self.plan, self.settings.tf32, backward, other)
-            passes = [*map(self._pass, cores)]
+            passes = [Runner(self, core) for core in cores]
             seconds = [self.backend.seconds(partial(run_pass, one)) for one in passes]
             # setdefault keeps the first of two threads' measurements.
             fastest = self._measured.setdefault(key, passes[seconds.index(min(seconds))])
@@ -220,7 +219,7 @@ class Passes:
             tf32, algorithm = self.settings.tf32, self.settings.algorithm
             other = self._chosen[False].core if backward else None
             core = self.backend.core_pass(self.plan, tf32, algorithm, backward, other)
-            self._chosen[backward] = self._pass(core)
+            self._chosen[backward] = Runner(self, core)
             self.name = self._named()
         return self._chosen[backward]
 
@@ -237,10 +236,7 @@ class Passes:
                     other, kept = backward, empty_bytes(size, call.x.device)
             if call.lengths is not None:
                 outs[0].zero_()  # the host does not know the lengths
-
-            def run_pass(one: Runner) -> None:
-                one.forward(call, outs, saved, fields, other, kept)
-
+            run_pass = methodcaller("forward", call, outs, saved, fields, other, kept)
             fastest = self._fastest(run_pass, False)
             run_pass(fastest)
         if fastest.algorithm == _CUDNN:  # it packs nothing
@@ -249,11 +245,8 @@ class Passes:
 
     def backward(self, inputs: BackwardInputs, out: Gradients, fields: Fields) -> Gradients:
         """Run the backward pass of the wanted gradients."""
+        run_pass = methodcaller("backward", inputs, out, fields)
         with self.backend.on_device(self.plan.device):
-
-            def run_pass(one: Runner) -> Gradients:
-                return one.backward(inputs, out, fields)
-
             return run_pass(self._fastest(run_pass, True, *inputs.wanted))
 
 

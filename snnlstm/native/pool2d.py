@@ -20,12 +20,7 @@ from ..calls import algorithms
 from ..calls.call import may_require_grad
 from ..calls.keys import TORCH_TYPES, BoundedDict
 from ..calls.spec import DTYPES, POOLS
-from ..compat.torch_private import (
-    dispatch_modes,
-    forward_level,
-    is_tracing,
-    transforms_are_active,
-)
+from ..compat.torch_private import dispatch_modes, forward_level, is_tracing, transforms_are_active
 from . import lender
 from .function import beyond_kernels, differentiable
 from .tensors import laid_out, pointer

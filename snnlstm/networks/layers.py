@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from ..calls.call import SIZES
 from ..calls.lengths import CheckedLengths, held, hold_last, mask_padding
 from ..compat.snntorch import SEQUENCE_NEURONS, Neuron, TheirLeaky
-from ..dispatch.reasons import (
-    GLOBAL_HOOKS,
-    HOOKS,
-    REPLACED,
-    beyond_forward,
-    recorded_now,
-)
+from ..dispatch.reasons import GLOBAL_HOOKS, HOOKS, REPLACED, beyond_forward, recorded_now
 from ..native import lender
 from ..neurons.attributes import CELL
 from ..neurons.leaky import Leaky
@@ -324,20 +318,16 @@ def stack(steps: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 def _are_alike(steps: list[Tensor] | tuple[Tensor, ...]) -> bool:
     """Whether they are plain tensors on the CPU, in a memory layout that torch.stack keeps."""
-    first = steps[0]
+    first, is_image, last = steps[0], steps[0].dim() == 4, torch.channels_last
     return (
         first.device.type == "cpu"
         and first.layout is torch.strided
-        and (first.is_contiguous() or _is_channels_last(first))
+        and (first.is_contiguous() or (is_image and first.is_contiguous(memory_format=last)))
         and all(
             type(step) is Tensor and step.dtype is first.dtype and step.stride() == first.stride()
             for step in steps
         )
     )
-
-
-def _is_channels_last(step: Tensor) -> bool:
-    return step.dim() == 4 and step.is_contiguous(memory_format=torch.channels_last)
 
 
 class _Stack(torch.autograd.Function):
