@@ -191,7 +191,7 @@ def run_traced(
     A native path's name says which kind of kernels run; the exact ones are known afterwards.
     """
     algorithm = algorithms.current
-    if usual and now is None:
+    if usual:
         out = operators.run_tensors(call[:8], False, None, spec.serialized, algorithm)
         return (*out, NATIVE_PATHS[call.x.device.type])
     path = now or static_reason(call, spec, algorithm, overrides, True)

@@ -287,7 +287,7 @@ class SConv2dLSTM(CellAttributes):
         entry is whether the call is a usual step.
         """
         now, overrides = self._asked(spec, traced)
-        if overrides is None:
+        if overrides is None and (now is None or not traced):
             usual = self._unchecked(x, syn, mem, record, lengths, spec, traced)
             if usual is not None:
                 entry = traced or find_entry(self._entry, usual, spec, checked=False)
