@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .calls.call import batch_before_time, stateless_call
 from .calls.spec import Size
-from .dispatch.entry import run_call, run_traced
+from .dispatch.entry import find_entry, run_call, run_traced
 from .dispatch.reasons import recorded_now
 
 __all__ = ["sconv2dlstm"]
@@ -95,5 +95,6 @@ def sconv2dlstm(
     if torch.compiler.is_compiling():
         results = run_traced(call, spec, recorded_now(True))
     else:
-        results = run_call(_last, call, spec, recorded_now())
+        entry = _last["entry"] = find_entry(_last.get("entry"), call, spec)
+        results = run_call(entry, call, recorded_now())
     return batch_before_time(call, batch_first, *results[:3])

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls.call import Call, batch_before_time, stateless_call
+from .calls.call import Call, Outputs, batch_before_time, stateless_call
 from .calls.lengths import held, mask_padding
 from .calls.spec import CellSpec
 from .surrogate import Surrogate, heaviside_step
@@ -146,18 +147,21 @@ def run(
     ``call.record``. The steps also compute padded samples, and drop their results. No result is a
     view.
     """
-    x, syn, mem = call[:3]
-    overrides = overrides or Overrides()
+    step = partial(_step, call, spec, overrides or Overrides())
     if not call.sequence:
-        return _step(call, spec, overrides, x, syn, mem)
-    if x.shape[0] == 0:
-        return _no_steps(call, spec)
+        return step(*call[:3])
+    return _no_steps(call, spec) if call.x.shape[0] == 0 else over_time(call, step)
+
+
+def over_time(call: Call, step: Callable[..., Outputs]) -> Outputs:
+    """Run the steps of a sequence one by one: each by `step`, which gets x, syn and mem."""
+    x, syn, mem = call[:3]
     spks, syns, mems = [], [], []
     if call.lengths is not None:  # a NaN in the padding must not reach a gradient
         x = mask_padding(x, call.lengths)
     for t, x_t in enumerate(x):
         before = None, syn, mem
-        spk, syn, mem = _step(call, spec, overrides, x_t, syn, mem)
+        spk, syn, mem = step(x_t, syn, mem)
         if call.lengths is not None:
             spk, syn, mem = held(call.lengths > t, (spk, syn, mem), before, first=True)
         spks.append(spk)
@@ -213,7 +217,7 @@ def leaky_step(
     surrogate: Callable[[Tensor], Tensor],
     reset: str,
     dtype: torch.dtype,
-    guard: bool = True,
+    infinite: bool = True,
     at_once: Any = None,
     quant: Callable[[Tensor], Tensor] | None = None,
     inhibition: bool = False,
@@ -221,8 +225,9 @@ def leaky_step(
     """One step of Leaky, written as in snnTorch 1.0.0; the results are spk and mem.
 
     spk is of `dtype`, :func:`real_dtype`'s. mem is promoted as in snnTorch, whose spikes and resets
-    are always float32. `guard` says whether the threshold may be infinite. `at_once` is the number
-    of the reset mechanism, if neurons that fire are reset in the same step (reset_delay=False).
+    are always float32. `infinite` says whether the threshold may be infinite. `at_once` is the
+    number of the reset mechanism, if neurons that fire are reset in the same step
+    (reset_delay=False).
     """
     delay = at_once is None
     x = x.to(dtype)
@@ -240,7 +245,7 @@ def leaky_step(
         mem = (1 - signal) * mem
     mem = beta.clamp(0, 1) * mem + x
     if reset == "subtract":
-        mem = mem - _amount(signal, threshold, guard)
+        mem = mem - _amount(signal, threshold, infinite)
     if quant is not None:
         mem = called("state_quant", quant, mem)
     if inhibition:  # along dimension 1, and without the graded factor
@@ -258,12 +263,12 @@ def leaky_step(
     if at_once == 2:
         return spk, mem
     rest = spk / graded - signal
-    return spk, mem - (rest * mem if at_once == 1 else _amount(rest, threshold, guard))
+    return spk, mem - (rest * mem if at_once == 1 else _amount(rest, threshold, infinite))
 
 
-def _amount(signal: Tensor, threshold: Tensor, guard: bool) -> Tensor:
-    """signal * threshold; with a `guard` 0 * inf is 0, without a gradient."""
-    if not guard:
+def _amount(signal: Tensor, threshold: Tensor, infinite: bool) -> Tensor:
+    """signal * threshold; with `infinite` numbers 0 * inf is 0, without a gradient."""
+    if not infinite:
         return signal * threshold
     if not signal.requires_grad:
         return (signal * threshold).nan_to_num(0, math.inf, -math.inf)

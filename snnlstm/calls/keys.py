@@ -16,7 +16,7 @@ from .call import LeakyCall, autocast_dtype
 K = TypeVar("K")
 V = TypeVar("V")
 
-OF_TORCH = {Tensor, nn.Parameter, type(None)}
+TORCH_TYPES = {Tensor, nn.Parameter, type(None)}
 """The types of a call's arguments, unless a tensor is of a subclass."""
 
 
@@ -45,12 +45,12 @@ def key_of(call: Any) -> tuple[Any, ...] | None:
     with sparse tensors, which have no strides. The key omits values, addresses, the weight's
     strides, because its values are packed, and lengths, except whether there are any.
     """
-    of_leaky = isinstance(call, LeakyCall)
-    tensors: Any = call[: 5 if of_leaky else 7]
-    if not OF_TORCH.issuperset(map(type, tensors)):
+    is_leaky = isinstance(call, LeakyCall)
+    tensors: Any = call[: 5 if is_leaky else 7]
+    if not TORCH_TYPES.issuperset(map(type, tensors)):
         return None
     try:
-        if of_leaky:
+        if is_leaky:
             states = (
                 (t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.requires_grad)
                 for t in tensors

@@ -254,7 +254,7 @@ def reset_of_number(value: Tensor) -> Reset | None:
 
 
 _DEFAULT = atan()
-_OF_MAKERS = ("snnlstm.surrogate", "snntorch.surrogate")
+_MAKER_MODULES = ("snnlstm.surrogate", "snntorch.surrogate")
 
 
 def surrogate(
@@ -267,7 +267,7 @@ def surrogate(
             f"got {spike_grad!r}"
         )
     name = getattr(spike_grad, "__name__", "")
-    if name in MAKERS and getattr(spike_grad, "__module__", "") in _OF_MAKERS:
+    if name in MAKERS and getattr(spike_grad, "__module__", "") in _MAKER_MODULES:
         raise TypeError(f"spike_grad must be a surrogate, got a function: call it, as in {name}()")
     if disable:
         return NONE

@@ -273,10 +273,10 @@ tracing_context: Callable[[], Any] = _find("_guards.TracingContext.try_get", lam
 
 
 def graph_break(gm: Any) -> str | None:
-    """The place and the reason of the break that ended a recorded graph; None without one."""
+    """The line and the reason of the break that ended a recorded graph; None without one."""
     reason: Any = getattr(gm, "compile_subgraph_reason", None)
     if not getattr(reason, "graph_break", False):
         return None
     frame = reason.user_stack[-1] if reason.user_stack else None
-    place = f"{frame.filename}:{frame.lineno}" if frame else "an unknown place"
-    return f"torch.compile ended it by a graph break at {place}, {reason.reason.splitlines()[0]}"
+    line = f"{frame.filename}:{frame.lineno}" if frame else "an unknown line"
+    return f"torch.compile ended it by a graph break at {line}, {reason.reason.splitlines()[0]}"

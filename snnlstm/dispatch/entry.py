@@ -19,7 +19,6 @@ from ..calls.call import Call, LeakyCall, autocast_dtype, check_transforms, may_
 from ..calls.keys import BoundedDict, key_of
 from ..calls.spec import HALF_TYPES, CellSpec, LeakySpec, are_ours
 from ..compat.torch_private import any_autocast, guard_of
-from ..native.half_types import in_float32
 from ..native.plan import Settings
 from ..native.tensors import check_memory
 from ..reference import Overrides
@@ -55,7 +54,7 @@ class Entry:
         overrides: Overrides | None = None,
     ) -> None:
         self.spec, self.backend, self.settings = spec, backend, settings
-        self.training = may_require_grad(_present(call))
+        self.training = may_require_grad(_guarded(call, backend, settings)[0])
         self.in_float32 = False
         self.plan: Any = None
         self._guard: Any = None
@@ -66,36 +65,29 @@ class Entry:
     def guard(self, call: Any) -> None:
         """Make :meth:`serves` recognise calls like this one."""
         if call.lengths is None and not any_autocast():
-            tensors = _present(call)
+            tensors, self._guarded = _guarded(call, self.backend, self.settings)
             self._guard = guard_of(tensors)
-            self._guarded = _guarded(call, tensors, self.backend, self.settings)
 
     def serves(self, call: Any, backend: Any, settings: Settings) -> bool:
         """Whether a call has the static properties of the guarded one."""
         if self._guard is None or call.lengths is not None:
             return False
-        tensors = _present(call)
-        static = _guarded(call, tensors, backend, settings)
+        tensors, static = _guarded(call, backend, settings)
         return static == self._guarded and self._guard.check(*tensors)
 
 
 _entries: BoundedDict[Any, Entry] = BoundedDict()
 
 
-def _present(call: Any) -> Sequence[Tensor]:
-    """The tensors that a call has, without lengths."""
+def _guarded(call: Any, backend: Any, settings: Settings) -> tuple[Sequence[Tensor], Any]:
+    """The tensors that a call has, without lengths, and its other static properties."""
     if isinstance(call, LeakyCall):
-        return call[:5]
-    if call.bias is not None and call.threshold is not None:
-        return call[:7]
-    return [tensor for tensor in call[:7] if tensor is not None]
-
-
-def _guarded(
-    call: Any, tensors: Sequence[Tensor], backend: Any, settings: Settings
-) -> tuple[Any, ...]:
-    """The static properties of a call besides those of its tensors."""
-    return call.record, torch.is_grad_enabled(), backend, settings, len(tensors)
+        tensors: Any = call[:5]
+    elif call.bias is not None and call.threshold is not None:
+        tensors = call[:7]
+    else:
+        tensors = [tensor for tensor in call[:7] if tensor is not None]
+    return tensors, (call.record, torch.is_grad_enabled(), backend, settings, len(tensors))
 
 
 def _key(call: Any, spec: Any, backend: Any, settings: Settings) -> Any:
@@ -114,11 +106,6 @@ def _backend_of(x: Tensor) -> tuple[Any, Settings]:
     return backend, Settings(algorithm) if backend is None else backend.settings(algorithm)
 
 
-def _operands(call: Call) -> torch.dtype | None:
-    assert backends is not None
-    return backends.operands_of(call, autocast_dtype(call.x.device.type))
-
-
 def entry_of(call: Any, spec: Any, backend: Any, settings: Settings, checked: bool = True) -> Any:
     """Look up the entry of a call, or make it if the call was `checked`; else return None."""
     key = _key(call, spec, backend, settings)
@@ -131,15 +118,23 @@ def entry_of(call: Any, spec: Any, backend: Any, settings: Settings, checked: bo
     return entry
 
 
-def last_entry(last: dict[str, Any], call: Any, spec: Any, checked: bool = True) -> Any:
-    """The caller's last entry, in ``_entry``, if it serves the call; else as :func:`entry_of`."""
+def find_entry(
+    last: Entry | None,
+    call: Any,
+    spec: Any,
+    overrides: Overrides | None = None,
+    checked: bool = True,
+) -> Any:
+    """The entry of a call: `last`, the caller's last one, if it serves, else as :func:`entry_of`.
+
+    A call with the user's code in it shares no entry.
+    """
     backend, settings = _backend_of(call.x)
-    entry = last.get("_entry")
-    if entry is None or entry.spec is not spec or not entry.serves(call, backend, settings):
-        entry = entry_of(call, spec, backend, settings, checked)
-        if entry is not None:
-            last["_entry"] = entry
-    return entry
+    if overrides is not None:
+        return Entry(call, spec, backend, settings, overrides)
+    if last is not None and last.spec is spec and last.serves(call, backend, settings):
+        return last
+    return entry_of(call, spec, backend, settings, checked)
 
 
 # ---- running ------------------------------------------------------------------------------------
@@ -150,27 +145,12 @@ Results = tuple[Tensor, Tensor, Tensor, Path]
 
 
 def run_call(
-    last: dict[str, Any],
-    call: Call,
-    spec: CellSpec,
-    now: Path | None,
-    overrides: Overrides | None = None,
-    checked: bool = True,
-) -> Any:
-    """Run a call; returns :data:`Results`.
-
-    A call that was not `checked` runs only if one like it was; otherwise the result is None.
-    `last` is that of :func:`last_entry`, and `now` is from :func:`reasons.recorded_now`.
-    """
-    if overrides is not None:  # a call with the user's code shares no entry
-        entry: Any = Entry(call, spec, *_backend_of(call.x), overrides)
-    else:
-        entry = last_entry(last, call, spec, checked)
-        if entry is None:
-            return None
+    entry: Entry, call: Call, now: Path | None, overrides: Overrides | None = None
+) -> Results:
+    """Run a call by its entry; `now` is from :func:`reasons.recorded_now`."""
     path = now or entry.fallback
     try:
-        if spec.checkpoint and (entry.training or overrides) and may_checkpoint():
+        if entry.spec.checkpoint and (entry.training or overrides) and may_checkpoint():
             return _run_in_segments(path, call, entry, overrides)
         return _run_by(path, call, entry, overrides)
     except RuntimeError:
@@ -178,39 +158,47 @@ def run_call(
         raise
 
 
-def run_leaky(last: dict[str, Any], call: LeakyCall, spec: LeakySpec, now: Path | None) -> Any:
-    """Run a call of a Leaky; returns spk, mem and the path, as :func:`run_call` does.
+def run_leaky(
+    last: Entry | None, call: LeakyCall, spec: LeakySpec, now: Path | None
+) -> tuple[Any, Any, Path, Entry | None]:
+    """Run a call of a Leaky; returns spk, mem, the path, and the entry, which is the next `last`.
 
     spk and mem are None if plain torch must run the call.
     """
     if spec.against is not None:  # a look-up would take longer than to ask
-        return None, None, now or static_reason(call, spec, algorithms.current, None)
-    entry = last_entry(last, call, spec)
+        against: Any = now or static_reason(call, spec, algorithms.current, None)
+        return None, None, against, last
+    entry = find_entry(last, call, spec)
     path = now or entry.fallback
     if path is not None:
-        return None, None, path
-    assert leaky is not None
+        return None, None, path, entry
     plan = entry.plan
     if plan is None:
         plan = entry.plan = leaky.plan_of(call, spec)
     spk, mem, name = leaky.run_plan(plan, call, entry.training)
-    return spk, mem, native_path(name)
+    return spk, mem, native_path(name), entry
 
 
 def run_traced(
-    call: Call, spec: CellSpec, now: Path | None, overrides: Overrides | None = None
+    call: Call,
+    spec: CellSpec,
+    now: Path | None,
+    overrides: Overrides | None = None,
+    usual: bool = False,
 ) -> Results:
-    """Run a call that torch.compile traces.
+    """Run a call that torch.compile traces; `usual` is from :func:`reasons.is_usual_step`.
 
     A native path's name says which kind of kernels run; the exact ones are known afterwards.
     """
     algorithm = algorithms.current
+    if usual:
+        out = operators.run_tensors(call[:8], False, None, spec.serialized, algorithm)
+        return (*out, NATIVE_PATHS[call.x.device.type])
     path = now or static_reason(call, spec, algorithm, overrides, True)
 
     def traced(part: Call) -> tuple[Tensor, Tensor, Tensor]:
         if path is not None:
             return reference.run(part, spec, overrides)
-        assert operators is not None
         return operators.run_operator(part, spec, algorithm)[:3]
 
     segmented = spec.checkpoint and may_checkpoint()
@@ -249,16 +237,17 @@ def _run_by(
     """Run a call by the implementation that was chosen."""
     if fallback is not None:
         return (*reference.run(call, entry.spec, overrides), fallback)
-    assert backends is not None
-    assert function is not None
     if entry.in_float32:
         check_memory(call)  # torch reads the tensors first
         shared = entry.spec, entry.backend, entry.settings
-        return in_float32(call, lambda step: _run_by(None, step, entry_of(step, *shared), None))
+        return function.in_float32(
+            call, lambda step: _run_by(None, step, entry_of(step, *shared), None)
+        )
     plan = entry.plan
     if plan is None:
         spec = replace(entry.spec, checkpoint=False)
-        plan = backends.plan_of(call, spec, _operands(call), entry.backend, entry.settings)
+        operands = backends.operands_of(call, autocast_dtype(call.x.device.type))
+        plan = backends.plan_of(call, spec, operands, entry.backend, entry.settings)
         reason = plan.passes.reason_against(entry.training)
         if reason is not None:
             entry.fallback = Path("reference", reason, slow=True)

@@ -189,7 +189,9 @@ def _log(loop: Loop, gm: GraphModule) -> None:
         if layer.is_neuron and layer.is_ours and report.kind == "step" and not by_size:
             text = "torch.compile: layer %s (%s) stays a loop of steps: %s"
             logger.warning(text, layer.name, report.layer, report.reason)
-    ours = [layer for layer in neurons if layer.is_ours and _is_step(layer.calls[0])]
+    firsts = [(layer, layer.calls[0]) for layer in neurons if layer.is_ours]
+    # An operator of a sequence has no row.
+    ours = [n for n, call in firsts if call.target in rows.STATEFUL and rows.row_of(call)]
     counts = {len(layer.calls) for layer in ours}
     if counts == {1}:
         reason = graph_break(gm) or _OUTSIDE
@@ -219,11 +221,6 @@ _TOO_FEW = (
 )
 FEW, SMALL = 3, 16 << 10
 """The most steps, and the most bytes of their spikes, that may take less time than the checks."""
-
-
-def _is_step(call: Node) -> bool:
-    """Whether a call of an operator is one of a step, not of a sequence."""
-    return call.target in rows.STATEFUL and rows.row_of(call) is not None
 
 
 def _warn_of_lengths(layers: Sequence[_Layer], steps: int) -> None:

@@ -7,23 +7,22 @@ garbage collector runs, and would interpret both graphs. Here each call gets one
 
 from __future__ import annotations
 
-import ast
 import copy
+import inspect
 import linecache
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..compat.torch_private import apply_in_transforms, delayed_error, transforms_are_active
-from .rows import APPLY, SET_GRAD, body_of, own_settings, value_of
+from .rows import APPLY, body_of, own_settings, value_of
 from .steps import effects_of
 
 
@@ -60,13 +59,12 @@ def _key_of(body: GraphModule) -> Any:
     )
 
 
-def _compiled(body: GraphModule, *changes: Callable[[Graph], Any]) -> Callable[..., Any]:
-    """A body as a function that runs in the grad mode of its caller."""
+def _compiled(body: GraphModule, order: Callable[[Graph], Any]) -> Callable[..., Any]:
+    """A body as a function that runs in the caller's grad mode; `order` sorts its arguments."""
     graph = copy.deepcopy(body.graph)
     for node in own_settings(graph):
         graph.erase_node(node)
-    for change in changes:
-        change(graph)
+    order(graph)
     return make_functions(GraphModule(body, graph)).forward
 
 
@@ -87,11 +85,9 @@ def _function(call: Node) -> Callable[..., Any]:
         for one, following in pairwise([saved[at] for at in checked + others]):
             one.append(following)
 
-    run, run_backward = _compiled(forward_body), _compiled(backward_body, order)
+    run, run_backward = _compiled(forward_body, id), _compiled(backward_body, order)
 
-    @cache
-    def differentiable() -> Callable[..., Sequence[Tensor | None]]:
-        return _differentiable(backward_body, order, len(_frames(call)))
+    is_recorded = cache(partial(_records_second_derivative, backward_body, len(_frames(call))))
 
     def save(ctx: Any, outputs: Sequence[Tensor], saved: Sequence[Any]) -> None:
         ctx.save_for_backward(*[saved[at] for at in checked])
@@ -107,9 +103,14 @@ def _function(call: Node) -> Callable[..., Any]:
         return outputs
 
     def backward(ctx: Any, *grads: Tensor) -> Sequence[Tensor | None]:
-        if torch.is_grad_enabled():
-            return differentiable()(ctx, *grads)
-        return run_backward(*grads, *ctx.saved_tensors, *ctx.others)
+        given = (*grads, *ctx.saved_tensors, *ctx.others)
+        if not torch.is_grad_enabled() or is_recorded():
+            return run_backward(*given)
+        with torch.no_grad():
+            out = run_backward(*given)
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        error = delayed_error(_NOT_RECORDED.encode(), len(out) + len(tensors))
+        return error(*out, *tensors)[: len(out)]
 
     def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
         _, saved = run(*inputs)  # of this transform, as inputs and outputs are
@@ -143,51 +144,30 @@ _IMPURE = (
 
 _NOT_RECORDED = (
     "torch.compile has not recorded the second derivative of a custom autograd Function, whose "
-    "backward calls another Function, or sets the grad mode in a way that its source does not tell:"
-    " run the network without torch.compile"
+    "backward may set the grad mode or calls another Function: take it outside of torch.compile"
+)
+_MAY_SET_MODE = re.compile(
+    r"^\s*with\b|no_grad|enable_grad|grad_enabled|inference_mode|enter_context|__enter__",
+    re.MULTILINE,
 )
 
 
-def _differentiable(
-    body: GraphModule, order: Callable[[Graph], Any], depth: int
-) -> Callable[..., Sequence[Tensor | None]]:
-    """The backward of a body for second derivatives, which takes ctx and gradients.
+def _records_second_derivative(body: GraphModule, depth: int) -> bool:
+    """Whether the derivative of a backward's body is that of the backward that the user wrote.
 
-    dynamo records while gradients are off, and so leaves out each ``no_grad`` of the user's. The
-    source of the lines that nodes come from tells where one was. `depth` frames lie outside.
+    dynamo records a backward while gradients are off. So it leaves out each ``no_grad`` of the
+    user's, and the backward of another Function that is called. Only the source of the functions
+    that nodes come from tells of them. `depth` frames lie outside of the backward.
     """
-    once, is_known = False, True
-
-    def change(graph: Graph) -> None:
-        nonlocal once, is_known
-        for node in graph.find_nodes(op="call_function", target=SET_GRAD):
-            graph.erase_node(node)
-        for node in [node for node in graph.nodes if node.op.startswith("call")]:
+    for node in body.graph.nodes:
+        if node.op.startswith("call") and value_of(node) is not None:
             frames = _frames(node)[depth:]
-            modes = [mode for file, line, _ in frames for mode in _grad_modes(file, line)]
-            if not frames and value_of(node) is not None:
-                modes = [None]
-            once |= once_differentiable.__code__.co_filename in [file for file, _, _ in frames]
-            of_another = "forward" in [name for _, _, name in frames[1:]]
-            is_known &= None not in modes and not of_another
-            if modes[-1:] == [False]:
-                with graph.inserting_before(node):
-                    graph.call_function(SET_GRAD, (False,))
-                with graph.inserting_after(node):
-                    graph.call_function(SET_GRAD, (True,))
-
-    function = _compiled(body, order, change)
-
-    def run(ctx: Any, *grads: Tensor) -> Sequence[Tensor | None]:
-        return function(*grads, *ctx.saved_tensors, *ctx.others)
-
-    def refusing(ctx: Any, *grads: Tensor) -> Sequence[Tensor | None]:
-        used = (*grads, *ctx.saved_tensors, *ctx.others)
-        out, tensors = function(*used), [value for value in used if isinstance(value, Tensor)]
-        error = delayed_error(_NOT_RECORDED.encode(), len(out) + len(tensors))
-        return error(*out, *tensors)[: len(out)]
-
-    return once_differentiable(run) if once else run if is_known else refusing
+            sources = [_source(*frame) for frame in frames]
+            if not all(sources) or any(map(_MAY_SET_MODE.search, sources)):
+                return False
+            if not frames or "forward" in [name for _, _, name in frames[1:]]:
+                return False
+    return True
 
 
 def _frames(node: Node) -> list[tuple[str, int, str]]:
@@ -197,38 +177,10 @@ def _frames(node: Node) -> list[tuple[str, int, str]]:
     return [(file, int(line), name) for file, line, name in found]
 
 
-@cache
-def _grad_modes(file: str, line: int) -> Sequence[bool | None]:
-    """The grad modes that a line's function sets around it, the last one innermost.
-
-    None stands for one that nobody knows.
-    """
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return (None,)
-    nodes = [n for n in ast.walk(tree) if getattr(n, "lineno", line) <= line <= _end(n)]
-    functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.Lambda)]
-    if not functions or _words(functions[-1]) & {"is_grad_enabled", "set_grad_enabled"}:
-        return (None,)
-    function = functions[-1]  # the innermost one
-    blocks = [n for n in nodes if isinstance(n, ast.With) and n.lineno >= function.lineno]
-    items = [item for block in blocks for item in block.items]
-    known = {False: {"no_grad", "inference_mode"}, True: {"enable_grad"}}
-    modes = []
-    for item in [*getattr(function, "decorator_list", ()), *items]:
-        words = _words(item)
-        mode = next((mode for mode, names in known.items() if words & names), None)
-        # torch's decorators call the function within ctx_factory().
-        if mode is not None or (item in items and not words & {"autocast", "ctx_factory"}):
-            modes.append(mode)
-    return modes
-
-
-def _end(node: Any) -> int:
-    return getattr(node, "end_lineno", None) or 0
-
-
-def _words(node: ast.AST) -> set[str]:
-    """The names in the source of a node."""
-    return {getattr(part, "attr", getattr(part, "id", "")) for part in ast.walk(node)}
+def _source(file: str, line: int, name: str) -> str:
+    """The source of the function of this name around a line; empty if there is none."""
+    lines = linecache.getlines(file)
+    starts = [at for at in range(line) if re.match(rf"\s*def {re.escape(name)}\b", lines[at])]
+    if not starts:
+        return ""
+    return "".join(inspect.getblock(lines[starts[-1] :]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -59,7 +60,7 @@ class Writer:
             elif loop.same[node] is not node or self._place(node):
                 continue  # it is written where it is needed
             elif node.op == "output":
-                self.graph.output(map_arg(node.args[0], self._as_output))
+                self.graph.output(map_arg(node.args[0], partial(self._as_recorded, alone=True)))
             else:
                 self._copies[node] = self._stacked(node) or self._copy(node)
         for node in reversed(self._removable):
@@ -228,24 +229,20 @@ class Writer:
             in_sequence or node in self._stacks or bool(self._loop.memory[node] & self._loop.merged)
         )
 
-    def _as_output(self, node: Node) -> Node:
-        """A result of the graph: the caller may write to it, and snnTorch detaches it in place."""
-        return self._as_recorded(node, alone=True)
-
     def _as_recorded(self, node: Node, alone: bool = False) -> Node:
         """A node with the strides of the old graph; a view is a view of the same tensor.
 
-        With `alone`, it also shares its memory only with what was recorded to share it.
+        With `alone`, as a result of the graph, it also shares its memory only with what was
+        recorded to share it: the caller may write to it, and snnTorch detaches it in place.
         """
         first = self._loop.same[node]
         if not alone or rows.value_of(node) is rows.value_of(first):
             node = first
         if (node, alone) not in self._recorded:
             source = self._source(node)
-            make = (
+            self._recorded[node, alone] = (
                 self._laid_out(node, alone) if source is None else self._viewed(node, source, alone)
             )
-            self._recorded[node, alone] = make
         return self._recorded[node, alone]
 
     def _source(self, node: Node) -> Node | None:

@@ -224,13 +224,13 @@ _CAT = Row(_concatenated, first_alone=False)
 _NOT_ELEMENTWISE = {"getitem", "matmul", "concat", "max", "min"}
 _ALSO_ELEMENTWISE = {"to", "float", "double", "half", "bfloat16", "detach", "dropout"}
 # The number of dimensions of a batch, or the least number.
-_OF_BATCHES = {
+_BATCH_DIMS = {
     "conv1d": 3, "conv2d": 4, "conv3d": 5,
     "max_pool1d": 3, "max_pool2d": 4, "max_pool3d": 5,
     "avg_pool1d": 3, "avg_pool2d": 4, "avg_pool3d": 5,
     "adaptive_avg_pool1d": 3, "adaptive_avg_pool2d": 4, "adaptive_max_pool2d": 4,
 }  # fmt: skip
-_OF_ANY_BATCHES = frozenset(("batch_norm", "group_norm"))
+_ANY_BATCHES = frozenset(("batch_norm", "group_norm"))
 
 
 def row_of(node: Node) -> Row | None:
@@ -260,8 +260,8 @@ def row_of(node: Node) -> Row | None:
         return _LEADING
     if name == "pad" and (*args[2:], *node.kwargs.values(), "constant")[0] == "constant":
         return _LEADING
-    of_batch = name == "batch_norm" and named_arguments(node).get("training", True)  # statistics
-    if _OF_BATCHES.get(name) == dim or (name in _OF_ANY_BATCHES and dim >= 2 and not of_batch):
+    by_batch = name == "batch_norm" and named_arguments(node).get("training", True)  # statistics
+    if _BATCH_DIMS.get(name) == dim or (name in _ANY_BATCHES and dim >= 2 and not by_batch):
         return _FOLDED
     if name == "flatten" and dim:
         return _FLATTEN

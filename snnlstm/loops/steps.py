@@ -21,6 +21,7 @@ import networkx  # torch itself needs it
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from ..compat.torch_private import memory_of, operators_named
 from ..networks.layers import LARGE, LARGE_LINEAR, LARGE_STATE, TO_STACK, too_large
@@ -94,9 +95,9 @@ def effects_of(node: Node) -> Effects:
 def _only_computes(body: GraphModule) -> bool:
     """Whether a body of an autograd Function draws nothing, and writes to its own memory alone."""
     nodes, outer = set(body.graph.nodes), set(rows.own_settings(body.graph))
-    given = {place for node in nodes if node.op == "placeholder" for place in memory(node)}
+    given = {storage for node in nodes if node.op == "placeholder" for storage in memory(node)}
     effects = [effects_of(node) for node in nodes - outer]
-    writes = {place for effect in effects for arg in effect.writes for place in memory(arg)}
+    writes = {storage for effect in effects for arg in effect.writes for storage in memory(arg)}
     return not (writes & given or any(effect.draws or effect.unknown for effect in effects))
 
 
@@ -122,7 +123,7 @@ UNALIKE = "its input is another expression in each step, as behind a neuron that
 IN_PLACE = "its results are modified in place"
 MEMORY = "all steps at once would take too much memory"
 
-PIECE = 16 << 20
+MOST_BYTES = 16 << 20
 """The most bytes that the steps of one layer take at once where no gradients are recorded."""
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -179,10 +180,10 @@ class Loop:
         self.effects = {node: effects_of(node) for node in self.nodes}
         self.memory = {node: memory(node) for node in self.nodes}
         self.written = {
-            place
+            storage
             for effects in self.effects.values()
             for written in effects.writes
-            for place in self.memory[written]
+            for storage in self.memory[written]
         }
         self.merged: set[int] = set()
         self._number = {node: number for number, node in enumerate(self.nodes)}
@@ -220,16 +221,16 @@ class Loop:
         barrier, region, since, regions = -1, 0, [0], []
         for number, node in enumerate(self.nodes):
             needs, effects = self._needs[number], self.effects[node]
-            writes = {place for arg in effects.writes for place in self.memory[arg]}
+            writes = {storage for arg in effects.writes for storage in self.memory[arg]}
             touched = self._touched(node)
-            for place in touched & self.written:
-                if place in writer:
-                    needs.add(writer[place])
-                if place in writes:
-                    needs.update(readers.pop(place, ()))
-                    writer[place] = number
+            for storage in touched & self.written:
+                if storage in writer:
+                    needs.add(writer[storage])
+                if storage in writes:
+                    needs.update(readers.pop(storage, ()))
+                    writer[storage] = number
                 else:
-                    readers.setdefault(place, []).append(number)
+                    readers.setdefault(storage, []).append(number)
             if effects.unknown:
                 needs.update(drawn.values())
                 drawn = {None: number}
@@ -283,21 +284,9 @@ class Loop:
         detached = rows.name_of(node) == "detach" and not argument.requires_grad
         return detached or (isinstance(value, Tensor) and value is argument)
 
-    def _arguments(self, node: Node) -> Any:
-        """A hashable form of a node's arguments."""
-        return self._frozen((*node.args, node.kwargs), self.same.get)
-
-    def _frozen(self, value: Any, of_node: Any) -> Any:
-        """A hashable form of arguments, with `of_node` applied to nodes."""
-        if isinstance(value, Node):
-            return of_node(value)
-        if isinstance(value, list | tuple):
-            return tuple(self._frozen(item, of_node) for item in value)
-        if isinstance(value, dict):
-            return tuple((key, self._frozen(item, of_node)) for key, item in value.items())
-        if isinstance(value, slice):
-            return "slice", self._frozen((value.start, value.stop, value.step), of_node)
-        return repr(value)
+    def _arguments(self, node: Node, start: int = 0) -> str:
+        """A node's arguments as text, from the one at `start` on; equal ones are alike."""
+        return repr(map_arg((node.args[start:], node.kwargs), self.same.get))
 
     # ---- the groups -----------------------------------------------------------------------------
 
@@ -321,8 +310,8 @@ class Loop:
             elif (piece := self.piece(node)) is not None:
                 key = piece[:2]
             elif node.op in ("call_function", "call_method"):
-                arguments = self._frozen((node.args, node.kwargs), lambda a: colors[self.same[a]])
-                key = node.target, arguments, str(rows.shape_of(node))
+                colored = map_arg((node.args, node.kwargs), lambda a: f"%{colors[self.same[a]]}")
+                key = node.target, repr(colored), str(rows.shape_of(node))
             colors[node] = numbers.setdefault(key, len(numbers))
             if row is not None:
                 group = self._chain(number, row) if row.states else colors[node]
@@ -349,8 +338,8 @@ class Loop:
 
     def _options(self, row: rows.Row, node: Node) -> Any:
         """What two calls of one layer with states have in common: options, weights and shapes."""
-        options = self._frozen([node.args[at] for at in row.options], self.same.get)
-        return node.target, options, str(rows.shape_of(node.args[0]))
+        options = map_arg([node.args[at] for at in row.options], self.same.get)
+        return node.target, repr(options), str(rows.shape_of(node.args[0]))
 
     def _handed_by(self, state: Any, item: int, handed: set[int]) -> Node | None:
         """The call whose result a state is; `handed` gets the node between the two calls."""
@@ -389,13 +378,13 @@ class Loop:
         nodes = [self.nodes[calls[0]] for _, calls in groups]
         if any(map(rows.requires_grad, nodes)):
             return len(self.nodes)
-        return max(1, PIECE // max([1, *map(rows.bytes_of, nodes)]))
+        return max(1, MOST_BYTES // max([1, *map(rows.bytes_of, nodes)]))
 
     def _reason_against(self, row: rows.Row, calls: Sequence[Node]) -> str | None:
         """Why no calls of a group become one; None if they may."""
         first, x = calls[0], calls[0].all_input_nodes[0]
         alone = row.first_alone and not row.states
-        if alone and len({self._arguments(call)[1:] for call in calls}) > 1:
+        if alone and len({self._arguments(call, 1) for call in calls}) > 1:
             return WEIGHTS
         if rows.value_of(x).device.type != "cpu":
             return None

@@ -86,7 +86,7 @@ class PackedWeight:
         same = weight.dtype is self.copy.dtype
         return same and _C.same(weight.data_ptr(), self.address, self.bytes)
 
-    def pack(self, a_pass: Pass, key: tuple[int, str], size: int) -> tuple[int, Tensor]:
+    def pack(self, a_pass: Runner, key: tuple[int, str], size: int) -> tuple[int, Tensor]:
         """Make a layout that a pass reads, keep it here, and return its address and memory."""
         source = self.copy.float() if self.copy.dtype in HALF_TYPES else self.copy
         layout = lender.empty((size,), torch.uint8)
@@ -95,7 +95,7 @@ class PackedWeight:
         return self.layouts.setdefault(key, (layout.data_ptr(), layout))
 
 
-# The packed weights in use, by storage and place: one storage may hold many weights. Tensors cannot
+# The packed weights in use, by storage and view: one storage may hold many weights. Tensors cannot
 # be keys, because torch refuses to swap the contents of tensors with weak references.
 _packed: WeakKeyDictionary[torch.UntypedStorage, BoundedDict[Any, PackedWeight]] = (
     WeakKeyDictionary()
@@ -116,20 +116,20 @@ def packed_weight(weight: Tensor, last: PackedWeight | None = None) -> PackedWei
     entries = _packed.get(storage)
     if entries is None:
         entries = _packed.setdefault(storage, BoundedDict())
-    place = weight.storage_offset(), weight.shape, weight.stride(), weight.dtype
-    packed = entries.get(place)
+    view = weight.storage_offset(), weight.shape, weight.stride(), weight.dtype
+    packed = entries.get(view)
     if packed is not None and packed.holds(dense):
         return packed
-    entries.pop(place, None)
+    entries.pop(view, None)
     packed = PackedWeight(dense)
-    entries.keep(place, packed)
+    entries.keep(view, packed)
     return packed
 
 
 # ---- passes --------------------------------------------------------------------------------------
 
 
-class Pass:
+class Runner:
     """One pass of a plan: the core's pass, the weight layouts that it reads, and its workspace.
 
     `selection` has the value-dependent facts that choose a call's algorithms: the percentage of x's
@@ -181,15 +181,17 @@ class Passes:
         # This guess saves the look-up of the packed weight, 1 us of a step.
         self._last_packed: Callable[[], PackedWeight | None] = lambda: None
         self._threshold: Tensor | None = None
-        self._passes: dict[Any, Pass] = {}
+        self._passes: dict[Any, Runner] = {}
 
     def reason_against(self, training: bool) -> None:
         """Why no call of the plan can run: the CPU's kernels run every call."""
 
-    def _pass(self, selection: Any, wanted: Sequence[bool] | None) -> Pass:
+    def _pass(self, selection: Any, wanted: Sequence[bool] | None) -> Runner:
         """Look up a pass, or make it."""
         key = selection, None if wanted is None else (wanted[0], wanted[3])
-        return self._passes.get(key) or self._passes.setdefault(key, Pass(self, selection, wanted))
+        return self._passes.get(key) or self._passes.setdefault(
+            key, Runner(self, selection, wanted)
+        )
 
     def forward(
         self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields, _packs: bool
@@ -204,7 +206,7 @@ class Passes:
             at = 0 if lengths is None else lengths.data_ptr()
             percent, largest = _C.facts(self.cell, fields[0], at)
             selection = percent, packed.max_tile_inputs(largest)
-        a_pass = self._pass(selection, None)
+        a_pass = self._passes.get((selection, None)) or self._pass(selection, None)
         a_pass.run_kernels(call, packed, fields)
         copy = self._threshold  # equal values share the last copy
         if (

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -47,7 +48,10 @@ _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
 
 KEPT_WEIGHT = 256 << 10
-"""Bytes of the largest packed weight that training saves, beside no fewer bytes of other data."""
+"""The most bytes of a packed weight that training saves for the backward pass.
+
+It saves none that is larger than what it saves besides.
+"""
 
 _ROUNDS = 3  # timed runs of an algorithm, after one untimed run; the shortest counts
 
@@ -59,13 +63,14 @@ def _tf32_is_allowed() -> bool:
     return fp32_precision("cuda", "conv") == "tf32"
 
 
-class Pass:
+class Runner:
     """One pass of a plan, by one of the core's passes: `algorithm` is fused or cudnn."""
 
-    def __init__(self, backend: Backend, plan: Plan, core: Any, levels: Tensor | None) -> None:
-        self.backend, self.plan, self.core, self._levels = backend, plan, core, levels
-        self.algorithm, self.name = core.algorithm, core.name
-        self._convolutions = cudnn.convolutions(plan, core, backend.device(plan.device))
+    def __init__(self, passes: Passes, core: Any) -> None:
+        self.backend, self.plan, self._levels = passes.backend, passes.plan, passes.levels
+        self.core, self.algorithm, self.name = core, core.algorithm, core.name
+        device = self.backend.device(self.plan.device)
+        self._convolutions = cudnn.convolutions(self.plan, core, device)
 
     def _levels_on(self, x: Tensor, stream: int) -> Tensor | None:
         """The quantiser's levels on the device; each call copies them from the host."""
@@ -76,7 +81,7 @@ class Pass:
         return levels
 
     def _memory(
-        self, weight: Tensor, stream: int, other: Pass | None = None, kept: Tensor | None = None
+        self, weight: Tensor, stream: int, other: Runner | None = None, kept: Tensor | None = None
     ) -> tuple[int, int, Tensor]:
         """Addresses of the packed weight and of a workspace, and the memory that holds both.
 
@@ -96,7 +101,7 @@ class Pass:
         outs: Outputs,
         saved: Tensor | None,
         fields: Fields,
-        other: Pass | None,
+        other: Runner | None,
         kept: Tensor | None,
     ) -> None:
         """Run a forward pass; `kept` receives the weight as the `other` pass reads it."""
@@ -155,22 +160,16 @@ class Passes:
         self._measures = settings.algorithm == "measure" or torch_measures
         levels = None if plan.spec.quant is None else plan.spec.quant.levels
         self.levels = None if levels is None else levels.to("cpu", torch.float64).contiguous()
-        self._chosen: dict[bool, Pass] = {}
-        self._chosen_for(False)
+        self._chosen: dict[bool, Runner] = {}
         # The fastest passes, at most 65, by direction and by the gradients that are wanted.
-        self._measured: dict[tuple[bool, ...], Pass] = {}
-        self._name: str | None = None
+        self._measured: dict[tuple[bool, ...], Runner] = {}
+        self._chosen_for(False)
 
-    @property
-    def name(self) -> str:
+    def _named(self) -> str:
         """The name of what runs, as in a path; a measured pass is named once it is known.
 
         An unmeasured backward pass is named, too, if it leaves other convolutions to torch.
         """
-        name = self._name = self._name or self._named()  # another thread may reset it
-        return name
-
-    def _named(self) -> str:
         # Autograd's thread may add to self._measured meanwhile.
         by_direction = {key[0]: one.name for key, one in self._measured.copy().items()}
         names = [by_direction[backward] for backward in (False, True) if backward in by_direction]
@@ -189,47 +188,46 @@ class Passes:
             reason = self._chosen_for(True).core.reason_against
         return reason or None
 
-    def _pass(self, core: Any) -> Pass:
-        return Pass(self.backend, self.plan, core, self.levels)
-
-    def _fastest(self, run_pass: Callable[[Pass], object], backward: bool, *wanted: bool) -> Pass:
+    def _fastest(
+        self, run_pass: Callable[[Runner], object], backward: bool, *wanted: bool
+    ) -> Runner:
         """The pass to run, measured if that is wanted and not yet known.
 
         `wanted` has what else its time depends on.
         """
         if not self._measures and backward in self._chosen:
             return self._chosen[backward]
-        self._name = None  # a new measurement may change the name
         key = backward, *wanted
         fastest = self._measured.get(key)
         if fastest is None and self._measures and self.backend.may_measure():
             other = self._chosen[False].core
             cores = self.backend.candidates(self.plan, self.settings.tf32, backward, other)
-            passes = [*map(self._pass, cores)]
+            passes = [Runner(self, core) for core in cores]
             seconds = [self.backend.seconds(partial(run_pass, one)) for one in passes]
             # setdefault keeps the first of two threads' measurements.
             fastest = self._measured.setdefault(key, passes[seconds.index(min(seconds))])
+            self.name = self._named()
         return self._chosen_for(backward) if fastest is None else fastest
 
-    def _chosen_for(self, backward: bool) -> Pass:
+    def _chosen_for(self, backward: bool) -> Runner:
         """The pass of a direction that is not measured; the backward pass is made when needed.
 
         All backward candidates share one packed layout, so the forward pass may pack before the
         fastest is known.
         """
         if backward not in self._chosen:
-            self._name = None
             tf32, algorithm = self.settings.tf32, self.settings.algorithm
             other = self._chosen[False].core if backward else None
             core = self.backend.core_pass(self.plan, tf32, algorithm, backward, other)
-            self._chosen[backward] = self._pass(core)
+            self._chosen[backward] = Runner(self, core)
+            self.name = self._named()
         return self._chosen[backward]
 
     def forward(
         self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields, packs: bool
     ) -> tuple[Any, ...]:
         """Run a forward pass; in training it may pack the weight for the backward pass, too."""
-        with self.backend.guard(self.plan.device):
+        with self.backend.on_device(self.plan.device):
             other = kept = None
             if saved is not None and packs:
                 backward = self._chosen_for(True)
@@ -238,10 +236,7 @@ class Passes:
                     other, kept = backward, empty_bytes(size, call.x.device)
             if call.lengths is not None:
                 outs[0].zero_()  # the host does not know the lengths
-
-            def run_pass(one: Pass) -> None:
-                one.forward(call, outs, saved, fields, other, kept)
-
+            run_pass = methodcaller("forward", call, outs, saved, fields, other, kept)
             fastest = self._fastest(run_pass, False)
             run_pass(fastest)
         if fastest.algorithm == _CUDNN:  # it packs nothing
@@ -250,11 +245,8 @@ class Passes:
 
     def backward(self, inputs: BackwardInputs, out: Gradients, fields: Fields) -> Gradients:
         """Run the backward pass of the wanted gradients."""
-        with self.backend.guard(self.plan.device):
-
-            def run_pass(one: Pass) -> Gradients:
-                return one.backward(inputs, out, fields)
-
+        run_pass = methodcaller("backward", inputs, out, fields)
+        with self.backend.on_device(self.plan.device):
             return run_pass(self._fastest(run_pass, True, *inputs.wanted))
 
 
@@ -271,7 +263,7 @@ class Backend(CommonBackend):
         """Name of the kernels; a call's name also says what they multiply with."""
         return "cuda"
 
-    def guard(self, device: torch.device) -> AbstractContextManager:
+    def on_device(self, device: torch.device) -> AbstractContextManager:
         """Make `device` the current one within a ``with`` block."""
         return torch.cuda.device(device)
 
@@ -356,6 +348,6 @@ class Backend(CommonBackend):
 
     def leaky(self, fields: Fields, backward: bool, device: torch.device) -> None:
         core = self.core
-        with self.guard(device):
+        with self.on_device(device):
             run = core.cuda_leaky_backward if backward else core.cuda_leaky_forward
             run(self.device(device), self.stream(device), fields)

@@ -235,8 +235,8 @@ def _steps_backward(
         into_syn = _sum(into_syn, recorded_syn, t)
         into_mem = _sum(into_mem, recorded_mem, t)
         syn_before = syn if t == 0 else images_of(saved_syn[t - 1], mem)[:, :c]
-        of_step = (None if each is None else each[t] for each in (grad_spk, d_threshold))
-        spk_grad, step_threshold = of_step
+        spk_grad = None if grad_spk is None else grad_spk[t]
+        step_threshold = None if d_threshold is None else d_threshold[t]
         views, step_grads = (None, *strided(syn_before), None), (spk_grad, into_syn, into_mem)
         step = BackwardInputs(_step_of(call, t), views, saved, step_grads)
         results = Gradients(None, d_syn, None, None, None, step_threshold)

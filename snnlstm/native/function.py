@@ -29,6 +29,7 @@ from .plan import Plan
 from .tensors import check_memory
 
 
+@lender.where_it_fits
 def run_plan(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor, str]:
     """Run the native kernels: spk, syn and mem as :func:`snnlstm.reference.run` returns them.
 
@@ -41,17 +42,36 @@ def run_plan(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Te
             if call.x.is_inference():  # autograd refuses to save it
                 call = call._replace(x=call.x.clone())
             spk, syn, mem, name = _apply(plan, call, *call[:6])
-        if call.lengths is not None and call.record:
-            syn, mem = recorded_states(call, syn, mem)
-        return spk, syn, mem, name
     except ValueError:  # the core refuses null addresses
         check_memory(call)
         raise
-    except (MemoryError, RuntimeError) as error:
-        if not lender.is_for_lack_of_memory(error):
-            raise
-    lender.empty_cache()  # after the error, whose traceback holds what the call allocated
-    return run_plan(plan, call, training)
+    if call.lengths is not None and call.record:
+        syn, mem = recorded_states(call, syn, mem)
+    return spk, syn, mem, name
+
+
+def in_float32(
+    call: Call, run_step: Callable[[Call], tuple[Tensor, Tensor, Tensor, Any]]
+) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Run each step of a call in a half type in float32; between steps states have that type.
+
+    `run_step` runs a call of one step, and returns what this function returns.
+    """
+    _, _, _, weight, bias, threshold, graded, _, _ = call
+    if call.sequence:  # a float32 weight adds the steps' gradients in float32
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    threshold, graded = (None if t is None else t.float() for t in (threshold, graded))
+    name = None
+
+    def step(x: Tensor, *states: Tensor) -> Any:
+        nonlocal name
+        x, (syn, mem) = x.float(), (state.float() for state in states)
+        part = Call(x[None] if call.sequence else x, syn, mem, weight, bias, threshold, graded)
+        spk, syn, mem, name = run_step(part)
+        return tuple(t.to(call.x.dtype) for t in (spk[0] if call.sequence else spk, syn, mem))
+
+    out = reference.over_time(call, step) if call.sequence else step(*call[:3])
+    return (*out, name)
 
 
 # ---- the Function --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _C
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, broadcasts
-from ..calls.keys import OF_TORCH, BoundedDict, key_of
+from ..calls.keys import TORCH_TYPES, BoundedDict, key_of
 from ..calls.spec import DTYPES, RESETS, LeakySpec
 from . import lender
 from .backends import BACKENDS
@@ -39,7 +39,7 @@ def reason_against(call: LeakyCall, sequence: bool) -> str | None:
         return "graded_spikes_factor is learned, or is not a single number"
     for name, tensor in zip(LEAKY_PARAMETERS, parameters, strict=True):
         # A number on x's device needs no closer look, which torch.compile would trace for long.
-        if one or tensor.dim() or tensor.device != device or type(tensor) not in OF_TORCH:
+        if one or tensor.dim() or tensor.device != device or type(tensor) not in TORCH_TYPES:
             reason = _parameter_against(name, tensor, x, sequence)
             if reason is not None:
                 return reason
@@ -51,7 +51,7 @@ def reason_against(call: LeakyCall, sequence: bool) -> str | None:
 
 def _parameter_against(name: str, tensor: Any, x: Tensor, sequence: bool) -> str | None:
     """Why the kernels cannot read a parameter in a call with x."""
-    if type(tensor) not in OF_TORCH or tensor.device != x.device:
+    if type(tensor) not in TORCH_TYPES or tensor.device != x.device:
         return f"{name} is on another device, or of a subclass of Tensor"
     step = x.shape[sequence:]
     if tensor.numel() == 0 or not broadcasts(tensor.shape, step):
@@ -63,7 +63,7 @@ def _parameter_against(name: str, tensor: Any, x: Tensor, sequence: bool) -> str
     return None
 
 
-def place(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Any:
+def grouping(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Any:
     """How many numbers a parameter has in a step of `shape`, and how many neurons share each.
 
     The neurons that share a number are adjacent in memory, and consecutive numbers belong to
@@ -115,8 +115,8 @@ class Plan:
         The memory of all steps and of one, as the kernels read and write it.
     fits : bool
         Whether mem has the shape of a step.
-    places : list
-        What :func:`place` returns for beta and threshold.
+    groupings : list
+        What :func:`grouping` returns for beta and threshold.
     copies : bool
         Whether the core cannot read every tensor as it is.
     """
@@ -125,17 +125,17 @@ class Plan:
         x, surrogate, sequence = without_gaps(call.x, spec.sequence), spec.surrogate, spec.sequence
         self.backend, self.spec, self.name = backend, spec, backend.name()
         self.types = x.dtype, call.mem.dtype
-        of_x = self.dtype, self.device = real(x.dtype), x.device
-        self.whole = x.shape, x.stride(), *of_x
-        self.step = step = x.shape[sequence:], x.stride()[sequence:], *of_x
+        how = self.dtype, self.device = real(x.dtype), x.device
+        self.whole = x.shape, x.stride(), *how
+        self.step = step = x.shape[sequence:], x.stride()[sequence:], *how
         self.fits = call.mem.shape == step[0]
-        self.places = [place(parameter, *step[:2]) for parameter in call[2:4]]
+        self.groupings = [grouping(parameter, *step[:2]) for parameter in call[2:4]]
         # What equal calls share of the fields (csrc/args.h).
         self.first = (
             DTYPES.index(x.dtype), RESETS.index(spec.reset), surrogate.kind, surrogate.p0,
             surrogate.p1, x.shape[0] if sequence else 1, math.prod(step[0]),
         )  # fmt: skip
-        self.of_beta, self.of_threshold = (at or (self.first[-1], 1) for at in self.places)
+        self._groups = [at or (self.first[-1], 1) for at in self.groupings]
         small = x.dtype is self.dtype and x.nbytes < lender.SMALLEST
         self._empty_like = torch.empty_like if small else partial(_empty_like, dtype=self.dtype)
         call = self.fitted(call)
@@ -166,7 +166,7 @@ class Plan:
             laid_out(parameter.detach().expand(self.step[0]), *self.step)
             if at is None
             else contiguous_as(parameter, self.dtype)
-            for parameter, at in zip(parameters, (*self.places, (1, 1)), strict=True)
+            for parameter, at in zip(parameters, (*self.groupings, (1, 1)), strict=True)
         )
         return beta, threshold, graded
 
@@ -174,8 +174,9 @@ class Plan:
         self, beta: int, threshold: int, graded: Tensor, before: Tensor | None
     ) -> tuple[Any, ...]:
         """Both passes' fields (csrc/args.h); `beta` and `threshold` are addresses."""
+        groups = self._groups
         return (
-            *self.first, beta, *self.of_beta, threshold, *self.of_threshold, graded.data_ptr(),
+            *self.first, beta, *groups[0], threshold, *groups[1], graded.data_ptr(),
             pointer(before),
         )  # fmt: skip
 
@@ -290,14 +291,14 @@ def _empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
 def _forward(ctx: Any, plan: Plan, call: LeakyCall, *_tensors: Tensor) -> tuple[Tensor, Tensor]:
     """Run the kernels; the tensors are those that may require a gradient."""
     spk, after, kept = plan.forward(call, True, True)
-    _, _, *others, of_beta, of_threshold = ctx.needs_input_grad
+    _, _, *others, beta, threshold = ctx.needs_input_grad
     reset = plan.spec.reset
-    is_read = of_beta or of_threshold or reset == "zero"
+    is_read = beta or threshold or reset == "zero"
     ctx.save_for_backward(call.mem if is_read else None, after, *call[2:5])
     ctx.kept = plan, kept
     ctx.set_materialize_grads(False)
     constant = () if plan.spec.surrogate.kind else (spk,)
-    if reset != "subtract" and not (any(others) or of_beta):
+    if reset != "subtract" and not (any(others) or beta):
         constant += (after,)  # the threshold affects only spk
     if constant:
         ctx.mark_non_differentiable(*constant)
@@ -315,13 +316,13 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         per_neuron = _by_formula(plan.spec, before, after, numbers, grads, wanted)
     else:
         per_neuron = plan.backward(before, after, kept, parameters[2], grads, wanted)
-    return None, None, *of_arguments(per_neuron, parameters, plan.types, wanted)
+    return None, None, *argument_gradients(per_neuron, parameters, plan.types, wanted)
 
 
 _apply = differentiable("_Leaky", _forward, _gradients)
 
 
-def of_arguments(
+def argument_gradients(
     grads: Sequence[Any],
     parameters: Sequence[Tensor],
     types: Sequence[torch.dtype],
@@ -361,7 +362,7 @@ def _by_formula(
         before = before.to(after.dtype)
     inside, decay = (beta >= 0) & (beta <= 1), beta.clamp(0, 1)
     carried: Any = 0
-    of_x: list[Tensor] = []
+    x_grads: list[Tensor] = []
     d_beta: Any = 0
     d_threshold: Any = 0
     for t in reversed(range(len(mems))):
@@ -370,7 +371,7 @@ def _by_formula(
             through_spk = spks[t] * graded * surrogate.factor(mems[t] - threshold)
         grad = through_spk + carried + (0 if others[t] is None else others[t])
         carried, previous = decay * grad, mems[t - 1] if t else before
-        of_x.append(grad)
+        x_grads.append(grad)
         if previous is not None:
             signal = (previous - threshold > 0).to(previous.dtype).detach()
             if reset == "zero":
@@ -379,5 +380,5 @@ def _by_formula(
             d_threshold = d_threshold - through_spk
             if reset == "subtract":
                 d_threshold = d_threshold - grad * signal
-    x = torch.stack(of_x[::-1]) if sequence else of_x[0]
+    x = torch.stack(x_grads[::-1]) if sequence else x_grads[0]
     return x, carried, d_beta if wanted[2] else None, d_threshold if wanted[3] else None

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..calls.call import LeakyCall, may_require_grad
-from ..calls.keys import OF_TORCH
+from ..calls.keys import TORCH_TYPES
 from ..calls.spec import FINITE, LeakySpec
 from ..reference import leaky_step, real_dtype
 from .function import reached
-from .leaky import of_arguments, plan_of, reason_against, run_plan, without_gaps
+from .leaky import argument_gradients, plan_of, reason_against, run_plan, without_gaps
 from .tensors import real
 
 NAMESPACE = "snnlstm"
@@ -43,9 +43,9 @@ def _formula(*arguments: Any) -> tuple[Tensor, Tensor]:
     """
     x, mem, beta, threshold, graded, text, sequence, record = arguments
     reset, surrogate, *_ = LeakySpec.from_text(text, sequence)
-    dtype, guard, spks, mems = real_dtype(x, beta), not text.endswith(FINITE), [], []
+    dtype, infinite, spks, mems = real_dtype(x, beta), not text.endswith(FINITE), [], []
     for x_t in x.unbind() if sequence else (x,):
-        spk, mem = leaky_step(x_t, mem, beta, threshold, graded, surrogate, reset, dtype, guard)
+        spk, mem = leaky_step(x_t, mem, beta, threshold, graded, surrogate, reset, dtype, infinite)
         spks.append(spk)
         mems.append(mem)
     if not sequence:
@@ -61,7 +61,7 @@ leaky = OPERATORS.leaky.default
 def run_plainly(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Compute what the operators do, by the kernels if they can, without torch's dispatcher."""
     call, spec = _call_of(arguments)
-    if not OF_TORCH.issuperset(map(type, call[:5])) or reason_against(call, spec.sequence):
+    if not TORCH_TYPES.issuperset(map(type, call[:5])) or reason_against(call, spec.sequence):
         return _formula(*arguments)
     spk, after, _ = run_plan(plan_of(call, spec), call, may_require_grad(call[:5]))
     # A copy, because a state that is a view could not be detached in place.
@@ -122,7 +122,7 @@ def _backward_operator(*arguments: Any) -> Sequence[Tensor]:
 def _gradient_outputs(
     grads: Sequence[Any], after: Tensor, parameters: Sequence[Tensor], types: Any, wanted: Any
 ) -> Sequence[Tensor]:
-    shaped = of_arguments(grads, parameters, types, wanted)
+    shaped = argument_gradients(grads, parameters, types, wanted)
     return tuple(after.new_empty(0) if grad is None else grad for grad in shaped)
 
 

@@ -137,12 +137,6 @@ def let_go(memory: Tensor) -> None:
         _drop_oldest()
 
 
-def is_for_lack_of_memory(error: Exception) -> bool:
-    """Whether torch or a block lacked memory, while free blocks have some."""
-    unrelated = isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error)
-    return not unrelated and free_bytes() > 0
-
-
 def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
     """Let a function that runs out of memory drop the free blocks and try again."""
 
@@ -151,7 +145,8 @@ def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
-            if not is_for_lack_of_memory(error):
+            is_torchs = isinstance(error, RuntimeError)
+            if free_bytes() == 0 or (is_torchs and "DefaultCPUAllocator" not in str(error)):
                 raise
         empty_cache()  # after the error, whose traceback holds what the function allocated
         return function(*args, **kwargs)

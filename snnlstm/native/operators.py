@@ -16,28 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from ..calls.call import (
-    Call,
-    autocast_dtype,
-    may_require_grad,
-    state_shape,
-    weight_tensor,
-)
+from ..calls.call import Call, autocast_dtype, may_require_grad, state_shape, weight_tensor
 from ..calls.lengths import recorded_states
 from ..calls.spec import HALF_TYPES, CellSpec
 from . import leaky_operators, lender, pool2d
 from .backends import BACKENDS, operands_of, plan_of
-from .function import constant_states, reached, run_plan
-from .half_types import in_float32
+from .function import constant_states, in_float32, reached, run_plan
 from .leaky_operators import NAMESPACE, OPERATORS
-from .plan import (
-    Gradients,
-    Plan,
-    SavedLayout,
-    Sizes,
-    empty_gradients,
-    gradient_memory,
-)
+from .plan import Gradients, Plan, SavedLayout, Sizes, empty_gradients, gradient_memory
 from .tensors import empty_like_images, restored
 
 _CALL = (

@@ -18,14 +18,9 @@ from torch import Tensor
 from .. import _C
 from ..calls import algorithms
 from ..calls.call import may_require_grad
-from ..calls.keys import OF_TORCH, BoundedDict
+from ..calls.keys import TORCH_TYPES, BoundedDict
 from ..calls.spec import DTYPES, POOLS
-from ..compat.torch_private import (
-    dispatch_modes,
-    forward_level,
-    is_tracing,
-    transforms_are_active,
-)
+from ..compat.torch_private import dispatch_modes, forward_level, is_tracing, transforms_are_active
 from . import lender
 from .function import beyond_kernels, differentiable
 from .tensors import laid_out, pointer
@@ -71,7 +66,7 @@ def avg_pool2d(
 def _is_readable(x: Any) -> bool:
     """Whether the kernels may read x, and nothing records or transforms the call."""
     return (
-        type(x) in OF_TORCH
+        type(x) in TORCH_TYPES
         and x.layout is torch.strided
         and x.device.type == "cpu"
         and not (transforms_are_active() or dispatch_modes() or is_tracing() or x.is_neg())
@@ -119,10 +114,10 @@ class Plan:
             raise ValueError
         geometry = zip((h, w), self.kernel, self.stride, self.padding, strict=True)
         sizes = [_outputs(*numbers, self.ceil_mode) for numbers in geometry]
-        self.pool, self.of_x = pool, (x.shape, x.stride(), x.dtype, x.device)
-        self.of_y = (shape := (n, c, *sizes)), order(*shape), x.dtype, x.device
-        place = torch.uint8 if self.kernel[0] * self.kernel[1] <= 256 else torch.int32
-        self.of_places = *self.of_y[:2], place, x.device
+        self.pool, self.x_memory = pool, (x.shape, x.stride(), x.dtype, x.device)
+        self.y_memory = (shape := (n, c, *sizes)), order(*shape), x.dtype, x.device
+        dtype = torch.uint8 if self.kernel[0] * self.kernel[1] <= 256 else torch.int32
+        self.argmax_memory = *self.y_memory[:2], dtype, x.device
         # torch takes a quarter of the time if images are channels-last.
         pixels = math.prod((*shape, *self.kernel))
         self._pixels = pixels // 4 if order is _channels_last else pixels
@@ -141,41 +136,41 @@ class Plan:
         """Pool x; a gradient goes through the kernels, too."""
         return _apply(self, x) if may_require_grad((x,)) else self.forward(x, None)
 
-    def forward(self, x: Tensor, places: Tensor | None) -> Tensor:
-        """Run the forward kernel; `places` gets the places of the maxima in their windows."""
-        y = lender.empty_result(*self.of_y)
-        _C.pool_forward((*self.first, x.data_ptr(), y.data_ptr(), pointer(places)))
+    def forward(self, x: Tensor, argmax: Tensor | None) -> Tensor:
+        """Run the forward kernel; `argmax` gets the index in its window of each maximum."""
+        y = lender.empty_result(*self.y_memory)
+        _C.pool_forward((*self.first, x.data_ptr(), y.data_ptr(), pointer(argmax)))
         return y
 
     @lender.where_it_fits
-    def backward(self, places: Tensor | None, grad: Tensor) -> Tensor:
+    def backward(self, argmax: Tensor | None, grad: Tensor) -> Tensor:
         """The gradient of x."""
-        grad, places = laid_out(grad, *self.of_y), self._laid_out(places)
-        x = lender.empty_result(*self.of_x)
-        _C.pool_backward((*self.first, grad.data_ptr(), pointer(places), x.data_ptr()))
+        grad, argmax = laid_out(grad, *self.y_memory), self._laid_out(argmax)
+        x = lender.empty_result(*self.x_memory)
+        _C.pool_backward((*self.first, grad.data_ptr(), pointer(argmax), x.data_ptr()))
         return x
 
-    def by_torch(self, places: Tensor | None, grad: Tensor) -> Tensor:
+    def by_torch(self, argmax: Tensor | None, grad: Tensor) -> Tensor:
         """The gradient of x by torch's operators, which can be differentiated again."""
-        shape, strides, dtype, device = self.of_x
+        shape, strides, dtype, device = self.x_memory
         x = torch.empty_strided(shape, strides, dtype=dtype, device=device)  # nobody reads it
         geometry, aten = (x, self.kernel, self.stride, self.padding), torch.ops.aten
-        if places is None:
+        if argmax is None:
             averaged = self.ceil_mode, self.counts, self.divisor
             return aten.avg_pool2d_backward(grad, *geometry, *averaged)
-        places = self._laid_out(places).long()
+        argmax = self._laid_out(argmax).long()
         rows, columns = (
             torch.arange(size, device=device) * step - pad
-            for size, step, pad in zip(self.of_y[0][2:], self.stride, self.padding, strict=True)
+            for size, step, pad in zip(self.y_memory[0][2:], self.stride, self.padding, strict=True)
         )
-        row = rows[:, None] + places // self.kernel[1]
-        indices = row * shape[3] + columns + places % self.kernel[1]
+        row = rows[:, None] + argmax // self.kernel[1]
+        indices = row * shape[3] + columns + argmax % self.kernel[1]
         chosen = (1, 1), self.ceil_mode, indices
         return aten.max_pool2d_with_indices_backward(grad, *geometry, *chosen)
 
-    def _laid_out(self, places: Any) -> Any:
+    def _laid_out(self, argmax: Any) -> Any:
         """What autograd saved, as the kernels read it."""
-        return None if places is None else laid_out(places, *self.of_places)
+        return None if argmax is None else laid_out(argmax, *self.argmax_memory)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -210,7 +205,7 @@ LEAST, LEAST_IN_TRAINING = 1 << 10, 1 << 12
 
 A call of torch's takes 3 us and some 4 ns a pixel, a call here 6 us, and in training 15 us more.
 """
-_LARGEST = 1 << 15  # of a window's sides, so that the core's integers hold its places
+_LARGEST = 1 << 15  # of a window's sides, so that the core's integers hold an index in it
 _plans: BoundedDict[Any, Plan | None] = BoundedDict()
 _MISSING: Any = object()
 
@@ -237,18 +232,18 @@ def _plan_of(x: Tensor, *options: Any) -> Plan | None:
 
 
 def _forward(ctx: Any, plan: Plan, x: Tensor) -> Tensor:
-    places = lender.empty_result(*plan.of_places) if plan.pool == "max" else None
-    ctx.save_for_backward(places)
+    argmax = lender.empty_result(*plan.argmax_memory) if plan.pool == "max" else None
+    ctx.save_for_backward(argmax)
     ctx.plan = plan
     ctx.set_materialize_grads(False)
-    return plan.forward(x, places)
+    return plan.forward(x, argmax)
 
 
 def _gradients(ctx: Any, grads: Sequence[Any]) -> Sequence[Tensor | None]:
-    (places,) = ctx.saved_tensors
+    (argmax,) = ctx.saved_tensors
     plan = ctx.plan
     by_torch = torch.is_grad_enabled() or beyond_kernels(grads)
-    return None, (plan.by_torch if by_torch else plan.backward)(places, *grads)
+    return None, (plan.by_torch if by_torch else plan.backward)(argmax, *grads)
 
 
 _apply = differentiable("_Pool2d", _forward, _gradients)

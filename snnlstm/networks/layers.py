@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from ..calls.call import SIZES
 from ..calls.lengths import CheckedLengths, held, hold_last, mask_padding
 from ..compat.snntorch import SEQUENCE_NEURONS, Neuron, TheirLeaky
-from ..dispatch.reasons import (
-    GLOBAL_HOOKS,
-    HOOKS,
-    REPLACED,
-    beyond_forward,
-    recorded_now,
-)
+from ..dispatch.reasons import GLOBAL_HOOKS, HOOKS, REPLACED, beyond_forward, recorded_now
 from ..native import lender
 from ..neurons.attributes import CELL
 from ..neurons.leaky import Leaky
@@ -85,56 +79,48 @@ _LEAST_DIM: dict[type[nn.Module], int] = {
 }  # fmt: skip
 
 
-def report_of(
-    name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | None, constant: bool = False
-) -> LayerReport:
+def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | None) -> LayerReport:
     """How a layer runs over a sequence x; an x of `dim` dimensions is one of its steps.
 
-    `by_step` is a reason to run all steps one by one; `constant` says that all are one tensor.
+    `by_step` is a reason to run all steps one by one.
     """
-    whole = x.dim() > dim
-    size = counted_bytes(x) // (x.shape[0] if whole else 1)
-    kind, reason = "step", by_step or changed(layer)
-    if by_step is not None:
-        if type(layer) in SEQUENCE_NEURONS:
-            who = f"layer {name} ({type(layer).__name__})"
-            raise ValueError(f"{who} needs whole sequences, but {by_step}")
-    elif getattr(layer, "_takes_sequences", False):  # a Sequential that carries hooks
-        if reason != GLOBAL_HOOKS:  # these see each step of every layer
-            kind, reason = "sequence", TAKES
-    elif isinstance(layer, SConv2dLSTM):
-        if type(layer).forward is not SConv2dLSTM.forward:
-            reason = "its class has a forward of its own"
-        elif reason is None:
-            kind, reason = "sequence", ONE_CALL
-    elif isinstance(layer, CELL):
-        if type(layer) is not CELL:
-            reason = "its class is a subclass of snntorch.SConv2dLSTM"
-        reason = reason or THEIRS
-    elif type(layer) in SEQUENCE_NEURONS:
-        kind, reason = "sequence", TAKES
-    elif type(layer) in (Leaky, TheirLeaky):
-        if type(layer) is not Leaky:
-            reason = reason or THEIRS
-        elif reason is None and (torch.compiler.is_compiling() or not layer.takes(x, whole)):
-            reason = "plain torch runs it, and its path says why"
-        reason = reason or too_large(size, LARGE_STATE)
-        if reason is None:
-            kind, reason = "sequence", ONE_CALL
-    elif Neuron is not None and isinstance(layer, Neuron):
-        reason = "it keeps a state from step to step"
-    else:
-        reason = reason or not_per_sample(layer)
-        if reason is None and not _has_batch(layer, dim):
-            reason = f"at a step of {dim} dimensions it may mix samples"
-        if reason is None and constant and not getattr(layer, "inplace", False):
-            kind, reason = "once", CONSTANT
-        if reason is None:
-            large = LARGE_LINEAR if type(layer) is nn.Linear else LARGE
-            reason = too_large(size * _widening(layer), large)
-        if reason is None:
-            kind, reason = "fold", ALONE
-    return LayerReport(name, type(layer).__name__, kind, str(reason))
+    kind, title = type(layer), type(layer).__name__
+    if by_step is not None and kind in SEQUENCE_NEURONS:
+        raise ValueError(f"layer {name} ({title}) needs whole sequences, but {by_step}")
+    against = by_step or _reason_for_steps(layer, x, dim)
+    if against is not None:
+        return LayerReport(name, title, "step", against)
+    if kind in SEQUENCE_NEURONS or getattr(kind, "_takes_sequences", False):
+        return LayerReport(name, title, "sequence", TAKES)
+    if isinstance(layer, SConv2dLSTM | Leaky):
+        return LayerReport(name, title, "sequence", ONE_CALL)
+    return LayerReport(name, title, "fold", ALONE)
+
+
+def _reason_for_steps(layer: Any, x: Tensor, dim: int) -> str | None:
+    """Why a layer gets the steps of x one by one; None if one call may have them all."""
+    kind, whole = type(layer), x.dim() > dim
+    if kind in SEQUENCE_NEURONS:
+        return None
+    hooked = changed(layer)
+    if getattr(kind, "_takes_sequences", False):  # a Sequential that carries hooks
+        return hooked if hooked == GLOBAL_HOOKS else None  # these see each step of every layer
+    if isinstance(layer, SConv2dLSTM):
+        own = kind.forward is not SConv2dLSTM.forward
+        return "its class has a forward of its own" if own else hooked
+    if isinstance(layer, CELL) and kind is not CELL:
+        return "its class is a subclass of snntorch.SConv2dLSTM"
+    if kind in (CELL, TheirLeaky):
+        return hooked or THEIRS
+    if kind is Leaky:
+        if hooked is None and (torch.compiler.is_compiling() or not layer.takes(x, whole)):
+            return "plain torch runs it, and its path says why"
+        return hooked or too_large(counted_bytes(x, whole), LARGE_STATE)
+    if Neuron is not None and isinstance(layer, Neuron):
+        return "it keeps a state from step to step"
+    large = LARGE_LINEAR if kind is nn.Linear else LARGE
+    mixing = hooked or not_per_sample(layer, dim)
+    return mixing or too_large(counted_bytes(x, whole) * _widening(layer), large)
 
 
 def too_large(step: float, reason: str) -> str | None:
@@ -142,9 +128,11 @@ def too_large(step: float, reason: str) -> str | None:
     return reason if step > LARGEST[reason] else None
 
 
-def counted_bytes(x: Tensor) -> int:
-    """The bytes of x where they matter, on the CPU and outside torch.compile; else 0."""
-    return x.nbytes if x.device.type == "cpu" and not torch.compiler.is_compiling() else 0
+def counted_bytes(x: Tensor, whole: bool = False) -> int:
+    """The bytes of x, or of a step of a `whole` sequence; 0 on a GPU and under torch.compile."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return 0
+    return x.nbytes // x.shape[0] if whole else x.nbytes
 
 
 def changed(layer: nn.Module) -> str | None:
@@ -153,22 +141,24 @@ def changed(layer: nn.Module) -> str | None:
     return {HOOKS: f"it {HOOKS}", REPLACED: f"its {REPLACED}"}.get(str(reason), reason)
 
 
-def not_per_sample(layer: nn.Module) -> str | None:
-    """Why the result for one sample may depend on other samples, or on the steps before."""
+def not_per_sample(layer: Any, dim: int | None = None) -> str | None:
+    """Why the result for one sample may depend on other samples, or on the steps before.
+
+    A step has `dim` dimensions, if that is known.
+    """
     if type(layer) not in _LEAST_DIM:
         return f"{type(layer).__name__} is not known to treat every sample by itself"
-    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-        by_batch = layer.training or layer.running_mean is None
-        return "its statistics are those of one step" if by_batch else None
-    if isinstance(layer, nn.Dropout | nn.Dropout2d):
-        return "it draws a new mask for every step" if layer.training and layer.p != 0 else None
-    return "it returns indices" if getattr(layer, "return_indices", False) else None
-
-
-def _has_batch(layer: nn.Module, dim: int) -> bool:
-    """Whether the first of `dim` dimensions is the batch, which the layer keeps."""
+    is_norm = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
+    if is_norm and (layer.training or layer.running_mean is None):
+        return "its statistics are those of one step"
+    if isinstance(layer, nn.Dropout | nn.Dropout2d) and layer.training and layer.p != 0:
+        return "it draws a new mask for every step"
+    if getattr(layer, "return_indices", False):
+        return "it returns indices"
     start = layer.start_dim if isinstance(layer, nn.Flatten) else 1
-    return dim >= _LEAST_DIM[type(layer)] and start % dim != 0
+    if dim is not None and (dim < _LEAST_DIM[type(layer)] or start % dim == 0):
+        return f"at a step of {dim} dimensions it may mix samples"
+    return None
 
 
 def _widening(layer: Any) -> float:
@@ -328,20 +318,16 @@ def stack(steps: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 def _are_alike(steps: list[Tensor] | tuple[Tensor, ...]) -> bool:
     """Whether they are plain tensors on the CPU, in a memory layout that torch.stack keeps."""
-    first = steps[0]
+    first, is_image, last = steps[0], steps[0].dim() == 4, torch.channels_last
     return (
         first.device.type == "cpu"
         and first.layout is torch.strided
-        and (first.is_contiguous() or _is_channels_last(first))
+        and (first.is_contiguous() or (is_image and first.is_contiguous(memory_format=last)))
         and all(
             type(step) is Tensor and step.dtype is first.dtype and step.stride() == first.stride()
             for step in steps
         )
     )
-
-
-def _is_channels_last(step: Tensor) -> bool:
-    return step.dim() == 4 and step.is_contiguous(memory_format=torch.channels_last)
 
 
 class _Stack(torch.autograd.Function):

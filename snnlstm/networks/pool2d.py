@@ -59,10 +59,7 @@ class AvgPool2d(nn.AvgPool2d):
         )  # fmt: skip
 
 
-OURS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.MaxPool2d: MaxPool2d,
-    nn.AvgPool2d: AvgPool2d,
-}
+OURS: dict[type[nn.Module], type[nn.Module]] = {nn.MaxPool2d: MaxPool2d, nn.AvgPool2d: AvgPool2d}
 """Our class for each of torch's."""
 _RELEASED = {kind: kind.forward for kind in OURS}
 

@@ -19,6 +19,7 @@ from ..dispatch.path import log_once
 from ..neurons.attributes import CELL
 from ..neurons.sconv2dlstm import SConv2dLSTM
 from .layers import (
+    CONSTANT,
     ONE_CALL,
     PER_SAMPLE,
     THEIRS,
@@ -248,41 +249,32 @@ def _over_time(
     layers, shared = list(_layers(modules, "")), _shared_state(modules)
     # A shared state must change in the order of the loop, so all layers then run step by step.
     by_step = shared and f"layer {shared} is in several places and may keep a state"
-    out, before = x, ""
-    folded: torch.Size | None = None  # (T, N) while `out` has all steps as one batch
-    once = x[0] if lengths is None and is_constant(x) else None  # stands for all steps of `out`
     reports: list[LayerReport] = []
+    if lengths is None and by_step is None and is_constant(x):
+        x = _once(layers, x, reports)
+    out, before = x, ""
+    batch: torch.Size | None = None  # (T, N) while `out` has all steps as one batch
     while rest := layers[len(reports) :]:
         name, layer = rest[0]
         x = first_item(before, out)
-        whole = x if folded is None else x.unflatten(0, folded)
-        constant = once is not None
-        report = report_of(name, layer, whole, whole.dim() - 1, by_step, constant)
+        whole = x if batch is None else x.unflatten(0, batch)
+        report = report_of(name, layer, whole, whole.dim() - 1, by_step)
         if lengths is not None and not reports and report.kind != "sequence":
-            x = mask_padding(x, lengths)  # a NaN in the padding must not reach a gradient
-        if folded is not None and report.kind != "fold":
-            x, folded = whole, None
-        if report.kind != "once":
-            once = None
+            whole = mask_padding(whole, lengths)  # a NaN in the padding must not reach a gradient
         if report.kind == "step":
-            out = _step_by_step(rest, x, lengths, by_step, reports, constant and bool(reports))
+            out, batch = _step_by_step(rest, whole, lengths, by_step, reports), None
         elif report.kind == "sequence":
-            out = whole_sequence(name, layer, x, lengths, last=len(rest) == 1)
-            reports.append(report)
-        elif once is not None:
-            once = faster(layer)(once)
-            out = once.expand(len(whole), *once.shape)
+            out, batch = whole_sequence(name, layer, whole, lengths, last=len(rest) == 1), None
             reports.append(report)
         else:
-            if folded is None:
-                x, folded = x.flatten(0, 1), x.shape[:2]
-            out = faster(layer)(unshared(x, layer, constant and x.stride(0) == 0))
+            x = whole.flatten(0, 1) if batch is None else x
+            out, batch = faster(layer)(unshared(x, layer, x.stride(0) == 0)), whole.shape[:2]
             reports.append(report)
         before = reports[-1].name
-    if folded is not None:
-        out = out.unflatten(0, folded)
-    if once is not None and reports:
-        out = stack([once] * len(out))  # the caller may write to single steps
+    if batch is not None:
+        out = out.unflatten(0, batch)
+    if reports and reports[-1].kind == "once":
+        out = stack([out[0]] * len(out))  # the caller may write to single steps
     if lengths is not None and reports and reports[-1].reason in PER_SAMPLE:
         out = mask_padding(out, lengths)
     if not traced:
@@ -338,18 +330,27 @@ def _log_oddities(layers: list[Named], reports: list[LayerReport], batch_first: 
             log_once(layer, text, "layer %s (%s) of a stack %s", name, report.layer, text)
 
 
+def _once(layers: list[Named], x: Tensor, reports: list[LayerReport]) -> Tensor:
+    """Run the leading layers whose results are the same for all steps of a constant x."""
+    for name, layer in layers:
+        mixing = changed(layer) or not_per_sample(layer, x.dim() - 1)
+        if mixing is not None or getattr(layer, "inplace", False):
+            break
+        step = faster(layer)(x[0])
+        x = step.expand(len(x), *step.shape)
+        reports.append(LayerReport(name, type(layer).__name__, "once", CONSTANT))
+    return x
+
+
 def _step_by_step(
     layers: list[Named],
     x: Tensor,
     lengths: Tensor | None,
     by_step: str | None,
     reports: list[LayerReport],
-    repeated: bool,
 ) -> Any:
-    """Run the leading layers that go step by step over (T, N, ...), each step through all.
-
-    No layer may modify steps that are `repeated` in x.
-    """
+    """Run the leading layers that go step by step over (T, N, ...), each step through all."""
+    repeated = bool(reports) and reports[-1].kind == "once"  # no layer may modify a step of x
     outs: list[Any] = list(x.unbind(0))  # the gradient of each x[t] would be as large as x
     calls: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
     before = ""

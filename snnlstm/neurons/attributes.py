@@ -37,7 +37,7 @@ class CellAttributes(Base):
     _reset_mechanism: Reset
     _spec: CellSpec | None
     """What the attributes say; None while they contradict each other."""
-    _entry: Any
+    _entry: Any = None
     """The entry of the last call."""
     _initial_threshold: Any
     _layer_name: str = ""
@@ -45,11 +45,8 @@ class CellAttributes(Base):
 
     # ---- spec -----------------------------------------------------------------------------
 
-    def _describe(self) -> CellSpec:
-        """Return the spec of the attributes; an error says which of them contradict each other."""
-        return self._spec or self._make_spec()
-
     def _make_spec(self) -> CellSpec:
+        """Make the spec of the attributes; an error says which of them contradict each other."""
         options = spec.OPTIONS.values()
         described = {
             option.name: getattr(self, option.name) for option in options if option.describes
@@ -58,7 +55,6 @@ class CellAttributes(Base):
 
     def _remake_spec(self) -> None:
         """Make the spec again, at once, because torch.compile must find it ready."""
-        self._entry = None
         try:
             self._spec = self._make_spec()
         except ValueError:  # two attributes contradict each other until the second one is set

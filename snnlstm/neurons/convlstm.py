@@ -16,7 +16,7 @@ from ..calls import spec
 from ..calls.call import checked_call, dtype_source, state_tensor
 from ..calls.lengths import CheckedLengths, checked_lengths, held, mask_padding
 from ..calls.spec import Size
-from ..dispatch.entry import run_call, run_traced
+from ..dispatch.entry import find_entry, run_call, run_traced
 from ..dispatch.path import LastPath, log_fallback, log_once
 from ..dispatch.reasons import EXPORT, asked_every_call, beyond_forward
 
@@ -57,6 +57,8 @@ class ConvLSTMCell(nn.Module):
     """
 
     path = LastPath()
+    _entry: Any = None
+    """The entry of the last call."""
 
     def __init__(
         self,
@@ -142,9 +144,11 @@ class ConvLSTMCell(nn.Module):
         if traced:
             every, c, h, path = run_traced(call, self._spec, now, overrides)
         else:
-            every, c, h, path = run_call(self.__dict__, call, self._spec, now, overrides)
+            entry = find_entry(self._entry, call, self._spec, overrides)
+            self.__dict__["_entry"] = entry  # nn.Module.__setattr__ is slow
+            every, c, h, path = run_call(entry, call, now, overrides)
         if now is not EXPORT:
-            object.__setattr__(self, "_path", path)  # nn.Module.__setattr__ is slow
+            object.__setattr__(self, "_path", path)
             if path.slow and not traced:
                 log_fallback(path, self)
         return every, h, c

@@ -26,7 +26,7 @@ from ..compat.snntorch import (
     recognise_surrogate,
 )
 from ..compat.torch_private import NO_LEVEL, backward_pass, has_ended, level_of
-from ..dispatch.entry import last_entry, run_leaky
+from ..dispatch.entry import find_entry, run_leaky
 from ..dispatch.path import LastPath, Path, log_fallback
 from ..dispatch.reasons import RANDOM, operator_path, recorded_now
 from ..reference import leaky_step, real_dtype
@@ -36,7 +36,7 @@ from .state import NO_RESET, note_pass
 try:
     from ..native import leaky as kernels
     from ..native import leaky_operators as operators
-except ImportError:  # path.against_device says why
+except ImportError:  # reasons.against_device says why
     kernels = operators = None  # type: ignore[assignment]
 
 _TRACED = Path("reference", "torch.compile traces plain operators")
@@ -88,6 +88,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """
 
     path = LastPath()
+    _entry: Any = None
     registers_itself = True  # snnTorch's list has no place for it
     _base: str
     """Name of the method that is ``state_function``."""
@@ -234,7 +235,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         try:
             if replaced is not None:
                 return self._theirs(input_, mem, Path("reference", replaced, slow=True))
-            spk, after, path = run_leaky(self.__dict__, call, self._described(), recorded_now())
+            spk, after, path, self.__dict__["_entry"] = run_leaky(
+                self._entry, call, self._described(), recorded_now()
+            )
             if spk is None:
                 spk, after = self._plain(call, False)
         except RuntimeError:
@@ -256,7 +259,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             if lengths is not None:  # a NaN in the padding must not reach a gradient
                 x = mask_padding(x, lengths)
                 call = call._replace(x=x, mem=kernels.fitting(call.mem, x, True))
-            spk, mem, path = run_leaky(self.__dict__, call, self._described(True), None)
+            spk, mem, path, self.__dict__["_entry"] = run_leaky(
+                self._entry, call, self._described(True), None
+            )
         except RuntimeError:
             _explain(x, call.mem)
             raise
@@ -276,7 +281,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """
         if snntorch.replaced(self, TheirLeaky) is not None or recorded_now() is not None:
             return False
-        entry = last_entry(self.__dict__, self._called(x, None), self._described(sequence))
+        entry = find_entry(self._entry, self._called(x, None), self._described(sequence))
+        self.__dict__["_entry"] = entry
         return entry.fallback is None
 
     def _traced(self, x: Tensor, mem: Tensor | None, replaced: str | None) -> Any:
@@ -315,13 +321,13 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """Run a step in plain torch."""
         reset, delay = snntorch.STATE_FUNCTIONS[self._base], self.reset_delay
         if traced:
-            surrogate, (guard, number) = self._known, self._numbers
+            surrogate, (infinite, number) = self._known, self._numbers
         else:
             surrogate = self._described().surrogate
-            guard = (reset == "subtract" or not delay) and _may_be_infinite(call.threshold)
+            infinite = (reset == "subtract" or not delay) and _may_be_infinite(call.threshold)
             number = 0 if delay else int(self._parameter("reset_mechanism_val"))
         return leaky_step(
-            *call[:5], surrogate or self.spike_grad, reset, real_dtype(call.x, call.beta), guard,
+            *call[:5], surrogate or self.spike_grad, reset, real_dtype(call.x, call.beta), infinite,
             None if delay else number, self.state_quant or None, self.inhibition,
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..calls import algorithms, spec
+from ..calls import spec
 from ..calls.call import (
     Call,
     as_image,
@@ -23,17 +23,9 @@ from ..calls.call import (
 from ..calls.lengths import checked_lengths
 from ..calls.spec import CellSpec, Size
 from ..compat.registry import register
-from ..compat.torch_private import any_autocast
-from ..dispatch.entry import Results, run_call, run_traced
+from ..dispatch.entry import Results, find_entry, run_call, run_traced
 from ..dispatch.path import Path, log_fallback
-from ..dispatch.reasons import (
-    EXPORT,
-    NATIVE_PATHS,
-    asked_every_call,
-    operators,
-    plain_while_tracing,
-    reason_against_conv,
-)
+from ..dispatch.reasons import EXPORT, asked_every_call, is_usual_step
 from ..reference import Overrides
 from .attributes import CellAttributes
 from .state import State
@@ -166,7 +158,7 @@ class SConv2dLSTM(CellAttributes):
         shape = real_tensor("threshold", threshold).shape
         channel_broadcast("threshold", shape, out_channels, self._dims)
 
-        self._spec, self._entry = None, None
+        self._spec = None
         self._initial_threshold = (
             threshold.detach().cpu().clone() if isinstance(threshold, Tensor) else threshold
         )
@@ -181,7 +173,7 @@ class SConv2dLSTM(CellAttributes):
         self.stride, self.dilation = stride, dilation
         self.checkpoint, self.batch_first = checkpoint, batch_first
         self._reset_mechanism = spec.reset_name(reset_mechanism)
-        self.padding = self._describe().padding[-self._dims :]
+        self.padding = self._make_spec().padding[-self._dims :]
 
         conv = self._conv_kind(
             in_channels + out_channels, 4 * out_channels, kernel[-self._dims :],
@@ -277,84 +269,38 @@ class SConv2dLSTM(CellAttributes):
             if x is not None:
                 raise TypeError("forward takes x or input_, which mean the same, got both")
             x = input_
-        # The functions below get this as an argument.
-        traced = torch.compiler.is_compiling()
-        described = self._spec or self._describe()
-        if traced and lengths is None and record is False:
-            results = self._traced_step(x, syn, mem, described)
-            if results is not None:
-                self._keep(False, results, True)
-                return results[0] if self.init_hidden and not self.output else results[:3]
-        now, overrides = self._asked(described, traced)
-        results, call = None, None
-        if overrides is None and not traced:
-            call = self._unchecked(x, syn, mem, record, lengths)
-            if call is not None:
-                results = run_call(self.__dict__, call, described, now, checked=False)
-        if call is None or results is None:
-            call = self._checked(x, syn, mem, record, lengths, traced)
-            channels = self.in_channels, self.out_channels
-            now, overrides = self._asked(described, traced, channels)
-            if traced:
-                results = run_traced(call, described, now, overrides)
-            else:
-                results = run_call(self.__dict__, call, described, now, overrides)
-        spk, syn, mem, path = results
-        if self._dims == 1:
-            fresh = path.native and not traced
-            spk, syn, mem = (_of_length(result, fresh) for result in (spk, syn, mem))
-        out = spk, syn, mem
-        if self.batch_first:
-            out = batch_before_time(call, True, spk, syn, mem)
-        if now is not EXPORT:  # tracers must not outlive the export in the cell
-            self._keep(call.record, (out[0], syn, mem, path), traced)
-        return out[0] if self.init_hidden and not self.output else out
+        traced, described = torch.compiler.is_compiling(), self._spec or self._make_spec()
+        call, entry, now, overrides = self._call(x, syn, mem, record, lengths, described, traced)
+        if traced:
+            results = run_traced(call, described, now, overrides, entry)
+        else:
+            self.__dict__["_entry"] = entry
+            results = run_call(entry, call, now, overrides)
+        return self._return(call, results, now, traced)
 
-    def _traced_step(self, x: Any, syn: Any, mem: Any, spec: CellSpec) -> Results | None:
-        """Run a plain step that torch.compile traces; None if a step needs a closer look.
+    def _call(
+        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec, traced: bool
+    ) -> tuple[Call, Any, Path | None, Overrides | None]:
+        """Return the call, its entry, and what :meth:`_asked` returns.
 
-        The compiler takes some 0.04 ms for each bytecode. So this function asks little in few of
-        them, and leaves the errors of tensors that do not fit to the operator's fake kernel.
+        A call like one that was checked before is not checked again. If torch.compile traces, the
+        entry is whether the call is a usual step.
         """
-        attributes, conv, state = self.__dict__, self._modules.get("conv"), self._state
-        if (
-            conv is None or not plain_while_tracing(type(self), _RELEASED)
-            or reason_against_conv(conv, nn.Conv2d, spec) is not None
-            or not spec.traceable
-            or ((syn is None or mem is None) and state.restarted)
-        ):  # fmt: skip
-            return None
-        inside = conv.__dict__
-        for name in ("conv", "threshold", "graded_spikes_factor", "fire", "mem_reset"):
-            if name in attributes:  # it hides the class's or the registered one
-                return None
-        if "weight" in inside or "bias" in inside:
-            return None
-        syn, mem = state.syn if syn is None else syn, state.mem if mem is None else mem
-        weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
-        graded, threshold = map(self._buffers.get, ("graded_spikes_factor", "threshold"))
-        if threshold is None:
-            threshold = self._parameters.get("threshold")
-        for tensor in (x, syn, mem, weight, threshold, graded):
-            if not isinstance(tensor, Tensor):
-                return None
-        dtype, device, algorithm = x.dtype, x.device, algorithms.current
-        if (
-            x.dim() != 4 or 0 in x.shape or device.type not in NATIVE_PATHS or any_autocast()
-            or dtype not in (torch.float32, torch.float64) or algorithm == "reference"
-            or not dtype == syn.dtype == mem.dtype == weight.dtype == threshold.dtype
-            or graded.dtype != dtype or (bias is not None and bias.dtype != dtype)
-            or (x.shape[0], self.out_channels, *spec.state_size(*x.shape[2:])) != syn.shape
-            or syn.shape != mem.shape or threshold.dim() or graded.dim() or graded.requires_grad
-            or not threshold.device == graded.device == device
-        ):  # fmt: skip
-            return None
-        tensors = x, syn, mem, weight, bias, threshold, graded, None
-        assert operators is not None
-        out = operators.run_tensors(tensors, False, None, spec.serialized, algorithm)
-        return (*out, NATIVE_PATHS[device.type])
+        now, overrides = self._asked(spec, traced)
+        if overrides is None and (now is None or not traced):
+            usual = self._unchecked(x, syn, mem, record, lengths, spec, traced)
+            if usual is not None:
+                entry = traced or find_entry(self._entry, usual, spec, checked=False)
+                if entry is not None:
+                    return usual, entry, now, None
+        call = self._checked(x, syn, mem, record, lengths, spec, traced)
+        now, overrides = self._asked(spec, traced, (self.in_channels, self.out_channels))
+        entry = not traced and find_entry(self._entry, call, spec, overrides)
+        return call, entry, now, overrides
 
-    def _unchecked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any) -> Call | None:
+    def _unchecked(
+        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec, traced: bool
+    ) -> Call | None:
         """Return the call as it came, if nothing in it needs a conversion."""
         if record is not False and record is not True:  # 1.0 and NumPy's True equal True in a key
             return None
@@ -371,11 +317,13 @@ class SConv2dLSTM(CellAttributes):
             threshold = self._parameters.get("threshold")
         if syn is None or mem is None:
             state = self._state
-            if not state.is_current():
+            if not state.is_current(traced):
                 return None
             syn = state.syn if syn is None else syn
             mem = state.mem if mem is None else mem
         try:
+            if traced and (record or lengths is not None):
+                return None
             sequence = x.dim() == self._dims + 3
             if sequence and self.batch_first:
                 x = x.transpose(0, 1)
@@ -387,11 +335,14 @@ class SConv2dLSTM(CellAttributes):
             if self._dims == 1:
                 x, syn, mem, weight = map(as_image, (x, syn, mem, weight))
                 threshold, graded = as_image(threshold), as_image(graded)
+            call = Call(x, syn, mem, weight, bias, threshold, graded, lengths, record)
+            return call if not traced or is_usual_step(call, spec) else None
         except (AttributeError, KeyError, RuntimeError):
             return None  # an argument is no tensor or a sparse one, or conv lacks a parameter
-        return Call(x, syn, mem, weight, bias, threshold, graded, lengths, record)
 
-    def _checked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool) -> Call:
+    def _checked(
+        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec, traced: bool
+    ) -> Call:
         """Return the call, after a check of every argument."""
         if type(self.conv) is self._conv_kind:
             weight, bias = self.conv.weight, self.conv.bias
@@ -405,15 +356,15 @@ class SConv2dLSTM(CellAttributes):
 
         return checked_call(
             x, weight, bias, self.threshold, self.graded_spikes_factor,
-            (self.in_channels, self.out_channels), self._describe(), state_of,
+            (self.in_channels, self.out_channels), spec, state_of,
             record=record, lengths=lengths, batch_first=self.batch_first, traced=traced,
             dims=self._dims,
         )  # fmt: skip
 
     def _asked(
-        self, described: CellSpec, traced: bool, channels: tuple[int, int] | None = None
+        self, spec: CellSpec, traced: bool, channels: tuple[int, int] | None = None
     ) -> tuple[Path | None, Overrides | None]:
-        """Return what every call checks; see :func:`path.asked_every_call`."""
+        """Return what every call checks; see :func:`reasons.asked_every_call`."""
         kind, attributes = type(self), self.__dict__
         fire = mem_reset = None
         if kind.fire is not _FIRE or "fire" in attributes:
@@ -423,30 +374,40 @@ class SConv2dLSTM(CellAttributes):
         # The conv may be a plain function, and may lie in __dict__.
         conv: Any = attributes.get("conv") or attributes["_modules"].get("conv") or self.conv
         now, overrides = asked_every_call(
-            conv, self._conv_kind, described, channels, fire, mem_reset, traced
+            conv, self._conv_kind, spec, channels, fire, mem_reset, traced
         )
         if overrides is not None and overrides.conv is not None:
             overrides = overrides._replace(conv=self._on_images(conv))
         return now, overrides
 
-    def _keep(self, record: bool, results: Results, traced: bool) -> None:
-        """Keep the results of a call that succeeded: spk as returned, and states of (T, N, ...)."""
+    def _return(
+        self, call: Call, results: Results, now: Path | None, traced: bool
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Keep the results of a call that succeeded, and return what the user gets of them."""
         spk, syn, mem, path = results
-        if traced:  # dynamo follows attributes, not dictionaries
-            object.__setattr__(self, "_path", path)  # nn.Module's takes long to trace
-            object.__setattr__(self, "spk", spk)
-        else:  # nn.Module.__setattr__ is slow
-            attributes = self.__dict__
-            attributes["_path"], attributes["spk"] = path, spk
-            if path.slow:
-                log_fallback(path, self)
-            else:
-                attributes.pop("reset", None)
-        if not record:
-            self._state.store(syn, mem, traced)
-        elif syn.shape[0] > 0:  # a sequence without a step leaves the states as they were
-            # The states are copies: snnTorch detaches states in place, which views refuse.
-            self._state.store(syn[-1].clone(), mem[-1].clone(), traced)
+        if self._dims == 1:
+            fresh = path.native and not traced
+            spk, syn, mem = (_as_signal(result, fresh) for result in (spk, syn, mem))
+        out = spk, syn, mem
+        if self.batch_first:
+            out = batch_before_time(call, True, spk, syn, mem)
+        if now is not EXPORT:  # tracers must not outlive the export in the cell
+            if traced:  # dynamo follows attributes, not dictionaries
+                object.__setattr__(self, "_path", path)  # nn.Module's takes long to trace
+                object.__setattr__(self, "spk", out[0])
+            else:  # nn.Module.__setattr__ is slow
+                attributes = self.__dict__
+                attributes["_path"], attributes["spk"] = path, out[0]
+                if path.slow:
+                    log_fallback(path, self)
+                else:
+                    attributes.pop("reset", None)
+            if not call.record:
+                self._state.store(syn, mem, traced)
+            elif syn.shape[0] > 0:  # a sequence without a step leaves the states as they were
+                # The states are copies: snnTorch detaches states in place, which views refuse.
+                self._state.store(syn[-1].clone(), mem[-1].clone(), traced)
+        return out[0] if self.init_hidden and not self.output else out
 
     def _on_images(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Wrap the user's code, which takes signals if the cell does, so that it takes images."""
@@ -459,15 +420,17 @@ class SConv2dLSTM(CellAttributes):
 
         mem is quantised, thresholded and multiplied with the graded factor.
         """
-        threshold, graded, spec = self.threshold, self.graded_spikes_factor, self._describe()
+        threshold, graded = self.threshold, self.graded_spikes_factor
+        spec = self._spec or self._make_spec()
         return reference.fire(mem, threshold, graded, spec.surrogate, spec.quant, spec.inhibition)
 
     def mem_reset(self, mem: Tensor) -> Tensor:
         """Reset signal of a membrane potential: 1 where it exceeds the threshold, detached."""
-        return reference.reset_signal(mem, self.threshold, self._describe().surrogate)
+        spec = self._spec or self._make_spec()
+        return reference.reset_signal(mem, self.threshold, spec.surrogate)
 
 
-def _of_length(image: Tensor, fresh: bool) -> Tensor:
+def _as_signal(image: Tensor, fresh: bool) -> Tensor:
     """(..., 1, L) as (..., L), not a view: snnTorch detaches states in place, which views refuse.
 
     `fresh` says that autograd has saved nothing in the tensor's memory.
@@ -478,7 +441,7 @@ def _of_length(image: Tensor, fresh: bool) -> Tensor:
 _NEVER_CALLED = (
     "_base_state_function", "_base_state_reset_zero", "_base_sub", "_base_zero", "_base_int",
 )  # fmt: skip
-_RELEASED = _FIRE, _MEM_RESET = SConv2dLSTM.fire, SConv2dLSTM.mem_reset
+_FIRE, _MEM_RESET = SConv2dLSTM.fire, SConv2dLSTM.mem_reset
 
 
 class SConv1dLSTM(SConv2dLSTM):

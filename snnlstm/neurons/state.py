@@ -134,8 +134,10 @@ class State:
         """Whether a call may continue from the stored states: they are not another pass's."""
         return backward_pass() in (-1, self.stored_in)
 
-    def is_current(self) -> bool:
+    def is_current(self, traced: bool) -> bool:
         """Whether the stored states may be read without a closer look."""
+        if traced:
+            return not self.restarted
         return level_of(self.syn) == level_of(self.mem) == NO_LEVEL and self.readable()
 
     def before(

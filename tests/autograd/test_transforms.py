@@ -94,7 +94,7 @@ def test_an_x_that_outlived_vmap_is_refused_by_name(make, later, time, algorithm
 
 
 @pytest.mark.parametrize("name", ["x", "syn", "mem"])
-def test_what_outlived_a_derivative_is_refused_by_name(name):
+def test_a_tensor_that_outlived_a_derivative_is_refused_by_name(name):
     """torch reads such tensors, and the kernels do not."""
     shapes = {"x": (1, 2, 5, 5), "syn": (1, 3, 5, 5), "mem": (1, 3, 5, 5)}
     given = {key: torch.rand(shape) for key, shape in shapes.items()}

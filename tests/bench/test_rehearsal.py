@@ -270,7 +270,7 @@ def test_a_layer_that_raises_an_error_ends_no_other_one(monkeypatch, tmp_path, c
     assert capsys.readouterr().out.count("WRONG") == len(out.read_text().splitlines()) - 1 == 4
 
 
-def test_rows_without_time_are_not_run_and_their_step_has_not_passed(tmp_path, capsys, monkeypatch):
+def test_cases_beyond_the_time_limit_are_not_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(machine, "peak", lambda setting: 100.0)
     two = [word for name in "ab" for word in ("--shape", f"2 1 2 4 6 6 3 name={name}")]
     limit = ["--seconds", "0.01", "--providers", "sequence", "--mode", "inference"]

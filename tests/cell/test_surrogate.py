@@ -90,7 +90,7 @@ def test_snntorchs_closures_and_objects_are_recognised(name, kwargs):
 
 
 @each_of_snntorch
-def test_they_are_recognised_among_fake_tensors(name, kwargs):
+def test_snntorchs_surrogates_are_recognised_in_a_fake_tensor_mode(name, kwargs):
     with FakeTensorMode():
         cell = ours(spike_grad=getattr(theirs, name)(**kwargs))
         assert [tuple(out.shape) for out in cell(torch.rand(1, 2, 5, 5))] == [(1, 3, 5, 5)] * 3

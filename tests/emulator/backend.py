@@ -51,7 +51,7 @@ class Emulated(cuda.Backend):
         super().__init__(core)
         self._device, self.algorithm, self.tile = device, algorithm, tile
 
-    def guard(self, device: torch.device) -> AbstractContextManager:
+    def on_device(self, device: torch.device) -> AbstractContextManager:
         return _readable_reports()
 
     def device(self, device: torch.device) -> Any:

@@ -53,7 +53,7 @@ def run(core, facts, given, absent=""):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_results_are_the_cpus(core, name):
+def test_results_of_emulated_cuda_equal_the_cpus(core, name):
     core.settings.seed = 1
     facts, given = CALLS[name], tensors(GIVEN, *CALLS[name])
     for k, number in enumerate((torch.nan, torch.inf, -torch.inf) if "NaN" in name else ()):

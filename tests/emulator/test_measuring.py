@@ -181,6 +181,6 @@ def test_a_plan_is_named_while_another_thread_measures():
                 yield key, core
 
     passes = cuda.Passes.__new__(cuda.Passes)
-    passes.backend, passes._name = SimpleNamespace(name=lambda: "cuda"), None
+    passes.backend = SimpleNamespace(name=lambda: "cuda")
     passes._measured = Growing({(False,): SimpleNamespace(name="fused")})
-    assert passes.name == "cuda-measured-fused"
+    assert passes._named() == "cuda-measured-fused"

@@ -297,7 +297,7 @@ def test_gradients_and_places_may_come_back_in_another_form():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_places_that_a_hook_spoils_reach_no_other_memory(channels_last):
+def test_an_argmax_that_a_hook_spoils_reaches_no_other_memory(channels_last):
     x = images((1, 3, 9, 36), "random", torch.float32, channels_last).requires_grad_()
     for k in (2, 3, 17):
         options = {"kernel_size": k, "stride": 2, "padding": k // 2}

@@ -299,7 +299,7 @@ def test_without_gradients_steps_are_computed_in_pieces(monkeypatch, steps_at_on
             out.append(spk)
         return torch.stack(out)
 
-    monkeypatch.setattr(loop_steps, "PIECE", steps_at_once * N * 6 * 4)
+    monkeypatch.setattr(loop_steps, "MOST_BYTES", steps_at_once * N * 6 * 4)
     pieces = -(-T // steps_at_once)
     expect(check(forward, training=False), leaky=pieces, linear=pieces)
     expect(check(forward, training=True), leaky=1, linear=1)

@@ -238,6 +238,14 @@ def _views_without_gradients(net, x):
     return steps, views
 
 
+def _first_without_gradient(net, x):
+    mem, spks = net.lif1.reset_mem(), []
+    for t, x_t in enumerate(x):
+        spk, mem = net.lif1(net.fc1(x_t) if t else x_t.detach(), mem)
+        spks.append(spk)
+    return spks
+
+
 # What is returned of x, (T, N, 6); the comparison includes strides, and who shares memory.
 RELATED = {
     "an equal call and a step of it": lambda net, x: (x * 2, (x * 2)[0]),
@@ -263,7 +271,9 @@ RELATED = {
         F.max_pool2d(image.unsqueeze(0), 3, 1, 1)
         for image in x[:, None].expand(T, 6, N, 6).permute(0, 2, 3, 1)
     ],
+    "transposed": lambda net, x: [net.fc1(x_t).t() * 2 for x_t in x],
     "a view within no_grad": _views_without_gradients,
+    "a first step without a gradient": _first_without_gradient,
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ print(*local_version.plan(), sep="|")
     return plan
 
 
-def test_the_first_compiler_counts(add, plan, tmp_path):
+def test_the_first_compiler_that_is_found_is_used(add, plan, tmp_path):
     """Of CUDACXX, CUDA_HOME, PATH, the pip package and the default place."""
     environment = {"SNNLSTM_CUDA": "on"}
     assert plan()[2] == "no CUDA compiler found"

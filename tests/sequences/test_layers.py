@@ -255,7 +255,7 @@ def test_batch_first_leaves_a_number_a_step_as_it_is():
     assert rate.shape == (T,)
 
 
-def test_a_sum_and_a_multiple_take_sequences():
+def test_stacks_that_are_added_or_multiplied_take_sequences():
     net = snnlstm.Sequential(hidden(2, 2, 3), nn.ReLU(), batch_first=True)
     for made, layers in ((net + nn.Sequential(nn.Flatten()), 3), (net * 2, 4), (2 * net, 4)):
         assert type(made) is snnlstm.Sequential

@@ -48,7 +48,8 @@ def run(*arguments) -> Three:
         if torch.compiler.is_compiling():
             *out, path = snnlstm.dispatch.entry.run_traced(call, spec, None)
         else:
-            *out, path = snnlstm.dispatch.entry.run_call({}, call, spec, None)
+            entry = snnlstm.dispatch.entry.find_entry(None, call, spec)
+            *out, path = snnlstm.dispatch.entry.run_call(entry, call, None)
             assert path.native, path
             _last = path.name
     return tuple(out)

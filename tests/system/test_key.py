@@ -166,8 +166,8 @@ def test_each_item_of_a_guard_is_needed(name, monkeypatch):
     guarded, place = snnlstm.dispatch.entry._guarded, ITEMS.index(name)
 
     def less(*args: Any) -> tuple[Any, ...]:
-        items = guarded(*args)
-        return *items[:place], *items[place + 1 :]
+        tensors, items = guarded(*args)
+        return tensors, (*items[:place], *items[place + 1 :])
 
     monkeypatch.setattr(snnlstm.dispatch.entry, "_guarded", less)
     assert after(first, second, monkeypatch) != expected
