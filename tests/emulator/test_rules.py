@@ -26,6 +26,7 @@ CHOSEN = [
     ((8, 32, 64, 32, 32), "t4", "float32", True, "fused"),
     ((8, 32, 64, 32, 32), "4090", "float32", True, "cudnn"),  # loads bind the plain cores
     ((16, 128, 128, 8, 8), "4090", "tf32", False, "cudnn"),  # few pixels, a long K
+    ((256, 8, 64, 5, 5), "h100", "tf32", False, "cudnn"),  # tiles that images fill in part
     ((1, 32, 1, 720, 1580), "t4", "float32", True, "cudnn"),  # one channel of 16 columns
     ((8, 64, 128, 32, 32), "h100", "tf32", True, "cudnn"),  # wgmma
     ((16, 64, 128, 32, 32), "b200", "bf16", False, "cudnn"),
