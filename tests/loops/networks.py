@@ -237,25 +237,6 @@ class Learned(Layers):
         super().__init__(learn_beta=True, learn_threshold=True)
 
 
-class Hidden(nn.Module):
-    """Keeps all states, and resets them within forward; x (T, N, 2, H, W)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = cell(2, 3, 3, init_hidden=True, avg_pool=2)
-        self.fc = nn.Linear(3 * 3 * 3, 5)
-        self.lif = leaky(init_hidden=True, output=True)
-
-    def forward(self, x: Tensor) -> Any:
-        utils.reset(self)
-        spikes, mems = [], []
-        for x_t in x:
-            spk, mem = self.lif(self.fc(self.cell(x_t).flatten(1)))
-            spikes.append(spk)
-            mems.append(mem)
-        return torch.stack(spikes), torch.stack(mems)
-
-
 class LearnedCell(nn.Module):
     """Learns the threshold of a cell, whose first state it is given; x (T, N, 2, H, W)."""
 
@@ -337,19 +318,6 @@ class Twice(Layers):
         return torch.stack(out)
 
 
-class Again(Layers):
-    """Calls one Leaky twice in a step, the second time on its own spikes."""
-
-    def forward(self, x: Tensor) -> Any:
-        mem, _ = self.start()
-        out = []
-        for x_t in x:
-            spk, mem = self.lif1(self.fc1(x_t), mem)
-            spk, mem = self.lif1(spk, mem)
-            out.append(spk)
-        return torch.stack(out)
-
-
 class Scale(torch.autograd.Function):
     """Doubles, and triples gradients."""
 
@@ -380,7 +348,6 @@ NETWORKS = {
         events, ((T, N, 2, 10, 10),), merged(1, 3, conv=2), run=over_events
     ),
     "documentation": Network(Documentation, ((N, T, 1, 8, 8),), merged(1, 1, cell=2)),
-    "hidden": Network(Hidden, (IMAGES,), merged(1, 1, cell=1)),
     "for step in x": Network(Layers, (FLAT,), merged()),
     "unbind": Network(Unbound, (FLAT,), merged()),
     "x[:, t]": Network(BatchFirst, ((N, T, 6),), merged()),
@@ -393,8 +360,6 @@ NETWORKS = {
     "branches": Network(Branches, (FLAT,), merged(3, 3)),
     "interleaved": Network(Interleaved, (FLAT,), merged(5, 4)),
     "twice, apart": Network(Twice, (FLAT, FLAT), merged(3, 4)),  # fc2 has the steps of both
-    # The second call of a step and the first of the next one need no spikes of each other.
-    "twice, one state": Network(Again, (FLAT,), merged(1, T + 1)),
     "dyadic": Network(Exact, (FLAT,), merged(), dtype=torch.float32, exact=True),
     "bfloat16": Network(Half, (FLAT,), merged(), dtype=torch.bfloat16, exact=True, rounding=0.03),
     "float16": Network(Half, (FLAT,), merged(), dtype=torch.float16, exact=True, rounding=4e-3),
