@@ -359,18 +359,26 @@ CHANGED: dict[str, Any] = {
     "graded": parameter("graded_spikes_factor", torch.tensor(-2.0)),
     "mem": lambda layer: setattr(layer, "mem", layer.mem.t().contiguous().t()),
     "mem of float64": lambda layer: setattr(layer, "mem", layer.mem.double()),
+    "init_hidden": lambda layer: setattr(layer, "init_hidden", True),
+    "a closure": lambda layer: setattr(layer, "spike_grad", snntorch.surrogate.fast_sigmoid(8)),
 }
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("change", CHANGED)
-def test_what_changes_after_a_call_takes_effect(change: str) -> None:
+def test_what_changes_after_a_call_takes_effect(change: str, compiled: bool) -> None:
+    """Also in a call that is compiled already."""
     found, x = [], currents(3, 5)
-    for layer in leaky_twins(graded_spikes_factor=torch.tensor(0.5)):
+    for layer in leaky_twins(graded_spikes_factor=torch.tensor(0.5), output=True):
+        call = layer
+        if compiled and isinstance(layer, snnlstm.Leaky):
+            call = torch.compile(layer, backend="eager", fullgraph=True)
         for x_t in x[:2]:
-            layer(x_t)
+            call(x_t)
         CHANGED[change](layer)
         x_t = x[2].clone().requires_grad_()
-        spk, mem = layer(x_t)
+        spk, mem = call(x_t)
         (grad,) = torch.autograd.grad(spk.sum() + mem.square().sum(), x_t)
         found.append((spk, mem, grad.to(mem.dtype)))
     close(*found, atol=1e-6)

@@ -154,7 +154,7 @@ def test_reset_hidden_and_detach_hidden_reach_all_living_cells(library):
     [
         {"state_quant": snntorch.functional.quant.state_quant(4)},  # snnTorch's cell raises here
         {"reset_mechanism": "zero", "avg_pool": 2},
-        {"stride": 2, "inhibition": True},
+        {"stride": 2},
     ],
     ids=described,
 )
