@@ -109,7 +109,6 @@ def test_hooks_may_bring_lengths_back_in_other_memory(backend, way):
         return torch.stack([tensor, -tensor - 1], 1)[:, 0] if lengths else tensor
 
     def found(packed: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-
         torch.manual_seed(0)
         given = padded_inputs()
         with torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor):

@@ -75,28 +75,11 @@ def passed(name, change):
     return changed
 
 
-def past(name):
-    """Python finds such an attribute before nn.Module finds the parameter of its name."""
-
-    @contextmanager
-    def changed(cell, given):
-        other = ours(seed=3, threshold=0.05)
-        other.graded_spikes_factor.fill_(2)
-        holder, source = (cell.conv, other.conv) if name in ("weight", "bias") else (cell, other)
-        object.__setattr__(holder, name, getattr(source, name))
-        yield
-        object.__delattr__(holder, name)
-
-    return changed
-
-
 # What changes after a call; the next one computes what a cell does that was not called before.
 # test_key.py has all that a key tells apart.
 CHANGES = {
     "dtype": with_data(Tensor.double),
     "shape": with_data(lambda t: t[..., :1, :1].clone() if t.dim() == 4 else t),
-    **{f"{name} past nn.Module": past(name) for name in
-       ("weight", "bias", "threshold", "graded_spikes_factor", "conv")},
     "record is 1.0": passed("record", lambda _: 1.0),
 }  # fmt: skip
 # These change no result.
