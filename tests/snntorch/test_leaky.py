@@ -171,16 +171,7 @@ def test_plain_torch_runs(reason: str, caplog: Any) -> None:
     assert [reason in message for message in caplog.messages] == [True]  # once
 
 
-@native
-def test_a_call_runs_what_state_function_says(backend: Any) -> None:
-    layer, other = leaky_twins()
-    for neuron in (layer, other):
-        neuron.reset_mechanism = "zero"  # changes no call, as in snnTorch
-    alike(backend, layer, other, currents(3, 5))
-    for neuron in (layer, other):
-        neuron.state_function = neuron._base_zero
-        neuron.reset_mem()
-    alike(backend, layer, other, currents(3, 5))
+def test_a_state_function_that_was_set_runs() -> None:
     for chosen in (lambda x: x, torch.nn.Identity()):
         layer = leaky_twins()[0]
         layer.state_function = chosen

@@ -70,23 +70,6 @@ def test_layers_are_not_kept_alive(make):
     assert not snntorch.SpikingNeuron.instances
 
 
-def test_the_layers_may_be_walked_while_a_cell_dies():
-    """Python clears all weak references to an object, and then calls their callbacks in turn."""
-    walks = []
-
-    def walk(_):
-        snntorch.SConv2dLSTM.reset_hidden()
-        snntorch.SConv2dLSTM.detach_hidden()
-        walks.append(True)
-
-    cell = ours()
-    seen = weakref.ref(cell, walk)
-    del cell
-    gc.collect()
-    assert seen() is None
-    assert walks
-
-
 @made
 @pytest.mark.parametrize("library", [snntorch, snnlstm])
 def test_each_library_reaches_every_living_layer(library, make):
