@@ -35,8 +35,6 @@ from tests.shared.cases import (
     Options,
     cases,
     drawing,
-    options,
-    padded,
 )
 from tests.shared.checks import check_gradients, check_results
 from tests.shared.cpu_kernels import ISAS, Kernels, native, use
@@ -48,7 +46,6 @@ WAYS = ("one call", "steps", "chunks", "a cell's calls", "a cell's chunks")
 LAID_OUT = ("x", "states", "weight", "gradients")
 BY_STEPS = ("steps", "a cell's calls")
 ROUND = 100  # examples of a seed
-_MOST_WORK = 3_000_000  # multiply-adds of a gate, over all steps
 _DTYPES = (*[torch.float32] * 4, *[torch.float64] * 2, torch.float16, torch.bfloat16)
 
 
@@ -150,45 +147,12 @@ def check(
     raise AssertionError
 
 
-@st.composite
-def large_cases(draw: Any) -> Case:
-    """Draws larger sizes than :func:`cases.cases` does, within _MOST_WORK."""
-
-    def mostly_small(most: int) -> int:
-        return min(draw(st.integers(1, most)), draw(st.integers(1, most)))
-
-    height, width = mostly_small(40), mostly_small(40)
-    chosen = draw(options(height, width))
-    if draw(st.booleans()):
-        far = st.tuples(st.integers(1, 20), st.integers(1, 20))
-        chosen = replace(
-            chosen, stride=draw(far), dilation=draw(far), pool="none", pool_size=(1, 1)
-        )
-    case = replace(
-        draw(cases(_DTYPES)), options=chosen, height=height, width=width,
-        time=mostly_small(40) if chosen.sequence else 1, batch=mostly_small(9),
-        in_channels=mostly_small(100), channels=mostly_small(80),
-        density=draw(st.sampled_from([1.0, 0.3, 0.1, 0.02, 0.0])),
-        gain=draw(st.sampled_from([1.0, 1.0, 1.0, 1e-3, 0.1, 10.0, 100.0])),
-    )  # fmt: skip
-    while _work(case) > _MOST_WORK:  # halve the largest size, but for the image's
-        names = ("time", "batch", "channels", "in_channels")
-        largest = max(names, key=lambda name: getattr(case, name))
-        case = replace(case, **{largest: getattr(case, largest) // 2})
-    return padded(draw, case)
-
-
-def _work(case: Case) -> int:
-    (kh, kw), (n, c, ho, wo) = case.options.kernel_size, case.state_shape
-    return case.time * n * ho * wo * kh * kw * c * (case.in_channels + c)
-
-
 def _subsets(names: tuple[str, ...]) -> st.SearchStrategy[tuple[str, ...]]:
     return st.sets(st.sampled_from(names), min_size=1).map(lambda s: tuple(sorted(s)))
 
 
 ARGUMENTS: dict[str, st.SearchStrategy] = {
-    "case": st.one_of(cases(), large_cases()),
+    "case": st.one_of(cases(), cases(_DTYPES, large=True)),
     # Every processor draws the same examples, and runs those of another one by what it has.
     "isa": st.sampled_from(["baseline", "avx2", "wide", "avx512"]).map(
         lambda isa: isa if isa in ISAS else ISAS[-1]

@@ -125,15 +125,6 @@ class TestPrograms(Programs.TestCase):
     pass
 
 
-@pytest.mark.parametrize("names", [("syn",), ("mem",), ("syn", "mem")], ids=" and ".join)
-def test_a_passed_state_takes_the_place_of_the_stored_one(names):
-    cell, oracle = twins(threshold=0.0625, reset_mechanism="subtract")
-    for t, x in enumerate(steps(6, 2, 2, 5, 6)):  # every second call continues from what is stored
-        drawn = dict(zip(("syn", "mem"), states(2, 3, 5, 6, seed=t), strict=True))
-        passed = {name: drawn[name] for name in names if t % 2}
-        close(cell(x, **passed), oracle(x, **passed))
-
-
 def test_zeros_of_a_wrong_size_that_have_a_history_or_other_channels_are_refused():
     cell, x = ours(), torch.zeros(2, 2, 6, 7)
     learned = torch.zeros(1, 3, 6, 7, requires_grad=True)

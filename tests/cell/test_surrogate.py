@@ -171,7 +171,7 @@ def test_the_kernels_spike_reset_and_differentiate_exactly_at_edges(backend, nam
 
 
 @pytest.mark.parametrize("last", ["x", "states", "both", "none"])
-def test_SSO_draws_the_noise_of_snntorchs_steps_whatever_the_form_and_layout(backend, last):
+def test_SSO_draws_the_noise_of_snntorchs_steps_whatever_the_form_and_layout(last):
     """The last step draws first. The numbers are those of contiguous tensors."""
     x, (syn, mem), grads = steps(3, 2, 2, 6, 8), states(2, 3, 6, 8), []
     for make, kind in ((ours, surrogate), (cell_of_snntorch, theirs)):
@@ -181,8 +181,7 @@ def test_SSO_draws_the_noise_of_snntorchs_steps_whatever_the_form_and_layout(bac
                 if last in names:
                     given[k] = given[k].movedim(-3, -1).contiguous().movedim(-1, -3)
             spk = cell(*given)[0]
-            backend.check(cell.path, native=False)
-            assert not backend.native or cell.path.reason == "spike_grad draws random numbers"
+            assert str(cell.path) == "reference (spike_grad draws random numbers)"
         else:
             spk = torch.stack([cell(x[0], syn, mem)[0], *(cell(x_t)[0] for x_t in x[1:])])
         torch.manual_seed(4)

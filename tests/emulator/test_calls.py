@@ -189,18 +189,6 @@ def test_cudnn_convolves_x_of_several_steps_at_once(core, monkeypatch, mode, ste
     torch.testing.assert_close(actual[1:], expected[1:], atol=3 * mode.error, rtol=0)
 
 
-def test_every_new_value_of_a_weight_is_seen(core):
-    """The kernels pack a weight again whose address and version a change has left as they were."""
-    inputs = PLAIN.inputs()
-    with core.installed(), torch.no_grad():
-        before = flat.run(*inputs, PLAIN.options)
-        version = inputs.weight._version
-        inputs.weight.data.mul_(2)
-        assert inputs.weight._version == version
-        after = flat.run(*inputs, PLAIN.options)
-    assert not torch.equal(before[1], after[1])
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("algorithm", ["direct", "cudnn"])
 @pytest.mark.parametrize(

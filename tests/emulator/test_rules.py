@@ -1,4 +1,4 @@
-"""The rules of csrc/cuda/rules.cpp beside the layers that decided them. Nothing runs here."""
+"""What the rules of csrc/cuda/rules.cpp choose. Nothing runs here."""
 
 from __future__ import annotations
 
@@ -14,37 +14,19 @@ NAMES = ("auto", "fused", "cudnn")
 # dtype, by csrc/args.h, and matrix, by csrc/cuda/pass.h; None: full precision.
 TYPES = {"tf32": (0, 1), "float32": (0, None), "fp16": (0, 3), "bf16": (3, 0), "float64": (1, 0)}
 
-# us of a forward step on paper, by a model without the host's part: cuDNN with our neurons, and our
-# step kernels. A layer is N, Cin, C, H, W. Images of one column have three taps of nine. A T4's
-# figures are of tiles with rows of several samples.
-PAPER = [
-    ((128, 22, 16, 129, 1), "h100", "tf32", 17, 15),
-    ((128, 22, 16, 129, 1), "4090", "tf32", 32, 19),
-    ((128, 22, 16, 129, 1), "t4", "float32", 93, 88),
-    ((128, 32, 64, 32, 1), "h100", "tf32", 16, 23),
-    ((128, 32, 64, 32, 1), "t4", "float32", 159, 151),
-    ((32, 1, 16, 22, 128), "h100", "tf32", 37, 42),
-    ((32, 1, 16, 22, 128), "a100", "tf32", 78, 66),
-    ((32, 1, 16, 22, 128), "4090", "tf32", 128, 77),
-    ((32, 1, 16, 22, 128), "t4", "float32", 488, 440),
-    ((32, 1, 16, 22, 128), "t4", "fp16", 327, 175),
-    ((12, 16, 32, 16, 24), "t4", "fp16", 42, 40),
-    ((16, 2, 32, 32, 32), "h100", "tf32", 20, 18),
-    ((16, 32, 64, 32, 32), "h100", "tf32", 50, 31),
-    ((16, 2, 32, 32, 32), "a100", "tf32", 44, 36),
-    ((16, 2, 32, 32, 32), "4090", "tf32", 73, 31),
-    ((16, 2, 32, 32, 32), "t4", "fp16", 132, 84),
-]
-# Backward likewise, with what has no figure on paper: a reason of rules.cpp each.
+# A layer (N, Cin, C, H, W), its card, dtype and direction, and what is chosen: a reason of
+# rules.cpp each.
 CHOSEN = [
-    ((32, 1, 16, 22, 128), "t4", "float32", True, "fused"),  # 909 for 1351
     ((16, 32, 64, 16, 16), "t4", "float64", False, "fused"),  # nothing is better for float64
     ((8, 64, 128, 32, 32), "t4", "bf16", False, "fused"),  # nor for bfloat16 on sm_75
-    ((1, 2, 16, 16, 16), "t4", "float32", False, "fused"),  # the launches of torch take longer
+    ((1, 8, 16, 16, 16), "t4", "float32", False, "fused"),  # the launches of torch take longer
+    ((32, 1, 16, 22, 128), "4090", "tf32", False, "fused"),
+    ((32, 1, 16, 22, 128), "t4", "float32", True, "fused"),  # one channel: Winograd gains nothing
     ((8, 32, 64, 32, 32), "t4", "float32", False, "cudnn"),  # Winograd
     ((8, 32, 64, 32, 32), "t4", "float32", True, "fused"),
     ((8, 32, 64, 32, 32), "4090", "float32", True, "cudnn"),  # loads bind the plain cores
     ((16, 128, 128, 8, 8), "4090", "tf32", False, "cudnn"),  # few pixels, a long K
+    ((256, 8, 64, 5, 5), "h100", "tf32", False, "cudnn"),  # tiles that images fill in part
     ((1, 32, 1, 720, 1580), "t4", "float32", True, "cudnn"),  # one channel of 16 columns
     ((8, 64, 128, 32, 32), "h100", "tf32", True, "cudnn"),  # wgmma
     ((16, 64, 128, 32, 32), "b200", "bf16", False, "cudnn"),
@@ -68,14 +50,6 @@ def facts_of(core, layer, card: str, dtype: str, **more):
 def chosen(core, layer, card: str, dtype: str, backward: bool, **more) -> str:
     facts = facts_of(core, layer, card, dtype, **more)
     return NAMES[core.module.CudaPass(*facts, 0, backward).algorithm]
-
-
-@pytest.mark.parametrize(("layer", "card", "dtype", "cudnn", "ours"), PAPER)
-def test_the_rules_choose_what_is_shorter_on_paper(core, layer, card, dtype, cudnn, ours):
-    """Within 15 %, the error of the paper, either is right. Behind cuDNN the host takes 40 us."""
-    names = {"cudnn": max(cudnn, 40), "fused": ours}
-    right = {name for name, time in names.items() if time <= 1.15 * min(names.values())}
-    assert chosen(core, layer, card, dtype, False) in right
 
 
 @pytest.mark.parametrize(("layer", "card", "dtype", "backward", "name"), CHOSEN)

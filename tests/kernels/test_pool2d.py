@@ -15,7 +15,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import snnlstm
@@ -166,10 +165,6 @@ Tagged = type("Tagged", (Tensor,), {})
 X = torch.randn(2, 3, 6, 8)
 
 
-def traced(f: Any) -> Any:
-    return torch.jit.trace(f, X, check_trace=False)(X)
-
-
 def faked(f: Any) -> Any:
     with FakeTensorMode() as mode:
         return f(mode.from_tensor(X)).shape
@@ -185,7 +180,8 @@ def by_reference(f: Any) -> Any:
         return f(X)
 
 
-# What is called with a pool, which takes x, a window of 2, and torch's options.
+# What is called with a pool, which takes x, a window of 2, and torch's options. What records a pool
+# stands in tests/torch/test_pools.py.
 TORCHS: dict[str, Callable[[Any], Any]] = {
     "3-D": lambda f: f(X[0]),
     "float16": lambda f: f(X.half()),
@@ -201,10 +197,7 @@ TORCHS: dict[str, Callable[[Any], Any]] = {
     "grad": lambda f: torch.func.grad(lambda x: f(x).sum())(X),
     "jvp": lambda f: torch.func.jvp(f, (X,), (X.cos(),)),
     "dual": dual,
-    "jit.trace": traced,
-    "make_fx": lambda f: make_fx(f)(X)(X),
     "FakeTensorMode": faked,
-    "symbolic_trace": lambda f: torch.fx.symbolic_trace(lambda x: f(x))(X),
     "reference": by_reference,
     # Errors.
     "2-D": lambda f: f(X[0, 0]),
@@ -294,17 +287,6 @@ def test_gradients_and_places_may_come_back_in_another_form():
         assert torch.equal(*torch.autograd.grad(out, x, grad, retain_graph=True), *expected)
         with torch.no_grad():
             x.mul_(-1)
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_an_argmax_that_a_hook_spoils_reaches_no_other_memory(channels_last):
-    x = images((1, 3, 9, 36), "random", torch.float32, channels_last).requires_grad_()
-    for k in (2, 3, 17):
-        options = {"kernel_size": k, "stride": 2, "padding": k // 2}
-        with saved_tensors_hooks(lambda t: t.bitwise_not(), lambda t: t):
-            out = pool2d.max_pool2d(x, **options)
-        with poisoned(NAN):
-            torch.autograd.grad(out.sum(), x)
 
 
 # ---- the core ------------------------------------------------------------------------------------

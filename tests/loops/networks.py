@@ -98,34 +98,6 @@ class Dense(nn.Module):
         return torch.stack(spk2_rec, dim=0), torch.stack(mem2_rec, dim=0)
 
 
-class Convolutional(nn.Module):
-    """Tutorial 6: two convolutions with pools, and one image for all steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.lif1 = nn.Conv2d(1, 4, 5), leaky(beta=0.5)
-        self.conv2, self.lif2 = nn.Conv2d(4, 6, 3), leaky(beta=0.5)
-        self.fc1, self.lif3 = nn.Linear(6, 5), leaky(beta=0.5)
-
-    def forward(self, x: Tensor) -> Any:
-        batch_size = x.shape[0]
-        mem1 = self.lif1.init_leaky()
-        mem2 = self.lif2.init_leaky()
-        mem3 = self.lif3.init_leaky()
-        spk3_rec = []
-        mem3_rec = []
-        for _ in range(T):
-            cur1 = F.max_pool2d(self.conv1(x), 2)
-            spk1, mem1 = self.lif1(cur1, mem1)
-            cur2 = F.max_pool2d(self.conv2(spk1), 2)
-            spk2, mem2 = self.lif2(cur2, mem2)
-            cur3 = self.fc1(spk2.view(batch_size, -1))
-            spk3, mem3 = self.lif3(cur3, mem3)
-            spk3_rec.append(spk3)
-            mem3_rec.append(mem3)
-        return torch.stack(spk3_rec, dim=0), torch.stack(mem3_rec, dim=0)
-
-
 def events() -> nn.Sequential:
     """Tutorial 7: layers that keep their states, for events of (T, N, ...)."""
     return nn.Sequential(
@@ -237,25 +209,6 @@ class Learned(Layers):
         super().__init__(learn_beta=True, learn_threshold=True)
 
 
-class Hidden(nn.Module):
-    """Keeps all states, and resets them within forward; x (T, N, 2, H, W)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = cell(2, 3, 3, init_hidden=True, avg_pool=2)
-        self.fc = nn.Linear(3 * 3 * 3, 5)
-        self.lif = leaky(init_hidden=True, output=True)
-
-    def forward(self, x: Tensor) -> Any:
-        utils.reset(self)
-        spikes, mems = [], []
-        for x_t in x:
-            spk, mem = self.lif(self.fc(self.cell(x_t).flatten(1)))
-            spikes.append(spk)
-            mems.append(mem)
-        return torch.stack(spikes), torch.stack(mems)
-
-
 class LearnedCell(nn.Module):
     """Learns the threshold of a cell, whose first state it is given; x (T, N, 2, H, W)."""
 
@@ -290,66 +243,6 @@ class Residual(nn.Module):
         return torch.stack(out)
 
 
-class Branches(Layers):
-    """Joins two branches of the same x."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc2, self.fc3, self.lif3 = nn.Linear(6, 5), nn.Linear(13, 4), leaky()
-
-    def forward(self, x: Tensor) -> Any:
-        mem1, mem2 = self.start()
-        mem3, out = self.lif3.reset_mem(), []
-        for x_t in x:
-            spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
-            spk2, mem2 = self.lif2(self.fc2(x_t), mem2)
-            spk3, mem3 = self.lif3(self.fc3(torch.cat([spk1, spk2], dim=1)), mem3)
-            out.append(spk3)
-        return torch.stack(out)
-
-
-class Interleaved(nn.Module):
-    """Runs two networks step by step, the second on what the first has; x (T, N, 6)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.other, self.between = Layers(), Layers(), nn.Linear(5, 6)
-
-    def forward(self, x: Tensor) -> Any:
-        states, others, out = self.one.start(), self.other.start(), []
-        for x_t in x:
-            spk, *states = self.one.step(x_t, *states)
-            spk, *others = self.other.step(self.between(spk), *others)
-            out.append(spk)
-        return torch.stack(out)
-
-
-class Twice(Layers):
-    """Calls each layer twice in a step, on two inputs and with two states."""
-
-    def forward(self, x: Tensor, y: Tensor) -> Any:
-        states, others = self.start(), self.start()
-        out = []
-        for x_t, y_t in zip(x, y, strict=True):
-            spk, *states = self.step(x_t, *states)
-            other, *others = self.step(y_t, *others)
-            out.append(spk - other)
-        return torch.stack(out)
-
-
-class Again(Layers):
-    """Calls one Leaky twice in a step, the second time on its own spikes."""
-
-    def forward(self, x: Tensor) -> Any:
-        mem, _ = self.start()
-        out = []
-        for x_t in x:
-            spk, mem = self.lif1(self.fc1(x_t), mem)
-            spk, mem = self.lif1(spk, mem)
-            out.append(spk)
-        return torch.stack(out)
-
-
 class Scale(torch.autograd.Function):
     """Doubles, and triples gradients."""
 
@@ -375,12 +268,10 @@ FLAT, IMAGES = (T, N, 6), (T, N, 2, 6, 6)
 # A network that runs step by step in part has numbers of calls that are sums with T.
 NETWORKS = {
     "tutorial 5": Network(Dense, ((N, 12),), merged()),
-    "tutorial 6": Network(Convolutional, ((N, 1, 12, 12),), merged(1, 3, conv=2)),
     "tutorial 7": Network(
         events, ((T, N, 2, 10, 10),), merged(1, 3, conv=2), run=over_events
     ),
     "documentation": Network(Documentation, ((N, T, 1, 8, 8),), merged(1, 1, cell=2)),
-    "hidden": Network(Hidden, (IMAGES,), merged(1, 1, cell=1)),
     "for step in x": Network(Layers, (FLAT,), merged()),
     "unbind": Network(Unbound, (FLAT,), merged()),
     "x[:, t]": Network(BatchFirst, ((N, T, 6),), merged()),
@@ -390,11 +281,6 @@ NETWORKS = {
     "residual, evaluation": Network(
         Residual, ((T, N, 3, 5, 5),), merged(1, 2, conv=2), prepare=nn.Module.eval
     ),
-    "branches": Network(Branches, (FLAT,), merged(3, 3)),
-    "interleaved": Network(Interleaved, (FLAT,), merged(5, 4)),
-    "twice, apart": Network(Twice, (FLAT, FLAT), merged(3, 4)),  # fc2 has the steps of both
-    # The second call of a step and the first of the next one need no spikes of each other.
-    "twice, one state": Network(Again, (FLAT,), merged(1, T + 1)),
     "dyadic": Network(Exact, (FLAT,), merged(), dtype=torch.float32, exact=True),
     "bfloat16": Network(Half, (FLAT,), merged(), dtype=torch.bfloat16, exact=True, rounding=0.03),
     "float16": Network(Half, (FLAT,), merged(), dtype=torch.float16, exact=True, rounding=4e-3),

@@ -1,5 +1,7 @@
 """Draws networks with a loop over steps: layers in any order, and all that users do to results.
 
+A stack, which calls one layer after the other, also runs by snnlstm.unroll.
+
 A program is made of lines of Python. Its text, which a failure shows, can be called again:
 ``check(Program(...), training=True)`` of tests/loops/test_programs.py.
 
@@ -31,7 +33,8 @@ class Program:
     """Is a network: the layers by their names, and the parts of its forward, line by line.
 
     kind: of a step of x, "flat" or "image". one: x is one step, which all steps take; otherwise
-    time is the dimension `axis` of x. times: the calls of the network.
+    time is the dimension `axis` of x. times: the calls of the network. chain: the layers that a
+    stack calls one after the other.
     """
 
     kind: str
@@ -45,6 +48,7 @@ class Program:
     one: bool = False
     axis: int = 0
     times: int = 1
+    chain: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -86,6 +90,12 @@ class Program:
         shape = SHAPES[self.kind]
         x = numbers(*shape, dtype=dtype) if self.one else numbers(self.time, *shape, dtype=dtype)
         return x.transpose(0, self.axis)
+
+    def unrolled(self, net: nn.Module, x: Tensor) -> Tensor:
+        """Runs a stack by snnlstm.unroll."""
+        utils.reset(net)
+        x = x.expand(self.time, *x.shape) if self.one else x.transpose(0, self.axis)
+        return snnlstm.unroll(x, *(getattr(net, name) for name in self.chain))
 
     def __str__(self) -> str:
         made = "\n".join(f"self.{name} = {text}" for name, text in self.layers)
@@ -335,6 +345,14 @@ def _written(p: _Draft) -> None:
     return None
 
 
+# Loops over x, each with whether x is one step, and with the dimension of time.
+_HEADS = [
+    ("for t in range({}):", "x_t = x[t]", False, 0),
+    ("for t, x_t in enumerate(x):", "", False, 0),
+    ("for t, x_t in enumerate(x.unbind(0)):", "", False, 0),
+    ("for t in range({}):", "x_t = x[:, t]", False, 1),
+    ("for t in range({}):", "x_t = x", True, 0),
+]
 _LAYERS = (_product, _product, _leaky, _leaky, _leaky, _cell, _plain, _plain)
 _OTHERS = (_record, _record, _number, _state, _state, _written)
 
@@ -345,17 +363,7 @@ def programs(draw: Any, training: bool) -> Program:
     time = draw(st.integers(3, 6))
     kind = draw(st.sampled_from(["flat", "image"]))
     p = _Draft(draw, training, time, [("x_t", kind)])
-    head, line, one, axis = draw(
-        st.sampled_from(
-            [
-                (f"for t in range({time}):", "x_t = x[t]", False, 0),
-                ("for t, x_t in enumerate(x):", "", False, 0),
-                ("for t, x_t in enumerate(x.unbind(0)):", "", False, 0),
-                (f"for t in range({time}):", "x_t = x[:, t]", False, 1),
-                (f"for t in range({time}):", "x_t = x", True, 0),
-            ]
-        )
-    )
+    head, line, one, axis = draw(st.sampled_from(_HEADS))
     p.body += [line] if line else []
     if p.perhaps(3):
         back = p.name("back")
@@ -386,6 +394,44 @@ def programs(draw: Any, training: bool) -> Program:
         begin = ""
     states = [state for state, _ in p.states]
     return Program(
-        kind, time, tuple(p.layers), tuple(filter(None, [*begin.split("\n"), *p.start])), head,
-        (*p.body, *p.ends), tuple(p.end), f"[{', '.join([*p.results, *states])}]", one, axis, times,
+        kind, time, tuple(p.layers), tuple(filter(None, [*begin.split("\n"), *p.start])),
+        head.format(time), (*p.body, *p.ends), tuple(p.end),
+        f"[{', '.join([*p.results, *states])}]", one, axis, times,
+    )  # fmt: skip
+
+
+# The layers of a stack: of steps (N, 6), and of images.
+_IN_STACKS = {
+    "flat": [("fc", "nn.Linear(6, 6)"), ("bn", "nn.BatchNorm1d(6)")],
+    "image": [
+        ("conv", "nn.Conv2d(2, 2, 3, padding=1)"), ("cell", "cell(2, 2, 3, init_hidden=True)"),
+        ("cell", "cell(2, 2, 3, reset_mechanism='zero', init_hidden=True)"),
+        ("bn", "nn.BatchNorm2d(2)"), ("pool", "nn.MaxPool2d(3, 1, 1)"),
+        ("flat", "nn.Sequential(nn.Flatten(), nn.Linear(32, 6))"),
+    ],
+}  # fmt: skip
+_IN_BOTH = [
+    ("lif", "leaky(beta=0.5, threshold=0.625, init_hidden=True)"),
+    ("lif", "leaky(beta=0.25, threshold=0.375, learn_threshold=True, init_hidden=True)"),
+    ("relu", "nn.ReLU()"), ("relu", "nn.ReLU(inplace=True)"),
+]  # fmt: skip
+
+
+@st.composite
+def stacks(draw: Any, training: bool) -> Program:
+    """Draws a program that calls one layer after the other, some of them twice."""
+    time, kind = draw(st.integers(3, 5)), draw(st.sampled_from([*SHAPES]))
+    p, chain, shape = _Draft(draw, training, time, []), [], kind
+    head, line, one, axis = draw(st.sampled_from(_HEADS))
+    for _ in range(draw(st.integers(2, 6))):
+        choices = [*_IN_STACKS[shape], *_IN_BOTH[: None if chain else -1]]  # x is not written to
+        choices += [("drop", "nn.Dropout(0.5)")] * (not p.random)
+        begin, made = p.one_of(*choices)
+        chain.append(p.layer(begin, made))
+        p.random = p.random or begin == "drop"
+        shape = "flat" if begin == "flat" else shape
+    body = [*filter(None, [line]), *(f"x_t = self.{name}(x_t)" for name in chain)]
+    return Program(
+        kind, time, tuple(p.layers), ("utils.reset(self)", "out = []"), head.format(time),
+        (*body, "out.append(x_t)"), (), "torch.stack(out)", one, axis, chain=tuple(chain),
     )  # fmt: skip

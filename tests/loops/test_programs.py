@@ -1,12 +1,14 @@
 """Programs that are drawn leave what they leave eagerly: results, gradients, buffers and states."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import assume, given, note
 from torch import Tensor, nn
 
 from tests.loops.compiled import Outcome, equal, outcome
-from tests.loops.programs import Program, programs
+from tests.loops.programs import Program, programs, stacks
 from tests.shared.cases import drawing
 
 MARGIN = 1e-9  # between mem and a threshold, where results are compared with a tolerance
@@ -47,34 +49,53 @@ def margin_of(program: Program, training: bool) -> float:
     return min(found)
 
 
-def run(program, make, dtype, training, compiled) -> Outcome:
+def run(program, make, dtype, training, compiled, **options) -> Outcome:
     return outcome(
         make, program.x(dtype), training=training, compiled=compiled, times=program.times,
-        graph_breaks=program.graph_breaks,
+        graph_breaks=program.graph_breaks, **options,
     )  # fmt: skip
 
 
 def check(program: Program, training: bool) -> None:
     """Compares a program's results; rejects a program that autograd refuses."""
 
-    def both(dtype: torch.dtype, *modes: bool) -> list[Outcome]:
-        return [run(program, lambda: program.made(dtype), dtype, training, mode) for mode in modes]
+    def ran(dtype: torch.dtype, compiled: bool, **options: Any) -> Outcome:
+        return run(program, lambda: program.made(dtype), dtype, training, compiled, **options)
 
     try:
-        wide = both(torch.float64, False)[0]
+        wide = ran(torch.float64, False)
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error) or "in-place" in str(error):
             assume(False)
         raise
-    if not program.exact:
+    dtype, eager, error = torch.float64, wide, {"atol": 1e-9, "rtol": 1e-9}
+    if program.exact:
+        most = max(map(bits, (v for name, v in wide.results.items() if "random" not in name)))
+        dtypes = [dtype for dtype, number in BITS.items() if most <= number]
+        assume(dtypes)
+        dtype, eager, error = dtypes[0], ran(dtypes[0], False), {}
+    else:
         assume(margin_of(program, training) > MARGIN)
-        equal(both(torch.float64, True)[0], wide, atol=1e-9, rtol=1e-9)
-        return
-    most = max(map(bits, (v for name, v in wide.results.items() if "random" not in name)))
-    dtypes = [dtype for dtype, number in BITS.items() if most <= number]
-    assume(dtypes)
-    eager, compiled = both(dtypes[0], False, True)
-    equal(compiled, eager)
+    equal(ran(dtype, True), eager, **error)
+    if program.chain:
+        unrolled = ran(dtype, False, run=program.unrolled)
+        for found in (unrolled.results, eager.results):  # spk is that of all steps, in new memory
+            for name in [*found]:
+                if name.endswith(".spk") or name.startswith(("strides", "memory")):
+                    del found[name]
+        equal(unrolled, eager, **error)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.drawn
+def test_stacks(training):
+    @drawing(5)
+    @given(stacks(training=training))
+    def check_stack(program):
+        note(str(program))
+        check(program, training)
+
+    check_stack()
 
 
 @pytest.mark.drawn

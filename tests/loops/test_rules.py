@@ -305,54 +305,6 @@ def test_without_gradients_steps_are_computed_in_pieces(monkeypatch, steps_at_on
     expect(check(forward, training=True), leaky=1, linear=1)
 
 
-# ---- once ----------------------------------------------------------------------------------------
-
-
-@merges
-@MODES
-def test_a_call_with_the_same_inputs_is_computed_once(training):
-    def forward(net, x):
-        mem, out = net.lif1.reset_mem(), []
-        for _ in range(T):
-            spk, mem = net.lif1(net.fc2(torch.relu(net.fc1(x[0]))), mem)
-            out.append(spk)
-        return torch.stack(out)
-
-    calls = check(forward, training)
-    assert {kind: calls[kind] for kind in ("linear", "relu", "leaky")} == {
-        "linear": 2, "relu": 1, "leaky": 1,
-    }  # fmt: skip
-
-
-@MODES
-def test_random_calls_with_the_same_inputs_are_drawn_anew(training):
-    """A dropout, or torch.rand, is not pure."""
-
-    def forward(net, x):
-        out = [net.drop(net.fc1(x[0])) for _ in range(T)]
-        return torch.stack([*out, *(torch.rand_like(x[0]) for _ in range(T)), torch.rand(N, 6)])
-
-    calls = check(forward, training)
-    expect(calls, linear=1, dropout=T, rand_like=T)
-
-
-# ---- random numbers ------------------------------------------------------------------------------
-
-
-def test_a_layers_random_numbers_are_drawn_step_by_step():
-    """One mask for all steps, or one for a batch of all steps, has other numbers."""
-
-    def forward(net, x):
-        mem, out = net.lif1.reset_mem(), []
-        for x_t in x:
-            spk, mem = net.lif1(net.drop(net.fc1(x_t)), mem)
-            out.append(spk)
-        return torch.stack(out)
-
-    expect(check(forward), dropout=T, linear=1, leaky=1)
-    expect(check(forward, prepare=nn.Module.eval), linear=1, leaky=1)
-
-
 # ---- regions -------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.loops.compiled import BACKEND, Calls, merges, numbers
 from tests.loops.parts import MODES, N, T, check, expect, looped
@@ -93,13 +93,6 @@ def test_writing_into_a_result_with_gradients(how):
     check(written(how, late=False), training=True)
 
 
-@pytest.mark.parametrize("how", WAYS)
-def test_results_that_are_written_are_not_shared(how):
-    """fc1(x) is the same in all steps until one of them writes into it."""
-    inner = written(how, late=True)
-    check(lambda net, x: inner(net, x[:1].expand(T, N, 6)), training=False)
-
-
 def test_an_equal_call_behind_a_write_is_another():
     """What is written between two equal calls makes them differ."""
 
@@ -156,17 +149,6 @@ def test_batch_norm_writes_its_buffers_without_saying_so(training):
 
     calls = check(forward, training, atol=1e-5, rtol=1e-5)
     expect(calls, linear=1, leaky=T, batch_norm=2 * T)
-
-
-def test_batch_norm_in_evaluation_folds_in_training_not():
-    """A batch's own statistics are those of one step."""
-
-    def forward(net, x):
-        return torch.stack([net.bn(net.fc1(x_t)) for x_t in x])
-
-    expect(check(forward, training=False, prepare=nn.Module.eval), linear=1, batch_norm=1)
-    calls = check(forward, training=True, atol=1e-5, rtol=1e-5)
-    expect(calls, linear=1, batch_norm=T)
 
 
 @torch.library.custom_op("snnlstm_tests::doubled", mutates_args=("x",))

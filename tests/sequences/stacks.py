@@ -1,6 +1,7 @@
 """Compares stacks of layers with a loop over the steps, for any kind of layers."""
 
 import copy
+from collections import Counter
 
 import snntorch
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import snnlstm
 from snnlstm.networks.layers import LARGE, LARGE_LINEAR, LARGE_STATE, LARGEST
+from tests.loops.compiled import BACKEND, Calls
 from tests.sequences.by_length import LENGTHS, TIME, unpadded
 from tests.shared.helpers import close, flat, ours, same_gradients, steps
 
@@ -21,20 +23,20 @@ def fold_up_to(most, monkeypatch):
         monkeypatch.setitem(LARGEST, reason, most)
 
 
+def layers_of(stack):
+    for layer in stack:
+        if isinstance(layer, nn.Sequential):
+            yield from layers_of(layer)
+        else:
+            yield layer
+
+
 def loop(net, x):
     """Runs layer after layer in each step, step after step."""
-
-    def layers(stack):
-        for layer in stack:
-            if isinstance(layer, nn.Sequential):
-                yield from layers(layer)
-            else:
-                yield layer
-
     outs = []
     for step in x:
         out = step
-        for layer in layers(net):
+        for layer in layers_of(net):
             out = layer(out[0] if isinstance(out, tuple) else out)
         outs.append(out)
     if isinstance(outs[0], tuple):
@@ -65,28 +67,60 @@ def exchanged(out):
     return tuple(map(exchanged, out)) if isinstance(out, tuple) else out.transpose(0, 1)
 
 
+def compiled(net, x):
+    """Compiles the loop, in which equal steps are one tensor; also returns the calls left."""
+    calls, same = Calls(), x.stride(0) == 0
+    torch._dynamo.reset()
+    with calls.counted() as backend:
+        run = torch.compile(
+            lambda x: loop(net, [x] * T if same else x), backend=backend, fullgraph=True
+        )
+        return run(x[0] if same else x), calls
+
+
 FORMS = {
     "Sequential": lambda net, x: net(x),
     "unroll": lambda net, x: snnlstm.unroll(x, *net),
     "batch_first": lambda net, x: exchanged(net(exchanged(x))),
+    "compiled": compiled,
 }
+# The names by which calls in compiled graphs are counted.
+COUNTED = {
+    nn.Conv2d: "conv", nn.Linear: "linear", snnlstm.SConv2dLSTM: "cell", snnlstm.Leaky: "leaky",
+    nn.BatchNorm1d: "batch_norm", nn.BatchNorm2d: "batch_norm", nn.InstanceNorm2d: "instance_norm",
+    nn.Dropout: "dropout", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh",
+}  # fmt: skip
 
 
-def equals_the_loop(net, x, kinds, atol=2e-6, form="Sequential"):
-    """Compares two runs of both; the second run starts from the states of the first."""
+def equals_the_loop(net, x, kinds, atol=2e-6, form="Sequential", more_calls=()):
+    """Compares two runs of both; the second run starts from the states of the first.
+
+    A compiled loop runs once, with the calls that the kinds of its layers or `more_calls` tell.
+    """
     one = snnlstm.Sequential(*copy.deepcopy(net), batch_first=form == "batch_first")
-    other, run = net, FORMS[form]
+    other, run, runs = net, FORMS[form], range(1 if form == "compiled" else 2)
+    if form == "compiled":
+        snnlstm.accelerate(one)
     torch.manual_seed(5)
-    actual = [run(one, x), run(one, x)]
+    actual = [run(one, x) for _ in runs]
     torch.manual_seed(5)
-    expected = [loop(other, x), loop(other, x)]
+    expected = [loop(other, x) for _ in runs]
+    if form == "compiled":
+        actual, (calls,) = map(list, zip(*actual, strict=True))
+        wanted = Counter()
+        for layer, kind in zip(layers_of(one), kinds.split(), strict=True):
+            wanted[COUNTED.get(type(layer))] += T if kind == "step" else 1
+        del wanted[None]
+        wanted = dict(wanted) | dict(more_calls)
+        found = {name: calls[name] for name in wanted}
+        assert BACKEND != "snnlstm" or found == wanted, (found, wanted)
     close(actual, expected, atol=atol)
     close(states_of(one), states_of(other), atol=atol)
     if torch.is_grad_enabled() and any(True for _ in other.parameters()):
         sum(map(total, actual)).backward()
         sum(map(total, expected)).backward()
         same_gradients(one, other)
-    if form != "unroll" and kinds is not None:
+    if form in ("Sequential", "batch_first") and kinds is not None:
         assert [layer.kind for layer in one.report] == kinds.split()
     return one
 

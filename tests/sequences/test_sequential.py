@@ -34,6 +34,21 @@ class Halves(nn.Module):
         return x.mul_(0.5)
 
 
+class Noise(nn.Module):
+    """A layer of the user's draws numbers."""
+
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+def tied(layer, *between):
+    return [layer, *between, layer]
+
+
+# The rules of both engines, Sequential and compiled loops: what mixes samples or draws numbers has
+# its steps one by one, states go from step to step, and what is written is a tensor of its own.
+# A row has the layers, their kinds in a Sequential, and the calls of a compiled loop that these do
+# not tell: its Leaky and cells are ours, and it knows more functions.
 NETS = {
     "cells": (lambda: [hidden(max_pool=2), hidden(3, 2, 3)], "sequence sequence"),
     "cells that return their states": (lambda: [ours(), ours(3, 2, 3)], "sequence sequence"),
@@ -44,21 +59,40 @@ NETS = {
             leaky(init_hidden=True, output=True),
         ],
         "fold sequence fold fold step",
+        {"leaky": 1},
     ),
-    "neurons that return their states": (lambda: [leaky(), nn.ReLU(), leaky()], "step fold step"),
+    "neurons that return their states": (
+        lambda: [leaky(), nn.ReLU(), leaky()], "step fold step", {"leaky": 2},
+    ),
     "other neurons": (
         lambda: [
             nn.Flatten(), nn.Linear(72, 3), snntorch.Synaptic(0.9, 0.8, init_hidden=True, **PLAIN),
-            snntorch.SLSTM(3, 3, init_hidden=True, **PLAIN),
-            snntorch.RLeaky(0.9, linear_features=3, **PLAIN),
+            snntorch.SLSTM(3, 3, init_hidden=True, **PLAIN), leaky(), nn.Tanh(),
         ],
-        "fold fold step step step",
+        "fold fold step step step fold",
+        {"leaky": 1},
     ),
     "nested": (
         lambda: [nn.Sequential(ours(), nn.Sequential(nn.Conv2d(3, 2, 3), nn.Tanh())), leaky()],
         "sequence fold fold step",
+        {"leaky": 1},
     ),
     "nested, with a tuple at the end": (lambda: [nn.Sequential(ours())], "sequence"),
+    "a Leaky in two places": (
+        lambda: tied(leaky(init_hidden=True), nn.Conv2d(2, 2, 1)),
+        "step step step",
+        {"leaky": T + 1},
+    ),
+    "a cell in two places": (
+        lambda: tied(hidden(2, 2, 3), nn.Conv2d(2, 2, 1)), "step step step", {"cell": T + 1},
+    ),
+    "a norm in two places": (
+        lambda: tied(nn.BatchNorm2d(2), hidden(2, 2, 3)), "step step step",
+    ),
+    "no state in two places": (
+        lambda: tied(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), hidden(2, 2, 3)),
+        "fold fold sequence fold",
+    ),
     "batch norm": (lambda: [ours(), nn.BatchNorm2d(3), ours(3, 2, 3)], "sequence step sequence"),
     "dropout": (lambda: [ours(), nn.Dropout(0.5), ours(3, 2, 3)], "sequence step sequence"),
     "in place": (
@@ -67,10 +101,13 @@ NETS = {
             nn.ReLU(inplace=True), ours(2, 3, 3), Halves(),
         ],
         "sequence step sequence fold fold sequence step",
+        {"cell": 3 * T},
     ),
     "an unknown layer": (lambda: [ours(), Cumulative()], "sequence step"),
     "snntorch's cell": (
-        lambda: [theirs(spike_grad=snnlstm.surrogate.atan()), nn.Tanh()], "step fold",
+        lambda: [theirs(spike_grad=snnlstm.surrogate.atan()), nn.Tanh()],
+        "step fold",
+        {"cell": 1},
     ),
     "norms": (
         lambda: [nn.GroupNorm(1, 2), nn.LayerNorm([2, 6, 6]), nn.InstanceNorm2d(2, affine=True)],
@@ -88,29 +125,76 @@ NETS = {
     ),
     "across the batch": (lambda: [nn.Softmax(0), nn.Flatten(0, 1), nn.Linear(6, 3)],
                          "step step fold"),
-    "into the batch": (lambda: [nn.Flatten(0), nn.Linear(216, 2), nn.Tanh()], "step step step"),
+    "into the batch": (
+        lambda: [nn.Flatten(0), nn.Linear(216, 2), nn.Tanh()],
+        "step step step",
+        {"linear": 1, "tanh": 1},
+    ),
 }  # fmt: skip
+# Stacks that begin with stateless layers, and how they run if all steps are one image.
+CONSTANT = {
+    "once, a cell": (lambda: [nn.Conv2d(2, 2, 3), nn.Tanh(), hidden(2, 3, 3)],
+                     "once once sequence"),
+    "once, large images": (lambda: [nn.Conv2d(2, 9, 3), nn.MaxPool2d(2), hidden(9, 3, 3)],
+                           "once once sequence"),
+    "once, Leaky": (
+        lambda: [nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(32, 3), snnlstm.Leaky(0.9, **PLAIN)],
+        "once once once sequence",
+    ),
+    "once, snntorch's Leaky": (
+        lambda: [nn.Conv2d(2, 2, 3), leaky()], "once step", {"leaky": 1},
+    ),
+    "once, no state": (lambda: [nn.Identity(), nn.GroupNorm(1, 2), nn.Flatten()], "once once once"),
+    "once, in place": (
+        lambda: [nn.Conv2d(2, 2, 3), nn.ReLU(inplace=True), nn.Conv2d(2, 3, 3), Halves()],
+        "once fold fold step",
+        {"conv": 2 * T},
+    ),
+    "once, a layer that writes": (
+        lambda: [nn.Conv2d(2, 2, 3), Halves()], "once step", {"conv": T},
+    ),
+    "once, an unknown state": (
+        lambda: [nn.Sigmoid(), Cumulative(), nn.Tanh()], "once step fold", {"tanh": T},
+    ),
+    "once, batch norm": (lambda: [nn.Tanh(), nn.BatchNorm2d(2), nn.ReLU()], "once step fold"),
+    "once, dropout": (lambda: [nn.Conv2d(2, 2, 3), nn.Dropout(0.5), nn.Tanh()], "once step fold"),
+    "once, noise": (lambda: [nn.Conv2d(2, 2, 3), Noise(), nn.Sigmoid()], "once step fold"),
+    "once, into the batch": (
+        lambda: [nn.Flatten(0), nn.Linear(72 * N, 2)], "step step", {"linear": 1},
+    ),
+}  # fmt: skip
+LAYERS = NETS | CONSTANT
 
 
-def ways(nets, *largest):
-    """Returns each net with how it runs, and the most bytes of a step whose layers are folded.
+def ways():
+    """Yields each row with its forms, the most bytes of a step that is folded, and gradients.
 
-    Each form runs every third net, because a form changes nothing in what a layer gets.
+    A row has one of the other forms of a Sequential, which change nothing in what a layer gets.
     """
-    forms = [(name, [*FORMS][k % 3], None) for k, name in enumerate(nets)]
-    plain = [(name, "Sequential", most) for name in nets for most in (None, *largest)]
-    return sorted({*forms, *plain}, key=str)
+    others = [form for form in FORMS if form != "compiled"]
+    for k, name in enumerate(LAYERS):
+        yield name, others[k % len(others)], None, True
+        sizes = (None, 0) if name in CONSTANT else (None, 0, 1000)  # a step of X has 864 bytes
+        yield from ((name, "Sequential", most, True) for most in sizes)
+        yield name, "compiled", None, True
+        if name in CONSTANT:
+            yield name, "Sequential", None, False
+            yield name, "compiled", None, False
+    yield from ((name, "compiled", 0, True) for name in ("a classifier", "once, Leaky"))
 
 
-@pytest.mark.parametrize(("name", "form", "largest"), ways(NETS, 0, 1000))  # a step of X has 864
-def test_it_equals_the_loop_in_training(name, form, largest, monkeypatch):
-    make, kinds = NETS[name]
+@pytest.mark.parametrize(("name", "form", "largest", "grad"), sorted(set(ways()), key=str))
+def test_layers_equal_the_loop(name, form, largest, grad, monkeypatch):
+    make, kinds, *calls = LAYERS[name]
     if largest is not None:
         stacks.fold_up_to(largest, monkeypatch)
-        kinds = kinds.replace("fold", "step") if largest == 0 else None
+        kinds, calls = kinds.replace("fold", "step") if largest == 0 else None, []
+        kinds = kinds.replace("sequence", "step") if "Leaky" in name and kinds else kinds
     torch.manual_seed(0)
-    atol = 2e-6 if largest is None else 1e-5
-    equals_the_loop(nn.Sequential(*make()), X, kinds, atol, form)
+    x = X[:1].expand_as(X) if name in CONSTANT else X
+    atol = 2e-6 if (largest, form, name in CONSTANT) == (None, form, False) else 1e-5
+    with torch.set_grad_enabled(grad):
+        equals_the_loop(nn.Sequential(*make()), x, kinds, atol, form, *calls)
 
 
 def test_in_place_layers_overwrite_nothing_saved_or_are_refused():
@@ -135,40 +219,6 @@ def test_functional_call_uses_the_parameters_that_it_is_given():
     utils.reset(net)
     net.load_state_dict(given, strict=False)
     close(out, flat(net(X)))
-
-
-# Stacks that begin with stateless layers, and how they run if all steps are one image.
-CONSTANT = {
-    "a cell": (lambda: [nn.Conv2d(2, 2, 3), nn.Tanh(), hidden(2, 3, 3)], "once once sequence"),
-    "large images": (lambda: [nn.Conv2d(2, 9, 3), nn.MaxPool2d(2), hidden(9, 3, 3)],
-                     "once once sequence"),
-    "Leaky": (
-        lambda: [nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(32, 3), snnlstm.Leaky(0.9, **PLAIN)],
-        "once once once sequence",
-    ),
-    "snntorch's Leaky": (lambda: [nn.Conv2d(2, 2, 3), leaky()], "once step"),
-    "no state": (lambda: [nn.Identity(), nn.GroupNorm(1, 2), nn.Flatten()], "once once once"),
-    "in place": (lambda: [nn.Conv2d(2, 2, 3), nn.ReLU(inplace=True), nn.Conv2d(2, 3, 3), Halves()],
-                 "once fold fold step"),
-    "an unknown layer that writes": (lambda: [nn.Conv2d(2, 2, 3), Halves()], "once step"),
-    "an unknown state": (lambda: [nn.Sigmoid(), Cumulative(), nn.Tanh()], "once step fold"),
-    "batch norm": (lambda: [nn.Tanh(), nn.BatchNorm2d(2), nn.ReLU()], "once step fold"),
-    "dropout": (lambda: [nn.Conv2d(2, 2, 3), nn.Dropout(0.5), nn.Tanh()], "once step fold"),
-    "into the batch": (lambda: [nn.Flatten(0), nn.Linear(72 * N, 2)], "step step"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize(("name", "form", "largest"), ways(CONSTANT, 0))
-def test_a_constant_image_equals_the_loop(name, form, largest, grad, monkeypatch):
-    make, kinds = CONSTANT[name]
-    if largest is not None:
-        stacks.fold_up_to(largest, monkeypatch)
-        kinds = kinds.replace("fold", "step")
-        kinds = kinds.replace("sequence", "step") if name == "Leaky" else kinds
-    torch.manual_seed(0)
-    with torch.set_grad_enabled(grad):
-        equals_the_loop(nn.Sequential(*make()), X[:1].expand_as(X), kinds, 1e-5, form)
 
 
 def test_one_constant_sample_may_be_written_to():
@@ -249,14 +299,16 @@ IN_EVALUATION = {
 }
 
 
+@pytest.mark.parametrize("form", ["Sequential", "compiled"])
 @pytest.mark.parametrize("name", IN_EVALUATION)
-def test_it_equals_the_loop_in_evaluation(name):
+def test_layers_equal_the_loop_in_evaluation(name, form):
     torch.manual_seed(0)
-    net = nn.Sequential(*NETS[name][0]())
+    net = nn.Sequential(*LAYERS[name][0]())
     loop(net, X)  # the loop fills the running statistics
     utils.reset(net)
     with torch.no_grad():
-        equals_the_loop(net.eval(), X, IN_EVALUATION[name])
+        calls = dict(*LAYERS[name][2:])
+        equals_the_loop(net.eval(), X, IN_EVALUATION[name], 1e-5, form, calls)
 
 
 @pytest.mark.parametrize("shape", [(1, N), (T, 1), (T, 0), (1, 0)], ids=str)

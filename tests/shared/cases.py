@@ -129,6 +129,12 @@ class Case:
         return (self.batch, self.channels, *self.options.state_size(self.height, self.width))
 
     @property
+    def work(self) -> int:
+        """Returns the multiply-adds of a gate, over all steps."""
+        (kh, kw), (n, c, ho, wo) = self.options.kernel_size, self.state_shape
+        return self.time * n * ho * wo * kh * kw * c * (self.in_channels + c)
+
+    @property
     def running(self) -> Tensor:
         """Returns which steps are a sample's own, (T, N), or ()."""
         if self.options.lengths is None:
@@ -243,7 +249,8 @@ _KERNELS = st.one_of(
     st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3, 5])),
     st.sampled_from([(7, 1), (1, 7), (5, 5), (7, 7)]),
 )
-_MOST_WORK = 1_000_000  # multiply-adds of a gate and step; larger cases get a batch of 1
+# The most multiply-adds of a gate, over all steps.
+_MOST_WORK, _MOST_WORK_OF_LARGE = 1_000_000, 3_000_000
 _QUANTS: tuple[StateQuant | None, ...] = (
     None,
     None,
@@ -255,15 +262,19 @@ _QUANTS: tuple[StateQuant | None, ...] = (
 
 
 @st.composite
-def options(draw: Any, height: int, width: int) -> Options:
-    """Draws any options of the kernels that an image of this size allows."""
+def options(draw: Any, height: int, width: int, far: bool = False) -> Options:
+    """Draws any options of the kernels that an image of this size allows.
+
+    `far` allows strides and dilations that skip much of an image, which then has no pool.
+    """
     plain = draw(st.booleans())  # half of the cases have neither stride nor dilation
-    sizes = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    most = 20 if far else 3
+    sizes = st.tuples(st.integers(1, most), st.integers(1, most))
     kernel = draw(_KERNELS)
     stride = (1, 1) if plain else draw(sizes)
     dilation = (1, 1) if plain else draw(sizes)
     ho, wo = -(-height // stride[0]), -(-width // stride[1])
-    pool = draw(st.sampled_from(["none", "max", "avg"]))
+    pool = "none" if far and not plain else draw(st.sampled_from(["none", "max", "avg"]))
     pool_size = (1, 1)
     if pool != "none":
         pool_size = draw(st.tuples(st.integers(1, min(3, ho)), st.integers(1, min(3, wo))))
@@ -285,38 +296,45 @@ def options(draw: Any, height: int, width: int) -> Options:
 
 
 @st.composite
-def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> Case:
-    """Draws any call that the kernels cover."""
-    height, width = draw(_SIDES), draw(_SIDES)
-    chosen = draw(options(height, width))
+def cases(
+    draw: Any,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
+    large: bool = False,
+) -> Case:
+    """Draws any call that the kernels cover; `large` ones also have weights of any gain.
+
+    A third of the sequences has lengths.
+    """
+
+    def size(small: Any, most: int) -> int:
+        return min(draw(st.integers(1, most)), draw(st.integers(1, most))) if large else draw(small)
+
+    height, width = size(_SIDES, 40), size(_SIDES, 40)
+    chosen = draw(options(height, width, large and draw(st.booleans())))
     layout = st.sampled_from(LAYOUTS)
-    batch, in_channels, channels = draw(st.integers(1, 3)), draw(_CHANNELS), draw(_CHANNELS)
-    (kh, kw), (ho, wo) = chosen.kernel_size, chosen.state_size(height, width)
-    if batch * ho * wo * kh * kw * channels * (in_channels + channels) > _MOST_WORK:
-        batch, in_channels = 1, min(in_channels, 5)
     case = Case(
         chosen,
         draw(st.sampled_from(dtypes)),
-        draw(st.integers(1, 5)) if chosen.sequence else 1,
-        batch,
-        in_channels,
-        channels,
+        size(st.integers(1, 5), 40) if chosen.sequence else 1,
+        size(st.integers(1, 3), 9),
+        size(_CHANNELS, 100),
+        size(_CHANNELS, 80),
         height,
         width,
         draw(st.sampled_from(["number", "column", "four"])),
         draw(st.booleans()),
         draw(st.sampled_from([1.0, 0.7, -2.0])),
-        draw(st.sampled_from([1.0, 0.3, 0.1, 0.02])),
+        draw(st.sampled_from([1.0, 0.3, 0.1, 0.02, *[0.0] * large])),
         draw(st.booleans()),
         (draw(layout), draw(layout), draw(layout), draw(layout)),
         draw(st.integers(0, 2**16)),
+        draw(st.sampled_from([1.0, 1.0, 1.0, 1e-3, 0.1, 10.0, 100.0])) if large else 1.0,
     )
-    return padded(draw, case)
-
-
-def padded(draw: Any, case: Case) -> Case:
-    """Returns the case with lengths, which a third of the sequences have."""
-    if not case.options.sequence or draw(st.integers(0, 2)) > 0:
+    while case.work > (_MOST_WORK_OF_LARGE if large else _MOST_WORK):  # halve the largest size
+        names = ("time", "batch", "channels", "in_channels")
+        largest = max(names, key=lambda name: getattr(case, name))
+        case = case.but(**{largest: getattr(case, largest) // 2})
+    if not chosen.sequence or draw(st.integers(0, 2)) > 0:
         return case
     return case.but(lengths=draw(st.tuples(*[st.integers(0, case.time)] * case.batch)))
 

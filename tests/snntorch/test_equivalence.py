@@ -80,24 +80,23 @@ class Twins:
         return gradients_by_name(seen, leaves)
 
 
-@st.composite
-def drawn_twins(draw: Any) -> Twins:
-    """Draws small cases of what snnTorch can do."""
-    case = draw(cases())
-    case = case.but(
-        kernel_size=tuple(min(k, 5) for k in case.options.kernel_size), dtype=torch.float64,
-        sequence=True, record=True, stride=(1, 1), dilation=(1, 1), inhibition=False,
-        checkpoint=False, quant=None, graded=1.0, lengths=None,
-        surrogate=draw(st.sampled_from(IN_SNNTORCH)),
-        time=draw(st.integers(1, 4)), batch=draw(st.sampled_from([1, 1, 2, 3, 0])),
+def of_snntorch(case: Case) -> Case:
+    """Returns a small call of what snnTorch's cell can do."""
+    spike = case.options.surrogate
+    return case.but(
+        dtype=torch.float64, sequence=True, record=True, spiking=True, stride=(1, 1),
+        dilation=(1, 1), checkpoint=False, quant=None, graded=1.0, lengths=None,
+        surrogate=spike if spike in IN_SNNTORCH else IN_SNNTORCH[0],
+        layouts=(case.layouts[0], *["contiguous"] * 3),
         in_channels=min(case.in_channels, 4), channels=min(case.channels, 9),
         height=min(case.height, 11), width=min(case.width, 11),
-        layouts=(case.layouts[0], *["contiguous"] * 3),
     )  # fmt: skip
-    return Twins(
-        case, *(draw(st.booleans()) for _ in range(3)),
-        through=draw(st.sampled_from(["spikes", "states", "both"])),
-    )  # fmt: skip
+
+
+TWINS = st.builds(
+    Twins, cases().map(of_snntorch), st.booleans(), st.booleans(), st.booleans(),
+    st.sampled_from(["spikes", "states", "both"]),
+)  # fmt: skip
 
 
 def judge(case: Twins, backend: Any) -> None:
@@ -125,7 +124,7 @@ def test_any_combination_of_options_equals_snntorch(backend):
     @drawing(3 if backend.name == "emulator" else 60)
     @example(Twins(SMALL.but(height=1, width=1, kernel_size=(5, 5), channels=1, reset="zero")))
     @example(Twins(SMALL.but(batch=0, reset="subtract", pool="max", pool_size=(2, 2))))
-    @given(drawn_twins())
+    @given(TWINS)
     def check(case):
         judge(case, backend)
 

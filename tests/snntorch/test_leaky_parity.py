@@ -1,61 +1,117 @@
-"""Leaky and snnTorch's over all options, also those that no kernel takes, by random layers."""
+"""Leaky and snnTorch's over all options, also those that no kernel takes, by drawn actions."""
 
-import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
 from snnlstm import surrogate
+from tests.shared.cases import drawing
 from tests.shared.helpers import close
-from tests.shared.leaky import F64, PLAIN, RESETS, currents, eighths, foreign, leaky_twins, outcome
+from tests.shared.leaky import (
+    F64,
+    PLAIN,
+    RESETS,
+    T,
+    currents,
+    eighths,
+    foreign,
+    leaky_twins,
+    outcome,
+)
 
 INF = float("inf")
 
 
-def layers_of(draw: random.Random, dtype: torch.dtype) -> tuple[list[Any], tuple[int, ...]]:
-    """Draws the options of a layer; returns ours, snnTorch's, and the shape of a step.
+@st.composite
+def programs(draw: Any) -> dict[str, Any]:
+    """Draws the options of a layer, the shape of a step, and the actions of T steps."""
 
-    float32 does not hold the numbers of float64.
-    """
-    shape = (2, 3, 4)
-    broadcast: list[Any] = [(), (4,), (3, 1), (3, 4), shape, (2, 1, 1)]
-    inhibition = draw.random() < 0.2
+    def one_of(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    shape, broadcast = (2, 3, 4), ((), (4,), (3, 1), (3, 4), (2, 3, 4), (2, 1, 1))
+    inhibition = one_of(False, False, False, False, True)
     if inhibition:  # snnTorch's takes (N, C) alone
         shape, broadcast = (3, 4), broadcast[:4]
-    options: dict[str, Any] = {
-        "beta": torch.rand(draw.choice(broadcast), dtype=dtype) * draw.choice([1, 1, 2]) - 0.1,
-        "threshold": torch.rand(draw.choice(broadcast), dtype=dtype) * 0.6 + 0.1,
-        "reset_mechanism": draw.choice(RESETS),
-        "reset_delay": draw.random() < 0.6,
-        "inhibition": inhibition,
-        "state_quant": draw.choice([False, False, False, eighths]),
-        "spike_grad": draw.choice([None, surrogate.fast_sigmoid(5), foreign]),
-        "surrogate_disable": draw.random() < 0.1,
-        "graded_spikes_factor": draw.choice([1.0, 0.5, -2.0, 0.0, torch.tensor(0.1, dtype=F64)]),
-        "learn_graded_spikes_factor": draw.random() < 0.2,
-        "learn_beta": draw.random() < 0.4,
-        "learn_threshold": draw.random() < 0.4,
-        "init_hidden": draw.random() < 0.5,
-        "output": draw.random() < 0.5,
-    }
-    if draw.random() < 0.5 and not inhibition:  # what the kernels take
+    options = {
+        "beta": one_of(*broadcast), "threshold": one_of(*broadcast),  # their shapes
+        "reset_mechanism": one_of(*RESETS), "inhibition": inhibition,
+        "reset_delay": one_of(True, True, False),
+        "state_quant": one_of(False, False, False, eighths),
+        "spike_grad": one_of(None, surrogate.fast_sigmoid(5), foreign),
+        "surrogate_disable": one_of(*[False] * 9, True),
+        "graded_spikes_factor": one_of(1.0, 0.5, -2.0, 0.0, torch.tensor(0.1, dtype=F64)),
+        "learn_graded_spikes_factor": one_of(False, False, False, False, True),
+        "learn_beta": one_of(False, True), "learn_threshold": one_of(False, True),
+        "init_hidden": one_of(False, True), "output": one_of(False, True),
+    }  # fmt: skip
+    if not inhibition and one_of(False, True):  # what the kernels take
         options |= {"reset_delay": True, "state_quant": False}
-    return leaky_twins(dtype, **options), shape
+    return {
+        "options": options, "shape": shape, "dtype": one_of(torch.float32, torch.float32, F64),
+        "actions": [one_of(*ACTIONS) for _ in range(T)],
+        "through": one_of("spk", "mem", "both"), "largest": one_of(1, 1, 2),
+        "seed": draw(st.integers(0, 99)),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_random_layers(seed: int) -> None:
-    draw, dtype = random.Random(seed), torch.float32 if seed % 3 else F64
-    torch.manual_seed(seed)
-    (layers, shape), through = layers_of(draw, dtype), draw.choice(["spk", "mem", "both"])
-    x, chosen = currents(*shape, dtype=dtype, seed=seed), draw.choice(["auto", "auto", "reference"])
-    with snnlstm.algorithm(chosen):
-        (out, grads), (expected, exact) = (outcome(layer, x, through) for layer in layers)
-    assert chosen == "auto" or not layers[0].path.native
+def passed(layer: Any, x: Tensor) -> Any:
+    """Calls a layer with another mem than the stored one."""
+    return layer(x) if layer.init_hidden else layer(x, currents(*x.shape, dtype=x.dtype, seed=9)[0])
+
+
+def after(change: Callable[[Any], object]) -> Callable[..., Any]:
+    return lambda layer, x: (change(layer), layer(x))[1]
+
+
+def within(around: Callable[[], Any]) -> Callable[..., Any]:
+    def act(layer: Any, x: Tensor) -> Any:
+        with around():
+            return layer(x)
+
+    return act
+
+
+ACTIONS: dict[str, Callable[..., Any]] = {
+    "a step": lambda layer, x: layer(x),
+    "passed": passed,
+    "halved": after(lambda layer: setattr(layer, "mem", layer.mem * 0.5)),
+    "detached": after(lambda layer: setattr(layer, "mem", layer.mem.detach())),
+    "restarted": after(lambda layer: layer.reset_mem()),
+    "zero": after(lambda layer: setattr(layer, "state_function", layer._base_zero)),
+    "without gradients": within(torch.no_grad),
+    "by reference": within(lambda: snnlstm.algorithm("reference")),
+}
+
+
+@pytest.mark.drawn
+@drawing(120)
+@given(programs())
+def test_any_actions_give_what_snntorch_gives(program: dict[str, Any]) -> None:
+    torch.manual_seed(program["seed"])
+    dtype, options = program["dtype"], dict(program["options"])
+    options["beta"] = torch.rand(options["beta"], dtype=dtype) * program["largest"] - 0.1
+    options["threshold"] = torch.rand(options["threshold"], dtype=dtype) * 0.6 + 0.1
+    x = currents(*program["shape"], dtype=dtype, seed=program["seed"])
+
+    def run(layer: Any, x: Tensor) -> tuple[Tensor, ...]:
+        outs = []
+        for action, x_t in zip(program["actions"], x, strict=True):
+            out = ACTIONS[action](layer, x_t)
+            outs.append((out[0] if isinstance(out, tuple) else out, layer.mem))
+        return tuple(map(torch.stack, zip(*outs, strict=True)))
+
+    layers = leaky_twins(dtype, **options)
+    (out, grads), (expected, exact) = (
+        outcome(layer, x, program["through"], run) for layer in layers
+    )
     close(out, expected, atol=1e-13 if dtype is F64 else 0, rtol=0)
     error = 1e-12 if dtype is F64 else 1e-4
     close(grads, exact, atol=error, rtol=error)
@@ -183,11 +239,3 @@ def test_integers_count_as_numbers_beside_parameters(reset: str, dtype: torch.dt
             assert all(out.dtype is real for out in (outs[0] if ours else outs[0][1:]))
             found.append([(spk.to(real), mem) for spk, mem in outs])
         close(*found, atol=0, rtol=0)
-
-
-def test_a_surrogate_may_write_into_what_it_has_returned() -> None:
-    memory = torch.empty(3, 5)
-    options = {"spike_grad": lambda u: memory.copy_(u > 0), "reset_delay": False}
-    with torch.no_grad():
-        found = [[layer(x_t) for x_t in currents(3, 5)][-1] for layer in leaky_twins(**options)]
-    close(*found, atol=0)

@@ -70,33 +70,20 @@ def test_layers_are_not_kept_alive(make):
     assert not snntorch.SpikingNeuron.instances
 
 
-def test_the_layers_may_be_walked_while_a_cell_dies():
-    """Python clears all weak references to an object, and then calls their callbacks in turn."""
-    walks = []
-
-    def walk(_):
-        snntorch.SConv2dLSTM.reset_hidden()
-        snntorch.SConv2dLSTM.detach_hidden()
-        walks.append(True)
-
-    cell = ours()
-    seen = weakref.ref(cell, walk)
-    del cell
-    gc.collect()
-    assert seen() is None
-    assert walks
-
-
 @made
-def test_snntorch_reaches_every_living_layer(make):
+@pytest.mark.parametrize("library", [snntorch, snnlstm])
+def test_each_library_reaches_every_living_layer(library, make):
     layer, gone = make(), make()
-    kind = snntorch.Leaky if isinstance(layer, snntorch.Leaky) else snntorch.SConv2dLSTM
+    kind = library.Leaky if isinstance(layer, snntorch.Leaky) else library.SConv2dLSTM
     del gone
     for reset in (kind.reset_hidden, lambda: snntorch.utils.reset(nn.Sequential(layer))):
         layer(X)
+        mem = layer.mem
+        assert mem.requires_grad
         kind.detach_hidden()
-        assert layer.mem.any()
-        assert not layer.mem.requires_grad
+        assert layer.mem is mem
+        assert mem.any()
+        assert not mem.requires_grad
         reset()
         assert not layer.mem.any()
 
@@ -130,31 +117,12 @@ def test_a_constructor_that_fails_does_no_harm(library):
     assert not layer.mem.any()
 
 
-@pytest.mark.parametrize("library", [snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM])
-def test_reset_hidden_and_detach_hidden_reach_all_living_cells(library):
-    cells = [ours(), ours(init_hidden=True), ours(stride=2)]
-    x = torch.ones(1, 2, 5, 5)
-    for cell in cells:
-        cell(x)
-        assert cell.mem.requires_grad
-    mems = [cell.mem for cell in cells]
-    library.detach_hidden()
-    for cell, mem in zip(cells, mems, strict=True):
-        assert cell.mem is mem
-        assert not mem.requires_grad
-        assert not cell.syn.requires_grad
-    library.reset_hidden()
-    for cell in cells:
-        assert not cell.mem.any()
-        assert not cell.syn.any()
-
-
 @pytest.mark.parametrize(
     "options",
     [
         {"state_quant": snntorch.functional.quant.state_quant(4)},  # snnTorch's cell raises here
         {"reset_mechanism": "zero", "avg_pool": 2},
-        {"stride": 2, "inhibition": True},
+        {"stride": 2},
     ],
     ids=described,
 )

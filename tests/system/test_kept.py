@@ -3,8 +3,6 @@
 A cell keeps an entry for each kind of call, and like cells share plans.
 """
 
-import itertools
-import types
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,10 +14,9 @@ import snnlstm
 import snnlstm.dispatch.entry
 from benchmarks import peak_memory
 from snnlstm.calls.keys import BoundedDict
-from snnlstm.compat import torch_private
 from snnlstm.native import lender
-from tests.shared.cpu_kernels import native, needs_core
-from tests.shared.helpers import measures_memory, ours, states, steps, watched
+from tests.shared.cpu_kernels import needs_core
+from tests.shared.helpers import measures_memory, ours, states, steps
 
 pytestmark = needs_core
 
@@ -50,9 +47,6 @@ def test_thousands_of_shapes_take_bounded_memory(name):
 # ---- changes between calls ----------------------------------------------------------------------
 
 
-F32, BF16 = torch.float32, torch.bfloat16
-
-
 def with_data(change):
     """Returns a change that gives each tensor other memory, and keeps the parameters."""
 
@@ -81,28 +75,11 @@ def passed(name, change):
     return changed
 
 
-def past(name):
-    """Python finds such an attribute before nn.Module finds the parameter of its name."""
-
-    @contextmanager
-    def changed(cell, given):
-        other = ours(seed=3, threshold=0.05)
-        other.graded_spikes_factor.fill_(2)
-        holder, source = (cell.conv, other.conv) if name in ("weight", "bias") else (cell, other)
-        object.__setattr__(holder, name, getattr(source, name))
-        yield
-        object.__delattr__(holder, name)
-
-    return changed
-
-
 # What changes after a call; the next one computes what a cell does that was not called before.
 # test_key.py has all that a key tells apart.
 CHANGES = {
     "dtype": with_data(Tensor.double),
     "shape": with_data(lambda t: t[..., :1, :1].clone() if t.dim() == 4 else t),
-    **{f"{name} past nn.Module": past(name) for name in
-       ("weight", "bias", "threshold", "graded_spikes_factor", "conv")},
     "record is 1.0": passed("record", lambda _: 1.0),
 }  # fmt: skip
 # These change no result.
@@ -136,66 +113,7 @@ def test_a_change_after_a_call_is_seen_by_the_next(name, monkeypatch):
         assert after == outcome(fresh, given)
 
 
-# ---- settings that another thread changes -------------------------------------------------------
-
-
-class Flipping(types.ModuleType):
-    """Stands for the module of the algorithm, which changes at one of the times that it is read."""
-
-    at, to = -1, ""
-
-    @property
-    def current(self):
-        self.at -= 1
-        if self.at == -1:
-            self.set_algorithm(self.to)
-        return vars(self)["current"]
-
-
-# The dtype of a call, its channels, and the algorithms between which it changes.
-FLIPS = {
-    "steps": (F32, 2, ("winograd", "direct", "reference")),
-    "half": (BF16, 2, ("direct", "reference")),
-    "checkpoint": (F32, 2, ("winograd", "direct", "reference")),
-    "autocast, on a processor that multiplies bfloat16": (F32, 32, ("auto", "direct", "reference")),
-}
-
-
-@pytest.mark.parametrize("name", FLIPS)
-def test_a_call_reads_the_algorithm_once(name, monkeypatch):
-    """Whenever it changes within a call, later calls run as if it had changed between calls."""
-    dtype, channels, algorithms = FLIPS[name]
-    x, syn, mem = (t.to(dtype) for t in (X.repeat(1, channels // 2, 1, 1), *START))
-    monkeypatch.setattr(torch_private, "multiplies_bfloat16", True)
-    monkeypatch.setattr(snnlstm.calls.algorithms, "__class__", Flipping)
-    settings = watched(monkeypatch, native.cpu.Backend, "settings")
-    autocast = torch.autocast("cpu", BF16, enabled="autocast" in name)
-
-    def make():
-        return ours(channels, 3, 3, checkpoint=name == "checkpoint").to(dtype)
-
-    def path(cell, algorithm):
-        with autocast, snnlstm.algorithm(algorithm):
-            cell(x, syn, mem)
-        return cell.path
-
-    reads = []
-    for pair in itertools.permutations(algorithms, 2):
-        expected = [path(make(), algorithm) for algorithm in pair]
-        assert expected[0] != expected[1]
-        for at in range(8):
-            monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
-            monkeypatch.setattr(native, "_plans", BoundedDict())
-            cell, snnlstm.calls.algorithms.at, snnlstm.calls.algorithms.to = make(), at, pair[1]
-            settings.clear()
-            assert path(cell, pair[0]) in expected
-            reads.append(len(settings))
-            rest, snnlstm.calls.algorithms.at = snnlstm.calls.algorithms.at, -1
-            for other in (cell, make()):
-                assert [path(other, algorithm) for algorithm in pair] == expected, (pair, at)
-            if rest >= 0:
-                break
-    assert max(reads) <= 2  # in a look-up before all checks of the call, and in one after them
+# ---- settings that change ------------------------------------------------------------------------
 
 
 def test_a_checkpoint_computes_again_by_the_algorithm_of_the_first_time():
