@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.device == "cpu" and torch.cuda.is_available():
         print("There is a GPU here: --device cuda runs the demo on it.", flush=True)
     reference, ours = (
-        training.run(argparse.Namespace(**vars(args), network=network)) for network in compare.LIBRARIES
+        training.run(argparse.Namespace(**vars(args), network=network))
+        for network in compare.LIBRARIES
     )
     args.out.mkdir(parents=True, exist_ok=True)
     epochs = f"{ours['epochs']} epochs, seed {args.seed}"

@@ -240,7 +240,8 @@ class Plan:
         mem = _empty_like(like, self.dtype) if wanted[1] or sequence else None
         sums = [_empty_like(like, self.dtype) if want else None for want in wanted[2:]]
         graded = contiguous_as(graded, self.dtype)  # it must live while the kernels run
-        fields = self._fields(*map(pointer, kept), graded, before)
+        beta, threshold = map(pointer, kept)
+        fields = self._fields(beta, threshold, graded, before)
         others = map(pointer, (after, *laid, x, mem, *sums))
         self.backend.leaky((*fields, *others), True, self.device)
         return x, mem, *sums

@@ -113,7 +113,8 @@ def test_leaky_gives_the_fields_in_their_order(monkeypatch):
     noted_as = dict(zip((*names, "grad_beta", "grad_threshold"), map(address, memory), strict=True))
     [(copies, *at)] = plan._kept.values()
     kept = {"beta.values": at[0], "threshold.values": at[1]}
-    assert at == [*map(address, copies)] and not set(at) & {*map(address, (beta, threshold))}
+    assert at == [*map(address, copies)]
+    assert not set(at) & {*map(address, (beta, threshold))}
     assert by_name("LeakyBackwardArgs", given[1]) == common | noted_as | kept
     assert len(set(noted_as.values())) == len(noted_as)
 
