@@ -29,6 +29,7 @@ from benchmarks.providers import FORMS, Provider, Setting
 from benchmarks.run import compare
 from snnlstm.calls.call import autocast_dtype, stateless_call
 from snnlstm.native import backends
+from snnlstm.native.cuda import Runner
 from snnlstm.native.plan import Plan, Result
 
 # The suite's own layers, users' layers at their batches, and all kinds of users' layers.
@@ -88,7 +89,7 @@ def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
         first: Any = None
         candidates = plan.backend.candidates(plan, settings.tf32, bool(backward))
         for number, core in enumerate(candidates):
-            plan.passes._chosen[bool(backward)] = plan.passes._pass(core)
+            plan.passes._chosen[bool(backward)] = Runner(plan.passes, core)
             try:
                 times, outs = seconds(plan.backend, run, setting.device == "cuda")
                 first = first or results(outs[0])
@@ -101,7 +102,7 @@ def passes(case: Case, setting: Setting) -> list[tuple[str, ...]]:
             row = case.name, setting.dtype, *named, "*" if number == 0 else "", *found
             print(*["WRONG"] * bool(found[-1]), *row, flush=True)
             rows.append(row)
-        plan.passes._chosen[bool(backward)] = plan.passes._pass(candidates[0])
+        plan.passes._chosen[bool(backward)] = Runner(plan.passes, candidates[0])
     return rows
 
 
