@@ -239,8 +239,6 @@ def leaky_step(
     # A user's function may draw random numbers, so it is called as often as in snnTorch.
     if reset != "none" or not delay or type(surrogate) is not Surrogate:
         signal = reset_signal(mem, threshold, surrogate)
-    if not delay and type(surrogate) is not Surrogate:  # it may write into what it has returned
-        signal = signal.clone()
     if reset == "zero":
         mem = (1 - signal) * mem
     mem = beta.clamp(0, 1) * mem + x
