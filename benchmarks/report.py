@@ -58,6 +58,8 @@ README_NETWORKS = {
     "documentation": "two cells, 28x28, T=10 N=32, as in snnTorch's documentation",
     "documentation-n1": "the same, one sample at a time",
     "events": "convolution, Leaky, one cell, 32x32, T=20 N=16",
+    "events64": "two convolutions, Leaky, pools, one cell, 64x64, T=10 N=8",
+    "tactile": "three convolutions, batch norm, Leaky, one cell, 32x32, T=60 N=8",
     "eeg": "three cells, 22x128, T=10 N=32",
     "dense": "Leaky alone, 784-1000-10, snnTorch's tutorial 5, T=25 N=128",
     "dense-image": "the same, one image for all steps",
