@@ -198,7 +198,7 @@ def _swap(model: nn.Module) -> SwapReport:
         object.__setattr__(layer, "__dict__", made.__dict__)
         if isinstance(layer, tuple(_OURS.values())):
             register(layer)
-    if not any(isinstance(module, tuple(_OURS)) for module in pairs):
+    if not swapped and not any(isinstance(module, tuple(_OURS)) for module in pairs):
         logger.warning("accelerate found neither SConv2dLSTM nor Leaky in the model")
     logger.info("%s", report.headline)
     return report
