@@ -2,6 +2,8 @@
 
 import sys
 
+from benchmarks import what_brings
+
 try:
     from benchmarks.arguments import parser
 
@@ -11,7 +13,7 @@ except ImportError as error:
     text = f"python -m benchmarks: {error}"  # the core is missing, or does not load
     if isinstance(error, ModuleNotFoundError):
         text = f'python -m benchmarks needs {error.name}, which the extra "bench" brings'
-    sys.exit(f'{text}: in the checkout run {sys.executable} -m pip install -e ".[bench]"')
+    sys.exit(what_brings(text))
 
 if __name__ == "__main__":
     sys.exit(main())

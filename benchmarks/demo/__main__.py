@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import what_brings
 from benchmarks.demo import training
 from benchmarks.demo.training import CANVAS, DIGIT, STEPS
 
@@ -29,8 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
         from benchmarks import machine
         from benchmarks.demo import compare
     except ModuleNotFoundError as error:
-        text = f'the demo needs {error.name}, which the extra "bench" brings: in the checkout run'
-        p.exit(1, f'{text} {sys.executable} -m pip install -e ".[bench]"\n')
+        sys.exit(what_brings(f'{p.prog} needs {error.name}, which the extra "bench" brings'))
     name = f"{machine.device_name(args.device)}, threads: {args.threads}"
     print(
         f"Digits of {DIGIT}x{DIGIT} pixels move over {CANVAS}x{CANVAS} "

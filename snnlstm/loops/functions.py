@@ -59,7 +59,9 @@ def _key_of(body: GraphModule) -> Any:
     )
 
 
-def _compiled(body: GraphModule, order: Callable[[Graph], Any]) -> Callable[..., Any]:
+def _compiled(
+    body: GraphModule, order: Callable[[Graph], None] = lambda graph: None
+) -> Callable[..., Any]:
     """A body as a function that runs in the caller's grad mode; `order` sorts its arguments."""
     graph = copy.deepcopy(body.graph)
     for node in own_settings(graph):
@@ -85,8 +87,7 @@ def _function(call: Node) -> Callable[..., Any]:
         for one, following in pairwise([saved[at] for at in checked + others]):
             one.append(following)
 
-    run, run_backward = _compiled(forward_body, id), _compiled(backward_body, order)
-
+    run, run_backward = _compiled(forward_body), _compiled(backward_body, order)
     is_recorded = cache(partial(_records_second_derivative, backward_body, len(_frames(call))))
 
     def save(ctx: Any, outputs: Sequence[Tensor], saved: Sequence[Any]) -> None:

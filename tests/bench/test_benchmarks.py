@@ -59,14 +59,17 @@ def suite(out: Path, *arguments: str) -> tuple[int, pd.DataFrame]:
         (["pandas"], [], 1, 'pandas, which the extra "bench" brings: in the checkout run'),
         (["snntorch"], ["--help"], 1, 'snntorch, which the extra "bench" brings'),
         (["snnlstm._C"], ["--help"], 1, '-m pip install -e ".[bench]"'),
+        (["pandas", "tqdm", "matplotlib"], ["demo", "--help"], 0, "python -m benchmarks.demo"),
+        (["pandas"], ["demo", "--quick"], 1, 'pandas, which the extra "bench" brings: in the'),
     ],
 )
 def test_arguments_are_read_before_a_package_is_missed(missing, arguments, status, said):
+    demo = arguments[:1] == ["demo"]
     program = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys({missing}))
-sys.argv[1:] = {arguments}
-runpy.run_module("benchmarks", run_name="__main__")
+sys.argv[1:] = {arguments[demo:]}
+runpy.run_module("benchmarks{".demo" * demo}", run_name="__main__")
 """
     done = fresh(program, [Path(__file__).resolve().parents[2]])
     if status == 1:

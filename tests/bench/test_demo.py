@@ -82,17 +82,6 @@ def test_training_reaches_the_same_accuracy_with_either_cell():
     assert abs(means.snntorch - means.snnlstm) < spread, rows
 
 
-def test_help_needs_no_package_of_the_extra(monkeypatch, capsys):
-    for name in ("pandas", "tqdm", "benchmarks.demo.compare"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delattr("benchmarks.demo.compare")
-    with pytest.raises(SystemExit, match="0"):
-        demo.main(["--help"])
-    with pytest.raises(SystemExit, match="1"):
-        demo.main(["--quick"])
-    assert '".[bench]"' in capsys.readouterr().err
-
-
 def test_a_copy_of_the_training_runs_alone(tmp_path, monkeypatch, capsys):
     from sklearn.datasets import load_digits  # an import of seconds
 
