@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..compat.torch_private import memory_of, operators_named
-from ..networks.layers import LARGE, LARGE_LINEAR, LARGE_STATE, TO_STACK, too_large
+from ..networks.layers import TO_STACK, reason_by_size, steps_at_once, too_large
 from . import rows
 
 # ---- what a node does beside computing its result -----------------------------------------------
@@ -122,9 +122,6 @@ FEEDBACK = "its input, or its state, depends on its last result"
 UNALIKE = "its input is another expression in each step, as behind a neuron that runs in steps"
 IN_PLACE = "its results are modified in place"
 MEMORY = "all steps at once would take too much memory"
-
-MOST_BYTES = 16 << 20
-"""The most bytes that the steps of one layer take at once where no gradients are recorded."""
 
 # ---- the loop -----------------------------------------------------------------------------------
 
@@ -371,28 +368,36 @@ class Loop:
     # ---- the runs -------------------------------------------------------------------------------
 
     def _longest_run(self, groups: Sequence[tuple[rows.Row, list[int]]]) -> int:
-        """How many steps a run may have, so that the results of all fit into memory.
+        """How many steps a run may have, so that no results of one are large.
 
         Where gradients are recorded, a loop keeps all steps, too.
         """
         nodes = [self.nodes[calls[0]] for _, calls in groups]
         if any(map(rows.requires_grad, nodes)):
             return len(self.nodes)
-        return max(1, MOST_BYTES // max([1, *map(rows.bytes_of, nodes)]))
+        several = [node for node, (_, calls) in zip(nodes, groups, strict=True) if len(calls) > 1]
+        steps = [rows.bytes_of(node) for node in several if not self._has_large_steps(node)]
+        return steps_at_once(max(steps, default=0))
 
-    def _reason_against(self, row: rows.Row, calls: Sequence[Node]) -> str | None:
-        """Why no calls of a group become one; None if they may."""
+    def _has_large_steps(self, node: Node) -> bool:
+        """Whether the CPU calls the node's layer step by step for the size of its results."""
+        by_size = rows.value_of(node.all_input_nodes[0]).device.type == "cpu"
+        return by_size and node.target is not rows.CELL and too_large(rows.bytes_of(node))
+
+    def _reason_against(self, row: rows.Row, calls: Sequence[Node], limit: int) -> str | None:
+        """Why no calls of a group become one; None if they may, up to `limit` at once."""
         first, x = calls[0], calls[0].all_input_nodes[0]
         alone = row.first_alone and not row.states
         if alone and len({self._arguments(call, 1) for call in calls}) > 1:
             return WEIGHTS
         if rows.value_of(x).device.type != "cpu":
             return None
-        if first.target is not rows.CELL:
-            step = max(map(rows.bytes_of, (first, *first.all_input_nodes[:1])))
-            large = LARGE_LINEAR if rows.name_of(first) == "linear" else LARGE
-            return too_large(step, LARGE_STATE if row.states else large)
-        return None if self._is_sequence(calls) else too_large(rows.bytes_of(x), TO_STACK)
+        if first.target is rows.CELL:
+            by_step = too_large(rows.bytes_of(x)) and not self._is_sequence(calls)
+            return TO_STACK if by_step else None
+        step = max(map(rows.bytes_of, (first, *first.all_input_nodes[:1])))
+        linear = rows.name_of(first) == "linear"
+        return reason_by_size(step, min(limit, len(calls)), bool(row.states), linear)
 
     def _is_sequence(self, calls: Sequence[Node]) -> bool:
         """Whether the first arguments of calls lie in one memory."""
@@ -407,7 +412,7 @@ class Loop:
     def _form_runs(self, row: rows.Row, calls: list[int], limit: int) -> None:
         """Let the calls of a group form runs of at most `limit` calls."""
         nodes = [self.nodes[number] for number in calls]
-        reason = self._reason_against(row, nodes)
+        reason = self._reason_against(row, nodes, limit)
         if reason is not None:
             self.reasons.update(dict.fromkeys(nodes[1:], reason))
             return

@@ -21,8 +21,8 @@ from .pool2d import AvgPool2d, MaxPool2d
 from .spikes import SpikeCount
 
 ALONE = "one call, all steps as a larger batch"
-LARGE = "one step of its input or output is larger than 128 KiB"
-LARGE_LINEAR = "one step of its input or output is larger than 1 MiB"
+LARGE = "one step of its input or output is larger than 1 MiB"
+LARGE_SEQUENCE = "steps of its input or output are larger than 128 KiB, and all than 8 MiB"
 LARGE_STATE = "it keeps a state, and one step of it is larger than 1 MiB"
 TO_STACK = "the layers before it run step by step, and one of their steps is larger than 1 MiB"
 ONE_CALL = "one call for all steps"
@@ -30,15 +30,7 @@ THEIRS = "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
 TAKES = "it takes sequences"
 CONSTANT = "every step of its input is the same tensor"
 # The reasons of layers that neither mix samples nor keep a state.
-PER_SAMPLE = ALONE, LARGE, LARGE_LINEAR
-
-LARGEST = {LARGE: 128 << 10, LARGE_LINEAR: 1 << 20, LARGE_STATE: 1 << 20, TO_STACK: 1 << 20}
-"""The most bytes of one step that the CPU runs with all others at once, by the reason against it.
-
-Larger steps run one by one, as in the loop: each goes through several layers while it is in the
-cache, and all at once touch new pages, which costs more than a single call saves. A Linear reads
-its weight, and writes its gradient, once for all steps (benchmarks/NOTES.md).
-"""
+PER_SAMPLE = ALONE, LARGE, LARGE_SEQUENCE
 
 
 @dataclass(frozen=True)
@@ -79,15 +71,17 @@ _LEAST_DIM: dict[type[nn.Module], int] = {
 }  # fmt: skip
 
 
-def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | None) -> LayerReport:
-    """How a layer runs over a sequence x; an x of `dim` dimensions is one of its steps.
+def report_of(
+    name: str, layer: nn.Module, x: Tensor, steps: int, by_step: str | None, whole: bool = True
+) -> LayerReport:
+    """How a layer runs over a sequence of so many steps: over x, or if not `whole`, x is one step.
 
     `by_step` is a reason to run all steps one by one.
     """
     kind, title = type(layer), type(layer).__name__
     if by_step is not None and kind in SEQUENCE_NEURONS:
         raise ValueError(f"layer {name} ({title}) needs whole sequences, but {by_step}")
-    against = by_step or _reason_for_steps(layer, x, dim)
+    against = by_step or _reason_for_steps(layer, x, steps, whole)
     if against is not None:
         return LayerReport(name, title, "step", against)
     if kind in SEQUENCE_NEURONS or getattr(kind, "_takes_sequences", False):
@@ -97,9 +91,9 @@ def report_of(name: str, layer: nn.Module, x: Tensor, dim: int, by_step: str | N
     return LayerReport(name, title, "fold", ALONE)
 
 
-def _reason_for_steps(layer: Any, x: Tensor, dim: int) -> str | None:
+def _reason_for_steps(layer: Any, x: Tensor, steps: int, whole: bool) -> str | None:
     """Why a layer gets the steps of x one by one; None if one call may have them all."""
-    kind, whole = type(layer), x.dim() > dim
+    kind = type(layer)
     if kind in SEQUENCE_NEURONS:
         return None
     hooked = changed(layer)
@@ -115,17 +109,43 @@ def _reason_for_steps(layer: Any, x: Tensor, dim: int) -> str | None:
     if kind is Leaky:
         if hooked is None and (torch.compiler.is_compiling() or not layer.takes(x, whole)):
             return "plain torch runs it, and its path says why"
-        return hooked or too_large(counted_bytes(x, whole), LARGE_STATE)
+        return hooked or reason_by_size(counted_bytes(x, whole), steps, states=True, linear=False)
     if Neuron is not None and isinstance(layer, Neuron):
         return "it keeps a state from step to step"
-    large = LARGE_LINEAR if kind is nn.Linear else LARGE
-    mixing = hooked or not_per_sample(layer, dim)
-    return mixing or too_large(counted_bytes(x, whole) * _widening(layer), large)
+    step = counted_bytes(x, whole) * _widening(layer)
+    mixing = hooked or not_per_sample(layer, x.dim() - whole)
+    return mixing or reason_by_size(step, steps, states=False, linear=kind is nn.Linear)
 
 
-def too_large(step: float, reason: str) -> str | None:
-    """The reason, if it holds for steps of so many bytes; None if they are small enough."""
-    return reason if step > LARGEST[reason] else None
+# ---- sizes --------------------------------------------------------------------------------------
+
+# In bytes, as measured in benchmarks/NOTES.md. All steps at once save calls, but where they are
+# large the system hands out new pages for them, which costs more; a single step stays in the cache.
+_LARGEST = 1 << 20  # one step; larger ones run one by one, as in the loop
+_SMALL = 128 << 10  # one step; smaller ones run all at once, however many
+_LARGEST_SEQUENCE = 8 << 20  # all steps at once
+
+
+def too_large(step: float) -> bool:
+    """Whether steps of so many bytes run one by one on the CPU."""
+    return step > _LARGEST
+
+
+def steps_at_once(step: int) -> int:
+    """How many steps of so many bytes a call takes where no gradient keeps all of them."""
+    return max(1, _LARGEST_SEQUENCE // max(1, step))
+
+
+def reason_by_size(step: float, steps: int, states: bool, linear: bool) -> str | None:
+    """Why so many steps of so many bytes pass a layer one by one on the CPU; None if all at once.
+
+    Layers with states, and linear ones, take sequences of any length: a linear layer reads its
+    weight, and writes its gradient, once for all steps.
+    """
+    if too_large(step):
+        return LARGE_STATE if states else LARGE
+    is_long = step > _SMALL and step * steps > _LARGEST_SEQUENCE
+    return LARGE_SEQUENCE if is_long and not (states or linear) else None
 
 
 def counted_bytes(x: Tensor, whole: bool = False) -> int:

@@ -64,8 +64,8 @@ class Sequential(nn.Sequential):
     - *step*: all other layers, one call for each step: snnTorch's other neurons, batch norm in
       training (its statistics are those of one step), dropout in training (a new mask for every
       step), layers with hooks, modules that are not known here, and on the CPU layers whose input
-      or output at one step exceeds 128 KiB (1 MiB for a Linear). Adjacent ones all run one step,
-      then the next;
+      or output at one step exceeds 1 MiB, or 128 KiB if it exceeds 8 MiB at all steps (but for a
+      Linear). Adjacent ones all run one step, then the next;
     - *once*: the leading layers of kind *fold*, however large, if all steps are the same image,
       ``x.expand(T, ...)``, without `lengths`: one call with one step. x must require no gradient,
       and the layers must carry no hooks and not work in place.
@@ -258,7 +258,7 @@ def _over_time(
         name, layer = rest[0]
         x = first_item(before, out)
         whole = x if batch is None else x.unflatten(0, batch)
-        report = report_of(name, layer, whole, whole.dim() - 1, by_step)
+        report = report_of(name, layer, whole, len(whole), by_step)
         if lengths is not None and not reports and report.kind != "sequence":
             whole = mask_padding(whole, lengths)  # a NaN in the padding must not reach a gradient
         if report.kind == "step":
@@ -356,10 +356,9 @@ def _step_by_step(
     before = ""
     for name, layer in layers:
         first = first_item(before, outs[0])
-        report = report_of(name, layer, first, first.dim(), by_step)
-        to_stack = too_large(counted_bytes(first), TO_STACK)
-        if calls and report.reason == ONE_CALL and to_stack:
-            report = replace(report, kind="step", reason=to_stack)
+        report = report_of(name, layer, first, len(outs), by_step, whole=False)
+        if calls and report.reason == ONE_CALL and too_large(counted_bytes(first)):
+            report = replace(report, kind="step", reason=TO_STACK)
         if report.kind != "step":
             break
         reports.append(report)

@@ -11,7 +11,7 @@ import snnlstm
 from snnlstm.loops import rows
 from snnlstm.loops.layout import channels_last
 from snnlstm.loops.steps import Loop
-from snnlstm.networks.layers import LARGE, LARGEST
+from snnlstm.networks import layers as sizes
 from tests.loops.compiled import as_eager, dyadic_, merges, numbers
 from tests.loops.networks import exact_leaky
 from tests.loops.parts import MODES
@@ -62,7 +62,8 @@ BEHIND = {
 def test_what_follows_sees_the_recorded_layout(name, by_step, training, monkeypatch):
     """Random numbers, strides, and whatever depends on these."""
     if by_step:
-        monkeypatch.setitem(LARGEST, LARGE, 0)
+        for limit in ("_SMALL", "_LARGEST_SEQUENCE"):
+            monkeypatch.setattr(sizes, limit, 0)
 
     def make():
         net = Images(BEHIND[name])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import snnlstm
-from snnlstm.loops import steps as loop_steps
+from snnlstm.networks import layers as sizes
 from tests.loops.compiled import BACKEND, as_eager, merges, numbers
 from tests.loops.networks import Scale, cell
 from tests.loops.parts import MODES, N, T, check, expect, looped
@@ -290,19 +290,20 @@ def test_steps_of_other_shapes():
 @merges
 @pytest.mark.parametrize("steps_at_once", [1, 2, 3, T])
 def test_without_gradients_steps_are_computed_in_pieces(monkeypatch, steps_at_once):
-    """All of their parameters want gradients, but no_grad records none."""
+    """All parameters want gradients, but no_grad records none; with them, relu has large steps."""
 
     def forward(net, x):
         mem, out = net.lif1.reset_mem(), []
         for x_t in x:
-            spk, mem = net.lif1(net.fc1(x_t), mem)
+            spk, mem = net.lif1(net.fc1(x_t).relu(), mem)
             out.append(spk)
         return torch.stack(out)
 
-    monkeypatch.setattr(loop_steps, "MOST_BYTES", steps_at_once * N * 6 * 4)
+    monkeypatch.setattr(sizes, "_SMALL", 0)
+    monkeypatch.setattr(sizes, "_LARGEST_SEQUENCE", steps_at_once * N * 6 * 4)
     pieces = -(-T // steps_at_once)
-    expect(check(forward, training=False), leaky=pieces, linear=pieces)
-    expect(check(forward, training=True), leaky=1, linear=1)
+    expect(check(forward, training=False), leaky=pieces, linear=pieces, relu=pieces)
+    expect(check(forward, training=True), leaky=1, linear=1, relu=1 if pieces == 1 else T)
 
 
 # ---- regions -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import snnlstm
-from snnlstm.networks.layers import LARGE, LARGE_LINEAR, LARGE_STATE, LARGEST
+from snnlstm.networks import layers as sizes
 from tests.loops.compiled import BACKEND, Calls
 from tests.sequences.by_length import LENGTHS, TIME, unpadded
 from tests.shared.helpers import close, flat, ours, same_gradients, steps
@@ -19,8 +19,7 @@ X = steps(T, N, 2, 6, 6)
 
 def fold_up_to(most, monkeypatch):
     """Lets layers other than cells run all steps at once only if one has at most so many bytes."""
-    for reason in (LARGE, LARGE_LINEAR, LARGE_STATE):
-        monkeypatch.setitem(LARGEST, reason, most)
+    monkeypatch.setattr(sizes, "too_large", lambda step: step > most)
 
 
 def layers_of(stack):

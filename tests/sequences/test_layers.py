@@ -13,6 +13,7 @@ from snntorch import utils
 from torch import nn
 
 import snnlstm
+from snnlstm.networks.layers import report_of
 from tests.sequences.stacks import (
     N,
     T,
@@ -44,6 +45,27 @@ def test_layers_that_change_under_way_take_effect():
     expected = loop(copy.deepcopy(net), X)
     close(one(X), expected)
     assert one.report[0].reason == "its forward was replaced"
+
+
+@pytest.mark.parametrize(
+    ("layer", "kib", "count", "kind"),
+    [
+        (nn.Tanh(), 128, 1000, "fold"),
+        (nn.Tanh(), 129, 63, "fold"),
+        (nn.Tanh(), 129, 64, "step"),
+        (nn.Tanh(), 1024, 8, "fold"),
+        (nn.Tanh(), 1025, 2, "step"),
+        (nn.Linear(256, 512), 512, 1000, "fold"),
+        (nn.Linear(256, 513), 512, 2, "step"),
+        (snnlstm.Leaky(0.9), 1024, 1000, "sequence"),
+        (snnlstm.Leaky(0.9), 1025, 2, "step"),
+    ],
+)
+def test_large_steps_run_one_by_one(layer, kib, count, kind):
+    """The sizes of steps from both sides of each limit; x takes no memory."""
+    x = torch.zeros(()).expand(count, kib, 256)
+    assert report_of("", layer, x, count, None).kind == kind
+    assert report_of("", layer, x[0], count, None, whole=False).kind == kind
 
 
 @needs_core
