@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.loops.compiled import BACKEND, Calls, merges, numbers
-from tests.loops.parts import MODES, N, T, check, expect, looped
+from tests.loops.parts import MODES, N, T, check, expect, loop_test, looped
 
 # ---- writing in place ----------------------------------------------------------------------------
 
@@ -93,45 +93,37 @@ def test_writing_into_a_result_with_gradients(how):
     check(written(how, late=False), training=True)
 
 
-def test_an_equal_call_behind_a_write_is_another():
+@loop_test("inference")
+def test_an_equal_call_behind_a_write_is_another(net, x):
     """What is written between two equal calls makes them differ."""
-
-    def forward(net, x):
-        y, out = x[0] * 1, []
-        for _ in range(T):
-            out.append(net.fc1(y))
-            y += 1
-        return torch.stack(out)
-
-    check(forward, training=False)
+    y, out = x[0] * 1, []
+    for _ in range(T):
+        out.append(net.fc1(y))
+        y += 1
+    return torch.stack(out)
 
 
-def test_an_input_and_a_parameter_that_are_written():
-    def forward(net, x):
-        mem, out = net.lif1.reset_mem(), []
-        for x_t in x:
-            spk, mem = net.lif1(net.fc1(x_t), mem)
-            out.append(spk)
-            x += 0.5
-            net.fc1.bias += 0.25
-        return torch.stack(out), mem
-
-    check(forward, training=False)
+@loop_test("inference")
+def test_an_input_and_a_parameter_that_are_written(net, x):
+    mem, out = net.lif1.reset_mem(), []
+    for x_t in x:
+        spk, mem = net.lif1(net.fc1(x_t), mem)
+        out.append(spk)
+        x += 0.5
+        net.fc1.bias += 0.25
+    return torch.stack(out), mem
 
 
-def test_a_state_that_is_written():
+@loop_test("inference")
+def test_a_state_that_is_written(net, x):
     """The next step starts from what was written, and the layer stores it."""
-
-    def forward(net, x):
-        mem, out = net.lif1.reset_mem(), []
-        for t in range(T):
-            spk, mem = net.lif1(net.fc1(x[t]), mem)
-            if t == 1:
-                mem.mul_(0.5)
-            out.append(spk)
-        return torch.stack(out), mem
-
-    check(forward, training=False)
+    mem, out = net.lif1.reset_mem(), []
+    for t in range(T):
+        spk, mem = net.lif1(net.fc1(x[t]), mem)
+        if t == 1:
+            mem.mul_(0.5)
+        out.append(spk)
+    return torch.stack(out), mem
 
 
 @MODES
@@ -161,16 +153,13 @@ def doubled(x: Tensor) -> Tensor:
 doubled.register_fake(lambda x: torch.empty_like(x))
 
 
-def test_unknown_operators_keep_their_order():
+@loop_test("inference", linear=T)
+def test_unknown_operators_keep_their_order(net, x):
     """What is not in the table counts as writing and reading."""
-
-    def forward(net, x):
-        y, out = x[0] * 1, []
-        for _ in range(T):
-            out += [net.fc1(y), doubled(y)]
-        return torch.stack(out)
-
-    expect(check(forward, training=False), linear=T)
+    y, out = x[0] * 1, []
+    for _ in range(T):
+        out += [net.fc1(y), doubled(y)]
+    return torch.stack(out)
 
 
 # ---- what is returned, once the graph has run ----------------------------------------------------
@@ -281,15 +270,12 @@ def test_views_follow_across_a_graph_break(written):
     check(forward, training=False, graph_breaks=True)
 
 
-def test_numbers_keep_the_dtype_that_they_have_alone():
+@loop_test()
+def test_numbers_keep_the_dtype_that_they_have_alone(net, x):
     """A number, (), of another dtype does not decide; of all steps, (T,), it would."""
-
-    def forward(net, x):
-        whole = torch.arange(T, dtype=torch.int32) + (2**31 - 3)
-        offset, scale = torch.tensor(2**33), torch.tensor(0.1, dtype=torch.float64)
-        return [whole[t] + offset for t in range(T)], [x_t.sum() * scale for x_t in x]
-
-    check(forward)
+    whole = torch.arange(T, dtype=torch.int32) + (2**31 - 3)
+    offset, scale = torch.tensor(2**33), torch.tensor(0.1, dtype=torch.float64)
+    return [whole[t] + offset for t in range(T)], [x_t.sum() * scale for x_t in x]
 
 
 @pytest.mark.parametrize("name", ["vmap", "grad", "jvp", "grad of each"])
@@ -356,15 +342,12 @@ def test_a_stack_of_what_was_taken_apart_is_the_sequence_itself(training):
     assert calls["stack"] == calls["cat"] == 0
 
 
-def test_steps_in_another_order_are_not_x_itself():
+@loop_test()
+def test_steps_in_another_order_are_not_x_itself(net, x):
     """x[t] for all t is x only in the order of t, each once."""
-
-    def forward(net, x):
-        return (
-            torch.stack([net.fc1(x[t]) for t in reversed(range(T))]),
-            torch.stack([net.fc2(x[t // 2]) for t in range(T)]),
-            torch.stack([net.back(x[-t]) for t in range(T)]),
-            torch.stack([net.fc1(x[:, t]) for t in range(N)], dim=1),
-        )
-
-    check(forward)
+    return (
+        torch.stack([net.fc1(x[t]) for t in reversed(range(T))]),
+        torch.stack([net.fc2(x[t // 2]) for t in range(T)]),
+        torch.stack([net.back(x[-t]) for t in range(T)]),
+        torch.stack([net.fc1(x[:, t]) for t in range(N)], dim=1),
+    )
