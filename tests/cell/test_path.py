@@ -277,14 +277,6 @@ def test_a_path_that_the_user_sets_stays():
         assert isinstance(cell.path, Path)
 
 
-@pytest.mark.parametrize("shape", [(7,), (6, 1), (3, 1, 7), (2, 1, 1, 1)], ids=str)
-def test_a_threshold_that_varies_along_the_batch_or_the_image_takes_the_reference_path(shape):
-    cell = ours(threshold=torch.linspace(0, 0.2, torch.Size(shape).numel()).view(shape))
-    spk, _, mem = cell(X, *START)
-    assert torch.equal(spk.bool(), mem > cell.threshold)
-    assert "varies along" in cell.path.reason
-
-
 def negated(values):
     """Returns equal numbers whose sign is a flag of the tensor."""
     found = torch.complex(torch.zeros_like(values), -values.detach()).conj().imag

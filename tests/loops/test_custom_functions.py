@@ -156,11 +156,6 @@ class Calling(Function):
 quiet = torch.no_grad
 
 
-@quiet()
-def doubled(x):
-    return x * 2
-
-
 class Modes(Function):
     """Turns gradients off and on in its backward."""
 
@@ -177,19 +172,6 @@ class Modes(Function):
             with torch.enable_grad():
                 again = x * 0.5
         return grad * 3 * square * x + again
-
-
-class Decorated(Function):
-    """Calls a function without gradients in its backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * doubled(ctx.saved_tensors[0])
 
 
 class Once(Function):
@@ -284,7 +266,7 @@ def test_results_and_derivatives(name):
 
 
 @merges
-@pytest.mark.parametrize("kind", [Modes, Decorated, Once, Outer])
+@pytest.mark.parametrize("kind", [Modes, Once, Outer])
 def test_a_second_derivative_that_is_not_recorded_raises(kind):
     """dynamo records neither a user's grad modes nor the inner Function's backward."""
     *first, error, _ = derivatives(torch.compile(looped(kind.apply), backend=BACKEND))

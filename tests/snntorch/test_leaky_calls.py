@@ -273,23 +273,6 @@ def test_a_stack_goes_on_from_a_mem_of_float64() -> None:
     assert [t.dtype for t in found[0]] == [torch.float32, F64, F64]
 
 
-# ---- padding -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("again", [False, True], ids=["no state", "a state"])
-def test_a_sample_without_steps_keeps_its_mem(again: bool) -> None:
-    x, lengths, found = currents(3, 5), torch.tensor([2, 0, 4]), []
-    for layer in leaky_twins():
-        if again:
-            layer(currents(3, 5, seed=3)[0])
-        before = layer.mem[1] if again else torch.zeros(5)
-        spk, mem = snnlstm.unroll(x, layer, lengths=lengths)
-        assert not spk[:, 1].any()
-        close((mem[:, 1], layer.mem[1]), (before.expand(4, 5), before), atol=0)
-        found.append((spk, mem, layer.mem))
-    close(*found, atol=0)
-
-
 # ---- what changes between calls ------------------------------------------------------------------
 
 
