@@ -77,19 +77,6 @@ class Marked(Function):
         return grad * 2 * x * tripled + zeros + others
 
 
-class Unused(Function):
-    """Has two results, of which the loop uses one; the other's gradient is zeros."""
-
-    @staticmethod
-    def forward(ctx, x, y):
-        ctx.save_for_backward(x)
-        return x * 2, y * x
-
-    @staticmethod
-    def backward(ctx, grad, zeros):
-        return grad * ctx.saved_tensors[0] + zeros, None
-
-
 class InPlace(Function):
     """Modifies its argument."""
 
@@ -216,7 +203,6 @@ STEPS: dict[str, Callable[[Tensor], Any]] = {
     "attributes": Attributes.apply,
     "itself": Itself.apply,
     "non-differentiable": Marked.apply,
-    "unused": lambda x: Unused.apply(x, x * 2)[0],
     "in place": lambda x: InPlace.apply(x * 1),
     "setup_context": lambda x: Separate.apply(x, x * 2),
     "random": Drawing.apply,

@@ -9,6 +9,7 @@ import pytest
 import snntorch
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +23,7 @@ from tests.shared.helpers import close, long, ours
 from tests.shared.helpers import twins as cells
 from tests.shared.leaky import F64, LEARN, PLAIN, RESETS, currents, eighths, leaky_twins, outcome
 
-# ---- the surrogate is recognised in the first call -----------------------------------------------
+# ---- the surrogate is recognised -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("learn", [LEARN, {}], ids=["learned", "fixed"])
@@ -43,6 +44,7 @@ AROUND: dict[str, Any] = {
     "autocast": lambda: torch.autocast("cpu"),
     "a dispatch mode": lambda: FlopCounterMode(display=False),
     "a device": lambda: torch.device("meta"),
+    "fake tensors": FakeTensorMode,
     "inference": torch.inference_mode,
     "anomalies": torch.autograd.detect_anomaly,
 }
@@ -51,9 +53,13 @@ AROUND: dict[str, Any] = {
 @pytest.mark.filterwarnings("ignore:Anomaly")
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("name", ["atan", "sigmoid", "SSO", "LSO"])
-def test_what_is_around_the_first_call_hides_no_surrogate(name: str, around: str) -> None:
-    layer = snnlstm.Leaky(0.5, spike_grad=getattr(snntorch.surrogate, name)())
+def test_what_is_around_its_recognition_hides_no_surrogate(
+    name: str, around: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(compat, "_released", set())
+    layer = snnlstm.Leaky(0.5)
     with AROUND[around]():
+        layer.spike_grad = getattr(snntorch.surrogate, name)()
         assert layer._described().surrogate == getattr(surrogate, name)()
 
 
