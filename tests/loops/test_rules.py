@@ -296,26 +296,6 @@ def test_nothing_moves_across_a_region_of_grad_mode(net, x):
     return torch.stack(out)
 
 
-@loop_test()
-def test_set_grad_enabled_in_one_step_alone(net, x):
-    mem, out = net.lif1.reset_mem(), []
-    for t in range(T):
-        torch.set_grad_enabled(t != 1)
-        spk, mem = net.lif1(net.fc1(x[t]), mem)
-        out.append(mem)
-    return torch.stack(out)
-
-
-@loop_test()
-def test_enable_grad_within_no_grad(net, x):
-    out = []
-    with torch.no_grad():
-        for x_t in x:
-            with torch.enable_grad():
-                out.append(net.fc1(x_t))
-    return torch.stack(out)
-
-
 @loop_test("training", "inference")
 def test_nothing_moves_across_a_region_of_autocast(net, x):
     """fc1 multiplies in bfloat16, fc2 in float32: 1/512 is lost in one and not in the other."""

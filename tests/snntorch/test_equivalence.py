@@ -121,7 +121,7 @@ def judge(case: Twins, backend: Any) -> None:
 
 @pytest.mark.drawn
 def test_any_combination_of_options_equals_snntorch(backend):
-    @drawing(3 if backend.name == "emulator" else 60)
+    @drawing({"emulator": 3, "reference": 20}.get(backend.name, 60))
     @example(Twins(SMALL.but(height=1, width=1, kernel_size=(5, 5), channels=1, reset="zero")))
     @example(Twins(SMALL.but(batch=0, reset="subtract", pool="max", pool_size=(2, 2))))
     @given(TWINS)

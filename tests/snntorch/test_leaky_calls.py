@@ -227,17 +227,6 @@ def test_a_surrogate_that_holds_a_tensor_compiles() -> None:
     close(torch.compile(layer, backend="eager", fullgraph=True)(x), other(x), atol=0)
 
 
-def test_forward_mode_in_double() -> None:
-    import torch.autograd.forward_ad as fwAD
-
-    layer = leaky_twins()[0]
-    with fwAD.dual_level():
-        x = fwAD.make_dual(currents(3, 5, dtype=F64)[0], currents(3, 5, dtype=F64)[1])
-        spk, mem = layer(x)
-        assert spk.dtype is mem.dtype is F64
-        assert fwAD.unpack_dual(spk).tangent is not None
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("stored", [False, True], ids=["passed", "stored"])
 @pytest.mark.parametrize("reset", RESETS)
@@ -267,16 +256,6 @@ def test_numbers_of_float64() -> None:
     layer = leaky_twins(**options)[0]
     assert not layer.takes(torch.rand(4))
     assert layer.takes(torch.rand(4, 1))
-
-
-def test_a_stack_goes_on_from_a_mem_of_float64() -> None:
-    found = []
-    for layer in leaky_twins():
-        layer.mem = currents(3, 5, dtype=F64, seed=3)[0]
-        x = currents(3, 5)
-        found.append((*snnlstm.unroll(x, layer, lengths=[4, 0, 2]), layer.mem))
-    close(*found, atol=0)
-    assert [t.dtype for t in found[0]] == [torch.float32, F64, F64]
 
 
 # ---- what changes between calls ------------------------------------------------------------------
@@ -310,7 +289,6 @@ CHANGED: dict[str, Any] = {
     "mem": lambda layer: setattr(layer, "mem", layer.mem.t().contiguous().t()),
     "mem of float64": lambda layer: setattr(layer, "mem", layer.mem.double()),
     "init_hidden": lambda layer: setattr(layer, "init_hidden", True),
-    "a closure": lambda layer: setattr(layer, "spike_grad", snntorch.surrogate.fast_sigmoid(8)),
 }
 
 
