@@ -426,7 +426,6 @@ SAID = {
         EVENTS, torch.relu
     ),
     "a * in front of the list unpacks it, got list": lambda: unroll(EVENTS, [ours()]),
-    "such as 'cpu' or 'cuda:0', got 'gpu'": lambda: ours(device="gpu"),
     "x must be a tensor, got list": lambda: snnlstm.Sequential(ours())([X]),
     "(T, N, ...) with at least one step, got (0,": lambda: snnlstm.Sequential(ours())(EVENTS[:0]),
     "(N, 2, H, W) for layer 0.1 (SConv2dLSTM), got steps of shape (1, 50)": lambda: (
