@@ -8,6 +8,7 @@ import inspect
 import itertools
 import re
 import typing
+import warnings
 
 import numpy
 import pytest
@@ -23,6 +24,10 @@ from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import close, ours, quietly, states, steps
 
 X, STATE = torch.zeros(1, 2, 5, 5), torch.zeros(1, 3, 5, 5)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # nested tensors are a prototype, and quantised ones are old
+    NESTED = torch.nested.nested_tensor([STATE[0], STATE[0, :, :4]])
+    QUANTISED = torch.quantize_per_tensor(STATE, 0.1, 0, torch.quint8)
 WEIGHT, BIAS = torch.zeros(12, 5, 3, 3), torch.zeros(12)
 FLAG = {TypeError: ("yes", 2, None, 0.0, torch.tensor(True))}
 CELL = {"in_channels": 2, "out_channels": 3, "kernel_size": 3, "threshold": 0.1}
@@ -73,7 +78,10 @@ ATTRIBUTES = OPTIONS | {
 # forward and the functional form share these arguments.
 CALL = {
     "x": {
-        TypeError: ([[1.0]], None, X.double(), X.to(torch.complex64), X.to_sparse(), X.to_mkldnn()),
+        TypeError: (
+            [[1.0]], None, X.double(), X.to(torch.complex64), X.to_sparse(), X.to_mkldnn(),
+            QUANTISED,
+        ),
         ValueError: (
             torch.zeros(2, 5, 5), torch.zeros(1, 1, 1, 2, 5, 5), torch.zeros(1, 3, 5, 5),
             torch.zeros(1, 2, 0, 5), torch.zeros(1, 2, 5, 0), torch.zeros(3, 1, 2, 0, 5),
@@ -81,13 +89,13 @@ CALL = {
         ),
     },
     "syn": {
-        TypeError: (0, STATE.double()),
+        TypeError: (0, STATE.double(), QUANTISED),
         ValueError: (
             torch.ones(1, 3, 5, 4), torch.ones(1, 4, 5, 5), torch.ones(()), STATE.to("meta"),
         ),
     },
     "mem": {
-        TypeError: ("zeros", [0.0], STATE.double()),
+        TypeError: ("zeros", [0.0], STATE.double(), QUANTISED),
         ValueError: (torch.ones(2, 3, 5, 5), torch.zeros(3, 5, 5), torch.zeros(0, 4, 5, 5)),
     },
     "record": {TypeError: ("yes", None, 2), ValueError: (True,)},
@@ -405,6 +413,10 @@ SAID = {
         3, 3, 1
     )(EVENTS, [STATE]),
     "input_tensor must be one step, (N, 2, H, W), got": lambda: plain_cell()(EVENTS),
+    "x must be a plain tensor, got a nested one": lambda: ours()(NESTED),
+    "syn must be a plain tensor, got a nested one": lambda: ours()(X, syn=NESTED),
+    "mem must be a plain tensor, got a nested one": lambda: ours()(X, mem=NESTED),
+    "input_tensor must be a plain tensor, got a nested one": lambda: plain_cell()(NESTED),
     "input_tensor must have 2 channels, got 1": lambda: plain_cell()(X[:, :1]),
     "h of cur_state must have shape (1, 3, 5, 5)": lambda: plain_cell()(X, (FILLED[:, 1:], STATE)),
     "c of cur_state must be torch.float32 like": lambda: plain_cell()(X, (STATE, STATE.double())),
@@ -414,7 +426,6 @@ SAID = {
         EVENTS, torch.relu
     ),
     "a * in front of the list unpacks it, got list": lambda: unroll(EVENTS, [ours()]),
-    "such as 'cpu' or 'cuda:0', got 'gpu'": lambda: ours(device="gpu"),
     "x must be a tensor, got list": lambda: snnlstm.Sequential(ours())([X]),
     "(T, N, ...) with at least one step, got (0,": lambda: snnlstm.Sequential(ours())(EVENTS[:0]),
     "(N, 2, H, W) for layer 0.1 (SConv2dLSTM), got steps of shape (1, 50)": lambda: (

@@ -69,9 +69,7 @@ CHANGES = {
     ),
     "weight_norm": (parametrizations.weight_norm, "conv is a ParametrizedConv2d"),
     "spectral_norm": (parametrizations.spectral_norm, "conv is a ParametrizedConv2d"),
-    "orthogonal": (parametrizations.orthogonal, "conv is a ParametrizedConv2d"),
     "old weight_norm": (nn.utils.weight_norm, "conv carries hooks"),
-    "old spectral_norm": (nn.utils.spectral_norm, "conv carries hooks"),
     "pruned": (lambda conv: prune.l1_unstructured(conv, "weight", 0.3), "conv carries hooks"),
     "plain bias": (with_plain_bias, "the native kernels"),
     "same padding": (with_same_padding, "the native kernels"),
@@ -275,14 +273,6 @@ def test_a_path_that_the_user_sets_stays():
         del cell.path
         cell(X)
         assert isinstance(cell.path, Path)
-
-
-@pytest.mark.parametrize("shape", [(7,), (6, 1), (3, 1, 7), (2, 1, 1, 1)], ids=str)
-def test_a_threshold_that_varies_along_the_batch_or_the_image_takes_the_reference_path(shape):
-    cell = ours(threshold=torch.linspace(0, 0.2, torch.Size(shape).numel()).view(shape))
-    spk, _, mem = cell(X, *START)
-    assert torch.equal(spk.bool(), mem > cell.threshold)
-    assert "varies along" in cell.path.reason
 
 
 def negated(values):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
 
 from snnlstm.loops import layout
 from snnlstm.native import operators
@@ -140,8 +140,9 @@ def outcome(
             function = torch.compile(function, **options)
         for call in range(times):
             torch.manual_seed(1)
-            outs = tree_leaves(function(*leaves))
-            found |= {f"output {k} of call {call}": out for k, out in enumerate(outs)}
+            result = function(*leaves)
+            named, outs = tree_leaves_with_path(result), tree_leaves(result)
+            found |= {f"output {keystr(at)} of call {call}": out for at, out in named}
             found[f"random numbers after call {call}"] = torch.rand(3)
             found |= layout_of([out for out in outs if isinstance(out, Tensor)], leaves, call)
     if training:

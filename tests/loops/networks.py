@@ -272,7 +272,6 @@ NETWORKS = {
         events, ((T, N, 2, 10, 10),), merged(1, 3, conv=2), run=over_events
     ),
     "documentation": Network(Documentation, ((N, T, 1, 8, 8),), merged(1, 1, cell=2)),
-    "for step in x": Network(Layers, (FLAT,), merged()),
     "unbind": Network(Unbound, (FLAT,), merged()),
     "x[:, t]": Network(BatchFirst, ((N, T, 6),), merged()),
     "learned": Network(Learned, (FLAT,), merged()),
@@ -283,7 +282,6 @@ NETWORKS = {
     ),
     "dyadic": Network(Exact, (FLAT,), merged(), dtype=torch.float32, exact=True),
     "bfloat16": Network(Half, (FLAT,), merged(), dtype=torch.bfloat16, exact=True, rounding=0.03),
-    "float16": Network(Half, (FLAT,), merged(), dtype=torch.float16, exact=True, rounding=4e-3),
     "autocast": Network(
         Exact, (FLAT,), merged(), run=under_autocast, dtype=torch.float32, exact=True,
         rounding=0.03,

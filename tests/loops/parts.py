@@ -52,3 +52,20 @@ def expect(calls: Calls, **expected: int) -> None:
     """Asserts the numbers of calls, if our backend made them."""
     if BACKEND == "snnlstm":
         assert {name: calls[name] for name in expected} == expected
+
+
+def loop_test(*modes: str, **calls: int) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Returns a decorator that makes a test of a forward (net, x) of Parts, see :func:`looped`.
+
+    In each of the `modes`, "training" (the default) and "inference", the compiled loop leaves what
+    the eager one does, in so many `calls`.
+    """
+
+    def decorated(forward: Callable[..., Any]) -> Callable[..., None]:
+        @pytest.mark.parametrize("mode", modes or ["training"])
+        def test(mode: str) -> None:
+            expect(check(forward, training=mode == "training"), **calls)
+
+        return test
+
+    return decorated

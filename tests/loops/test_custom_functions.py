@@ -77,19 +77,6 @@ class Marked(Function):
         return grad * 2 * x * tripled + zeros + others
 
 
-class Unused(Function):
-    """Has two results, of which the loop uses one; the other's gradient is zeros."""
-
-    @staticmethod
-    def forward(ctx, x, y):
-        ctx.save_for_backward(x)
-        return x * 2, y * x
-
-    @staticmethod
-    def backward(ctx, grad, zeros):
-        return grad * ctx.saved_tensors[0] + zeros, None
-
-
 class InPlace(Function):
     """Modifies its argument."""
 
@@ -156,11 +143,6 @@ class Calling(Function):
 quiet = torch.no_grad
 
 
-@quiet()
-def doubled(x):
-    return x * 2
-
-
 class Modes(Function):
     """Turns gradients off and on in its backward."""
 
@@ -177,19 +159,6 @@ class Modes(Function):
             with torch.enable_grad():
                 again = x * 0.5
         return grad * 3 * square * x + again
-
-
-class Decorated(Function):
-    """Calls a function without gradients in its backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * doubled(ctx.saved_tensors[0])
 
 
 class Once(Function):
@@ -234,7 +203,6 @@ STEPS: dict[str, Callable[[Tensor], Any]] = {
     "attributes": Attributes.apply,
     "itself": Itself.apply,
     "non-differentiable": Marked.apply,
-    "unused": lambda x: Unused.apply(x, x * 2)[0],
     "in place": lambda x: InPlace.apply(x * 1),
     "setup_context": lambda x: Separate.apply(x, x * 2),
     "random": Drawing.apply,
@@ -284,7 +252,7 @@ def test_results_and_derivatives(name):
 
 
 @merges
-@pytest.mark.parametrize("kind", [Modes, Decorated, Once, Outer])
+@pytest.mark.parametrize("kind", [Modes, Once, Outer])
 def test_a_second_derivative_that_is_not_recorded_raises(kind):
     """dynamo records neither a user's grad modes nor the inner Function's backward."""
     *first, error, _ = derivatives(torch.compile(looped(kind.apply), backend=BACKEND))

@@ -16,7 +16,7 @@ import snnlstm
 from snnlstm.networks import layers as sizes
 from tests.loops.compiled import BACKEND, as_eager, merges, numbers
 from tests.loops.networks import Scale, cell
-from tests.loops.parts import MODES, N, T, check, expect, looped
+from tests.loops.parts import MODES, N, T, check, expect, loop_test, looped
 
 # ---- dependence ----------------------------------------------------------------------------------
 
@@ -58,50 +58,41 @@ def test_a_layer_that_reads_its_own_result_stays_a_loop():
     expect(check(of_shape), leaky=2 * T)
 
 
-def test_feedback_into_one_step_cuts_a_run_in_two():
+@loop_test(leaky=4, linear=3)
+def test_feedback_into_one_step_cuts_a_run_in_two(net, x):
     """Only the steps behind the one that needs a result wait for it."""
-
-    def forward(net, x):
-        mem1, mem2 = net.lif1.reset_mem(), net.lif2.reset_mem()
-        out, early = [], None
-        for t in range(T):
-            cur = net.fc1(x[t])
-            spk1, mem1 = net.lif1(cur if t != 2 else cur + early, mem1)
-            spk2, mem2 = net.lif2(net.fc2(spk1), mem2)
-            early = spk2 if t == 1 else early
-            out.append(spk2)
-        return torch.stack(out)
-
-    expect(check(forward), leaky=4, linear=3)
+    mem1, mem2 = net.lif1.reset_mem(), net.lif2.reset_mem()
+    out, early = [], None
+    for t in range(T):
+        cur = net.fc1(x[t])
+        spk1, mem1 = net.lif1(cur if t != 2 else cur + early, mem1)
+        spk2, mem2 = net.lif2(net.fc2(spk1), mem2)
+        early = spk2 if t == 1 else early
+        out.append(spk2)
+    return torch.stack(out)
 
 
-def test_two_groups_that_each_could_merge_but_not_both():
+@loop_test(linear=2 * T)
+def test_two_groups_that_each_could_merge_but_not_both(net, x):
     """Each layer reads the other's last result: merging one group, then the other, is a cycle."""
-
-    def forward(net, x):
-        one, other, out = torch.zeros(N, 6), torch.zeros(N, 6), []
-        for x_t in x:
-            one, other = net.fc1(other + x_t), net.fc2(one)
-            out.append(one + other)
-        return torch.stack(out)
-
-    expect(check(forward), linear=2 * T)
+    one, other, out = torch.zeros(N, 6), torch.zeros(N, 6), []
+    for x_t in x:
+        one, other = net.fc1(other + x_t), net.fc2(one)
+        out.append(one + other)
+    return torch.stack(out)
 
 
-def test_early_results_that_a_later_step_reads():
+@loop_test(leaky=2)
+def test_early_results_that_a_later_step_reads(net, x):
     """A skip connection over time depends on the run, and not the run on it."""
-
-    def forward(net, x):
-        mem1, mem2, out = net.lif1.reset_mem(), net.lif2.reset_mem(), []
-        spikes = []
-        for x_t in x:
-            spk1, mem1 = net.lif1(net.fc1(x_t), mem1)
-            spikes.append(spk1)
-            spk2, mem2 = net.lif2(net.fc2(spikes[max(0, len(spikes) - 3)]), mem2)
-            out.append(spk2)
-        return torch.stack(out), spikes[0] * 2
-
-    expect(check(forward), leaky=2)
+    mem1, mem2, out = net.lif1.reset_mem(), net.lif2.reset_mem(), []
+    spikes = []
+    for x_t in x:
+        spk1, mem1 = net.lif1(net.fc1(x_t), mem1)
+        spikes.append(spk1)
+        spk2, mem2 = net.lif2(net.fc2(spikes[max(0, len(spikes) - 3)]), mem2)
+        out.append(spk2)
+    return torch.stack(out), spikes[0] * 2
 
 
 @merges
@@ -170,35 +161,29 @@ def test_a_state_that_is_reset_or_changed_ends_a_run(change, training):
     expect(check(forward, training), leaky=hidden + passed)
 
 
-def test_the_states_of_two_chains_of_one_layer_are_not_mixed():
+@loop_test()
+def test_the_states_of_two_chains_of_one_layer_are_not_mixed(net, x):
     """The steps of one layer belong to the chain of their states, not to that of the layer."""
-
-    def forward(net, x):
-        one, other, out = net.lif1.reset_mem(), net.lif1.reset_mem(), []
-        for t in range(T):
-            cur = net.fc1(x[t])
-            spk, one = net.lif1(cur, one)
-            out.append(spk)
-            if t == 1:
-                one, other = other, one
-            spk, other = net.lif1(cur * 0.5, other)
-            out.append(spk)
-        return torch.stack(out), one, other
-
-    check(forward)
+    one, other, out = net.lif1.reset_mem(), net.lif1.reset_mem(), []
+    for t in range(T):
+        cur = net.fc1(x[t])
+        spk, one = net.lif1(cur, one)
+        out.append(spk)
+        if t == 1:
+            one, other = other, one
+        spk, other = net.lif1(cur * 0.5, other)
+        out.append(spk)
+    return torch.stack(out), one, other
 
 
-def test_a_state_that_two_steps_start_from():
+@loop_test()
+def test_a_state_that_two_steps_start_from(net, x):
     """A tree of steps is no chain."""
-
-    def forward(net, x):
-        mem = net.lif1.reset_mem()
-        spk, mem = net.lif1(x[0], mem)
-        left, one = net.lif1(x[1], mem)
-        right, other = net.lif1(x[2], mem)
-        return spk, left, right, net.lif1(x[3], one)[1], other
-
-    check(forward)
+    mem = net.lif1.reset_mem()
+    spk, mem = net.lif1(x[0], mem)
+    left, one = net.lif1(x[1], mem)
+    right, other = net.lif1(x[2], mem)
+    return spk, left, right, net.lif1(x[3], one)[1], other
 
 
 @pytest.mark.parametrize(("training", "runs"), [(True, 2), (False, 1)])
@@ -244,44 +229,35 @@ def test_detaches_of_the_operator_itself_do_not_end_a_run(reset, training):
     expect(calls, cell=1)
 
 
-def test_layers_of_other_parameters_or_settings_are_not_one():
+@loop_test(leaky=2, linear=1)
+def test_layers_of_other_parameters_or_settings_are_not_one(net, x):
     """Two layers that share a weight, or one whose options change, have chains of their own."""
-
-    def forward(net, x):
-        mem, out = net.lif1.reset_mem(), []
-        for t in range(T):
-            layer = net.lif1 if t < 2 else net.lif2
-            spk, mem = layer(net.fc1(x[t]), mem)
-            out.append(spk)
-        return torch.stack(out), mem
-
-    expect(check(forward), leaky=2, linear=1)
+    mem, out = net.lif1.reset_mem(), []
+    for t in range(T):
+        layer = net.lif1 if t < 2 else net.lif2
+        spk, mem = layer(net.fc1(x[t]), mem)
+        out.append(spk)
+    return torch.stack(out), mem
 
 
-def test_numbers_that_differ_from_step_to_step():
+@loop_test()
+def test_numbers_that_differ_from_step_to_step(net, x):
     """A call that has another number in each step is another call."""
-
-    def forward(net, x):
-        mem, out = net.lif1.reset_mem(), []
-        for t in range(T):
-            spk, mem = net.lif1(net.fc1(x[t]) * (t + 1) + x[t].sum(t % 2, keepdim=True), mem)
-            out.append(torch.clamp(spk, max=t / 4))
-        return torch.stack(out)
-
-    check(forward)
+    mem, out = net.lif1.reset_mem(), []
+    for t in range(T):
+        spk, mem = net.lif1(net.fc1(x[t]) * (t + 1) + x[t].sum(t % 2, keepdim=True), mem)
+        out.append(torch.clamp(spk, max=t / 4))
+    return torch.stack(out)
 
 
-def test_steps_of_other_shapes():
+@loop_test(linear=2, leaky=2)
+def test_steps_of_other_shapes(net, x):
     """A Leaky starts from zeros where x has another shape than its mem."""
-
-    def forward(net, x):
-        out = []
-        for t in range(T):
-            spk, mem = net.lif1(net.fc1(x[t][: 2 if t < 2 else N]))
-            out += [spk, mem]
-        return out
-
-    expect(check(forward), linear=2, leaky=2)
+    out = []
+    for t in range(T):
+        spk, mem = net.lif1(net.fc1(x[t][: 2 if t < 2 else N]))
+        out += [spk, mem]
+    return out
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -309,7 +285,9 @@ def test_without_gradients_steps_are_computed_in_pieces(monkeypatch, steps_at_on
 # ---- regions -------------------------------------------------------------------------------------
 
 
-def without_gradients(net: Any, x: Tensor) -> Any:
+@loop_test()
+def test_nothing_moves_across_a_region_of_grad_mode(net, x):
+    """fc1 has no gradient: its calls stay within no_grad."""
     mem1, mem2, out = net.lif1.reset_mem(), net.lif2.reset_mem(), []
     for x_t in x:
         with torch.no_grad():
@@ -319,84 +297,43 @@ def without_gradients(net: Any, x: Tensor) -> Any:
     return torch.stack(out)
 
 
-def test_nothing_moves_across_a_region_of_grad_mode():
-    """fc1 has no gradient: its calls stay within no_grad."""
-    check(without_gradients)
-
-
-def test_set_grad_enabled_in_one_step_alone():
-    def forward(net, x):
-        mem, out = net.lif1.reset_mem(), []
-        for t in range(T):
-            torch.set_grad_enabled(t != 1)
-            spk, mem = net.lif1(net.fc1(x[t]), mem)
-            out.append(mem)
-        return torch.stack(out)
-
-    check(forward)
-
-
-def test_enable_grad_within_no_grad():
-    def forward(net, x):
-        out = []
-        with torch.no_grad():
-            for x_t in x:
-                with torch.enable_grad():
-                    out.append(net.fc1(x_t))
-        return torch.stack(out)
-
-    check(forward)
-
-
-@MODES
-def test_nothing_moves_across_a_region_of_autocast(training):
+@loop_test("training", "inference")
+def test_nothing_moves_across_a_region_of_autocast(net, x):
     """fc1 multiplies in bfloat16, fc2 in float32: 1/512 is lost in one and not in the other."""
-
-    def forward(net, x):
-        mem, out = net.lif1.reset_mem(), []
-        for x_t in x:
-            with torch.autocast("cpu", torch.bfloat16):
-                cur = net.fc1(x_t + 1 / 512)
-            spk, mem = net.lif1(cur.float(), mem)
-            out.append(net.fc2(spk + 1 / 512))
-        return torch.stack(out)
-
-    check(forward, training)
+    mem, out = net.lif1.reset_mem(), []
+    for x_t in x:
+        with torch.autocast("cpu", torch.bfloat16):
+            cur = net.fc1(x_t + 1 / 512)
+        spk, mem = net.lif1(cur.float(), mem)
+        out.append(net.fc2(spk + 1 / 512))
+    return torch.stack(out)
 
 
-def test_custom_autograd_functions_are_called_step_by_step():
+@loop_test(linear=1 + T, leaky=1)
+def test_custom_autograd_functions_are_called_step_by_step(net, x):
     """A layer before them gets all steps, and so does a Leaky behind; a Linear behind does not."""
-
-    def forward(net, x):
-        mem, out = net.lif1.reset_mem(), []
-        for x_t in x:
-            spk, mem = net.lif1(net.fc2(Scale.apply(net.fc1(x_t))), mem)
-            out.append(spk)
-        return torch.stack(out)
-
-    expect(check(forward), linear=1 + T, leaky=1)
+    mem, out = net.lif1.reset_mem(), []
+    for x_t in x:
+        spk, mem = net.lif1(net.fc2(Scale.apply(net.fc1(x_t))), mem)
+        out.append(spk)
+    return torch.stack(out)
 
 
-def test_checkpointed_steps_are_barriers():
+@loop_test()
+def test_checkpointed_steps_are_barriers(net, x):
     """A higher-order operator has graphs of its own."""
-
-    def forward(net, x):
-        mem, out = net.lif1.reset_mem(), []
-        for x_t in x:
-            cur = torch.utils.checkpoint.checkpoint(net.fc1, x_t, use_reentrant=False)
-            spk, mem = net.lif1(cur, mem)
-            out.append(spk)
-        return torch.stack(out)
-
-    check(forward)
+    mem, out = net.lif1.reset_mem(), []
+    for x_t in x:
+        cur = torch.utils.checkpoint.checkpoint(net.fc1, x_t, use_reentrant=False)
+        spk, mem = net.lif1(cur, mem)
+        out.append(spk)
+    return torch.stack(out)
 
 
-def test_asserts_stay_where_they_are():
-    def forward(net, x):
-        out = []
-        for x_t in x:
-            torch._assert_async((x_t >= -1).all())
-            out.append(net.fc1(x_t))
-        return torch.stack(out)
-
-    check(forward)
+@loop_test()
+def test_asserts_stay_where_they_are(net, x):
+    out = []
+    for x_t in x:
+        torch._assert_async((x_t >= -1).all())
+        out.append(net.fc1(x_t))
+    return torch.stack(out)

@@ -1,7 +1,7 @@
 """Compiled loops keep the order of what writes to memory, and return tensors of their own."""
 
+import operator
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.loops.compiled import BACKEND, Calls, merges, numbers
-from tests.loops.parts import MODES, N, T, check, expect, looped
+from tests.loops.parts import MODES, N, T, check, expect, loop_test, looped
 
 # ---- writing in place ----------------------------------------------------------------------------
 
@@ -41,97 +41,71 @@ def test_sums_in_place_do_not_hinder_merging(how, training):
     expect(check(forward, training), leaky=1, linear=1)
 
 
-def written(how: str, late: bool) -> Callable[..., Any]:
-    """Returns a loop that writes into the result of fc1, before lif1 reads it or `late`, after."""
-
-    def write(cur: Tensor) -> None:
-        if how == "iadd":
-            cur += 1
-        elif how == "method":
-            cur.mul_(0.5)
-        elif how == "relu":
-            F.relu(cur, inplace=True)
-        elif how == "slice":
-            cur[1] = 0.25
-        elif how == "view":
-            cur.view(-1)[:5].add_(1)
-        elif how == "out":
-            torch.add(cur, cur, out=cur)
-        elif how == "unbound":
-            cur.unbind(0)[0].zero_()
-        elif how == "foreach":
-            torch._foreach_add_([cur], 1.0)
-
-    def forward(net: Any, x: Tensor) -> Any:
-        mem, out = net.lif1.reset_mem(), []
-        for t in range(T):
-            cur = net.fc1(x[t])
-            if not late:
-                write(cur)
-            spk, mem = net.lif1(cur, mem)
-            if late:
-                write(cur)
-            out.append(spk)
-            out.append(cur)
-        return torch.stack(out), mem
-
-    return forward
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "iadd": lambda cur: operator.iadd(cur, 1),
+    "method": lambda cur: cur.mul_(0.5),
+    "relu": lambda cur: F.relu(cur, inplace=True),
+    "slice": lambda cur: cur.__setitem__(1, 0.25),
+    "view": lambda cur: cur.view(-1)[:5].add_(1),
+    "out": lambda cur: torch.add(cur, cur, out=cur),
+    "unbound": lambda cur: cur.unbind(0)[0].zero_(),
+    "foreach": lambda cur: torch._foreach_add_([cur], 1.0),
+}
+IN_TRAINING = [how for how in WRITES if how not in ("out", "unbound")]  # which autograd refuses
 
 
-WAYS = ["iadd", "method", "relu", "slice", "view", "out", "unbound", "foreach"]
-
-
-@pytest.mark.parametrize("late", [False, True], ids=["before it is read", "after"])
-@pytest.mark.parametrize("how", WAYS)
-def test_writing_into_a_result_keeps_its_order(how, late):
+@pytest.mark.parametrize(
+    ("how", "training"), [*((how, False) for how in WRITES), *((how, True) for how in IN_TRAINING)]
+)
+def test_writing_into_a_result_keeps_its_order(how, training):
     """What is written is read before or after, as recorded: also by way of a view."""
-    check(written(how, late), training=False)
-
-
-@pytest.mark.parametrize("how", ["iadd", "method", "relu", "slice", "view"])
-def test_writing_into_a_result_with_gradients(how):
-    check(written(how, late=False), training=True)
-
-
-def test_an_equal_call_behind_a_write_is_another():
-    """What is written between two equal calls makes them differ."""
 
     def forward(net, x):
-        y, out = x[0] * 1, []
-        for _ in range(T):
-            out.append(net.fc1(y))
-            y += 1
-        return torch.stack(out)
-
-    check(forward, training=False)
-
-
-def test_an_input_and_a_parameter_that_are_written():
-    def forward(net, x):
-        mem, out = net.lif1.reset_mem(), []
+        mem1, mem2, out = net.lif1.reset_mem(), net.lif2.reset_mem(), []
         for x_t in x:
-            spk, mem = net.lif1(net.fc1(x_t), mem)
-            out.append(spk)
-            x += 0.5
-            net.fc1.bias += 0.25
-        return torch.stack(out), mem
+            early, late = net.fc1(x_t), net.fc2(x_t)
+            WRITES[how](early)
+            spk1, mem1 = net.lif1(early, mem1)
+            spk2, mem2 = net.lif2(late, mem2)
+            if not training:
+                WRITES[how](late)
+            out += [spk1, early, spk2, late]
+        return torch.stack(out), mem1, mem2
 
-    check(forward, training=False)
+    check(forward, training)
 
 
-def test_a_state_that_is_written():
+@loop_test("inference")
+def test_an_equal_call_behind_a_write_is_another(net, x):
+    """What is written between two equal calls makes them differ."""
+    y, out = x[0] * 1, []
+    for _ in range(T):
+        out.append(net.fc1(y))
+        y += 1
+    return torch.stack(out)
+
+
+@loop_test("inference")
+def test_an_input_and_a_parameter_that_are_written(net, x):
+    mem, out = net.lif1.reset_mem(), []
+    for x_t in x:
+        spk, mem = net.lif1(net.fc1(x_t), mem)
+        out.append(spk)
+        x += 0.5
+        net.fc1.bias += 0.25
+    return torch.stack(out), mem
+
+
+@loop_test("inference")
+def test_a_state_that_is_written(net, x):
     """The next step starts from what was written, and the layer stores it."""
-
-    def forward(net, x):
-        mem, out = net.lif1.reset_mem(), []
-        for t in range(T):
-            spk, mem = net.lif1(net.fc1(x[t]), mem)
-            if t == 1:
-                mem.mul_(0.5)
-            out.append(spk)
-        return torch.stack(out), mem
-
-    check(forward, training=False)
+    mem, out = net.lif1.reset_mem(), []
+    for t in range(T):
+        spk, mem = net.lif1(net.fc1(x[t]), mem)
+        if t == 1:
+            mem.mul_(0.5)
+        out.append(spk)
+    return torch.stack(out), mem
 
 
 @MODES
@@ -161,16 +135,13 @@ def doubled(x: Tensor) -> Tensor:
 doubled.register_fake(lambda x: torch.empty_like(x))
 
 
-def test_unknown_operators_keep_their_order():
+@loop_test("inference", linear=T)
+def test_unknown_operators_keep_their_order(net, x):
     """What is not in the table counts as writing and reading."""
-
-    def forward(net, x):
-        y, out = x[0] * 1, []
-        for _ in range(T):
-            out += [net.fc1(y), doubled(y)]
-        return torch.stack(out)
-
-    expect(check(forward, training=False), linear=T)
+    y, out = x[0] * 1, []
+    for _ in range(T):
+        out += [net.fc1(y), doubled(y)]
+    return torch.stack(out)
 
 
 # ---- what is returned, once the graph has run ----------------------------------------------------
@@ -281,15 +252,12 @@ def test_views_follow_across_a_graph_break(written):
     check(forward, training=False, graph_breaks=True)
 
 
-def test_numbers_keep_the_dtype_that_they_have_alone():
+@loop_test()
+def test_numbers_keep_the_dtype_that_they_have_alone(net, x):
     """A number, (), of another dtype does not decide; of all steps, (T,), it would."""
-
-    def forward(net, x):
-        whole = torch.arange(T, dtype=torch.int32) + (2**31 - 3)
-        offset, scale = torch.tensor(2**33), torch.tensor(0.1, dtype=torch.float64)
-        return [whole[t] + offset for t in range(T)], [x_t.sum() * scale for x_t in x]
-
-    check(forward)
+    whole = torch.arange(T, dtype=torch.int32) + (2**31 - 3)
+    offset, scale = torch.tensor(2**33), torch.tensor(0.1, dtype=torch.float64)
+    return [whole[t] + offset for t in range(T)], [x_t.sum() * scale for x_t in x]
 
 
 @pytest.mark.parametrize("name", ["vmap", "grad", "jvp", "grad of each"])
@@ -356,15 +324,12 @@ def test_a_stack_of_what_was_taken_apart_is_the_sequence_itself(training):
     assert calls["stack"] == calls["cat"] == 0
 
 
-def test_steps_in_another_order_are_not_x_itself():
+@loop_test()
+def test_steps_in_another_order_are_not_x_itself(net, x):
     """x[t] for all t is x only in the order of t, each once."""
-
-    def forward(net, x):
-        return (
-            torch.stack([net.fc1(x[t]) for t in reversed(range(T))]),
-            torch.stack([net.fc2(x[t // 2]) for t in range(T)]),
-            torch.stack([net.back(x[-t]) for t in range(T)]),
-            torch.stack([net.fc1(x[:, t]) for t in range(N)], dim=1),
-        )
-
-    check(forward)
+    return (
+        torch.stack([net.fc1(x[t]) for t in reversed(range(T))]),
+        torch.stack([net.fc2(x[t // 2]) for t in range(T)]),
+        torch.stack([net.back(x[-t]) for t in range(T)]),
+        torch.stack([net.fc1(x[:, t]) for t in range(N)], dim=1),
+    )

@@ -79,7 +79,6 @@ def compiled(net, x):
 
 FORMS = {
     "Sequential": lambda net, x: net(x),
-    "unroll": lambda net, x: snnlstm.unroll(x, *net),
     "batch_first": lambda net, x: exchanged(net(exchanged(x))),
     "compiled": compiled,
 }

@@ -23,7 +23,6 @@ from tests.sequences.stacks import (
     hidden,
     leaky,
     loop,
-    total,
 )
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import close, ours, theirs
@@ -211,18 +210,6 @@ def test_layers_that_share_a_state_say_so(tied, name, caplog):
     where = "0.1" if tied == "norm" else "0"
     said = f"layer {where} (SConv2dLSTM) of a stack runs step by step: {reason}"
     assert caplog.messages[:1] == [said] * (tied != "Leaky")  # a Leaky's steps are fast, too
-
-
-def test_steps_of_shared_layers_may_be_written_to():
-    cell = hidden(2, 2, 3)
-    net = snnlstm.Sequential(nn.ReLU(inplace=True), cell, cell)
-    grads = []
-    for call in (net, lambda x: loop(net, [step.clone() for step in x])):
-        x = X.clone().requires_grad_()
-        cell.reset_mem()
-        total(call(1 * x)).backward()
-        grads.append(x.grad)
-    close(*grads)
 
 
 def test_it_is_an_nn_sequential():

@@ -1,6 +1,5 @@
 """With lengths= each sample of a batch is as it is alone, and its padding does nothing."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import snnlstm
-from snnlstm import functional
 from snnlstm.calls.lengths import CheckedLengths, checked_lengths
-from tests.sequences.by_length import CELLS, LENGTHS, TIME, check, padded_inputs, unpadded
+from tests.sequences.by_length import CELLS, LENGTHS, TIME, check, unpadded
 from tests.sequences.stacks import NEURONS, check_alone, delta_leaky, fold_up_to
-from tests.shared.gradients import gradients_by_name
 from tests.shared.helpers import close, ours, same, steps
 
 
@@ -92,30 +89,6 @@ def test_lengths_follow_x_whatever_the_default_device():
     assert cell(x[:, :0], lengths=[])[0].shape[:2] == (TIME, 0)
     spk = cell.to("meta")(x.to("meta"), lengths=LENGTHS)[0]
     assert (spk.shape, spk.is_meta) == (expected[0].shape, True)
-
-
-@pytest.mark.emulator_long
-@pytest.mark.parametrize("way", ["whole", "segments", "compiled segments"])
-def test_hooks_may_bring_lengths_back_in_other_memory(backend, way):
-    options, compiled = {"checkpoint": "segments" in way}, "compiled" in way
-    if compiled and backend.name != "cpu":
-        pytest.skip("one backend's operators are enough")
-    torch.compiler.reset()
-    run: Any = functional.sconv2dlstm
-    run = torch.compile(run, backend="aot_eager") if compiled else run
-
-    def strided(tensor: Tensor) -> Tensor:
-        lengths = tensor.dtype is torch.int64 and tensor.dim() == 1
-        return torch.stack([tensor, -tensor - 1], 1)[:, 0] if lengths else tensor
-
-    def found(packed: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        torch.manual_seed(0)
-        given = padded_inputs()
-        with torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor):
-            out = run(**given, **options, lengths=torch.tensor(LENGTHS))
-            return gradients_by_name(out, given)
-
-    close(found(strided), found(lambda tensor: tensor), atol=1e-12)
 
 
 def test_half_types_and_signals(backend):
