@@ -124,15 +124,20 @@ def own(tmp_path):
     return timed
 
 
-def test_ones_own_network_is_timed_with_either_cell(own):
-    step, sequence = "torch.nn.Sequential", "snnlstm.Sequential"
-    for library, stack in (("snntorch", step), ("snnlstm", sequence)):
-        own(
+def test_ones_own_network_is_timed_with_either_librarys_layers(own):
+    for library, stack, sizes in (
+        ("snntorch", "torch.nn.Sequential", (2, 2, 5, 5)),
+        ("snnlstm", "snnlstm.Sequential", (3, 2, 2, 5, 5)),
+    ):
+        rows = own(
             "def make():\n"
             f"    cell = {library}.SConv2dLSTM(2, 3, 3, threshold=0.05, init_hidden=True)\n"
-            f"    net = {stack}(cell, torch.nn.Flatten())\n"
-            f"    return net, torch.rand({'3, ' * (stack == sequence)}2, 2, 5, 5)\n"
+            f"    readout = torch.nn.Flatten(), {library}.Leaky(beta=0.9, init_hidden=True)\n"
+            f"    return {stack}(cell, *readout), torch.rand{sizes}\n"
         )
+        paths = dict(zip(rows.provider, rows.path, strict=True))
+        assert paths["snntorch"] == ""
+        assert paths["loop"].startswith("cpu-")
 
 
 def test_ones_own_loop_runs_the_network_step_by_step(own, tmp_path, capsys):
@@ -144,7 +149,11 @@ def test_ones_own_loop_runs_the_network_step_by_step(own, tmp_path, capsys):
         "    cell = snntorch.SConv2dLSTM(2, 3, 3, threshold=0.05, init_hidden=True)\n"
         "    return torch.nn.Sequential(cell), torch.rand(3, 2, 2, 5, 5), run\n"
     )
-    (tmp_path / "mine.py").write_text("import torch\ndef alone(): return torch.nn.Sequential()")
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def alone(): return torch.nn.Sequential()\n"
+        "def neither(): return torch.nn.ReLU(), torch.rand(2, 3)\n"
+    )
     for wrong, said in (
         (f"{tmp_path}/mine.py:other", "no function 'other'"),
         (f"{tmp_path}/mine.py:alone", "a network and its input x, got Sequential"),
@@ -154,19 +163,6 @@ def test_ones_own_loop_runs_the_network_step_by_step(own, tmp_path, capsys):
             run.main(["--network", wrong])
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line
-
-
-@pytest.mark.parametrize("library", ["snntorch", "snnlstm"])
-def test_ones_own_network_may_have_leaky_alone(library, own, tmp_path):
-    rows = own(
-        "def make(neuron=None):\n"
-        f"    neuron = neuron or {library}.Leaky(beta=0.9, init_hidden=True)\n"
-        "    return torch.nn.Sequential(torch.nn.Linear(3, 4), neuron), torch.rand(2, 3)\n"
-        "def neither(): return make(torch.nn.ReLU())\n"
-    )
-    paths = dict(zip(rows.provider, rows.path, strict=True))
-    assert paths["snntorch"] == ""
-    assert paths["loop"].startswith("cpu-")
     with pytest.raises(ValueError, match="no network with SConv2dLSTM or Leaky"):
         networks.from_file(f"{tmp_path}/mine.py:neither").make(snnlstm.SConv2dLSTM)
 
