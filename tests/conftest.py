@@ -133,6 +133,10 @@ def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     # torch's default, for convolutions and RNNs alike: a test may leave the two unlike each other,
     # and then neither torch.export nor the ONNX exporter works.
     torch.backends.cudnn.allow_tf32 = True
+    # A sixth of a compilation goes into what newer torch's logs say of guards and side effects.
+    if hasattr(config := sys.modules.get("torch._dynamo.config"), "side_effect_replay_policy"):
+        config.side_effect_replay_policy = "silent"
+        torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
     # snnTorch keeps all of its cells, and detach_hidden() raises an error at some of them.
     snntorch.SpikingNeuron.instances.clear()
     if "backend" not in request.fixturenames:
@@ -140,18 +144,6 @@ def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with request.getfixturevalue("backend").running():
         yield
-
-
-@pytest.fixture(autouse=True)
-def _short_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out what torch measures and words for its logs, a sixth of a compilation's time.
-
-    Older releases of torch have neither the function nor the setting.
-    """
-    if dynamo := sys.modules.get("torch._dynamo"):
-        monkeypatch.setattr(dynamo.guards, "profile_guard_manager", lambda *_: 0.0, raising=False)
-        if hasattr(dynamo.config, "side_effect_replay_policy"):
-            dynamo.config.side_effect_replay_policy = "silent"
 
 
 @pytest.fixture(autouse=True, scope="module")
