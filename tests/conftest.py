@@ -133,6 +133,10 @@ def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     # torch's default, for convolutions and RNNs alike: a test may leave the two unlike each other,
     # and then neither torch.export nor the ONNX exporter works.
     torch.backends.cudnn.allow_tf32 = True
+    # A sixth of a compilation goes into what newer torch's logs say of guards and side effects.
+    if hasattr(config := sys.modules.get("torch._dynamo.config"), "side_effect_replay_policy"):
+        config.side_effect_replay_policy = "silent"
+        torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
     # snnTorch keeps all of its cells, and detach_hidden() raises an error at some of them.
     snntorch.SpikingNeuron.instances.clear()
     if "backend" not in request.fixturenames:

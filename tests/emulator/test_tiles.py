@@ -6,9 +6,7 @@ The first sizes of images are odd, and no tile divides them.
 from dataclasses import replace
 
 import pytest
-import torch
 
-import snnlstm
 from tests.emulator import test_cell, test_cell_gradients
 from tests.emulator.launches import plan
 from tests.emulator.modes import MODES, PLAIN
@@ -55,16 +53,6 @@ def test_tiles_reach_over_the_samples_of_a_batch_of_rows(core):
             assert plan(core, backward=backward, N=128, C=64, **images).tile[0] > 1
             with_lengths = plan(core, backward=backward, lengths=True, N=128, **images)
             assert with_lengths.tile[0] == 1
-
-
-def test_rows_with_lengths_equal_the_cpus(core):
-    cell, x = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.1), torch.rand(4, 5, 2, 1, 9)
-    lengths = torch.tensor([0, 1, 2, 4, 3])
-    expected = cell(x, *cell.reset_mem(), lengths=lengths)
-    with MODES["tf32x3"].running(core):
-        actual = cell(x, *cell.reset_mem(), lengths=lengths)
-    assert cell.path.name == "emulator-mma-3xtf32"
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 def test_a_tile_that_no_block_has_is_refused(core):

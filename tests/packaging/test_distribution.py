@@ -234,13 +234,6 @@ def test_readmes_code_runs_after_readmes_own_installation(tmp_path):
 
 
 @long
-@pytest.mark.parametrize("wish", ["SNNLSTM_CORE", "SNNLSTM_CUDA"])
-def test_a_core_that_was_asked_for_is_not_skipped(sdist, wish, tmp_path):
-    with pytest.raises(AssertionError, match=r"No CMAKE_CXX_COMPILER could be[\s\S]*SNNLSTM_CORE"):
-        built(tmp_path / "wheel", sdist, NO_COMPILER | {wish: "on"})
-
-
-@long
 @pytest.mark.parametrize("environment", [COMPILED, NO_COMPILER], ids=["compiler", "none"])
 def test_two_builds_have_the_same_bytes(environment, sdist, tmp_path):
     """Each build has a temporary folder of its own, of which the wheel may hold no trace."""

@@ -47,46 +47,35 @@ def test_thousands_of_shapes_take_bounded_memory(name):
 # ---- changes between calls ----------------------------------------------------------------------
 
 
-def with_data(change):
-    """Returns a change that gives each tensor other memory, and keeps the parameters."""
+SYN, MEM = (state.bfloat16().float() for state in START)
+GIVEN = {"x": X[None], "syn": SYN, "mem": MEM, "record": True}
 
-    @contextmanager
-    def changed(cell, given):
-        kept = [(tensor, tensor.data) for tensor in cell.state_dict(keep_vars=True).values()]
-        for tensor, data in kept:
-            tensor.data = change(data)
-        yield
-        for tensor, data in kept:
-            tensor.data = data
-
-    return changed
-
-
-def passed(name, change):
-    """Returns a change of an argument."""
-
-    @contextmanager
-    def changed(cell, given):
-        before = given.get(name)
-        given[name] = change(before)
-        yield
-        given[name] = before
-
-    return changed
-
-
-# What changes after a call; the next one computes what a cell does that was not called before.
-# test_key.py has all that a key tells apart.
+# What changes after a call: the memory of the cell's tensors, or arguments. The next one computes
+# what a cell does that was not called before. test_key.py has all that a key tells apart.
 CHANGES = {
-    "dtype": with_data(Tensor.double),
-    "shape": with_data(lambda t: t[..., :1, :1].clone() if t.dim() == 4 else t),
-    "record is 1.0": passed("record", lambda _: 1.0),
-}  # fmt: skip
+    "dtype": Tensor.double,
+    "shape": lambda t: t[..., :1, :1].clone() if t.dim() == 4 else t,
+    "record is 1.0": {"record": 1.0},
+}
 # These change no result.
 ALIKE = {
-    **{f"{name} in bfloat16": passed(name, Tensor.bfloat16) for name in ("x", "syn", "mem")},
-    "record is 1": passed("record", lambda _: 1), "record is NumPy's": passed("record", np.bool_),
+    **{f"{name} in bfloat16": {name: GIVEN[name].bfloat16()} for name in ("x", "syn", "mem")},
+    "record is 1": {"record": 1}, "record is NumPy's": {"record": np.bool_(True)},
 }  # fmt: skip
+
+
+@contextmanager
+def changed(cell, change):
+    """Returns the arguments of a call after a change, which keeps the parameters."""
+    if isinstance(change, dict):
+        yield GIVEN | change
+        return
+    kept = [(tensor, tensor.data) for tensor in cell.state_dict(keep_vars=True).values()]
+    for tensor, data in kept:
+        tensor.data = change(data)
+    yield GIVEN
+    for tensor, data in kept:
+        tensor.data = data
 
 
 def outcome(cell, given):
@@ -101,15 +90,14 @@ def outcome(cell, given):
 @pytest.mark.parametrize("name", [*CHANGES, *ALIKE])
 def test_a_change_after_a_call_is_seen_by_the_next(name, monkeypatch):
     cell, fresh = (ours(bias=name != "dtype") for _ in range(2))
-    x, syn, mem = (t.bfloat16().float() for t in (X, *START))
-    given = {"x": x[None], "syn": syn, "mem": mem, "record": True}
-    before = outcome(cell, given)
-    with (CHANGES | ALIKE)[name](cell, given):
+    change = (CHANGES | ALIKE)[name]
+    before = outcome(cell, GIVEN)
+    with changed(cell, change) as given:
         after = outcome(cell, given)
     assert (after != before) == (name in CHANGES)
-    assert outcome(cell, given) == before
+    assert outcome(cell, GIVEN) == before
     monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())  # which knows no call
-    with (CHANGES | ALIKE)[name](fresh, given):
+    with changed(fresh, change) as given:
         assert after == outcome(fresh, given)
 
 

@@ -226,16 +226,6 @@ def test_a_fork_while_other_threads_lend_blocks():
     assert found == [0] * 8, found
 
 
-def test_ten_thousand_shapes_have_few_sizes(monkeypatch):
-    monkeypatch.setattr(lender, "SPARE", 4 * MIB)
-    before = used_bytes()
-    for count in range(10_000):
-        lender.empty((1, 256 + count // 10, 1 << 10, 1 + count % 10), torch.uint8)
-    assert len(lender._blocks) < 100
-    assert used_bytes() == before
-    assert lender.free_bytes() <= lender._most_used - before + 4 * MIB <= 20 * MIB
-
-
 def test_an_interrupted_allocation_counts_as_none(monkeypatch):
     """A handler of a signal may raise an error before the block is counted, or has been lent."""
     before = used_bytes()

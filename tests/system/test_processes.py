@@ -116,6 +116,7 @@ def test_memory_that_runs_out_leaves_state_and_weights_as_they_were():
     assert cell.conv.weight.grad.isfinite().all()
 
 
+@long
 @in_a_process
 def test_a_pass_under_compiled_autograd():
     """In a fresh process nothing is known of the kernels yet, and sizes change."""

@@ -280,9 +280,8 @@ def test_the_path_names_what_ran() -> None:
     [
         *product([None], RESETS),
         ("aot_eager", "zero"),
-        ("inductor", "subtract"),
         *(pytest.param("aot_eager", reset, marks=long) for reset in ("none", "subtract")),
-        *(pytest.param("inductor", reset, marks=long) for reset in ("none", "zero")),
+        *(pytest.param("inductor", reset, marks=long) for reset in RESETS),
     ],
 )
 def test_a_cells_constant_results_have_no_graph_in_any_backend(
