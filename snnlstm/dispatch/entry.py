@@ -72,8 +72,13 @@ class Entry:
         """Whether a call has the static properties of the guarded one."""
         if self._guard is None or call.lengths is not None:
             return False
+        try:
+            nested = call[0].is_nested or call[1].is_nested or call[2].is_nested
+        except AttributeError:  # an unchecked argument is no tensor
+            return False
         tensors, static = _guarded(call, backend, settings)
-        return static == self._guarded and self._guard.check(*tensors)
+        # torch's check would ask a nested tensor for strides, which ends the process.
+        return not nested and static == self._guarded and self._guard.check(*tensors)
 
 
 _entries: BoundedDict[Any, Entry] = BoundedDict()

@@ -80,7 +80,7 @@ CALL = {
     "x": {
         TypeError: (
             [[1.0]], None, X.double(), X.to(torch.complex64), X.to_sparse(), X.to_mkldnn(),
-            QUANTISED,
+            QUANTISED, NESTED,
         ),
         ValueError: (
             torch.zeros(2, 5, 5), torch.zeros(1, 1, 1, 2, 5, 5), torch.zeros(1, 3, 5, 5),
@@ -89,13 +89,13 @@ CALL = {
         ),
     },
     "syn": {
-        TypeError: (0, STATE.double(), QUANTISED),
+        TypeError: (0, STATE.double(), QUANTISED, NESTED),
         ValueError: (
             torch.ones(1, 3, 5, 4), torch.ones(1, 4, 5, 5), torch.ones(()), STATE.to("meta"),
         ),
     },
     "mem": {
-        TypeError: ("zeros", [0.0], STATE.double(), QUANTISED),
+        TypeError: ("zeros", [0.0], STATE.double(), QUANTISED, NESTED),
         ValueError: (torch.ones(2, 3, 5, 5), torch.zeros(3, 5, 5), torch.zeros(0, 4, 5, 5)),
     },
     "record": {TypeError: ("yes", None, 2), ValueError: (True,)},

@@ -119,6 +119,16 @@ def test_a_sparse_x_runs_as_in_snntorch_or_is_refused_by_name(options: dict[str,
         assert not layer.mem.numel()
 
 
+@pytest.mark.filterwarnings("ignore:.*prototype")
+def test_a_nested_tensor_is_refused_by_name_after_plain_ones() -> None:
+    nested, x = torch.nested.nested_tensor([torch.rand(5), torch.rand(4)]), currents(3, 5)[0]
+    layer = leaky_twins()[0]
+    for given, name in ((nested,), "input_"), ((x, nested), "mem"):
+        layer(*(x for _ in given))
+        with pytest.raises(TypeError, match=f"{name} must be a plain tensor, got a nested one"):
+            layer(*given)
+
+
 LAYERS: dict[str, Callable[[], Any]] = {
     "Leaky": lambda: leaky_twins(learn_beta=True)[0],
     "reset_delay": lambda: leaky_twins(reset_delay=False)[0],
