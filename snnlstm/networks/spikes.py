@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ from ..neurons.sconv2dlstm import SConv2dLSTM
 from ..quant import StateQuant
 
 
+def _none_yet() -> Tensor:
+    # A number of Python's would be a constant of compiled code, which each call would make anew.
+    return torch.zeros((), dtype=torch.int64, device="cpu")
+
+
 @dataclass(eq=False)
 class SpikeCount:
     """The spikes of one neuron layer, counted by this object as a forward hook of the layer.
@@ -30,8 +35,8 @@ class SpikeCount:
         Its lowest threshold.
     spikes : Tensor
         Number of spikes, a scalar.
-    chances : int
-        Number of neurons, times samples, times steps.
+    chances : Tensor
+        Number of neurons, times samples, times steps, a scalar.
     highest : Tensor or None
         The highest mem that calls have left or returned, pooled as the cell compares it with its
         threshold, a scalar; None without one.
@@ -41,8 +46,8 @@ class SpikeCount:
 
     layer: str
     threshold: float | None
-    spikes: Tensor | int = 0
-    chances: int = 0
+    spikes: Tensor = field(default_factory=_none_yet)
+    chances: Tensor = field(default_factory=_none_yet)
     highest: Tensor | None = None
     compared: Tensor | None = None
 
@@ -54,7 +59,7 @@ class SpikeCount:
             while isinstance(output, tuple | list):  # a tuple ends with mem
                 output, mem = output[0], output[-1]
             self.spikes = self.spikes + output.count_nonzero()
-            self.chances += output.numel()
+            self.chances = self.chances + output.numel()
             if isinstance(mem, Tensor) and mem.numel():
                 self.compared = _compared(layer, mem.detach())
                 highest = self.compared.max()
@@ -64,7 +69,7 @@ class SpikeCount:
     @property
     def rate(self) -> float:
         """Spikes per neuron and step; NaN if the layer was not called."""
-        return float(self.spikes) / self.chances if self.chances else float("nan")
+        return int(self.spikes) / int(self.chances) if self.chances else float("nan")
 
     @property
     def exceeded(self) -> float | None:

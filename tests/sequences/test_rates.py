@@ -8,6 +8,7 @@ import pytest
 import snntorch
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import snnlstm
 from snnlstm import SpikeCount
@@ -107,6 +108,26 @@ def test_the_table_is_printed_as_documented_and_names_what_never_spiked(capsys):
     assert math.isnan(rates["c"].rate)
     for line in str(table).splitlines():
         assert line in snnlstm.spike_rates.__doc__
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_network_is_counted_without_a_graph_for_each_call():
+    net, counter = (
+        nn.Sequential(snnlstm.Leaky(0.9, threshold=0.3, init_hidden=True)),
+        CompileCounter(),
+    )
+    eager = copy.deepcopy(net)
+    with (
+        snnlstm.spike_rates(net, show=False) as rates,
+        snnlstm.spike_rates(eager, show=False) as of,
+    ):
+        compiled = torch.compile(net, backend=counter)
+        for x in torch.rand(6, 2, 3):
+            compiled(x)
+            eager(x)
+    assert counter.frame_count <= 3
+    assert (rates["0"].spikes, rates["0"].chances) == (of["0"].spikes, of["0"].chances)
+    assert rates["0"].chances == 6 * 2 * 3
 
 
 def test_a_model_without_neurons_and_what_is_no_model():
