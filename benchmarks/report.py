@@ -231,8 +231,8 @@ def draw(found: pd.DataFrame, directory: Path, name: str, title: str) -> list[Pa
 
 
 def draw_history(mode: str) -> Figure:
-    """Draws the speed-ups of all releases in a mode, a panel for each processor."""
-    runs = pd.read_csv(HISTORY).groupby(["version", "processor"], sort=False)
+    """Draws the speed-ups of all releases in a mode, a panel for each processor, the last first."""
+    runs = reversed([*pd.read_csv(HISTORY).groupby(["version", "processor"], sort=False)])
     return _panels({", ".join(name): _speedups(part, mode) for name, part in runs}, mode)
 
 
