@@ -369,6 +369,6 @@ def test_a_network_that_a_release_was_not_timed_with_has_no_label(mode, tmp_path
     rows = pd.read_csv(report.HISTORY)[1:]  # without the first network's loop
     monkeypatch.setattr(report, "HISTORY", tmp_path / "history.csv")
     rows.to_csv(report.HISTORY)
-    labels = [text.get_text() for text in report.draw_history(mode).axes[0].texts]
+    labels = [text.get_text() for text in report.draw_history(mode).axes[-1].texts]
     assert "" in labels
     assert not any("nan" in label for label in labels)
