@@ -145,6 +145,23 @@ def _leading(w: Any, run: Any) -> Any:
     return w.call(run.calls[0].target, _first(w, run), *args, **kwargs)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of all steps, (T, N, K); torch's is slow if x is not contiguous.
+
+    If only time lies within the batch, as in ``x[:, t]``, x or the result is copied: the smaller.
+    """
+    if x.dim() == 3 and not x.is_contiguous():
+        by_sample = x.transpose(0, 1)
+        if by_sample.is_contiguous() and weight.shape[0] <= weight.shape[1]:
+            return F.linear(by_sample, weight, bias).transpose(0, 1).contiguous()
+    return F.linear(x.contiguous(), weight, bias)
+
+
+def _linear(w: Any, run: Any) -> Any:
+    args, kwargs = _rest(w, run)
+    return w.call(linear, _first(w, run), *args, **kwargs)
+
+
 def _folded(w: Any, run: Any) -> Any:
     """A function that treats every sample by itself takes the steps as a larger batch."""
     args, kwargs = _rest(w, run)
@@ -215,9 +232,10 @@ def _leakies(w: Any, run: Any) -> Any:
 # The states are arguments 1 and 2 of a cell, and argument 1 of a Leaky; spk is result 0.
 _CELL = Row(_cells, states=((1, 1), (2, 2)), options=(3, 4, 5, 6, 7, 9, 10))
 LEAKIES = Row(_leakies, states=((1, 1),), options=(2, 3, 4, 5))
-_LEADING, _FOLDED = Row(_leading), Row(_folded)
+_LINEAR, _LEADING, _FOLDED = Row(_linear), Row(_leading), Row(_folded)
 ELEMENTWISE = Row(_elementwise, first_alone=False)
 _FLATTEN, RESHAPE = Row(_flattened), Row(_reshaped)
+VIEWS = _FLATTEN, RESHAPE
 _CAT = Row(_concatenated, first_alone=False)
 
 # Some are functions of the module operator; others also reduce a tensor, by the same name.
@@ -256,7 +274,9 @@ def row_of(node: Node) -> Row | None:
     if not args or not isinstance(value_of(args[0]), Tensor):
         return None
     dim = dim_of(args[0])
-    if name in ("linear", "layer_norm") and dim:
+    if name == "linear" and dim:
+        return _LINEAR
+    if name == "layer_norm":
         return _LEADING
     if name == "pad" and (*args[2:], *node.kwargs.values(), "constant")[0] == "constant":
         return _LEADING

@@ -375,14 +375,15 @@ class Loop:
         nodes = [self.nodes[calls[0]] for _, calls in groups]
         if any(map(rows.requires_grad, nodes)):
             return len(self.nodes)
-        several = [node for node, (_, calls) in zip(nodes, groups, strict=True) if len(calls) > 1]
-        steps = [rows.bytes_of(node) for node in several if not self._has_large_steps(node)]
+        several = [(row, self.nodes[calls[0]]) for row, calls in groups if len(calls) > 1]
+        steps = [rows.bytes_of(node) for row, node in several if not self._is_free(row, node)]
         return steps_at_once(max(steps, default=0))
 
-    def _has_large_steps(self, node: Node) -> bool:
-        """Whether the CPU calls the node's layer step by step for the size of its results."""
+    def _is_free(self, row: rows.Row, node: Node) -> bool:
+        """Whether all steps at once take no memory, as views, or large ones run one by one."""
         by_size = rows.value_of(node.all_input_nodes[0]).device.type == "cpu"
-        return by_size and node.target is not rows.CELL and too_large(rows.bytes_of(node))
+        by_step = by_size and node.target is not rows.CELL and too_large(rows.bytes_of(node))
+        return by_step or row in rows.VIEWS
 
     def _reason_against(self, row: rows.Row, calls: Sequence[Node], limit: int) -> str | None:
         """Why no calls of a group become one; None if they may, up to `limit` at once."""
@@ -395,6 +396,8 @@ class Loop:
         if first.target is rows.CELL:
             by_step = too_large(rows.bytes_of(x)) and not self._is_sequence(calls)
             return TO_STACK if by_step else None
+        if row in rows.VIEWS and self._is_sequence(calls):
+            return None
         step = max(map(rows.bytes_of, (first, *first.all_input_nodes[:1])))
         linear = rows.name_of(first) == "linear"
         return reason_by_size(step, min(limit, len(calls)), bool(row.states), linear)

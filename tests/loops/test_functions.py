@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import snnlstm
+from snnlstm.loops import rows
 from snnlstm.native import pool2d
 from tests.loops.compiled import as_eager, numbers
 from tests.loops.networks import exact_leaky
 from tests.loops.parts import MODES, N, T, check, expect
+from tests.shared.helpers import close
 
 # ---- what mixes samples --------------------------------------------------------------------------
 
@@ -205,3 +207,18 @@ def test_pools_of_torch_become_ours(training, monkeypatch):
 
     calls = as_eager(Net, numbers(T, N, 2, 16, 16), training=training)
     expect(calls, pool=5 + T, leaky=1)
+
+
+@pytest.mark.parametrize("outputs", [3, 9], ids=["fewer", "more"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)], ids=str)
+def test_linear_of_all_steps_in_any_order_of_memory(order, outputs):
+    x = numbers(T, N, 6).permute(order).contiguous().permute(order).requires_grad_()
+    found = []
+    for function in rows.linear, F.linear:
+        for bias in None, numbers(outputs):
+            weight = numbers(outputs, 6).requires_grad_()
+            out = function(x, weight, bias)
+            grads = torch.autograd.grad((out * numbers(T, N, outputs)).sum(), (x, weight))
+            found.append((out, *grads))
+            assert out.is_contiguous()
+    close(found[:2], found[2:])

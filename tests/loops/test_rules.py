@@ -282,6 +282,17 @@ def test_without_gradients_steps_are_computed_in_pieces(monkeypatch, steps_at_on
     expect(check(forward, training=True), leaky=1, linear=1, relu=1 if pieces == 1 else T)
 
 
+def test_views_take_no_memory_and_have_all_steps(monkeypatch):
+    """relu, whose steps are as large, runs step by step."""
+
+    def forward(net, x):
+        return torch.stack([net.fc1(x_t.reshape(-1, 2, 3).flatten(1).relu()) for x_t in x])
+
+    monkeypatch.setattr(sizes, "_SMALL", 0)
+    monkeypatch.setattr(sizes, "_LARGEST_SEQUENCE", 0)
+    expect(check(forward, training=True), reshape=1, flatten=1, relu=T)
+
+
 # ---- regions -------------------------------------------------------------------------------------
 
 
