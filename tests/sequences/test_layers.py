@@ -56,6 +56,8 @@ def test_layers_that_change_under_way_take_effect():
         (nn.Tanh(), 1025, 2, "step"),
         (nn.Linear(256, 512), 512, 1000, "fold"),
         (nn.Linear(256, 513), 512, 2, "step"),
+        (nn.Linear(256, 128), 1024, 1000, "fold"),
+        (nn.Linear(256, 128), 1025, 2, "step"),
         (snnlstm.Leaky(0.9), 1024, 1000, "sequence"),
         (snnlstm.Leaky(0.9), 1025, 2, "step"),
     ],
