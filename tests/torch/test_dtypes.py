@@ -106,7 +106,7 @@ def test_a_threshold_without_a_device_is_put_on_that_of_x():
 
 def test_a_cell_without_memory_gets_it_by_to_empty():
     with torch.device("meta"):
-        cell = ours(learn_threshold=True, threshold=torch.full((3, 1, 1), 0.3, device="cpu"))
+        cell = ours(learn_threshold=True, threshold=torch.full((3, 1, 1), 0.05, device="cpu"))
         cell(torch.empty(1, 2, 5, 5))
     # This is to_empty(device="cpu") where the memory holds sevens.
     cell = copy.deepcopy(cell)._apply(lambda t: torch.full_like(t, 7, device="cpu"))
@@ -114,7 +114,7 @@ def test_a_cell_without_memory_gets_it_by_to_empty():
     assert not cell.syn.any()
     torch.manual_seed(0)
     cell.reset_parameters()
-    other = ours(threshold=0.3)
+    other = ours(threshold=0.05)
     close(cell(steps(2, 1, 2, 5, 5)), other(steps(2, 1, 2, 5, 5)), atol=0, rtol=0)
     with torch.device("meta"):
         assigned = ours()
