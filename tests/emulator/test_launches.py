@@ -7,12 +7,14 @@ too large to be counted are refused, and large calls within the limits are not.
 import itertools
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import snnlstm
 from benchmarks.devices import EMULATED
+from snnlstm.native import cuda
 from tests.emulator.builder import HERE, ROOT, run
 from tests.emulator.launches import LAYERS, calls, launches_of, plan
 from tests.emulator.modes import MODES, PLAIN
@@ -99,6 +101,14 @@ def test_each_step_but_the_first_overlaps(core, matrix):
 def reason(core, **facts):
     found = (plan(core, backward=a_pass, **facts).reason_against for a_pass in (False, True))
     return next(filter(None, found), "")
+
+
+def test_training_needs_both_passes():
+    """A call without gradients runs where only the backward pass cannot."""
+    cores = [SimpleNamespace(reason_against=reason) for reason in ("", "too large")]
+    passes = cuda.Passes.__new__(cuda.Passes)
+    passes._chosen_for = lambda backward: SimpleNamespace(core=cores[backward])
+    assert [passes.reason_against(training) for training in (False, True)] == [None, "too large"]
 
 
 @pytest.mark.parametrize(("inputs", "channels"), [(3, 16384), (1 << 22, 8)])
