@@ -77,14 +77,16 @@ def test_what_follows_sees_the_recorded_layout(names, by_step, training, monkeyp
     as_eager(make, numbers(T, N, 3, 8, 8), training=training)
 
 
-# Samples, channels and kernel of the first convolution; whether gradients are recorded; and for
-# each convolution whether it runs channels-last.
+# Samples, channels and kernel of the first convolution, and the second's kernel; whether gradients
+# are recorded; and for each convolution whether it runs channels-last.
 CHOICES = {
-    "few channels of many samples": (8, 2, 3, True, [True, True]),
-    "few channels of one sample": (1, 2, 3, True, [False, True]),
-    "more channels": (1, 6, 3, True, [True, True]),
-    "no gradients": (8, 6, 3, False, [False, False]),
-    "1x1": (8, 2, 1, True, [False, True]),
+    "few channels of many samples": (8, 2, 3, 3, True, [True, True]),
+    "few channels of one sample": (1, 2, 3, 3, True, [False, True]),
+    "more channels": (1, 6, 3, 3, True, [True, True]),
+    "no gradients": (8, 6, 3, 3, False, [False, False]),
+    "1x1": (8, 2, 1, 3, True, [False, True]),
+    "1x1 behind channels-last": (8, 2, 3, 1, True, [True, True]),
+    "1x1 behind another": (1, 2, 3, 1, True, [False, False]),
 }
 
 
@@ -92,7 +94,7 @@ CHOICES = {
 @pytest.mark.parametrize("name", CHOICES)
 def test_where_convolutions_run_channels_last(name):
     """The second one does so for its gradients, or because its input is channels-last."""
-    samples, channels, kernel, training, expected = CHOICES[name]
+    samples, channels, first, second, training, expected = CHOICES[name]
     found: list[bool] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -101,8 +103,9 @@ def test_where_convolutions_run_channels_last(name):
         found.extend(node in chosen for node in loop.nodes if rows.name_of(node) == "conv2d")
         return graph.forward
 
-    net = Images(rest)
-    net.conv1 = nn.Conv2d(channels, 4, kernel, padding=kernel // 2)
+    net = Images(lambda net, cur, spk, mem: F.avg_pool2d(net.conv2(spk), 2))
+    net.conv1 = nn.Conv2d(channels, 4, first, padding=first // 2)
+    net.conv2 = nn.Conv2d(4, 4, second)
     snnlstm.accelerate(net)
     torch._dynamo.reset()
     with torch.set_grad_enabled(training):
