@@ -450,8 +450,6 @@ class Loop:
                 if latest == len(runs) - 1:
                     between = {self._regions[unit], self._regions[calls[last]]}
                     reason = OTHER_SETTINGS if len(between) > 1 else FEEDBACK
-                elif row.states and at != last + 1:
-                    reason = STATES
                 elif at // limit != last // limit:
                     reason = MEMORY
             if reason is not None:
