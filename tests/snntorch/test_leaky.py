@@ -350,3 +350,9 @@ def test_accelerate(caplog: Any) -> None:
     assert not caplog.messages
     snnlstm.accelerate(torch.nn.Sequential(torch.nn.ReLU()))
     assert caplog.messages == ["accelerate found neither SConv2dLSTM nor Leaky in the model"]
+
+
+def test_a_sequence_with_the_batch_outermost_in_memory_and_as_many_steps() -> None:
+    x = torch.rand(4, 4, 5).transpose(0, 1)
+    layer = leaky_twins()[0]
+    close(snnlstm.unroll(x, layer)[1], snnlstm.unroll(x.contiguous(), leaky_twins()[0])[1], atol=0)
