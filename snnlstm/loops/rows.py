@@ -232,7 +232,7 @@ def _leakies(w: Any, run: Any) -> Any:
 # The states are arguments 1 and 2 of a cell, and argument 1 of a Leaky; spk is result 0.
 _CELL = Row(_cells, states=((1, 1), (2, 2)), options=(3, 4, 5, 6, 7, 9, 10))
 LEAKIES = Row(_leakies, states=((1, 1),), options=(2, 3, 4, 5))
-_LINEAR, _LEADING, _FOLDED = Row(_linear), Row(_leading), Row(_folded)
+LINEAR, _LEADING, _FOLDED = Row(_linear), Row(_leading), Row(_folded)
 ELEMENTWISE = Row(_elementwise, first_alone=False)
 _FLATTEN, RESHAPE = Row(_flattened), Row(_reshaped)
 VIEWS = _FLATTEN, RESHAPE
@@ -275,7 +275,7 @@ def row_of(node: Node) -> Row | None:
         return None
     dim = dim_of(args[0])
     if name == "linear" and dim:
-        return _LINEAR
+        return LINEAR
     if name == "layer_norm":
         return _LEADING
     if name == "pad" and (*args[2:], *node.kwargs.values(), "constant")[0] == "constant":

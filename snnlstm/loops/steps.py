@@ -399,8 +399,7 @@ class Loop:
         if row in rows.VIEWS and self._is_sequence(calls):
             return None
         step = max(map(rows.bytes_of, (first, *first.all_input_nodes[:1])))
-        linear = rows.name_of(first) == "linear"
-        return reason_by_size(step, min(limit, len(calls)), bool(row.states), linear)
+        return reason_by_size(step, min(limit, len(calls)), row is rows.LINEAR, bool(row.states))
 
     def _is_sequence(self, calls: Sequence[Node]) -> bool:
         """Whether the first arguments of calls lie in one memory."""

@@ -72,16 +72,16 @@ _LEAST_DIM: dict[type[nn.Module], int] = {
 
 
 def report_of(
-    name: str, layer: nn.Module, x: Tensor, steps: int, by_step: str | None, whole: bool = True
+    name: str, layer: nn.Module, x: Tensor, by_step: str | None, steps: int | None = None
 ) -> LayerReport:
-    """How a layer runs over a sequence of so many steps: over x, or if not `whole`, x is one step.
+    """How a layer runs over a sequence x, or over one of so many `steps` like x.
 
     `by_step` is a reason to run all steps one by one.
     """
     kind, title = type(layer), type(layer).__name__
     if by_step is not None and kind in SEQUENCE_NEURONS:
         raise ValueError(f"layer {name} ({title}) needs whole sequences, but {by_step}")
-    against = by_step or _reason_for_steps(layer, x, steps, whole)
+    against = by_step or _reason_for_steps(layer, x, steps)
     if against is not None:
         return LayerReport(name, title, "step", against)
     if kind in SEQUENCE_NEURONS or getattr(kind, "_takes_sequences", False):
@@ -91,9 +91,9 @@ def report_of(
     return LayerReport(name, title, "fold", ALONE)
 
 
-def _reason_for_steps(layer: Any, x: Tensor, steps: int, whole: bool) -> str | None:
-    """Why a layer gets the steps of x one by one; None if one call may have them all."""
-    kind = type(layer)
+def _reason_for_steps(layer: Any, x: Tensor, steps: int | None) -> str | None:
+    """Why a layer gets the steps of a sequence one by one; None if one call may have them all."""
+    kind, whole = type(layer), steps is None
     if kind in SEQUENCE_NEURONS:
         return None
     hooked = changed(layer)
@@ -109,12 +109,12 @@ def _reason_for_steps(layer: Any, x: Tensor, steps: int, whole: bool) -> str | N
     if kind is Leaky:
         if hooked is None and (torch.compiler.is_compiling() or not layer.takes(x, whole)):
             return "plain torch runs it, and its path says why"
-        return hooked or reason_by_size(counted_bytes(x, whole), steps, states=True, linear=False)
+        return hooked or reason_by_size(counted_bytes(x, whole), steps or len(x), states=True)
     if Neuron is not None and isinstance(layer, Neuron):
         return "it keeps a state from step to step"
     step = counted_bytes(x, whole) * _widening(layer)
     mixing = hooked or not_per_sample(layer, x.dim() - whole)
-    return mixing or reason_by_size(step, steps, states=False, linear=kind is nn.Linear)
+    return mixing or reason_by_size(step, steps or len(x), kind is nn.Linear)
 
 
 # ---- sizes --------------------------------------------------------------------------------------
@@ -136,7 +136,9 @@ def steps_at_once(step: int) -> int:
     return max(1, _LARGEST_SEQUENCE // max(1, step))
 
 
-def reason_by_size(step: float, steps: int, states: bool, linear: bool) -> str | None:
+def reason_by_size(
+    step: float, steps: int, linear: bool = False, states: bool = False
+) -> str | None:
     """Why so many steps of so many bytes pass a layer one by one on the CPU; None if all at once.
 
     Layers with states, and linear ones, take sequences of any length: a linear layer reads its

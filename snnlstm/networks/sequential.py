@@ -258,7 +258,7 @@ def _over_time(
         name, layer = rest[0]
         x = first_item(before, out)
         whole = x if batch is None else x.unflatten(0, batch)
-        report = report_of(name, layer, whole, len(whole), by_step)
+        report = report_of(name, layer, whole, by_step)
         if lengths is not None and not reports and report.kind != "sequence":
             whole = mask_padding(whole, lengths)  # a NaN in the padding must not reach a gradient
         if report.kind == "step":
@@ -356,7 +356,7 @@ def _step_by_step(
     before = ""
     for name, layer in layers:
         first = first_item(before, outs[0])
-        report = report_of(name, layer, first, len(outs), by_step, whole=False)
+        report = report_of(name, layer, first, by_step, steps=len(outs))
         if calls and report.reason == ONE_CALL and too_large(counted_bytes(first)):
             report = replace(report, kind="step", reason=TO_STACK)
         if report.kind != "step":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +16,6 @@ from ..compat.torch_private import exporting, transforms_are_active
 from ..neurons.attributes import CELL
 from ..neurons.sconv2dlstm import SConv2dLSTM
 from ..quant import StateQuant
-
-
-def _none_yet() -> Tensor:
-    # A number of Python's would be a constant of compiled code, which each call would make anew.
-    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @dataclass(eq=False)
@@ -46,8 +41,8 @@ class SpikeCount:
 
     layer: str
     threshold: float | None
-    spikes: Tensor = field(default_factory=_none_yet)
-    chances: Tensor = field(default_factory=_none_yet)
+    spikes: Tensor | int = 0
+    chances: Tensor | int = 0
     highest: Tensor | None = None
     compared: Tensor | None = None
 
@@ -58,8 +53,10 @@ class SpikeCount:
             mem = getattr(layer, "mem", None)
             while isinstance(output, tuple | list):  # a tuple ends with mem
                 output, mem = output[0], output[-1]
-            self.spikes = self.spikes + output.count_nonzero()
-            self.chances = self.chances + output.numel()
+            spikes = output.count_nonzero()
+            self.spikes = self.spikes + spikes
+            # Compiled code takes a number of Python's for a constant, and would be made anew.
+            self.chances = self.chances + torch.full_like(spikes, output.numel())
             if isinstance(mem, Tensor) and mem.numel():
                 self.compared = _compared(layer, mem.detach())
                 highest = self.compared.max()

@@ -65,8 +65,8 @@ def test_layers_that_change_under_way_take_effect():
 def test_large_steps_run_one_by_one(layer, kib, count, kind):
     """The sizes of steps from both sides of each limit; x takes no memory."""
     x = torch.zeros(()).expand(count, kib, 256)
-    assert report_of("", layer, x, count, None).kind == kind
-    assert report_of("", layer, x[0], count, None, whole=False).kind == kind
+    assert report_of("", layer, x, None).kind == kind
+    assert report_of("", layer, x[0], None, steps=count).kind == kind
 
 
 @needs_core

@@ -9,6 +9,7 @@ import snntorch
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import snnlstm
 from snnlstm import SpikeCount
@@ -128,6 +129,15 @@ def test_a_compiled_network_is_counted_without_a_graph_for_each_call():
     assert counter.frame_count <= 3
     assert (rates["0"].spikes, rates["0"].chances) == (of["0"].spikes, of["0"].chances)
     assert rates["0"].chances == 6 * 2 * 3
+
+
+def test_fake_tensors_are_counted_without_numbers():
+    with FakeTensorMode() as mode:
+        net = nn.Sequential(snnlstm.Leaky(0.9, threshold=0.3, init_hidden=True))
+    with snnlstm.spike_rates(net, show=False) as rates, mode:
+        for _ in range(2):
+            net(torch.rand(2, 3))
+    assert rates["0"].spikes.shape == rates["0"].chances.shape == ()
 
 
 def test_a_model_without_neurons_and_what_is_no_model():
