@@ -6,7 +6,8 @@ VENV   ?= .venv
 MINUTES ?= 10
 
 RUN      := $(VENV)/bin/python
-# Python compiles what is imported; pip would compile all 6,000 files of torch, on one core.
+# Python compiles what is imported, and keeps it; pip would compile all 6,000 files of torch, on one core.
+unexport PYTHONDONTWRITEBYTECODE
 PIP      := $(RUN) -m pip install --disable-pip-version-check --no-compile
 PYTEST   := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 CSRC     := $(shell find csrc -type f 2>/dev/null)
