@@ -72,7 +72,10 @@ MUTANTS = {
 
 
 @needs_emulator
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(name, marks=long if "spikes" in name else ()) for name in MUTANTS],
+)
 def test_each_step_that_checks_spikes_fails_where_they_are_wrong(
     mutant, monkeypatch, tmp_path, capsys
 ):
@@ -126,7 +129,7 @@ CARDS = ("emulator-a100", "emulator-t4")
 # Cards whose tiles and ways through the kernels differ: each fault is noticed on each of them.
 FAULTY = (*CARDS, "emulator-4090", "emulator-h100")
 # The rows whose layers the emulator runs quickly; the others are part of `make test-all`.
-QUICK = "4 channels", "one column", *(name for name in gpu_smoke.OPTIONS if "Leaky" in name)
+QUICK = "one column", *(name for name in gpu_smoke.OPTIONS if "Leaky" in name)
 SMALL = (3, 2, 3, 5, 6, 7)
 
 

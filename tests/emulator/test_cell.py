@@ -52,8 +52,8 @@ def test_forward(core, mode, case, seed):
 @pytest.mark.parametrize(
     ("name", "plain"),
     [
-        ("plain", True), ("wide", True), ("channels last", True), ("odd sizes", False),
-        ("quantised", False), ("max_pool", False),
+        ("plain", True), pytest.param("wide", True, marks=pytest.mark.emulator_long),
+        ("channels last", True), ("odd sizes", False), ("quantised", False), ("max_pool", False),
         ("no spikes, last states", False),
     ],
 )  # fmt: skip

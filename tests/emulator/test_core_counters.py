@@ -55,10 +55,14 @@ def measure(core, layer: str, mode: str, training: bool = False) -> dict[str, Co
     return {name: c for name, c in core.counters().items() if "pack" not in name}
 
 
-@pytest.mark.parametrize("mode", ["tf32", "bfloat16 states"])
 @pytest.mark.parametrize(
-    "layer", ["mnist", "mid", pytest.param("big", marks=pytest.mark.emulator_long)]
-)
+    ("layer", "mode"),
+    [
+        ("mnist", "tf32"), ("mnist", "bfloat16 states"), ("mid", "bfloat16 states"),
+        *(pytest.param(*each, marks=pytest.mark.emulator_long)
+          for each in (("mid", "tf32"), ("big", "tf32"), ("big", "bfloat16 states"))),
+    ],
+)  # fmt: skip
 def test_a_step_costs_little_more_than_it_must(core, layer, mode):
     joint = Counts(sum(measure(core, layer, mode).values(), Counts()))
     case, size = LAYERS[layer], MODES[mode].dtype.itemsize
