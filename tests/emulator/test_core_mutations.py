@@ -93,7 +93,7 @@ def without_a_fault(*run) -> str:
 @pytest.mark.parametrize(
     ("name", "run"),
     [
-        # `make test` has a fault of each kind; the others need the checks that these do.
+        # `make test` seeds one fault for each kind of report, `make test-all` seeds them all.
         pytest.param(name, run, id=name, marks=() if name in KINDS else pytest.mark.emulator_long)
         for run, names in NOTICED.items()
         for name in names
