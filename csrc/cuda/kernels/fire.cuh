@@ -66,9 +66,10 @@ __global__ void __launch_bounds__(kFireThreads) fire_windows(const __grid_consta
 constexpr int kSpreadThreads = 128;
 
 // Writes p.spikes_in inside whole windows. A thread has one window of one channel, a block one
-// sample; grid: blocks_of_sample() for each sample.
+// sample; grid: blocks_of_sample() for each sample. Without the least number of blocks ptxas keeps
+// numbers in local memory on sm_80.
 template <class R>
-__global__ void __launch_bounds__(kSpreadThreads)
+__global__ void __launch_bounds__(kSpreadThreads, 8)
     spread_spikes(const __grid_constant__ NeuronBackward p) {
   const Fire& f = p.fire;
   const int blocks = blocks_of_sample(f, kSpreadThreads);
