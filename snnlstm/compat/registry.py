@@ -99,6 +99,19 @@ def _with_ours(kind: Any, theirs: Callable[[Any], None], own: str) -> Callable[.
     return untraced(walk) if kind in (Base, TheirLeaky) else _either(walk, theirs)
 
 
+def _through_wrapper(reset: Callable[[Any], None]) -> Callable[[Any], None]:
+    """snnTorch's reset, also of a network that torch.compile has wrapped.
+
+    snnTorch's looks at the direct children, and the wrapper has one: the network.
+    """
+
+    @wraps(reset)
+    def run(net: Any) -> None:
+        reset(getattr(net, "_modules", {}).get("_orig_mod", net))
+
+    return run
+
+
 def _reset_traced(net: nn.Module) -> None:
     """Reset the neurons in a network; with snnTorch's function a graph guards on all others."""
     for module in net.modules():
@@ -115,4 +128,4 @@ if Neuron is not None and "_of_snnlstm" not in vars(Neuron):
                 setattr(_kind, _name, classmethod(_walk))
     with suppress(Exception):  # a broken one may raise anything
         _utils: Any = import_module("snntorch.utils")
-        _utils.reset = _either(_utils.reset, _reset_traced)
+        _utils.reset = _either(_through_wrapper(_utils.reset), _reset_traced)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -270,6 +271,27 @@ def backend_of(name: str) -> Callable[..., Any]:
 
 tracing_context: Callable[[], Any] = _find("_guards.TracingContext.try_get", lambda: None)
 """An object of the graph that torch.compile is recording or compiling; None outside of both."""
+
+
+_compile_id: Callable[[], Any] = _find("_guards.CompileContext.current_compile_id", lambda: None)
+_exports: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def of_export(key: Any, make: Callable[[], Any]) -> Any:
+    """What the running export keeps under a key, or makes at its first use."""
+    kept = _exports.setdefault(tracing_context() or fake_mode(), {})
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
+
+
+def graph_number() -> tuple[Any, int, int]:
+    """Numbers of the code that is being compiled, and of its graph; and how many torch allows."""
+    from torch._dynamo import config
+
+    made = _compile_id()
+    graph = getattr(made, "frame_compile_id", None) or 0
+    return getattr(made, "frame_id", None), graph + 1, config.recompile_limit
 
 
 def graph_break(gm: Any) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..calls.keys import BoundedDict
-from ..compat.torch_private import backend_of, graph_break
+from ..compat.torch_private import backend_of, graph_break, graph_number
 from ..dispatch.reasons import tell_of_kernels
 from ..networks.layers import ALONE, CONSTANT, LARGE_STATE, ONE_CALL, TO_STACK, LayerReport
 
@@ -96,7 +96,7 @@ def compile_loop(
 
 _PLAIN = "torch.compile records it as plain operations, and its path says why"
 _NEURONS = "SConv2dLSTM", "SConv1dLSTM", "Leaky"
-_steps_seen: BoundedDict[Any, set[int]] = BoundedDict()  # the numbers of steps, by loop
+_graphs: BoundedDict[Any, list[dict[str, Any]]] = BoundedDict()  # what each had, by loop
 _told: BoundedDict[Any, None] = BoundedDict()  # why graphs have one step, and of which layer
 
 
@@ -201,7 +201,7 @@ def _log(loop: Loop, gm: GraphModule) -> None:
             text = "torch.compile: the graph has one step of layer %s: %s"
             logger.warning(text, ours[0].name, reason)
     elif counts:
-        _warn_of_lengths(ours, max(counts))
+        _warn_of_graphs(ours, max(counts))
         calls = [call for layer in ours for call in layer.calls]
         small = sum(map(rows.bytes_of, calls)) <= SMALL and not any(map(rows.requires_grad, calls))
         if max(counts) <= FEW and small:
@@ -223,16 +223,33 @@ FEW, SMALL = 3, 16 << 10
 """The most steps, and the most bytes of their spikes, that may take less time than the checks."""
 
 
-def _warn_of_lengths(layers: Sequence[_Layer], steps: int) -> None:
-    """Warn when a loop around layers is compiled for a second number of steps."""
-    calls = [layer.calls[0] for layer in layers]
-    network = [(layer.name, str(rows.shape_of(layer.calls[0].args[3]))) for layer in layers]
-    seen = _steps_seen.keep((calls[0].meta.get("stack_trace"), *network), set())
-    seen.add(steps)
-    if len(seen) == 2:
+STEPS, BATCH, SIZES = "the number of steps", "the batch size", "the layers' sizes"
+
+
+def _warn_of_graphs(layers: Sequence[_Layer], steps: int) -> None:
+    """Warn of a second number of steps around layers, or of the last graph that torch makes."""
+    calls, (code, graph, most) = [layer.calls[0] for layer in layers], graph_number()
+    seen = _graphs.keep((code, calls[0].meta.get("stack_trace")), [])
+    if graph == 1:  # also after torch.compiler.reset()
+        seen.clear()
+    sizes = str([(layer.name, rows.shape_of(layer.calls[0].args[3])) for layer in layers])
+    batch = rows.value_of(calls[0].args[0]).shape[0]
+    seen.append({STEPS: steps, BATCH: batch if isinstance(batch, int) else "any", SIZES: sizes})
+    lengths = [one[STEPS] for one in seen if one[SIZES] == sizes]
+    if len(set(lengths)) == 2 and steps not in lengths[:-1]:
         logger.warning(
             "torch.compile: the loop around layer %s is compiled anew for each number of steps, by "
-            "now %s, and after some more runs as it is: pad all inputs to one number of steps, or "
-            "let snnlstm.unroll run the layers",
-            layers[0].name, " and ".join(map(str, sorted(seen))),
+            "now %s; after %s graphs torch runs it uncompiled: pad all inputs to one number of "
+            "steps, or let snnlstm.unroll run the layers",
+            layers[0].name, " and ".join(map(str, sorted(set(lengths)))), most,
+        )  # fmt: skip
+    elif graph == most and len(set(lengths)) == 1:
+        values = {cause: dict.fromkeys(str(one[cause]) for one in seen) for cause in seen[0]}
+        causes = [cause for cause in values if len(values[cause]) > 1]
+        logger.warning(
+            "torch.compile: the loop around layer %s has %s graphs, which is torch's limit: calls "
+            "that fit none of them run uncompiled from now on. The graphs differ in %s. Equal "
+            "shapes need fewer (drop_last=True in a DataLoader), and torch.compiler.reset() before "
+            "each network of a sweep makes room",
+            layers[0].name, most, " and ".join(causes) or "other properties than shapes",
         )  # fmt: skip

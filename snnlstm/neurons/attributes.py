@@ -14,6 +14,7 @@ from ..calls.call import values
 from ..calls.spec import RESETS, CellSpec, Reset
 from ..compat.registry import alive, clear_registries, register, untraced
 from ..compat.snntorch import Base
+from ..compat.torch_private import exporting
 from ..dispatch.path import LastPath
 from ..surrogate import is_number
 from .state import NO_RESET, State
@@ -31,7 +32,6 @@ class CellAttributes(Base):
     threshold: Tensor
     graded_spikes_factor: Tensor
     reset_mechanism_val: Tensor
-    spk: Tensor | None = None
     path = LastPath()
     _state: State
     _reset_mechanism: Reset
@@ -127,23 +127,36 @@ class CellAttributes(Base):
 
     # ---- states ---------------------------------------------------------------------------
 
+    def _states(self) -> State:
+        """The stored states; within an export, those of the export."""
+        return self._state.of_export() if exporting() else self._state
+
+    @property
+    def spk(self) -> Tensor | None:
+        """The last spikes; None before the first call."""
+        return self._state.of_export().spk if exporting() else self.__dict__.get("spk")
+
+    @spk.setter
+    def spk(self, value: Tensor | None) -> None:
+        self.__dict__["spk"] = value
+
     @property
     def syn(self) -> Tensor:
         """Stored synaptic current, (N, C, Ho, Wo), or (0,) before the first call."""
-        return self._state.syn
+        return self._states().syn
 
     @syn.setter
     def syn(self, value: Tensor) -> None:
-        self._state.write("syn", value)
+        self._states().write("syn", value)
 
     @property
     def mem(self) -> Tensor:
         """Stored membrane potential, (N, C, Ho, Wo), or (0,) before the first call."""
-        return self._state.mem
+        return self._states().mem
 
     @mem.setter
     def mem(self, value: Tensor) -> None:
-        self._state.write("mem", value)
+        self._states().write("mem", value)
 
     def reset_mem(self) -> tuple[Tensor, Tensor]:
         """Set the stored states to zero and return them, syn and mem.
@@ -154,7 +167,7 @@ class CellAttributes(Base):
         of ``syn`` and ``mem`` after a reset, takes effect only if the tensor is passed.
         """
         traced = torch.compiler.is_compiling()
-        return self._state.reset(self.graded_spikes_factor if traced else None)
+        return self._states().reset(self.graded_spikes_factor if traced else None)
 
     def init_sconv2dlstm(self) -> tuple[Tensor, Tensor]:
         """Deprecated name of :meth:`reset_mem`."""
@@ -170,7 +183,7 @@ class CellAttributes(Base):
             cell.reset_mem()
 
     def _detach(self) -> None:
-        self._state.detach()
+        self._states().detach()
 
     @classmethod
     @untraced

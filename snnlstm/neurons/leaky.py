@@ -25,13 +25,13 @@ from ..compat.snntorch import (
     recognise_quant,
     recognise_surrogate,
 )
-from ..compat.torch_private import NO_LEVEL, backward_pass, has_ended, level_of
+from ..compat.torch_private import NO_LEVEL, backward_pass, exporting, has_ended, level_of
 from ..dispatch.entry import find_entry, run_leaky
 from ..dispatch.path import LastPath, Path, log_fallback
 from ..dispatch.reasons import RANDOM, operator_path, recorded_now
 from ..reference import leaky_step, real_dtype
 from ..surrogate import NONE, Surrogate
-from .state import NO_RESET, note_pass
+from .state import NO_RESET, BufferedState, note_pass
 
 try:
     from ..native import leaky as kernels
@@ -100,6 +100,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """Whether the threshold may be infinite or NaN, and the number of the reset."""
     _stored_in: int = -1
     """The last backward pass in which mem was stored."""
+    _stored: Any = None
+    """mem as traced code reads it; made when the layer has one."""
 
     @wraps(TheirLeaky.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -109,10 +111,14 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mem":
-            if not torch.compiler.is_compiling():  # which would guard on the number
-                self.__dict__["_stored_in"] = note_pass(self._buffers, self._stored_in)
             if isinstance(value, nn.Parameter):  # nn.Module would register it
                 value = value.clone()
+            if exporting():
+                self._stored.of_export().store(value)
+                return
+            if not torch.compiler.is_compiling():  # which would guard on the number
+                self._note_pass()
+            self._stored.restarted = False
         super().__setattr__(name, value)
         if name in _DECIDING:
             self._prepare()
@@ -123,6 +129,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """Find out, at once, what code that torch.compile traces must find ready."""
         attributes = self.__dict__
         attributes["_specs"], attributes["_text"], attributes["_known"] = None, "", None
+        if self._stored is None or self._stored.buffers is not self._buffers:
+            attributes["_stored"] = BufferedState(self._buffers, False)
         if not _DECIDING.issubset(attributes):  # snnTorch's constructor sets one after another
             return
         self._read()
@@ -138,6 +146,10 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         chosen = RESETS.index(self.reset_mechanism) if unreadable else int(number)
         self.__dict__["_numbers"] = _may_be_infinite(threshold), chosen
 
+    def _note_pass(self) -> None:
+        stored = self._stored.__dict__
+        self.__dict__["_stored_in"] = note_pass(self._stored_in, self._buffers, stored)
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._read()
@@ -145,6 +157,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
             raise AttributeError(NO_RESET)
+        if name == "mem" and exporting():
+            return self._stored.of_export().buffers["mem"]
         value = super().__getattr__(name)
         if name == "mem" and has_ended(value) and level_of(value) > NO_LEVEL:
             # A reset makes zeros like this attribute, but no operator reads what outlived a vmap.
@@ -173,13 +187,21 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def reset_mem(self) -> Tensor:
         """Set mem to zero, and return it.
 
-        torch.compile would compile anew for each shape of the stored mem; an empty one means zeros.
+        Under torch.compile it is empty, (0,), which means zeros, because the compiler would compile
+        anew for each shape of the stored one. There an in-place change of the returned tensor, or
+        of ``mem`` after a reset, takes effect only if the tensor is passed.
         """
-        if not torch.compiler.is_compiling():
-            return super().reset_mem()
-        mem = self._parameter("threshold").detach().new_zeros(0)
-        self._buffers["mem"] = mem  # nn.Module.__setattr__ would look at the old one
+        if torch.compiler.is_compiling():
+            mem = self._parameter("threshold").detach().new_zeros(0)
+            self._states().store(mem, True)  # nn.Module.__setattr__ would look at the old one
+            return mem
+        mem = super().reset_mem()
+        self._stored.restarted = True
         return mem
+
+    def _states(self) -> BufferedState:
+        """The stored mem as traced code reads it; within an export, that of the export."""
+        return self._stored.of_export() if exporting() else self._stored
 
     def _detach(self) -> None:
         self.mem.detach_()
@@ -189,7 +211,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without what cannot be copied: mem's graph, snnTorch's closures."""
         state = self.__dict__.copy()
-        for name in ("_specs", "_entry", "_stored_in"):
+        for name in ("_specs", "_entry", "_stored_in", "_stored"):
             state.pop(name, None)
         for name, recognise in _CLOSURES.items():
             if isinstance(state.get(name), FunctionType):
@@ -202,6 +224,12 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         super().__setstate__(state)
         self._prepare()
         register(self)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Return a replica for DataParallel, which has a mem of its own."""
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["_stored"] = BufferedState(replica._buffers, self._stored.restarted)
+        return replica
 
     # ---- the call -------------------------------------------------------------------------
 
@@ -290,7 +318,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if replaced is not None:
             object.__setattr__(self, "_path", _TRACED)  # nn.Module's takes long to trace
             return super().forward(x, mem)
-        before: Any = self._buffers.get("mem") if mem is None else mem
+        states = self._states()
+        before: Any = states.read(self._parameter("threshold")) if mem is None else mem
         call, path = LeakyCall(x, before, *map(self._parameter, LEAKY_PARAMETERS)), None
         if (
             operators is not None and self._text and algorithms.current != "reference"
@@ -302,7 +331,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             spk, after = operators.leaky(*call[:5], text, False, False)
         else:
             spk, after = self._plain(call, True)
-        self._buffers["mem"] = after
+        states.store(after)
         object.__setattr__(self, "_path", path or _TRACED)
         return spk if self.init_hidden and not self.output else (spk, after)
 
@@ -335,8 +364,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """Keep the results of a call that succeeded."""
         attributes = self.__dict__
         if backward_pass() != -1:
-            attributes["_stored_in"] = note_pass(self._buffers, self._stored_in)
-        self._buffers["mem"] = mem
+            self._note_pass()
+        self._buffers["mem"], self._stored.restarted = mem, False
         attributes.pop("reset", None)
         if attributes.get("_path") is not path:
             self._tell(path)
@@ -376,7 +405,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def _parameter(self, name: str) -> Any:
         """Return a parameter or buffer; nn.Module's search takes a microsecond."""
-        tensor = self._buffers.get(name)
+        # torch.compile takes all buffers for constants if traced code reads self._buffers.
+        tensor = self._stored.buffers.get(name)
         if tensor is None:
             tensor = self._parameters.get(name)
         return getattr(self, name) if tensor is None else tensor

@@ -255,8 +255,8 @@ class SConv2dLSTM(CellAttributes):
 
         Notes
         -----
-        torch.export and the ONNX exporters record one call, and no stored states: pass syn and
-        mem, and feed the returned ones to the next call.
+        torch.export and the ONNX exporters record no stored states: an exported loop over steps
+        starts from zeros. For one step pass syn and mem, and feed the returned ones to the next.
         """
         # The ONNX exporter of torch.jit passes keywords' defaults as positional arguments.
         if extra and not torch.onnx.is_in_onnx_export():
@@ -352,7 +352,7 @@ class SConv2dLSTM(CellAttributes):
         passed = {"syn": syn, "mem": mem}
 
         def state_of(name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
-            return self._state.before(name, passed[name], shape, x, weight, traced)
+            return self._states().before(name, passed[name], shape, x, weight, traced)
 
         return checked_call(
             x, weight, bias, self.threshold, self.graded_spikes_factor,
@@ -386,12 +386,16 @@ class SConv2dLSTM(CellAttributes):
         """Keep the results of a call that succeeded, and return what the user gets of them."""
         spk, syn, mem, path = results
         if self._dims == 1:
-            fresh = path.native and not traced
+            fresh = not traced and path.native
             spk, syn, mem = (_as_signal(result, fresh) for result in (spk, syn, mem))
         out = spk, syn, mem
         if self.batch_first:
             out = batch_before_time(call, True, spk, syn, mem)
-        if now is not EXPORT:  # tracers must not outlive the export in the cell
+        state = self._state
+        if now is EXPORT:  # its tensors must not outlive it in the cell
+            state = state.of_export()
+            state.spk = out[0]
+        else:
             if traced:  # dynamo follows attributes, not dictionaries
                 object.__setattr__(self, "_path", path)  # nn.Module's takes long to trace
                 object.__setattr__(self, "spk", out[0])
@@ -402,11 +406,11 @@ class SConv2dLSTM(CellAttributes):
                     log_fallback(path, self)
                 else:
                     attributes.pop("reset", None)
-            if not call.record:
-                self._state.store(syn, mem, traced)
-            elif syn.shape[0] > 0:  # a sequence without a step leaves the states as they were
-                # The states are copies: snnTorch detaches states in place, which views refuse.
-                self._state.store(syn[-1].clone(), mem[-1].clone(), traced)
+        if not call.record:
+            state.store(syn, mem, traced)
+        elif syn.shape[0] > 0:  # a sequence without a step leaves the states as they were
+            # The states are copies: snnTorch detaches states in place, which views refuse.
+            state.store(syn[-1].clone(), mem[-1].clone(), traced)
         return out[0] if self.init_hidden and not self.output else out
 
     def _on_images(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

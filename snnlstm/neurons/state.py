@@ -5,10 +5,14 @@ first one's, and a state that is an nn.Parameter would be registered and trained
 
 A cell also remembers that it was reset and not called since. torch.compile then need not read the
 stored states, so one compiled graph starts every sequence, whatever states the last one left.
+
+An exported program begins without states. Those that its steps hand on belong to the export, so the
+cell keeps its own.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,13 +21,20 @@ import torch
 from torch import Tensor
 
 from ..calls.call import check_dense, state_tensor
-from ..compat.torch_private import NO_LEVEL, at_end_of_backward, backward_pass, has_ended, level_of
+from ..compat.torch_private import (
+    NO_LEVEL,
+    at_end_of_backward,
+    backward_pass,
+    has_ended,
+    level_of,
+    of_export,
+)
 
 NO_RESET = "no reset signal is kept: mem_reset(mem) computes it from the mem before the step"
 """The error of the attribute ``reset`` of a cell and of a Leaky."""
 
 
-def note_pass(states: dict[str, Any], last: int) -> int:
+def note_pass(last: int, *states: dict[str, Any]) -> int:
     """Let a layer's `states` change in a backward pass, and be as before when the pass ends.
 
     torch.utils.checkpoint calls layers again in a backward pass, the last steps first, and stops
@@ -32,21 +43,102 @@ def note_pass(states: dict[str, Any], last: int) -> int:
     """
     now = backward_pass()
     if now not in (-1, last):
-        at_end_of_backward(partial(states.update, states.copy()))
+        for kept in states:
+            at_end_of_backward(partial(kept.update, kept.copy()))
     return now
 
 
-class State:
-    """syn and mem of one cell, (N, C, Ho, Wo), or (0,) before the first call.
+def warn_of_stored(kind: str) -> None:
+    """Warn that an exported program does not continue from the state that a layer has stored."""
+    warnings.warn(
+        f"a {kind} has a stored state, but the exported program starts from zeros: call reset_mem() "
+        "before the export or at the start of the forward, or pass the states",
+        stacklevel=2,
+    )
+
+
+# torch.compile calls such a function while it traces, instead of tracing it.
+warn_of_stored._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class Exportable:
+    """The stored states of a layer, in whose place an export has empty ones of its own.
 
     Attributes
     ----------
     restarted : bool
-        Whether syn and mem are the zeros of a reset.
-    stored_in : int
-        The backward pass in which they were stored; -1 outside of one.
+        Whether the states are the zeros of a reset.
+    ignored : str
+        Of an export's states: what has stored others, which nobody was warned of yet.
     """
 
+    restarted: bool
+    ignored: str
+    _exported: Any = None
+
+    def of_export(self) -> Any:
+        """Return the states of the export that is running."""
+        if not torch.compiler.is_dynamo_compiling():
+            return of_export(self, self._empty)
+        if self._exported is None:  # the compiler forgets what an export has set
+            self._exported = self._empty()
+        return self._exported
+
+    def _empty(self) -> Any:
+        raise NotImplementedError
+
+    def warn_if_ignored(self) -> None:
+        """Warn if a call of an export would continue from a stored state."""
+        if self.ignored:
+            warn_of_stored(self.ignored)
+            self.ignored = ""
+
+
+class BufferedState(Exportable):
+    """mem of one Leaky, which lies in the layer's buffers.
+
+    torch.compile takes the sizes of a module's buffers for constants, and would compile anew for
+    each batch size. Code that it traces reads the same dictionary as an attribute of this object,
+    so that the sizes may vary.
+
+    Attributes
+    ----------
+    buffers : dict
+        The layer's buffers; in an export mem alone.
+    """
+
+    def __init__(self, buffers: dict[str, Any], restarted: bool, ignored: str = "") -> None:
+        self.buffers, self.restarted, self.ignored = buffers, restarted, ignored
+
+    def _empty(self) -> BufferedState:
+        mem = self.buffers["mem"]
+        ignored = "" if self.restarted or mem.shape == (0,) else "Leaky"
+        return BufferedState({"mem": mem.detach().new_zeros(0)}, True, ignored)
+
+    def read(self, like: Tensor) -> Tensor:
+        """Return mem for a traced call; an empty one means zeros."""
+        if not self.restarted:
+            return self.buffers["mem"]
+        self.warn_if_ignored()
+        return like.detach().new_zeros(0)
+
+    def store(self, mem: Tensor, restarted: bool = False) -> None:
+        """Keep mem after a traced call, or after a reset."""
+        self.buffers["mem"], self.restarted, self.ignored = mem, restarted, ""
+
+
+class State(Exportable):
+    """syn and mem of one cell, (N, C, Ho, Wo), or (0,) before the first call.
+
+    Attributes
+    ----------
+    spk : Tensor or None
+        The last spikes of an export's cell; other cells keep them themselves.
+    stored_in : int
+        The backward pass in which the states were stored; -1 outside of one.
+    """
+
+    spk: Tensor | None = None
     stored_in = -1
 
     def __init__(self, like: Tensor) -> None:
@@ -54,13 +146,18 @@ class State:
         empty = like.detach().new_zeros(0)
         self._restart(empty, empty.clone())
 
+    def _empty(self) -> State:
+        states = State(self.mem)
+        states.ignored = "" if self.restarted or self.mem.shape == (0,) else "cell"
+        return states
+
     def _restart(self, syn: Tensor, mem: Tensor) -> None:
         self._note_pass()
-        self.syn, self.mem, self.restarted = syn, mem, True
+        self.syn, self.mem, self.restarted, self.ignored = syn, mem, True, ""
 
     def _note_pass(self) -> None:
         if not torch.compiler.is_compiling():  # which would guard on the number
-            self.stored_in = note_pass(self.__dict__, self.stored_in)
+            self.stored_in = note_pass(self.stored_in, self.__dict__)
 
     def shared(self) -> State:
         """Return a replica with the same tensors; it stores later states for itself."""
@@ -111,8 +208,7 @@ class State:
     def __getstate__(self) -> dict[str, Any]:
         """Return the states without the graph, which can be neither copied nor pickled."""
         self.forget_ended()
-        states = {"syn": self.syn.detach(), "mem": self.mem.detach()}
-        return states | {"restarted": self.restarted, "stored_in": self.stored_in}
+        return vars(self) | {"syn": self.syn.detach(), "mem": self.mem.detach()}
 
     def has_ended(self) -> bool:
         """Whether the states belong to a transform of torch.func that has ended."""
@@ -170,6 +266,7 @@ class State:
         """Return the stored state if it fits `shape`, else zeros; in x's dtype, on its device."""
         if traced:
             if self.restarted:
+                self.warn_if_ignored()
                 return x.new_zeros(shape)
         elif not self.readable():
             raise RuntimeError(

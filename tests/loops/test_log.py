@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import snntorch as snn
+import snntorch.utils
 import torch
 from torch import nn
 from torch.torch_version import TorchVersion
@@ -12,7 +13,7 @@ from torch.torch_version import TorchVersion
 import snnlstm
 from snnlstm.calls.keys import BoundedDict
 from snnlstm.loops import backend
-from tests.loops.compiled import BACKEND, merges, numbers
+from tests.loops.compiled import BACKEND, Calls, merges, numbers
 from tests.loops.networks import Documentation, leaky
 from tests.loops.parts import N, T, looped
 from tests.loops.test_rules import feedback
@@ -24,7 +25,7 @@ INFO, WARNING = logging.INFO, logging.WARNING
 
 @pytest.fixture(autouse=True)
 def _nothing_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_told", "_steps_seen"):
+    for name in ("_told", "_graphs"):
         monkeypatch.setattr(backend, name, BoundedDict())
 
 
@@ -215,6 +216,69 @@ def test_a_second_number_of_steps_has_a_warning_and_a_third_no_other(caplog):
         net(numbers(T + 1, N, 6))
     messages = said(caplog, WARNING)
     assert len([m for m in messages if all(word in m for word in SECOND)]) == 1, messages
+
+
+class Wide(nn.Module):
+    """A network of a sweep over widths."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc, self.cell = nn.Linear(6, 25), snnlstm.SConv2dLSTM(1, width, 3, threshold=0.05)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cell.reset_mem()
+        return torch.stack([self.cell(self.fc(x_t).view(-1, 1, 5, 5))[0] for x_t in x])
+
+
+def in_parts(net: nn.Module, batches: list[int], training: bool, run: Any) -> None:
+    """Runs parts of a sequence, between which states stay: truncated backpropagation."""
+    for batch in batches:
+        snntorch.utils.reset(net)
+        for x in numbers(6, batch, 1, 8, 8).split(3):
+            with torch.set_grad_enabled(training):
+                out = run(x)
+            if training:
+                out.mean().backward()
+                snnlstm.SConv2dLSTM.detach_hidden()
+                snnlstm.Leaky.detach_hidden()
+
+
+def truncated(**options: Any) -> tuple[nn.Module, Any, Calls]:
+    """Makes a network of stored states, and a compiled part of its loop, with its graphs."""
+    cell = snnlstm.SConv2dLSTM(1, 2, 3, threshold=0.05, init_hidden=True)
+    lif = snnlstm.Leaky(0.5, threshold=0.1, init_hidden=True)
+    net, calls = nn.Sequential(cell, nn.Flatten(), nn.Linear(128, 4), lif), Calls()
+    with calls.counted() as backend:
+        part = torch.compile(lambda x: torch.stack([net(x_t) for x_t in x]), backend=backend)
+    return net, part, calls
+
+
+def test_truncated_backpropagation_needs_six_graphs_for_all_batch_sizes():
+    """States are empty or stored, sizes one or any, and gradients wanted or not."""
+    net, part, calls = truncated()
+    in_parts(net, [8, 8, 5], True, part)
+    in_parts(net, [16, 16, 3], False, part)
+    assert calls.graphs <= 6
+    made = calls.graphs
+    in_parts(net, [7, 6, 4], True, part)
+    in_parts(net, [11, 2], False, part)
+    assert calls.graphs == made
+
+
+@pytest.mark.parametrize("cause", ["the batch size", "the layers' sizes"])
+def test_the_last_graph_that_torch_makes_has_a_warning(cause, caplog):
+    """It names what differs, and what helps."""
+    with caplog.at_level(WARNING, "snnlstm"), torch._dynamo.config.patch(recompile_limit=4):
+        if cause == "the batch size":
+            net, part, _ = truncated()
+            in_parts(net, [4, 3], True, part)
+        else:
+            for width in range(2, 6):
+                assert not any("limit" in message for message in said(caplog, WARNING))
+                compiled(lambda w=width: Wide(w), STEPS)
+    (message,) = [message for message in said(caplog, WARNING) if "limit" in message]
+    assert all(word in message for word in ("4 graphs", cause, "drop_last", "torch.compiler.reset"))
+    assert "number of steps" not in message
 
 
 def test_snntorchs_layers_that_are_ours_by_patch_have_no_warning(caplog):

@@ -234,6 +234,14 @@ def test_utils_reset_compiles_for_the_network_alone():
     assert counts == [counts[0]] * 2
 
 
+@pytest.mark.parametrize("library", [snnlstm, snntorch], ids=lambda library: library.__name__)
+def test_utils_reset_looks_through_what_torch_compile_wraps(library):
+    net = nn.Sequential(leaky(library), nn.Flatten(), snntorch.Synaptic(0.9, 0.8, init_hidden=True))
+    net[0].mem = net[2].mem = torch.ones(3)
+    snntorch.utils.reset(torch.compile(net))
+    assert not (net[0].mem.any() or net[2].mem.any())
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_utils_reset_reaches_all_neurons_in_a_network():
     mixed = nn.ModuleDict({"kind": nn.ModuleList([

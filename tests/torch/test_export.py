@@ -1,16 +1,18 @@
-"""torch.export, the ONNX exporters and torch.jit.trace export one call of a cell.
+"""torch.export, the ONNX exporters and torch.jit.trace export calls of a cell, and loops.
 
-The cells were never called before. The exported programs run with other sizes or numbers.
+The exported programs run with other sizes or numbers.
 """
 
+import copy
 import inspect
 import io
 import warnings
 from typing import Any
 
 import pytest
+import snntorch.utils
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 
 import snnlstm
@@ -57,6 +59,11 @@ def any_batch(name: str, sequence: bool) -> Any:
     return {"x": {int(sequence): batch}, "syn": {0: batch}, "mem": {0: batch}}
 
 
+# A strict export warns of the states that it records, and drops them.
+SIDE_EFFECTS = pytest.mark.filterwarnings("ignore:.*certain side effects happened:UserWarning")
+
+
+@SIDE_EFFECTS
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize(
     ("name", "sequence", "strict"),
@@ -125,6 +132,106 @@ def check_onnx(name: str, sequence: bool, path: str, batches: tuple[int, ...], *
         arguments = example_inputs(name, batch, sequence)
         expected = flat(make(name, **disabled)(*arguments))
         close(run_onnx(path, arguments), [out.detach() for out in expected], atol=1e-5)
+
+
+# ---- loops over steps ----------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Calls a cell, on images or signals, and a Leaky in each step."""
+
+    def __init__(self, reset: str = "reset_mem", hidden: bool = True, dims: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kind = snnlstm.SConv2dLSTM if dims == 2 else snnlstm.SConv1dLSTM
+        self.cell = kind(2, 3, 3, threshold=0.05, init_hidden=hidden, surrogate_disable=True)
+        self.lif = snnlstm.Leaky(0.9, threshold=0.3, init_hidden=hidden, surrogate_disable=True)
+        self.reset, self.dims = reset, dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reset == "reset_mem":
+            self.cell.reset_mem()
+            self.lif.reset_mem()
+        elif self.reset == "utils":
+            snntorch.utils.reset(self)
+        out = []
+        for x_t in x.unbind():
+            spk = self.cell(x_t)
+            spk = spk if self.cell.init_hidden else spk[0]
+            last = self.lif(spk + self.cell.syn)
+            last = last if self.lif.init_hidden else last[0]
+            out.append(torch.cat([spk, self.cell.spk, last, self.cell.mem, self.lif.mem]))
+        return torch.stack(out)
+
+    def example(self, seed: int = 0) -> Tensor:
+        return steps(4, 2, 2, *(6, 7)[: self.dims], seed=seed)
+
+    def stored(self) -> dict[str, Tensor | None]:
+        cell, lif = self.cell, self.lif
+        return {"syn": cell.syn, "mem": cell.mem, "spk": cell.spk, "lif": lif.mem}
+
+
+def plain(net: nn.Module, x: Tensor) -> Tensor:
+    """Runs a network in torch's operators, which an exported program has."""
+    with snnlstm.algorithm("reference"):
+        out = net(x)
+    assert out.any()
+    return out
+
+
+RESETS = ["reset_mem", "utils", "none"]
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+@pytest.mark.parametrize("stored", [False, True], ids=["new", "stored"])
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize(("hidden", "dims"), [(True, 2), (False, 2), (True, 1)])
+@SIDE_EFFECTS
+def test_an_exported_loop_hands_on_its_states_and_starts_from_zeros(
+    hidden, dims, reset, stored, strict, recwarn
+):
+    """Two calls of the program are equal, and the network keeps the states that it had."""
+    net = Net(reset, hidden, dims)
+    x, other = net.example(), net.example(seed=1)
+    if stored:
+        with torch.no_grad():
+            net(other)
+    before = net.stored()
+    program = torch.export.export(net, (x,), strict=strict).module()
+    told = [str(warning.message) for warning in recwarn if "stored state" in str(warning.message)]
+    assert len(told) == (2 if stored and reset == "none" else 0)  # of the cell and of the Leaky
+    assert all("reset_mem" in message for message in told)
+    assert all(net.stored()[name] is state for name, state in before.items())
+    copy.deepcopy(net)
+    torch.save(net, io.BytesIO())
+    for events in (x, other, x):
+        assert torch.equal(program(events), plain(Net("none", hidden, dims), events))
+
+
+@pytest.mark.parametrize("reset", RESETS)
+def test_an_exported_loop_equals_eager_in_onnx(reset, tmp_path):
+    pytest.importorskip("onnxscript")
+    path, net = str(tmp_path / "loop.onnx"), Net(reset)
+    with warnings.catch_warnings():  # the exporters warn about themselves
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (net.example(),), path, dynamo=True, verbose=False)
+    assert type(net.cell.mem) is type(net.lif.mem) is Tensor
+    x = net.example(seed=1)
+    close(run_onnx(path, (x,)), [Net("none")(x).detach()], atol=1e-5)
+
+
+def test_a_state_that_a_loop_sets_is_part_of_the_export():
+    class Sets(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.cell.syn = self.cell.mem = x.new_ones(2, 3, 6, 7) / 2
+            self.lif.mem = x.new_ones(2, 3, 6, 7) / 4
+            return super().forward(x)
+
+    x = Net().example()
+    net = Sets("none")
+    program = torch.export.export(net, (x,)).module()
+    assert torch.equal(program(x), plain(Sets("none"), x))
+    assert net.cell.mem.shape == net.lif.mem.shape == (0,)
 
 
 @pytest.mark.parametrize(
