@@ -59,6 +59,15 @@ def named_arguments(node: Node) -> dict[str, Any]:
     return bound.arguments
 
 
+def dropped(node: Node) -> Any:
+    """The argument of a dropout that does nothing, in evaluation or of p = 0; None for others."""
+    if name_of(node) != "dropout" or not is_of_torch(node):
+        return None
+    named = named_arguments(node) or {**dict(zip(("input", "p", "train"), node.args)), **node.kwargs}
+    idle = named["p"] == 0 or named.get("training", named.get("train")) is False
+    return named["input"] if idle else None
+
+
 def value_of(node: Any) -> Any:
     """What a node returned when it was recorded, a tensor without memory."""
     return node.meta.get("example_value") if isinstance(node, Node) else None
