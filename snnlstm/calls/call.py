@@ -5,6 +5,7 @@ A wrong dtype raises TypeError, a wrong shape or device ValueError, as in :mod:`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ def checked_call(
     for argument, is_set in ("record=True", record), ("lengths", lengths is not None):
         if is_set and not sequence:
             raise ValueError(
-                f"{argument} needs a sequence: x of shape (T, N, Cin, {SIZES[dims]}), got one step"
+                f"{argument} needs a sequence: {name} of shape (T, N, Cin, {SIZES[dims]}), got one step"
             )
     if lengths is not None:
         lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
@@ -193,6 +194,22 @@ def real_tensor(name: str, value: Any) -> Tensor:
     if value.numel() == 0:
         raise ValueError(f"{name} must not be empty, got shape {tuple(value.shape)}")
     return value
+
+
+def threshold_tensor(value: Any) -> Tensor:
+    """Check a constructor's threshold; a tensor must have numbers to copy, which are not read."""
+    if isinstance(value, Tensor):
+        check_dense("threshold", value)
+        if value.is_meta:
+            raise ValueError("threshold must have numbers, got a tensor on the device meta")
+    check_threshold_number(value)
+    return real_tensor("threshold", value)
+
+
+def check_threshold_number(value: Any) -> None:
+    """Refuse a threshold that is a number, and NaN; tensors are not read."""
+    if is_number(value) and math.isnan(value):
+        raise ValueError(f"threshold must not be NaN, got {value!r}")
 
 
 def values(value: Any) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.utils._device import DeviceContext
 
 logger = logging.getLogger("snnlstm")
 
@@ -64,6 +65,15 @@ recorder: Callable[[], Any] = partial(
 
 dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", _always)
 """How many modes intercept torch's operators: a recorder, a FakeTensorMode, or the user's."""
+
+_function_modes: Callable[[], int] = _find("_C._len_torch_function_stack", _always)
+_modes_above: Callable[[], Any] = _find("overrides._get_current_function_mode_stack", list)
+
+
+def function_modes() -> bool:
+    """Whether a mode intercepts torch's functions; one that only sets a device does not count."""
+    return _function_modes() > 0 and any(type(m) is not DeviceContext for m in _modes_above())
+
 
 fake_mode: Callable[[], Any] = partial(
     _find("_C._get_dispatch_mode", lambda _: None, "cells raise errors in a FakeTensorMode"),

@@ -179,9 +179,16 @@ def _frames(node: Node) -> list[tuple[str, int, str]]:
 
 
 def _source(file: str, line: int, name: str) -> str:
-    """The source of the function of this name around a line; empty if there is none."""
-    lines = linecache.getlines(file)
-    starts = [at for at in range(line) if re.match(rf"\s*def {re.escape(name)}\b", lines[at])]
-    if not starts:
-        return ""
-    return "".join(inspect.getblock(lines[starts[-1] :]))
+    """The source of the function of this name around a line; empty if there is none.
+
+    A lambda, a generator expression or a comprehension has that of the function around it, or the
+    whole file if there is none.
+    """
+    lines, unnamed = linecache.getlines(file), name[0] == "<"
+    named = r"\w+" if unnamed else re.escape(name)
+    for start in reversed(range(min(line, len(lines)))):
+        if re.match(rf"\s*(async )?def {named}\b", lines[start]):
+            block = inspect.getblock(lines[start:])
+            if not unnamed or start + len(block) >= line:
+                return "".join(block)
+    return "".join(lines) if unnamed else ""

@@ -161,7 +161,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.dim() == 3 and not x.is_contiguous():
         by_sample = x.transpose(0, 1)
-        if by_sample.is_contiguous() and weight.shape[0] <= weight.shape[1]:
+        narrows = weight.dim() == 2 and weight.shape[0] <= weight.shape[1]
+        if by_sample.is_contiguous() and narrows:
             return F.linear(by_sample, weight, bias).transpose(0, 1).contiguous()
     return F.linear(x.contiguous(), weight, bias)
 
