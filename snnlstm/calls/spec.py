@@ -171,9 +171,8 @@ def a_module(name: str, value: Any) -> nn.Module:
 def check_dense(name: str, tensor: Tensor) -> None:
     """Refuse sparse, nested and quantised tensors, and those of MKL-DNN."""
     if tensor.is_nested or tensor.is_quantized:
-        layout = f" of layout {tensor.layout}" if tensor.is_nested else ""
-        kind = "nested" if tensor.is_nested else "quantised"
-        raise TypeError(f"{name} must be a plain tensor, got a {kind} one{layout}")
+        kind = f"nested one of layout {tensor.layout}" if tensor.is_nested else "quantised one"
+        raise TypeError(f"{name} must be a plain tensor, got a {kind}")
     if tensor.layout is not torch.strided:
         raise TypeError(
             f"{name} must be dense, as {name}.to_dense() is, got layout {tensor.layout}"
@@ -222,8 +221,7 @@ def kernel(name: str, value: Any, dims: int) -> tuple[int, int]:
 
 def pooling(max_pool: Any, avg_pool: Any, dims: int) -> tuple[Pool, tuple[int, int]]:
     """Check both pooling arguments; None, False, a zero and an empty tuple or list are off."""
-    on = [value for value in (max_pool, avg_pool) if not _is_off(value)]
-    if len(on) == 2:
+    if not (_is_off(max_pool) or _is_off(avg_pool)):
         raise ValueError(
             "Only one of either `max_pool` or `avg_pool` may be specified, not both: got "
             f"max_pool={max_pool!r} and avg_pool={avg_pool!r}"
@@ -275,7 +273,7 @@ def surrogate(
     name = getattr(spike_grad, "__name__", "")
     if name in MAKERS and getattr(spike_grad, "__module__", "") in _MAKER_MODULES:
         raise TypeError(f"spike_grad must be a surrogate, got a function: call it, as in {name}()")
-    if disable:
+    if flag("surrogate_disable", disable):
         return NONE
     if spike_grad is None:
         return _DEFAULT

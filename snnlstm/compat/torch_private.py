@@ -70,9 +70,10 @@ _function_modes: Callable[[], int] = _find("_C._len_torch_function_stack", _alwa
 _modes_above: Callable[[], Any] = _find("overrides._get_current_function_mode_stack", list)
 
 
-def function_modes() -> bool:
-    """Whether a mode intercepts torch's functions; one that only sets a device does not count."""
-    return _function_modes() > 0 and any(type(m) is not DeviceContext for m in _modes_above())
+def modes() -> bool:
+    """Whether a mode intercepts operators or functions; one that only sets a device does not."""
+    functions = _function_modes() and any(type(m) is not DeviceContext for m in _modes_above())
+    return bool(dispatch_modes() or functions)
 
 
 fake_mode: Callable[[], Any] = partial(

@@ -179,16 +179,9 @@ def _frames(node: Node) -> list[tuple[str, int, str]]:
 
 
 def _source(file: str, line: int, name: str) -> str:
-    """The source of the function of this name around a line; empty if there is none.
-
-    A lambda, a generator expression or a comprehension has that of the function around it, or the
-    whole file if there is none.
-    """
-    lines, unnamed = linecache.getlines(file), name[0] == "<"
-    named = r"\w+" if unnamed else re.escape(name)
-    for start in reversed(range(min(line, len(lines)))):
-        if re.match(rf"\s*(async )?def {named}\b", lines[start]):
-            block = inspect.getblock(lines[start:])
-            if not unnamed or start + len(block) >= line:
-                return "".join(block)
-    return "".join(lines) if unnamed else ""
+    """The source of the function around a line, which a lambda lies in; empty if there is none."""
+    lines = linecache.getlines(file)
+    named = r"\w+" if name[0] == "<" else re.escape(name)
+    starts = [at for at, text in enumerate(lines[:line]) if re.match(rf"\s*def {named}\b", text)]
+    blocks = [block for at in starts if at + len(block := inspect.getblock(lines[at:])) >= line]
+    return "".join(blocks[-1]) if blocks else ""

@@ -117,10 +117,7 @@ def memory(node: Node) -> set[int]:
 
 
 def memory_in(graph: Graph) -> dict[Node, set[int]]:
-    """The memory of each node's result.
-
-    A dropout that does nothing returns its argument, but torch may have recorded a copy.
-    """
+    """The memory of each node's result; torch records a dropout that does nothing as a copy."""
     found: dict[Node, set[int]] = {}
     copied: dict[int, set[int]] = {}
     for node in graph.nodes:
@@ -294,11 +291,10 @@ class Loop:
         """Whether a node returns its argument: a detach does so where no gradient is recorded."""
         if not self.is_pure(node) or len(node.all_input_nodes) != 1:
             return False
-        if rows.dropped(node) is not None:
-            return True
         argument, value = rows.value_of(node.all_input_nodes[0]), rows.value_of(node)
+        idle = rows.dropped(node) is not None
         detached = rows.name_of(node) == "detach" and not argument.requires_grad
-        return detached or (isinstance(value, Tensor) and value is argument)
+        return idle or detached or (isinstance(value, Tensor) and value is argument)
 
     def _arguments(self, node: Node, start: int = 0) -> str:
         """A node's arguments as text, from the one at `start` on; equal ones are alike."""

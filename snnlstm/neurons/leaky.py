@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import algorithms
-from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_threshold_number, check_transforms, real_tensor
+from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_transforms, real_tensor
 from ..calls.lengths import hold_last, last_state, mask_padding
 from ..calls.spec import FINITE, RESETS, LeakySpec, Reset, check_dense, leaky_spec
 from ..compat import snntorch
@@ -106,10 +106,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         skip_ours()
         given = dict(zip(("beta", "threshold"), args, strict=False)) | kwargs
-        for name in ("beta", "threshold"):
-            if name in given:
-                real_tensor(name, given[name])
-        check_threshold_number(given.get("threshold"))
+        for name in {"beta", "threshold"} & given.keys():
+            real_tensor(name, given[name])
         # snnTorch's constructor reads numbers, which tensors of the device meta do not have.
         on_meta = torch.get_default_device().type == "meta"
         with torch.device("cpu") if on_meta else nullcontext():

@@ -15,9 +15,10 @@ from ..calls.call import (
     as_image,
     batch_before_time,
     channel_broadcast,
+    check_threshold,
     checked_call,
     dtype_source,
-    threshold_tensor,
+    real_tensor,
     values,
 )
 from ..calls.lengths import checked_lengths
@@ -155,7 +156,8 @@ class SConv2dLSTM(CellAttributes):
         learn_threshold = spec.flag("learn_threshold", learn_threshold)
         device = spec.device_or_none("device", device)
         dtype = spec.dtype_or_none("dtype", dtype) or torch.get_default_dtype()
-        shape = threshold_tensor(threshold).shape
+        shape = real_tensor("threshold", threshold).shape
+        check_threshold(threshold)
         channel_broadcast("threshold", shape, out_channels, self._dims)
 
         self._spec = None
@@ -164,8 +166,7 @@ class SConv2dLSTM(CellAttributes):
         )
         # snnTorch's cell assigns these before conv: a surrogate or a quantiser that is an nn.Module
         # becomes a submodule, and comes before conv in the state_dict.
-        disabled = spec.flag("surrogate_disable", surrogate_disable)
-        self.spike_grad = spec.surrogate(spike_grad, disabled)
+        self.spike_grad = spec.surrogate(spike_grad, surrogate_disable)
         self.init_hidden, self.inhibition, self.output = init_hidden, inhibition, output
         self.surrogate_disable, self.state_quant = surrogate_disable, state_quant
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -271,12 +272,12 @@ class SConv2dLSTM(CellAttributes):
             if x is not None:
                 raise TypeError("forward takes x or input_, which mean the same, got both")
             x, name = input_, "input_"
-        traced, described = torch.compiler.is_compiling(), self._spec or self._make_spec()
+        traced, options = torch.compiler.is_compiling(), self._spec or self._make_spec()
         call, entry, now, overrides = self._call(
-            x, syn, mem, record, lengths, described, traced, name
+            x, syn, mem, record, lengths, options, traced, name
         )
         if traced:
-            results = run_traced(call, described, now, overrides, entry)
+            results = run_traced(call, options, now, overrides, entry)
         else:
             self.__dict__["_entry"] = entry
             results = run_call(entry, call, now, overrides)

@@ -281,7 +281,9 @@ def test_second_derivatives_behind_functions_without_a_name():
     compiled = torch.compile(looped(step), backend=BACKEND, fullgraph=True)
     for one, other in zip(derivatives(compiled), derivatives(looped(step)), strict=True):
         close(one, other, atol=0, rtol=1e-12)
-    *_, error, _ = derivatives(torch.compile(looped(lambda x: Quiet.apply(x, 1.0)), backend=BACKEND))
+    *_, error, _ = derivatives(
+        torch.compile(looped(lambda x: Quiet.apply(x, 1.0)), backend=BACKEND)
+    )
     assert "has not recorded the second derivative" in error
 
 
