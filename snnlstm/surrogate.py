@@ -62,6 +62,11 @@ def finite_number(name: str, value: Any) -> float:
     return number
 
 
+def _check_tensor(x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x of a surrogate must be a tensor, got {type(x).__name__}")
+
+
 class Kind(NamedTuple):
     """One row of the table of surrogates."""
 
@@ -184,6 +189,7 @@ class Surrogate:
         x has any shape and floating point dtype, and the result has the same. It is 1 where
         ``x > 0``, and 0 elsewhere and for NaN.
         """
+        _check_tensor(x)
         if self.kind == 0:
             return (x > 0).to(x.dtype)
         if torch.compiler.is_compiling():
@@ -310,6 +316,7 @@ class _Custom:
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
+        _check_tensor(x)
         return _CustomSpike.apply(x, self.function)
 
 

@@ -5,6 +5,7 @@ A wrong dtype raises TypeError, a wrong shape or device ValueError, as in :mod:`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,9 +94,8 @@ def checked_call(
     record = flag("record", record)
     for argument, is_set in ("record=True", record), ("lengths", lengths is not None):
         if is_set and not sequence:
-            raise ValueError(
-                f"{argument} needs a sequence: x of shape (T, N, Cin, {SIZES[dims]}), got one step"
-            )
+            shape = f"(T, N, Cin, {SIZES[dims]})"
+            raise ValueError(f"{argument} needs a sequence: {name} of shape {shape}, got one step")
     if lengths is not None:
         lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
     shape = state_shape(x, channels[1], spec, dims)
@@ -183,7 +183,9 @@ def real_tensor(name: str, value: Any) -> Tensor:
     """Check that a number, a tensor or other input of torch.as_tensor is real and not empty."""
     if value is None or isinstance(value, (bool, str)):
         raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
-    if not isinstance(value, Tensor):
+    if isinstance(value, Tensor):
+        check_dense(name, value)
+    else:
         try:
             value = torch.as_tensor(value, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
@@ -193,6 +195,12 @@ def real_tensor(name: str, value: Any) -> Tensor:
     if value.numel() == 0:
         raise ValueError(f"{name} must not be empty, got shape {tuple(value.shape)}")
     return value
+
+
+def check_threshold(value: Any) -> None:
+    """Refuse the number NaN, and a tensor without numbers; those of other tensors are not read."""
+    if value.is_meta if isinstance(value, Tensor) else is_number(value) and math.isnan(value):
+        raise ValueError(f"threshold must be a number, or a tensor of numbers, got {value!r}")
 
 
 def values(value: Any) -> Tensor:

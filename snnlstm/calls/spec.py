@@ -14,7 +14,7 @@ from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from numbers import Integral
+from numbers import Integral, Number
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -171,8 +171,8 @@ def a_module(name: str, value: Any) -> nn.Module:
 def check_dense(name: str, tensor: Tensor) -> None:
     """Refuse sparse, nested and quantised tensors, and those of MKL-DNN."""
     if tensor.is_nested or tensor.is_quantized:
-        kind = "nested" if tensor.is_nested else "quantised"
-        raise TypeError(f"{name} must be a plain tensor, got a {kind} one")
+        kind = f"nested one of layout {tensor.layout}" if tensor.is_nested else "quantised one"
+        raise TypeError(f"{name} must be a plain tensor, got a {kind}")
     if tensor.layout is not torch.strided:
         raise TypeError(
             f"{name} must be dense, as {name}.to_dense() is, got layout {tensor.layout}"
@@ -220,14 +220,14 @@ def kernel(name: str, value: Any, dims: int) -> tuple[int, int]:
 
 
 def pooling(max_pool: Any, avg_pool: Any, dims: int) -> tuple[Pool, tuple[int, int]]:
-    """Check both pooling arguments; anything falsy is off."""
-    if max_pool and avg_pool:
+    """Check both pooling arguments; None, False, a zero and an empty tuple or list are off."""
+    if not (_is_off(max_pool) or _is_off(avg_pool)):
         raise ValueError(
             "Only one of either `max_pool` or `avg_pool` may be specified, not both: got "
             f"max_pool={max_pool!r} and avg_pool={avg_pool!r}"
         )
     for kind, value in (("max", max_pool), ("avg", avg_pool)):
-        if value:
+        if not _is_off(value):
             # torch's pools accept one int in a tuple, too.
             size = pair(f"{kind}_pool", value, dims, lengths=(1,), also=", or 0 for none")
             if size != (1, 1):
@@ -235,9 +235,13 @@ def pooling(max_pool: Any, avg_pool: Any, dims: int) -> tuple[Pool, tuple[int, i
     return "none", (1, 1)
 
 
+def _is_off(pool: Any) -> bool:
+    return pool is None or (isinstance(pool, Number | tuple | list) and not pool)
+
+
 def reset_name(value: Any) -> Reset:
     """Check the name of a reset mechanism."""
-    if value not in RESETS:
+    if not isinstance(value, str) or value not in RESETS:
         raise ValueError(
             f"reset_mechanism must be set to either 'subtract', 'zero', or 'none', got {value!r}"
         )
@@ -269,7 +273,7 @@ def surrogate(
     name = getattr(spike_grad, "__name__", "")
     if name in MAKERS and getattr(spike_grad, "__module__", "") in _MAKER_MODULES:
         raise TypeError(f"spike_grad must be a surrogate, got a function: call it, as in {name}()")
-    if disable:
+    if flag("surrogate_disable", disable):
         return NONE
     if spike_grad is None:
         return _DEFAULT

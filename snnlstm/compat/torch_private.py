@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.utils._device import DeviceContext
 
 logger = logging.getLogger("snnlstm")
 
@@ -65,6 +66,16 @@ recorder: Callable[[], Any] = partial(
 
 dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", _always)
 """How many modes intercept torch's operators: a recorder, a FakeTensorMode, or the user's."""
+
+_function_modes: Callable[[], int] = _find("_C._len_torch_function_stack", _always)
+_modes_above: Callable[[], Any] = _find("overrides._get_current_function_mode_stack", list)
+
+
+def modes() -> bool:
+    """Whether a mode intercepts operators or functions; one that only sets a device does not."""
+    functions = _function_modes() and any(type(m) is not DeviceContext for m in _modes_above())
+    return bool(dispatch_modes() or functions)
+
 
 fake_mode: Callable[[], Any] = partial(
     _find("_C._get_dispatch_mode", lambda _: None, "cells raise errors in a FakeTensorMode"),

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from ..calls.keys import BoundedDict
 from ..compat.torch_private import backend_of, graph_break, graph_number
 from ..dispatch.reasons import tell_of_kernels
-from ..networks.layers import ALONE, CONSTANT, LARGE_STATE, ONE_CALL, TO_STACK, LayerReport
+from ..networks.layers import ALONE, CONSTANT, LARGE_STATE, NOTHING, ONE_CALL, TO_STACK, LayerReport
 
 try:
     from ..native.operators import OPAQUE, PLAIN
@@ -142,7 +142,9 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
     single = [call for call in alone if call not in loop.runs]
     has_states = calls[0].target in rows.STATEFUL
     reason = next((loop.reasons[call] for call in alone if call in loop.reasons), None)
-    if len(alone) == 1 < len(calls):
+    if all(rows.dropped(call) is not None for call in calls):
+        kind, reason = "fold", NOTHING
+    elif len(alone) == 1 < len(calls):
         kind, reason = "once", CONSTANT
     elif runs and len(runs) + len(single) == 1:
         kind, reason = ("sequence", ONE_CALL) if has_states else ("fold", ALONE)

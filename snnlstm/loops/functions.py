@@ -179,9 +179,9 @@ def _frames(node: Node) -> list[tuple[str, int, str]]:
 
 
 def _source(file: str, line: int, name: str) -> str:
-    """The source of the function of this name around a line; empty if there is none."""
+    """The source of the function around a line, which a lambda lies in; empty if there is none."""
     lines = linecache.getlines(file)
-    starts = [at for at in range(line) if re.match(rf"\s*def {re.escape(name)}\b", lines[at])]
-    if not starts:
-        return ""
-    return "".join(inspect.getblock(lines[starts[-1] :]))
+    named = r"\w+" if name[0] == "<" else re.escape(name)
+    starts = [at for at, text in enumerate(lines[:line]) if re.match(rf"\s*def {named}\b", text)]
+    blocks = [block for at in starts if at + len(block := inspect.getblock(lines[at:])) >= line]
+    return "".join(blocks[-1]) if blocks else ""

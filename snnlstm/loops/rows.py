@@ -59,6 +59,18 @@ def named_arguments(node: Node) -> dict[str, Any]:
     return bound.arguments
 
 
+def dropped(node: Node) -> Any:
+    """The argument of a dropout that does nothing, in evaluation or of p = 0; None for others."""
+    if name_of(node) != "dropout" or not is_of_torch(node):
+        return None
+    named = named_arguments(node) or {
+        **dict(zip(("input", "p", "train"), node.args, strict=False)),
+        **node.kwargs,
+    }
+    idle = named["p"] == 0 or named.get("training", named.get("train")) is False
+    return named["input"] if idle else None
+
+
 def value_of(node: Any) -> Any:
     """What a node returned when it was recorded, a tensor without memory."""
     return node.meta.get("example_value") if isinstance(node, Node) else None
@@ -152,7 +164,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.dim() == 3 and not x.is_contiguous():
         by_sample = x.transpose(0, 1)
-        if by_sample.is_contiguous() and weight.shape[0] <= weight.shape[1]:
+        if by_sample.is_contiguous() and weight.shape[0] <= weight.shape[-1]:
             return F.linear(by_sample, weight, bias).transpose(0, 1).contiguous()
     return F.linear(x.contiguous(), weight, bias)
 

@@ -63,6 +63,8 @@ def effects_of(node: Node) -> Effects:
     number = isinstance(rows.value_of(node), int | float | torch.SymInt | torch.SymFloat)
     if number or node.op not in ("call_function", "call_method") or node.target in rows.STATEFUL:
         return _NONE
+    if rows.dropped(node) is not None:
+        return _NONE
     name, tensors = rows.name_of(node), [arg for arg in node.all_input_nodes if memory(arg)]
     everything = Effects(tensors, True, True)
     if node.target is rows.APPLY:
@@ -94,10 +96,10 @@ def effects_of(node: Node) -> Effects:
 
 def _only_computes(body: GraphModule) -> bool:
     """Whether a body of an autograd Function draws nothing, and writes to its own memory alone."""
-    nodes, outer = set(body.graph.nodes), set(rows.own_settings(body.graph))
-    given = {storage for node in nodes if node.op == "placeholder" for storage in memory(node)}
-    effects = [effects_of(node) for node in nodes - outer]
-    writes = {storage for effect in effects for arg in effect.writes for storage in memory(arg)}
+    found, outer = memory_in(body.graph), set(rows.own_settings(body.graph))
+    given = {storage for node in found if node.op == "placeholder" for storage in found[node]}
+    effects = [effects_of(node) for node in found.keys() - outer]
+    writes = {storage for effect in effects for arg in effect.writes for storage in found[arg]}
     return not (writes & given or any(effect.draws or effect.unknown for effect in effects))
 
 
@@ -112,6 +114,18 @@ def memory(node: Node) -> set[int]:
         elif isinstance(value, tuple | list):
             pending += value
     return memories
+
+
+def memory_in(graph: Graph) -> dict[Node, set[int]]:
+    """The memory of each node's result; torch records a dropout that does nothing as a copy."""
+    found: dict[Node, set[int]] = {}
+    copied: dict[int, set[int]] = {}
+    for node in graph.nodes:
+        argument = rows.dropped(node)
+        if argument is not None:
+            copied.update(dict.fromkeys(memory(node), found[argument]))
+        found[node] = {storage for one in memory(node) for storage in copied.get(one, {one})}
+    return found
 
 
 OTHER_SETTINGS = "a setting, such as the grad mode, changes between the steps"
@@ -175,7 +189,7 @@ class Loop:
         self.runs: dict[Node, tuple[Run, int]] = {}
         self.reasons: dict[Node, str] = {}
         self.effects = {node: effects_of(node) for node in self.nodes}
-        self.memory = {node: memory(node) for node in self.nodes}
+        self.memory = memory_in(graph)
         self.written = {
             storage
             for effects in self.effects.values()
@@ -278,8 +292,9 @@ class Loop:
         if not self.is_pure(node) or len(node.all_input_nodes) != 1:
             return False
         argument, value = rows.value_of(node.all_input_nodes[0]), rows.value_of(node)
+        idle = rows.dropped(node) is not None
         detached = rows.name_of(node) == "detach" and not argument.requires_grad
-        return detached or (isinstance(value, Tensor) and value is argument)
+        return idle or detached or (isinstance(value, Tensor) and value is argument)
 
     def _arguments(self, node: Node, start: int = 0) -> str:
         """A node's arguments as text, from the one at `start` on; equal ones are alike."""

@@ -20,7 +20,7 @@ from ..calls import algorithms
 from ..calls.call import may_require_grad
 from ..calls.keys import TORCH_TYPES, BoundedDict
 from ..calls.spec import DTYPES, POOLS
-from ..compat.torch_private import dispatch_modes, forward_level, is_tracing, transforms_are_active
+from ..compat.torch_private import forward_level, is_tracing, modes, transforms_are_active
 from . import lender
 from .function import beyond_kernels, differentiable
 from .tensors import laid_out, pointer
@@ -69,7 +69,8 @@ def _is_readable(x: Any) -> bool:
         type(x) in TORCH_TYPES
         and x.layout is torch.strided
         and x.device.type == "cpu"
-        and not (transforms_are_active() or dispatch_modes() or is_tracing() or x.is_neg())
+        and not (transforms_are_active() or modes() or is_tracing())
+        and not (x.is_neg() or x.is_nested or x._is_zerotensor())
         and forward_level() < 0
         and algorithms.current != "reference"
     )

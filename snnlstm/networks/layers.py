@@ -28,6 +28,7 @@ TO_STACK = "the layers before it run step by step, and one of their steps is lar
 ONE_CALL = "one call for all steps"
 THEIRS = "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
 TAKES = "it takes sequences"
+NOTHING = "it does nothing and returns its input"
 CONSTANT = "every step of its input is the same tensor"
 # The reasons of layers that neither mix samples nor keep a state.
 PER_SAMPLE = ALONE, LARGE, LARGE_SEQUENCE

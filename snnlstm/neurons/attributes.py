@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import spec
-from ..calls.call import values
+from ..calls.call import check_threshold, values
 from ..calls.spec import RESETS, CellSpec, Reset
 from ..compat.registry import alive, clear_registries, register, untraced
 from ..compat.snntorch import Base
@@ -77,6 +77,8 @@ class CellAttributes(Base):
             if "_state" in self.__dict__:  # the constructor has run
                 self._remake_spec()
         elif name in ("threshold", "graded_spikes_factor") and is_number(value):
+            if name == "threshold":
+                check_threshold(value)
             self._set_number(name, float(value))
         elif name == "reset_mechanism_val" and isinstance(value, Tensor):
             reset = spec.reset_of_number(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from contextlib import nullcontext
 from functools import wraps
 from types import FunctionType
 from typing import Any, cast
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import algorithms
-from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_transforms
+from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_transforms, real_tensor
 from ..calls.lengths import hold_last, last_state, mask_padding
 from ..calls.spec import FINITE, RESETS, LeakySpec, Reset, check_dense, leaky_spec
 from ..compat import snntorch
@@ -106,7 +107,15 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     @wraps(TheirLeaky.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         skip_ours()
-        super().__init__(*args, **kwargs)
+        given = dict(zip(("beta", "threshold"), args, strict=False)) | kwargs
+        for name in {"beta", "threshold"} & given.keys():
+            real_tensor(name, given[name])
+        # snnTorch's constructor reads numbers, which tensors of the device meta do not have.
+        on_meta = torch.get_default_device().type == "meta"
+        with torch.device("cpu") if on_meta else nullcontext():
+            super().__init__(*args, **kwargs)
+        if on_meta:
+            self.to("meta")
         register(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -352,6 +361,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if traced:
             surrogate, (infinite, number) = self._known, self._numbers
         else:
+            if call.x.layout is torch.strided:  # a mem of another shape would not be read
+                check_dense("mem", call.mem)
             surrogate = self._described().surrogate
             infinite = (reset == "subtract" or not delay) and _may_be_infinite(call.threshold)
             number = 0 if delay else int(self._parameter("reset_mechanism_val"))

@@ -15,6 +15,7 @@ from ..calls.call import (
     as_image,
     batch_before_time,
     channel_broadcast,
+    check_threshold,
     checked_call,
     dtype_source,
     real_tensor,
@@ -156,6 +157,7 @@ class SConv2dLSTM(CellAttributes):
         device = spec.device_or_none("device", device)
         dtype = spec.dtype_or_none("dtype", dtype) or torch.get_default_dtype()
         shape = real_tensor("threshold", threshold).shape
+        check_threshold(threshold)
         channel_broadcast("threshold", shape, out_channels, self._dims)
 
         self._spec = None
@@ -265,23 +267,27 @@ class SConv2dLSTM(CellAttributes):
             raise TypeError(
                 "`mem` or `syn` should not be passed as an argument while `init_hidden=True`"
             )
+        name = "x"
         if input_ is not None:
             if x is not None:
                 raise TypeError("forward takes x or input_, which mean the same, got both")
-            x = input_
-        traced, described = torch.compiler.is_compiling(), self._spec or self._make_spec()
-        call, entry, now, overrides = self._call(x, syn, mem, record, lengths, described, traced)
+            x, name = input_, "input_"
+        traced, options = torch.compiler.is_compiling(), self._spec or self._make_spec()
+        call, entry, now, overrides = self._call(
+            x, syn, mem, record, lengths, options, traced, name
+        )
         if traced:
-            results = run_traced(call, described, now, overrides, entry)
+            results = run_traced(call, options, now, overrides, entry)
         else:
             self.__dict__["_entry"] = entry
             results = run_call(entry, call, now, overrides)
         return self._return(call, results, now, traced)
 
     def _call(
-        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec, traced: bool
-    ) -> tuple[Call, Any, Path | None, Overrides | None]:
-        """Return the call, its entry, and what :meth:`_asked` returns.
+        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec, traced: bool,
+        name: str,
+    ) -> tuple[Call, Any, Path | None, Overrides | None]:  # fmt: skip
+        """Return the call, its entry, and what :meth:`_asked` returns; errors call x `name`.
 
         A call like one that was checked before is not checked again. If torch.compile traces, the
         entry is whether the call is a usual step.
@@ -293,7 +299,7 @@ class SConv2dLSTM(CellAttributes):
                 entry = traced or find_entry(self._entry, usual, spec, checked=False)
                 if entry is not None:
                     return usual, entry, now, None
-        call = self._checked(x, syn, mem, record, lengths, spec, traced)
+        call = self._checked(x, syn, mem, record, lengths, spec, traced, name)
         now, overrides = self._asked(spec, traced, (self.in_channels, self.out_channels))
         entry = not traced and find_entry(self._entry, call, spec, overrides)
         return call, entry, now, overrides
@@ -341,9 +347,10 @@ class SConv2dLSTM(CellAttributes):
             return None  # an argument is no tensor or a sparse one, or conv lacks a parameter
 
     def _checked(
-        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec, traced: bool
-    ) -> Call:
-        """Return the call, after a check of every argument."""
+        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec, traced: bool,
+        name: str,
+    ) -> Call:  # fmt: skip
+        """Return the call, after a check of every argument; errors call x `name`."""
         if type(self.conv) is self._conv_kind:
             weight, bias = self.conv.weight, self.conv.bias
             weight = weight if self._dims == 2 else as_image(weight)
@@ -358,7 +365,7 @@ class SConv2dLSTM(CellAttributes):
             x, weight, bias, self.threshold, self.graded_spikes_factor,
             (self.in_channels, self.out_channels), spec, state_of,
             record=record, lengths=lengths, batch_first=self.batch_first, traced=traced,
-            dims=self._dims,
+            dims=self._dims, name=name,
         )  # fmt: skip
 
     def _asked(

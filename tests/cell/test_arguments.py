@@ -6,6 +6,7 @@ An error leaves state, weights and random numbers as they were.
 import functools
 import inspect
 import itertools
+import math
 import re
 import typing
 import warnings
@@ -29,19 +30,20 @@ with warnings.catch_warnings():
     NESTED = torch.nested.nested_tensor([STATE[0], STATE[0, :, :4]])
     QUANTISED = torch.quantize_per_tensor(STATE, 0.1, 0, torch.quint8)
 WEIGHT, BIAS = torch.zeros(12, 5, 3, 3), torch.zeros(12)
-FLAG = {TypeError: ("yes", 2, None, 0.0, torch.tensor(True))}
+ARRAYS = numpy.array([2, 2]), torch.tensor([2, 2]), numpy.zeros(0)
+FLAG = {TypeError: ("yes", 2, None, 0.0, torch.tensor(True), *ARRAYS)}
 CELL = {"in_channels": 2, "out_channels": 3, "kernel_size": 3, "threshold": 0.1}
 
 # The constructor, attributes and the functional form share these arguments.
 OPTIONS = {
     "max_pool": {
-        TypeError: (2.0, "2", True, [2, None], {2: 2}),
+        TypeError: (2.0, "2", True, [2, None], {2: 2}, "", {}, *ARRAYS),
         ValueError: (-2, (0, 2), (2, -1), (2, 2, 2)),
     },
-    "avg_pool": {TypeError: (1.5, [2, None]), ValueError: ((2, -1), (2, 2, 2))},
+    "avg_pool": {TypeError: (1.5, [2, None], "", set(), *ARRAYS), ValueError: ((2, -1), (2, 2, 2))},
     "spike_grad": {TypeError: (3, "atan")},
     "surrogate_disable": FLAG,
-    "reset_mechanism": {ValueError: ("both", None, 1)},
+    "reset_mechanism": {ValueError: ("both", None, 1, *ARRAYS)},
     "state_quant": {TypeError: (True, 8)},
     "inhibition": FLAG,
     "stride": {TypeError: (1.0, True), ValueError: (0, (0, 1), (1, 1, 1), 2**31)},
@@ -50,9 +52,14 @@ OPTIONS = {
     "batch_first": FLAG,
 }
 THRESHOLD = {
-    TypeError: ("0.1", None, True, 1j, torch.tensor(True)),
-    ValueError: (torch.zeros(0), torch.zeros(1, 1, 3, 1, 1), torch.zeros(2, 1, 1)),
-}
+    TypeError: (
+        "0.1", None, True, 1j, torch.tensor(True), QUANTISED, NESTED, STATE.to_sparse(),
+    ),
+    ValueError: (
+        torch.zeros(0), torch.zeros(1, 1, 3, 1, 1), torch.zeros(2, 1, 1), math.nan,
+        numpy.float32("nan"), torch.zeros((), device="meta"),
+    ),
+}  # fmt: skip
 CONSTRUCTOR = OPTIONS | {
     "in_channels": {TypeError: (2.0, "2", True), ValueError: (0,)},
     "out_channels": {TypeError: (None,), ValueError: (-1,)},
@@ -72,6 +79,7 @@ ATTRIBUTES = OPTIONS | {
     "init_hidden": FLAG,
     "output": FLAG,
     "reset_mechanism_val": {ValueError: tuple(map(torch.tensor, (3, -1, [0, 1])))},
+    "threshold": {ValueError: (math.nan, numpy.float64("nan"))},
     "syn": {TypeError: (None,)},
     "mem": {TypeError: (0.0,)},
 }
@@ -168,7 +176,7 @@ GOOD = [
     ("spike_grad", None),
     ("device", "cpu"),
     ("dtype", torch.bfloat16),
-    *((name, off) for name in ("max_pool", "avg_pool") for off in (0, None, False, (), [])),
+    *((name, off) for name in ("max_pool", "avg_pool") for off in (0, 0.0, None, False, (), [])),
 ]
 
 
@@ -220,6 +228,16 @@ def test_forward_refuses_and_leaves_state_and_weights_as_they_were(name, value, 
     assert all(a is b for a, b in zip((cell.syn, cell.mem, cell.spk, cell.path), held, strict=True))
     close([cell.syn, cell.mem, cell.spk], copies, atol=0, rtol=0)
     close(cell.state_dict(), weights, atol=0, rtol=0)
+
+
+WRONG = {"a number": 3, "dtype": X.double(), "3-D": X[0], "sparse": X.to_sparse(), "C": X[:, :1]}
+
+
+@pytest.mark.parametrize("value", WRONG.values(), ids=WRONG)
+def test_errors_call_x_by_the_name_that_it_was_given_by(value):
+    for name in "x", "input_":
+        with pytest.raises((TypeError, ValueError), match=f"^{name} must"):
+            ours()(**{name: value})
 
 
 @pytest.mark.parametrize("function", [sconv2dlstm, snnlstm.reference.sconv2dlstm])

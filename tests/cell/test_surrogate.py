@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import snntorch
 import snntorch.surrogate as theirs
@@ -257,3 +258,12 @@ def test_it_works_in_forward_mode_and_under_vmap(name, kwargs):
     if name != "SSO":  # vmap allows no random numbers
         batched = torch.func.vmap(torch.func.grad(lambda row: spike(row).sum()))(x.view(15, 7))
         close(batched.flatten(), gradient(spike, x)[1])
+
+
+@pytest.mark.parametrize("value", [None, 1.0, [1.0], numpy.ones(2)], ids=str)
+def test_a_surrogate_takes_tensors_alone(value):
+    made = [getattr(surrogate, name)() for name in ("atan", "SSO", "LSO")]
+    made += [surrogate.NONE, surrogate.custom_surrogate(lambda x, grad, spk: grad)]
+    for spike in made:
+        with pytest.raises(TypeError, match="must be a tensor, got"):
+            spike(value)

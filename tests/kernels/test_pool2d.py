@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import snnlstm
@@ -175,6 +176,24 @@ def dual(f: Any) -> Any:
         return forward_ad.unpack_dual(f(forward_ad.make_dual(X, X.cos())))
 
 
+class Seen(TorchFunctionMode):
+    """Counts the pools that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pools = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        self.pools += "pool2d" in function.__name__
+        return function(*args, **kwargs or {})
+
+
+def intercepted(f: Any) -> Any:
+    with Seen() as mode:
+        f(X)
+    return mode.pools
+
+
 def by_reference(f: Any) -> Any:
     with snnlstm.algorithm("reference"):
         return f(X)
@@ -191,6 +210,8 @@ TORCHS: dict[str, Callable[[Any], Any]] = {
     "transposed": lambda f: f(X.transpose(2, 3)),
     "expanded": lambda f: f(X[:1].expand(2, 3, 6, 8)),
     "negated": lambda f: f(torch._neg_view(X)),
+    "zeros without memory": lambda f: f(torch._efficientzerotensor(X.shape)),
+    "a function mode": intercepted,
     "no sample": lambda f: f(X[:0]),
     "meta": lambda f: f(X.to("meta")).shape,
     "vmap": lambda f: torch.func.vmap(f)(X[None]),
@@ -213,6 +234,8 @@ TORCHS: dict[str, Callable[[Any], Any]] = {
     "three sizes": lambda f: f(X, kernel_size=(2, 2, 2)),
     "lists": lambda f: f(X, kernel_size=[[2], [2]]),
     "no tensor": lambda f: f([1.0]),
+    "nested": lambda f: f(torch.nested.nested_tensor([*X])),
+    "jagged": lambda f: f(torch.nested.nested_tensor([*X], layout=torch.jagged)),
 }
 OF_ONE = {
     "indices": lambda pools: pools.max_pool2d(X, 2, return_indices=True),

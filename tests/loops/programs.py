@@ -267,6 +267,20 @@ def _plain(p: _Draft) -> None:
     p.keep(kind, line.replace("{0}", source).replace("{1}", other))
 
 
+def _idle(p: _Draft) -> None:
+    """A dropout that does nothing, and perhaps a function in place behind it."""
+    source, kind = p.value()
+    layers = "nn.Dropout(0.5).eval()", "nn.Dropout(0.0)", "nn.Dropout(0.5, inplace=True).eval()"
+    functions = "F.dropout({0}, p=0.0)", "torch.dropout({0}, 0.5, False)"
+    made = p.one_of(*layers, *functions)
+    call = made if made in functions else f"self.{p.layer('idle', made)}({{0}})"
+    lines = ["{v} = " + call.replace("{0}", source)]
+    if p.perhaps(3):
+        choices = ["{v} += 0.25", "{v}.mul_(0.5)", "F.relu({v}, inplace=True)", "{v} += {1}"]
+        lines.append(p.one_of(*choices).replace("{1}", p.value(kind)[0]))
+    p.keep(kind, *lines)
+
+
 def _when(p: _Draft, *lines: str) -> None:
     """Adds lines to the end of a step, which all steps, every second or one of them run."""
     when = p.one_of("", "if t % 2 == 1:", f"if t == {p.draw(st.integers(0, p.time - 1))}:")
@@ -353,7 +367,7 @@ _HEADS = [
     ("for t in range({}):", "x_t = x[:, t]", False, 1),
     ("for t in range({}):", "x_t = x", True, 0),
 ]
-_LAYERS = (_product, _product, _leaky, _leaky, _leaky, _cell, _plain, _plain)
+_LAYERS = (_product, _product, _leaky, _leaky, _leaky, _cell, _plain, _plain, _idle)
 _OTHERS = (_record, _record, _number, _state, _state, _written)
 
 
@@ -413,6 +427,7 @@ _IN_STACKS = {
 _IN_BOTH = [
     ("lif", "leaky(beta=0.5, threshold=0.625, init_hidden=True)"),
     ("lif", "leaky(beta=0.25, threshold=0.375, learn_threshold=True, init_hidden=True)"),
+    ("idle", "nn.Dropout(0.5).eval()"), ("idle", "nn.Dropout(0.0)"),
     ("relu", "nn.ReLU()"), ("relu", "nn.ReLU(inplace=True)"),
 ]  # fmt: skip
 

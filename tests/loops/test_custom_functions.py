@@ -251,6 +251,42 @@ def test_results_and_derivatives(name):
         close(one, other, atol=0, rtol=1e-12)
 
 
+class Lambda(Saving):
+    """Has a lambda, a generator expression and a comprehension in its backward."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, _ = ctx.saved_tensors
+        factor = (lambda y: y.cos() * ctx.alpha)(x)
+        total = sum(factor * x**k for k in range(2))
+        return grad * sum([total * k for k in (1, 2)]), None
+
+
+class Quiet(Saving):
+    """Has a lambda that runs without gradients."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, _ = ctx.saved_tensors
+        with torch.no_grad():
+            factor = (lambda y: y.cos())(x)
+        return grad * factor * x, None
+
+
+@merges
+def test_second_derivatives_behind_functions_without_a_name():
+    def step(x):
+        return Lambda.apply(x, 2.0)
+
+    compiled = torch.compile(looped(step), backend=BACKEND, fullgraph=True)
+    for one, other in zip(derivatives(compiled), derivatives(looped(step)), strict=True):
+        close(one, other, atol=0, rtol=1e-12)
+    *_, error, _ = derivatives(
+        torch.compile(looped(lambda x: Quiet.apply(x, 1.0)), backend=BACKEND)
+    )
+    assert "has not recorded the second derivative" in error
+
+
 @merges
 @pytest.mark.parametrize("kind", [Modes, Once, Outer])
 def test_a_second_derivative_that_is_not_recorded_raises(kind):

@@ -222,3 +222,14 @@ def test_linear_of_all_steps_in_any_order_of_memory(order, outputs):
             found.append((out, *grads))
             assert out.is_contiguous()
     close(found[:2], found[2:])
+
+
+@MODES
+def test_a_linear_function_of_one_result(training):
+    """Its weight is a vector, and time lies within the batch."""
+
+    def forward(net, x):
+        out = [F.linear(x[:, t], net.fc1.weight[0]) for t in range(N)]
+        return torch.stack(out)
+
+    expect(check(forward, training), linear=1)

@@ -107,6 +107,10 @@ MESSAGES = {
         looped(all_steps), STEPS, INFO,
         ["fc1", "Linear", "fold"], ["lif1", "Leaky", "sequence"], ["drop", "Dropout", "step"],
     ),
+    "a dropout that does nothing": (
+        looped(all_steps, lambda net: net.drop.eval()), STEPS, INFO,
+        ["lif1 Leaky: sequence"], ["drop Dropout: fold (it does nothing and returns its input)"],
+    ),
     "feedback": (
         looped(feedback), STEPS, WARNING,
         ["lif1", "Leaky", "last result"], ["lif2", "Leaky", "last result"],

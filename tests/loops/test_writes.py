@@ -333,3 +333,76 @@ def test_steps_in_another_order_are_not_x_itself(net, x):
         torch.stack([net.back(x[-t]) for t in range(T)]),
         torch.stack([net.fc1(x[:, t]) for t in range(N)], dim=1),
     )
+
+
+# ---- dropout that does nothing -------------------------------------------------------------------
+
+IDLE: dict[str, Callable[..., Tensor]] = {
+    "in evaluation": lambda net, h: net.drop(h),
+    "p of 0": lambda net, h: F.dropout(h, p=0.0),
+    "by name": lambda net, h: F.dropout(p=0.5, training=False, input=h),
+    "torch.dropout": lambda net, h: torch.dropout(h, 0.5, train=False),
+    "in place": lambda net, h: F.dropout(h, 0.5, False, inplace=True),
+}
+
+
+def _twice(out: Tensor) -> Tensor:
+    out *= 2
+    return out
+
+
+def _added(out: Tensor, x: Tensor) -> Tensor:
+    out += x
+    return out
+
+
+BEHIND: dict[str, Callable[..., object]] = {
+    "what it was called with": lambda net, h, out, x: (_twice(out), h * 1)[1],
+    "a view": lambda net, h, out, x: (_twice(out.view(-1)), h * 1)[1],
+    "relu": lambda net, h, out, x: F.relu(out, inplace=True),
+    "a residual": lambda net, h, out, x: _added(out, x),
+}
+
+
+@MODES
+@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("idle", IDLE)
+def test_a_dropout_that_does_nothing_is_its_argument(idle, behind, training):
+    """A write behind such a dropout is a write to what the dropout was called with."""
+
+    def forward(net, x):
+        out = []
+        for x_t in x:
+            h = net.fc1(x_t)
+            out.append(net.fc2(BEHIND[behind](net, h, IDLE[idle](net, h), x_t)))
+        return torch.stack(out)
+
+    check(forward, training, prepare=lambda net: net.drop.eval())
+
+
+@MODES
+@pytest.mark.parametrize("idle", IDLE)
+def test_a_dropout_of_the_input_that_does_nothing(idle, training):
+    def forward(net, x):
+        x, out = x * 1, []
+        for t in range(T):
+            h = IDLE[idle](net, x[t])
+            h *= 2
+            out.append(x[t] * 1)
+        return net.fc1(torch.stack(out)), x
+
+    check(forward, training, prepare=lambda net: net.drop.eval())
+
+
+@MODES
+@pytest.mark.parametrize("idle", IDLE)
+def test_a_dropout_that_does_nothing_does_not_hinder_merging(idle, training):
+    def forward(net, x):
+        mem, out = net.lif1.reset_mem(), []
+        for x_t in x:
+            spk, mem = net.lif1(IDLE[idle](net, net.fc1(x_t)), mem)
+            out.append(net.fc2(IDLE[idle](net, spk)))
+        return torch.stack(out), mem
+
+    calls = check(forward, training, prepare=lambda net: net.drop.eval())
+    expect(calls, linear=2, leaky=1, dropout=0)

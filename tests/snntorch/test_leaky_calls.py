@@ -399,3 +399,37 @@ def test_snntorch_s_own_forward_keeps_reset_until_the_next_call() -> None:
     with snnlstm.algorithm("reference"):
         layer(x[0])
     assert not hasattr(layer, "reset")
+
+
+# ---- building it ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, LEARN, {"reset_mechanism": "zero"}], ids=str)
+def test_a_layer_is_built_on_the_device_meta_and_loaded(options: dict[str, Any]) -> None:
+    """Large networks are built without memory, which to_empty gives them for a checkpoint."""
+    trained, x = snnlstm.Leaky(0.75, threshold=0.5, **options), currents(3, 5)
+    with torch.device("meta"):
+        built = snnlstm.Leaky(0.9, **options)
+    assert {t.device.type for t in (*built.parameters(), *built.buffers())} == {"meta"}
+    assert built.state_function.__name__ == trained.state_function.__name__
+    layer = built.to_empty(device="cpu")
+    layer.load_state_dict(trained.state_dict())
+    layer.reset_mem()
+    close([layer(x_t) for x_t in x], [trained(x_t) for x_t in x], atol=0, rtol=0)
+    assert layer.path == trained.path
+
+
+REFUSED: dict[str, Any] = {
+    "beta": {TypeError: (None, "0.5", torch.tensor(True))},
+    "threshold": {TypeError: (None, 1j), ValueError: (torch.zeros(0),)},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_constructor_names_what_it_refuses(name: str) -> None:
+    for error, values in REFUSED[name].items():
+        for value in values:
+            with pytest.raises(error, match=rf"{name} must .*got"):
+                snnlstm.Leaky(**{"beta": 0.5, name: value})
+    with pytest.raises(TypeError, match="beta must"):
+        snnlstm.Leaky(None)

@@ -113,7 +113,12 @@ def test_a_sparse_x_runs_as_in_snntorch_or_is_refused_by_name(options: dict[str,
             layer(x.to_dense(), x)
     close(*found)
     layer = leaky_twins(**options)[0]
-    for given, name in ((x,), "input_"), ((x.to_dense(), x), "mem"):
+    shorter = torch.ones(2, 5).to_sparse()
+    for given, name in (
+        ((x,), "input_"),
+        ((x.to_dense(), x), "mem"),
+        ((x.to_dense(), shorter), "mem"),
+    ):
         with pytest.raises(TypeError, match=f"{name} must be dense, as {name}.to_dense"):
             layer(*given)
         assert not layer.mem.numel()
