@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..compat.torch_private import apply_recorded, operators_named, size_hint
+from ..native.batch_norm import batch_norm
 from ..native.leaky_operators import OPERATORS
 
 CELL = OPERATORS.forward.default
@@ -136,7 +137,7 @@ def _first(w: Any, run: Any) -> Any:
 def _rest(w: Any, run: Any) -> tuple[list[Any], dict[str, Any]]:
     """The other arguments, which are the same in each call."""
     call = run.calls[0]
-    return [w.argument(call, arg) for arg in call.args[1:]], w.copied(dict(call.kwargs))
+    return w.arguments(call), w.copied(dict(call.kwargs))
 
 
 def _leading(w: Any, run: Any) -> Any:
@@ -168,6 +169,11 @@ def _folded(w: Any, run: Any) -> Any:
     batch = w.call("flatten", _first(w, run), 0, 1)
     out = w.call(run.calls[0].target, batch, *args, **kwargs)
     return w.call("unflatten", out, 0, (len(run.calls), -1))
+
+
+def _batch_norms(w: Any, run: Any) -> Any:
+    args, kwargs = _rest(w, run)
+    return w.call(batch_norm, _first(w, run), *args, **kwargs)
 
 
 def _elementwise(w: Any, run: Any) -> Any:
@@ -237,6 +243,7 @@ ELEMENTWISE = Row(_elementwise, first_alone=False)
 _FLATTEN, RESHAPE = Row(_flattened), Row(_reshaped)
 VIEWS = _FLATTEN, RESHAPE
 _CAT = Row(_concatenated, first_alone=False)
+BATCH_NORMS = Row(_batch_norms)
 
 # Some are functions of the module operator; others also reduce a tensor, by the same name.
 _NOT_ELEMENTWISE = {"getitem", "matmul", "concat", "max", "min"}
@@ -248,13 +255,13 @@ _BATCH_DIMS = {
     "avg_pool1d": 3, "avg_pool2d": 4, "avg_pool3d": 5,
     "adaptive_avg_pool1d": 3, "adaptive_avg_pool2d": 4, "adaptive_max_pool2d": 4,
 }  # fmt: skip
-_ANY_BATCHES = frozenset(("batch_norm", "group_norm"))
 
 
 def row_of(node: Node) -> Row | None:
     """How the calls of a node's function become one; None if they cannot, or nobody knows.
 
-    The node must have no effect, such as a dropout or batch norm in training has.
+    The node must have no effect, such as a dropout has; a batch norm in training has one that its
+    row allows.
     """
     args, value = node.args, value_of(node)
     if node.target is CELL:
@@ -280,8 +287,9 @@ def row_of(node: Node) -> Row | None:
         return _LEADING
     if name == "pad" and (*args[2:], *node.kwargs.values(), "constant")[0] == "constant":
         return _LEADING
-    by_batch = name == "batch_norm" and named_arguments(node).get("training", True)  # statistics
-    if _BATCH_DIMS.get(name) == dim or (name in _ANY_BATCHES and dim >= 2 and not by_batch):
+    if name == "batch_norm" and dim >= 2 and (named := named_arguments(node)):
+        return BATCH_NORMS if named["training"] else _FOLDED
+    if _BATCH_DIMS.get(name) == dim or (name == "group_norm" and dim >= 2):
         return _FOLDED
     if name == "flatten" and dim:
         return _FLATTEN
