@@ -439,8 +439,10 @@ class Loop:
             self.reasons.update(dict.fromkeys(nodes[1:], reason))
             return
         for numbers in self._independent(row, calls, limit):
-            # Equal calls are not one if something writes to what they read; no run has them alone.
-            if len({self._arguments(self.nodes[number]) for number in numbers}) > 1:
+            # Equal calls are not one if something writes to what they read; no run has them alone,
+            # but for batch norms, which write to that themselves.
+            several = len({self._arguments(self.nodes[number]) for number in numbers}) > 1
+            if several or (row is rows.BATCH_NORMS and len(numbers) > 1):
                 run = Run(row, [self.nodes[number] for number in numbers])
                 keeps_all = row is rows.LEAKIES and rows.requires_grad(self.nodes[numbers[0]])
                 run.record = bool(row.states) and (keeps_all or self._needs_states(numbers))

@@ -30,6 +30,7 @@ from .layers import (
     counted_bytes,
     exchanged,
     first_item,
+    in_training,
     is_constant,
     joined,
     mapped,
@@ -259,7 +260,8 @@ def _over_time(
         x = first_item(before, out)
         whole = x if batch is None else x.unflatten(0, batch)
         report = report_of(name, layer, whole, by_step)
-        if lengths is not None and not reports and report.kind != "sequence":
+        skips = report.kind == "sequence" and not in_training(layer)
+        if lengths is not None and not reports and not skips:
             whole = mask_padding(whole, lengths)  # a NaN in the padding must not reach a gradient
         if report.kind == "step":
             out, batch = _step_by_step(rest, whole, lengths, by_step, reports), None
