@@ -230,7 +230,8 @@ def dyadic_(net: nn.Module, seed: int = 0) -> nn.Module:
                 numbers = torch.randint(-2, 3, parameter.shape, generator=random) / 2
                 keep = torch.rand(parameter.shape, generator=random) < 0.5
                 parameter.data.copy_(numbers * keep)
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        is_norm = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
+        if is_norm and layer.running_var is not None:
             layer.eps = 0.25  # with a variance of 3.75 its root is 2
             layer.running_var.fill_(3.75)
             layer.running_mean.copy_(torch.arange(len(layer.running_mean)) / 2)
