@@ -106,6 +106,10 @@ class Writer:
         """Whether the nodes of all steps are one."""
         return len({self._loop.same[node] for node in nodes}) == 1
 
+    def readers(self, node: Node) -> int:
+        """How many nodes read a node of the old graph, or one that is the same."""
+        return len(self._loop.users[self._loop.same[node]])
+
     def sequence(self, nodes: Sequence[Node]) -> Node:
         """The tensors of all steps as one, (T, ...)."""
         nodes = [self._loop.same[node] for node in nodes]
