@@ -88,7 +88,11 @@ class Writer:
 
         The weight of a convolution decides its layout, and has the scale of a batch norm behind it.
         """
-        args, last, norm = self.copied(list(call.args[1:])), call in self._last, self._norms.get(call)
+        args, last, norm = (
+            self.copied(list(call.args[1:])),
+            call in self._last,
+            self._norms.get(call),
+        )
         if not last and norm is None:
             return args
         key = self._loop.region(self._at), last, *args[:2]

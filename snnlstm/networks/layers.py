@@ -196,7 +196,9 @@ def in_training(layer: Any) -> bool:
 
 def _takes_steps(norm: Any) -> bool:
     """Whether one call normalises all steps; a compiled loop finds that by itself."""
-    return batch_norm is not None and norm.momentum is not None and not torch.compiler.is_compiling()
+    return (
+        batch_norm is not None and norm.momentum is not None and not torch.compiler.is_compiling()
+    )
 
 
 def _widening(layer: Any) -> float:

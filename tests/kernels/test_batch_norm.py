@@ -41,7 +41,9 @@ def by_torch(x: Tensor, *rest: Any) -> Tensor:
 def runs(monkeypatch) -> list[int]:
     """Returns the number of steps of each call that does not run as a loop of torch's function."""
     found, run = [], kernels._run
-    monkeypatch.setattr(kernels, "_run", lambda o, x, *rest: found.append(len(x)) or run(o, x, *rest))
+    monkeypatch.setattr(
+        kernels, "_run", lambda o, x, *rest: found.append(len(x)) or run(o, x, *rest)
+    )
     return found
 
 
@@ -96,7 +98,7 @@ def test_what_the_kernels_do_not_cover_is_torchs(name, runs):
     try:
         expected = OTHERS[name](by_torch)
     except (RuntimeError, ValueError) as error:
-        with pytest.raises(type(error), match="."):
+        with pytest.raises(type(error), match=r"."):
             OTHERS[name](kernels.batch_norm)
     else:
         close(OTHERS[name](kernels.batch_norm), expected, atol=1e-6)

@@ -411,7 +411,8 @@ _IN_STACKS = {
     "image": [
         ("conv", "nn.Conv2d(2, 2, 3, padding=1)"), ("cell", "cell(2, 2, 3, init_hidden=True)"),
         ("cell", "cell(2, 2, 3, reset_mechanism='zero', init_hidden=True)"),
-        ("bn", "nn.BatchNorm2d(2)"), ("bn", "nn.BatchNorm2d(2).eval()"), ("pool", "nn.MaxPool2d(3, 1, 1)"),
+        ("bn", "nn.BatchNorm2d(2)"), ("bn", "nn.BatchNorm2d(2).eval()"),
+        ("pool", "nn.MaxPool2d(3, 1, 1)"),
         ("flat", "nn.Sequential(nn.Flatten(), nn.Linear(32, 6))"),
     ],
 }  # fmt: skip

@@ -22,7 +22,10 @@ class Normed(nn.Module):
 
     def __init__(self, forward: Callable[..., Any], **options: Any) -> None:
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.conv1, self.conv2 = (
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 3, padding=1, bias=False),
+        )
         self.bn1, self.bn2 = nn.BatchNorm2d(4, **options), nn.BatchNorm2d(4, **options)
         self.lif1, self.lif2 = exact_leaky(), exact_leaky(init_hidden=True)
         self.loop = forward
@@ -34,7 +37,9 @@ class Normed(nn.Module):
 
 def check(forward: Any, training: bool = True, evaluated: bool = False, **options: Any) -> Any:
     """Compares a loop with eager's, in float64, and returns its calls."""
-    given = {key: options.pop(key) for key in [*options] if key in ("affine", "track_running_stats")}
+    given = {
+        key: options.pop(key) for key in [*options] if key in ("affine", "track_running_stats")
+    }
 
     def make() -> nn.Module:
         net = dyadic_(Normed(forward, **given))

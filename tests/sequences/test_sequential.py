@@ -89,7 +89,9 @@ NETS = {
         lambda: tied(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), hidden(2, 2, 3)),
         "fold fold sequence fold",
     ),
-    "batch norm": (lambda: [ours(), nn.BatchNorm2d(3), ours(3, 2, 3)], "sequence sequence sequence"),
+    "batch norm": (
+        lambda: [ours(), nn.BatchNorm2d(3), ours(3, 2, 3)], "sequence sequence sequence",
+    ),
     "dropout": (lambda: [ours(), nn.Dropout(0.5), ours(3, 2, 3)], "sequence step sequence"),
     "in place": (
         lambda: [
@@ -301,7 +303,9 @@ def test_short_sequences_and_empty_batches(shape):
 
 def test_layers_that_also_step_in_evaluation():
     """x[t] of (C, H, W) is one sample to a Conv2d: T must not become its channels or batch."""
-    equals_the_loop(nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)).eval(), X, "sequence")
+    equals_the_loop(
+        nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)).eval(), X, "sequence"
+    )
     net = nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(2), nn.Flatten(0), nn.Linear(8, 3))
     equals_the_loop(net, torch.rand(T, 2, 6, 6), "step step step step")
     net = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(2, 2, 3)), nn.Flatten())
