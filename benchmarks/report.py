@@ -67,6 +67,9 @@ README_NETWORKS = {
     "conv-image": "the same, one image for all steps",
     "conv-swapped": "the same, 32x32, with pools swapped by `accelerate`",
     "deep": "four convolutions, batch norm, Leaky, pools, 32x32, T=10 N=8",
+    "deep-eval": "the same after `net.eval()`",
+    "residual": "two residual blocks with batch norm and Leaky, 32x32, T=4 N=8",
+    "residual-eval": "the same after `net.eval()`",
 }
 
 
