@@ -150,12 +150,14 @@ def tell_of_kernels(device: str) -> None:
         vars(_operator_paths[context]).update(vars(NATIVE_PATHS[device]))
 
 
-def recorded_while_tracing() -> Path | None:
-    """What :func:`recorded_now` returns while torch.compile traces.
+def recorded_while_tracing() -> str | None:
+    """The reason that :func:`recorded_now` finds while torch.compile traces.
 
-    The compiler asks once for each call that it traces, and puts no guard on the answer.
+    The compiler asks once for each call that it traces, and puts no guard on the answer. It would
+    guard on an object that it gets twice, and an export could not check that guard.
     """
-    return recorded_now(True)
+    now = recorded_now(True)
+    return None if now is None else now.reason
 
 
 # torch.compiler.assume_constant_result sets this flag, but its import loads the compiler.
@@ -201,7 +203,7 @@ def asked_every_call(
     ValueError
         If the cell has a stride, which needs a plain conv, and its conv is not plain.
     """
-    now = recorded_while_tracing() if traced else recorded_now()
+    now = _recorded_traced() if traced else recorded_now()
     reason = reason_against_conv(conv, kind, spec)
     if reason is None and fire is None and mem_reset is None:
         return now, None
@@ -235,6 +237,14 @@ def _check_stride(kind: type[nn.Module], spec: CellSpec, reason: str | None) -> 
         raise ValueError(
             f"conv must be a plain nn.{kind.__name__} without hooks where stride is not 1: {reason}"
         )
+
+
+def _recorded_traced() -> Path | None:
+    """What :func:`recorded_now` returns, for code that torch.compile traces."""
+    reason = recorded_while_tracing()
+    if reason is None:
+        return None
+    return EXPORT if exporting() else Path("reference", reason)
 
 
 def recorded_now(traced: bool = False) -> Path | None:

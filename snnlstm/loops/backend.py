@@ -19,7 +19,7 @@ from ..dispatch.reasons import tell_of_kernels
 from ..networks.layers import ALONE, CONSTANT, LARGE_STATE, NOTHING, ONE_CALL, TO_STACK, LayerReport
 
 try:
-    from ..native.operators import OPAQUE, PLAIN
+    from ..native.operators import IN_GRAPH, OPAQUE
 except ImportError as error:
     raise ImportError(
         'backend "snnlstm" needs the compiled core, and python -m snnlstm says why it is missing'
@@ -83,7 +83,7 @@ def compile_loop(
     inner = (options or {}).get("inner")
     loop = Loop(gm.graph)
     last = set() if inner else channels_last(loop)  # another compiler chooses layouts itself
-    graph = Writer(loop, OPAQUE if inner else PLAIN, last).write()
+    graph = Writer(loop, OPAQUE if inner else IN_GRAPH, last).write()
     _log(loop, gm)
     leaky = next((node for node in loop.nodes if node.target is rows.LEAKY), None)
     if leaky is not None:

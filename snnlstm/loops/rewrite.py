@@ -29,13 +29,13 @@ class Writer:
     ----------
     loop : Loop
     operators : mapping
-        What takes the place of an operator.
+        Makes, for each call of an operator, what takes the operator's place.
     last : set of Node
         The convolutions that run channels-last.
     """
 
     def __init__(
-        self, loop: Loop, operators: Mapping[Any, Callable[..., Any]], last: Set[Node]
+        self, loop: Loop, operators: Mapping[Any, Callable[[], Any]], last: Set[Node]
     ) -> None:
         self.graph = Graph()
         self._loop, self._operators, self._last = loop, operators, last
@@ -75,9 +75,14 @@ class Writer:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Write a call of a function, or of the method of this name."""
         kind = "call_method" if isinstance(target, str) else "call_function"
-        node = self.graph.create_node(kind, self._operators.get(target, target), args, kwargs)
+        node = self.graph.create_node(kind, self._made(target), args, kwargs)
         self._removable.append(node)
         return node
+
+    def _made(self, target: Any) -> Any:
+        """What a call of the new graph has in the place of an operator or function."""
+        make = self._operators.get(target)
+        return target if make is None else make()
 
     def copied(self, value: Any) -> Any:
         """An argument of the old graph, with the nodes of the new one."""
@@ -203,7 +208,7 @@ class Writer:
             new.args = new.args[0], *others
         if node in self._last:
             self._moved.add(node)
-        new.target = self._operators.get(node.target, node.target)
+        new.target = self._made(node.target)
         region = loop.region(node)
         if node.op == "placeholder" or (region and region not in self._starts):
             self._starts[region] = new

@@ -3,12 +3,12 @@
 Traced code calls ``snnlstm::leaky``, and cannot know which backend compiles its graph. So this
 operator is composite: it stays whole in dynamo's graph, and backends take it apart into the plain
 operations of its formula. A backend that knows it puts ``snnlstm::leaky_kernels`` in its place, or
-calls :func:`run_plainly`; both run the kernels.
+what :func:`leaky_in_graph` makes; both run the kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from ..calls.call import LeakyCall, may_require_grad
 from ..calls.keys import TORCH_TYPES
 from ..calls.spec import FINITE, LeakySpec
 from ..reference import leaky_step, real_dtype
+from ..compat.torch_private import guard_of
+from . import cpu
 from .function import reached
 from .leaky import argument_gradients, plan_of, reason_against, run_plan, without_gaps
 from .tensors import real
@@ -58,15 +60,34 @@ torch.library.impl(f"{NAMESPACE}::leaky", "CompositeImplicitAutograd")(_formula)
 leaky = OPERATORS.leaky.default
 
 
-def run_plainly(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Compute what the operators do, by the kernels if they can, without torch's dispatcher."""
-    call, spec = _call_of(arguments)
-    if not TORCH_TYPES.issuperset(map(type, call[:5])) or reason_against(call, spec.sequence):
-        return _formula(*arguments)
-    spk, after, _ = run_plan(plan_of(call, spec), call, may_require_grad(call[:5]))
-    # A copy, because a state that is a view could not be detached in place.
-    last = spec.sequence and not call.every and after.dim() == call.x.dim()
-    return spk, after[-1].clone() if last else after
+def leaky_in_graph() -> Callable[..., Any]:
+    """Make the function that runs one call of ``snnlstm::leaky`` in a graph.
+
+    The kernels run it if they can, without torch's dispatcher. A guard recognises a call like the
+    last one.
+    """
+    last: tuple[Any, Any, Any] = None, None, None  # a plan, the guard of its tensors, other facts
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+        nonlocal last
+        x, *others, text, sequence, every = arguments
+        static = text, sequence, every, x.device.type == "cpu" and cpu.isa
+        plan, guard, known = last
+        if static == known and guard is not None and guard.check(x, *others):
+            call = LeakyCall(x, *others, every)
+        else:
+            call, spec = _call_of(arguments)
+            of_torch = TORCH_TYPES.issuperset(map(type, call[:5]))
+            if not of_torch or reason_against(call, spec.sequence):
+                return _formula(*arguments)
+            plan = plan_of(call, spec)
+            last = plan, guard_of(call[:5]), static
+        spk, after, _ = run_plan(plan, call, may_require_grad(call[:5]))
+        # A copy, because a state that is a view could not be detached in place.
+        is_view = sequence and not every and after.dim() == x.dim()
+        return spk, after[-1].clone() if is_view else after
+
+    return run
 
 
 def _call_of(arguments: Sequence[Any]) -> tuple[LeakyCall, LeakySpec]:

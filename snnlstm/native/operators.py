@@ -7,6 +7,7 @@ strings, so a spec is passed as text.
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from .. import _C
 from ..calls.call import Call, autocast_dtype, may_require_grad, state_shape, weight_tensor
 from ..calls.lengths import recorded_states
 from ..calls.spec import HALF_TYPES, CellSpec
+from ..compat.torch_private import guard_of
 from . import leaky_operators, lender, pool2d
 from .backends import BACKENDS, operands_of, plan_of
 from .function import constant_states, in_float32, reached, run_plan
@@ -217,23 +219,44 @@ def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Te
     return spk, new_syn, new_mem, None
 
 
-def _run_plainly(*arguments: Any) -> tuple[Any, ...]:
-    """The results of ``snnlstm::forward``, with what is saved in torch's graph instead."""
-    text, algorithm, training = arguments[_FIELDS:]
-    plan, call = _planned(arguments[:_FIELDS], text, algorithm)
-    spk, syn, mem, _ = run_plan(plan, call, training)
-    return spk, syn, mem, None, None
+def cell_in_graph() -> Callable[..., Any]:
+    """Make the function that runs one call of ``snnlstm::forward`` in a graph.
+
+    What is saved for the backward pass lies in torch's graph. A call like the last one is
+    recognised by a guard, as a cell recognises it: to find the plan takes twice as long as the rest.
+    """
+    last: tuple[Any, Any, Any] = None, None, None  # a plan, the guard of its tensors, other facts
+
+    def run(*arguments: Any) -> tuple[Any, ...]:
+        nonlocal last
+        *fields, text, algorithm, training = arguments
+        tensors = [tensor for tensor in fields[:-1] if tensor is not None]
+        settings = BACKENDS[tensors[0].device.type].settings(algorithm)
+        static = text, settings, fields[-1], len(tensors)
+        plan, guard, known = last
+        if static == known and guard is not None and guard.check(*tensors):
+            call = Call._make(fields)
+        else:
+            plan, call = _planned(fields, text, algorithm)
+            if all(map(operator.is_, call, fields)):  # nothing had to be converted
+                last = plan, guard_of(tensors), static
+        spk, syn, mem, _ = run_plan(plan, call, training)
+        return spk, syn, mem, None, None
+
+    return run
 
 
-# A compiler that runs its graph by itself calls these functions with an operator's arguments:
-# torch's dispatcher would take 50 to 100 us a call. A compiler that hands its graph on to another
-# one puts the other operator in the place of the composite one, and leaves torch's pools, which the
-# other compiler may fuse.
-PLAIN: dict[Any, Callable[..., Any]] = {
-    _forward_operator: _run_plainly,
-    leaky_operators.leaky: leaky_operators.run_plainly,
-    F.max_pool2d: pool2d.max_pool2d,
-    torch.max_pool2d: pool2d.max_pool2d,
-    F.avg_pool2d: pool2d.avg_pool2d,
+# A compiler that runs its graph by itself has, in the place of each call of an operator, a function
+# that is made here: torch's dispatcher would take 50 to 100 us a call. A compiler that hands its
+# graph on to another one puts the other operator in the place of the composite one, and leaves
+# torch's pools, which the other compiler may fuse.
+IN_GRAPH: dict[Any, Callable[[], Any]] = {
+    _forward_operator: cell_in_graph,
+    leaky_operators.leaky: leaky_operators.leaky_in_graph,
+    F.max_pool2d: lambda: pool2d.max_pool2d,
+    torch.max_pool2d: lambda: pool2d.max_pool2d,
+    F.avg_pool2d: lambda: pool2d.avg_pool2d,
 }
-OPAQUE: dict[Any, Any] = {leaky_operators.leaky: OPERATORS.leaky_kernels.default}
+OPAQUE: dict[Any, Callable[[], Any]] = {
+    leaky_operators.leaky: lambda: OPERATORS.leaky_kernels.default
+}

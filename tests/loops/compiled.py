@@ -92,9 +92,10 @@ class Calls(TorchFunctionMode):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layout, "SAMPLES", 1)  # convolutions of float32 run channels-last
             patch.setattr(rows, "batch_norm", counting("snnlstm::batch_norm", rows.batch_norm))
-            for target, function in getattr(operators, "PLAIN", {}).items():
+            for target, make in getattr(operators, "IN_GRAPH", {}).items():
                 name = getattr(target, "_name", f"snnlstm::{target.__name__}")
-                patch.setitem(operators.PLAIN, target, counting(name, function))
+                made = lambda make=make, name=name: counting(name, make())  # noqa: E731
+                patch.setitem(operators.IN_GRAPH, target, made)
             yield backend
 
 

@@ -21,8 +21,8 @@ from tests.shared.table import tagged
 pytestmark = [needs_core, pytest.mark.usefixtures("fresh_compiler")]
 
 COMPOSITE = torch.ops.snnlstm.leaky.default
-KERNELS = operators.OPAQUE[COMPOSITE]
-PLAIN = operators.PLAIN[COMPOSITE]
+KERNELS = operators.OPAQUE[COMPOSITE]()
+PLAIN = operators.IN_GRAPH[COMPOSITE]()
 SHAPE = 2, 3, 4, 5
 # The shapes of beta and threshold; the last threshold varies in another order than an x does.
 PARAMETERS = {
@@ -319,7 +319,7 @@ def test_a_cells_operator_runs_plainly(name: str) -> None:
     case = tagged("operators")[name]
     found = []
     forward = torch.ops.snnlstm.forward.default
-    for operator in (forward, operators.PLAIN[forward]):
+    for operator in (forward, operators.IN_GRAPH[forward]()):
         inputs_ = wanting_gradients(case.inputs())
         call = flat.call_of((*inputs_, case.options))
         given = (*call, f"0|{call.x.dtype}|None|{case.options.spec.serialized}", "auto", True)
