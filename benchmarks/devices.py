@@ -167,8 +167,8 @@ def running(device: str) -> Iterator[None]:
         yield
         return
     core = emulator()
-    core.checks(races=False)
-    core.device(*EMULATED[device.removeprefix("emulator-")], algorithm="auto")
+    core.settings.races = 0
+    core.device(*EMULATED[device.removeprefix("emulator-")])
     try:
         with core.installed():
             yield

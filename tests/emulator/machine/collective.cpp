@@ -58,7 +58,6 @@ void Machine::barrier(Site site) {
 }
 
 void Machine::release_barrier() {
-  count_interval();
   arrived = 0;
   ++epoch;
   for (Warp& warp : warps) {
@@ -96,7 +95,6 @@ void Machine::collective(Operation operation, int variant, Site site, void (*fin
   warp.arrived = 0;
   finish(warp);
   for (unsigned lane = 0; lane < warp_size; ++lane) warp.lanes[lane].state = State::ready;
-  count_warp(warp);
 }
 
 // ---- what kernels call ------------------------------------------------------------------------

@@ -91,7 +91,6 @@ bool unregister_allocation(const void* original) {
     if (a->original != original) continue;
     if (a->writable) std::memcpy(a->original, a->start, a->bytes);
     forget_race_shadow(a->id);
-    forget_count_map(a->id);
     char* copy = const_cast<char*>(a->start);
     munmap(copy - reinterpret_cast<uintptr_t>(copy) % 16 - zone_of(a->bytes), mapped(a->bytes));
     registry.erase(a);

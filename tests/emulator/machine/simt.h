@@ -55,7 +55,6 @@ struct Geometry {
   size_t shared_bytes;
   const char* file;
   int line;
-  bool overlaps = false;
 };
 
 // Runs `body` once per thread of the grid. Throws std::runtime_error with what went wrong.
@@ -66,10 +65,9 @@ void run(const Geometry& geometry, Body& body) {
   run(geometry, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
 }
 
-enum class MmaType : int { fp16, bf16, tf32, fp16_k8 };
+enum class MmaType : int { fp16, bf16, tf32 };
 constexpr unsigned warp_size = 32, all_lanes = 0xffffffffu;
 
-void wait_for_launch_before();
 void* shared_memory(size_t bytes);
 void cp_async(void* shared, const void* global, bool real);
 void cp_async_commit();
