@@ -40,7 +40,7 @@ KINDS = {
     "wrong_tail_mask": "out of bounds: .* reads 4 bytes at 0 bytes behind the end of 'syn0'",
     "wrong_row_stride": "misaligned: .* reads 8 bytes at",
     "no_chunk_wait": "race: .* reads .* while a cp_async of its own to it is under way",
-    "no_chunk_barrier": "race: .* reads .* while a cp_async of thread .* to it is under way",
+    "no_chunk_barrier": "race: .* writes it .*, neither a barrier nor a __syncwarp between them",
     "no_reuse_barrier": "race: .* reads it .*, neither a barrier nor a __syncwarp between them",
     "no_fma_chunk_barrier": "uninitialised: .*, which nobody has written",
 }
