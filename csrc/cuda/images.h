@@ -8,8 +8,8 @@
 #include <string>
 #include <utility>
 
-#include "kernels/fault.cuh"
 #include "gemm.h"
+#include "kernels/fault.cuh"
 
 namespace snnlstm::cuda {
 

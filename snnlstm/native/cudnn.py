@@ -26,6 +26,7 @@ from ..calls.lengths import length_mask
 from .plan import BackwardInputs, Gradients, Plan
 from .tensors import pointer, strided
 
+
 class Geometry(NamedTuple):
     """What torch convolves: the kernel without its `outer` taps, which only meet padding."""
 

@@ -160,12 +160,12 @@ def test_the_smoke_test_passes_right_kernels_at_its_default_sizes(device, algori
 @pytest.mark.parametrize(
     ("device", "fault", "precision", "option"),
     [
-        pytest.param(card, fault, *row[:2], marks=() if quick else long)
+        pytest.param(card, fault, *row, marks=() if quick else long)
         for card in FAULTY
         for row, names in NOTICED_BY_SMOKE.items()
         for quick in [card == "emulator-a100" and row[1] in QUICK]
         for fault in names
-        if row[0] in devices.precisions(card) and row[2:] in ((), (card,))
+        if row[0] in devices.precisions(card)
     ],
 )
 def test_the_smoke_test_notices_wrong_kernels_at_its_default_sizes(

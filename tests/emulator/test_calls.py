@@ -299,7 +299,10 @@ def test_a_new_shape_plans_each_pass_once(core, monkeypatch, training):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_what_the_kernels_cannot_count_runs_on_the_reference_path(core, training):
-    cell, x = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, stride=(1, 1 << 25)), torch.rand(1, 2, 5, 7)
+    cell, x = (
+        snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, stride=(1, 1 << 25)),
+        torch.rand(1, 2, 5, 7),
+    )
     with core.installed(), torch.set_grad_enabled(training):
         found = [cell(x, *cell.reset_mem()) for _ in range(2)]
     assert cell.path.name == "reference"

@@ -46,7 +46,7 @@ KINDS = {
 }
 
 # The faults that a row of benchmarks/gpu_smoke.py notices by its numbers, at its default sizes:
-# precision and options, and the one card, if there is one. tests/bench/test_rehearsal.py runs them.
+# precision and options. tests/bench/test_rehearsal.py runs them.
 NOTICED_BY_SMOKE = {
     ("float32", "4 channels"): (
         "wrong_mem_buffer", "early_syn_forward", "early_syn_backward"
@@ -56,10 +56,8 @@ NOTICED_BY_SMOKE = {
     ("float32", "Leaky, one by one"): ("no_scalar_leaky_spikes",),
     ("float32", "Leaky, channels"): ("one_leaky_threshold",),
     ("float32", "Leaky, features"): ("one_leaky_feature",),
-    ("float16", "first layer"): (
-        "lost_last_gradient", "first_tile_column", "first_chunk", "first_input_chunk",
-    ),
-    ("float32", "first layer", "emulator-a100"): ("kept_sums",),
+    ("float16", "first layer"): ("lost_last_gradient",),
+    ("bfloat16", "first layer"): ("first_tile_column", "first_chunk", "first_input_chunk"),
     ("float32", "one column"): (
         "unturned_kernel", "unjoined_rows", "untrimmed_kernel", "no_graded_factor"
     ),

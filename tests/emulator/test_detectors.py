@@ -103,8 +103,3 @@ def test_a_schedule_repeats_itself(emulator):
     assert {run(seed) for seed in range(8)} == {0, 32}
     for seed in range(8):
         assert run(seed) == run(seed)
-
-
-def test_without_cp_async_copies_are_done_at_once(emulator):
-    emulator.settings.compute_capability = 75
-    assert violate(emulator, "return_with_copies", True) == ""

@@ -38,4 +38,7 @@ def test_kernels_have_the_instructions_that_were_meant(file, kernel, arch):
         loads = EXPECTED[file, kernel][number != "float"]
         for instructions in found:
             for expected in (hmma, loads, *COPIES):
-                assert any(f"{i[2]} ".startswith(expected) for i in instructions), (number, expected)
+                assert any(f"{one} ".startswith(expected) for one in instructions), (
+                    number,
+                    expected,
+                )

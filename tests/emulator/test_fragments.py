@@ -91,6 +91,7 @@ def test_ldmatrix_follows_the_ptx_isa(emulator, transposed):
         pairs = tile.astype(np.uint32)
         assert (r[:, [i]] == (pairs[g, 2 * t] | pairs[g, 2 * t + 1] << 16)).all()
 
+
 # ---- conversions --------------------------------------------------------------------------------
 
 

@@ -12,28 +12,22 @@ import pytest
 import torch
 
 import snnlstm
-from benchmarks.devices import EMULATED
 from snnlstm.native import cuda
 from tests.emulator.builder import HERE, ROOT, run
-from tests.emulator.launches import LAYERS, calls, launches_of, plan
+from tests.emulator.launches import calls, plan
 from tests.emulator.modes import MODES, PLAIN
 from tests.shared.cases import wanting_gradients
 
-@pytest.mark.parametrize(
-    ("card", "mode", "kind"), [("h100", "tf32", "mma"), ("t4", "float32", "fma")]
-)
-@pytest.mark.parametrize("layer", [name for name in LAYERS if name != "quant"])
-def test_how_many_launches_a_sequence_takes(core, layer, card, mode, kind):
-    core.device(*EMULATED[card])
-    found = [launch.kernel for launch in launches_of(core, LAYERS[layer], mode)]
-    time = LAYERS[layer].steps
-    forward = sum(name.startswith(("forward", "fire")) for name in found)
-    assert forward == time * (2 if "fire" in found else 1)
-    assert sum(name.startswith("backward") for name in found) == time
-    others = [n for n in found if not n.startswith(("forward", "backward", "fire", "spread"))]
-    assert others == [
-        f"pack weight ({kind})", f"pack weight ({kind})", f"data gradient ({kind})",
-        f"weight gradient ({kind})", "add gradients",
+
+@pytest.mark.parametrize("pool", [0, 1, 2])
+@pytest.mark.parametrize(("matrix", "kind"), [(0, "fma"), (1, "mma")])
+def test_how_many_launches_a_sequence_takes(core, matrix, kind, pool):
+    found = calls(core, matrix, T=3, Cin=8, pool=pool, pool_size=(1 + (pool > 0),) * 2)
+    pack, fires = f"pack weight ({kind})", pool > 0
+    assert [launch.kernel for launch in found] == [
+        pack, *3 * [f"forward step ({kind})", *["fire"] * fires],
+        pack, *3 * [*["spread spikes"] * fires, f"backward step ({kind})"],
+        f"data gradient ({kind})", f"weight gradient ({kind})", "add gradients",
     ]  # fmt: skip
 
 

@@ -48,9 +48,7 @@ class Backward {
 
  private:
   int64_t threshold_blocks() const { return steps_.to_mem.tiling.tiles(); }
-  int64_t threshold_pitch() const {
-    return steps_.to_mem.tiling.columns * steps_.to_mem.channels;
-  }
+  int64_t threshold_pitch() const { return steps_.to_mem.tiling.columns * steps_.to_mem.channels; }
 
   // Returns the memory for mem after each step, or null if it is not needed.
   void* own_mem() const { return a_.grad_weight ? mem_ : nullptr; }

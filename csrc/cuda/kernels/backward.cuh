@@ -42,8 +42,7 @@ SNNLSTM_DEVICE void take(const float (&acc)[2][4], float (&v)[2][4]) {
 }
 
 template <class Element>
-__global__ void __launch_bounds__(kThreads, 3)
-    backward_mma(const __grid_constant__ BackwardMma p) {
+__global__ void __launch_bounds__(kThreads, 3) backward_mma(const __grid_constant__ BackwardMma p) {
   if constexpr (arch::has_mma) {
     using Gemm = MmaGemm<Element, 2>;
     auto* shared = &shared_memory<unsigned char>();
@@ -60,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll 1
     for (int mi = 0; mi < 2; ++mi) {  // not unrolled: the accumulators move instead
       tile.patch(Gemm::pixel(mi), 4 * Gemm::quad(),
-                 [&](float(&d_mem)[2][4]) { take(acc[0], d_mem); }, {sums_of_warp, 4, mi == 0});
+                 [&](float (&d_mem)[2][4]) { take(acc[0], d_mem); }, {sums_of_warp, 4, mi == 0});
       unrolled<2, 4>([&](int nt, int r) { acc[0][nt][r] = acc[1][nt][r]; });
     }
     __syncthreads();
@@ -111,8 +110,8 @@ __global__ void __launch_bounds__(kThreads, fma::kBlocks<R>)
     backward_fma(const __grid_constant__ BackwardFma p) {
   auto& shared = shared_memory<fma::GemmShared<R>>();
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
-  const BackwardTile<R> tile(p.neuron, p.tiling, block, block.column * fma::kColumns,
-                             fma::kColumns, shared.vectors);
+  const BackwardTile<R> tile(p.neuron, p.tiling, block, block.column * fma::kColumns, fma::kColumns,
+                             shared.vectors);
   if (tile.is_padded()) return;
   tile.load_vectors();
   fma::Gemm<R> gemm(shared, p.tiling, block);

@@ -54,7 +54,6 @@ enum class Fault : int {
   first_tile_column,
   first_chunk,
   first_input_chunk,
-  kept_sums,
   unturned_kernel,
   unjoined_rows,
   untrimmed_kernel,

@@ -155,9 +155,8 @@ class Gemm {
   }
 
   SNNLSTM_DEVICE void fetch_weights(const R* weight) {
-    unrolled<kOwnVectors>([&](int k) {
-      weights_[k] = load<uint4>(weight + (tid_ + k * kThreads) * kVector);
-    });
+    unrolled<kOwnVectors>(
+        [&](int k) { weights_[k] = load<uint4>(weight + (tid_ + k * kThreads) * kVector); });
   }
 
   SNNLSTM_DEVICE void put(int buffer) {

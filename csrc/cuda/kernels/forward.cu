@@ -95,8 +95,8 @@ class Forward {
     ForwardMma p;
     p.tiling = step.tiling;
     p.neuron = n;
-    p.conv = mma_conv({mma_segment(x, step.multiply, step.tiling),
-                       mma_segment(mem, step.multiply, step.tiling)});
+    p.conv = mma_conv(
+        {mma_segment(x, step.multiply, step.tiling), mma_segment(mem, step.multiply, step.tiling)});
     p.conv.weight = packed.x.in(a_.weight);
     p.conv.weight_pitch = packed.x.pitch;
     const size_t bytes = size_t(p.conv.shared_bytes());

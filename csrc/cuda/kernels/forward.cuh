@@ -33,8 +33,7 @@ SNNLSTM_DEVICE void take_tile(float (&acc)[2][4 * Tiles][4], float (&sum)[4][2][
 }
 
 template <class Element, int Tiles>
-__global__ void __launch_bounds__(kThreads, 2)
-    forward_mma(const __grid_constant__ ForwardMma p) {
+__global__ void __launch_bounds__(kThreads, 2) forward_mma(const __grid_constant__ ForwardMma p) {
   if constexpr (arch::has_mma) {
     using Gemm = MmaGemm<Element, 4 * Tiles>;
     constexpr int kChannels = 8 * Tiles;

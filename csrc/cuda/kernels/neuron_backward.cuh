@@ -87,8 +87,7 @@ class BackwardTile {
   // recurrent(d_mem) writes the thread's gradients of mem, d_mem[pixel][channel], which are 0
   // before.
   template <class Recurrent>
-  SNNLSTM_DEVICE void patch(int m, int first, Recurrent&& recurrent,
-                            const RowSums<R>& sums) const {
+  SNNLSTM_DEVICE void patch(int m, int first, Recurrent&& recurrent, const RowSums<R>& sums) const {
     Patch p;
     load(p, m, first);
     if (p_.own_mem.present()) store_patch<Ours<OfGates>>(p_.own_mem, p.at, p.c0, p.mem);
@@ -167,8 +166,7 @@ class BackwardTile {
       p.mem[px][ch] = N::after_reset(p_.reset, N::next_mem(a.o, p.tanh_syn[px][ch]),
                                      is_flagged(p.gate[2][px][ch]), p.threshold[ch]);
     });
-    if (p_.fire.num_levels > 0)
-      for_each_value(p.mem, [&](R x) { return quantised(p_.fire, x); });
+    if (p_.fire.num_levels > 0) for_each_value(p.mem, [&](R x) { return quantised(p_.fire, x); });
     if (std::is_same_v<typename OfStates::Type, AnyType>) {
       const DType type = p_.syn_prev.type;
       unrolled<2, 4>([&](int px, int ch) { p.mem[px][ch] = rounded(type, p.mem[px][ch]); });
@@ -214,9 +212,8 @@ class BackwardTile {
                                     R (&d_syn)[2][4], R (&of_threshold)[2][4]) const {
     unrolled<2>([&](int px) {
       // Pixels after the last whole window are in no window.
-      const bool pooled =
-          p_.fire.pool == Pool::none ||
-          (p.at.y[px] < p_.fire.Hp * p_.fire.pool_h && p.at.x[px] < p_.fire.Wp * p_.fire.pool_w);
+      const bool pooled = p_.fire.pool == Pool::none || (p.at.y[px] < p_.fire.Hp * p_.fire.pool_h &&
+                                                         p.at.x[px] < p_.fire.Wp * p_.fire.pool_w);
       unrolled<4>([&](int ch) {
         const bool real = pooled && p.at.valid[px] && p.c0 + ch < p_.C;
         const R through_spike = real ? spike[px][ch] : R(0);

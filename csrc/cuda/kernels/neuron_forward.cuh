@@ -59,11 +59,9 @@ struct NeuronForward : NeuronStep {
 // What a kernel that multiplies Elements knows: gates have that type. States are float32 if
 // Elements are floats.
 template <class Element>
-using KnownStates =
-    Known<std::conditional_t<sizeof(Element) == 4, float, AnyType>, Access::scalar>;
+using KnownStates = Known<std::conditional_t<sizeof(Element) == 4, float, AnyType>, Access::scalar>;
 template <class Element>
-using KnownGates =
-    Known<Element, Access::channels>;
+using KnownGates = Known<Element, Access::channels>;
 
 // Moves every value one place towards v[0][0], whose value is lost, and puts `last` at the end.
 template <int CH, class R>

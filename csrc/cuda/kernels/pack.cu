@@ -1,9 +1,8 @@
 // Launches the kernels that convert the weight and the quantiser's levels to what the other kernels
 // read.
-#include "pack.cuh"
-
 #include "../launchers.h"
 #include "../steps.h"
+#include "pack.cuh"
 
 namespace snnlstm::cuda {
 
@@ -17,9 +16,9 @@ void Pass::pack(const void* weight, void* packed, void* stream) const {
     if (part->blocks == 0) continue;  // cudnn has no packed weight
     const int64_t blocks = part->blocks * part->chunks * (part->mma() ? part->tiles / 2 : 1);
     Packing& job = (part->mma() ? mma : fma).job[part == &steps_->packed.x ? 0 : 1];
-    job = {*part,     static_cast<char*>(packed) + part->start,
-           weight,    s.c.dtype,
-           int(s.c.C), int(s.Cp),
+    job = {*part,        static_cast<char*>(packed) + part->start,
+           weight,       s.c.dtype,
+           int(s.c.C),   int(s.Cp),
            int(s.c.Cin), int(s.taps),
            steps_->taps, blocks};
     (part->mma() ? mma_blocks : fma_blocks) += blocks;

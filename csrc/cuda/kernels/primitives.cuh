@@ -1,7 +1,7 @@
 // What kernels are written against: inline PTX under nvcc, an emulation (tests/emulator) under g++.
 //
 // A kernel is ordinary CUDA C++: __global__, threadIdx, __syncthreads(), __syncwarp(),
-// __shfl_xor_sync(), __any_sync(), float4 and their like exist in both builds. This file adds what
+// __shfl_xor_sync(), float4 and their like exist in both builds. This file adds what
 // CUDA C++ has no short name for: the block's dynamic shared memory as one struct, asynchronous
 // copies, fragments and tensor core multiply-adds, and accesses to whole vectors. The types fp16,
 // bf16 and tf32 are in half.cuh, the seeded faults in fault.cuh, and a checked launch in

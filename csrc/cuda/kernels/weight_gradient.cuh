@@ -180,7 +180,9 @@ class WeightGradientFma {
   // The block's place. Columns count fastest, then rows, then splits.
   SNNLSTM_DEVICE int column_blocks() const { return of_.part_columns / kTilePixels; }
   SNNLSTM_DEVICE int row_blocks() const { return of_.part_rows / fma::kColumns; }
-  SNNLSTM_DEVICE int first_column() const { return int(blockIdx.x) % column_blocks() * kTilePixels; }
+  SNNLSTM_DEVICE int first_column() const {
+    return int(blockIdx.x) % column_blocks() * kTilePixels;
+  }
   SNNLSTM_DEVICE int first_row() const {
     return int(blockIdx.x) / column_blocks() % row_blocks() * fma::kColumns;
   }

@@ -79,8 +79,7 @@ class WeightGemm {
     const int end = round_robin ? all : min(first + int(p_.grad.share), all);
     int folded = 0;  // tiles since the last fold
 #pragma unroll 1
-    for (int tile = round_robin ? split_ : first; tile < end;
-         tile += round_robin ? p_.splits : 1) {
+    for (int tile = round_robin ? split_ : first; tile < end; tile += round_robin ? p_.splits : 1) {
       const BlockPlace at = block_of(p_.grad.tiling, unsigned(tile));
       if (is_padded(p_.grad.lengths, at)) continue;
       __syncthreads();  // nobody reads the tile before
@@ -135,7 +134,7 @@ class WeightGemm {
     unrolled<kSums>([&](int i) {
       float& sum = (&acc_[0][0][0][0])[i];
       if (!fault(Fault::lost_totals)) (&total_[0][0][0][0])[i] += sum;
-      if (!fault(Fault::kept_sums)) sum = 0;
+      sum = 0;
     });
   }
 
@@ -164,9 +163,9 @@ class WeightGemm {
       const int row = row_ * weight_tile::kRows + unit * E::kPerGroup;
       const bool real = y < p_.grad.Ho && x < p_.grad.Wo && row < p_.grad.rows;
       const int from = real ? (y * p_.grad.Wo + x) * p_.grad.rows + row : 0;
-      cp_async(gates_ + unit / 4 * weight_tile::kPlaneBytes + mma_tile::row_offset(m) +
-                   unit % 4 * 16,
-               image + from, real);
+      cp_async(
+          gates_ + unit / 4 * weight_tile::kPlaneBytes + mma_tile::row_offset(m) + unit % 4 * 16,
+          image + from, real);
     }
     const MmaSegment& source = p_.source[at.t > 0 && p_.grad.later.present() ? 1 : 0];
     BlockPlace of_source = at;

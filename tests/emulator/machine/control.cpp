@@ -22,8 +22,8 @@ SIMT_EXPORT void simt_fault(int which) { snnlstm::cuda::chosen_fault = which; }
 SIMT_EXPORT const char* simt_launches() {
   answer.clear();
   for (const simt::Geometry& g : simt::machine().launches)
-    answer += simt::text(g.name, "\t", g.grid.count(), "\t", g.block.count(), "\t", g.shared_bytes,
-                         "\n");
+    answer +=
+        simt::text(g.name, "\t", g.grid.count(), "\t", g.block.count(), "\t", g.shared_bytes, "\n");
   simt::machine().launches.clear();
   return answer.c_str();
 }

@@ -25,11 +25,11 @@ struct Settings {
 extern "C" __attribute__((visibility("default"))) Settings simt_settings;
 
 enum class State : uint8_t { ready, at_collective, at_barrier, done };
-enum class Operation : uint8_t { sync, shuffle, vote, ldmatrix, mma };
+enum class Operation : uint8_t { sync, shuffle, ldmatrix, mma };
 
 // What a thread brings to a collective, and the places of its results.
 struct Offer {
-  uint64_t value = 0;  // of a shuffle; a predicate
+  uint64_t value = 0;  // of a shuffle
   int lanes = 0;
   const void* row = nullptr;
   const uint32_t *a = nullptr, *b = nullptr;

@@ -170,6 +170,7 @@ void cp_async(void* to, const void* from, bool real) {
   const auto refuse = [&](const std::string& why) {
     m.fail(text(m.name(thread), ": cp_async at ", describe_pc(pc), ": ", why));
   };
+  if (simt_settings.compute_capability < 80) refuse("it needs sm_80");
   if (locate(to).space != Space::shared)
     refuse("the target is no shared memory but " + describe_address(to));
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) refuse("the source is misaligned");
@@ -177,10 +178,6 @@ void cp_async(void* to, const void* from, bool real) {
   access(thread, to, 16, Access::copy_issue, pc);
   std::memset(to, 0xff, 16);
   thread.copies.push_back({to, from, real, thread.committed, pc});
-  if (simt_settings.compute_capability < 80) {
-    finish_copy(thread, thread.copies.back());
-    thread.copies.pop_back();
-  }
 }
 
 void cp_async_commit() { ++machine().current->committed; }

@@ -110,7 +110,8 @@ bool races(const Record& r, const Thread& thread, bool global) {
   else if (r.thread / warp_size == thread.warp->id)
     remedy = "neither a barrier nor a __syncwarp between them";
   m.fail(text("race: ", m.name(thread), " ", second, " ", describe_address(address), " at ",
-              describe_pc(pc), "; ", m.name_of(r.thread), other ? " of an earlier block " : " ", first, " it at ", describe_pc(lengthen(r.pc)), ", ", remedy));
+              describe_pc(pc), "; ", m.name_of(r.thread), other ? " of an earlier block " : " ",
+              first, " it at ", describe_pc(lengthen(r.pc)), ", ", remedy));
 }
 
 struct Context {

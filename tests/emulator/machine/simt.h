@@ -79,7 +79,6 @@ void store(void* p, const void* value, size_t bytes);
 void barrier(Site site);
 void sync_warp(Site site);
 uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site);
-bool any(unsigned mask, bool predicate, Site site);
 
 // ---- cvt of fp16 ----
 
@@ -127,8 +126,4 @@ __forceinline__ T __shfl_xor_sync(unsigned mask, T v, int lanes, SIMT_SITE) {
   std::memcpy(&v, &bits, sizeof(T));
   return v;
 }
-__forceinline__ int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
-  return ::simt::any(mask, predicate != 0, site);
-}
-
 __forceinline__ int min(int a, int b) { return b < a ? b : a; }
