@@ -42,8 +42,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stride, dilation": arguments_of("dilation and stride", reset="none"),
     # One launch stores 256 levels, of 512.
     "quantised": {"n": 1, "state_quant": snnlstm.quant.state_quant(9)},
-    # The window is larger than a tile.
-    "one window": {"avg_pool": "image"},
     # A pixel's number in its window needs more than a byte.
     "532 pixels": {"t": 3, "n": 1, "c": 8, "h": 19, "w": 28, "max_pool": "image"},
     # A row has several tiles, and x few channels, but mem more than one chunk of them. Only the

@@ -49,7 +49,7 @@ inline void lay_out(std::initializer_list<View*> views, Cell& cell, const Cell& 
   cell = as;
 }
 inline ForwardArgs as_run(ForwardArgs a, const Cell& as) {
-  lay_out({&a.x, &a.syn0, &a.mem0, &a.gate_sums, &a.x_sums, &a.spk, &a.syn, &a.mem}, a.cell, as);
+  lay_out({&a.x, &a.syn0, &a.mem0, &a.gate_sums, &a.spk, &a.syn, &a.mem}, a.cell, as);
   return a;
 }
 inline BackwardArgs as_run(BackwardArgs a, const Cell& as) {

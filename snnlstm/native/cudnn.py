@@ -149,7 +149,7 @@ def forward(
             spk, out_mem = None, spks[t]  # spk is mem, and the next step reads it there
         views, step = (None, *strided(syn, mem)), _step_of(call, t)  # step owns its lengths
         fields = plan.call_fields(views, step, saved, t)
-        results = strided(sums.to(how.sums_dtype), None, spk, out_syn, out_mem)
+        results = strided(sums.to(how.sums_dtype), spk, out_syn, out_mem)
         core.run(stream, (0, 0, 0, 0, levels, 0, *fields, bias, *results))
         syn, mem = out_syn, out_mem
 

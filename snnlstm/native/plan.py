@@ -373,7 +373,6 @@ class Plan(Sizes):
             *self.call_fields(views, call, saved),
             bias_at,
             None,
-            None,
             (spk.data_ptr(), self.spk_strides) if self.has_spk else None,
             (new_syn.data_ptr(), self.out_strides),
             (new_mem.data_ptr(), self.out_strides),

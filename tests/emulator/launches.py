@@ -40,7 +40,7 @@ def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
     with core.dry() as launches:
         forward, backward = (plan(core, matrix, a_pass, **facts) for a_pass in (False, True))
         forward.pack(ADDRESS, ADDRESS, 0)
-        forward.run(0, (*common, 0, None, None, *(state,) * 3))
+        forward.run(0, (*common, 0, None, *(state,) * 3))
         backward.pack(ADDRESS, ADDRESS, 0)
         gradients = *(state,) * 3, x, state, state, *(ADDRESS,) * 3
         backward.run(0, (*common, *gradients, 0, 0))

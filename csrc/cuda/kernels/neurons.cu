@@ -33,10 +33,7 @@ void CudnnSteps::forward(const ForwardArgs& args, void* stream) const {
   const Cell& c = s.c;
   ForwardNeurons p;
   p.tiling = tiling;
-  for (int k = 0; k < 4; ++k) {
-    p.sums[k] = gate_of(args.gate_sums, gates, c, k);
-    p.x_sums[k] = gate_of(args.x_sums, real, c, k);
-  }
+  for (int k = 0; k < 4; ++k) p.sums[k] = gate_of(args.gate_sums, gates, c, k);
   p.neuron = neuron_forward(args, 0, 4);
   if (args.saved_syn) p.neuron.own_syn = image(args.saved_syn, s, type);
   if (args.saved_gates) p.neuron.gates_out = image(args.saved_gates, s, gates, 4);

@@ -25,8 +25,7 @@ SNNLSTM_DEVICE int channel() { return 4 * (int(threadIdx.x) % 4); }
 
 struct ForwardNeurons {
   Tiling tiling;
-  // Each gate, (1, N, C, Ho, Wo) in any layout: sums of mem and of x, or of both (without x_sums).
-  Tensor sums[4], x_sums[4];
+  Tensor sums[4];  // of each gate, (1, N, C, Ho, Wo) in any layout
   NeuronForward neuron;
 };
 
@@ -41,13 +40,7 @@ __global__ void __launch_bounds__(neurons::kThreads, neurons::kBlocks<R>)
   tile.load_vectors();
   const PixelPair at = pixel_pair(p.tiling, block, neurons::pixel(), p.neuron.Ho, p.neuron.Wo);
   R sum[4][2][4];
-  unrolled<4>([&](int gate) {
-    load_patch(p.sums[gate], at, c0 + neurons::channel(), sum[gate]);
-    if (!p.x_sums[gate].present()) return;
-    R xs[2][4];
-    load_patch(p.x_sums[gate], at, c0 + neurons::channel(), xs);
-    unrolled<2, 4>([&](int px, int ch) { sum[gate][px][ch] += xs[px][ch]; });
-  });
+  unrolled<4>([&](int gate) { load_patch(p.sums[gate], at, c0 + neurons::channel(), sum[gate]); });
   if (!fault(Fault::no_vectors_barrier)) __syncthreads();
   tile.patch(neurons::pixel(), neurons::channel(), sum);
 }

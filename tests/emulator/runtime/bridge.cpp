@@ -142,7 +142,6 @@ struct CheckedPass : cuda::Pass {
     add_inputs(arrays, a, e);
     arrays.add("bias", a.bias, 4 * c.C * e.size, reads);
     arrays.add("gate sums", a.gate_sums, e.gates, cuda::gate_type(c.dtype, matrix), reads);
-    arrays.add("x sums", a.x_sums, e.gates, cuda::real_of(c.dtype), reads);
     arrays.add("spk", a.spk, e.spikes, c.dtype, a.lengths ? updates : writes);
     arrays.add("syn", a.syn, e.states, c.dtype, states);
     arrays.add("mem", a.mem, e.states, c.dtype, states);
