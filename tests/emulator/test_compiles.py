@@ -19,7 +19,6 @@ from tools import local_version
 needs_nvcc = pytest.mark.skipif(gpu_tools.find("nvcc") is None, reason="there is no nvcc")
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 LEAKY = ROOT / "csrc" / "cuda" / "kernels" / "leaky.cu"
-# One architecture, and others at length.
 ARCHITECTURES = [*(pytest.param(arch, marks=pytest.mark.emulator_long) for arch in (75, 90)), 80]
 TUNED = (75, 80, 90)  # the architectures whose registers and shared memory were chosen with care
 

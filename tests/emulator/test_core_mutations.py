@@ -41,7 +41,6 @@ KINDS = {
     "wrong_row_stride": "misaligned: .* reads 8 bytes at",
     "no_chunk_wait": "race: .* reads .* while a cp_async of its own to it is under way",
     "no_chunk_barrier": "race: .* writes it .*, neither a barrier nor a __syncwarp between them",
-    "no_reuse_barrier": "race: .* reads it .*, neither a barrier nor a __syncwarp between them",
     "no_fma_chunk_barrier": "uninitialised: .*, which nobody has written",
 }
 
