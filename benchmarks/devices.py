@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import os
 import re
 import subprocess
@@ -25,14 +24,8 @@ from tools.local_version import QUERY, printed
 # CUDA C++ Programming Guide.
 EMULATED = {
     "t4": (75, 40, 64 * 1024),
-    "2080ti": (75, 68, 64 * 1024),
     "a100": (80, 108, 163 * 1024),
-    "3090": (86, 82, 99 * 1024),
     "4090": (89, 128, 99 * 1024),
-    "l4": (89, 58, 99 * 1024),
-    "h100": (90, 132, 227 * 1024),
-    "b200": (100, 148, 227 * 1024),
-    "5090": (120, 170, 99 * 1024),
 }
 DEVICES = ("cpu", "cuda", *(f"emulator-{name}" for name in EMULATED))
 
@@ -117,28 +110,6 @@ def precisions(device: str) -> tuple[str, ...]:
     return (*exact, "float16", "autocast16", *newer)
 
 
-@contextlib.contextmanager
-def blocks(device: str, shapes: tuple[int, int] | None) -> Iterator[None]:
-    """Within the block, steps have these rows of kForwardShapes and kDataShapes (planning.h)."""
-    from snnlstm.native import backends
-
-    if shapes is None:
-        yield
-        return
-    before = backends.BACKENDS[device]
-    other: Any = copy.copy(before)
-
-    def core_pass(s: Any, tf32: bool, algorithm: str, backward: bool, other: Any = None) -> Any:
-        return before.core_pass(s, tf32, algorithm, backward, other, shape=shapes[backward])
-
-    other.core_pass = core_pass
-    backends.BACKENDS[device] = other
-    try:
-        yield
-    finally:
-        backends.BACKENDS[device] = before
-
-
 def captured(
     run: Callable[[], Any], setup: Callable[[], object] = lambda: None
 ) -> tuple[Callable[[], None], Any]:
@@ -167,8 +138,8 @@ def running(device: str) -> Iterator[None]:
         yield
         return
     core = emulator()
-    core.checks(races=False)
-    core.device(*EMULATED[device.removeprefix("emulator-")], algorithm="auto")
+    core.settings.races = 0
+    core.device(*EMULATED[device.removeprefix("emulator-")])
     try:
         with core.installed():
             yield

@@ -6,8 +6,9 @@
 What is missing is listed first, with the lines that install it. With --venv DIR it is installed
 into an environment, where the command goes on; otherwise it needs no network. The clock starts
 behind the build, for which --core takes a core that was built elsewhere. In four minutes --quick
-checks spikes, states, gradients and launches that overlap, and times every algorithm and block, and
-layers beside snnTorch's. Without it tests, sanitizers and large layers follow, in half an hour.
+checks spikes, states, gradients and that results repeat, and times layers beside snnTorch's: our
+own kernels ("sequence:fused") and ours around cuDNN ("sequence:cudnn") for each. Without it tests,
+sanitizers and large layers follow, in half an hour.
 Each command must end by some time, and later ones get the time that earlier ones leave.
 
 --rehearse goes through the same steps on an emulated GPU (emulator-t4, tests/emulator), with tiny
@@ -80,18 +81,15 @@ class Place(NamedTuple):
 def steps(place: Place, quick: bool, gpus: set[int]) -> list[Step]:
     """Returns the steps, with tiny layers and few tests in a rehearsal. gpus: see `building`."""
     rehearsal, cores = place.device != "cuda", os.cpu_count() or 1
-    overlaps = not rehearsal and place.capability >= 90  # by programmatic dependent launch
     work, python = shlex.quote(str(place.work)), shlex.quote(sys.executable)
     device, small = f"--device {place.device}", " --sizes 2 1 3 5 6 7" if rehearsal else ""
     smoke = f"{python} -m benchmarks.gpu_smoke {device}{small} --algorithms"
-    timed = f"{python} -m benchmarks.gpu_algorithms {device} --limit LEFT"
-    overlap = f"{python} -m benchmarks.gpu_overlap {device} --limit LEFT"
-    timed, overlap = (line + f" --layers {TINY}" * rehearsal for line in (timed, overlap))
     dtypes = DTYPES[max(known for known in DTYPES if known <= place.capability)]
     bench = f"{python} -m benchmarks {device} --threads all --dtype {dtypes} --limit LEFT "
     bench += f"--shape {TINY} --seconds 0.2 " if rehearsal else ""
     shapes = "" if rehearsal else "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 "
-    beside = "snntorch snntorch-cudagraph loop sequence sequence-cudagraph"
+    beside = "snntorch snntorch-cudagraph loop sequence sequence-cudagraph sequence:fused "
+    beside += "sequence:cudnn"
 
     def step(name: str, quick_end: float, whole_end: float, command: str) -> Step:
         return Step(name, quick_end / 240 if quick else whole_end / 1800, command)
@@ -103,13 +101,8 @@ def steps(place: Place, quick: bool, gpus: set[int]) -> list[Step]:
         # The first has the imports, the context of the GPU and cuDNN's start.
         step("smoke fused", 60, 60, f"{smoke} fused"),
         step("smoke cudnn", 100, 100, f"{smoke} cudnn"),
-        step("overlap", 130, 160, overlap),
-        step("algorithms", 170, 360, f"{timed} --out {work}/algorithms.csv"),
-        step("algorithms apart", 180, 380,
-             f"env SNNLSTM_PDL=0 {timed} --layers mnist dvs --out {work}/apart.csv"),
         step("layers", 234, 700, f"{bench}{shapes}--providers {beside} --out {work}/layers"),
     ]  # fmt: skip
-    found = [one for one in found if overlaps or one.name != "algorithms apart"]
     if quick:
         return found
     # pytest fails if it finds no test of the backend.
@@ -119,9 +112,7 @@ def steps(place: Place, quick: bool, gpus: set[int]) -> list[Step]:
     tests = "tests/cell/test_quant.py" if rehearsal else tests
     tests = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests} --backend"
     shapes = "--shapes leaky audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 " * (not rehearsal)
-    beside += " loop-cudagraph compiled-loop sequence:cudnn" + (
-        "" if rehearsal else " sequence:measure"
-    )
+    beside += " loop-cudagraph compiled-loop"
     # torch.compile takes a minute of one core for a layer.
     beside += " snntorch-compile snntorch-compile-graph" if cores >= 8 else ""
     found.append(step("tests", 0, 1200, f"{tests} {place.device.split('-')[0]}"))

@@ -42,8 +42,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stride, dilation": arguments_of("dilation and stride", reset="none"),
     # One launch stores 256 levels, of 512.
     "quantised": {"n": 1, "state_quant": snnlstm.quant.state_quant(9)},
-    # A kernel of its own forms the spikes if a window is larger than a tile.
-    "one window": {"avg_pool": "image"},
     # A pixel's number in its window needs more than a byte.
     "532 pixels": {"t": 3, "n": 1, "c": 8, "h": 19, "w": 28, "max_pool": "image"},
     # A row has several tiles, and x few channels, but mem more than one chunk of them. Only the
@@ -52,12 +50,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # The batch becomes one image, with a sample in each row. Taps beside the column are skipped.
     "one column": {"n": 3, "cin": 4, "c": 8, "h": 33, "w": 1, "graded": 2.0},
     "4 channels": {"c": 4},
-    # Each block of a step on tensor cores; two warps along channels need more than 16 channels.
-    "blocks 4x2, 4x1": {"n": 1, "c": 21, "blocks": (0, 0)},
-    "blocks 4x1, 2x1x2": {"n": 1, "c": 21, "blocks": (1, 1)},
-    "blocks 2x2, 4x1": {"n": 1, "c": 21, "blocks": (2, 0)},
-    "blocks 2x1, 2x1x2": {"n": 1, "c": 21, "blocks": (3, 1)},
     # These are of the call: see Cell.
+    "repeated": {"repeats": 20, "record": False} | arguments_of("max_pool", reset="zero"),
     "channels last": {"channels_last": True},
     "lengths": {"lengths": True},
     "step loop": {"loop": True},
@@ -70,12 +64,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 NAMES = ("t", "n", "cin", "c", "h", "w")
 SIZES = (6, 2, 6, 21, 7, 10)
 """The sizes T, N, Cin, C, H, W are no multiples of a tile's, and T is none of the steps that a
-thread loads at once. An even width has plain steps. Options may replace a size."""
+thread loads at once. Options may replace a size."""
+LARGE = (4, 16, 16, 40, 32, 32)  # of "repeated", on a GPU: several blocks on each multiprocessor
 GRAPHS = ("cuda",)  # the devices whose results are also taken from a CUDA graph
 SECOND, CONTEXT = "cuda:1", 100  # MiB; a context takes more
 EXACT = ("float64", "float32")
 ALGORITHMS = ("fused", "cudnn")
-ROUNDING = ("max_pool, subtract", "avg_pool, zero", "quantised", "532 pixels")
+ROUNDING = ("max_pool, subtract", "avg_pool, zero", "quantised", "532 pixels", "repeated")
 """Rounding changes decisions of these options; coarse precisions leave them out."""
 SPIKING, ROUNDED, DECIDING = 0.15, 0.05, 0.02
 """The share of neurons that spike; the largest shares that may spike by rounding, and whose states
@@ -94,10 +89,9 @@ def rows(device: str, algorithms: Sequence[str], names: Sequence[str]) -> list[t
         (precision, algorithm, name)
         for precision, algorithm, name in itertools.product(types, algorithms, names)
         if (precision in EXACT or name not in ROUNDING)
-        # No algorithm changes a Leaky, and of precisions x's type alone; blocks are of ours alone.
-        and (algorithm in ("fused", "direct") or not {"leaky", "blocks"} & set(OPTIONS[name]))
+        # No algorithm changes a Leaky, and of precisions x's type alone; cuDNN need not repeat.
+        and (algorithm in ("fused", "direct") or not {"leaky", "repeats"} & set(OPTIONS[name]))
         and (precision not in WIDE or "leaky" not in OPTIONS[name])
-        and ("blocks" not in OPTIONS[name] or (device != "cpu" and precision != "float64"))
         and (two or name != "second GPU")
     ]
 
@@ -131,24 +125,25 @@ class Cell:
 
     channels_last: the layout of x. lengths: some samples end earlier. loop: steps are called one by
     one. record: training has the states of all steps, and inference the last ones; else the other
-    way round. graded: the factor of the spikes. leaky: it is a Leaky. blocks: see
-    `devices.blocks`. second: it lies on the second GPU. Options that are sizes replace those of
-    `sizes`.
+    way round. graded: the factor of the spikes. leaky: it is a Leaky. repeats: so many equal calls
+    must have equal results, bit for bit. second: it lies on the second GPU. Options that are sizes
+    replace those of `sizes`.
     """
 
     def __init__(
         self, setting: Setting, sizes: Sequence[int], channels_last: bool = False,
         lengths: bool = False, loop: bool = False, record: bool = True, graded: float = 1.0,
-        leaky: bool = False, blocks: tuple[int, int] | None = None, second: bool = False,
+        leaky: bool = False, repeats: int = 0, second: bool = False,
         **options: Any,
     ) -> None:  # fmt: skip
         setting.apply_precision()
         torch.manual_seed(0)
+        sizes = LARGE if repeats and setting.device == "cuda" else sizes
         t, n, cin, c, h, w = (
             options.pop(name, size) for name, size in zip(NAMES, sizes, strict=True)
         )
         c = cin if leaky else c
-        self.setting, self.loop, self.leaky, self.blocks = setting, loop, leaky, blocks
+        self.setting, self.loop, self.leaky, self.repeats = setting, loop, leaky, repeats
         self.record, self.graded = record, graded
         self.captures, self.second = setting.device in GRAPHS and not second, second
         device = torch.device(SECOND) if second else setting.torch_device
@@ -286,11 +281,14 @@ class Cell:
     def judged(self) -> tuple[str, bool]:
         """Runs the cell; returns what is to be said, and whether all is right."""
         before = devices.memory_of_first() if self.second else 0
-        with devices.blocks(self.setting.torch_device.type, self.blocks):
-            runs = [self.results(), *(self.replayed() for _ in range(self.captures))]
-            with torch.no_grad():  # inference
-                inferred = self.called(record=not self.record)
-            path = self.cell.path
+        runs = [self.results(), *(self.replayed() for _ in range(self.captures))]
+        with torch.no_grad():  # inference
+            inferred = self.called(record=not self.record)
+        path, first = self.cell.path, list(itertools.chain(*runs[0]))
+        differing = sum(
+            not all(map(torch.equal, first, itertools.chain(*self.results())))
+            for _ in range(self.repeats)
+        )
         taken = devices.memory_of_first() - before if self.second else 0
         (_, *true), expected = self.exact()
         limit: Any = torch.inf
@@ -305,6 +303,8 @@ class Cell:
         # Levels that rounding changes explain the rest.
         share, right = 1 - DECIDING * ("state_quant" in self.options), taken < CONTEXT
         texts = [f"{taken} MiB taken on the first GPU"] * (not right)
+        if differing:
+            right, texts = False, [*texts, f"{differing} of {self.repeats} repeats differ"]
         for trained, found in runs:
             recorded, other = (trained, inferred) if self.record else (inferred, trained)
             (spk, *states), (last_spk, *last) = recorded, other

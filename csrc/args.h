@@ -126,9 +126,9 @@ struct PassArgs {
 
 struct ForwardArgs : PassArgs {
   const void* bias = nullptr;  // (4C,), contiguous
-  // CUDA, cudnn: torch's convolutions of mem, (1, N, 4C, Ho, Wo) in the gate type, and of x, in the
-  // compute type, or only gate_sums, that of cat[x, mem]. x and weight are unused.
-  View gate_sums, x_sums;
+  // CUDA, cudnn: torch's convolution of cat[x, mem], (1, N, 4C, Ho, Wo) in the gate type. x and
+  // weight are unused.
+  View gate_sums;
   View spk;       // (T, N, C, Hp, Wp); absent in a single step of a cell that does not spike
   View syn, mem;  // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
 

@@ -111,7 +111,7 @@ Args pass_args(const Cell& cell, const py::tuple& fields) {
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
   Args a;
   a.cell = cell;
-  Fields f(fields, kPassFields + (forward ? 6 : 11));
+  Fields f(fields, kPassFields + (forward ? 5 : 11));
   f.read(a.workspace, a.weight, a.weight_mem, a.weight_x, a.levels, a.order, a.x, a.syn0, a.mem0,
          a.threshold, a.threshold_stride, a.graded_factor, a.lengths, a.record, a.saved_gates,
          a.saved_syn, a.argmax);
@@ -122,7 +122,7 @@ Args pass_args(const Cell& cell, const py::tuple& fields) {
   if (cell.num_levels > 0) needs(a.levels, "levels");
   if (a.saved_gates && cell.T > 1) needs(a.saved_syn, "saved_syn");
   if constexpr (forward) {
-    f.read(a.bias, a.gate_sums, a.x_sums, a.spk, a.syn, a.mem);
+    f.read(a.bias, a.gate_sums, a.spk, a.syn, a.mem);
     needs(a.mem0.data, "mem0"), needs(a.syn.data, "syn"), needs(a.mem.data, "mem");
     if (cell.spiking || cell.T > 1) needs(a.spk.data, "spk");
     if (a.saved_gates && cell.pool == Pool::max) needs(a.argmax, "argmax");

@@ -211,10 +211,10 @@ inline void bind_cpu(py::module_& m) {
   m.def("isa_name", &cpu::isa_name);
   m.def("set_isa", &cpu::set_isa);
   m.def("same", &same_bytes);
-  m.def("same", [](Address a, Address copy_a, int64_t a_bytes, Address b, Address copy_b,
-                   int64_t b_bytes) {
-    return same_bytes(a, copy_a, a_bytes) && same_bytes(b, copy_b, b_bytes);
-  });
+  m.def("same",
+        [](Address a, Address copy_a, int64_t a_bytes, Address b, Address copy_b, int64_t b_bytes) {
+          return same_bytes(a, copy_a, a_bytes) && same_bytes(b, copy_b, b_bytes);
+        });
   m.def("facts", &facts);
   m.def("copy_weight", &copy_weight);
   m.def("cpu_padded_channels", [](int dtype, int64_t C) {

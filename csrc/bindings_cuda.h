@@ -47,11 +47,10 @@ void check_pass(const Args& a, const cuda::Pass& pass) {
 // matrix and algorithm: the numbers of cuda::Matrix and cuda::Algorithm.
 template <class Pass>
 Pass make_cuda_pass(Cell cell, const cuda::Device& device, int matrix, int algorithm, bool backward,
-                    int shape, std::pair<int, int> tile, bool lengths, const Pass* other) {
-  const auto [h, w] = tile;
+                    bool lengths) {
   cell.has_lengths = lengths;
-  return Pass(cell, device, numbered<cuda::Matrix>("matrix", matrix, 5),
-              numbered<cuda::Algorithm>("algorithm", algorithm, 3), backward, {shape, h, w}, other);
+  return Pass(cell, device, numbered<cuda::Matrix>("matrix", matrix, 4),
+              numbered<cuda::Algorithm>("algorithm", algorithm, 3), backward);
 }
 
 template <class Args, class Pass>
@@ -90,8 +89,6 @@ void bind_cuda(py::module_& m) {
            py::arg("compute_capability"), py::arg("multiprocessors"), py::arg("shared_bytes"))
       .def_readonly("compute_capability", &cuda::Device::compute_capability);
 
-  m.def("cuda_full_precision",
-        [](const cuda::Device& device) { return int(cuda::full_precision(device)); });
   m.def("cuda_padded_channels", [](int64_t C) {
     counted("C", C, 1);
     return cuda::padded_channels(C);
@@ -102,26 +99,9 @@ void bind_cuda(py::module_& m) {
 
   py::class_<Pass>(m, "CudaPass", py::module_local())
       .def(py::init(&make_cuda_pass<Pass>), py::arg("cell"), py::arg("device"), py::arg("matrix"),
-           py::arg("algorithm"), py::arg("backward"), py::arg("shape") = -1,
-           py::arg("tile") = std::pair(0, 0), py::arg("lengths") = false,
-           py::arg("other") = py::none())
-      // The passes that are worth timing, the rules' choice first.
-      .def_static(
-          "candidates",
-          [](Cell cell, const cuda::Device& device, int matrix, bool backward, bool lengths,
-             const Pass* other) {
-            cell.has_lengths = lengths;
-            const auto numbers = numbered<cuda::Matrix>("matrix", matrix, 5);
-            std::vector<Pass> passes;
-            for (cuda::Pass& pass : cuda::Pass::candidates(cell, device, numbers, backward, other))
-              passes.emplace_back(std::move(pass));
-            return passes;
-          },
-          py::arg("cell"), py::arg("device"), py::arg("matrix"), py::arg("backward"),
-          py::arg("lengths") = false, py::arg("other") = py::none())
+           py::arg("algorithm"), py::arg("backward"), py::arg("lengths") = false)
       .def_property_readonly("name", [](const Pass& p) { return p.name; })
       .def_property_readonly("algorithm", [](const Pass& p) { return int(p.algorithm); })
-      .def_property_readonly("tile", &Pass::tile)
       // The convolution that torch computes: kernel, stride, dilation and padding without the taps
       // that only meet the border, and the number of such taps on either side.
       .def_property_readonly("geometry",
@@ -138,18 +118,14 @@ void bind_cuda(py::module_& m) {
       .def_property_readonly("workspace", [](const Pass& p) { return p.workspace; })
       .def(
           "pack",
-          [](const Pass& p, Address weight, Address packed, Address stream, const Pass* other,
-             Address other_packed) {
+          [](const Pass& p, Address weight, Address packed, Address stream) {
             needs(at(weight), "weight");
             if (p.packed_bytes > 0) needs(at(packed), "packed");
-            if (!other != !at(other_packed))
-              throw py::value_error("other and other_packed must be given together");
-            aligned(at(packed), "packed"), aligned(at(other_packed), "other_packed");
+            aligned(at(packed), "packed");
             py::gil_scoped_release release;
-            p.pack(at(weight), at(packed), at(stream), other, at(other_packed));
+            p.pack(at(weight), at(packed), at(stream));
           },
-          py::arg("weight"), py::arg("packed"), py::arg("stream"), py::arg("other") = py::none(),
-          py::arg("other_packed") = 0)
+          py::arg("weight"), py::arg("packed"), py::arg("stream"))
       // values: doubles on the host
       .def(
           "store_levels",

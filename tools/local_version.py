@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 OLDEST_NVCC = 11, 8  # the first with cudaLaunchKernelExC and __grid_constant__
 ARCHS = 75, 80, 86, 89, 90, 100, 120
-PTX = 75, 80, 90
+PTX = 75, 80
 """Translating C++ to PTX takes two thirds of nvcc's time. Therefore GPUs without cp.async share one
-PTX, those with it another, and those on which launches overlap (griddepcontrol, from 9.0 on) a
-third. Each GPU still has its own machine code."""
+PTX, and those with it another. Each GPU still has its own machine code."""
 TOOLKIT = "/usr/local/cuda"  # where NVIDIA's installers put it
 # The CUDA of torch and of nvcc for drivers from a number on. PyPI has both for CUDA 13 alone. The
 # indexes of torch have torch for the others: cu128 up to 2.11, and cu126 up to 2.14.
@@ -193,7 +192,7 @@ def machine_code(nvcc: str, archs: Iterable[int]) -> tuple[list[str], str]:
 
     If it knows none, and they are not newer, there are no flags, and the text has those it knows.
     The PTX of 8.0 is kept, because it serves most GPUs: the driver translates it for GPUs that are
-    not listed, on which launches do not overlap.
+    not listed.
     """
     text = printed([nvcc, "--list-gpu-arch"], failed=True)
     known = sorted(map(int, re.findall(r"compute_(\d+)", text)))
@@ -202,7 +201,7 @@ def machine_code(nvcc: str, archs: Iterable[int]) -> tuple[list[str], str]:
     for arch in served:
         code[max(ptx for ptx in PTX if ptx <= arch)].append(f"sm_{arch}")
     newer = any(known and arch > known[-1] for arch in archs)
-    ways = (80, code[80]), (90, code[90]), (80, newer), (75, code[75])
+    ways = (80, code[80]), (80, newer), (75, code[75])
     kept = next((ptx for ptx, fits in ways if fits), None)
     if kept is None:
         return [], ", ".join(map(str, known)) or "none"

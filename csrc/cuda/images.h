@@ -8,8 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "gemm.h"
 #include "kernels/fault.cuh"
-#include "tile.h"
 
 namespace snnlstm::cuda {
 
@@ -49,7 +49,7 @@ inline void lay_out(std::initializer_list<View*> views, Cell& cell, const Cell& 
   cell = as;
 }
 inline ForwardArgs as_run(ForwardArgs a, const Cell& as) {
-  lay_out({&a.x, &a.syn0, &a.mem0, &a.gate_sums, &a.x_sums, &a.spk, &a.syn, &a.mem}, a.cell, as);
+  lay_out({&a.x, &a.syn0, &a.mem0, &a.gate_sums, &a.spk, &a.syn, &a.mem}, a.cell, as);
   return a;
 }
 inline BackwardArgs as_run(BackwardArgs a, const Cell& as) {
@@ -62,8 +62,8 @@ inline BackwardArgs as_run(BackwardArgs a, const Cell& as) {
 // The place of the kernels' taps in the caller's kernel, which may have rows and columns of other
 // taps around them.
 struct KernelTaps {
-  int height = 1, outer_h = 0, outer_w = 0;
-  SmallDivisor by_width, by_all_width;
+  int height = 1, width = 1, outer_h = 0, outer_w = 0;
+  int all_width = 1;
   int64_t all = 1;
 
   KernelTaps() = default;
@@ -72,19 +72,17 @@ struct KernelTaps {
     height = c.kernel_h;
     outer_h = c.outer_h;
     outer_w = c.outer_w;
-    by_width = SmallDivisor(c.kernel_w);
-    by_all_width = SmallDivisor(cell.kernel_w);
+    width = c.kernel_w;
+    all_width = cell.kernel_w;
     all = int64_t(cell.kernel_h) * cell.kernel_w;
   }
   // Returns the place of a tap in the caller's kernel.
-  SNNLSTM_BOTH int64_t place(unsigned tap) const {
-    const int column = int(by_width.split(tap));
+  SNNLSTM_BOTH int64_t place(int tap) const {
     const int outer = fault(Fault::untrimmed_kernel) ? 0 : outer_w;
-    return int64_t(int(tap) + outer_h) * by_all_width.value + column + outer;
+    return int64_t(tap / width + outer_h) * all_width + tap % width + outer;
   }
   // Returns which of the kernels' taps lies at a place, or -1.
   SNNLSTM_BOTH int tap(int64_t place) const {
-    const int width = int(by_width.value), all_width = int(by_all_width.value);
     const int64_t row = place / all_width - outer_h;
     const int column = int(place % all_width) - outer_w;
     return row >= 0 && row < height && inside(column, width) ? int(row) * width + column : -1;
@@ -179,16 +177,15 @@ inline Tensor image(const void* data, const Shape& s, DType type, int planes = 1
 // count blocks, and offsets within one image, in 31 bits.
 inline std::string reason_against(const Cell& c, int64_t blocks) {
   const Shape s(c);
-  // Bounds the rows or columns that a tile's taps span, times the stride, for SmallDivisor.
+  // Bounds the rows or columns that a tile's taps span.
   const auto reach = [](int64_t size, double stride, int64_t taps, double dilation) {
-    constexpr int64_t tile = 128;
-    const double all = (double(size + tile) * stride + double(taps - 1) * dilation) * stride;
+    const double all = double(size + kTilePixels) * stride + double(taps - 1) * dilation;
     return int64_t(std::min(all, 9e18));
   };
   const std::pair<const char*, int64_t> counts[] = {
-      {"((height / stride + 128) * stride + (kernel_size - 1) * dilation) * stride of the rows",
+      {"(height / stride + 128) * stride + (kernel_size - 1) * dilation of the rows",
        reach(s.Ho, c.stride_h, c.kernel_h, c.dilation_h)},
-      {"((width / stride + 128) * stride + (kernel_size - 1) * dilation) * stride of the columns",
+      {"(width / stride + 128) * stride + (kernel_size - 1) * dilation of the columns",
        reach(s.Wo, c.stride_w, c.kernel_w, c.dilation_w)},
       {"4 * channels * height * width of one image's gates", 4 * s.Cp * s.pixels},
       {"channels * height * width of one input image", c.Cin * c.H * c.W},

@@ -6,9 +6,8 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
-#include <cstdlib>
-#include <map>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -26,9 +25,6 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
   void* stream = nullptr;
-  // If kernel and driver can, blocks begin before the previous launch in the stream is complete.
-  // The kernel then calls wait_for_launch_before().
-  bool overlaps = false;
   const char* file = __builtin_FILE();
   int line = __builtin_LINE();
 };
@@ -66,35 +62,24 @@ inline std::string describe(const Launch& how) {
 
 // Runs once for each kernel and device. It refuses to load the kernel while a graph captures the
 // stream. It allows the kernel as much shared memory as the current device gives one block, because
-// other threads could lower a limit that followed the size of each launch. It finds out whether
-// launches may overlap: the code that the device runs must wait, as code from PTX of 9.0 on does,
-// and the driver must be able to capture that in a graph, as those of CUDA 12.3 on are.
-inline cudaError_t prepare(const void* kernel, cudaStream_t stream, bool& may_overlap) {
+// other threads could lower a limit that followed the size of each launch.
+inline cudaError_t prepare(const void* kernel, cudaStream_t stream) {
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, bool> prepared;
-  int device = 0, most = 0, driver = 0;
-  cudaFuncAttributes code;
+  static std::set<std::pair<const void*, int>> prepared;
+  int device = 0, most = 0;
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto known = prepared.find({kernel, device}); known != prepared.end()) {
-    may_overlap = known->second;
-    return cudaSuccess;
-  }
+  if (prepared.count({kernel, device}) > 0) return cudaSuccess;
   status = cudaStreamIsCapturing(stream, &capture);
   if (capture != cudaStreamCaptureStatusNone) return cudaErrorStreamCaptureUnsupported;
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  if (status == cudaSuccess) status = cudaFuncGetAttributes(&code, kernel);
-  if (status == cudaSuccess) status = cudaDriverGetVersion(&driver);
-  if (status != cudaSuccess) return status;
-  const char* const wish = std::getenv("SNNLSTM_PDL");  // 0 switches it off
-  const bool off = wish && *wish == '0';
-  may_overlap = prepared[{kernel, device}] = code.ptxVersion >= 90 && driver >= 12030 && !off;
-  return cudaSuccess;
+  if (status == cudaSuccess) prepared.insert({kernel, device});
+  return status;
 }
 
 #else
@@ -115,19 +100,13 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
 #if defined(__CUDACC__)
   const auto function = reinterpret_cast<const void*>(kernel);
   const auto stream = static_cast<cudaStream_t>(how.stream);
-  bool may_overlap = false;
-  cudaError_t status = prepare(function, stream, may_overlap);
+  cudaError_t status = prepare(function, stream);
   if (status == cudaSuccess) {
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = how.grid;
     config.blockDim = how.block;
     config.dynamicSmemBytes = how.shared_bytes;
     config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = how.overlaps && may_overlap ? 1 : 0;
     std::tuple<Params...> values(static_cast<Params>(args)...);
     std::apply(
         [&](auto&... value) {
@@ -146,8 +125,7 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
   check(status, what.c_str(), how.file, how.line);
 #else
   auto thread = [&] { kernel(static_cast<Params>(args)...); };
-  ::simt::run(::simt::Geometry{how.name, how.grid, how.block, how.shared_bytes, how.file, how.line,
-                               how.overlaps},
+  ::simt::run(::simt::Geometry{how.name, how.grid, how.block, how.shared_bytes, how.file, how.line},
               thread);
 #endif
 }

@@ -1,8 +1,6 @@
 // The launchers, each in the file that is named after its kernels, and what they share.
 #pragma once
 
-#include <initializer_list>
-
 #include "kernels/add_gradients.cuh"
 #include "kernels/fire.cuh"
 #include "kernels/weight_gradient.cuh"
@@ -11,20 +9,11 @@
 
 namespace snnlstm::cuda {
 
-struct Steps;
 struct BackwardSteps;
-
-// Memory for the packed weight of a pass.
-struct PackedFor {
-  const Steps* pass;
-  void* packed;
-};
-// Packs a weight for up to two passes of equal cells.
-void pack_weight(const void* weight, std::initializer_list<PackedFor> all, void* stream);
 
 void launch_fire(const FireStep& p, void* stream);
 
-// Brings the gradients of spikes to p's neurons, by way of `spikes`, if there are any.
+// Brings the gradients of pooled spikes to p's neurons, by way of `spikes`, if there are any.
 void launch_spread(NeuronBackward& p, const Tensor& spikes, int64_t N, void* stream);
 
 // The tensors from which the gradients of weight and bias are summed, and memory for the parts.
@@ -46,9 +35,8 @@ void launch_add_gradients(AddGradients p, DType type, void* stream);
 
 // Describes the launch of a step.
 inline Launch step_launch(const char* name, const StepBlocks& step, size_t bytes, void* stream,
-                          bool overlaps, const char* file = __builtin_FILE(),
-                          int line = __builtin_LINE()) {
-  return {name, step.tiling.blocks(), step.threads(), bytes, stream, overlaps, file, line};
+                          const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return {name, step.tiling.blocks(), kThreads, bytes, stream, file, line};
 }
 
 // Calls f(E{}), E the type of elements that tensor core kernels are compiled for.
@@ -56,8 +44,7 @@ template <class F>
 void with_element(Multiply multiply, F&& f) {
   if (multiply == Multiply::fp16) return f(fp16{});
   if (multiply == Multiply::bf16) return f(bf16{});
-  if (multiply == Multiply::fp16_sm75) return f(fp16_sm75{});
-  multiply == Multiply::tf32x3 ? f(tf32x3{}) : f(float{});
+  f(float{});
 }
 
 // Calls f(R{}), R the type that the kernels compute in.

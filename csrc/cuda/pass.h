@@ -8,8 +8,6 @@
 
 #include <memory>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "../args.h"
 
@@ -29,17 +27,13 @@ Device device_of(int number);
 enum class Matrix : int {
   exact = 0,    // the states' own type; float32 without tensor cores, 16-bit types with them
   tf32 = 1,     // float32 rounded to 10 bits of mantissa
-  tf32x3 = 2,   // float32 as two tf32 numbers: full precision from tensor cores
-  float16 = 3,  // under autocast, like bfloat16: states stay float32
-  bfloat16 = 4,
+  float16 = 2,  // under autocast, like bfloat16: states stay float32
+  bfloat16 = 3,
 };
-
-// Returns how float32 keeps its full precision: exact, or tf32x3 if that is likely to be faster.
-Matrix full_precision(const Device& device);
 
 // All algorithms give the same results, up to rounding, and each reads what the others have saved.
 enum class Algorithm : int {
-  automatic = 0,  // one of those below, by rules.cpp
+  automatic = 0,  // fused, but for float32 of long sums on a GPU of 7.5
   fused = 1,      // a launch for every step, with tensor cores or without
   cudnn = 2,      // a step after torch's own convolution: ForwardArgs::gate_sums, d_gates
 };
@@ -48,48 +42,26 @@ enum class Algorithm : int {
 // (T - 1, N, Ho, Wo, Cp) in the states' type.
 int64_t padded_channels(int64_t C);
 
-// The blocks that a step may have: a row of kForwardShapes or kDataShapes, which holds on tensor
-// cores, and tiles of h x w pixels. -1 and 0 leave the choice to rules.cpp.
-struct BlockChoice {
-  int shape = -1, h = 0, w = 0;
-
-  bool is_free() const { return shape < 0 && h == 0 && w == 0; }
-};
-
-struct ForwardSteps;
 struct Steps;
 
 class Pass {
  public:
-  // other: a pass of the same plan, whose forward steps this one need not plan again.
-  Pass(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm, bool backward,
-       const BlockChoice& only = {}, const Pass* other = nullptr);
+  Pass(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm, bool backward);
   Pass(Pass&&) noexcept;
   Pass& operator=(Pass&&) noexcept;
   ~Pass();
-
-  // Returns the passes that are worth timing, the rules' choice first: fused for each kind
-  // of block, and the other algorithms. other: as above.
-  static std::vector<Pass> candidates(const Cell& cell, const Device& device, Matrix matrix,
-                                      bool backward, const Pass* other);
 
   Cell cell;  // cudnn: of one step, T is 1
   Matrix matrix;
   Algorithm algorithm;  // not automatic
   bool backward;
-  int shape = -1;              // the steps' row; -1 without tensor cores
   std::string name;            // such as "mma-tf32" or "cudnn"
   std::string reason_against;  // why no call can run, or ""
   // Sizes in bytes. A cudnn pass has no packed weight.
   int64_t packed_bytes = 0, workspace = 0;
 
-  // Returns the height and width of a step's tiles.
-  std::pair<int, int> tile() const;
-
-  // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous, in the cell's dtype. other: the
-  // plan's other pass, if the same launch packs its weight, too.
-  void pack(const void* weight, void* packed, void* stream, const Pass* other = nullptr,
-            void* other_packed = nullptr) const;
+  // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous, in the cell's dtype.
+  void pack(const void* weight, void* packed, void* stream) const;
   // Writes the state quantiser's levels on the device, (num_levels,) in the compute type. values:
   // on the host; the caller may free them at once.
   void store_levels(const double* values, void* levels, void* stream) const;
@@ -97,15 +69,7 @@ class Pass {
   void run(const BackwardArgs& args, void* stream) const;
 
  private:
-  // Returns the algorithm that the rules choose.
-  Algorithm choose(const Device& device) const;
-  // Plans the algorithm's steps.
-  void plan(const Device& device, const BlockChoice& only);
-  // Sets what the steps are called, the memory that they take, and why they cannot run.
-  void describe(const BlockChoice& only);
-
-  int device_;                                   // on which everything is launched
-  std::unique_ptr<const ForwardSteps> forward_;  // of any blocks
+  int device_;  // on which everything is launched
   std::unique_ptr<const Steps> steps_;
 };
 

@@ -14,8 +14,7 @@ struct Steps {
   Packed packed;            // cudnn: nothing
   int64_t workspace = 0;
   Multiply multiply = Multiply::fma;  // cudnn: unused
-  int shape = -1;      // the row of kForwardShapes or kDataShapes; -1 without tensor cores
-  int64_t blocks = 0;  // of the largest launch
+  int64_t blocks = 0;                 // of the largest launch
 
   // c: the caller's.
   Steps(const Cell& c, Matrix matrix)
@@ -23,7 +22,6 @@ struct Steps {
   virtual ~Steps() = default;
   virtual void forward(const ForwardArgs&, void*) const { refuse(); }
   virtual void backward(const BackwardArgs&, void*) const { refuse(); }
-  virtual const Tiling& tiling() const = 0;  // of a step
 
  private:
   static void refuse() { throw std::logic_error("the pass has the other direction"); }
@@ -31,37 +29,31 @@ struct Steps {
 
 // forward.cu
 struct ForwardSteps : Steps {
-  ForwardBlocks step;
+  StepBlocks step;
 
-  ForwardSteps(const Cell& cell, const Device& device, Matrix matrix, const BlockChoice& only);
+  ForwardSteps(const Cell& cell, const Device& device, Matrix matrix);
   void forward(const ForwardArgs& args, void* stream) const override;
-  const Tiling& tiling() const override { return step.tiling; }
 };
 
 // backward.cu
 struct BackwardSteps : Steps {
-  bool spreads = true;  // no pooling window crosses a tile: the step needs no kernel before it
-  DataBlocks to_mem, to_x;
-  BothWeightBlocks weights;
+  StepBlocks to_mem, to_x;
+  WeightBlocks weights;
   int bias_splits;
 
-  BackwardSteps(const Cell& cell, const Device& device, Matrix matrix, Multiply forward_multiply,
-                const BlockChoice& only);
+  BackwardSteps(const Cell& cell, const Device& device, Matrix matrix);
   void backward(const BackwardArgs& args, void* stream) const override;
-  const Tiling& tiling() const override { return to_mem.tiling; }
   int64_t pixels() const { return s.c.T * s.c.N * s.pixels; }
 };
 
 // neurons.cu
 struct CudnnSteps : Steps {
-  Tiling of_step;
-  bool whole_windows;
+  Tiling tiling;
   int64_t sums_bytes = 0;  // backward: the threshold's gradient, (tiles, pitch), before the spikes'
 
   CudnnSteps(const Cell& cell, Matrix matrix, bool backward);
   void forward(const ForwardArgs& args, void* stream) const override;
   void backward(const BackwardArgs& args, void* stream) const override;
-  const Tiling& tiling() const override { return of_step; }
   int pitch() const;  // channels of all blocks
 };
 

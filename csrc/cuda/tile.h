@@ -3,9 +3,8 @@
 //      x0       x0 + w
 //   y0 +-----------+        One block computes one tile of one image for one group of output
 //      | m = 0 1 2 |        channels. Pixel m of the tile is (y0 + m / w, x0 + m % w). The tile's
-//      |  w  ...   |        shape is chosen at run time: full rows where the image is narrow, so
-//      +-----------+ y0 + h that neighbouring pixels are neighbours in memory too, and whole
-//                           pooling windows.
+//      |  w  ...   |        shape follows from the image's: full rows where it is narrow, so that
+//      +-----------+ y0 + h neighbouring pixels are neighbours in memory, too (planning.cpp: cut()).
 // The channel group counts fastest in a block's number: blocks of the same pixels run together.
 #pragma once
 
@@ -47,70 +46,24 @@ struct Tensor {
   SNNLSTM_BOTH bool present() const { return access != Access::none; }
 };
 
-// Divides by a number that is only known at run time, without the GPU's 20 instructions for that:
-// Granlund and Montgomery 1994, https://doi.org/10.1145/178243.178249, figure 4.1.
-struct Divisor {
-  unsigned value = 1, factor = 1, shift1 = 0, shift2 = 0;
-
-  Divisor() = default;
-  explicit Divisor(int64_t d) : value(unsigned(d)) {
-    unsigned log = 0;
-    while ((uint64_t(1) << log) < value) ++log;
-    factor = unsigned(((uint64_t(1) << 32) * ((uint64_t(1) << log) - value)) / value + 1);
-    shift1 = log < 1 ? log : 1;
-    shift2 = log < 1 ? 0 : log - 1;
-  }
-  SNNLSTM_BOTH unsigned divide(unsigned n) const {
-    const unsigned high = unsigned((uint64_t(factor) * n) >> 32);
-    return (high + ((n - high) >> shift1)) >> shift2;
-  }
-  // n becomes the quotient; returns the remainder.
-  SNNLSTM_BOTH unsigned split(unsigned& n) const {
-    const unsigned quotient = divide(n);
-    const unsigned rest = n - quotient * value;
-    n = quotient;
-    return rest;
-  }
-};
-
-// Divides in two instructions, exactly if n * value < 2^31: for numbers within a block.
-struct SmallDivisor {
-  unsigned value = 1, factor = 1u << 31;
-
-  SmallDivisor() = default;
-  explicit SmallDivisor(int64_t d)
-      : value(unsigned(d)), factor(unsigned(((int64_t(1) << 31) + d - 1) / d)) {}
-  SNNLSTM_BOTH unsigned divide(unsigned n) const {
-    return unsigned((uint64_t(n << 1) * factor) >> 32);
-  }
-  SNNLSTM_BOTH unsigned split(unsigned& n) const {
-    const unsigned quotient = divide(n);
-    const unsigned rest = n - quotient * value;
-    n = quotient;
-    return rest;
-  }
-};
-
 // Compares 0 <= i < n in one instruction.
 SNNLSTM_BOTH bool inside(int i, int n) { return unsigned(i) < unsigned(n); }
 
 struct Tiling {
-  int h = 1, w = 1;                    // pixels of a tile
-  SmallDivisor by_w;                   // w
-  Divisor by_rows, by_cols;            // rows and columns of tiles in an image
-  Divisor by_columns;                  // channel groups
-  SmallDivisor by_window, by_windows;  // pooling windows in a row of the tile, in the tile
-  Divisor by_batch;                    // images of a time step
-  int64_t images = 0;                  // of the launch: batch, or batch * T
+  int h = 1, w = 1;        // pixels of a tile
+  int rows = 1, cols = 1;  // of tiles, in an image
+  int columns = 1;         // channel groups
+  int batch = 1;           // images of a time step
+  int64_t images = 0;      // of the launch: batch, or batch * T
 
-  int64_t tiles() const { return images * by_rows.value * by_cols.value; }
-  int64_t blocks() const { return tiles() * by_columns.value; }
+  int64_t tiles() const { return images * rows * cols; }
+  int64_t blocks() const { return tiles() * columns; }
 };
 
-// A few jobs of one launch, each on other data.
-template <class Job, int Count = 2>
+// Two jobs of one launch, each on other data.
+template <class Job>
 struct Jobs {
-  Job job[Count];
+  Job job[2];
 };
 
 // One of the images that a convolution sums over, K = taps x channels. For output pixel (y, x), tap
@@ -123,12 +76,13 @@ struct Segment {
   int taps_h = 1, taps_w = 1;
   int dilation_h = 1, dilation_w = 1;
   int pad_h = 0, pad_w = 0;
-  int step_h = 1, step_w = 1;                   // stride of the convolution
-  SmallDivisor dgrad_stride_h, dgrad_stride_w;  // stride of the convolution whose transpose this is
+  int step_h = 1, step_w = 1;                  // stride of the convolution
+  int dgrad_stride_h = 1, dgrad_stride_w = 1;  // stride of the convolution whose transpose this is
   const void* weight = nullptr;  // packed as fma.cuh says, first column block; mma: in MmaConv
   int64_t weight_pitch = 0;      // bytes from one column block to the next
 
   SNNLSTM_BOTH int taps() const { return taps_h * taps_w; }
+  SNNLSTM_BOTH bool strided_dgrad() const { return dgrad_stride_h > 1 || dgrad_stride_w > 1; }
 };
 
 }  // namespace snnlstm::cuda

@@ -37,13 +37,11 @@ def set_algorithm(name: str) -> None:
         - ``"direct"`` sums the products one by one.
         - ``"winograd"`` (CPU) applies if the kernel size allows it; rounding errors are slightly
           larger, and a NaN or an infinity spreads over the few pixels of its tile.
-        - ``"fused"`` (CUDA) launches one kernel for each step.
+        - ``"fused"`` (CUDA) convolves in the kernel of each step. ``"auto"`` means it, but for
+          float32 on a GPU of compute capability 7.5 whose kernel size times channels of x and mem
+          is 800 or more.
         - ``"cudnn"`` (CUDA) leaves all convolutions to torch (cuDNN); the kernels do the rest.
-        - ``"measure"`` (CUDA) times the algorithms at the first call of a shape, separately for the
-          forward and backward pass, and keeps the fastest for the process. ``"auto"`` does so, too,
-          while ``torch.backends.cudnn.benchmark`` is set. During the capture of a CUDA graph and
-          under ``torch.use_deterministic_algorithms`` nothing is timed, and ``"measure"`` means
-          ``"auto"``.
+        - ``"measure"`` means ``"auto"``; it is accepted because older code may name it.
         - ``"reference"`` replaces all kernels with plain torch: the reference path runs all calls
           on all devices, including calls of cells that have run kernels before.
 

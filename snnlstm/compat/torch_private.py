@@ -159,9 +159,6 @@ driver_version: Callable[[], int | None] = _find("_C._cuda_getDriverVersion", la
 fp32_precision: Callable[[str, str], str] | None = _find("_C._get_fp32_precision_getter", None)
 """Reads torch.backends.cudnn.conv.fp32_precision ten times as fast; torch 2.9 and newer."""
 
-convolution: Callable[..., Tensor] | None = _find("_convolution", None)
-"""torch's convolution with its settings as arguments; without it the process's settings apply."""
-
 # ---- guards --------------------------------------------------------------------------------------
 
 

@@ -194,7 +194,7 @@ class Passes:
         )
 
     def forward(
-        self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields, _packs: bool
+        self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields
     ) -> tuple[Any, ...]:
         """Run the forward pass; also returns a copy of the threshold, for training."""
         threshold, lengths = call.threshold, call.lengths

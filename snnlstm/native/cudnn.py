@@ -1,7 +1,7 @@
 """The convolutions that cuDNN computes on CUDA instead of the kernels.
 
-cuDNN convolves x of several steps at once, and mem step by step; the kernels do the rest. Results
-and saved memory have the kernels' layouts. So does the gradient of the gate sums:
+cuDNN convolves cat[x, mem] step by step, as snnTorch does; the kernels do the rest. Results and
+saved memory have the kernels' layouts. So does the gradient of the gate sums:
 
     d_gates   (T, N, Ho * Wo, 4 Cp)
     mems      (T, N, Ho * Wo, Cp), mem before each step
@@ -13,7 +13,6 @@ samples, so padded samples are convolved, too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,12 +23,8 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..calls.call import Call, Outputs
 from ..calls.lengths import length_mask
-from ..compat.torch_private import convolution
 from .plan import BackwardInputs, Gradients, Plan
-from .tensors import pointer, real, strided
-
-MOST_SUMS = 64 << 20
-"""Bytes of x's gate sums that are computed at once if they are those of several steps."""
+from .tensors import pointer, strided
 
 
 class Geometry(NamedTuple):
@@ -64,10 +59,6 @@ class Convolutions(NamedTuple):
     sums_dtype: torch.dtype
     """The dtype of the gate sums and of their gradient, d_gates."""
     d_gates_shape: tuple[int, ...]
-    real: torch.dtype
-    """The dtype in which x of several steps is convolved."""
-    steps_at_once: int
-    """The number of steps whose x is convolved at once."""
     makes_contiguous: bool
     """Whether images are made contiguous."""
 
@@ -75,19 +66,14 @@ class Convolutions(NamedTuple):
 def convolutions(plan: Plan, core: Any, device: Any) -> Convolutions:
     """How torch convolves in a pass of the `core` on a device."""
     (_, sums_dtype), (syn, _), *_ = plan.saved.parts
-    work, wide = plan.operands or plan.dtype, real(plan.dtype)
-    sums, old = 4 * math.prod(plan.state) * wide.itemsize, device.compute_capability < 80
-    steps_at_once = min(plan.time, max(MOST_SUMS // max(sums, 1), 1))
+    work = plan.operands or plan.dtype
     return Convolutions(
         Geometry(*core.geometry),
         work,
         sums_dtype,
         (plan.time, *syn[1:3], 4 * syn[3]),
-        wide,
-        # For half types several steps would be slower without tensor cores for float32.
-        1 if work.itemsize == 2 and old else steps_at_once,
         # cuDNN is said to have fast kernels of full float32 only for contiguous images.
-        work == torch.float32 and old,
+        work == torch.float32 and device.compute_capability < 80,
     )
 
 
@@ -130,39 +116,31 @@ def _step_of(call: Call, t: int) -> Call:
 def forward(
     plan: Plan,
     how: Convolutions,
-    run_kernels: Callable[[tuple], None],
+    core: Any,
+    stream: int,
     call: Call,
     levels: int,
     outs: Outputs,
     saved: Tensor | None,
 ) -> None:
-    """cuDNN convolves, and the kernels do the rest of a step when `run_kernels` is called.
+    """cuDNN convolves, and the kernels of `core` do the rest of each step.
 
-    x of several steps is convolved at once, in `how.real`, so that the kernels add x's sums
-    before half types round them. x of one step is convolved with mem, if it has no stride.
+    x is convolved with mem, or apart if it has a stride.
     """
     syn, mem, bias, geometry = call.syn, call.mem, pointer(call.bias), how.geometry
     all_spk, all_syn, all_mem = outs
-    xs, at_once = _steps(call.x, call.sequence), how.steps_at_once
-    together = at_once == 1 and geometry.stride == (1, 1)
-    weight = geometry.inner(call.weight.detach().to(how.work))
-    if not together:  # each convolution would copy a half that is not contiguous
-        x_weight, weight = (w.contiguous() for w in weight.split([plan.cin, plan.c], 1))
-        x_weight = x_weight.to(how.real)
     spks, last = _steps(all_spk, call.sequence), plan.time - 1
-    for t, x in enumerate(xs):
+    weight = geometry.inner(call.weight.detach().to(how.work))
+    x_weight, mem_weight = weight.split([plan.cin, plan.c], 1)
+    for t, x in enumerate(_steps(call.x, call.sequence)):
         spk: Tensor | None = spks[t]
-        images, x_sums = mem.to(how.work), None
+        images = x.to(how.work), mem.to(how.work)
         with torch.autocast(x.device.type, enabled=False):  # how.work decides
-            if together:
-                images = torch.cat([x.to(how.work), images], 1)
-            elif t % at_once == 0:
-                some = xs[t : t + at_once].to(how.work).to(how.real)
-                sums_of_x = _convolve(how, some.flatten(0, 1), x_weight, geometry.stride)
-                sums_of_x = sums_of_x.unflatten(0, some.shape[:2])
-            sums = _convolve(how, images, weight, (1, 1)).to(how.sums_dtype)
-        if not together:
-            x_sums = sums_of_x[t % at_once]
+            if geometry.stride == (1, 1):
+                sums = _convolve(how, torch.cat(images, 1), weight, (1, 1))
+            else:
+                sums = _convolve(how, images[0], x_weight, geometry.stride)
+                sums += _convolve(how, images[1], mem_weight, (1, 1))
         # Without record the states are updated in place, each neuron by one thread.
         out_syn = all_syn[t] if call.record else all_syn
         out_mem = all_mem[t] if call.record else all_mem
@@ -171,8 +149,8 @@ def forward(
             spk, out_mem = None, spks[t]  # spk is mem, and the next step reads it there
         views, step = (None, *strided(syn, mem)), _step_of(call, t)  # step owns its lengths
         fields = plan.call_fields(views, step, saved, t)
-        results = strided(sums, x_sums, spk, out_syn, out_mem)
-        run_kernels((0, 0, 0, 0, levels, 0, *fields, bias, *results))
+        results = strided(sums.to(how.sums_dtype), spk, out_syn, out_mem)
+        core.run(stream, (0, 0, 0, 0, levels, 0, *fields, bias, *results))
         syn, mem = out_syn, out_mem
 
 
@@ -317,15 +295,7 @@ def _sum(carried: Tensor | None, recorded: Tensor | None, step: int) -> Tensor |
 
 def _convolve(how: Convolutions, images: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
     """Gate sums without the bias, which the kernels add."""
-    geometry = how.geometry
     if images.device.type == "cpu":  # the emulator's sums must not depend on the layout
         images, weight = images.contiguous(), weight.contiguous()
-    arguments = images, weight, None, stride, geometry.padding, geometry.dilation
-    if images.dtype == how.work or convolution is None:
-        return F.conv2d(*arguments)
-    # TF32 holds half types in float32 exactly, so it may multiply them whatever torch's setting is.
-    cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
-    deterministic |= cudnn.deterministic
-    return convolution(
-        *arguments, False, (0, 0), 1, cudnn.benchmark, deterministic, cudnn.enabled, allow_tf32=True
-    )
+    geometry = how.geometry
+    return F.conv2d(images, weight, None, stride, geometry.padding, geometry.dilation)

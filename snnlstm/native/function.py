@@ -106,10 +106,9 @@ def _forward(
     ctx.threshold = threshold = call.threshold
     if threshold is not None:
         ctx.copy = threshold.clone() if copy is None else copy
-    kept = packed if isinstance(packed, Tensor) else None
-    ctx.save_for_backward(*call[:5], call.graded, call.lengths, saved, kept)
+    ctx.save_for_backward(*call[:5], call.graded, call.lengths, saved)
     ctx.plan, ctx.record = plan, call.record
-    ctx.selection, ctx.packed = selection, packed if kept is None else None
+    ctx.selection, ctx.packed = selection, packed
     ctx.set_materialize_grads(False)
     constant = () if plan.passes_gradient else (spk,)
     if not any(ctx.needs_input_grad[2:7]):  # only the threshold wants one
@@ -141,7 +140,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         if "a second time" in str(error):  # torch: "Trying to backward through the graph ..."
             raise RuntimeError(f"{error} {_FORGOTTEN}") from None
         raise
-    *tensors, graded, lengths, saved, kept = everything
+    *tensors, graded, lengths, saved = everything
     threshold = None if ctx.threshold is None else ctx.copy
     wanted = reached(ctx.needs_input_grad[2:], ctx.plan.spec.reset, grads, ctx.plan.time > 1)
     create_graph = torch.is_grad_enabled()
@@ -156,7 +155,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     call = Call._make((*tensors, threshold, graded, lengths, ctx.record))
     if create_graph or beyond_kernels(grads):
         return None, None, *_by_reference(ctx.plan, call, grads, wanted, create_graph)
-    packed = ctx.packed if kept is None else kept
+    packed = ctx.packed
     if not keeps_graph():  # no other backward pass follows, so the packed weight can be freed
         ctx.packed = None
     grads = [grad.resolve_neg() if grad is not None and grad.is_neg() else grad for grad in grads]

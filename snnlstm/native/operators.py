@@ -114,7 +114,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Run a plan's forward pass; also return what is saved for the backward pass."""
     text, algorithm, training = arguments[_FIELDS:]
     plan, call = _planned(arguments[:_FIELDS], text, algorithm)
-    r, x = plan.forward(call, training, packs=False), call.x
+    r, x = plan.forward(call, training), call.x
     saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved  # not in inference
     # A graph of CUDA operators must have no tensor on the CPU.
     selection = torch.tensor(r.selection, dtype=torch.int64).to(x.device)

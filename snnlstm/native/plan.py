@@ -222,8 +222,6 @@ class Settings(NamedTuple):
     """The instruction set, on the CPU."""
     tf32: bool = False
     """Whether torch's convolutions may use TF32, on CUDA."""
-    benchmark: bool = False
-    """Whether cuDNN measures its algorithms, on CUDA."""
 
 
 class Plan(Sizes):
@@ -348,11 +346,8 @@ class Plan(Sizes):
         block = restored(saved, (size,), torch.uint8, self.device).contiguous()
         return block.clone() if block.data_ptr() % ALIGNMENT else block
 
-    def forward(self, call: Call, training: bool, packs: bool = True) -> Result:
-        """Run the forward kernels; in training, save what :meth:`backward` needs.
-
-        packs: whether they may pack the weight for it, too.
-        """
+    def forward(self, call: Call, training: bool) -> Result:
+        """Run the forward kernels; in training, save what :meth:`backward` needs."""
         if not self.has_numbers:
             call = with_numbers(call)
         x, syn, mem, bias = call.x, call.syn, call.mem, call.bias
@@ -378,12 +373,11 @@ class Plan(Sizes):
             *self.call_fields(views, call, saved),
             bias_at,
             None,
-            None,
             (spk.data_ptr(), self.spk_strides) if self.has_spk else None,
             (new_syn.data_ptr(), self.out_strides),
             (new_mem.data_ptr(), self.out_strides),
         )
-        ran = self.passes.forward(call, outs, saved, fields, packs)
+        ran = self.passes.forward(call, outs, saved, fields)
         if call.lengths is not None and not call.record:
             keep_empty(call, outs[1:], (syn, mem))
         return Result(spk, new_syn, new_mem, saved, *ran)
@@ -429,7 +423,7 @@ class CommonBackend(ABC):
     """The class of its passes, made from a plan and the settings.
 
     ``reason_against(training)`` says why no call can run, and returns None if all can.
-    ``forward(call, outs, saved, fields, packs)`` fills in spk, syn, mem and what is saved, and
+    ``forward(call, outs, saved, fields)`` fills in spk, syn, mem and what is saved, and
     returns a :class:`Result` from the name on. ``backward(inputs, out, fields)`` fills in and
     returns the gradients, the threshold's with one number per channel. `fields` are those from x
     on.

@@ -41,15 +41,11 @@ def _readable_reports() -> Iterator[None]:
 
 
 class Emulated(cuda.Backend):
-    """The CUDA backend without a GPU, of which tests say what the core knows.
+    """The CUDA backend without a GPU, of which tests say what the core knows."""
 
-    `algorithm` takes the place of what leaves the choice to rules, unless it is "auto"; `tile`, if
-    it is not (0, 0), that of the steps' tiles.
-    """
-
-    def __init__(self, core: Any, device: Any, algorithm: str, tile: tuple[int, int]) -> None:
+    def __init__(self, core: Any, device: Any) -> None:
         super().__init__(core)
-        self._device, self.algorithm, self.tile = device, algorithm, tile
+        self._device = device
 
     def on_device(self, device: torch.device) -> AbstractContextManager:
         return _readable_reports()
@@ -62,16 +58,6 @@ class Emulated(cuda.Backend):
 
     def name(self) -> str:
         return "emulator"
-
-    def may_measure(self) -> bool:
-        return True
-
-    def core_pass(
-        self, s: Any, tf32: bool, algorithm: str, backward: bool, other: Any = None, **blocks: Any
-    ) -> Any:
-        if self.algorithm != "auto" and algorithm in ("auto", "direct", "winograd", "measure"):
-            algorithm = self.algorithm
-        return super().core_pass(s, tf32, algorithm, backward, other, tile=self.tile, **blocks)
 
 
 class Core(Emulator):
@@ -90,13 +76,11 @@ class Core(Emulator):
         compute_capability: int = 80,
         multiprocessors: int = 108,
         shared_bytes: int = 163 * 1024,
-        algorithm: str = "fused",
-        tile: tuple[int, int] = (0, 0),
     ) -> None:
-        """Sets what the launchers are told of the device, and which kernels they must use."""
+        """Sets what the launchers are told of the device."""
         self.settings.compute_capability = compute_capability
         device = self.module.CudaDevice(compute_capability, multiprocessors, shared_bytes)
-        self.kernels = Emulated(self.module, device, algorithm, tile)
+        self.kernels = Emulated(self.module, device)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:

@@ -92,20 +92,15 @@ def _compile(source: Path, what: list[str]) -> tuple[Path, str]:
     return binary, log.read_text()
 
 
-def disassemble(binary: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
-    """The instructions of each kernel: address, predicate or "", name with its modifiers
-    ("LDG.E.128"), operands."""
+def disassemble(binary: Path, arch: int) -> dict[str, list[str]]:
+    """The names of the instructions of each kernel, with their modifiers ("LDG.E.128")."""
     folders = [str(Path(tool).parent) for tool in [find("nvdisasm")] if tool]
     path = os.pathsep.join([*folders, os.environ["PATH"]])  # cuobjdump looks for nvdisasm there
     command = [find("cuobjdump"), "-sass", "-arch", f"sm_{arch}", binary]
     text = run(command, env=os.environ | {"PATH": path})
-    line = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-    names, code = [], []
-    for kernel, body in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", text, re.DOTALL):
-        found = filter(None, map(line.match, body.splitlines()))
-        names.append(kernel)
-        code.append([(int(m[1], 16), m[2] or "", m[3], m[4]) for m in found])
-    return dict(zip(demangle(names), code, strict=True))
+    name = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
+    kernels = dict(re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", text, re.DOTALL))
+    return dict(zip(demangle([*kernels]), map(name.findall, kernels.values()), strict=True))
 
 
 def demangle(names: list[str]) -> list[str]:

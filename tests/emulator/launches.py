@@ -6,15 +6,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import CPU_CASES, GPU_CASES
-from benchmarks.cases import Case as Layer
 from tests.emulator.backend import Core
 from tests.emulator.library import Launch
 from tests.shared.cases import FACTS
 
-LAYERS: dict[str, Layer] = {**CPU_CASES, **GPU_CASES}
-# dtype and matrix, by the numbers of csrc/args.h and csrc/cuda/pass.h.
-MODES = {"float32": (0, 0), "fp16": (2, 0), "tf32": (0, 1), "bf16": (3, 0)}
 FUSED = 1  # of csrc/cuda/pass.h
 ADDRESS = 1 << 20  # of memory that nobody touches
 
@@ -44,19 +39,9 @@ def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
     )  # fmt: skip
     with core.dry() as launches:
         forward, backward = (plan(core, matrix, a_pass, **facts) for a_pass in (False, True))
-        forward.pack(ADDRESS, ADDRESS, 0, backward, ADDRESS)
-        forward.run(0, (*common, 0, None, None, *(state,) * 3))
+        forward.pack(ADDRESS, ADDRESS, 0)
+        forward.run(0, (*common, 0, None, *(state,) * 3))
+        backward.pack(ADDRESS, ADDRESS, 0)
         gradients = *(state,) * 3, x, state, state, *(ADDRESS,) * 3
         backward.run(0, (*common, *gradients, 0, 0))
     return launches
-
-
-def launches_of(core: Core, layer: Layer, mode: str) -> list[Launch]:
-    """Launches of a layer of the suite."""
-    dtype, matrix = MODES[mode]
-    pool, size = (1, layer.max_pool) if layer.max_pool else (2, layer.avg_pool)
-    pooling = {"pool": pool, "pool_size": (size, size)} if size else {}
-    return calls(
-        core, matrix, **pooling, dtype=dtype, T=layer.steps, N=layer.batch, Cin=layer.cin,
-        C=layer.cout, H=layer.height, W=layer.width, kernel=layer.kernel,
-    )  # fmt: skip

@@ -13,7 +13,6 @@ import ctypes
 import functools
 import re
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -29,38 +28,17 @@ class EmulationError(RuntimeError):
     """A kernel did what it must not do. The text names the thread and the line of the source."""
 
 
-class Counts(Counter[str]):
-    """The counters of machine/count.cpp, and ratios to the least possible cost."""
-
-    @property
-    def sectors(self) -> float:
-        """Sectors of 32 bytes of global memory over the fewest that suffice."""
-        fewest = self["global_read_fewest"] + self["global_write_fewest"]
-        return (self["global_read_sectors"] + self["global_write_sectors"]) / max(fewest, 1)
-
-    @property
-    def banks(self) -> float:
-        """Wavefronts of shared memory over those without conflicts."""
-        return self["shared_wavefronts"] / max(self["shared_fewest"], 1)
-
-    @property
-    def mma(self) -> int:
-        """Tensor core instructions of warps."""
-        return sum(count for name, count in self.items() if name.startswith("mma_"))
-
-
 class Launch(NamedTuple):
     kernel: str
     blocks: int
     threads: int
     shared_bytes: int
-    overlaps: int  # 1: the launch before it
 
 
 class Settings(ctypes.Structure):
     """The struct of this name in machine/machine.h, which documents the fields."""
 
-    NUMBERS = "races counters compute_capability truncates dry"
+    NUMBERS = "races compute_capability truncates dry"
     _fields_ = [("seed", ctypes.c_uint64), *((n, ctypes.c_int) for n in NUMBERS.split())]
 
 
@@ -70,7 +48,7 @@ class Emulator:
     def __init__(self, library: Path):
         self.path = library
         self.lib = ctypes.CDLL(str(library))
-        for name in ("register", "counters", "launches"):
+        for name in ("register", "launches"):
             getattr(self.lib, f"simt_{name}").restype = ctypes.c_char_p
         self.lib.simt_copy_of.restype = ctypes.c_void_p
         self.settings = Settings.in_dll(self.lib, "simt_settings")
@@ -78,44 +56,32 @@ class Emulator:
         self.reset()
 
     def reset(self) -> None:
-        """Sets the defaults: seed 0, all checks, no counters, no fault, sm_80."""
+        """Sets the defaults: seed 0, all checks, no fault, sm_80. Forgets launches."""
         ctypes.memmove(ctypes.byref(self.settings), self._defaults, len(self._defaults))
         self.fault("none")
-        self.reset_counters()
-
-    def checks(self, races: bool = True, counters: bool = False) -> None:
-        self.settings.races, self.settings.counters = races, counters
+        self.launches()
 
     def fault(self, name: str) -> None:
         """Switches one seeded fault of fault.cuh on."""
         self.lib.simt_fault(fault_numbers()[name])
 
-    def _rows(self, what: str) -> list[list]:
-        """The fields of each line of an answer; numbers become int."""
-        lines = getattr(self.lib, f"simt_{what}")().decode().splitlines()
-        return [[int(f) if f.isdigit() else f for f in line.split("\t")] for line in lines]
+    def launches(self) -> list[Launch]:
+        """What was launched since the last call."""
+        lines = self.lib.simt_launches().decode().splitlines()
+        rows = [line.split("\t") for line in lines]
+        return [Launch(kernel, *map(int, numbers)) for kernel, *numbers in rows]
 
     @contextlib.contextmanager
     def dry(self) -> Iterator[list[Launch]]:
         """Within the block nothing runs. After it the list holds what would have been launched."""
         found: list[Launch] = []
         self.settings.dry = 1
-        self.lib.simt_launches()
+        self.launches()
         try:
             yield found
         finally:
             self.settings.dry = 0
-            found += [Launch(*row) for row in self._rows("launches")]
-
-    def counters(self) -> dict[str, Counts]:
-        """Totals since the last reset, by kernel name."""
-        found: dict[str, Counts] = {}
-        for kernel, name, value in self._rows("counters"):
-            found.setdefault(kernel, Counts())[name] = value
-        return found
-
-    def reset_counters(self) -> None:
-        self.lib.simt_reset_counters()
+            found += self.launches()
 
     @contextlib.contextmanager
     def arrays(self, **arrays: np.ndarray | tuple[np.ndarray, str]) -> Iterator[None]:

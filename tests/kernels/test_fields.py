@@ -29,7 +29,7 @@ READS = {
 
 
 # The fields of CUDA alone, and the weight of direct sums, which Winograd's backward pass needs not.
-ABSENT = {"gate_sums", "x_sums", "d_gates", "mem_after", "weight"}
+ABSENT = {"gate_sums", "d_gates", "mem_after", "weight"}
 
 
 @pytest.mark.parametrize("function", READS)

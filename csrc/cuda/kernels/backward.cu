@@ -20,13 +20,13 @@ class Backward {
     };
     d_syn_ = state(steps.real, 1);
     sums_ = arena_.take(threshold_blocks() * threshold_pitch() * bytes_of(steps.real));
-    if (!steps.spreads) spikes_ = state(steps.real, 1);
+    if (s_.c.pool != Pool::none) spikes_ = state(steps.real, 1);
     from_.lengths = args.lengths;
     from_.d_gates = state(steps.gates, 4 * s_.c.T);
     mem_ = state(steps.gates, std::max<int64_t>(s_.c.T - 1, 0));
-    from_.parts[0] = arena_.take(steps.weights.x.part_bytes(steps.real));
-    if (!steps.weights.side_by_side())
-      from_.parts[1] = arena_.take(steps.weights.mem.part_bytes(steps.real));
+    const WeightBlocks& weights = steps.weights;
+    from_.parts[0] = arena_.take(weights.part_bytes(weights.x, steps.real));
+    if (weights.mma()) from_.parts[1] = arena_.take(weights.part_bytes(weights.mem, steps.real));
     from_.bias_parts = arena_.take(steps.bias_splits * 4 * s_.Cp * bytes_of(steps.real));
   }
 
@@ -48,9 +48,7 @@ class Backward {
 
  private:
   int64_t threshold_blocks() const { return steps_.to_mem.tiling.tiles(); }
-  int64_t threshold_pitch() const {
-    return steps_.to_mem.tiling.by_columns.value * steps_.to_mem.channels();
-  }
+  int64_t threshold_pitch() const { return steps_.to_mem.tiling.columns * steps_.to_mem.channels; }
 
   // Returns the memory for mem after each step, or null if it is not needed.
   void* own_mem() const { return a_.grad_weight ? mem_ : nullptr; }
@@ -59,7 +57,6 @@ class Backward {
   NeuronBackward neuron(int64_t t) const {
     const Cell& c = s_.c;
     NeuronBackward n = neuron_backward(a_, t);
-    n.spreads = steps_.spreads;
     n.gates = image(a_.saved_gates, s_, steps_.gates, 4, t);
     const int64_t before = t >= 3 && fault(Fault::early_syn_backward) ? 0 : t - 1;
     if (t > 0) n.syn_prev = image(a_.saved_syn, s_, steps_.type, 1, before);
@@ -82,61 +79,41 @@ class Backward {
     return s;
   }
 
+  MmaConv conv(const StepBlocks& step, const PackedPart& part, const Segment& s) const {
+    MmaConv found;
+    if (s.channels > 0) found = mma_conv({mma_segment(s, step.multiply, step.tiling)});
+    found.weight = part.in(a_.weight);
+    found.weight_pitch = part.pitch;
+    return found;
+  }
+
   void step(int64_t t) {
     const Cell& c = s_.c;
+    const StepBlocks& step = steps_.to_mem;
+    const PackedPart& packed = steps_.packed.mem;
     NeuronBackward n = neuron(t);
-    if (!steps_.spreads) launch_spread(n, image(spikes_, s_, steps_.real), c.N, stream_);
-    Segment s;
+    if (c.pool != Pool::none) launch_spread(n, image(spikes_, s_, steps_.real), c.N, stream_);
+    Segment s;  // absent for the last step, t = T - 1, which has nothing to convolve
     if (t < c.T - 1) s = transposed(d_gates(t + 1), false);
-    run_step(t, s, n);
-  }
-
-  MmaConv conv(const DataBlocks& step, const PackedPart& part, const Segment& s) const {
-    MmaBuilder builder = step.builder();
-    if (s.channels > 0) builder.add(s, part.depth, step.tiling);
-    builder.finish(part.in(a_.weight), part.pitch, step.threads());
-    builder.conv.k_groups = step.k_groups;
-    return builder.conv;
-  }
-
-  // The last step, t = T - 1, has nothing to convolve or to overlap; s is absent. The steps before
-  // the one before it differ from that one in the address of d_gates alone.
-  void run_step(int64_t t, const Segment& s, const NeuronBackward& n) {
-    const DataBlocks& step = steps_.to_mem;
-    const bool overlaps = s.channels > 0;
     if (!step.mma()) {
       BackwardFma p;
       p.tiling = step.tiling;
-      p.d_gates = steps_.packed.mem.with_weight(s, a_.weight);
+      p.d_gates = packed.with_weight(s, a_.weight);
       p.neuron = n;
-      return with_tile<16>(steps_.type, step.columns, [&](auto real, auto tile) {
+      return with_real(steps_.type, [&](auto real) {
         using R = decltype(real);
-        using T = decltype(tile);
-        const bool gathers = n.fire.pool != Pool::none && n.spreads;
-        const size_t bytes = fma::StepShared<R, T>::bytes(gathers);
-        const Launch how = step_launch("backward step (fma)", step, bytes, stream_, overlaps);
-        launch(how, &backward_fma<R, T>, p);
+        const size_t bytes = sizeof(fma::GemmShared<R>);
+        launch(step_launch("backward step (fma)", step, bytes, stream_), &backward_fma<R>, p);
       });
     }
     BackwardMma p;
     p.tiling = step.tiling;
-    if (t >= s_.c.T - 2) conv_ = conv(step, steps_.packed.mem, s);
-    conv_.segment[0].s.src = s.src;
-    p.conv = conv_;
-    p.tiles = step.tiles;
+    p.conv = conv(step, packed, s);
     p.neuron = n;
-    const BackwardLayout layout(step, p.conv, s_.c.pool != Pool::none && steps_.spreads);
-    p.mem_tile = layout.mem_tile;
-    p.mem_pitch = layout.mem_pitch;
-    p.vectors = layout.vectors;
-    p.row_sums = layout.row_sums;
-    const bool plain = is_plain(n);
-    const char* const name = plain ? "backward step (mma, plain)" : "backward step (mma)";
-    const Launch how = step_launch(name, step, size_t(layout.bytes), stream_, overlaps);
-    with_element(step.multiply, [&](auto element) {
-      using E = decltype(element);
-      launch(how, plain ? &backward_mma<E, true> : &backward_mma<E, false>, p);
-    });
+    const size_t bytes = size_t(p.conv.shared_bytes());
+    const Launch how = step_launch("backward step (mma)", step, bytes, stream_);
+    with_element(step.multiply,
+                 [&](auto element) { launch(how, &backward_mma<decltype(element)>, p); });
   }
 
   // Computes the gradients of x, at all steps, and of the first mem in one launch, or in two if
@@ -147,8 +124,7 @@ class Backward {
     Jobs<DataGradientMma> mma;
     Multiply multiply = Multiply::fma;
     int bytes = 0;
-    size_t fma_bytes = 0;
-    const auto add = [&](int k, const DataBlocks& step, const PackedPart& part, const Tensor& out,
+    const auto add = [&](int k, const StepBlocks& step, const PackedPart& part, const Tensor& out,
                          int64_t height, int64_t width) {
       if (!out.present()) return;
       const Segment s = transposed(d_gates(0), part.use == Use::gates_to_x);
@@ -161,20 +137,13 @@ class Backward {
         job.lengths = a_.lengths;
       };
       if (step.mma()) {
-        DataGradientMma& job = mma.job[k];
-        fill(job);
-        job.conv = conv(step, part, s);
-        job.tiles = step.tiles;
+        fill(mma.job[k]);
+        mma.job[k].conv = conv(step, part, s);
         multiply = step.multiply;
-        bytes = std::max(bytes, BackwardLayout(step, job.conv, false).bytes);
+        bytes = std::max(bytes, mma.job[k].conv.shared_bytes());
       } else {
         fill(fma.job[k]);
         fma.job[k].d_gates = part.with_weight(s, a_.weight);
-        fma.job[k].columns = step.columns;
-        with_tile<16>(steps_.type, step.columns, [&](auto real, auto tile) {
-          const size_t of_tile = sizeof(fma::GemmShared<decltype(real), decltype(tile)>);
-          fma_bytes = std::max(fma_bytes, of_tile);
-        });
       }
     };
     const Tensor x = tensor(a_.grad_x, steps_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
@@ -183,11 +152,12 @@ class Backward {
     const auto blocks = [](const auto& jobs) { return jobs.job[0].blocks + jobs.job[1].blocks; };
     with_real(steps_.type, [&](auto real) {
       using R = decltype(real);
-      const Launch how{"data gradient (fma)", blocks(fma), fma::kThreads, fma_bytes, stream_};
+      const Launch how{"data gradient (fma)", blocks(fma), kThreads, sizeof(fma::GemmShared<R>),
+                       stream_};
       launch(how, &data_gradient_fma<R>, fma);
     });
     static_assert(sizeof(mma) <= 4096, "a kernel takes at most 4096 bytes of arguments");
-    const Launch how{"data gradient (mma)", blocks(mma), kBackwardThreads, size_t(bytes), stream_};
+    const Launch how{"data gradient (mma)", blocks(mma), kThreads, size_t(bytes), stream_};
     with_element(multiply,
                  [&](auto element) { launch(how, &data_gradient_mma<decltype(element)>, mma); });
   }
@@ -199,30 +169,19 @@ class Backward {
   Arena arena_;
   void *mem_ = nullptr, *d_syn_ = nullptr, *sums_ = nullptr, *spikes_ = nullptr;
   WeightSources from_;
-  MmaConv conv_;
 };
-
-// Plans tiles of whole pooling windows, if possible.
-DataBlocks blocks_to_mem(const Cell& c, const Device& device, Multiply multiply,
-                         const BlockChoice& only, bool& spreads) {
-  const auto whole = data_blocks(c, device, multiply, false, c.pool != Pool::none, only);
-  spreads = whole.has_value();
-  return spreads ? *whole : planned(data_blocks(c, device, multiply, false, false, only), only);
-}
 
 }  // namespace
 
-BackwardSteps::BackwardSteps(const Cell& cell, const Device& device, Matrix matrix,
-                             Multiply forward_multiply, const BlockChoice& only)
+BackwardSteps::BackwardSteps(const Cell& cell, const Device& device, Matrix matrix)
     : Steps(cell, matrix),
-      to_mem(blocks_to_mem(s.c, device, forward_multiply, only, spreads)),
-      to_x(data_blocks(s.c, device, forward_multiply, true, false).value()),
-      weights(both_weight_blocks(s.c, device, forward_multiply)),
+      to_mem(data_blocks(s.c, device, matrix, false)),
+      to_x(data_blocks(s.c, device, matrix, true)),
+      weights(weight_blocks(s.c, device, matrix)),
       bias_splits(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * device.multiprocessors))) {
   packed = packed_backward(s.c, to_x, to_mem);
   workspace = Backward(*this, BackwardArgs(), nullptr).workspace();
-  multiply = forward_multiply;
-  shape = to_mem.shape;
+  multiply = to_mem.multiply;
   blocks = std::max({to_mem.tiling.blocks(), to_x.tiling.blocks(),
                      s.c.N * ceil_div(s.c.C * s.pixels, kSpreadThreads)});
 }

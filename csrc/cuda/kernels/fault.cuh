@@ -1,6 +1,6 @@
 // Seeded faults: the tests break a kernel at such a place on purpose and must notice it.
 //
-//   if (!fault(Fault::no_stage_wait)) cp_async_wait<0>();
+//   if (!fault(Fault::no_chunk_wait)) cp_async_wait<0>();
 //   const int row = y + dy - pad + (fault(Fault::wrong_mma_halo) ? 1 : 0);
 //
 // fault() is the constant `false` in every build except the emulation with -DSNNLSTM_FAULT_SWITCH,
@@ -14,22 +14,15 @@ enum class Fault : int {
   none,
   // Data is used before the wait for its copy.
   no_chunk_wait,
-  no_stage_wait,
   no_weight_tile_wait,
-  // Mem or d_gates are read before the wait for the launch that writes them.
-  no_launch_wait_mma,
-  no_launch_wait_forward_fma,
-  no_launch_wait_backward_fma,
   // No barrier stands between a write of shared memory and others' reads.
-  no_stage_barrier,
+  no_chunk_barrier,
   no_weight_tile_barrier,
   no_fma_chunk_barrier,
-  no_k_groups_barrier,
   no_vectors_barrier,
-  no_gather_barrier,
   no_bias_barrier,
   // Nothing stands between reads and the next overwrite.
-  no_chunk_barrier,
+  no_reuse_barrier,
   wrong_fma_buffer,
   // An index is off by one, or of another dimension.
   wrong_mma_halo,
@@ -43,7 +36,6 @@ enum class Fault : int {
   no_border_zeros,
   no_reset,
   swapped_gates,
-  lost_carried_pieces,
   lost_part,
   lost_totals,
   lost_bias_row,
@@ -51,8 +43,7 @@ enum class Fault : int {
   wrong_mem_buffer,
   early_syn_forward,
   early_syn_backward,
-  wrong_warp_column,
-  lost_mem_taps,
+  lost_taps,
   early_leaky_x,
   early_leaky_gradient,
   no_scalar_leaky_spikes,
@@ -61,10 +52,8 @@ enum class Fault : int {
   // The same, on ways that some users' calls take.
   lost_last_gradient,
   first_tile_column,
-  wrong_im2col_halo,
   first_chunk,
   first_input_chunk,
-  kept_sums,
   unturned_kernel,
   unjoined_rows,
   untrimmed_kernel,

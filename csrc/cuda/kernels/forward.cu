@@ -1,5 +1,5 @@
 // Launches the kernels of a sequence's forward pass, and lays out their memory: one launch for
-// every step, and a second if pooling windows cross tiles.
+// every step, and a second if the cell pools.
 //
 // The states before the first step stay in the caller's layout, apart from the others. In front of
 // our own images they would make all steps alike, but would need a copy in each call.
@@ -26,13 +26,14 @@ class Forward {
   void run() {
     for (int64_t t = 0; t < s_.c.T; ++t) {
       step(t);
-      if (!steps_.step.fires) fire(t);
+      if (s_.c.pool != Pool::none) fire(t);
     }
   }
 
  private:
   void* take_state() { return arena_.take(s_.state() * bytes_of(steps_.type)); }
 
+  int channels_per_thread() const { return steps_.step.mma() ? steps_.step.tiles / 2 : 1; }
   bool training() const { return a_.saved_gates != nullptr; }
   // Says whether the caller's states are those of all samples after step t.
   bool writes_states(int64_t t) const {
@@ -40,7 +41,7 @@ class Forward {
   }
 
   Tensor state(const View& v, int64_t t) const {
-    return state_tensor(s_.c, v, t, steps_.step.channels_per_thread());
+    return state_tensor(s_.c, v, t, channels_per_thread());
   }
   bool keeps_mem() const { return a_.record || a_.spk_is_mem(); }
   Tensor mem_before(int64_t t) const {
@@ -57,8 +58,7 @@ class Forward {
   Tensor saved_syn(int64_t t) const { return image(a_.saved_syn, s_, steps_.type, 1, t); }
 
   NeuronForward neuron(int64_t t) const {
-    NeuronForward n = neuron_forward(a_, t, steps_.step.channels_per_thread());
-    n.fires = steps_.step.fires;
+    NeuronForward n = neuron_forward(a_, t, channels_per_thread());
     n.syn_in = syn_before(t);
     n.mem_in = mem_before(t);
     if (!writes_states(t) && !keeps_mem()) n.own_mem = image(mem_[(t + 1) & 1], s_, steps_.type);
@@ -72,24 +72,10 @@ class Forward {
     return n;
   }
 
-  // The steps after the second one differ from it in addresses alone; the first one's mem has the
-  // caller's layout.
-  const MmaConv& convolution(int64_t t, const Segment& x, const Segment& mem) {
-    if (t < 2) {
-      MmaBuilder builder = steps_.step.builder();
-      builder.add(x, steps_.packed.x.depth, steps_.step.tiling);
-      builder.add(mem, steps_.packed.mem.depth, steps_.step.tiling);
-      builder.finish(steps_.packed.x.in(a_.weight), steps_.packed.x.pitch, steps_.step.threads());
-      conv_ = builder.conv;
-    }
-    conv_.segment[0].s.src = x.src;
-    conv_.segment[1].s.src = mem.src;
-    return conv_;
-  }
-
   void step(int64_t t) {
     const Cell& c = s_.c;
-    const ForwardBlocks& step = steps_.step;
+    const StepBlocks& step = steps_.step;
+    const Packed& packed = steps_.packed;
     const NeuronForward n = neuron(t);
     Segment x = x_segment(c), mem = mem_segment(c);
     x.src = tensor(a_.x, steps_.type, t, {1, c.N, c.Cin, c.H, c.W}, 4);
@@ -98,32 +84,26 @@ class Forward {
       ForwardFma p;
       p.tiling = step.tiling;
       p.neuron = n;
-      p.x = steps_.packed.x.with_weight(x, a_.weight);
-      p.mem = steps_.packed.mem.with_weight(mem, a_.weight);
-      return with_tile<32>(steps_.type, step.columns, [&](auto real, auto tile) {
+      p.x = packed.x.with_weight(x, a_.weight);
+      p.mem = packed.mem.with_weight(mem, a_.weight);
+      return with_real(steps_.type, [&](auto real) {
         using R = decltype(real);
-        using T = decltype(tile);
-        const size_t bytes = sizeof(fma::GemmShared<R, T>);
-        const Launch how = step_launch("forward step (fma)", step, bytes, stream_, t > 0);
-        launch(how, &forward_fma<R, T>, p);
+        const size_t bytes = sizeof(fma::GemmShared<R>);
+        launch(step_launch("forward step (fma)", step, bytes, stream_), &forward_fma<R>, p);
       });
     }
     ForwardMma p;
     p.tiling = step.tiling;
     p.neuron = n;
-    p.conv = convolution(t, x, mem);
-    p.mem_pitch = step.mem_pitch();
-    p.vectors = int(forward_shared_bytes(step, p.conv, c.pool != Pool::none));
-    const bool plain = is_plain(n);
-    const char* const name = plain ? "forward step (mma, plain)" : "forward step (mma)";
-    const size_t bytes = p.vectors + 5 * step.channels() * sizeof(float);
-    const Launch how = step_launch(name, step, bytes, stream_, t > 0);
+    p.conv = mma_conv(
+        {mma_segment(x, step.multiply, step.tiling), mma_segment(mem, step.multiply, step.tiling)});
+    p.conv.weight = packed.x.in(a_.weight);
+    p.conv.weight_pitch = packed.x.pitch;
+    const size_t bytes = size_t(p.conv.shared_bytes());
+    const Launch how = step_launch("forward step (mma)", step, bytes, stream_);
     with_element(step.multiply, [&](auto element) {
       using E = decltype(element);
-      if (plain)
-        launch(how, step.tiles == 8 ? &forward_mma<E, 2, true> : &forward_mma<E, 1, true>, p);
-      else
-        launch(how, step.tiles == 8 ? &forward_mma<E, 2, false> : &forward_mma<E, 1, false>, p);
+      launch(how, step.tiles == 8 ? &forward_mma<E, 2> : &forward_mma<E, 1>, p);
     });
   }
 
@@ -138,18 +118,15 @@ class Forward {
   void* stream_;
   Arena arena_;
   void *mem_[2] = {nullptr, nullptr}, *syn_ = nullptr;
-  MmaConv conv_;
 };
 
 }  // namespace
 
-ForwardSteps::ForwardSteps(const Cell& cell, const Device& device, Matrix matrix,
-                           const BlockChoice& only)
-    : Steps(cell, matrix), step(forward_blocks(s.c, device, matrix, only)) {
+ForwardSteps::ForwardSteps(const Cell& cell, const Device& device, Matrix matrix)
+    : Steps(cell, matrix), step(forward_blocks(s.c, device, matrix)) {
   packed = packed_forward(s.c, step);
   workspace = Forward(*this, ForwardArgs(), nullptr).workspace();
   multiply = step.multiply;
-  shape = step.shape;
   blocks = std::max(step.tiling.blocks(), s.c.N * ceil_div(s.c.C * s.pixels, kFireThreads));
 }
 

@@ -16,16 +16,8 @@ struct alignas(2) fp16 {  // IEEE binary16: 1 + 5 + 10 bits
 struct alignas(2) bf16 {  // the upper half of a float: 1 + 8 + 7 bits
   uint16_t bits;
 };
-// fp16 for GPUs of sm_75, whose tensor cores take K = 8 at a time and whose copies to shared memory
-// are not asynchronous.
-struct alignas(2) fp16_sm75 {
-  uint16_t bits;
-};
 struct alignas(4) tf32 {  // a float: 1 + 8 + 10 bits, and 13 that the tensor core ignores
   uint32_t bits;
-};
-struct tf32x3 {  // a float that is multiplied as the sum of two tf32 numbers, in three products
-  float value;
 };
 
 namespace detail {
@@ -83,11 +75,6 @@ SNNLSTM_DEVICE fp16 from_float<fp16>(float x) {
 #else
   return fp16{::simt::fp16_of_float(x)};
 #endif
-}
-
-template <>
-SNNLSTM_DEVICE fp16_sm75 from_float<fp16_sm75>(float x) {
-  return {from_float<fp16>(x).bits};
 }
 
 template <>

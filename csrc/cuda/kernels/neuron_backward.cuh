@@ -11,14 +11,13 @@
 namespace snnlstm::cuda {
 
 struct NeuronBackward : NeuronStep {
-  bool spreads = true;  // false: a kernel before this one has written spikes_in
   Surrogate surrogate = Surrogate::none;
   double p0 = 0, p1 = 0;
   Tensor gates;  // as the forward pass has saved them
   Tensor syn_prev;
   Tensor grad_syn, grad_mem;   // the caller's, for the states after this step
   bool at_ends = false;        // these are for the states after each sample's own last step
-  Tensor spikes_in;            // gradient of mem through the spikes, in the compute type
+  Tensor spikes_in;            // if the cell pools: gradient of mem through the spikes, by fire.cuh
   Tensor d_syn_in, d_syn_out;  // may be the same
   Tensor grad_syn0;            // if present, replaces d_syn_out
   Tensor d_gates, own_mem;
@@ -26,22 +25,6 @@ struct NeuronBackward : NeuronStep {
   // pixels and over the launches so far. Null if it is not needed.
   void* sums = nullptr;
   bool first_sums = true;  // the launch sets the sums instead of adding to them
-};
-
-// A plain step also has the default surrogate.
-inline bool is_plain(const NeuronBackward& n) {
-  return n.surrogate == Surrogate::atan &&
-         is_plain(n.fire, {&n.syn_prev, &n.grad_syn, &n.grad_mem, &n.grad_syn0});
-}
-
-// Loads the recurrent gradients of a patch: pixel k has them at `from` + k * stride.
-template <class R>
-struct FromShared {
-  const R* from;
-  int stride;
-  SNNLSTM_DEVICE void operator()(R (&d_mem)[2][4]) const {
-    unrolled<2>([&](int px) { load_vector(from + px * stride, d_mem[px]); });
-  }
 };
 
 // The sums of the threshold's gradient of a row of warps: (channels,) in shared memory, over the
@@ -53,7 +36,7 @@ struct RowSums {
   bool set;
 };
 
-template <class R, bool plain = false, class OfStates = Unknown, class OfGates = Unknown>
+template <class R, class OfStates = Unknown, class OfGates = Unknown>
 class BackwardTile {
   using OwnImage = Known<R, Access::channels>;  // images in the compute type
 
@@ -73,16 +56,9 @@ class BackwardTile {
   // Says whether the block's step comes after its sample's last one. Then the gradients are
   // skipped, but a launch that sets the threshold's sums sets them to 0.
   SNNLSTM_DEVICE bool is_padded() const {
-    const bool padded = !plain && p_.fire.is_padded(block_.n);
+    const bool padded = p_.fire.is_padded(block_.n);
     if (padded && p_.first_sums) write_sums(nullptr, 0);
     return padded;
-  }
-
-  SNNLSTM_DEVICE bool spikes() const {
-    return p_.fire.spk.present() && p_.surrogate != Surrogate::none;
-  }
-  SNNLSTM_DEVICE bool gathers() const {
-    return !plain && spikes() && p_.fire.pool != Pool::none && p_.spreads;
   }
 
   // Returns the gradient that a spike passes to the mem that it came from. u: mem - threshold.
@@ -108,19 +84,16 @@ class BackwardTile {
   }
 
   // Runs the step backward for pixels m, m + 1 and 4 of the block's channels, from `first` on.
-  // gather: only mem is computed, and written into the tile.
   // recurrent(d_mem) writes the thread's gradients of mem, d_mem[pixel][channel], which are 0
   // before.
   template <class Recurrent>
-  SNNLSTM_DEVICE void patch(int m, int first, bool gather, Recurrent&& recurrent, MemTile<R> tile,
-                            const RowSums<R>& sums) const {
+  SNNLSTM_DEVICE void patch(int m, int first, Recurrent&& recurrent, const RowSums<R>& sums) const {
     Patch p;
     load(p, m, first);
-    if (gather) return tile.put(m, first, p.mem);
     if (p_.own_mem.present()) store_patch<Ours<OfGates>>(p_.own_mem, p.at, p.c0, p.mem);
     R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {}, of_threshold[2][4];
     from_later(p, recurrent, d_syn, d_mem);
-    from_spikes(p, m, first, tile, spike);
+    from_spikes(p, spike);
     differentiate(p, spike, d_mem, d_syn, of_threshold);
     if (p_.d_gates.present())
       unrolled<4>([&](int k) { store_patch<Ours<OfGates>>(p_.d_gates, p.at, p.c0, p.gate[k], k); });
@@ -132,21 +105,6 @@ class BackwardTile {
     R sum[4];
     unrolled<4>([&](int ch) { sum[ch] = of_threshold[0][ch] + of_threshold[1][ch]; });
     reduce(sum, first, sums);
-  }
-
-  // Calls patches(gather), which goes over all patches that the thread holds. If the gradients need
-  // the whole tile's mem, patches(true) comes first. All threads call this.
-  template <class Patches>
-  SNNLSTM_DEVICE void in_phases(MemTile<R> tile, Patches&& patches) const {
-#pragma unroll 1
-    for (int phase = gathers() ? 0 : 1; phase < 2; ++phase) {
-      patches(phase == 0);
-      if (phase == 0) {
-        if (!fault(Fault::no_gather_barrier)) __syncthreads();
-        spread(tile);
-        __syncthreads();
-      }
-    }
   }
 
   // Calls put(i, j, gradient) with the gradient that element (i, j) of a window gets through its
@@ -178,7 +136,7 @@ class BackwardTile {
   // Adds the rows' sums up in global memory. A barrier must come before.
   SNNLSTM_DEVICE void write_sums(const R* row_sums, int rows) const {
     if (p_.sums == nullptr) return;
-    const int total = int(tiling_.by_columns.value) * channels_;  // channels of all column blocks
+    const int total = tiling_.columns * channels_;  // channels of all column blocks
     R* out = static_cast<R*>(p_.sums) + int64_t(block_.tile) * total + c0_;
     for (int i = int(threadIdx.x); i < channels_; i += int(blockDim.x)) {
       R value = p_.first_sums ? R(0) : out[i];
@@ -208,8 +166,7 @@ class BackwardTile {
       p.mem[px][ch] = N::after_reset(p_.reset, N::next_mem(a.o, p.tanh_syn[px][ch]),
                                      is_flagged(p.gate[2][px][ch]), p.threshold[ch]);
     });
-    if (!plain && p_.fire.num_levels > 0)
-      for_each_value(p.mem, [&](R x) { return quantised(p_.fire, x); });
+    if (p_.fire.num_levels > 0) for_each_value(p.mem, [&](R x) { return quantised(p_.fire, x); });
     if (std::is_same_v<typename OfStates::Type, AnyType>) {
       const DType type = p_.syn_prev.type;
       unrolled<2, 4>([&](int px, int ch) { p.mem[px][ch] = rounded(type, p.mem[px][ch]); });
@@ -220,21 +177,22 @@ class BackwardTile {
   template <class Recurrent>
   SNNLSTM_DEVICE void from_later(const Patch& p, Recurrent&& recurrent, R (&d_syn)[2][4],
                                  R (&d_mem)[2][4]) const {
-    const bool starts = !plain && p_.fire.is_last(block_.n);  // nothing comes from later steps
+    const bool starts = p_.fire.is_last(block_.n);  // nothing comes from later steps
     if (p_.d_syn_in.present() && !starts) load_patch<OwnImage>(p_.d_syn_in, p.at, p.c0, d_syn);
     if (!starts) recurrent(d_mem);
-    if (plain || starts || !p_.at_ends)
+    if (starts || !p_.at_ends)
       add_patch(p_.grad_mem, p.at, p.c0, d_mem), add_patch(p_.grad_syn, p.at, p.c0, d_syn);
-    if (!plain && !p_.fire.spiking) add_patch(p_.fire.spk, p.at, p.c0, d_mem);
+    if (!p_.fire.spiking) add_patch(p_.fire.spk, p.at, p.c0, d_mem);
   }
 
   // Writes the gradients of mem through the spikes. Without pooling p.mem becomes mem - threshold.
-  SNNLSTM_DEVICE void from_spikes(Patch& p, int m, int first, MemTile<R> tile,
-                                  R (&spike)[2][4]) const {
-    if (spikes() && (plain || p_.fire.pool == Pool::none)) {
+  SNNLSTM_DEVICE void from_spikes(Patch& p, R (&spike)[2][4]) const {
+    if (p_.spikes_in.present()) {
+      load_patch<OwnImage>(p_.spikes_in, p.at, p.c0, spike);
+    } else if (p_.fire.spk.present() && p_.surrogate != Surrogate::none) {
       unrolled<2, 4>([&](int px, int ch) { p.mem[px][ch] -= p.threshold[ch]; });
       load_patch<OfStates>(p_.fire.spk, p.at, p.c0, spike);
-      if (plain || p_.surrogate == Surrogate::atan) {
+      if (p_.surrogate == Surrogate::atan) {
         const R graded = graded_of<R>(p_.fire);
         unrolled<2, 4>([&](int px, int ch) {
           spike[px][ch] =
@@ -245,15 +203,6 @@ class BackwardTile {
         const auto gradient = [&](R grad, R u) { return spike_gradient(u, grad); };
         for_each_value(spike, gradient, p.mem);
       }
-    } else if (!plain && p_.spikes_in.present()) {
-      load_patch<OwnImage>(p_.spikes_in, p.at, p.c0, spike);
-    } else if (gathers()) {
-      unrolled<4>([&](int ch) {
-        R pair[2];
-        load_vector(&tile.at(first + ch, m), pair);
-        spike[0][ch] = pair[0];
-        spike[1][ch] = pair[1];
-      });
     }
   }
 
@@ -263,9 +212,8 @@ class BackwardTile {
                                     R (&d_syn)[2][4], R (&of_threshold)[2][4]) const {
     unrolled<2>([&](int px) {
       // Pixels after the last whole window are in no window.
-      const bool pooled =
-          plain || p_.fire.pool == Pool::none ||
-          (p.at.y[px] < p_.fire.Hp * p_.fire.pool_h && p.at.x[px] < p_.fire.Wp * p_.fire.pool_w);
+      const bool pooled = p_.fire.pool == Pool::none || (p.at.y[px] < p_.fire.Hp * p_.fire.pool_h &&
+                                                         p.at.x[px] < p_.fire.Wp * p_.fire.pool_w);
       unrolled<4>([&](int ch) {
         const bool real = pooled && p.at.valid[px] && p.c0 + ch < p_.C;
         const R through_spike = real ? spike[px][ch] : R(0);
@@ -285,16 +233,6 @@ class BackwardTile {
     });
   }
 
-  // Replaces the mem of each window in the tile by the gradient that it gets through its spike.
-  SNNLSTM_DEVICE void spread(MemTile<R> tile) const {
-    for_each_window(p_.fire, tiling_, block_, c0_, channels_, [&](const Window& w) {
-      const auto at = [&](int i, int j) -> R& {
-        return tile.at(w.channel, w.m + i * tiling_.w + j);
-      };
-      spread_window(w.c, w.y, w.x, vectors_[w.channel], at,
-                    [&](int i, int j, R grad) { at(i, j) = grad; });
-    });
-  }
   // Sums over 8 lanes. The first two exchanges each halve the channels that a lane keeps.
   SNNLSTM_DEVICE void reduce(const R (&sum)[4], int first, const RowSums<R>& to) const {
     const int bit = to.bit;

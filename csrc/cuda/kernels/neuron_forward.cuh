@@ -1,13 +1,12 @@
-// From the gate sums of a tile to the neurons' results: LSTM update, reset, quantisation, pooling
-// and spike. All forward kernels share this; they differ in how they sum the gate sums.
+// From the gate sums of a tile to the neurons' results: LSTM update, reset, quantisation and spike.
+// All forward kernels share this; they differ in how they sum the gate sums. If the cell pools,
+// fire.cuh forms the spikes from the whole image's mem.
 //
 // Our own images are channels-last with Cp channels, C rounded up to a multiple of 8: every pixel
 // starts at a multiple of 16 bytes, and vectors need no tail. Channels from C on hold 0.
 //   gates         (T, N, Ho, Wo, 4, Cp)  activated; the sign of the output gate says "was reset"
 //   syn, mem      (N, Ho, Wo, Cp)
 #pragma once
-
-#include <initializer_list>
 
 #include "tile.cuh"
 
@@ -50,7 +49,6 @@ struct NeuronStep {
 };
 
 struct NeuronForward : NeuronStep {
-  bool fires = true;           // false: a kernel after the step fires
   const void* bias = nullptr;  // (4C,)
   Tensor syn_in, mem_in;       // states before the step; mem_in is for the reset
   Tensor syn_out, mem_out;     // the caller's
@@ -58,28 +56,12 @@ struct NeuronForward : NeuronStep {
   Tensor gates_out;            // in training
 };
 
-// Says whether a step is plain: without pooling, quantiser and lengths, of float32 states that are
-// all accessed in vectors. Tensor core kernels have an instance for such steps.
-inline bool is_plain(const Fire& f, std::initializer_list<const Tensor*> states) {
-  bool vectors = f.spk.access != Access::scalar;
-  for (const Tensor* a : states) vectors = vectors && a->access != Access::scalar;
-  return vectors && f.spk.type == DType::float32 && f.spiking && f.pool == Pool::none &&
-         f.num_levels == 0 && f.lengths == nullptr;
-}
-inline bool is_plain(const NeuronForward& n) {
-  return n.fires && is_plain(n.fire, {&n.syn_in, &n.mem_in, &n.syn_out, &n.mem_out});
-}
-
 // What a kernel that multiplies Elements knows: gates have that type. States are float32 if
-// Elements are floats, and in plain steps.
-template <class Element, bool plain>
-using KnownStates = Known<std::conditional_t<plain || sizeof(Element) == 4, float, AnyType>,
-                          plain ? Access::rows : Access::scalar>;
+// Elements are floats.
 template <class Element>
-using KnownGates =
-    Known<std::conditional_t<sizeof(Element) == 4, float,
-                             std::conditional_t<std::is_same_v<Element, bf16>, bf16, fp16>>,
-          Access::channels>;
+using KnownStates = Known<std::conditional_t<sizeof(Element) == 4, float, AnyType>, Access::scalar>;
+template <class Element>
+using KnownGates = Known<Element, Access::channels>;
 
 // Moves every value one place towards v[0][0], whose value is lost, and puts `last` at the end.
 template <int CH, class R>
@@ -166,54 +148,9 @@ SNNLSTM_DEVICE R thresholded(const Fire& f, int64_t pooled, At&& at) {
   return quantised(f, largest);
 }
 
-// A whole pooling window of a tile.
-struct Window {
-  int channel, c;  // in the block; among all
-  int y, x;        // row and column among windows
-  int m;           // its first pixel in the tile
-};
-
-// Calls f(window) for the windows of the block. Neighbouring threads take neighbours in spk.
-template <class F>
-SNNLSTM_DEVICE void for_each_window(const Fire& fire, const Tiling& tiling, const BlockPlace& block,
-                                    int c0, int channels, F&& f) {
-  const unsigned windows = tiling.by_windows.value;
-  const bool by_channel = fire.spk.c == 1;
-#pragma unroll 1
-  for (unsigned i = threadIdx.x; i < windows * unsigned(channels); i += blockDim.x) {
-    unsigned row = i, ch = i;
-    if (by_channel) {
-      ch = i & unsigned(channels - 1);
-      row = i / unsigned(channels);
-    } else
-      row = tiling.by_windows.split(ch);
-    const int col = int(tiling.by_window.split(row)), c = c0 + int(ch);
-    const int y = block.y0 / fire.pool_h + int(row), x = block.x0 / fire.pool_w + col;
-    if (c < fire.C && y < fire.Hp && x < fire.Wp)
-      f(Window{int(ch), c, y, x, int(row) * fire.pool_h * tiling.w + col * fire.pool_w});
-  }
-}
-
-// The mem of a tile, for pooling: [channel][pixel], rows padded against bank conflicts.
-template <class R>
-struct MemTile {
-  R* data = nullptr;
-  int pitch = 0;  // even
-
-  SNNLSTM_DEVICE R& at(int channel, int pixel) const { return data[channel * pitch + pixel]; }
-  // Stores pixels m, m + 1 of CH channels from `first` on.
-  template <int CH>
-  SNNLSTM_DEVICE void put(int m, int first, const R (&mem)[2][CH]) const {
-    unrolled<CH>([&](int ch) {
-      const R pair[2] = {mem[0][ch], mem[1][ch]};
-      store_vector(&at(first + ch, m), pair);
-    });
-  }
-};
-
 // The block's channels are c0 ... c0 + channels - 1, channels a power of two. OfStates, OfGates:
-// what is known about the states and the saved gates. plain: see is_plain().
-template <class R, bool plain = false, class OfStates = Unknown, class OfGates = Unknown>
+// what is known about the states and the saved gates.
+template <class R, class OfStates = Unknown, class OfGates = Unknown>
 class ForwardTile {
  public:
   using N = Neuron<Math<R>>;
@@ -239,7 +176,7 @@ class ForwardTile {
   // Runs the step for pixels m, m + 1 and CH of the block's channels, from `first` on.
   // sum[gate][pixel][channel]: the gate sums.
   template <int CH>
-  SNNLSTM_DEVICE void patch(int m, int first, R (&sum)[4][2][CH], MemTile<R> mem_tile) const {
+  SNNLSTM_DEVICE void patch(int m, int first, R (&sum)[4][2][CH]) const {
     const int c0 = c0_ + first;
     const PixelPair at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
     R syn[2][CH], mem[2][CH] = {};
@@ -269,7 +206,7 @@ class ForwardTile {
     if (p_.gates_out.present())
       unrolled<4>(
           [&](int gate) { store_patch<Ours<OfGates>>(p_.gates_out, at, c0, sum[gate], gate); });
-    if (!plain && p_.fire.num_levels > 0) {
+    if (p_.fire.num_levels > 0) {
       const auto nearest = [&](R x) { return quantised(p_.fire, x); };
       for_each_value(syn, nearest);
       for_each_value(mem, nearest);
@@ -280,12 +217,10 @@ class ForwardTile {
     }
     if (p_.own_syn.present()) store_patch<Ours<OfStates>>(p_.own_syn, at, c0, syn);
     if (p_.own_mem.present()) store_patch<Ours<OfStates>>(p_.own_mem, at, c0, mem);
-    const bool pools = !plain && p_.fire.pool != Pool::none;
-    if (p_.fires && pools) mem_tile.put(m, first, mem);
     if (p_.syn_out.present()) store_patch<OfStates>(p_.syn_out, at, c0, syn);
     if (p_.mem_out.present()) store_patch<OfStates>(p_.mem_out, at, c0, mem);
-    if (!plain && (!p_.fires || pools)) return;
-    if (!plain && !p_.fire.spiking) {
+    if (p_.fire.pool != Pool::none) return;
+    if (!p_.fire.spiking) {
       if (p_.fire.spk.present()) store_patch<OfStates>(p_.fire.spk, at, c0, mem);
       return;
     }
@@ -293,19 +228,6 @@ class ForwardTile {
     unrolled<CH, 2>(
         [&](int ch, int px) { spk[px][ch] = spike_of(p_.fire, mem[px][ch], threshold[ch]); });
     store_patch<OfStates>(p_.fire.spk, at, c0, spk);
-  }
-
-  // Writes the spikes of the tile's whole pooling windows. All threads call it, after a barrier.
-  SNNLSTM_DEVICE void finish(MemTile<R> mem_tile) const {
-    const Fire& f = p_.fire;
-    if (plain || !p_.fires || f.pool == Pool::none) return;
-    void* spk = image_of(f.spk, block_.t, block_.n);
-    for_each_window(f, tiling_, block_, c0_, channels_, [&](const Window& w) {
-      const auto at = [&](int i, int j) { return mem_tile.at(w.channel, w.m + i * tiling_.w + j); };
-      const R mem = thresholded<R>(f, f.pooled_index(block_.n, w.c, w.y, w.x), at);
-      write(spk, f.spk.type, offset(f.spk, w.c, w.y, w.x),
-            spike_of(f, mem, vectors_[4 * channels_ + w.channel]));
-    });
   }
 
  private:

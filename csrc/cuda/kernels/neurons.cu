@@ -19,31 +19,22 @@ Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
 
 CudnnSteps::CudnnSteps(const Cell& of, Matrix matrix, bool backward) : Steps(of, matrix) {
   const Cell& c = s.c;
-  const auto sizes = [&](bool windows) {
-    return tile_sizes(c, c.Ho(), c.Wo(), neurons::kPixels, windows);
-  };
-  const std::vector<TileSize> whole = sizes(c.pool != Pool::none);
-  whole_windows = !whole.empty();
-  cut(of_step, c, c.Ho(), c.Wo(), whole_windows ? whole[0] : sizes(false)[0]);
-  cover(of_step, c, c.N, c.C, neurons::kChannels);
-  blocks = of_step.blocks();
+  cut(tiling, c.Ho(), c.Wo(), neurons::kPixels);
+  cover(tiling, c, c.N, c.C, neurons::kChannels);
+  blocks = tiling.blocks();
   if (!backward) return;
-  sums_bytes = round_up(of_step.tiles() * pitch() * bytes_of(real), 256);
-  workspace = sums_bytes + (whole_windows ? 0 : s.state() * bytes_of(real));
+  sums_bytes = round_up(tiling.tiles() * pitch() * bytes_of(real), 256);
+  workspace = sums_bytes + (c.pool == Pool::none ? 0 : s.state() * bytes_of(real));
 }
 
-int CudnnSteps::pitch() const { return int(of_step.by_columns.value) * neurons::kChannels; }
+int CudnnSteps::pitch() const { return tiling.columns * neurons::kChannels; }
 
 void CudnnSteps::forward(const ForwardArgs& args, void* stream) const {
   const Cell& c = s.c;
   ForwardNeurons p;
-  p.tiling = of_step;
-  for (int k = 0; k < 4; ++k) {
-    p.sums[k] = gate_of(args.gate_sums, gates, c, k);
-    p.x_sums[k] = gate_of(args.x_sums, real, c, k);
-  }
+  p.tiling = tiling;
+  for (int k = 0; k < 4; ++k) p.sums[k] = gate_of(args.gate_sums, gates, c, k);
   p.neuron = neuron_forward(args, 0, 4);
-  p.neuron.fires = whole_windows;
   if (args.saved_syn) p.neuron.own_syn = image(args.saved_syn, s, type);
   if (args.saved_gates) p.neuron.gates_out = image(args.saved_gates, s, gates, 4);
   with_real(c.dtype, [&](auto real) {
@@ -52,23 +43,22 @@ void CudnnSteps::forward(const ForwardArgs& args, void* stream) const {
                      sizeof(neurons::PatchShared<R>), stream};
     launch(how, &neurons_forward<R>, p);
   });
-  if (!whole_windows) launch_fire({p.neuron.fire, p.neuron.mem_out, int(c.N)}, stream);
+  if (c.pool != Pool::none) launch_fire({p.neuron.fire, p.neuron.mem_out, int(c.N)}, stream);
 }
 
 void CudnnSteps::backward(const BackwardArgs& args, void* stream) const {
   const Cell& c = s.c;
   char* const space = static_cast<char*>(args.workspace);
   BackwardNeurons p;
-  p.tiling = of_step;
+  p.tiling = tiling;
   NeuronBackward& n = p.neuron;
   n = neuron_backward(args, 0);
   n.gates = image(args.saved_gates, s, gates, 4);
   n.d_gates = image(args.d_gates, s, gates, 4);
   if (args.mem_after) n.own_mem = image(args.mem_after, s, gates);
   n.grad_syn0 = state_tensor(c, args.grad_syn0, 0, 4);
-  n.spreads = whole_windows;
   if (args.grad_threshold) n.sums = space;
-  if (!n.spreads) launch_spread(n, image(space + sums_bytes, s, real), c.N, stream);
+  if (c.pool != Pool::none) launch_spread(n, image(space + sums_bytes, s, real), c.N, stream);
   with_real(c.dtype, [&](auto zero) {
     using R = decltype(zero);
     const Launch how{"neurons backward", p.tiling.blocks(), neurons::kThreads,
@@ -77,7 +67,7 @@ void CudnnSteps::backward(const BackwardArgs& args, void* stream) const {
   });
   if (!args.grad_threshold) return;
   AddGradients add;
-  add.sums[1] = {space, of_step.tiles(), 1, pitch(), int(c.C), args.grad_threshold, type};
+  add.sums[1] = {space, tiling.tiles(), 1, pitch(), int(c.C), args.grad_threshold, type};
   launch_add_gradients(add, real, stream);
 }
 

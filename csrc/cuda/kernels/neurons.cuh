@@ -8,7 +8,6 @@ namespace snnlstm::cuda {
 
 namespace neurons {
 constexpr int kThreads = 128, kPixels = 64, kChannels = 16;
-constexpr int kMemPitch = kPixels + 2;
 // The number of blocks of a multiprocessor. Without it ptxas aims at 6 on sm_90, and spills.
 template <class R>
 constexpr int kBlocks = sizeof(R) == 4 ? 4 : 1;
@@ -17,7 +16,6 @@ template <class R>
 struct PatchShared {
   R vectors[5 * kChannels];
   R sums[kChannels * kThreads / 32];
-  R mem[kChannels * kMemPitch];
 };
 
 // The thread's first pixel, and its first channel in the block.
@@ -27,8 +25,7 @@ SNNLSTM_DEVICE int channel() { return 4 * (int(threadIdx.x) % 4); }
 
 struct ForwardNeurons {
   Tiling tiling;
-  // Each gate, (1, N, C, Ho, Wo) in any layout: sums of mem and of x, or of both (without x_sums).
-  Tensor sums[4], x_sums[4];
+  Tensor sums[4];  // of each gate, (1, N, C, Ho, Wo) in any layout
   NeuronForward neuron;
 };
 
@@ -40,21 +37,12 @@ __global__ void __launch_bounds__(neurons::kThreads, neurons::kBlocks<R>)
   const int c0 = block.column * neurons::kChannels;
   if (p.neuron.fire.is_padded(block.n)) return;
   const ForwardTile<R> tile(p.neuron, p.tiling, block, c0, neurons::kChannels, shared.vectors);
-  const MemTile<R> mem_tile{shared.mem, neurons::kMemPitch};
   tile.load_vectors();
   const PixelPair at = pixel_pair(p.tiling, block, neurons::pixel(), p.neuron.Ho, p.neuron.Wo);
   R sum[4][2][4];
-  unrolled<4>([&](int gate) {
-    load_patch(p.sums[gate], at, c0 + neurons::channel(), sum[gate]);
-    if (!p.x_sums[gate].present()) return;
-    R xs[2][4];
-    load_patch(p.x_sums[gate], at, c0 + neurons::channel(), xs);
-    unrolled<2, 4>([&](int px, int ch) { sum[gate][px][ch] += xs[px][ch]; });
-  });
+  unrolled<4>([&](int gate) { load_patch(p.sums[gate], at, c0 + neurons::channel(), sum[gate]); });
   if (!fault(Fault::no_vectors_barrier)) __syncthreads();
-  tile.patch(neurons::pixel(), neurons::channel(), sum, mem_tile);
-  __syncthreads();
-  tile.finish(mem_tile);
+  tile.patch(neurons::pixel(), neurons::channel(), sum);
 }
 
 struct BackwardNeurons {
@@ -70,14 +58,10 @@ __global__ void __launch_bounds__(neurons::kThreads, neurons::kBlocks<R>)
   const int c0 = block.column * neurons::kChannels;
   const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, neurons::kChannels, shared.vectors);
   if (tile.is_padded()) return;
-  const MemTile<R> mem_tile{shared.mem, neurons::kMemPitch};
   tile.load_vectors();
   __syncthreads();
   R* row_sums = shared.sums + int(threadIdx.x) / 32 * neurons::kChannels;
-  tile.in_phases(mem_tile, [&](bool gather) {
-    tile.patch(neurons::pixel(), neurons::channel(), gather, [](auto&) {}, mem_tile,
-               {row_sums, 4, true});
-  });
+  tile.patch(neurons::pixel(), neurons::channel(), [](auto&) {}, {row_sums, 4, true});
   __syncthreads();
   tile.write_sums(shared.sums, neurons::kThreads / 32);
 }

@@ -6,59 +6,32 @@
 
 namespace snnlstm::cuda {
 
-namespace {
-
-WeightMap map_of(const Steps& pass, const void* weight, Use use) {
-  const Shape& s = pass.s;
-  return {weight, s.c.dtype, int(s.c.C), int(s.Cp), int(s.c.Cin), int(s.taps), pass.taps, use};
-}
-
-FmaPacking fma_packing_of(const Steps& pass, const PackedPart& part, const void* weight,
-                          void* packed) {
-  FmaPacking p;
-  p.map = map_of(pass, weight, part.use);
-  p.packed = static_cast<char*>(packed) + part.start;
-  p.columns = part.columns;
-  p.chunks = int(part.pitch / (fma::kDepthUnit * part.columns * bytes_of(pass.real)));
-  p.blocks = int(part.blocks) * p.chunks;
-  return p;
-}
-
-MmaPacking mma_packing_of(const Steps& pass, const PackedPart& part, const void* weight,
-                          void* packed) {
-  MmaPacking p;
-  p.map = map_of(pass, weight, part.use);
-  p.part = part;
-  p.pairs = int(part.blocks * part.warps_n * (part.tiles / 2));
-  p.packed = reinterpret_cast<uint32_t*>(static_cast<char*>(packed) + part.start);
-  return p;
-}
-
-}  // namespace
-
-void pack_weight(const void* weight, std::initializer_list<PackedFor> all, void* stream) {
-  Packings<MmaPacking> on_mma;
-  Packings<FmaPacking> on_fma;
-  unsigned mma_count = 0, fma_count = 0;
-  int64_t mma_blocks = 0, fma_blocks = 0;  // of the largest segment
-  for (const auto& [pass, packed] : all) {
-    for (const PackedPart& part : {pass->packed.x, pass->packed.mem}) {
-      if (part.blocks == 0) continue;  // cudnn has no packed weight
-      if (part.mma()) {
-        MmaPacking& job = on_mma.job[mma_count++] = mma_packing_of(*pass, part, weight, packed);
-        mma_blocks = std::max(mma_blocks, part.depth.chunks * job.pairs);
-      } else {
-        FmaPacking& job = on_fma.job[fma_count++] = fma_packing_of(*pass, part, weight, packed);
-        fma_blocks = std::max<int64_t>(fma_blocks, job.blocks);
-      }
-    }
+void Pass::pack(const void* weight, void* packed, void* stream) const {
+  const OnDevice on(device_);
+  Jobs<Packing> fma, mma;
+  int64_t fma_blocks = 0, mma_blocks = 0;
+  Multiply multiply = Multiply::fma;
+  const Shape& s = steps_->s;
+  for (const PackedPart* part : {&steps_->packed.x, &steps_->packed.mem}) {
+    if (part->blocks == 0) continue;  // cudnn has no packed weight
+    const int64_t blocks = part->blocks * part->chunks * (part->mma() ? part->tiles / 2 : 1);
+    Packing& job = (part->mma() ? mma : fma).job[part == &steps_->packed.x ? 0 : 1];
+    job = {*part,        static_cast<char*>(packed) + part->start,
+           weight,       s.c.dtype,
+           int(s.c.C),   int(s.Cp),
+           int(s.c.Cin), int(s.taps),
+           steps_->taps, blocks};
+    (part->mma() ? mma_blocks : fma_blocks) += blocks;
+    if (part->mma()) multiply = part->multiply;
   }
-  with_real(all.begin()->pass->type, [&](auto real) {
-    const Launch how{"pack weight (fma)", dim3(fma_blocks, fma_count), fma::kThreads, 0, stream};
-    launch(how, &pack_fma<decltype(real)>, on_fma);
+  with_real(s.c.dtype, [&](auto real) {
+    const Launch how{"pack weight (fma)", fma_blocks, kThreads, 0, stream};
+    launch(how, &pack_fma<decltype(real)>, fma);
   });
-  const Launch how{"pack weight (mma)", dim3(mma_blocks, mma_count), kPackThreads, 0, stream};
-  launch(how, &pack_mma<kPackThreads>, on_mma);
+  with_element(multiply, [&](auto element) {
+    const Launch how{"pack weight (mma)", mma_blocks, kThreads, 0, stream};
+    launch(how, &pack_mma<decltype(element)>, mma);
+  });
 }
 
 void Pass::store_levels(const double* values, void* levels, void* stream) const {

@@ -1,7 +1,7 @@
 // What kernels are written against: inline PTX under nvcc, an emulation (tests/emulator) under g++.
 //
 // A kernel is ordinary CUDA C++: __global__, threadIdx, __syncthreads(), __syncwarp(),
-// __shfl_xor_sync(), __any_sync(), float4 and their like exist in both builds. This file adds what
+// __shfl_xor_sync(), float4 and their like exist in both builds. This file adds what
 // CUDA C++ has no short name for: the block's dynamic shared memory as one struct, asynchronous
 // copies, fragments and tensor core multiply-adds, and accesses to whole vectors. The types fp16,
 // bf16 and tf32 are in half.cuh, the seeded faults in fault.cuh, and a checked launch in
@@ -21,9 +21,8 @@
 // - A pointer into one array is neither compared with a pointer into another array nor derived from
 //   it: the emulation checks each access against the array that the address lies in.
 // - fault() marks the places at which the tests can break a kernel.
-// - `if constexpr (arch::has_mma<T>)` tells architectures apart: on sm_75 tensor cores multiply
-//   only fp16_sm75, on others all other types. A kernel whose type the architecture does not
-//   multiply traps. sm_75 has no cp.async, so its threads carry those copies in registers.
+// - `if constexpr (arch::has_mma)` tells architectures apart: on sm_75 a kernel that multiplies on
+//   tensor cores, or copies by cp.async, traps.
 #pragma once
 
 #include <cstddef>
@@ -47,13 +46,10 @@ namespace snnlstm::cuda {
 constexpr unsigned full_warp = 0xffffffffu;
 
 namespace arch {
-// Whether kernels whose elements have this type multiply on tensor cores.
 #if !defined(__CUDA_ARCH__)
-template <class T>
 constexpr bool has_mma = true;
 #else
-template <class T>
-constexpr bool has_mma = std::is_same_v<T, fp16_sm75> == (__CUDA_ARCH__ < 800);
+constexpr bool has_mma = __CUDA_ARCH__ >= 800;
 #endif
 }  // namespace arch
 
@@ -62,19 +58,6 @@ constexpr bool has_mma = std::is_same_v<T, fp16_sm75> == (__CUDA_ARCH__ < 800);
 SNNLSTM_DEVICE void trap_without_mma() {
 #if defined(__CUDA_ARCH__)
   __trap();
-#endif
-}
-
-// Waits until the previous launch in the stream is complete and its writes are visible, and then
-// lets the next launch begin. In a launch that overlaps (Launch::overlaps) every thread calls this.
-// Before the call it reads nothing that the previous launch writes, and writes nothing. Each launch
-// waits before the next may begin, so at most two launches overlap. Further calls do nothing.
-// Source: PTX ISA, "griddepcontrol".
-SNNLSTM_DEVICE void wait_for_launch_before() {
-#if !defined(__CUDACC__)
-  ::simt::wait_for_launch_before();
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
@@ -87,14 +70,6 @@ SNNLSTM_DEVICE T& shared_memory() {
 #else
   return *static_cast<T*>(::simt::shared_memory(sizeof(T)));
 #endif
-}
-
-// Returns the number, kept in a register: the compiler may not recompute it in a loop.
-SNNLSTM_DEVICE int kept(int number) {
-#if defined(__CUDACC__)
-  asm volatile("" : "+r"(number));
-#endif
-  return number;
 }
 
 // Calls f(i) for each i < N, or f(i, j) for each j < M in turn, with the loops unrolled.
@@ -110,20 +85,6 @@ SNNLSTM_DEVICE void unrolled(F&& f) {
 #pragma unroll
     for (int j = 0; j < M; ++j) f(i, j);
 }
-
-// A place in shared memory, in a register that is kept().
-#if defined(__CUDACC__)
-struct SharedPlace {
-  uint32_t address;
-  SNNLSTM_DEVICE SharedPlace operator+(int bytes) const { return {address + uint32_t(bytes)}; }
-};
-SNNLSTM_DEVICE SharedPlace shared_place(const void* p) {
-  return {uint32_t(kept(int(__cvta_generic_to_shared(p))))};
-}
-#else
-using SharedPlace = const unsigned char*;
-inline SharedPlace shared_place(const void* p) { return static_cast<SharedPlace>(p); }
-#endif
 
 // ---- asynchronous copies -----------------------------------------------------------------------
 
@@ -172,10 +133,10 @@ SNNLSTM_DEVICE void cp_async_wait() {
 // [2 * (lane % 4)][lane / 4] and [2 * (lane % 4) + 1][lane / 4].
 #if defined(__CUDACC__)
 #define SNNLSTM_LDMATRIX(name, transpose)                                                        \
-  SNNLSTM_DEVICE void name(uint32_t (&r)[4], SharedPlace row) {                                  \
+  SNNLSTM_DEVICE void name(uint32_t (&r)[4], const void* row) {                                  \
     asm volatile("ldmatrix.sync.aligned.m8n8.x4" transpose ".shared.b16 {%0, %1, %2, %3}, [%4];" \
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                \
-                 : "r"(row.address)                                                              \
+                 : "r"(uint32_t(__cvta_generic_to_shared(row)))                                  \
                  : "memory");                                                                    \
   }
 SNNLSTM_LDMATRIX(ldmatrix, "")
@@ -199,46 +160,30 @@ inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row SNNLSTM_SITE) 
 // tf32, K = 8
 //   a[0] (g, t)    a[1] (g + 8, t)    a[2] (g, t + 4)    a[3] (g + 8, t + 4)
 //   b[0] (t, g)    b[1] (t + 4, g)
-// fp16_sm75: the registers are fp16's, in two instructions of K = 8
 // Source: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8".
 template <class T>
 SNNLSTM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4],
                         const uint32_t (&b)[2] SNNLSTM_SITE) {
   [[maybe_unused]] constexpr bool is_fp16 = std::is_same_v<T, fp16>,
-                                  is_bf16 = std::is_same_v<T, bf16>,
-                                  in_two = std::is_same_v<T, fp16_sm75>;
+                                  is_bf16 = std::is_same_v<T, bf16>;
 #if !defined(__CUDACC__)
   using Type = ::simt::MmaType;
-  constexpr Type type = in_two    ? Type::fp16_k8
-                        : is_fp16 ? Type::fp16
-                        : is_bf16 ? Type::bf16
-                                  : Type::tf32;
-  for (int k = 0; k < (in_two ? 2 : 1); ++k) ::simt::mma(type, d, a + 2 * k, b + k, site);
+  ::simt::mma(is_fp16 ? Type::fp16 : is_bf16 ? Type::bf16 : Type::tf32, d, a, b, site);
 #else
-#define SNNLSTM_MMA_K8(a0, a1, b0)                           \
-  asm volatile(                                              \
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"     \
-      " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])       \
-      : "r"(a0), "r"(a1), "r"(b0))
 #define SNNLSTM_MMA(shape_and_types)                                              \
   asm volatile("mma.sync.aligned." shape_and_types                                \
                " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                   \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-  if constexpr (!arch::has_mma<T>) {
+  if constexpr (!arch::has_mma)
     trap_without_mma();  // a launcher has chosen the wrong kernel
-  } else if constexpr (in_two) {
-    SNNLSTM_MMA_K8(a[0], a[1], b[0]);
-    SNNLSTM_MMA_K8(a[2], a[3], b[1]);
-  } else if constexpr (is_fp16)
+  else if constexpr (is_fp16)
     SNNLSTM_MMA("m16n8k16.row.col.f32.f16.f16.f32");
   else if constexpr (is_bf16)
     SNNLSTM_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
   else
     SNNLSTM_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 #undef SNNLSTM_MMA
-#undef SNNLSTM_MMA_K8
 #endif
 }
 
@@ -255,20 +200,6 @@ SNNLSTM_DEVICE V load(const void* p) {
   return v;
 #endif
 }
-
-#if defined(__CUDACC__)
-// The same for 16 bytes of shared memory.
-template <class V>
-SNNLSTM_DEVICE V load(SharedPlace p) {
-  static_assert(std::is_same_v<V, uint4>);
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(p.address)
-               : "memory");
-  return v;
-}
-#endif
 
 template <class V>
 SNNLSTM_DEVICE void store(void* p, V v) {

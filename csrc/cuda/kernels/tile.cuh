@@ -11,12 +11,17 @@ struct BlockPlace {
 };
 
 SNNLSTM_DEVICE BlockPlace block_of(const Tiling& tiling, unsigned index) {
+  const auto take = [&](int count) {
+    const unsigned rest = index % unsigned(count);
+    index /= unsigned(count);
+    return int(rest);
+  };
   BlockPlace b;
-  b.column = int(tiling.by_columns.split(index));
+  b.column = take(tiling.columns);
   b.tile = index;
-  b.x0 = int(tiling.by_cols.split(index)) * tiling.w;
-  b.y0 = int(tiling.by_rows.split(index)) * tiling.h;
-  b.n = int(tiling.by_batch.split(index));
+  b.x0 = take(tiling.cols) * tiling.w;
+  b.y0 = take(tiling.rows) * tiling.h;
+  b.n = take(tiling.batch);
   b.t = int(index);
   return b;
 }
@@ -41,13 +46,12 @@ SNNLSTM_DEVICE PixelPair pixel_pair(const Tiling& tiling, const BlockPlace& b, i
   PixelPair p;
   p.t = b.t;
   p.n = b.n;
-  unsigned row = unsigned(m);
-  int col = int(tiling.by_w.split(row));
+  int row = m / tiling.w, col = m % tiling.w;
   unrolled<2>([&](int k) {
-    p.y[k] = b.y0 + int(row);
+    p.y[k] = b.y0 + row;
     p.x[k] = b.x0 + col;
     const int limit = width + (fault(Fault::wrong_tail_mask) ? 1 : 0);
-    p.valid[k] = int(row) < tiling.h && p.y[k] < height && p.x[k] < limit;
+    p.valid[k] = row < tiling.h && p.y[k] < height && p.x[k] < limit;
     if (++col == tiling.w) {
       col = 0;
       ++row;

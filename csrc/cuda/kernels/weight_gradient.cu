@@ -7,30 +7,17 @@ namespace snnlstm::cuda {
 
 namespace {
 
-// threads: of a block of the launch, which may have more warps than the job.
-WeightGradientMma mma_job(const BackwardSteps& all, const WeightBlocks& part,
-                          const WeightGradientJob& grad, bool is_x, int threads) {
-  const MmaType type(part.multiply);
-  const MmaDepth depth = is_x ? x_depth(all.s.c, part.multiply) : mem_depth(all.s.c, part.multiply);
+WeightGradientMma mma_job(const WeightBlocks& blocks, const WeightHalf& half,
+                          const WeightGradientJob& grad) {
   WeightGradientMma p;
   p.grad = grad;
-  p.column_blocks = part.column_blocks;
-  p.row_blocks = part.row_blocks();
-  p.splits = part.splits;
-  p.warp_rows = part.warp_rows;
-  p.tap_groups = part.tap_groups;
-  p.planes = part.warp_rows * type.element / 2;
-  while (4 * p.planes > 1 << p.unit_bits) ++p.unit_bits;
-  p.column_pitch = part.column_pitch;
-  p.buffer_bytes = part.buffer_bytes;
-  p.totals = all.weights.totals();
+  p.splits = blocks.splits;
+  p.column_pitch = half.tap_stride;
+  p.buffer_bytes = blocks.buffer_bytes;
   Segment in = grad.in;
   for (MmaSegment& m : p.source) {
-    m = mma_segment(in, type, depth, part.tiling);
+    m = mma_segment(in, blocks.multiply, blocks.tiling);
     m.tail_steps = 2;  // warps read whole chunks: zeros follow the last channel
-    // A tile's one or two chunks are loaded during the 4 k-blocks of the previous tile.
-    const int64_t k_blocks = 8 / type.element;
-    m.accesses = int(ceil_div(ceil_div(chunk_accesses(m, type), threads), k_blocks));
     if (grad.later.present()) in.src = grad.later;
   }
   return p;
@@ -76,7 +63,8 @@ void weight_gradient(const BackwardSteps& steps, const WeightSources& sources, v
   WeightGradientsMma mma;
   by_fma.bias = mma.bias = sums;
   auto& grad = by_fma.job;
-  const WeightBlocks* both[2] = {&steps.weights.x, &steps.weights.mem};
+  const WeightBlocks& blocks = steps.weights;
+  const WeightHalf* const halves[2] = {&blocks.x, &blocks.mem};
   grad[0].in = x_segment(c);
   grad[0].in.src = sources.x;
   grad[1].in = mem_segment(c);
@@ -85,27 +73,27 @@ void weight_gradient(const BackwardSteps& steps, const WeightSources& sources, v
   ReduceWeights& r = add.weight;
   for (int k = 0; k < 2; ++k) {
     WeightGradientJob& g = grad[k];
-    const WeightBlocks& part = *both[k];
+    const WeightHalf& half = *halves[k];
     g.d_gates = image(sources.d_gates, s, steps.gates, 4);
-    g.tiling = part.tiling;
+    g.tiling = blocks.tiling;
     g.Ho = int(s.Ho), g.Wo = int(s.Wo);
     g.rows = int(4 * s.Cp);
     g.columns = int(s.taps * g.in.channels);
-    g.share = part.share;
-    g.total = part.total;
+    g.share = blocks.share;
+    g.total = blocks.total;
     g.lengths = sources.lengths;
-    g.parts = sources.parts[steps.weights.side_by_side() ? 0 : k];
-    g.part_rows = part.part_rows;
-    g.part_columns = part.part_columns;
+    g.parts = sources.parts[blocks.mma() ? k : 0];
+    g.part_rows = half.part_rows;
+    g.part_columns = half.part_columns;
     ReduceWeight& h = r.half[k];
     h.parts = g.parts;
-    h.splits = part.splits;
-    if (k == 1 && steps.weights.side_by_side())
+    h.splits = blocks.splits;
+    if (k == 1 && !blocks.mma())
       h.parts = static_cast<char*>(g.parts) + grad[0].columns * bytes_of(steps.real);
-    h.part_rows = part.part_rows;
-    h.part_columns = part.part_columns;
+    h.part_rows = half.part_rows;
+    h.part_columns = half.part_columns;
     h.channels = g.in.channels;
-    h.tap_stride = part.tap_stride;
+    h.tap_stride = half.tap_stride;
     h.first_channel = k == 0 ? 0 : int(c.Cin);
   }
   r.C = int(c.C);
@@ -115,27 +103,25 @@ void weight_gradient(const BackwardSteps& steps, const WeightSources& sources, v
   r.all_channels = int(c.Cin + c.C);
   r.grad = weight;
   r.type = steps.type;
-  const WeightBlocks& x = steps.weights.x;
-  if (x.mma()) {
-    const int threads = steps.weights.threads();
+  if (blocks.mma()) {
     for (int k = 0; k < 2; ++k) {
-      mma.job[k] = mma_job(steps, *both[k], grad[k], k == 0, threads);
-      const WeightGradientMma& job = mma.job[k];
-      if (weight != nullptr) mma.blocks += job.column_blocks * job.row_blocks * job.splits;
+      mma.job[k] = mma_job(blocks, *halves[k], grad[k]);
+      if (weight != nullptr) mma.blocks += mma.job[k].blocks();
     }
     static_assert(sizeof(mma) <= 4096, "a kernel takes at most 4096 bytes of arguments");
-    const Launch how{"weight gradient (mma)", mma.blocks + mma.bias.blocks(), threads,
-                     size_t(steps.weights.shared_bytes()), stream};
-    with_element(x.multiply,
+    const int bytes =
+        weight_tile::shared_bytes(bytes_of(operand_type(blocks.multiply)), blocks.buffer_bytes);
+    const Launch how{"weight gradient (mma)", mma.blocks + mma.bias.blocks(), kThreads,
+                     size_t(bytes), stream};
+    with_element(blocks.multiply,
                  [&](auto element) { launch(how, &weight_gradient_mma<decltype(element)>, mma); });
   } else {
-    if (weight != nullptr) by_fma.blocks = int(x.part_bytes(DType::float32) / (4 * 4096));
-    with_tile<32>(steps.real, x.columns, [&](auto real, auto tile) {
+    if (weight != nullptr) by_fma.blocks = int(blocks.x.blocks * blocks.splits);
+    with_real(steps.real, [&](auto real) {
       using R = decltype(real);
-      using T = decltype(tile);
-      const Launch how{"weight gradient (fma)", by_fma.blocks + by_fma.bias.blocks(), fma::kThreads,
-                       sizeof(fma::WeightGradientShared<R, T>), stream};
-      launch(how, &weight_gradient_fma<R, T>, by_fma);
+      const Launch how{"weight gradient (fma)", by_fma.blocks + by_fma.bias.blocks(), kThreads,
+                       sizeof(fma::WeightGradientShared<R>), stream};
+      launch(how, &weight_gradient_fma<R>, by_fma);
     });
   }
 }

@@ -48,15 +48,14 @@ struct SumGates {
 
 template <class R>
 struct SumShared {
-  static constexpr int kMostRows = 48;  // of 8 threads
-  R sum[kMostRows][32];
+  R sum[kThreads / 8][32];
 };
 
-// A thread takes 4 columns of every (blockDim.x / 8)-th pixel.
+// A thread takes 4 columns of every 16th pixel.
 template <class R>
 SNNLSTM_DEVICE void sum_gates(const SumGates& p, int index) {
   auto& shared = shared_memory<SumShared<R>>();
-  const int rows = int(blockDim.x) / 8;
+  constexpr int rows = kThreads / 8;
   const int row = int(threadIdx.x) / 8, column = int(threadIdx.x) % 8 * 4;
   const int split = index / (p.columns / 32), first = index % (p.columns / 32) * 32;
   const int64_t begin = split * p.share;
@@ -84,8 +83,8 @@ SNNLSTM_DEVICE void sum_gates(const SumGates& p, int index) {
 // ---- without tensor cores -----------------------------------------------------------------------
 //
 // A launch sums both halves, whose columns lie side by side in the parts: (tap, ci) of x, then of
-// mem. A block takes 16 pixels of the sequence at a time. It has T::kColumns rows and T::kPixels
-// columns of the gradient, where fma::multiply() has columns and pixels: 64 x 64, or 32 x 128.
+// mem. A block takes 16 pixels of the sequence at a time. It has 32 rows and 128 columns of the
+// gradient, where fma::multiply() has columns and pixels.
 
 namespace fma {
 // A pixel of the sequence: its place in both sources at tap 0, 0 and channel 0, if there were no
@@ -95,24 +94,24 @@ struct alignas(16) SourcePixel {
   int y, x, later, unused;
 };
 
-template <class R, class T>
+template <class R>
 struct WeightGradientShared {
-  R a[2][T::kDepth][T::kPixels];   // sources
-  R b[2][T::kDepth][T::kColumns];  // d_gates
-  SourcePixel where[2][T::kDepth];
+  R a[2][kDepth][kTilePixels];  // sources
+  R b[2][kDepth][kColumns];     // d_gates
+  SourcePixel where[2][kDepth];
 };
 }  // namespace fma
 
-template <class R, class T>
+template <class R>
 class WeightGradientFma {
  public:
   SNNLSTM_DEVICE WeightGradientFma(const Jobs<WeightGradientJob>& p)
       : p_(p),
         of_(p.job[0]),
-        shared_(shared_memory<fma::WeightGradientShared<R, T>>()),
+        shared_(shared_memory<fma::WeightGradientShared<R>>()),
         tid_(int(threadIdx.x)) {
     row_ = first_row();
-    int column = first_column() + tid_ % T::kPixels;
+    int column = first_column() + tid_;
     half_ = column < of_.columns ? 0 : 1;
     if (half_ == 1) column -= of_.columns;
     const WeightGradientJob& job = p.job[half_];
@@ -138,12 +137,12 @@ class WeightGradientFma {
     const int64_t first = begin_ + tid_, size = int64_t(of_.Ho) * of_.Wo;
     const int64_t image = first / size;
     pixel_ = int(first % size);
-    n_ = int(image % of_.tiling.by_batch.value);
-    t_ = int(image / of_.tiling.by_batch.value);
+    n_ = int(image % of_.tiling.batch);
+    t_ = int(image / of_.tiling.batch);
   }
 
   SNNLSTM_DEVICE void run() {
-    const int chunks = begin_ < end_ ? int((end_ - begin_ + T::kDepth - 1) / T::kDepth) : 0;
+    const int chunks = begin_ < end_ ? int((end_ - begin_ + fma::kDepth - 1) / fma::kDepth) : 0;
     // Sums of 1024 pixels are added to totals, since long sums round less in two stages.
     R acc[4][2][4] = {}, total[4][2][4] = {};
     const auto fold = [&] {
@@ -159,7 +158,7 @@ class WeightGradientFma {
       const bool more = chunk + 1 < chunks;
       if (more) fetch(chunk + 1);
       if (chunk >= 0) {
-        fma::multiply<T>(shared_.a[chunk & 1], shared_.b[chunk & 1], acc);
+        fma::multiply(shared_.a[chunk & 1], shared_.b[chunk & 1], acc);
         if ((chunk & 63) == 63) fold();
         locate(chunk + 2);
       }
@@ -167,54 +166,49 @@ class WeightGradientFma {
     }
     fold();
     R* part = static_cast<R*>(of_.parts) + int64_t(split()) * of_.part_rows * of_.part_columns;
-    const int row = first_row() + fma::column_of<T>(), column = first_column();
+    const int row = first_row() + fma::column_of(), column = first_column();
     unrolled<4, 4>([&](int i, int c) {
       const R pair[2] = {total[i][0][c], total[i][1][c]};
-      store_vector(part + int64_t(row + c) * of_.part_columns + column + fma::pixel_of<T>(i), pair);
+      store_vector(part + int64_t(row + c) * of_.part_columns + column + fma::pixel_of(i), pair);
     });
   }
 
  private:
-  static constexpr int kRowStep = fma::kThreads / T::kPixels;  // of A, between two of a thread's
-  static constexpr int kRows = T::kDepth / kRowStep;           // of A that a thread fetches
-  static constexpr int kQuads = T::kColumns / 4;               // of a row of B
-  static constexpr int kOwnQuads = T::kDepth * kQuads / fma::kThreads;
+  static constexpr int kQuads = fma::kColumns / 4;  // of a row of B: a thread has one in all rows
   static constexpr int kNowhere = -(1 << 30);
 
   // The block's place. Columns count fastest, then rows, then splits.
-  SNNLSTM_DEVICE int column_blocks() const { return of_.part_columns / T::kPixels; }
-  SNNLSTM_DEVICE int row_blocks() const { return of_.part_rows / T::kColumns; }
-  SNNLSTM_DEVICE int first_column() const { return int(blockIdx.x) % column_blocks() * T::kPixels; }
+  SNNLSTM_DEVICE int column_blocks() const { return of_.part_columns / kTilePixels; }
+  SNNLSTM_DEVICE int row_blocks() const { return of_.part_rows / fma::kColumns; }
+  SNNLSTM_DEVICE int first_column() const {
+    return int(blockIdx.x) % column_blocks() * kTilePixels;
+  }
   SNNLSTM_DEVICE int first_row() const {
-    return int(blockIdx.x) / column_blocks() % row_blocks() * T::kColumns;
+    return int(blockIdx.x) / column_blocks() % row_blocks() * fma::kColumns;
   }
   SNNLSTM_DEVICE int split() const { return int(blockIdx.x) / column_blocks() / row_blocks(); }
 
   // Writes `where` for a chunk; chunks come in order.
   SNNLSTM_DEVICE void locate(int chunk) {
-    if (tid_ >= T::kDepth) return;
-    const Tiling& tiling = of_.tiling;  // of tiles of one pixel
-    unsigned y = unsigned(pixel_);
-    unsigned x = tiling.by_cols.split(y);
-    unsigned image = y;
-    y = tiling.by_rows.split(image);
-    unsigned steps = unsigned(n_) + image;
-    n_ = int(tiling.by_batch.split(steps));
-    t_ += int(steps);
-    pixel_ = int(y) * of_.Wo + int(x);
+    if (tid_ >= fma::kDepth) return;
+    const int of_image = of_.Ho * of_.Wo, images = n_ + pixel_ / of_image;
+    pixel_ %= of_image;
+    n_ = images % of_.tiling.batch;
+    t_ += images / of_.tiling.batch;
+    const int y = pixel_ / of_.Wo, x = pixel_ % of_.Wo;
     fma::SourcePixel& at = shared_.where[chunk & 1][tid_];
-    const bool real = begin_ + int64_t(chunk) * T::kDepth + tid_ < end_ &&
+    const bool real = begin_ + int64_t(chunk) * fma::kDepth + tid_ < end_ &&
                       (of_.lengths == nullptr || of_.lengths[n_] > t_);
-    store(&at.y, make_int4(real ? int(y) : kNowhere, int(x), t_ > 0 ? 1 : 0, 0));
+    store(&at.y, make_int4(real ? y : kNowhere, x, t_ > 0 ? 1 : 0, 0));
     unrolled<2>([&](int half) {
       const WeightGradientJob& job = p_.job[half];
       const Tensor& a = job.source(t_);
       const auto* image_of_t = static_cast<const char*>(image_of(a, job.source_time(t_), n_));
-      const unsigned from =
-          y * unsigned(job.in.step_h) * unsigned(a.h) + x * unsigned(job.in.step_w) * unsigned(a.w);
+      const unsigned from = unsigned(y) * unsigned(job.in.step_h) * unsigned(a.h) +
+                            unsigned(x) * unsigned(job.in.step_w) * unsigned(a.w);
       store(&at.source[half], image_of_t + int64_t(from) * bytes_of(a.type));
     });
-    pixel_ += T::kDepth;
+    pixel_ += fma::kDepth;
   }
 
   SNNLSTM_DEVICE void fetch(int chunk) {
@@ -225,15 +219,12 @@ class WeightGradientFma {
     else
       fetch_sources(chunk,
                     [](const char* at, int shift, DType type) { return read<R>(at, type, shift); });
-    unrolled<kOwnQuads>([&](int k) {
-      const int i = tid_ + k * fma::kThreads;
-      const int row = row_ + i % kQuads * 4;
-      const int64_t pixel = begin_ + int64_t(chunk) * T::kDepth + i / kQuads;
-      clear<4>(gates_[k]);
-      const int y = load<int4>(&shared_.where[chunk & 1][i / kQuads].y).x;
-      if (pixel < end_ && y != kNowhere && row < of_.rows)
-        read_vector<R>(of_.d_gates.data, of_.d_gates.type, pixel * of_.rows + row, gates_[k]);
-    });
+    const int row = row_ + tid_ % kQuads * 4;
+    const int64_t pixel = begin_ + int64_t(chunk) * fma::kDepth + tid_ / kQuads;
+    clear<4>(gates_);
+    const int y = load<int4>(&shared_.where[chunk & 1][tid_ / kQuads].y).x;
+    if (pixel < end_ && y != kNowhere && row < of_.rows)
+      read_vector<R>(of_.d_gates.data, of_.d_gates.type, pixel * of_.rows + row, gates_);
   }
 
   // read_one(address, elements after it, type)
@@ -242,8 +233,8 @@ class WeightGradientFma {
     const WeightGradientJob& job = p_.job[half_];
     const Segment& s = job.in;
     const bool has_later = job.later.present();
-    unrolled<kRows>([&](int k) {
-      const fma::SourcePixel& pixel = shared_.where[chunk & 1][tid_ / T::kPixels + k * kRowStep];
+    unrolled<fma::kDepth>([&](int k) {
+      const fma::SourcePixel& pixel = shared_.where[chunk & 1][k];
       const int4 at = load<int4>(&pixel.y);
       const char* source = load<const char*>(&pixel.source[half_]);
       const bool later = has_later && at.z != 0;
@@ -258,25 +249,20 @@ class WeightGradientFma {
   }
 
   SNNLSTM_DEVICE void put(int buffer) {
-    unrolled<kRows>([&](int k) {
-      shared_.a[buffer][tid_ / T::kPixels + k * kRowStep][tid_ % T::kPixels] = sources_[k];
-    });
-    unrolled<kOwnQuads>([&](int k) {
-      const int i = tid_ + k * fma::kThreads;
-      store_vector(&shared_.b[buffer][i / kQuads][i % kQuads * 4], gates_[k]);
-    });
+    unrolled<fma::kDepth>([&](int k) { shared_.a[buffer][k][tid_] = sources_[k]; });
+    store_vector(&shared_.b[buffer][tid_ / kQuads][tid_ % kQuads * 4], gates_);
   }
 
   const Jobs<WeightGradientJob>& p_;
   const WeightGradientJob& of_;  // d_gates, parts and shares are the same in both jobs
-  fma::WeightGradientShared<R, T>& shared_;
+  fma::WeightGradientShared<R>& shared_;
   int tid_, row_;  // the block's first row
   int half_, shift_y_, shift_x_;
   int shift_, shift_later_;  // elements from a pixel to the thread's tap and channel
   bool has_column_, floats_;
   int64_t begin_, end_;
   int pixel_, n_, t_;  // of the next chunk: the thread's pixel of an image, its sample and time
-  R sources_[kRows], gates_[kOwnQuads][4];
+  R sources_[fma::kDepth], gates_[4];
 };
 
 struct WeightGradientsFma : Jobs<WeightGradientJob> {
@@ -284,11 +270,11 @@ struct WeightGradientsFma : Jobs<WeightGradientJob> {
   SumGates bias;
 };
 
-template <class R, class T>
-__global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
+template <class R>
+__global__ void __launch_bounds__(kThreads, fma::kBlocks<R>)
     weight_gradient_fma(const __grid_constant__ WeightGradientsFma p) {
   if (int(blockIdx.x) < p.blocks)
-    WeightGradientFma<R, T>(p).run();
+    WeightGradientFma<R>(p).run();
   else
     sum_gates<R>(p.bias, int(blockIdx.x) - p.blocks);
 }

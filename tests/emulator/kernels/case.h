@@ -26,21 +26,20 @@ struct Data {
   const float* in;  // registered read-only
   float* out;       // registered writable
   int bad;          // 0: the innocent form of what the case must not do
-  int launch = 0;   // 1 in the second of two launches, which overlaps the first
 };
 
 struct Case {
   void (*kernel)(Data);
-  int launches, blocks, threads;
+  int blocks, threads;
   size_t shared_bytes;
 };
 inline std::map<std::string, Case> cases;
 
 // CASE(name) { body } is a kernel that Python runs by its name. The file has kThreads, the threads
 // of a block, and the struct Shared. d: the kernel's Data.
-#define CASES(name, launches, blocks)                                                   \
-  __global__ void name(Data d);                                                         \
-  const bool is_case_##name =                                                           \
-      cases.insert({#name, {name, launches, blocks, kThreads, sizeof(Shared)}}).second; \
+#define CASES(name, blocks)                                                   \
+  __global__ void name(Data d);                                               \
+  const bool is_case_##name =                                                 \
+      cases.insert({#name, {name, blocks, kThreads, sizeof(Shared)}}).second; \
   __global__ void name(Data d)
-#define CASE(name) CASES(name, 1, 1)
+#define CASE(name) CASES(name, 1)

@@ -15,7 +15,7 @@ __global__ void one_mma(const uint32_t* a, const uint32_t* b, const float* c, fl
   for (int i = 0; i < 4; ++i) ra[i] = a[4 * lane + i];
   for (int i = 0; i < 2; ++i) rb[i] = b[2 * lane + i];
   for (int i = 0; i < 4; ++i) rd[i] = c[4 * lane + i];
-  if constexpr (arch::has_mma<T>) mma<T>(rd, ra, rb);
+  mma<T>(rd, ra, rb);
   for (int i = 0; i < 4; ++i) d[4 * lane + i] = rd[i];
 }
 
@@ -38,8 +38,7 @@ __global__ void one_ldmatrix(const uint16_t* tiles, uint32_t* r) {
 
 ENTRY probe_mma(int type, const uint32_t* a, const uint32_t* b, const float* c, float* d) {
   return guarded([&] {
-    constexpr decltype(&one_mma<fp16>) by_type[] = {one_mma<fp16>, one_mma<bf16>, one_mma<tf32>,
-                                                    one_mma<fp16_sm75>};
+    constexpr decltype(&one_mma<fp16>) by_type[] = {one_mma<fp16>, one_mma<bf16>, one_mma<tf32>};
     launch(Launch{"one_mma", 1, 32}, by_type[type], a, b, c, d);
   });
 }

@@ -68,47 +68,16 @@ CASE(bytes_of_a_word) {
 
 // ---- between blocks (two of them) ---------------------------------------------------------------
 
-CASES(blocks_write, 1, 2) {
+CASES(blocks_write, 2) {
   if (threadIdx.x < 32) d.out[d.bad ? threadIdx.x : 32 * blockIdx.x + threadIdx.x] = 1;
 }
 
-CASES(blocks_read, 1, 2) {
+CASES(blocks_read, 2) {
   const int i = int(threadIdx.x);
   if (i >= 32) return;
   const int own = 32 * int(blockIdx.x) + i, other = 32 * int(1 - blockIdx.x) + i;
   const float x = d.out[d.bad ? other : own];
   d.out[own] = x + 1;
-}
-
-// ---- between two launches that overlap ----------------------------------------------------------
-
-CASES(write_before_launch_wait, 2, 1) {
-  auto* half = reinterpret_cast<uint16_t*>(d.out);
-  if (d.bad) half[threadIdx.x] = 1;
-  wait_for_launch_before();
-  half[threadIdx.x] = 2;
-}
-
-CASES(overwrite_before_launch_wait, 2, 1) {
-  auto& s = shared_memory<Shared>();
-  const int i = int(threadIdx.x);
-  if (d.launch == 1 && d.bad) d.out[i] = 1;
-  wait_for_launch_before();
-  if (d.launch == 0) s.a[i] = d.out[i];
-  if (d.launch == 1) d.out[i] = 2;
-}
-
-// A thread that has not waited sees nothing through another that has.
-CASES(another_thread_waits, 2, 2) {
-  const int i = int(threadIdx.x);
-  if (!d.bad || i % 2 == 0) wait_for_launch_before();
-  __syncthreads();
-  if (blockIdx.x == 0) d.out[i] += 1;
-  wait_for_launch_before();
-}
-
-CASES(return_without_launch_wait, 2, 2) {
-  if (!d.bad || blockIdx.x == 0) wait_for_launch_before();
 }
 
 }  // namespace

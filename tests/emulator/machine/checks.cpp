@@ -46,7 +46,6 @@ void access(Thread& thread, const void* p, size_t bytes, Access kind, const void
       reinterpret_cast<uintptr_t>(p) % bytes != 0)
     refuse("misaligned");
   check_race(thread, place, bytes, kind, pc);
-  count_access(thread, place, bytes, kind, pc);
 }
 
 void check_matrix_row(Thread& owner, const void* row, const void* pc) {
@@ -59,7 +58,6 @@ void check_matrix_row(Thread& owner, const void* row, const void* pc) {
     refuse("ldmatrix out of bounds");
   if (place.offset % 16 != 0) refuse("misaligned ldmatrix");
   check_matrix_part(owner, row, 16, pc);
-  count_access(owner, place, 16, Access::read, pc);
 }
 
 }  // namespace simt

@@ -1,5 +1,5 @@
 // Checks every access of a kernel to memory: whether the access is inside an array, aligned, and
-// ordered with respect to other threads' accesses; and counts how well accesses coalesce.
+// ordered with respect to other threads' accesses.
 #pragma once
 
 #include <cstddef>
@@ -25,30 +25,11 @@ std::string describe_pc(const void* pc);
 // ---- race.cpp: accesses of different threads that neither a barrier nor a __syncwarp orders.
 // These functions do nothing where races are not asked for.
 
-// overlaps: nothing orders a thread behind the launch before, until it waits for that.
-void begin_race_launch(bool overlaps);
+void begin_race_launch();
 void begin_race_block();
 void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc);
 // Checks a part of a row that ldmatrix reads. Nobody need have written it; then it is NaN.
 void check_matrix_part(Thread& reader, const void* p, size_t bytes, const void* pc);
 void forget_race_shadow(size_t allocation_id);
-
-// ---- count.cpp: counts, by the kernel's name, what a launch costs on a GPU: requests and sectors
-// of global memory, bytes touched, wavefronts of shared memory, tensor core instructions. These
-// functions do nothing where counters are not asked for.
-
-void begin_count_launch(const Geometry& geometry);
-void end_count_launch();
-void count_access(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc);
-void count_mma(int type);
-// Called when all lanes of the warp are at the same place: matches their accesses so far.
-void count_warp(Warp& warp);
-// Matches the accesses of all warps.
-void count_interval();
-void forget_count_map(size_t allocation_id);
-
-void reset_counters();
-// Returns lines of fields with tabs between: kernel, name of the counter, number.
-std::string counters_as_text();
 
 }  // namespace simt

@@ -10,7 +10,7 @@ namespace simt {
 
 namespace {
 
-constexpr const char* operations[] = {"__syncwarp", "a shuffle", "a vote", "ldmatrix", "mma"};
+constexpr const char* operations[] = {"__syncwarp", "a shuffle", "ldmatrix", "mma"};
 
 bool same(Site a, Site b) {
   return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
@@ -58,7 +58,6 @@ void Machine::barrier(Site site) {
 }
 
 void Machine::release_barrier() {
-  count_interval();
   arrived = 0;
   ++epoch;
   for (Warp& warp : warps) {
@@ -96,7 +95,6 @@ void Machine::collective(Operation operation, int variant, Site site, void (*fin
   warp.arrived = 0;
   finish(warp);
   for (unsigned lane = 0; lane < warp_size; ++lane) warp.lanes[lane].state = State::ready;
-  count_warp(warp);
 }
 
 // ---- what kernels call ------------------------------------------------------------------------
@@ -120,18 +118,6 @@ uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site) {
     }
   });
   return offer.value;
-}
-
-bool any(unsigned mask, bool predicate, Site site) {
-  check_mask(mask, Operation::vote, site);
-  Offer& offer = self().offer;
-  offer.value = predicate;
-  machine().collective(Operation::vote, 0, site, [](Warp& warp) {
-    uint64_t found = 0;
-    for (unsigned l = 0; l < warp_size; ++l) found |= warp.lanes[l].offer.value;
-    for (unsigned l = 0; l < warp_size; ++l) warp.lanes[l].offer.value = found;
-  });
-  return offer.value != 0;
 }
 
 }  // namespace simt

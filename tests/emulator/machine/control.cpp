@@ -17,13 +17,13 @@ std::string answer;  // to the last call
 
 SIMT_EXPORT void simt_fault(int which) { snnlstm::cuda::chosen_fault = which; }
 
-// Returns lines of fields with tabs between, for the dry runs since the last call: kernel, blocks,
-// threads, bytes of shared memory, whether it overlaps the launch before.
+// Returns lines of fields with tabs between, for the launches since the last call: kernel, blocks,
+// threads, bytes of shared memory.
 SIMT_EXPORT const char* simt_launches() {
   answer.clear();
   for (const simt::Geometry& g : simt::machine().launches)
-    answer += simt::text(g.name, "\t", g.grid.count(), "\t", g.block.count(), "\t", g.shared_bytes,
-                         "\t", g.overlaps, "\n");
+    answer +=
+        simt::text(g.name, "\t", g.grid.count(), "\t", g.block.count(), "\t", g.shared_bytes, "\n");
   simt::machine().launches.clear();
   return answer.c_str();
 }
@@ -42,7 +42,3 @@ SIMT_EXPORT const char* simt_register(const void* start, size_t bytes, const cha
 SIMT_EXPORT const void* simt_copy_of(const void* p) { return simt::copy_of(p); }
 
 SIMT_EXPORT int simt_unregister(const void* start) { return simt::unregister_allocation(start); }
-
-SIMT_EXPORT void simt_reset_counters() { simt::reset_counters(); }
-
-SIMT_EXPORT const char* simt_counters() { return (answer = simt::counters_as_text()).c_str(); }

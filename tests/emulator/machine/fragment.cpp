@@ -50,14 +50,13 @@ double add_aligned(double sum, const double (&products)[4]) {
 template <MmaType type>
 void multiply(Warp& warp) {
   constexpr int per_word = type == MmaType::tf32 ? 1 : 2;
-  constexpr int words = type == MmaType::fp16_k8 ? 1 : 2;  // of a lane along K
-  constexpr int K = 4 * per_word * words;
+  constexpr int K = 8 * per_word;
   float a[16][K], b[K][8], d[16][8];
   for (unsigned lane = 0; lane < warp_size; ++lane) {
     const Offer& o = warp.lanes[lane].offer;
     const int g = int(lane) / 4, t = int(lane) % 4;
     for (int half = 0; half < per_word; ++half) {
-      for (int word = 0; word < words; ++word) {
+      for (int word = 0; word < 2; ++word) {
         const int k = per_word * (t + 4 * word) + half;
         a[g][k] = element<type>(o.a[2 * word], half);
         a[g + 8][k] = element<type>(o.a[2 * word + 1], half);
@@ -86,7 +85,6 @@ void multiply(Warp& warp) {
     float* out = warp.lanes[lane].offer.d;
     for (int i = 0; i < 4; ++i) out[i] = d[g + i / 2 * 8][2 * t + i % 2];
   }
-  count_mma(int(type));
 }
 
 // A lane reads what it receives, whichever lane handed over the row's address. A transposed element
@@ -131,15 +129,13 @@ void load_tiles(Warp& warp) {
 
 void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Site site) {
   Machine& m = machine();
-  const bool old = simt_settings.compute_capability < 80;
-  if (old != (type == MmaType::fp16_k8))
-    m.fail("mma at " + describe(site) + (old ? " needs sm_80" : " is for sm_75"));
+  if (simt_settings.compute_capability < 80) m.fail("mma at " + describe(site) + " needs sm_80");
   Offer& offer = m.current->offer;
   offer.d = d;
   offer.a = a;
   offer.b = b;
   constexpr void (*by_type[])(Warp&) = {multiply<MmaType::fp16>, multiply<MmaType::bf16>,
-                                        multiply<MmaType::tf32>, multiply<MmaType::fp16_k8>};
+                                        multiply<MmaType::tf32>};
   m.collective(Operation::mma, int(type), site, by_type[int(type)]);
 }
 

@@ -18,7 +18,6 @@ constexpr size_t most_shared_bytes = 227 * 1024;  // of one block, on sm_90
 struct Settings {
   uint64_t seed = 0;  // of the schedule
   int races = 1;      // look for races
-  int counters = 0;
   int compute_capability = 80;
   int truncates = 0;  // mma cuts the terms of its sums (fragment.cpp)
   int dry = 0;        // launches are checked and listed, but nothing runs
@@ -26,11 +25,11 @@ struct Settings {
 extern "C" __attribute__((visibility("default"))) Settings simt_settings;
 
 enum class State : uint8_t { ready, at_collective, at_barrier, done };
-enum class Operation : uint8_t { sync, shuffle, vote, ldmatrix, mma };
+enum class Operation : uint8_t { sync, shuffle, ldmatrix, mma };
 
 // What a thread brings to a collective, and the places of its results.
 struct Offer {
-  uint64_t value = 0;  // of a shuffle; a predicate
+  uint64_t value = 0;  // of a shuffle
   int lanes = 0;
   const void* row = nullptr;
   const uint32_t *a = nullptr, *b = nullptr;
@@ -58,7 +57,6 @@ struct Thread {
   Offer offer;
   std::vector<Copy> copies;
   unsigned committed = 0;  // groups so far
-  bool waits = false;      // must yet wait for the launch before
 };
 
 struct Warp {
@@ -76,11 +74,10 @@ struct Warp {
 class Machine {
  public:
   Geometry geometry{};             // of the launch
-  std::vector<Geometry> launches;  // of dry runs
+  std::vector<Geometry> launches;  // since Python has asked for them
   uint32_t epoch = 0;              // barriers of all blocks and launches so far
   uint32_t block_epoch = 0;        // epoch at the start of this block
   uint32_t launch_epoch = 0;       // epoch at the start of this launch
-  uint32_t before_epoch = 0;       // epoch at the start of the launch before
   std::vector<Thread> threads;     // of this block
   std::vector<Warp> warps;
   Thread* current = nullptr;           // null: the host runs
@@ -110,7 +107,7 @@ class Machine {
   std::mt19937_64 random_;
 
   static void entry(void* thread);
-  void prepare_block(uint3 block, bool overlaps);
+  void prepare_block(uint3 block);
   void run_block();
   // Runs each ready thread of pass_ to its next collective or barrier. Returns whether any ran.
   bool run_pass();

@@ -91,7 +91,6 @@ bool unregister_allocation(const void* original) {
     if (a->original != original) continue;
     if (a->writable) std::memcpy(a->original, a->start, a->bytes);
     forget_race_shadow(a->id);
-    forget_count_map(a->id);
     char* copy = const_cast<char*>(a->start);
     munmap(copy - reinterpret_cast<uintptr_t>(copy) % 16 - zone_of(a->bytes), mapped(a->bytes));
     registry.erase(a);
@@ -171,6 +170,7 @@ void cp_async(void* to, const void* from, bool real) {
   const auto refuse = [&](const std::string& why) {
     m.fail(text(m.name(thread), ": cp_async at ", describe_pc(pc), ": ", why));
   };
+  if (simt_settings.compute_capability < 80) refuse("it needs sm_80");
   if (locate(to).space != Space::shared)
     refuse("the target is no shared memory but " + describe_address(to));
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) refuse("the source is misaligned");
@@ -178,10 +178,6 @@ void cp_async(void* to, const void* from, bool real) {
   access(thread, to, 16, Access::copy_issue, pc);
   std::memset(to, 0xff, 16);
   thread.copies.push_back({to, from, real, thread.committed, pc});
-  if (simt_settings.compute_capability < 80) {
-    finish_copy(thread, thread.copies.back());
-    thread.copies.pop_back();
-  }
 }
 
 void cp_async_commit() { ++machine().current->committed; }

@@ -30,8 +30,8 @@ Place locate(const void* p);
 
 // Registers an array that kernels may use: they get a copy, which lies between zones that belong to
 // no array. Whether an access beside an array is noticed does not depend on what lies behind the
-// original, nor do the sectors that count.cpp counts. While any array is registered, an access
-// outside of all is an error. Arrays must not overlap.
+// original. While any array is registered, an access outside of all is an error. Arrays must not
+// overlap.
 void register_allocation(const void* original, size_t bytes, std::string name, bool writable);
 // Copies what kernels have written to the original.
 bool unregister_allocation(const void* original);

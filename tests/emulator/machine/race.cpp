@@ -1,5 +1,5 @@
 // The race detector. No access of a block is ordered with respect to those of other blocks of the
-// launch, nor of the launch before if the thread has yet to wait for that.
+// launch.
 #include <algorithm>
 #include <unordered_map>
 #include <vector>
@@ -85,16 +85,16 @@ class Shadow {
 Shadow shared_shadow(most_shared_bytes);
 std::unordered_map<size_t, Shadow> global_shadows;  // by the number of the allocation
 
-// Whether the access is another block's that nothing orders before what `thread` does now.
-bool from_other_block(const Record& r, const Thread& thread) {
+// Whether the access is that of another block of this launch.
+bool from_other_block(const Record& r) {
   const Machine& m = machine();
-  return r.epoch >= (thread.waits ? m.before_epoch : m.launch_epoch) && r.epoch < m.block_epoch;
+  return r.epoch >= m.launch_epoch && r.epoch < m.block_epoch;
 }
 
 // Returns whether nothing orders the access of r before what `thread` does now.
 bool races(const Record& r, const Thread& thread, bool global) {
   const Machine& m = machine();
-  if (r.epoch < m.block_epoch) return global && from_other_block(r, thread);
+  if (r.epoch < m.block_epoch) return global && from_other_block(r);
   if (r.epoch < m.epoch || r.thread == thread.id) return false;
   if (r.thread / warp_size != thread.warp->id) return true;
   return thread.warp->events <= r.event;
@@ -104,18 +104,13 @@ bool races(const Record& r, const Thread& thread, bool global) {
                          const Thread& thread, const char* address, const void* pc) {
   Machine& m = machine();
   const char* remedy = "no barrier between them";
-  const bool earlier = r.epoch < m.launch_epoch, other = from_other_block(r, thread);
-  if (earlier)
-    remedy = "before its wait_for_launch_before()";
-  else if (other)
+  const bool other = from_other_block(r);
+  if (other)
     remedy = "nothing orders blocks";
   else if (r.thread / warp_size == thread.warp->id)
     remedy = "neither a barrier nor a __syncwarp between them";
   m.fail(text("race: ", m.name(thread), " ", second, " ", describe_address(address), " at ",
-              describe_pc(pc), "; ", m.name_of(r.thread),
-              earlier ? " of the launch before "
-              : other ? " of an earlier block "
-                      : " ",
+              describe_pc(pc), "; ", m.name_of(r.thread), other ? " of an earlier block " : " ",
               first, " it at ", describe_pc(lengthen(r.pc)), ", ", remedy));
 }
 
@@ -175,7 +170,7 @@ inline void on_read(Shadowed& cell, const Context& c, bool must_be_written, size
     cell.read_lanes |= bit;
   } else {
     if (last.epoch == m.epoch && !same_warp) cell.read_elsewhere = last;
-    if (c.global && from_other_block(last, thread)) cell.other_read = last;
+    if (c.global && from_other_block(last)) cell.other_read = last;
     cell.read_lanes = bit;
   }
   last = now(c);
@@ -183,7 +178,6 @@ inline void on_read(Shadowed& cell, const Context& c, bool must_be_written, size
 
 void on_write(Shadowed& cell, const Context& c, const char* what, size_t offset) {
   const Machine& m = machine();
-  const Thread& thread = c.thread;
   check_flight(cell, c, what, offset);
   must_follow(cell.write, "writes", c, what, offset);
   if (c.global) {
@@ -191,14 +185,14 @@ void on_write(Shadowed& cell, const Context& c, const char* what, size_t offset)
     must_follow(cell.other_read, "reads", c, what, offset);
   }
   Record read = cell.read;
-  if (read.epoch == m.epoch && read.thread / warp_size == thread.warp->id) {
-    const uint32_t others = cell.read_lanes & ~(1u << thread.lane);
-    const unsigned lane = others != 0 ? unsigned(__builtin_ctz(others)) : thread.lane;
-    read.thread = uint16_t(thread.warp->id * warp_size + lane);
+  if (read.epoch == m.epoch && read.thread / warp_size == c.thread.warp->id) {
+    const uint32_t others = cell.read_lanes & ~(1u << c.thread.lane);
+    const unsigned lane = others != 0 ? unsigned(__builtin_ctz(others)) : c.thread.lane;
+    read.thread = uint16_t(c.thread.warp->id * warp_size + lane);
   }
   must_follow(read, "reads", c, what, offset);
   must_follow(cell.read_elsewhere, "reads", c, what, offset);
-  if (c.global && from_other_block(cell.write, thread)) cell.other_write = cell.write;
+  if (c.global && from_other_block(cell.write)) cell.other_write = cell.write;
   cell.write = now(c);
 }
 
@@ -252,8 +246,7 @@ void check_matrix_part(Thread& thread, const void* p, size_t bytes, const void* 
 
 void begin_race_block() { shared_shadow.join(); }
 
-void begin_race_launch(bool overlaps) {
-  if (overlaps) return;
+void begin_race_launch() {
   for (auto& shadow : global_shadows) shadow.second.join();
 }
 

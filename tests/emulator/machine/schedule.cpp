@@ -20,16 +20,10 @@ void run(const Geometry& geometry, void (*body)(void*), void* context) {
   machine().run(geometry, body, context);
 }
 
-// Blocks run in order all the same: only the race detector knows of the overlap.
-void wait_for_launch_before() { machine().current->waits = false; }
-
 void Machine::entry(void* argument) {
   auto& thread = *static_cast<Thread*>(argument);
   Machine& m = machine();
   m.body_(m.context_);
-  if (thread.waits)
-    m.fail(m.name(thread) +
-           " returns without wait_for_launch_before(): the launch behind could overlap two");
   if (!thread.copies.empty())
     m.fail(m.name(thread) + " returns with copies under way: cp_async without cp_async_wait at " +
            describe_pc(thread.copies.front().pc));
@@ -106,7 +100,8 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
   if (g.shared_bytes > most_shared_bytes)
     refuse(g.shared_bytes, " bytes of shared memory; a block has at most ", most_shared_bytes);
   if (current != nullptr) refuse("a launch inside a kernel");
-  if (simt_settings.dry) return launches.push_back(g);
+  launches.push_back(g);
+  if (simt_settings.dry) return;
 
   geometry = g;
   body_ = body;
@@ -116,7 +111,6 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
   gridDim = g.grid;
   host_.adopt();
   random_.seed(simt_settings.seed);
-  before_epoch = launch_epoch;
   launch_epoch = ++epoch;
 
   if (threads.size() < size) {
@@ -125,28 +119,23 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
     for (size_t i = before; i < size; ++i) threads[i].fibre.allocate(stack_bytes, i * 448);
   }
   warps.resize(size / warp_size);
-  const bool overlaps = g.overlaps && simt_settings.compute_capability >= 90;
-  begin_race_launch(overlaps);
-  begin_count_launch(g);
+  begin_race_launch();
 
   std::vector<uint64_t> order(g.grid.count());
   std::iota(order.begin(), order.end(), uint64_t(0));
   std::shuffle(order.begin(), order.end(), random_);
   for (const uint64_t b : order) {
     prepare_block({unsigned(b % g.grid.x), unsigned(b / g.grid.x % g.grid.y),
-                   unsigned(b / g.grid.x / g.grid.y)},
-                  overlaps);
+                   unsigned(b / g.grid.x / g.grid.y)});
     run_block();
-    count_interval();
     if (failed()) break;
   }
   ++epoch;
   current = nullptr;
-  end_count_launch();
   if (failed()) refuse(error);
 }
 
-void Machine::prepare_block(uint3 block, bool overlaps) {
+void Machine::prepare_block(uint3 block) {
   blockIdx = block;
   arrived = finished = 0;
   block_epoch = ++epoch;
@@ -168,7 +157,6 @@ void Machine::prepare_block(uint3 block, bool overlaps) {
     t.state = State::ready;
     t.copies.clear();
     t.committed = 0;
-    t.waits = overlaps;
     t.fibre.prepare(entry, &t);
   }
   prepare_shared_memory(geometry.shared_bytes);

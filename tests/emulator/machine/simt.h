@@ -55,7 +55,6 @@ struct Geometry {
   size_t shared_bytes;
   const char* file;
   int line;
-  bool overlaps = false;
 };
 
 // Runs `body` once per thread of the grid. Throws std::runtime_error with what went wrong.
@@ -66,10 +65,9 @@ void run(const Geometry& geometry, Body& body) {
   run(geometry, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
 }
 
-enum class MmaType : int { fp16, bf16, tf32, fp16_k8 };
+enum class MmaType : int { fp16, bf16, tf32 };
 constexpr unsigned warp_size = 32, all_lanes = 0xffffffffu;
 
-void wait_for_launch_before();
 void* shared_memory(size_t bytes);
 void cp_async(void* shared, const void* global, bool real);
 void cp_async_commit();
@@ -81,7 +79,6 @@ void store(void* p, const void* value, size_t bytes);
 void barrier(Site site);
 void sync_warp(Site site);
 uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site);
-bool any(unsigned mask, bool predicate, Site site);
 
 // ---- cvt of fp16 ----
 
@@ -129,8 +126,4 @@ __forceinline__ T __shfl_xor_sync(unsigned mask, T v, int lanes, SIMT_SITE) {
   std::memcpy(&v, &bits, sizeof(T));
   return v;
 }
-__forceinline__ int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
-  return ::simt::any(mask, predicate != 0, site);
-}
-
 __forceinline__ int min(int a, int b) { return b < a ? b : a; }

@@ -118,7 +118,6 @@ struct Extents {
 // the states where it has read them.
 struct CheckedPass : cuda::Pass {
   using cuda::Pass::Pass;
-  explicit CheckedPass(cuda::Pass&& plan) : cuda::Pass(std::move(plan)) {}
 
   bool cudnn() const { return algorithm == cuda::Algorithm::cudnn; }
 
@@ -143,7 +142,6 @@ struct CheckedPass : cuda::Pass {
     add_inputs(arrays, a, e);
     arrays.add("bias", a.bias, 4 * c.C * e.size, reads);
     arrays.add("gate sums", a.gate_sums, e.gates, cuda::gate_type(c.dtype, matrix), reads);
-    arrays.add("x sums", a.x_sums, e.gates, cuda::real_of(c.dtype), reads);
     arrays.add("spk", a.spk, e.spikes, c.dtype, a.lengths ? updates : writes);
     arrays.add("syn", a.syn, e.states, c.dtype, states);
     arrays.add("mem", a.mem, e.states, c.dtype, states);
@@ -178,14 +176,12 @@ struct CheckedPass : cuda::Pass {
     cuda::Pass::run(a, stream);
   }
 
-  void pack(const void* weight, void* packed, void* stream, const CheckedPass* other,
-            void* other_packed) const {
+  void pack(const void* weight, void* packed, void* stream) const {
     Arrays arrays;
     arrays.add("weight", weight, Extents(*this).weight, reads);
     arrays.add("packed weight", packed, packed_bytes, writes);
-    if (other) arrays.add("other packed weight", other_packed, other->packed_bytes, writes);
     arrays.commit();
-    cuda::Pass::pack(weight, packed, stream, other, other_packed);
+    cuda::Pass::pack(weight, packed, stream);
   }
 
   void store_levels(const double* values, void* levels, void* stream) const {

@@ -17,22 +17,10 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorStreamCaptureUns
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
-struct cudaFuncAttributes {
-  int ptxVersion;
-};
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  struct {
-    int programmaticStreamSerializationAllowed;
-  } val;
-};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
 };
 
 namespace fake {
@@ -40,8 +28,7 @@ inline std::mutex mutex;
 inline thread_local int device = 0;
 inline thread_local cudaError_t last = cudaSuccess;
 inline std::map<std::pair<const void*, int>, int> limits;
-inline int attribute_calls = 0, choices = 0, launches = 0, overlaps = 0, optin = 200 * 1024;
-inline int ptx = 80, driver = 13000;
+inline int attribute_calls = 0, choices = 0, launches = 0, optin = 200 * 1024;
 inline bool refuses_attributes = false, capturing = false;
 
 inline cudaError_t fail() { return last = cudaErrorInvalidValue; }
@@ -65,14 +52,8 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
   fake::limits[{kernel, fake::device}] = bytes;
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void*) {
-  return of->ptxVersion = fake::ptx, cudaSuccess;
-}
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   return *status = cudaStreamCaptureStatus(fake::capturing), cudaSuccess;
-}
-inline cudaError_t cudaDriverGetVersion(int* version) {
-  return *version = fake::driver, cudaSuccess;
 }
 inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* kernel,
                                        void** arguments) {
@@ -82,8 +63,5 @@ inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void
     return fake::fail();
   if (fake::last != cudaSuccess) return fake::last;  // as a check of the last error would say
   fake::launches += *static_cast<int*>(arguments[0]);
-  for (unsigned k = 0; k < how->numAttrs; ++k)
-    fake::overlaps += how->attrs[k].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
-                      how->attrs[k].val.programmaticStreamSerializationAllowed;
   return cudaSuccess;
 }
