@@ -104,7 +104,6 @@ def main(arguments=None):
     torch.manual_seed(0)
     net = Predictor()
     optimizer = torch.optim.Adam(net.parameters())
-    # 0.05 of 20 batches would be 1, and torch divides by one less.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-2, batches, pct_start=0.051)
     for number in range(1, batches + 1):
         loss, _ = train(net, optimizer, films(6))
