@@ -284,6 +284,56 @@ def _deep(shape: tuple[int, ...], *channels: int) -> Network:
     return _stepwise(f"{title}, each with BatchNorm, Leaky; max_pool 3, average", make, shape)
 
 
+class Residual(nn.Module):
+    """Has two blocks of two convolutions with batch norm and Leaky; x (N, 2, H, W), one step.
+
+    Each block adds its input before its last Leaky. The second one has twice as many channels at
+    half the size, and a 1x1 convolution for what it adds. All layers keep their states.
+    """
+
+    def __init__(self, cell: Any, channels: int) -> None:
+        super().__init__()
+        grad, wide = surrogate.fast_sigmoid(slope=25), 2 * channels
+        options = {"beta": 0.9, "threshold": 0.3, "init_hidden": True, "spike_grad": grad}
+        shapes = (
+            (2, channels, 3, 1), (channels, channels, 3, 1), (channels, channels, 3, 1),
+            (channels, wide, 3, 2), (wide, wide, 3, 1), (channels, wide, 1, 2),
+        )  # fmt: skip
+        self.norms = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(one, other, kernel, stride, padding=kernel // 2, bias=False),
+                nn.BatchNorm2d(other),
+            )
+            for one, other, kernel, stride in shapes
+        )
+        self.lifs = nn.ModuleList(_leaky(cell, **options) for _ in range(5))
+        self.fc, self.last = nn.Linear(wide, 10), _leaky(cell, **options, output=True)
+
+    def forward(self, x: Tensor) -> Any:
+        stem, *norms, shortcut = self.norms
+        spk = self.lifs[0](stem(x))
+        for block in range(2):
+            first, second = norms[2 * block : 2 * block + 2]
+            one, other = self.lifs[2 * block + 1 : 2 * block + 3]
+            spk = other(second(one(first(spk))) + (shortcut(spk) if block else spk))
+        return self.last(self.fc(F.adaptive_avg_pool2d(spk, 1).flatten(1)))
+
+
+def _residual(shape: tuple[int, ...], channels: int) -> Network:
+    """Returns a Residual on (N, T, 2, H, W), swapped by accelerate; it has a loop alone."""
+    title = f"swapped: two residual blocks 2->{channels}->{2 * channels} {shape[3]}x{shape[4]}"
+    make = _swapped(functools.partial(Residual, channels=channels))
+    network = _stepwise(f"{title}, BatchNorm, Leaky", make, shape)
+    forms = {name: form for name, form in FORMS.items() if not form.sequences}
+    return dataclasses.replace(network, forms=forms)
+
+
+def _evaluated(network: Network) -> Network:
+    """Returns a network in evaluation, where batch norm has the running statistics."""
+    title = f"eval(): {network.title}"
+    return dataclasses.replace(network, title=title, make=lambda cell: network.make(cell).eval())
+
+
 def dense(cell: Any, sizes: Sequence[int]) -> nn.Module:
     """Makes linear layers between these sizes, each with Leaky; all keep their states."""
     layers: list[nn.Module] = [nn.Flatten()]
@@ -474,6 +524,7 @@ def _users(small: bool = False) -> dict[str, Network]:
         """Returns the shape (N, T, C, H, W) of batches."""
         return tuple(map(min, shape, (2, 3, shape[2], 14, 14))) if small else shape
 
+    deep, residual = _deep(size(8, 10, 2, 32, 32), 32, 64), _residual(size(8, 4, 2, 32, 32), 32)
     images = (2, 3, 1, 16, 16) if small else (32, 25, 1, 28, 28)
     larger = (2, 3, 1, 20, 20) if small else (32, 25, 1, 32, 32)
     return {
@@ -525,7 +576,10 @@ def _users(small: bool = False) -> dict[str, Network]:
         "conv": _convolutions(images),
         "conv-image": _convolutions(images, image=True),
         "conv-swapped": _convolutions(larger, swap=True),
-        "deep": _deep(size(8, 10, 2, 32, 32), 32, 64),
+        "deep": deep,
+        "deep-eval": _evaluated(deep),
+        "residual": residual,
+        "residual-eval": _evaluated(residual),
     }  # fmt: skip
 
 

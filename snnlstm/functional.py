@@ -95,6 +95,6 @@ def sconv2dlstm(
     if torch.compiler.is_compiling():
         results = run_traced(call, spec, recorded_now(True))
     else:
-        entry = _last["entry"] = find_entry(_last.get("entry"), call, spec)
+        entry = _last["entry"] = find_entry((_last.get("entry"),), call, spec)
         results = run_call(entry, call, recorded_now())
     return batch_before_time(call, batch_first, *results[:3])

@@ -64,13 +64,12 @@ class Entry:
 
     def guard(self, call: Any) -> None:
         """Make :meth:`serves` recognise calls like this one."""
-        if call.lengths is None and not any_autocast():
-            tensors, self._guarded = _guarded(call, self.backend, self.settings)
-            self._guard = guard_of(tensors)
+        tensors, self._guarded = _guarded(call, self.backend, self.settings)
+        self._guard = guard_of(tensors)
 
     def serves(self, call: Any, backend: Any, settings: Settings) -> bool:
         """Whether a call has the static properties of the guarded one."""
-        if self._guard is None or call.lengths is not None:
+        if self._guard is None:
             return False
         try:
             nested = call[0].is_nested or call[1].is_nested or call[2].is_nested
@@ -81,18 +80,24 @@ class Entry:
         return not nested and static == self._guarded and self._guard.check(*tensors)
 
 
+NO_ENTRIES: tuple[Entry | None, ...] = (None, None)
+"""The last entries of a layer that was not called."""
+
 _entries: BoundedDict[Any, Entry] = BoundedDict()
 
 
 def _guarded(call: Any, backend: Any, settings: Settings) -> tuple[Sequence[Tensor], Any]:
-    """The tensors that a call has, without lengths, and its other static properties."""
+    """The tensors that a call has, and its other static properties."""
     if isinstance(call, LeakyCall):
-        tensors: Any = call[:5]
-    elif call.bias is not None and call.threshold is not None:
+        return call[:5], (torch.is_grad_enabled(), backend, settings)
+    tensors: Any
+    if call.lengths is None and call.bias is not None and call.threshold is not None:
         tensors = call[:7]
     else:
-        tensors = [tensor for tensor in call[:7] if tensor is not None]
-    return tensors, (call.record, torch.is_grad_enabled(), backend, settings, len(tensors))
+        tensors = [tensor for tensor in call[:8] if tensor is not None]
+    autocast = autocast_dtype(call.x.device.type) if any_autocast() else None
+    grad_mode = torch.is_grad_enabled()
+    return tensors, (call.record, grad_mode, backend, settings, len(tensors), autocast)
 
 
 def _key(call: Any, spec: Any, backend: Any, settings: Settings) -> Any:
@@ -124,21 +129,22 @@ def entry_of(call: Any, spec: Any, backend: Any, settings: Settings, checked: bo
 
 
 def find_entry(
-    last: Entry | None,
+    last: Sequence[Entry | None],
     call: Any,
     spec: Any,
     overrides: Overrides | None = None,
     checked: bool = True,
 ) -> Any:
-    """The entry of a call: `last`, the caller's last one, if it serves, else as :func:`entry_of`.
+    """The entry of a call: one of `last`, the caller's last ones, or as :func:`entry_of`.
 
     A call with the user's code in it shares no entry.
     """
     backend, settings = _backend_of(call.x)
     if overrides is not None:
         return Entry(call, spec, backend, settings, overrides)
-    if last is not None and last.spec is spec and last.serves(call, backend, settings):
-        return last
+    for entry in last:
+        if entry is not None and entry.spec is spec and entry.serves(call, backend, settings):
+            return entry
     return entry_of(call, spec, backend, settings, checked)
 
 
@@ -164,9 +170,9 @@ def run_call(
 
 
 def run_leaky(
-    last: Entry | None, call: LeakyCall, spec: LeakySpec, now: Path | None
-) -> tuple[Any, Any, Path, Entry | None]:
-    """Run a call of a Leaky; returns spk, mem, the path, and the entry, which is the next `last`.
+    last: Sequence[Entry | None], call: LeakyCall, spec: LeakySpec, now: Path | None
+) -> tuple[Any, Any, Path, Sequence[Entry | None]]:
+    """Run a call of a Leaky; returns spk, mem, the path, and the next `last` (:func:`find_entry`).
 
     spk and mem are None if plain torch must run the call.
     """
@@ -174,14 +180,16 @@ def run_leaky(
         against: Any = now or static_reason(call, spec, algorithms.current, None)
         return None, None, against, last
     entry = find_entry(last, call, spec)
+    if entry is not last[0]:
+        last = entry, last[0]
     path = now or entry.fallback
     if path is not None:
-        return None, None, path, entry
+        return None, None, path, last
     plan = entry.plan
     if plan is None:
         plan = entry.plan = leaky.plan_of(call, spec)
     spk, mem, name = leaky.run_plan(plan, call, entry.training)
-    return spk, mem, native_path(name), entry
+    return spk, mem, native_path(name), last
 
 
 def run_traced(

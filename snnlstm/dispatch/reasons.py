@@ -71,6 +71,7 @@ ONES = {1: (1,), 2: (1, 1)}  # a stride of 1, by the dimensions of an image
 RANDOM = "spike_grad draws random numbers"
 HOOKS, GLOBAL_HOOKS = "carries hooks", "global module hooks are registered"
 REPLACED, CONV_HOOKS = "forward was replaced", f"conv {HOOKS}"
+_MISFIT = "conv has another geometry than the cell"
 
 
 def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> str | None:
@@ -93,12 +94,11 @@ def reason_against_conv(
     conv: nn.Module,
     kind: type[nn.Conv1d | nn.Conv2d],
     spec: CellSpec,
-    weight_shape: tuple[int, ...] | None = None,
 ) -> str | None:
     """Why the kernels cannot stand in for a call of the cell's `conv`; None if they can.
 
-    They can if `conv` is a plain `kind` with the geometry of `spec` (and `weight_shape`, if given),
-    neither replaced nor hooked: only then does a call of it merely convolve with its weight.
+    They can if `conv` is a plain `kind` with the geometry of `spec`, neither replaced nor hooked:
+    only then does a call of it merely convolve with its weight.
     """
     if type(conv) is not kind:
         return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
@@ -122,9 +122,8 @@ def reason_against_conv(
         or attributes["dilation"] != spec.dilation[-dims:]
         or attributes["groups"] != 1
         or attributes["padding_mode"] != "zeros"
-        or (weight_shape is not None and tuple(conv.weight.shape) != weight_shape)
     ):
-        return "conv has another geometry than the cell"
+        return _MISFIT
     return None
 
 
@@ -188,33 +187,54 @@ def asked_every_call(
     conv: Any,
     kind: type[nn.Conv1d | nn.Conv2d],
     spec: CellSpec,
-    channels: tuple[int, int] | None = None,
     fire: Any = None,
     mem_reset: Any = None,
     traced: bool = False,
 ) -> tuple[Path | None, Overrides | None]:
     """Return what no key holds: the result of :func:`recorded_now`, and the user's code.
 
-    The second is None if the cell and its conv are plain. `channels`, Cin and C, are given if the
-    weight's shape may not fit. `fire` and `mem_reset` are methods that the cell or class overrides.
+    The second is None if the cell and its conv are plain; the weight's shape is not looked at.
+    `fire` and `mem_reset` are methods that the cell or class overrides.
 
     Raises
     ------
     ValueError
         If the cell has a stride, which needs a plain conv, and its conv is not plain.
     """
-    now, shape = recorded_while_tracing() if traced else recorded_now(), None
-    if channels is not None:
-        kernel = spec.kernel_size[-1:] if kind is nn.Conv1d else spec.kernel_size
-        shape = 4 * channels[1], sum(channels), *kernel
-    reason = reason_against_conv(conv, kind, spec, shape)
+    now = recorded_while_tracing() if traced else recorded_now()
+    reason = reason_against_conv(conv, kind, spec)
+    if reason is None and fire is None and mem_reset is None:
+        return now, None
+    _check_stride(kind, spec, reason)
+    return now, Overrides(None if reason is None else conv, reason, fire, mem_reset)
+
+
+def with_misfit(
+    overrides: Overrides | None,
+    conv: Any,
+    convolve: Any,
+    kind: type[nn.Conv1d | nn.Conv2d],
+    spec: CellSpec,
+    channels: tuple[int, int],
+) -> Overrides | None:
+    """Add `convolve`, which calls `conv`, to the overrides of a call if its weight does not fit.
+
+    `channels` are Cin and C. See :func:`asked_every_call` for the errors.
+    """
+    if overrides is not None and overrides.conv is not None:
+        return overrides
+    kernel = spec.kernel_size[-1:] if kind is nn.Conv1d else spec.kernel_size
+    if tuple(conv.weight.shape) == (4 * channels[1], sum(channels), *kernel):
+        return overrides
+    _check_stride(kind, spec, _MISFIT)
+    return (overrides or Overrides())._replace(conv=convolve, reason=_MISFIT)
+
+
+def _check_stride(kind: type[nn.Module], spec: CellSpec, reason: str | None) -> None:
     if reason is not None and spec.stride != (1, 1):
         raise ValueError(
             f"conv must be a plain nn.{kind.__name__} without hooks where stride is not 1: {reason}"
         )
-    if reason is None and fire is None and mem_reset is None:
-        return now, None
-    return now, Overrides(None if reason is None else conv, reason, fire, mem_reset)
 
 
 def recorded_now(traced: bool = False) -> Path | None:

@@ -24,7 +24,6 @@ from ..networks.layers import (
     NOTHING,
     ONE_CALL,
     RANDOM,
-    STATISTICS,
     TO_STACK,
     LayerReport,
 )
@@ -136,13 +135,18 @@ def _layers(loop: Loop) -> Iterator[_Layer]:
         operators = [node for node in nodes if node.target in rows.STATEFUL]
         bases = getattr(kind, "__mro__", ())
         title = getattr(kind, "__name__", "Leaky" if nodes[0].target is rows.LEAKY else "cell")
-        name = re.sub(r"_modules\['(.*?)'\]", r"\1", path)
-        name = re.sub(r"^[LG]\['\w+'\]\.?", "", name).replace("'", "")
+        name = _name_of(path)
         is_neuron = bool(operators) or any(base.__name__ in _NEURONS for base in bases)
         is_ours = bool(operators) or any(base.__module__.startswith("snnlstm.") for base in bases)
         calls = operators or [node for node in nodes if node.target == nodes[-1].target]
         if name or is_neuron:
             yield _Layer(name or title, title, is_neuron, is_ours, calls)
+
+
+def _name_of(path: str) -> str:
+    """The name of a module in its network, by its path as torch.compile records it."""
+    name = re.sub(r"_modules\['(.*?)'\]", r"\1", path)
+    return re.sub(r"^[LG]\['\w+'\]\.?", "", name).replace("'", "")
 
 
 def _report(loop: Loop, layer: _Layer) -> LayerReport:
@@ -152,13 +156,14 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
     runs = {loop.runs[call][0] for call in alone if call in loop.runs}
     single = [call for call in alone if call not in loop.runs]
     has_states = calls[0].target in rows.STATEFUL
+    is_sequence = has_states or rows.row_of(calls[0]) is rows.BATCH_NORMS
     reason = next((loop.reasons[call] for call in alone if call in loop.reasons), None)
     if all(rows.dropped(call) is not None for call in calls):
         kind, reason = "fold", NOTHING
     elif len(alone) == 1 < len(calls):
         kind, reason = "once", CONSTANT
     elif runs and len(runs) + len(single) == 1:
-        kind, reason = ("sequence", ONE_CALL) if has_states else ("fold", ALONE)
+        kind, reason = ("sequence", ONE_CALL) if is_sequence else ("fold", ALONE)
     elif len(runs) > len(single) and not reason and (not has_states or _alternate(loop, alone)):
         kind = "sequence" if has_states else "fold"
         reason = f"{ONE_CALL} at each of {len(runs) + len(single)} places of a step"
@@ -175,11 +180,13 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
             reason = reason or STATES
         elif (effects := loop.effects[calls[0]]).draws and not effects.unknown:
             reason = RANDOM
-        elif rows.name_of(calls[0]) == "batch_norm" and rows.row_of(calls[0]) is None:
-            reason = STATISTICS
         elif rows.row_of(calls[0]) is not None:
             reason = reason or (FEEDBACK if _depends(alone[1], alone[0]) else UNALIKE)
         reason = reason or "it is not known to treat every sample by itself"
+    if calls[0] in loop.folded:
+        stack = [*loop.folded[calls[0]].meta.get("nn_module_stack", {}).values()]
+        before = _name_of(stack[-1][0]) if stack else ""
+        reason = f"part of {before or 'the convolution before it'}"
     return LayerReport(layer.name, layer.kind, kind, str(reason))
 
 

@@ -14,13 +14,14 @@ from ..compat.torch_private import size_hint
 from . import rows
 from .steps import Loop
 
-SAMPLES, CHANNELS = 8, 4
-"""The least samples, or channels, for which training a convolution channels-last pays.
+SAMPLES, CHANNELS, FEW_SAMPLES = 8, 4, 4
+"""The least samples, or channels, for which a channels-last convolution pays.
 
-Time of a training pass of 3x3 and 5x5 convolutions with a channels-last weight, relative to a
-contiguous one: 0.78 to 1.06; 2.3 for one sample of 2 channels, and 1.9 for a 1x1 convolution. If x
-is channels-last already, 0.5 to 1.05. Whole networks train 1.04 to 1.24 times as fast. Without
-gradients they run at 0.9 to 0.97 of their speed (benchmarks/NOTES.md).
+Without gradients the channels must come with a few samples, and kernels be 3x3 or smaller. Time of
+a training pass of 3x3 and 5x5 convolutions with a channels-last weight, relative to a contiguous
+one: 0.78 to 1.06; 2.3 for one sample of 2 channels, and 1.9 for a 1x1 convolution. If x is
+channels-last already, 0.5 to 1.05. Without gradients: 3x3 0.6 to 1; 2 for one sample of 2 channels,
+1.6 for 1x1, and 0.9 to 1.05 for 5x5 (benchmarks/NOTES.md).
 """
 
 
@@ -73,6 +74,8 @@ def _can(loop: Loop, node: Node) -> bool:
 def _pays(node: Node) -> bool:
     """Whether a convolution of a contiguous x is faster channels-last."""
     x, weight = (rows.value_of(arg) for arg in node.args[:2])
-    if max(weight.shape[2:]) == 1 or not rows.requires_grad(node):
-        return False
-    return x.shape[1] >= CHANNELS or size_hint(x.shape[0]) >= SAMPLES
+    sides, samples = weight.shape[2:], size_hint(x.shape[0])
+    if rows.requires_grad(node):
+        return max(sides) > 1 and (x.shape[1] >= CHANNELS or samples >= SAMPLES)
+    several = samples >= SAMPLES or (x.shape[1] >= CHANNELS and samples >= FEW_SAMPLES)
+    return 1 < max(sides) <= 3 and several

@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 
 from ..compat.torch_private import size_hint
 from . import rows
+from .fold import scale_of, scaled
 from .steps import Loop, Run
 
 Place = tuple[Run, int, int]
@@ -38,12 +39,13 @@ class Writer:
     ) -> None:
         self.graph = Graph()
         self._loop, self._operators, self._last = loop, operators, last
+        self._norms = {conv: norm for norm, conv in loop.folded.items()}
         self._at = loop.nodes[0]  # what is being written
         self._copies: dict[Node, Node] = {}
         self._results: dict[tuple[Run, int], Node] = {}
         self._unbound: dict[tuple[Run, int], Node] = {}
         self._sequences: dict[Any, Node] = {}
-        self._weights: dict[tuple[int, Node], Node] = {}  # channels-last, by region
+        self._weights: dict[Any, list[Any]] = {}  # with biases, as convolutions take them
         self._removable: list[Node] = []  # what nothing loses if nobody uses it, by age
         self._stacks: set[Node] = set()  # what has become the sequence that it was stacked from
         self._moved: set[Node] = set()  # nodes whose strides may differ from the recorded ones
@@ -81,19 +83,36 @@ class Writer:
         """An argument of the old graph, with the nodes of the new one."""
         return map_arg(value, self._single)
 
-    def argument(self, call: Node, value: Any) -> Any:
-        """An argument of a call; the weight of a convolution decides its layout."""
-        if call not in self._last or value is not call.args[1]:
-            return self.copied(value)
-        key = self._loop.region(self._at), self._loop.same[value]
+    def arguments(self, call: Node) -> list[Any]:
+        """The arguments of a call behind the first one.
+
+        The weight of a convolution decides its layout, and has the scale of a batch norm behind it.
+        """
+        args, last, norm = (
+            self.copied(list(call.args[1:])),
+            call in self._last,
+            self._norms.get(call),
+        )
+        if not last and norm is None:
+            return args
+        key = self._loop.region(self._at), last, *args[:2]
         if key not in self._weights:
-            layout = torch.channels_last
-            self._weights[key] = self.call("clone", self.copied(value), memory_format=layout)
-        return self._weights[key]
+            weight = args[:2]
+            if norm is not None:
+                both = self.call(scaled, *weight, *self.copied(scale_of(norm)))
+                weight = [self.call(rows.ITEM, both, item) for item in range(2)]
+            if last:
+                weight[0] = self.call("clone", weight[0], memory_format=torch.channels_last)
+            self._weights[key] = weight
+        return self._weights[key] + args[2:]
 
     def is_one(self, nodes: Sequence[Node]) -> bool:
         """Whether the nodes of all steps are one."""
         return len({self._loop.same[node] for node in nodes}) == 1
+
+    def readers(self, node: Node) -> int:
+        """How many nodes read a node of the old graph, or one that is the same."""
+        return len(self._loop.users[self._loop.same[node]])
 
     def sequence(self, nodes: Sequence[Node]) -> Node:
         """The tensors of all steps as one, (T, ...)."""
@@ -160,6 +179,8 @@ class Writer:
 
     def _write_run(self, run: Run) -> None:
         result = run.row.together(self, run)
+        if not self._loop.is_pure(run.calls[0]):
+            self._removable.remove(result)  # it also writes
         if not run.row.states:
             self._results[run, 0] = result
             return
@@ -170,15 +191,18 @@ class Writer:
         loop, argument = self._loop, self._single
         row, pure = rows.row_of(node), loop.is_pure(node)
         if any(map(self._is_moved, node.all_input_nodes)):
-            if pure and (row is not None or node.target in (rows.ITEM, torch.stack)):
+            known = row is not None or node.target in (rows.ITEM, torch.stack)
+            if known and loop.may_join(node):
                 self._moved.add(node)
             elif list(loop.effects[node].writes) != list(node.args[:1]):
                 argument = self._as_recorded  # the function may depend on strides
-        weight = self.argument(node, node.args[1]) if node in self._last else None
+        changed = node in self._last or node in self._norms
+        others = self.arguments(node) if changed else []
         new = self.graph.node_copy(node, argument)
-        if weight is not None:
+        if changed:
+            new.args = new.args[0], *others
+        if node in self._last:
             self._moved.add(node)
-            new.update_arg(1, weight)
         new.target = self._operators.get(node.target, node.target)
         region = loop.region(node)
         if node.op == "placeholder" or (region and region not in self._starts):

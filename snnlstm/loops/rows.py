@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..compat.torch_private import apply_recorded, operators_named, size_hint
+from ..native.batch_norm import batch_norm
 from ..native.leaky_operators import OPERATORS
 
 CELL = OPERATORS.forward.default
@@ -148,7 +149,7 @@ def _first(w: Any, run: Any) -> Any:
 def _rest(w: Any, run: Any) -> tuple[list[Any], dict[str, Any]]:
     """The other arguments, which are the same in each call."""
     call = run.calls[0]
-    return [w.argument(call, arg) for arg in call.args[1:]], w.copied(dict(call.kwargs))
+    return w.arguments(call), w.copied(dict(call.kwargs))
 
 
 def _leading(w: Any, run: Any) -> Any:
@@ -182,6 +183,11 @@ def _folded(w: Any, run: Any) -> Any:
     return w.call("unflatten", out, 0, (len(run.calls), -1))
 
 
+def _batch_norms(w: Any, run: Any) -> Any:
+    args, kwargs = _rest(w, run)
+    return w.call(batch_norm, _first(w, run), *args, **kwargs)
+
+
 def _elementwise(w: Any, run: Any) -> Any:
     """Operands are aligned to the right, as torch broadcasts them."""
     rank = max(dim_of(arg) for arg in run.calls[0].all_input_nodes)
@@ -197,7 +203,22 @@ def _elementwise(w: Any, run: Any) -> Any:
     args = [joined(column) for column in zip(*(call.args for call in run.calls), strict=True)]
     names = run.calls[0].kwargs
     kwargs = {name: joined([call.kwargs[name] for call in run.calls]) for name in names}
+    if run.calls[0].target is operator.add and not requires_grad(run.calls[0]):
+        for at in range(2):
+            if _is_spare(w, args[at], run, at):  # a sum in new memory takes four times as long
+                return w.call(operator.iadd, args[at], args[1 - at])
     return w.call(run.calls[0].target, *args, **kwargs)
+
+
+def _is_spare(w: Any, operand: Any, run: Any, at: int) -> bool:
+    """Whether a run may write into its operand at a position, which nobody else reads.
+
+    It is the result of a convolution or of a batch norm in training.
+    """
+    made = operand.args[0] if getattr(operand, "target", "") == "unflatten" else operand
+    is_new = isinstance(made, Node) and (name_of(made) == "conv2d" or made.target is batch_norm)
+    alike = shape_of(run.calls[0]) == shape_of(run.calls[0].args[at])
+    return is_new and alike and all(w.readers(call.args[at]) == 1 for call in run.calls)
 
 
 def _behind_time(dim: int) -> int:
@@ -249,6 +270,7 @@ ELEMENTWISE = Row(_elementwise, first_alone=False)
 _FLATTEN, RESHAPE = Row(_flattened), Row(_reshaped)
 VIEWS = _FLATTEN, RESHAPE
 _CAT = Row(_concatenated, first_alone=False)
+BATCH_NORMS = Row(_batch_norms)
 
 # Some are functions of the module operator; others also reduce a tensor, by the same name.
 _NOT_ELEMENTWISE = {"getitem", "matmul", "concat", "max", "min"}
@@ -260,13 +282,13 @@ _BATCH_DIMS = {
     "avg_pool1d": 3, "avg_pool2d": 4, "avg_pool3d": 5,
     "adaptive_avg_pool1d": 3, "adaptive_avg_pool2d": 4, "adaptive_max_pool2d": 4,
 }  # fmt: skip
-_ANY_BATCHES = frozenset(("batch_norm", "group_norm"))
 
 
 def row_of(node: Node) -> Row | None:
     """How the calls of a node's function become one; None if they cannot, or nobody knows.
 
-    The node must have no effect, such as a dropout or batch norm in training has.
+    The node must have no effect, such as a dropout has; a batch norm in training has one that its
+    row allows.
     """
     args, value = node.args, value_of(node)
     if node.target is CELL:
@@ -292,8 +314,9 @@ def row_of(node: Node) -> Row | None:
         return _LEADING
     if name == "pad" and (*args[2:], *node.kwargs.values(), "constant")[0] == "constant":
         return _LEADING
-    by_batch = name == "batch_norm" and named_arguments(node).get("training", True)  # statistics
-    if _BATCH_DIMS.get(name) == dim or (name in _ANY_BATCHES and dim >= 2 and not by_batch):
+    if name == "batch_norm" and dim >= 2 and (named := named_arguments(node)):
+        return BATCH_NORMS if named["training"] else _FOLDED
+    if _BATCH_DIMS.get(name) == dim or (name == "group_norm" and dim >= 2):
         return _FOLDED
     if name == "flatten" and dim:
         return _FLATTEN

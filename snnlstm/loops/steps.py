@@ -26,6 +26,7 @@ from torch.fx.node import map_arg
 from ..compat.torch_private import memory_of, operators_named
 from ..networks.layers import TO_STACK, reason_by_size, steps_at_once, too_large
 from . import rows
+from .fold import find_folded
 
 # ---- what a node does beside computing its result -----------------------------------------------
 
@@ -82,7 +83,10 @@ def effects_of(node: Node) -> Effects:
     if named.get("inplace"):
         return Effects(tensors[:1], bool(named.get("training")))
     if name in _WRITE_BUFFERS:
-        return Effects(tensors[1:]) if named.get("training", True) else _NONE
+        if not named.get("training", named.get("use_input_stats", True)):
+            return _NONE
+        statistics = [named.get(key) for key in ("running_mean", "running_var")]
+        return Effects([arg for arg in (statistics if named else tensors[1:]) if arg is not None])
     if name in _PURE:
         return _NONE
     known = operators_named(name)
@@ -172,6 +176,8 @@ class Loop:
         The first of all nodes that compute the same, for each node.
     written : set of int
         Memory to which some node writes.
+    folded : dict of Node to Node
+        The convolution of which a batch norm becomes part, for each such batch norm.
     merged : set of int
         Memory of nodes that compute the same and were recorded in other memory.
     users : dict of Node to list of Node
@@ -196,6 +202,7 @@ class Loop:
             for written in effects.writes
             for storage in self.memory[written]
         }
+        self.folded = find_folded(self)
         self.merged: set[int] = set()
         self._number = {node: number for number, node in enumerate(self.nodes)}
         self._regions = self._needs_of_effects()
@@ -213,6 +220,14 @@ class Loop:
         if node.op not in ("call_function", "call_method") or any(self.effects[node]):
             return False
         return self.memory[node].isdisjoint(self.written)
+
+    def may_join(self, node: Node) -> bool:
+        """Whether nothing but its arguments keeps a node from a run.
+
+        A batch norm in training may also write to its running statistics.
+        """
+        tracks = rows.row_of(node) is rows.BATCH_NORMS
+        return self.is_pure(node) or (tracks and self.memory[node].isdisjoint(self.written))
 
     def region(self, node: Node) -> int:
         """The number of the region in which a node lies; in each, the settings are the same."""
@@ -280,7 +295,9 @@ class Loop:
                 self.same[node] = first.setdefault(key, node)
             if self._is_its_argument(node):
                 self.same[node] = self.same[node.all_input_nodes[0]]
-            if self.memory[self.same[node]] != self.memory[node]:
+            if node in self.folded:
+                self.same[node] = self.same[self.folded[node]]
+            elif self.memory[self.same[node]] != self.memory[node]:
                 self.merged |= self.memory[node] | self.memory[self.same[node]]
             if self.same[node] is node:
                 for arg in node.all_input_nodes:
@@ -315,7 +332,7 @@ class Loop:
             if self.same[node] is not node:
                 colors[node] = colors[self.same[node]]
                 continue
-            row = rows.row_of(node) if self.is_pure(node) else None
+            row = rows.row_of(node) if self.may_join(node) else None
             key: Any = node
             if row is not None and row.states:
                 key = self._options(row, node)
@@ -327,7 +344,10 @@ class Loop:
             colors[node] = numbers.setdefault(key, len(numbers))
             if row is not None:
                 group = self._chain(number, row) if row.states else colors[node]
-                groups.setdefault(group, (row, []))[1].append(number)
+                _, calls = groups.setdefault(group, (row, []))
+                if calls and not self.is_pure(node):  # it hands on the running statistics
+                    self._handed[number] = {calls[-1]}
+                calls.append(number)
         return [(row, calls) for row, calls in groups.values() if len(calls) > 1]
 
     def _chain(self, number: int, row: rows.Row) -> Any:
@@ -434,8 +454,10 @@ class Loop:
             self.reasons.update(dict.fromkeys(nodes[1:], reason))
             return
         for numbers in self._independent(row, calls, limit):
-            # Equal calls are not one if something writes to what they read; no run has them alone.
-            if len({self._arguments(self.nodes[number]) for number in numbers}) > 1:
+            # Equal calls are not one if something writes to what they read; no run has them alone,
+            # but for batch norms, which write to that themselves.
+            several = len({self._arguments(self.nodes[number]) for number in numbers}) > 1
+            if several or (row is rows.BATCH_NORMS and len(numbers) > 1):
                 run = Run(row, [self.nodes[number] for number in numbers])
                 keeps_all = row is rows.LEAKIES and rows.requires_grad(self.nodes[numbers[0]])
                 run.record = bool(row.states) and (keeps_all or self._needs_states(numbers))

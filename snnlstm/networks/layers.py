@@ -20,6 +20,11 @@ from ..neurons.sconv2dlstm import SConv2dLSTM
 from .pool2d import AvgPool2d, MaxPool2d
 from .spikes import SpikeCount
 
+try:
+    from ..native.batch_norm import batch_norm
+except ImportError:  # there is no core
+    batch_norm = None  # type: ignore[assignment]
+
 ALONE = "one call, all steps as a larger batch"
 LARGE = "one step of its input or output is larger than 1 MiB"
 LARGE_SEQUENCE = "steps of its input or output are larger than 128 KiB, and all than 8 MiB"
@@ -29,7 +34,6 @@ ONE_CALL = "one call for all steps"
 THEIRS = "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
 TAKES = "it takes sequences"
 NOTHING = "it does nothing and returns its input"
-STATISTICS = "its statistics are those of one step"
 RANDOM = "it draws new random numbers for every step"
 CONSTANT = "every step of its input is the same tensor"
 # The reasons of layers that neither mix samples nor keep a state.
@@ -89,7 +93,7 @@ def report_of(
         return LayerReport(name, title, "step", against)
     if kind in SEQUENCE_NEURONS or getattr(kind, "_takes_sequences", False):
         return LayerReport(name, title, "sequence", TAKES)
-    if isinstance(layer, SConv2dLSTM | Leaky):
+    if isinstance(layer, SConv2dLSTM | Leaky) or in_training(layer):
         return LayerReport(name, title, "sequence", ONE_CALL)
     return LayerReport(name, title, "fold", ALONE)
 
@@ -116,7 +120,8 @@ def _reason_for_steps(layer: Any, x: Tensor, steps: int | None) -> str | None:
     if Neuron is not None and isinstance(layer, Neuron):
         return "it keeps a state from step to step"
     step = counted_bytes(x, whole) * _widening(layer)
-    mixing = hooked or not_per_sample(layer, x.dim() - whole)
+    by_steps = in_training(layer) and _takes_steps(layer)
+    mixing = hooked or (None if by_steps else not_per_sample(layer, x.dim() - whole))
     return mixing or reason_by_size(step, steps or len(x), kind is nn.Linear)
 
 
@@ -173,9 +178,8 @@ def not_per_sample(layer: Any, dim: int | None = None) -> str | None:
     """
     if type(layer) not in _LEAST_DIM:
         return f"{type(layer).__name__} is not known to treat every sample by itself"
-    is_norm = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
-    if is_norm and (layer.training or layer.running_mean is None):
-        return STATISTICS
+    if in_training(layer):
+        return "its statistics are those of one step"
     if isinstance(layer, nn.Dropout | nn.Dropout2d) and layer.training and layer.p != 0:
         return RANDOM
     if getattr(layer, "return_indices", False):
@@ -184,6 +188,19 @@ def not_per_sample(layer: Any, dim: int | None = None) -> str | None:
     if dim is not None and (dim < _LEAST_DIM[type(layer)] or start % dim == 0):
         return f"at a step of {dim} dimensions it may mix samples"
     return None
+
+
+def in_training(layer: Any) -> bool:
+    """Whether a layer is a batch norm whose statistics are those of its input."""
+    is_norm = type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d)
+    return is_norm and (layer.training or layer.running_mean is None)
+
+
+def _takes_steps(norm: Any) -> bool:
+    """Whether one call normalises all steps; a compiled loop finds that by itself."""
+    return (
+        batch_norm is not None and norm.momentum is not None and not torch.compiler.is_compiling()
+    )
 
 
 def _widening(layer: Any) -> float:
@@ -223,9 +240,15 @@ def unshared(x: Tensor, layer: nn.Module, repeated: bool = False) -> Tensor:
 
 
 def whole_sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
-    """Call a layer that takes sequences: a cell, a neuron, or a Sequential that carries hooks."""
+    """Call a layer that takes sequences: a cell, a neuron, or a Sequential that carries hooks.
+
+    A batch norm normalises each step by itself.
+    """
     if isinstance(layer, Leaky):
         return layer.sequence(x, last and (layer.output or not layer.init_hidden), lengths)
+    if in_training(layer):
+        out = _normalised(layer, x)
+        return out if lengths is None else mask_padding(out, lengths)
     cell, neuron = isinstance(layer, SConv2dLSTM), type(layer) in SEQUENCE_NEURONS
     step = f"{layer.in_channels}, {SIZES[layer._dims]}" if cell else "C"  # a step's shape without N
     if (cell or neuron) and x.dim() != step.count(",") + 3:
@@ -243,6 +266,16 @@ def whole_sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, las
     if layer.batch_first:
         return exchanged(layer(exchanged(x), **options))
     return layer(x, **options)
+
+
+def _normalised(norm: Any, x: Tensor) -> Tensor:
+    """The results of ``nn.BatchNorm1d`` or ``nn.BatchNorm2d`` in training, step by step."""
+    norm._check_input_dim(x[0])
+    tracks = norm.training and norm.track_running_stats
+    if tracks and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(len(x))
+    statistics = (norm.running_mean, norm.running_var) if tracks else (None, None)
+    return batch_norm(x, *statistics, norm.weight, norm.bias, True, norm.momentum, norm.eps)
 
 
 def pad(out: Any, lengths: Tensor) -> Any:

@@ -30,6 +30,7 @@ from .layers import (
     counted_bytes,
     exchanged,
     first_item,
+    in_training,
     is_constant,
     joined,
     mapped,
@@ -55,17 +56,17 @@ class Sequential(nn.Sequential):
     :attr:`report` shows which of four kinds of calls each layer got:
 
     - *sequence*: :class:`SConv2dLSTM`, :class:`Leaky` (on the CPU where a step is at most 1 MiB),
-      and snnTorch's StateLeaky, LinearLeaky, AssociativeLeaky and LeakyParallel, one call for all
-      steps. These four of snnTorch's keep no state: each call starts anew;
+      snnTorch's StateLeaky, LinearLeaky, AssociativeLeaky and LeakyParallel, and BatchNorm1d and
+      BatchNorm2d in training if they have a momentum, one call for all steps. The four of
+      snnTorch's keep no state: each call starts anew. A batch norm normalises each step by itself;
     - *fold*: layers of torch that treat every sample by itself, one call with all steps as a batch:
       Conv1d, Conv2d, Linear, Flatten, Identity, ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool1d,
       MaxPool2d, AvgPool1d, AvgPool2d, AdaptiveAvgPool2d, GroupNorm, and in evaluation BatchNorm1d,
       BatchNorm2d, Dropout and Dropout2d;
-    - *step*: all other layers, one call for each step: snnTorch's other neurons, batch norm in
-      training (its statistics are those of one step), dropout in training (a new mask for every
-      step), layers with hooks, modules that are not known here, and on the CPU layers whose input
-      or output at one step exceeds 1 MiB, or 128 KiB if it exceeds 8 MiB at all steps (but for a
-      Linear). Adjacent ones all run one step, then the next;
+    - *step*: all other layers, one call for each step: snnTorch's other neurons, dropout in
+      training (a new mask for every step), layers with hooks, modules that are not known here, and
+      on the CPU layers whose input or output at one step exceeds 1 MiB, or 128 KiB if it exceeds 8
+      MiB at all steps (but for a Linear). Adjacent ones all run one step, then the next;
     - *once*: the leading layers of kind *fold*, however large, if all steps are the same image,
       ``x.expand(T, ...)``, without `lengths`: one call with one step. x must require no gradient,
       and the layers must carry no hooks and not work in place.
@@ -259,7 +260,8 @@ def _over_time(
         x = first_item(before, out)
         whole = x if batch is None else x.unflatten(0, batch)
         report = report_of(name, layer, whole, by_step)
-        if lengths is not None and not reports and report.kind != "sequence":
+        skips = report.kind == "sequence" and not in_training(layer)
+        if lengths is not None and not reports and not skips:
             whole = mask_padding(whole, lengths)  # a NaN in the padding must not reach a gradient
         if report.kind == "step":
             out, batch = _step_by_step(rest, whole, lengths, by_step, reports), None

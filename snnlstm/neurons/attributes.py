@@ -15,6 +15,7 @@ from ..calls.spec import RESETS, CellSpec, Reset
 from ..compat.registry import alive, clear_registries, register, untraced
 from ..compat.snntorch import Base
 from ..compat.torch_private import exporting
+from ..dispatch.entry import NO_ENTRIES
 from ..dispatch.path import LastPath
 from ..surrogate import is_number
 from .state import NO_RESET, State
@@ -37,8 +38,8 @@ class CellAttributes(Base):
     _reset_mechanism: Reset
     _spec: CellSpec | None
     """What the attributes say; None while they contradict each other."""
-    _entry: Any = None
-    """The entry of the last call."""
+    _entries: Any = NO_ENTRIES
+    """The entries of the last call, and of the last one that had another entry."""
     _initial_threshold: Any
     _layer_name: str = ""
     """The cell's name in the network that was accelerated, for the log."""
@@ -249,7 +250,7 @@ class CellAttributes(Base):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_spec"] = state["_entry"] = None
+        state["_spec"], state["_entries"] = None, NO_ENTRIES
         state["_state"] = copy(self._state)  # State.__getstate__ leaves the graph out
         state.pop("spk", None)  # spk holds the graph of the last call
         return state

@@ -16,9 +16,9 @@ from ..calls import spec
 from ..calls.call import checked_call, dtype_source, state_tensor
 from ..calls.lengths import CheckedLengths, checked_lengths, held, mask_padding
 from ..calls.spec import Size
-from ..dispatch.entry import find_entry, run_call, run_traced
+from ..dispatch.entry import NO_ENTRIES, find_entry, run_call, run_traced
 from ..dispatch.path import LastPath, log_fallback, log_once
-from ..dispatch.reasons import EXPORT, asked_every_call, beyond_forward
+from ..dispatch.reasons import EXPORT, asked_every_call, beyond_forward, with_misfit
 
 States = Sequence[Tensor | None]
 """h and c, (N, C, Ho, Wo) each; None means zeros."""
@@ -57,7 +57,7 @@ class ConvLSTMCell(nn.Module):
     """
 
     path = LastPath()
-    _entry: Any = None
+    _entries: Any = NO_ENTRIES
     """The entry of the last call."""
 
     def __init__(
@@ -132,7 +132,8 @@ class ConvLSTMCell(nn.Module):
             raise TypeError(f"{name} must be h and c, (Tensor, Tensor), or None, got {got}")
         conv, traced = self.conv, torch.compiler.is_compiling()
         channels = self.input_dim, self.hidden_dim
-        now, overrides = asked_every_call(conv, nn.Conv2d, self._spec, channels, traced=traced)
+        now, overrides = asked_every_call(conv, nn.Conv2d, self._spec, traced=traced)
+        overrides = with_misfit(overrides, conv, conv, nn.Conv2d, self._spec, channels)
         usual = type(conv) is nn.Conv2d
         weight, bias = (conv.weight, conv.bias) if usual else (dtype_source(conv, x, x), None)
         passed = {"mem": (f"h of {name}", state[0]), "syn": (f"c of {name}", state[1])}
@@ -144,8 +145,8 @@ class ConvLSTMCell(nn.Module):
         if traced:
             every, c, h, path = run_traced(call, self._spec, now, overrides)
         else:
-            entry = find_entry(self._entry, call, self._spec, overrides)
-            self.__dict__["_entry"] = entry  # nn.Module.__setattr__ is slow
+            entry = find_entry(self._entries, call, self._spec, overrides)
+            self.__dict__["_entries"] = entry, None  # nn.Module.__setattr__ is slow
             every, c, h, path = run_call(entry, call, now, overrides)
         if now is not EXPORT:
             object.__setattr__(self, "_path", path)
@@ -154,7 +155,7 @@ class ConvLSTMCell(nn.Module):
         return every, h, c
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_entry": None}
+        return self.__dict__ | {"_entries": NO_ENTRIES}
 
     def init_hidden(self, batch_size: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return zeros for h and c, (batch_size, C, Ho, Wo), for images of `image_size`."""

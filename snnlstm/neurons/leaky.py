@@ -27,7 +27,7 @@ from ..compat.snntorch import (
     recognise_surrogate,
 )
 from ..compat.torch_private import NO_LEVEL, backward_pass, exporting, has_ended, level_of
-from ..dispatch.entry import find_entry, run_leaky
+from ..dispatch.entry import NO_ENTRIES, find_entry, run_leaky
 from ..dispatch.path import LastPath, Path, log_fallback
 from ..dispatch.reasons import RANDOM, operator_path, recorded_now
 from ..reference import leaky_step, real_dtype
@@ -89,7 +89,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     """
 
     path = LastPath()
-    _entry: Any = None
+    _entries: Any = NO_ENTRIES
     registers_itself = True  # snnTorch's list has no place for it
     _base: str
     """Name of the method that is ``state_function``."""
@@ -220,7 +220,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without what cannot be copied: mem's graph, snnTorch's closures."""
         state = self.__dict__.copy()
-        for name in ("_specs", "_entry", "_stored_in", "_stored"):
+        for name in ("_specs", "_entries", "_stored_in", "_stored"):
             state.pop(name, None)
         for name, recognise in _CLOSURES.items():
             if isinstance(state.get(name), FunctionType):
@@ -272,8 +272,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         try:
             if replaced is not None:
                 return self._theirs(input_, mem, Path("reference", replaced, slow=True))
-            spk, after, path, self.__dict__["_entry"] = run_leaky(
-                self._entry, call, self._described(), recorded_now()
+            spk, after, path, self.__dict__["_entries"] = run_leaky(
+                self._entries, call, self._described(), recorded_now()
             )
             if spk is None:
                 spk, after = self._plain(call, False)
@@ -296,8 +296,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             if lengths is not None:  # a NaN in the padding must not reach a gradient
                 x = mask_padding(x, lengths)
                 call = call._replace(x=x, mem=kernels.fitting(call.mem, x, True))
-            spk, mem, path, self.__dict__["_entry"] = run_leaky(
-                self._entry, call, self._described(True), None
+            spk, mem, path, self.__dict__["_entries"] = run_leaky(
+                self._entries, call, self._described(True), None
             )
         except RuntimeError:
             _explain(x, call.mem)
@@ -318,8 +318,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """
         if snntorch.replaced(self, TheirLeaky) is not None or recorded_now() is not None:
             return False
-        entry = find_entry(self._entry, self._called(x, None), self._described(sequence))
-        self.__dict__["_entry"] = entry
+        call, spec = self._called(x, None), self._described(sequence)
+        entry = find_entry(self._entries, call, spec)
+        self.__dict__["_entries"] = entry, self._entries[0]
         return entry.fallback is None
 
     def _traced(self, x: Tensor, mem: Tensor | None, replaced: str | None) -> Any:

@@ -26,7 +26,7 @@ from ..calls.spec import CellSpec, Size
 from ..compat.registry import register
 from ..dispatch.entry import Results, find_entry, run_call, run_traced
 from ..dispatch.path import Path, log_fallback
-from ..dispatch.reasons import EXPORT, asked_every_call, is_usual_step
+from ..dispatch.reasons import EXPORT, asked_every_call, is_usual_step, with_misfit
 from ..reference import Overrides
 from .attributes import CellAttributes
 from .state import State
@@ -272,43 +272,40 @@ class SConv2dLSTM(CellAttributes):
             if x is not None:
                 raise TypeError("forward takes x or input_, which mean the same, got both")
             x, name = input_, "input_"
-        traced, options = torch.compiler.is_compiling(), self._spec or self._make_spec()
-        call, entry, now, overrides = self._call(
-            x, syn, mem, record, lengths, options, traced, name
-        )
-        if traced:
-            results = run_traced(call, options, now, overrides, entry)
-        else:
-            self.__dict__["_entry"] = entry
-            results = run_call(entry, call, now, overrides)
-        return self._return(call, results, now, traced)
+        spec = self._spec or self._make_spec()
+        if torch.compiler.is_compiling():
+            return self._traced(x, syn, mem, record, lengths, spec, name)
+        now, overrides = self._asked(spec, False)
+        call = entry = None
+        if overrides is None:
+            call = self._as_it_came(x, syn, mem, record, lengths, False)
+            entry = call and find_entry(self._entries, call, spec, checked=False)
+        if call is None or entry is None:
+            call = self._checked(x, syn, mem, record, lengths, spec, False, name)
+            overrides = self._with_misfit(overrides, spec)
+            entry = find_entry(self._entries, call, spec, overrides)
+        if entry is not self._entries[0]:
+            self.__dict__["_entries"] = entry, self._entries[0]
+        return self._return(call, run_call(entry, call, now, overrides), now, False)
 
-    def _call(
-        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec, traced: bool,
-        name: str,
-    ) -> tuple[Call, Any, Path | None, Overrides | None]:  # fmt: skip
-        """Return the call, its entry, and what :meth:`_asked` returns; errors call x `name`.
+    def _traced(
+        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec, name: str
+    ) -> Any:
+        """Run a call that torch.compile traces."""
+        now, overrides = self._asked(spec, True)
+        if overrides is None and now is None and record is False and lengths is None:
+            call = self._as_it_came(x, syn, mem, False, None, True)
+            if call is not None and is_usual_step(call, spec):
+                return self._return(call, run_traced(call, spec, None, None, True), None, True)
+        call = self._checked(x, syn, mem, record, lengths, spec, True, name)
+        overrides = self._with_misfit(overrides, spec)
+        return self._return(call, run_traced(call, spec, now, overrides), now, True)
 
-        A call like one that was checked before is not checked again. If torch.compile traces, the
-        entry is whether the call is a usual step.
-        """
-        now, overrides = self._asked(spec, traced)
-        if overrides is None and (now is None or not traced):
-            usual = self._unchecked(x, syn, mem, record, lengths, spec, traced)
-            if usual is not None:
-                entry = traced or find_entry(self._entry, usual, spec, checked=False)
-                if entry is not None:
-                    return usual, entry, now, None
-        call = self._checked(x, syn, mem, record, lengths, spec, traced, name)
-        now, overrides = self._asked(spec, traced, (self.in_channels, self.out_channels))
-        entry = not traced and find_entry(self._entry, call, spec, overrides)
-        return call, entry, now, overrides
-
-    def _unchecked(
-        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec, traced: bool
+    def _as_it_came(
+        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool
     ) -> Call | None:
-        """Return the call as it came, if nothing in it needs a conversion."""
-        if record is not False and record is not True:  # 1.0 and NumPy's True equal True in a key
+        """Return the call without a check; None if an argument needs a conversion."""
+        if record is not False and record is not True:  # 1.0 and NumPy's True equal True
             return None
         attributes, conv = self.__dict__, self._modules.get("conv")
         inside: Any = getattr(conv, "__dict__", attributes)
@@ -328,8 +325,6 @@ class SConv2dLSTM(CellAttributes):
             syn = state.syn if syn is None else syn
             mem = state.mem if mem is None else mem
         try:
-            if traced and (record or lengths is not None):
-                return None
             sequence = x.dim() == self._dims + 3
             if sequence and self.batch_first:
                 x = x.transpose(0, 1)
@@ -341,8 +336,7 @@ class SConv2dLSTM(CellAttributes):
             if self._dims == 1:
                 x, syn, mem, weight = map(as_image, (x, syn, mem, weight))
                 threshold, graded = as_image(threshold), as_image(graded)
-            call = Call(x, syn, mem, weight, bias, threshold, graded, lengths, record)
-            return call if not traced or is_usual_step(call, spec) else None
+            return Call(x, syn, mem, weight, bias, threshold, graded, lengths, record)
         except (AttributeError, KeyError, RuntimeError):
             return None  # an argument is no tensor or a sparse one, or conv lacks a parameter
 
@@ -368,9 +362,7 @@ class SConv2dLSTM(CellAttributes):
             dims=self._dims, name=name,
         )  # fmt: skip
 
-    def _asked(
-        self, spec: CellSpec, traced: bool, channels: tuple[int, int] | None = None
-    ) -> tuple[Path | None, Overrides | None]:
+    def _asked(self, spec: CellSpec, traced: bool) -> tuple[Path | None, Overrides | None]:
         """Return what every call checks; see :func:`reasons.asked_every_call`."""
         kind, attributes = type(self), self.__dict__
         fire = mem_reset = None
@@ -380,12 +372,15 @@ class SConv2dLSTM(CellAttributes):
             mem_reset = self._on_images(self.mem_reset)
         # The conv may be a plain function, and may lie in __dict__.
         conv: Any = attributes.get("conv") or attributes["_modules"].get("conv") or self.conv
-        now, overrides = asked_every_call(
-            conv, self._conv_kind, spec, channels, fire, mem_reset, traced
-        )
+        now, overrides = asked_every_call(conv, self._conv_kind, spec, fire, mem_reset, traced)
         if overrides is not None and overrides.conv is not None:
             overrides = overrides._replace(conv=self._on_images(conv))
         return now, overrides
+
+    def _with_misfit(self, overrides: Overrides | None, spec: CellSpec) -> Overrides | None:
+        """Add conv to the overrides of a call if its weight has not the shape of the cell's."""
+        channels, convolve = (self.in_channels, self.out_channels), self._on_images(self.conv)
+        return with_misfit(overrides, self.conv, convolve, self._conv_kind, spec, channels)
 
     def _return(
         self, call: Call, results: Results, now: Path | None, traced: bool

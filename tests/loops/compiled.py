@@ -14,7 +14,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
 
-from snnlstm.loops import layout
+from snnlstm.loops import layout, rows
 from snnlstm.native import operators
 from tests.shared.helpers import close
 
@@ -25,6 +25,7 @@ merges = pytest.mark.skipif(BACKEND != "snnlstm", reason="only our backend merge
 _NAMES = {
     "snnlstm::forward": "cell", "snnlstm::leaky": "leaky",
     "snnlstm::max_pool2d": "pool", "snnlstm::avg_pool2d": "pool",
+    "snnlstm::batch_norm": "batch_norm",
     "conv2d": "conv", "_convolution": "conv", "addmm": "linear",
 }  # fmt: skip
 _STATES = ("syn", "mem", "spk")
@@ -90,6 +91,7 @@ class Calls(TorchFunctionMode):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layout, "SAMPLES", 1)  # convolutions of float32 run channels-last
+            patch.setattr(rows, "batch_norm", counting("snnlstm::batch_norm", rows.batch_norm))
             for target, function in getattr(operators, "PLAIN", {}).items():
                 name = getattr(target, "_name", f"snnlstm::{target.__name__}")
                 patch.setitem(operators.PLAIN, target, counting(name, function))
@@ -228,7 +230,8 @@ def dyadic_(net: nn.Module, seed: int = 0) -> nn.Module:
                 numbers = torch.randint(-2, 3, parameter.shape, generator=random) / 2
                 keep = torch.rand(parameter.shape, generator=random) < 0.5
                 parameter.data.copy_(numbers * keep)
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        is_norm = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
+        if is_norm and layer.running_var is not None:
             layer.eps = 0.25  # with a variance of 3.75 its root is 2
             layer.running_var.fill_(3.75)
             layer.running_mean.copy_(torch.arange(len(layer.running_mean)) / 2)

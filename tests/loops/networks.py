@@ -276,7 +276,7 @@ NETWORKS = {
     "x[:, t]": Network(BatchFirst, ((N, T, 6),), merged()),
     "learned": Network(Learned, (FLAT,), merged()),
     "learned cell": Network(LearnedCell, (IMAGES, (N, 3, 6, 6), (N, 3, 6, 6)), {"cell": 1}),
-    "residual": Network(Residual, ((T, N, 3, 5, 5),), merged(1, 2, conv=2, batch_norm=2 * T)),
+    "residual": Network(Residual, ((T, N, 3, 5, 5),), merged(1, 2, conv=2, batch_norm=2)),
     "residual, evaluation": Network(
         Residual, ((T, N, 3, 5, 5),), merged(1, 2, conv=2), prepare=nn.Module.eval
     ),

@@ -254,7 +254,10 @@ def _plain(p: _Draft) -> None:
     if line == "norm":
         made = "nn.BatchNorm2d(2)" if kind == "image" else "nn.BatchNorm1d(6)"
         name = p.layer("bn", made + p.one_of(".eval()", ".eval()", ""))
-        line = f"{{v}} = self.{name}({source})"
+        read = source
+        if kind == "image" and p.perhaps(2):  # nobody else reads what the convolution returns
+            read = f"self.{p.layer('conv', 'nn.Conv2d(2, 2, 3, padding=1)')}({source})"
+        line = f"{{v}} = self.{name}({read})" + p.one_of("", f" + {other}")
         if "eval" not in dict(p.layers)[name] and p.perhaps(3):
             numbers = f"self.{name}.running_mean, self.{name}.running_var"
             line = f"{{v}} = F.batch_norm({source}, {numbers}, None, None, True, 0.5)"
@@ -416,11 +419,14 @@ def programs(draw: Any, training: bool) -> Program:
 
 # The layers of a stack: of steps (N, 6), and of images.
 _IN_STACKS = {
-    "flat": [("fc", "nn.Linear(6, 6)"), ("bn", "nn.BatchNorm1d(6)")],
+    "flat": [("fc", "nn.Linear(6, 6)"), ("bn", "nn.BatchNorm1d(6)"),
+        ("bn", "nn.BatchNorm1d(6).eval()"),
+    ],
     "image": [
         ("conv", "nn.Conv2d(2, 2, 3, padding=1)"), ("cell", "cell(2, 2, 3, init_hidden=True)"),
         ("cell", "cell(2, 2, 3, reset_mechanism='zero', init_hidden=True)"),
-        ("bn", "nn.BatchNorm2d(2)"), ("pool", "nn.MaxPool2d(3, 1, 1)"),
+        ("bn", "nn.BatchNorm2d(2)"), ("bn", "nn.BatchNorm2d(2).eval()"),
+        ("pool", "nn.MaxPool2d(3, 1, 1)"),
         ("flat", "nn.Sequential(nn.Flatten(), nn.Linear(32, 6))"),
     ],
 }  # fmt: skip

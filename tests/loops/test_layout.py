@@ -83,7 +83,11 @@ CHOICES = {
     "few channels of many samples": (8, 2, 3, 3, True, [True, True]),
     "few channels of one sample": (1, 2, 3, 3, True, [False, True]),
     "more channels": (1, 6, 3, 3, True, [True, True]),
-    "no gradients": (8, 6, 3, 3, False, [False, False]),
+    "no gradients": (4, 6, 3, 3, False, [True, True]),
+    "no gradients, few channels": (4, 2, 3, 3, False, [False, True]),
+    "no gradients, few channels of many samples": (8, 2, 3, 3, False, [True, True]),
+    "no gradients, few samples": (2, 6, 3, 3, False, [False, False]),
+    "no gradients, larger kernels": (8, 6, 5, 5, False, [False, False]),
     "1x1": (8, 2, 1, 3, True, [False, True]),
     "1x1 behind channels-last": (8, 2, 3, 1, True, [True, True]),
     "1x1 behind another": (1, 2, 3, 1, True, [False, False]),
@@ -105,7 +109,7 @@ def test_where_convolutions_run_channels_last(name):
 
     net = Images(lambda net, cur, spk, mem: F.avg_pool2d(net.conv2(spk), 2))
     net.conv1 = nn.Conv2d(channels, 4, first, padding=first // 2)
-    net.conv2 = nn.Conv2d(4, 4, second)
+    net.conv2 = nn.Conv2d(4, 4, second, padding=second // 2)
     snnlstm.accelerate(net)
     torch._dynamo.reset()
     with torch.set_grad_enabled(training):

@@ -149,7 +149,7 @@ MESSAGES = {
         looped(at_two_places), STEPS, INFO,
         ["fc1 Linear: fold (one call for all steps at each of 2 places of a step)",
          "lif1 Leaky: sequence (one call for all steps at each of 2 places of a step)",
-         "bn BatchNorm1d: step (its statistics are those of one step)"],
+         "bn BatchNorm1d: step (its input, or its state, depends on its last result)"],
     ),
     "feedback": (
         looped(feedback), STEPS, WARNING,

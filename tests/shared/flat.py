@@ -48,7 +48,7 @@ def run(*arguments) -> Three:
         if torch.compiler.is_compiling():
             *out, path = snnlstm.dispatch.entry.run_traced(call, spec, None)
         else:
-            entry = snnlstm.dispatch.entry.find_entry(None, call, spec)
+            entry = snnlstm.dispatch.entry.find_entry((), call, spec)
             *out, path = snnlstm.dispatch.entry.run_call(entry, call, None)
             assert path.native, path
             _last = path.name

@@ -146,16 +146,16 @@ def test_two_backends_of_equal_settings_share_nothing(monkeypatch):
     """Two emulated GPUs have equal settings."""
     cell = ours()
     outcome(cell, GIVEN)
-    entry, other = cell._entry, type(native.BACKENDS["cpu"])()
+    entry, other = cell._entries[0], type(native.BACKENDS["cpu"])()
     monkeypatch.setitem(native.BACKENDS, "cpu", other)
     outcome(cell, GIVEN)
-    assert cell._entry is not entry
-    assert cell._entry.plan.backend is other
+    assert cell._entries[0] is not entry
+    assert cell._entries[0].plan.backend is other
 
 
 # The items of what a guard knows beside the tensors, and what differs in them.
 GUARDED = {"record": "record", "grad mode": "grad mode", "settings": "algorithm", "tensors": ""}
-ITEMS = "record", "grad mode", "backend", "settings", "tensors"
+ITEMS = "record", "grad mode", "backend", "settings", "tensors", "autocast"
 
 
 @pytest.mark.parametrize("name", GUARDED)

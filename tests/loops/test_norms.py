@@ -1,0 +1,231 @@
+"""Batch norm in a compiled loop: all steps in one call, or as part of a convolution."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import snnlstm
+from tests.loops.compiled import BACKEND, as_eager, dyadic_, merges, numbers
+from tests.loops.networks import exact_leaky
+from tests.loops.parts import MODES, N, T, expect
+
+CLOSE = {"atol": 1e-9, "rtol": 1e-9}
+
+
+class Normed(nn.Module):
+    """Has the layers that the loops below call; x is (T, N, 2, 5, 5)."""
+
+    def __init__(self, forward: Callable[..., Any], **options: Any) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 3, padding=1, bias=False),
+        )
+        self.bn1, self.bn2 = nn.BatchNorm2d(4, **options), nn.BatchNorm2d(4, **options)
+        self.lif1, self.lif2 = exact_leaky(), exact_leaky(init_hidden=True)
+        self.loop = forward
+
+    def forward(self, x: Tensor) -> Any:
+        self.lif2.reset_mem()
+        return self.loop(self, x)
+
+
+def check(forward: Any, training: bool = True, evaluated: bool = False, **options: Any) -> Any:
+    """Compares a loop with eager's, in float64, and returns its calls."""
+    given = {
+        key: options.pop(key) for key in [*options] if key in ("affine", "track_running_stats")
+    }
+
+    def make() -> nn.Module:
+        net = dyadic_(Normed(forward, **given))
+        snnlstm.accelerate(net)
+        for k, norm in enumerate((net.bn1, net.bn2)):
+            norm.eps = 0.01 + k
+        return net.double().train(not evaluated)
+
+    x = numbers(T, N, 2, 5, 5).double()
+    return as_eager(make, x, training=training, **CLOSE, **options)
+
+
+def plain(net: Any, x: Tensor) -> Any:
+    return torch.stack([net.lif2(net.bn2(net.conv2(net.bn1(net.conv1(x_t))))) for x_t in x])
+
+
+def shared(net: Any, x: Tensor) -> Any:
+    """Calls one norm at two places of a step."""
+    return [net.lif2(net.bn1(net.conv2(net.bn1(net.conv1(x_t))))) for x_t in x]
+
+
+def fed_back(net: Any, x: Tensor) -> Any:
+    """Normalises what depends on the last result of the norm, and what is that result itself."""
+    back, again, out = x.new_zeros(N, 4, 5, 5), net.conv1(x[0]), []
+    for x_t in x:
+        back = net.bn1(net.conv1(x_t) + back)
+        again = net.bn2(again)
+        out += [back, again]
+    return out
+
+
+def read_between(net: Any, x: Tensor) -> Any:
+    """Reads the running statistics of a norm in each step, but none of its results."""
+    out = []
+    for x_t in x:
+        net.bn1(net.conv1(x_t))
+        out += [net.lif2(net.bn2(net.conv1(x_t))), net.bn1.running_mean * 2]
+    return out
+
+
+def one_image(net: Any, x: Tensor) -> Any:
+    return torch.stack([net.lif2(net.bn1(net.conv1(x[0]))) for _ in x])
+
+
+def residual(net: Any, x: Tensor) -> Any:
+    mem, out = net.lif1.reset_mem(), []
+    for x_t in x:
+        spk, mem = net.lif1(net.bn1(net.conv1(x_t)), mem)
+        out.append(net.lif2(spk + net.bn2(net.conv2(spk))))
+    return out, mem
+
+
+def read_beside(net: Any, x: Tensor) -> Any:
+    """Adds to what is also returned, and to what another sum reads."""
+    out = []
+    for x_t in x:
+        cur, other = net.bn1(net.conv1(x_t)), net.bn2(net.conv2(net.conv1(x_t)))
+        out += [cur + other, other + 0.5 * cur, cur]
+    return out
+
+
+def written(net: Any, x: Tensor) -> Any:
+    """Changes the results of one norm in place, and what the other reads."""
+    out = []
+    for x_t in x:
+        cur = F.relu(net.bn1(net.conv1(x_t)), inplace=True)
+        out.append(net.bn2(cur.mul(0.5).add_(0.25)))
+    return out
+
+
+def by_name(net: Any, x: Tensor) -> Any:
+    """Calls the function, in a momentum of its own, with and without statistics."""
+    mean, var, out = net.bn1.running_mean, net.bn1.running_var, []
+    for x_t in x:
+        cur = F.batch_norm(net.conv1(x_t), mean, var, training=True, momentum=0.5)
+        out.append(F.batch_norm(cur, None, None, weight=net.bn2.weight, training=True))
+    return out
+
+
+# Loops, each with the calls of batch norm that are left of them.
+LOOPS = {
+    plain: 2, shared: 2 * T, fed_back: 2 * T, read_between: T + 1, one_image: 1,
+    residual: 2, read_beside: 2, written: T + 1, by_name: 2,
+}  # fmt: skip
+
+
+@MODES
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_statistics_of_each_step(loop, training):
+    """The running ones change in the order of the steps; so does what reads them."""
+    times = 2 - training
+    expect(check(loop, training, times=times), batch_norm=times * LOOPS[loop])
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("evaluated", [False, True], ids=["train", "eval"])
+def test_norms_without_parameters_or_statistics(evaluated, options):
+    in_eval = evaluated and options.get("track_running_stats", True)
+    for training in True, False:
+        calls = check(plain, training, evaluated, **options)
+        expect(calls, batch_norm=(0 if in_eval and not training else 2))
+
+
+def test_norms_of_numbers_and_of_changing_batches():
+    """A graph for any number of samples refuses one sample, as torch does."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    fc, norm = nn.Linear(6, 3), nn.BatchNorm1d(3)
+    other = nn.BatchNorm1d(3)
+    run = torch.compile(lambda x: torch.stack([norm(fc(x_t)) for x_t in x]), backend=BACKEND)
+    for samples in 5, 7, 9:
+        x = torch.randn(T, samples, 6)
+        torch.testing.assert_close(run(x), torch.stack([other(fc(x_t)) for x_t in x]))
+    torch.testing.assert_close(norm.state_dict(), other.state_dict())
+    with pytest.raises(Exception, match="more than 1 value per channel"):
+        run(torch.randn(T, 1, 6))
+
+
+# ---- in evaluation -------------------------------------------------------------------------------
+
+
+def of_two_norms(net: Any, x: Tensor) -> Any:
+    """Normalises a convolution of odd steps by another norm."""
+    return [(net.bn2 if t % 2 else net.bn1)(net.conv1(x_t)) for t, x_t in enumerate(x)]
+
+
+def changed_inside(net: Any, x: Tensor) -> Any:
+    out = []
+    for x_t in x:
+        out.append(net.bn1(net.conv1(x_t)))
+        net.bn1.running_mean.add_(1)
+    return out
+
+
+def without_gradients(net: Any, x: Tensor) -> Any:
+    """A part of the loop records no gradients."""
+    out = []
+    for x_t in x:
+        with torch.no_grad():
+            cur = net.bn1(net.conv1(x_t))
+        out.append(net.lif2(net.bn2(net.conv2(cur))))
+    return out
+
+
+# Loops in evaluation, each with whether gradients are recorded, and the calls of batch norm.
+EVALUATED = {
+    plain: (False, 0), residual: (False, 0), read_beside: (False, 1), one_image: (False, 0),
+    of_two_norms: (False, 2), changed_inside: (False, T),
+    without_gradients: (True, T),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loop", EVALUATED, ids=lambda loop: loop.__name__)
+def test_a_norm_in_evaluation_is_part_of_its_convolution(loop):
+    training, left = EVALUATED[loop]
+    expect(check(loop, training, evaluated=True), batch_norm=left)
+    if not training and loop is not changed_inside:  # autograd refuses the latter
+        assert check(loop, True, evaluated=True)["batch_norm"] > 0 or BACKEND != "snnlstm"
+
+
+def test_parameters_may_change_between_calls():
+    """The scaled weight is made in each call."""
+    net = dyadic_(Normed(plain)).eval()
+    snnlstm.accelerate(net)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=BACKEND)
+    x = numbers(T, N, 2, 5, 5)
+    for change in (
+        lambda: net.conv1.weight.data.mul_(0.5), lambda: net.bn1.running_var.add_(1),
+        lambda: setattr(net.bn2.weight, "data", torch.full((4,), 0.5)),
+        lambda: net.bn2.requires_grad_(False), lambda: net.bn1.bias.data.add_(1),
+    ):  # fmt: skip
+        change()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), net(x))
+
+
+@merges
+@pytest.mark.parametrize("evaluated", [False, True], ids=["train", "eval"])
+def test_the_log_names_norms(evaluated, caplog):
+    net = Normed(plain).train(not evaluated)
+    snnlstm.accelerate(net)
+    torch._dynamo.reset()
+    with caplog.at_level(logging.INFO), torch.no_grad():
+        torch.compile(net, backend=BACKEND)(numbers(T, N, 2, 5, 5))
+    kinds = ("fold (part of conv1)", "fold (part of conv2)")
+    for name, kind in zip(("bn1", "bn2"), kinds, strict=True):
+        kind = kind if evaluated else "sequence (one call for all steps)"
+        assert f"{name} BatchNorm2d: {kind}" in caplog.text
