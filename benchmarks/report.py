@@ -43,33 +43,16 @@ COLOURED = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "yt
 # This grey is readable on white and on black.
 STYLE = dict.fromkeys(COLOURED, "#808890") | {"svg.hashsalt": "snnlstm", "legend.framealpha": 0}
 README_FORMS = {
-    "loop": "loop: one import",
+    "loop": "loop: import or `accelerate`",
     "compiled-loop": "loop, compiled",
-    "sequence": "sequence: `unroll`",
-    "inductor": "snnTorch, compiled: inductor",
+    "inductor": "snnTorch under `torch.compile`",
 }
-README_PICTURE = {  # the networks of its pictures, in words
-    "documentation": "two cells",
-    "events64": "convolutions,\nLeaky, one cell",
-    "conv": "convolutions,\nLeaky (tutorial 6)",
-    "dense-image": "Linear, Leaky,\none image\n(tutorial 5)",
-}
-README_NETWORKS = {
-    "documentation": "two cells, 28x28, T=10 N=32, as in snnTorch's documentation",
-    "documentation-n1": "the same, one sample at a time",
-    "events": "convolution, Leaky, one cell, 32x32, T=20 N=16",
-    "events64": "two convolutions, Leaky, pools, one cell, 64x64, T=10 N=8",
-    "tactile": "three convolutions, batch norm, Leaky, one cell, 32x32, T=60 N=8",
-    "eeg": "three cells, 22x128, T=10 N=32",
-    "dense": "Leaky alone, 784-1000-10, snnTorch's tutorial 5, T=25 N=128",
-    "dense-image": "the same, one image for all steps",
-    "conv": "convolutions and Leaky alone, tutorial 6, T=25 N=32",
-    "conv-image": "the same, one image for all steps",
-    "conv-swapped": "the same, 32x32, with pools swapped by `accelerate`",
-    "deep": "four convolutions, batch norm, Leaky, pools, 32x32, T=10 N=8",
-    "deep-eval": "the same after `net.eval()`",
-    "residual": "two residual blocks with batch norm and Leaky, 32x32, T=4 N=8",
-    "residual-eval": "the same after `net.eval()`",
+README_NETWORKS = {  # what a reader has, which names the bars of the pictures; and its sizes
+    "documentation": "two cells: 28x28, T=10 N=32, as in snnTorch's documentation",
+    "events": "convolution, Leaky, one cell: 32x32, T=20 N=16",
+    "conv": "convolutions, Leaky: 28x28, T=25 N=32, tutorial 6",
+    "dense": "Leaky alone: 784-1000-10, T=25 N=128, tutorial 5",
+    "deep": "batch norm, convolutions, Leaky: 32x32, T=10 N=8",
 }
 
 
@@ -320,7 +303,8 @@ def published() -> dict[Path, str]:
         if own.empty:
             continue  # the last run has not timed it
         pairs = [_pair(own, form, "", factor) for form in forms]
-        lines.append([f"**{network}**: {title}", *pairs])
+        name, _, sizes = title.partition(": ")
+        lines.append([f"**{name}**: {sizes}", *pairs])
     tables = {
         ROOT / "README.md": "\n".join(f"| {' | '.join(line)} |" for line in lines),
         ROOT / "docs" / "performance.md": table(found, titles),
@@ -346,10 +330,13 @@ def publish() -> None:
         page.write_text(text)
     found = _last_run()
     title = f"one thread of an {found.processor.iloc[0]}"
-    bars = {mode: _speedups(found, mode).reindex(README_PICTURE) for mode in MODES}
+    names = {
+        key: textwrap.fill(text.partition(":")[0], 16) for key, text in README_NETWORKS.items()
+    }
+    bars = {mode: _speedups(found, mode).reindex(names) for mode in MODES}
     for mode, own in bars.items():
-        forms = [form for form in README_FORMS if form in own and form != "sequence"]
-        own = own[forms].rename(index=README_PICTURE)
+        forms = [form for form in README_FORMS if form in own]
+        own = own[forms].rename(index=names)
         most = max(part[forms].max(axis=None) for part in bars.values())
         path = ROOT / "docs" / "images" / f"speedup-{mode}.svg"
         save(_panels({title: own}, mode, 4.6, most), path)

@@ -104,7 +104,7 @@ def main(arguments=None):
     torch.manual_seed(0)
     net = Predictor()
     optimizer = torch.optim.Adam(net.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-2, batches, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-2, batches, pct_start=0.051)
     for number in range(1, batches + 1):
         loss, _ = train(net, optimizer, films(6))
         schedule.step()

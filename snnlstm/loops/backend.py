@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,7 +17,16 @@ from torch.fx import GraphModule, Node
 from ..calls.keys import BoundedDict
 from ..compat.torch_private import backend_of, graph_break, graph_number
 from ..dispatch.reasons import tell_of_kernels
-from ..networks.layers import ALONE, CONSTANT, LARGE_STATE, NOTHING, ONE_CALL, TO_STACK, LayerReport
+from ..networks.layers import (
+    ALONE,
+    CONSTANT,
+    LARGE_STATE,
+    NOTHING,
+    ONE_CALL,
+    RANDOM,
+    TO_STACK,
+    LayerReport,
+)
 
 try:
     from ..native.operators import IN_GRAPH, OPAQUE
@@ -154,6 +164,9 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
         kind, reason = "once", CONSTANT
     elif runs and len(runs) + len(single) == 1:
         kind, reason = ("sequence", ONE_CALL) if is_sequence else ("fold", ALONE)
+    elif len(runs) > len(single) and not reason and (not has_states or _alternate(loop, alone)):
+        kind = "sequence" if has_states else "fold"
+        reason = f"{ONE_CALL} at each of {len(runs) + len(single)} places of a step"
     elif len(runs) > len(single):
         pieces = f"{len(alone)} steps in {len(runs) + len(single)} calls"
         kind, reason = "sequence", f"{pieces}: {reason or STATES}"
@@ -165,6 +178,8 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
             reason = IN_PLACE
         elif has_states:
             reason = reason or STATES
+        elif (effects := loop.effects[calls[0]]).draws and not effects.unknown:
+            reason = RANDOM
         elif rows.row_of(calls[0]) is not None:
             reason = reason or (FEEDBACK if _depends(alone[1], alone[0]) else UNALIKE)
         reason = reason or "it is not known to treat every sample by itself"
@@ -173,6 +188,12 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
         before = _name_of(stack[-1][0]) if stack else ""
         reason = f"part of {before or 'the convolution before it'}"
     return LayerReport(layer.name, layer.kind, kind, str(reason))
+
+
+def _alternate(loop: Loop, calls: Sequence[Node]) -> bool:
+    """Whether calls of two runs take turns, so that neither run ends where the other begins."""
+    runs = [id(loop.runs[call][0]) for call in calls if call in loop.runs]
+    return len(list(groupby(runs))) > len(set(runs))
 
 
 def _depends(later: Node, earlier: Node) -> bool:
@@ -189,8 +210,11 @@ def _log(loop: Loop, gm: GraphModule) -> None:
     """Tell what became of each layer, and warn of neurons that run step by step."""
     layers = list(_layers(loop))
     reports = [(layer, _report(loop, layer)) for layer in layers if len(layer.calls) > 1]
-    if reports:
-        logger.info("torch.compile: %s", "; ".join(str(report) for _, report in reports))
+    names = [layer.name for layer in layers]
+    blocks = {name for name in names if any(one.startswith(f"{name}.") for one in names)}
+    lines = [f"\n  {report}" for _, report in reports if report.name not in blocks]
+    if lines:
+        logger.info("torch.compile:%s", "".join(lines))
     neurons = [layer for layer in layers if layer.is_neuron]
     for layer in neurons:
         if not layer.is_ours:

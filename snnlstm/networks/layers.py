@@ -34,6 +34,7 @@ ONE_CALL = "one call for all steps"
 THEIRS = "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
 TAKES = "it takes sequences"
 NOTHING = "it does nothing and returns its input"
+RANDOM = "it draws new random numbers for every step"
 CONSTANT = "every step of its input is the same tensor"
 # The reasons of layers that neither mix samples nor keep a state.
 PER_SAMPLE = ALONE, LARGE, LARGE_SEQUENCE
@@ -180,7 +181,7 @@ def not_per_sample(layer: Any, dim: int | None = None) -> str | None:
     if in_training(layer):
         return "its statistics are those of one step"
     if isinstance(layer, nn.Dropout | nn.Dropout2d) and layer.training and layer.p != 0:
-        return "it draws a new mask for every step"
+        return RANDOM
     if getattr(layer, "return_indices", False):
         return "it returns indices"
     start = layer.start_dim if isinstance(layer, nn.Flatten) else 1

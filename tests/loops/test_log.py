@@ -84,6 +84,39 @@ def one_of_theirs() -> nn.Module:
     return net
 
 
+def at_two_places(net: Any, x: torch.Tensor) -> Any:
+    """Calls a Linear, a Leaky and a batch norm at two places of each step."""
+    first, second, out = net.lif1.reset_mem(), net.lif1.reset_mem(), []
+    for x_t in x:
+        spk, first = net.lif1(net.fc1(x_t), first)
+        spk, second = net.lif1(net.fc1(spk), second)
+        out.append(net.bn(spk) + net.bn(x_t))
+    return torch.stack(out)
+
+
+class Residual(nn.Module):
+    """Adds the input of its Linear to the result, which is an operation of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + x
+
+
+def blocks(net: Any, x: torch.Tensor) -> Any:
+    mem, out = net.lif1.reset_mem(), []
+    for x_t in x:
+        spk, mem = net.lif1(net.blocks(x_t), mem)
+        out.append(spk)
+    return torch.stack(out)
+
+
+def with_blocks(net: Any) -> None:
+    net.blocks = nn.Sequential(Residual(), Residual())
+
+
 class Recurrent(nn.Module):
     """Has a Linear within a neuron, which reads its own last result, and one behind the neuron."""
 
@@ -105,11 +138,18 @@ STEPS, IMAGES = (T, N, 6), (N, T, 1, 8, 8)
 MESSAGES = {
     "a line for each layer": (
         looped(all_steps), STEPS, INFO,
-        ["fc1", "Linear", "fold"], ["lif1", "Leaky", "sequence"], ["drop", "Dropout", "step"],
+        ["\n  fc1 Linear: fold (", "\n  lif1 Leaky: sequence (",
+         "\n  drop Dropout: step (it draws new random numbers for every step)"],
     ),
     "a dropout that does nothing": (
         looped(all_steps, lambda net: net.drop.eval()), STEPS, INFO,
         ["lif1 Leaky: sequence"], ["drop Dropout: fold (it does nothing and returns its input)"],
+    ),
+    "layers at two places of a step": (
+        looped(at_two_places), STEPS, INFO,
+        ["fc1 Linear: fold (one call for all steps at each of 2 places of a step)",
+         "lif1 Leaky: sequence (one call for all steps at each of 2 places of a step)",
+         "bn BatchNorm1d: step (its input, or its state, depends on its last result)"],
     ),
     "feedback": (
         looped(feedback), STEPS, WARNING,
@@ -177,9 +217,22 @@ def test_a_layer_has_its_name_in_the_network(caplog, monkeypatch):
     monkeypatch.setitem(globals(), "GLOBAL", looped(all_steps)())
     with caplog.at_level(INFO, "snnlstm"):
         torch.compile(lambda x: GLOBAL(x), backend=BACKEND)(numbers(*STEPS))  # noqa: F821
+    assert names_told(caplog) == ["fc1", "lif1", "drop"]
+
+
+def test_a_block_is_not_listed_beside_its_layers(caplog):
+    net = looped(blocks, with_blocks)()
+    with caplog.at_level(INFO, "snnlstm"):
+        compiled(lambda: net, STEPS)
+    assert names_told(caplog) == ["blocks.0.fc", "blocks.1.fc", "lif1"]
+
+
+def names_told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Returns the names of the layers in the one message, which has a line for each."""
     (message,) = said(caplog, INFO)
-    names = {part.split()[0] for part in message.removeprefix("torch.compile: ").split("; ")}
-    assert names == {"fc1", "lif1", "drop"}
+    first, *lines = message.split("\n")
+    assert first == "torch.compile:"
+    return [line.split()[0] for line in lines]
 
 
 @pytest.mark.parametrize("breaks", ["backward", "item", "print"])

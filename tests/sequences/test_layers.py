@@ -105,7 +105,7 @@ def test_global_hooks_are_called_at_every_step(batch_first):
 REASONS = {
     "it keeps a state from step to step": [snntorch.Synaptic(0.9, 0.8, init_hidden=True)],
     "it is snntorch's, and snnlstm.accelerate(net) makes it ours": [leaky()],
-    "it draws a new mask for every step": [nn.Dropout(0.5), nn.Dropout2d(1.0)],
+    "it draws new random numbers for every step": [nn.Dropout(0.5), nn.Dropout2d(1.0)],
     "InstanceNorm2d is not known to treat every sample by itself": [nn.InstanceNorm2d(2)],
     "one call, all steps as a larger batch": [
         nn.Dropout(0.0), nn.Dropout(0.5).eval(), nn.GroupNorm(1, 2), nn.ReLU(),
