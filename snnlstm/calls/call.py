@@ -94,8 +94,8 @@ def checked_call(
     record = flag("record", record)
     for argument, is_set in ("record=True", record), ("lengths", lengths is not None):
         if is_set and not sequence:
-            shape = f"(T, N, Cin, {SIZES[dims]})"
-            raise ValueError(f"{argument} needs a sequence: {name} of shape {shape}, got one step")
+            needed = f"(T, N, Cin, {SIZES[dims]})"
+            raise ValueError(f"{argument} needs a sequence: {name} of shape {needed}, got one step")
     if lengths is not None:
         lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
     shape = state_shape(x, channels[1], spec, dims)

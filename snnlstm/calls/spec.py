@@ -245,7 +245,7 @@ def reset_name(value: Any) -> Reset:
         raise ValueError(
             f"reset_mechanism must be set to either 'subtract', 'zero', or 'none', got {value!r}"
         )
-    return cast(Reset, value)
+    return value
 
 
 def reset_of_number(value: Tensor) -> Reset | None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..calls.call import LeakyCall, may_require_grad
 from ..calls.keys import TORCH_TYPES
 from ..calls.spec import FINITE, LeakySpec
-from ..reference import leaky_step, real_dtype
 from ..compat.torch_private import guard_of
+from ..reference import leaky_step, real_dtype
 from . import cpu
 from .function import reached
 from .leaky import argument_gradients, plan_of, reason_against, run_plan, without_gaps
@@ -74,7 +74,7 @@ def leaky_in_graph() -> Callable[..., Any]:
         static = text, sequence, every, x.device.type == "cpu" and cpu.isa
         plan, guard, known = last
         if static == known and guard is not None and guard.check(x, *others):
-            call = LeakyCall(x, *others, every)
+            call = LeakyCall._make((x, *others, every, None, False))
         else:
             call, spec = _call_of(arguments)
             of_torch = TORCH_TYPES.issuperset(map(type, call[:5]))

@@ -222,8 +222,8 @@ def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Te
 def cell_in_graph() -> Callable[..., Any]:
     """Make the function that runs one call of ``snnlstm::forward`` in a graph.
 
-    What is saved for the backward pass lies in torch's graph. A call like the last one is
-    recognised by a guard, as a cell recognises it: to find the plan takes twice as long as the rest.
+    What is saved for the backward pass lies in torch's graph. A guard recognises a call like the
+    last one, as in a cell: to find the plan takes longer than all the rest.
     """
     last: tuple[Any, Any, Any] = None, None, None  # a plan, the guard of its tensors, other facts
 

@@ -274,8 +274,8 @@ def _normalised(norm: Any, x: Tensor) -> Tensor:
     tracks = norm.training and norm.track_running_stats
     if tracks and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(len(x))
-    statistics = (norm.running_mean, norm.running_var) if tracks else (None, None)
-    return batch_norm(x, *statistics, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+    mean, var = (norm.running_mean, norm.running_var) if tracks else (None, None)
+    return batch_norm(x, mean, var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
 
 
 def pad(out: Any, lengths: Tensor) -> Any:

@@ -51,8 +51,8 @@ def note_pass(last: int, *states: dict[str, Any]) -> int:
 def warn_of_stored(kind: str) -> None:
     """Warn that an exported program does not continue from the state that a layer has stored."""
     warnings.warn(
-        f"a {kind} has a stored state, but the exported program starts from zeros: call reset_mem() "
-        "before the export or at the start of the forward, or pass the states",
+        f"a {kind} has a stored state, but the exported program starts from zeros: call "
+        "reset_mem() before the export or at the start of the forward, or pass the states",
         stacklevel=2,
     )
 

@@ -239,7 +239,7 @@ def test_utils_reset_looks_through_what_torch_compile_wraps(library):
     net = nn.Sequential(leaky(library), nn.Flatten(), snntorch.Synaptic(0.9, 0.8, init_hidden=True))
     net[0].mem = net[2].mem = torch.ones(3)
     snntorch.utils.reset(torch.compile(net))
-    assert not (net[0].mem.any() or net[2].mem.any())
+    assert not any(neuron.mem.any() for neuron in (net[0], net[2]))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
