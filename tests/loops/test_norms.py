@@ -1,7 +1,9 @@
 """Batch norm in a compiled loop: all steps in one call, or as part of a convolution."""
 
 import logging
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import snnlstm
-from tests.loops.compiled import BACKEND, as_eager, dyadic_, merges, numbers
+from tests.loops.compiled import BACKEND, as_eager, dyadic_, equal, merges, numbers, outcome
 from tests.loops.networks import exact_leaky
 from tests.loops.parts import MODES, N, T, expect
 
@@ -215,6 +217,95 @@ def test_parameters_may_change_between_calls():
         change()
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), net(x))
+
+
+# ---- sums in place -------------------------------------------------------------------------------
+
+
+def summed(add: Any, net: Any, x: Tensor) -> Any:
+    """A view of the second sum is read, too."""
+    mem, out = net.lif1.reset_mem(), []
+    for x_t in x:
+        spk, mem = net.lif1(add(net.bn1(net.conv1(x_t)), 0.25 * x_t[:, :1]), mem)
+        cur = add(net.bn2(net.conv2(spk)), spk)
+        out += [net.lif2(cur), cur[:, 0]]
+    return out, mem
+
+
+def of_last(add: Any, net: Any, x: Tensor) -> Any:
+    """Adds the last result to what is known of all steps, and to what is not."""
+    back, out = x.new_zeros(N, 4, 5, 5), []
+    for x_t in x:
+        back = add(net.bn2(net.conv2(add(net.bn1(net.conv1(x_t)), back))), x_t[:, :1])
+        out.append(net.lif2(back))
+    return out
+
+
+def of_one(add: Any, net: Any, x: Tensor) -> Any:
+    """In evaluation one tensor is what all steps add to."""
+    back, out = x.new_zeros(N, 4, 5, 5), []
+    for _ in x:
+        back = add(net.bn1(net.conv1(x[0])), back)
+        out.append(net.lif2(back))
+    return out
+
+
+def not_recorded(add: Any, net: Any, x: Tensor) -> Any:
+    """What is added has no gradient, but its sum has."""
+    currents = [net.bn1(net.conv1(x_t)) for x_t in x]
+    with torch.no_grad():
+        currents = [add(cur, x_t[:, :1]) for cur, x_t in zip(currents, x, strict=True)]
+    return [net.lif2(cur) for cur in currents]
+
+
+def read_before(add: Any, net: Any, x: Tensor) -> Any:
+    out = []
+    for x_t in x:
+        cur = net.bn1(net.conv1(x_t))
+        view = cur[:, 0]
+        out += [net.lif2(add(cur, 0.5 * x_t[:, :1])), 2 * view]
+    return out
+
+
+def wider(add: Any, net: Any, x: Tensor) -> Any:
+    """In place the sum has the type of what is added to."""
+    return [add(net.bn1(net.conv1(x_t)), x_t[:, :1].double()) for x_t in x]
+
+
+# Loops, each with the calls of batch norm where it is in training and gradients are recorded, and
+# of additions in place, of which each of these has one of num_batches_tracked.
+SUMS = {
+    summed: (2, 2 * T), of_last: (1 + T, 3 * T), of_one: (1, T), not_recorded: (T, 2 * T),
+    read_before: (T, 2 * T),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("evaluated", [False, True], ids=["train", "eval"])
+@MODES
+@pytest.mark.parametrize("loop", SUMS, ids=lambda loop: loop.__name__)
+def test_sums_in_place(loop, training, evaluated):
+    """They are sums in new memory where nobody else reads what is added to."""
+    calls = check(partial(loop, operator.iadd), training, evaluated)
+    if training and not evaluated:
+        expect(calls, **dict(zip(("batch_norm", "add_"), SUMS[loop], strict=True)))
+
+
+@pytest.mark.parametrize("evaluated", [False, True], ids=["train", "eval"])
+@MODES
+def test_sums_in_place_by_bits(training, evaluated):
+    """They leave what sums in new memory leave; in evaluation, where all is exact, also eagerly."""
+
+    def left(add: Any, compiled: bool, loop: Any = summed) -> Any:
+        def make() -> nn.Module:
+            net = dyadic_(Normed(partial(loop, add)).train(not evaluated))
+            snnlstm.accelerate(net)
+            return net
+
+        return outcome(make, numbers(T, N, 2, 5, 5), training=training, compiled=compiled)
+
+    equal(left(operator.iadd, True), left(operator.add, True))
+    for loop in (summed, wider) if evaluated else ():
+        equal(left(operator.iadd, True, loop), left(operator.iadd, False, loop))
 
 
 @merges
