@@ -128,7 +128,7 @@ def find_form(name: str) -> Form:
 def forget_compiled() -> None:
     """Lets torch.compile begin anew, with no warning of the last network's number of steps."""
     torch._dynamo.reset()
-    backend._steps_seen.clear()
+    backend._graphs.clear()
 
 
 @dataclass
