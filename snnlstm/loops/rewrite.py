@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
@@ -209,6 +210,8 @@ class Writer:
         if node in self._last:
             self._moved.add(node)
         new.target = self._made(node.target)
+        if "in_place" in node.meta and not self._place(node.args[0]):
+            new.target = operator.iadd if self.readers(node.args[0]) == 1 else new.target
         region = loop.region(node)
         if node.op == "placeholder" or (region and region not in self._starts):
             self._starts[region] = new

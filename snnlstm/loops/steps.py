@@ -132,6 +132,26 @@ def memory_in(graph: Graph) -> dict[Node, set[int]]:
     return found
 
 
+def separate_sums(nodes: Sequence[Node]) -> None:
+    """Let ``out += x`` be a sum in new memory, so that what made `out` can become one call.
+
+    Nothing else reads `out`, the result of a convolution or a batch norm, whose gradient does not
+    need it. :class:`~snnlstm.loops.rewrite.Writer` adds in place again where both stay in steps.
+    """
+    found: set[Node] = set()
+    for node in nodes:
+        if not memory(node):
+            found.clear()  # the grad mode may change here
+        elif rows.name_of(node) in ("conv2d", "batch_norm") and rows.is_of_torch(node):
+            found.add(node)
+        elif node.target is operator.iadd and node.args[0] in found:
+            (made, _), (out, x) = node.args, map(rows.value_of, node.args)
+            if len(made.users) == 1 and isinstance(x, Tensor) and x.dtype is out.dtype:
+                node.target, node.meta["in_place"] = operator.add, True
+                value = out.detach().clone()  # the sum keeps the memory, of which others have views
+                made.meta["example_value"] = value.requires_grad_(out.requires_grad)
+
+
 OTHER_SETTINGS = "a setting, such as the grad mode, changes between the steps"
 WEIGHTS = "its weights differ from step to step"
 STATES = "its states are reset, detached or changed between the steps"
@@ -190,6 +210,7 @@ class Loop:
 
     def __init__(self, graph: Graph) -> None:
         self.nodes = list(graph.nodes)
+        separate_sums(self.nodes)
         self.same: dict[Node, Node] = {}
         self.users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
         self.runs: dict[Node, tuple[Run, int]] = {}

@@ -1,7 +1,9 @@
 """Batch norm in a compiled loop: all steps in one call, or as part of a convolution."""
 
 import logging
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import snnlstm
-from tests.loops.compiled import BACKEND, as_eager, dyadic_, merges, numbers
+from tests.loops.compiled import BACKEND, as_eager, dyadic_, equal, merges, numbers, outcome
 from tests.loops.networks import exact_leaky
 from tests.loops.parts import MODES, N, T, expect
 
 CLOSE = {"atol": 1e-9, "rtol": 1e-9}
+IN_EVALUATION = pytest.mark.parametrize("evaluated", [False, True], ids=["train", "eval"])
 
 
 class Normed(nn.Module):
@@ -84,14 +87,6 @@ def one_image(net: Any, x: Tensor) -> Any:
     return torch.stack([net.lif2(net.bn1(net.conv1(x[0]))) for _ in x])
 
 
-def residual(net: Any, x: Tensor) -> Any:
-    mem, out = net.lif1.reset_mem(), []
-    for x_t in x:
-        spk, mem = net.lif1(net.bn1(net.conv1(x_t)), mem)
-        out.append(net.lif2(spk + net.bn2(net.conv2(spk))))
-    return out, mem
-
-
 def read_beside(net: Any, x: Tensor) -> Any:
     """Adds to what is also returned, and to what another sum reads."""
     out = []
@@ -119,48 +114,6 @@ def by_name(net: Any, x: Tensor) -> Any:
     return out
 
 
-# Loops, each with the calls of batch norm that are left of them.
-LOOPS = {
-    plain: 2, shared: 2 * T, fed_back: 2 * T, read_between: T + 1, one_image: 1,
-    residual: 2, read_beside: 2, written: T + 1, by_name: 2,
-}  # fmt: skip
-
-
-@MODES
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-def test_statistics_of_each_step(loop, training):
-    """The running ones change in the order of the steps; so does what reads them."""
-    times = 2 - training
-    expect(check(loop, training, times=times), batch_norm=times * LOOPS[loop])
-
-
-@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=str)
-@pytest.mark.parametrize("evaluated", [False, True], ids=["train", "eval"])
-def test_norms_without_parameters_or_statistics(evaluated, options):
-    in_eval = evaluated and options.get("track_running_stats", True)
-    for training in True, False:
-        calls = check(plain, training, evaluated, **options)
-        expect(calls, batch_norm=(0 if in_eval and not training else 2))
-
-
-def test_norms_of_numbers_and_of_changing_batches():
-    """A graph for any number of samples refuses one sample, as torch does."""
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    fc, norm = nn.Linear(6, 3), nn.BatchNorm1d(3)
-    other = nn.BatchNorm1d(3)
-    run = torch.compile(lambda x: torch.stack([norm(fc(x_t)) for x_t in x]), backend=BACKEND)
-    for samples in 5, 7, 9:
-        x = torch.randn(T, samples, 6)
-        torch.testing.assert_close(run(x), torch.stack([other(fc(x_t)) for x_t in x]))
-    torch.testing.assert_close(norm.state_dict(), other.state_dict())
-    with pytest.raises(Exception, match="more than 1 value per channel"):
-        run(torch.randn(T, 1, 6))
-
-
-# ---- in evaluation -------------------------------------------------------------------------------
-
-
 def of_two_norms(net: Any, x: Tensor) -> Any:
     """Normalises a convolution of odd steps by another norm."""
     return [(net.bn2 if t % 2 else net.bn1)(net.conv1(x_t)) for t, x_t in enumerate(x)]
@@ -184,20 +137,103 @@ def without_gradients(net: Any, x: Tensor) -> Any:
     return out
 
 
-# Loops in evaluation, each with whether gradients are recorded, and the calls of batch norm.
-EVALUATED = {
-    plain: (False, 0), residual: (False, 0), read_beside: (False, 1), one_image: (False, 0),
-    of_two_norms: (False, 2), changed_inside: (False, T),
-    without_gradients: (True, T),
+def summed(net: Any, x: Tensor, add: Any = operator.iadd) -> Any:
+    """A view of the second sum is read, too."""
+    mem, out = net.lif1.reset_mem(), []
+    for x_t in x:
+        spk, mem = net.lif1(add(net.bn1(net.conv1(x_t)), 0.25 * x_t[:, :1]), mem)
+        cur = add(net.bn2(net.conv2(spk)), spk)
+        out += [net.lif2(cur), cur[:, 0]]
+    return out, mem
+
+
+def of_last(net: Any, x: Tensor, add: Any = operator.iadd) -> Any:
+    """Adds the last result to what is known of all steps, and to what is not."""
+    back, out = x.new_zeros(N, 4, 5, 5), []
+    for x_t in x:
+        back = add(net.bn2(net.conv2(add(net.bn1(net.conv1(x_t)), back))), x_t[:, :1])
+        out.append(net.lif2(back))
+    return out
+
+
+def of_one(net: Any, x: Tensor, add: Any = operator.iadd) -> Any:
+    """In evaluation one tensor is what all steps add to."""
+    back, out = x.new_zeros(N, 4, 5, 5), []
+    for _ in x:
+        back = add(net.bn1(net.conv1(x[0])), back)
+        out.append(net.lif2(back))
+    return out
+
+
+def not_recorded(net: Any, x: Tensor, add: Any = operator.iadd) -> Any:
+    """What is added has no gradient, but its sum has."""
+    currents = [net.bn1(net.conv1(x_t)) for x_t in x]
+    with torch.no_grad():
+        currents = [add(cur, x_t[:, :1]) for cur, x_t in zip(currents, x, strict=True)]
+    return [net.lif2(cur) for cur in currents]
+
+
+def read_before(net: Any, x: Tensor, add: Any = operator.iadd) -> Any:
+    out = []
+    for x_t in x:
+        cur = net.bn1(net.conv1(x_t))
+        view = cur[:, 0]
+        out += [net.lif2(add(cur, 0.5 * x_t[:, :1])), 2 * view]
+    return out
+
+
+def wider(net: Any, x: Tensor, add: Any = operator.iadd) -> Any:
+    """In place the sum has the type of what is added to."""
+    return [add(net.bn1(net.conv1(x_t)), x_t[:, :1].double()) for x_t in x]
+
+
+# The calls of batch norm that are left of each loop, with and without gradients: in training mode,
+# and in evaluation, where 0 have become part of their convolution. Autograd refuses None.
+LOOPS: dict[Callable[..., Any], tuple[Any, ...]] = {
+    plain: (2, 2, 2, 0), shared: (2 * T, 2 * T, 2, 0), fed_back: (2 * T,) * 4,
+    read_between: (T + 1, T + 1, 1, 1), one_image: (1, 1, 1, 0), read_beside: (2, 2, 2, 1),
+    written: (T + 1,) * 4, by_name: (2,) * 4, of_two_norms: (2,) * 4,
+    changed_inside: (None, T, None, T), without_gradients: (2 * T, 2, T, 0),
+    summed: (2, 2, 2, 0), of_last: (1 + T, 1 + T, 1 + T, 0), of_one: (1, 1, 1, 0),
+    not_recorded: (T, 1, T, 0), read_before: (T,) * 4,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("loop", EVALUATED, ids=lambda loop: loop.__name__)
-def test_a_norm_in_evaluation_is_part_of_its_convolution(loop):
-    training, left = EVALUATED[loop]
-    expect(check(loop, training, evaluated=True), batch_norm=left)
-    if not training and loop is not changed_inside:  # autograd refuses the latter
-        assert check(loop, True, evaluated=True)["batch_norm"] > 0 or BACKEND != "snnlstm"
+@IN_EVALUATION
+@MODES
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_norms_leave_what_eager_does(loop, training, evaluated):
+    """Running statistics change in the order of the steps; so does what reads them."""
+    left, times = LOOPS[loop][2 * evaluated + (not training)], 1 if training or evaluated else 2
+    if left is not None:
+        calls = check(loop, training, evaluated, times=times)
+        expect(calls, batch_norm=times * left)
+        if loop is of_last and training and not evaluated:  # those of num_batches_tracked, too
+            expect(calls, add_=3 * T)
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=str)
+@IN_EVALUATION
+def test_norms_without_parameters_or_statistics(evaluated, options):
+    in_eval = evaluated and options.get("track_running_stats", True)
+    for training in True, False:
+        calls = check(plain, training, evaluated, **options)
+        expect(calls, batch_norm=(0 if in_eval and not training else 2))
+
+
+def test_norms_of_numbers_and_of_changing_batches():
+    """A graph for any number of samples refuses one sample, as torch does."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    fc, norm = nn.Linear(6, 3), nn.BatchNorm1d(3)
+    other = nn.BatchNorm1d(3)
+    run = torch.compile(lambda x: torch.stack([norm(fc(x_t)) for x_t in x]), backend=BACKEND)
+    for samples in 5, 7, 9:
+        x = torch.randn(T, samples, 6)
+        torch.testing.assert_close(run(x), torch.stack([other(fc(x_t)) for x_t in x]))
+    torch.testing.assert_close(norm.state_dict(), other.state_dict())
+    with pytest.raises(Exception, match="more than 1 value per channel"):
+        run(torch.randn(T, 1, 6))
 
 
 def test_parameters_may_change_between_calls():
@@ -217,8 +253,26 @@ def test_parameters_may_change_between_calls():
             torch.testing.assert_close(compiled(x), net(x))
 
 
+@IN_EVALUATION
+@MODES
+def test_sums_in_place_by_bits(training, evaluated):
+    """They leave what sums in new memory leave; in evaluation, where all is exact, also eagerly."""
+
+    def left(add: Any, compiled: bool, loop: Any = summed) -> Any:
+        def make() -> nn.Module:
+            net = dyadic_(Normed(partial(loop, add=add)).train(not evaluated))
+            snnlstm.accelerate(net)
+            return net
+
+        return outcome(make, numbers(T, N, 2, 5, 5), training=training, compiled=compiled)
+
+    equal(left(operator.iadd, True), left(operator.add, True))
+    for loop in (summed, wider) if evaluated else ():
+        equal(left(operator.iadd, True, loop), left(operator.iadd, False, loop))
+
+
 @merges
-@pytest.mark.parametrize("evaluated", [False, True], ids=["train", "eval"])
+@IN_EVALUATION
 def test_the_log_names_norms(evaluated, caplog):
     net = Normed(plain).train(not evaluated)
     snnlstm.accelerate(net)
