@@ -83,6 +83,21 @@ def read_between(net: Any, x: Tensor) -> Any:
     return out
 
 
+def unread(net: Any, x: Tensor) -> Any:
+    """Reads of one norm neither results nor statistics, but these change."""
+    out = []
+    for x_t in x:
+        net.bn1(net.conv1(x_t))
+        out.append(net.lif2(net.bn2(net.conv1(x_t))))
+    return out
+
+
+def read_too(net: Any, x: Tensor) -> Any:
+    """Reads what is normalised, too."""
+    currents = [net.conv1(x_t) for x_t in x]
+    return [(net.lif2(net.bn1(cur)), cur) for cur in currents]
+
+
 def one_image(net: Any, x: Tensor) -> Any:
     return torch.stack([net.lif2(net.bn1(net.conv1(x[0]))) for _ in x])
 
@@ -191,7 +206,8 @@ def wider(net: Any, x: Tensor, add: Any = operator.iadd) -> Any:
 # and in evaluation, where 0 have become part of their convolution. Autograd refuses None.
 LOOPS: dict[Callable[..., Any], tuple[Any, ...]] = {
     plain: (2, 2, 2, 0), shared: (2 * T, 2 * T, 2, 0), fed_back: (2 * T,) * 4,
-    read_between: (T + 1, T + 1, 1, 1), one_image: (1, 1, 1, 0), read_beside: (2, 2, 2, 1),
+    read_between: (T + 1, T + 1, 1, 1), unread: (2, 2, 1, 1), read_too: (1,) * 4,
+    one_image: (1, 1, 1, 0), read_beside: (2, 2, 2, 1),
     written: (T + 1,) * 4, by_name: (2,) * 4, of_two_norms: (2,) * 4,
     changed_inside: (None, T, None, T), without_gradients: (2 * T, 2, T, 0),
     summed: (2, 2, 2, 0), of_last: (1 + T, 1 + T, 1 + T, 0), of_one: (1, 1, 1, 0),
