@@ -433,7 +433,10 @@ class Loop:
             return len(self.nodes)
         several = [(row, self.nodes[calls[0]]) for row, calls in groups if len(calls) > 1]
         steps = [rows.bytes_of(node) for row, node in several if not self._is_free(row, node)]
-        return steps_at_once(max(steps, default=0))
+        # A batch norm keeps one more sequence at once. Half as many steps halve the memory of all, and
+        # take no longer (benchmarks/NOTES.md).
+        doubled = any(row is rows.BATCH_NORMS for row, _ in several)
+        return steps_at_once(max(steps, default=0) << doubled)
 
     def _is_free(self, row: rows.Row, node: Node) -> bool:
         """Whether all steps at once take no memory, as views, or large ones run one by one."""
