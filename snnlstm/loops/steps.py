@@ -433,8 +433,8 @@ class Loop:
             return len(self.nodes)
         several = [(row, self.nodes[calls[0]]) for row, calls in groups if len(calls) > 1]
         steps = [rows.bytes_of(node) for row, node in several if not self._is_free(row, node)]
-        # A batch norm keeps one more sequence at once. Half as many steps halve the memory of all, and
-        # take no longer (benchmarks/NOTES.md).
+        # A batch norm keeps one more sequence at once. Half as many steps take half the memory, and
+        # no more time (benchmarks/NOTES.md).
         doubled = any(row is rows.BATCH_NORMS for row, _ in several)
         return steps_at_once(max(steps, default=0) << doubled)
 
