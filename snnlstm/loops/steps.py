@@ -64,7 +64,8 @@ def effects_of(node: Node) -> Effects:
     number = isinstance(rows.value_of(node), int | float | torch.SymInt | torch.SymFloat)
     if number or node.op not in ("call_function", "call_method") or node.target in rows.STATEFUL:
         return _NONE
-    if rows.dropped(node) is not None:
+    # A slice of an nn.ModuleList makes a module, of which torch takes note.
+    if rows.dropped(node) is not None or node.target is torch._C._log_api_usage_once:
         return _NONE
     name, tensors = rows.name_of(node), [arg for arg in node.all_input_nodes if memory(arg)]
     everything = Effects(tensors, True, True)

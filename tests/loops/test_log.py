@@ -212,6 +212,31 @@ def test_a_loop_that_is_merged_has_no_warning_and_one_message(caplog):
     assert len(said(caplog, INFO)) == 1
 
 
+class Sliced(nn.Module):
+    """Takes some of its layers by a slice, which makes a module in each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.Linear(6, 6), snnlstm.Leaky(0.5, threshold=0.1, init_hidden=True), nn.ReLU()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.layers[1].reset_mem()
+        out = []
+        for x_t in x:
+            for layer in self.layers[:2]:
+                x_t = layer(x_t)
+            out.append(x_t)
+        return torch.stack(out)
+
+
+def test_a_slice_of_layers_leaves_a_loop_whole(caplog):
+    with caplog.at_level(INFO, "snnlstm"):
+        compiled(Sliced, STEPS)
+    assert not said(caplog, WARNING)
+    assert any("layers.1 Leaky: sequence" in message for message in said(caplog, INFO))
+
+
 def test_a_layer_has_its_name_in_the_network(caplog, monkeypatch):
     """Wherever the compiled function finds the network: here among the global variables."""
     monkeypatch.setitem(globals(), "GLOBAL", looped(all_steps)())
