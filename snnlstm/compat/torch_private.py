@@ -286,8 +286,12 @@ _exports: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
 def of_export(key: Any, make: Callable[[], Any]) -> Any:
-    """What the running export keeps under a key, or makes at its first use."""
-    kept = _exports.setdefault(tracing_context() or fake_mode(), {})
+    """What the running export keeps under a key, or makes at its first use.
+
+    The exporter of torch.jit, which torch 2.4 has no other word for, keeps nothing.
+    """
+    export = tracing_context() or fake_mode()
+    kept = {} if export is None else _exports.setdefault(export, {})
     if key not in kept:
         kept[key] = make()
     return kept[key]

@@ -148,6 +148,11 @@ def find_entry(
     return entry_of(call, spec, backend, settings, checked)
 
 
+def kept_entries(last: Sequence[Entry | None], entry: Entry) -> Sequence[Entry | None]:
+    """A layer's last entries after a call by `entry`: this one, and the one before that differs."""
+    return last if entry is last[0] else (entry, last[0])
+
+
 # ---- running ------------------------------------------------------------------------------------
 
 
@@ -180,8 +185,7 @@ def run_leaky(
         against: Any = now or static_reason(call, spec, algorithms.current, None)
         return None, None, against, last
     entry = find_entry(last, call, spec)
-    if entry is not last[0]:
-        last = entry, last[0]
+    last = kept_entries(last, entry)
     path = now or entry.fallback
     if path is not None:
         return None, None, path, last

@@ -211,25 +211,21 @@ def asked_every_call(
     return now, Overrides(None if reason is None else conv, reason, fire, mem_reset)
 
 
-def with_misfit(
-    overrides: Overrides | None,
-    conv: Any,
-    convolve: Any,
-    kind: type[nn.Conv1d | nn.Conv2d],
-    spec: CellSpec,
-    channels: tuple[int, int],
-) -> Overrides | None:
-    """Add `convolve`, which calls `conv`, to the overrides of a call if its weight does not fit.
+def misfit(
+    conv: Any, kind: type[nn.Conv1d | nn.Conv2d], spec: CellSpec, channels: tuple[int, int]
+) -> str | None:
+    """Why the weight of a plain conv does not fit a cell of these channels, Cin and C, or None.
 
-    `channels` are Cin and C. See :func:`asked_every_call` for the errors.
+    Raises
+    ------
+    ValueError
+        As :func:`asked_every_call`.
     """
-    if overrides is not None and overrides.conv is not None:
-        return overrides
     kernel = spec.kernel_size[-1:] if kind is nn.Conv1d else spec.kernel_size
     if tuple(conv.weight.shape) == (4 * channels[1], sum(channels), *kernel):
-        return overrides
+        return None
     _check_stride(kind, spec, _MISFIT)
-    return (overrides or Overrides())._replace(conv=convolve, reason=_MISFIT)
+    return _MISFIT
 
 
 def _check_stride(kind: type[nn.Module], spec: CellSpec, reason: str | None) -> None:

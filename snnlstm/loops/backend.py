@@ -269,8 +269,8 @@ def _warn_of_graphs(layers: Sequence[_Layer], steps: int) -> None:
     if graph == 1:  # also after torch.compiler.reset()
         seen.clear()
     sizes = str([(layer.name, rows.shape_of(layer.calls[0].args[3])) for layer in layers])
-    batch = rows.value_of(calls[0].args[0]).shape[0]
-    seen.append({STEPS: steps, BATCH: batch if isinstance(batch, int) else "any", SIZES: sizes})
+    batch = rows.value_of(calls[0].args[0]).shape[:1]  # a number has none
+    seen.append({STEPS: steps, BATCH: [*map(str, batch)], SIZES: sizes})
     lengths = [one[STEPS] for one in seen if one[SIZES] == sizes]
     if len(set(lengths)) == 2 and steps not in lengths[:-1]:
         logger.warning(

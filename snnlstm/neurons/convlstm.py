@@ -16,9 +16,10 @@ from ..calls import spec
 from ..calls.call import checked_call, dtype_source, state_tensor
 from ..calls.lengths import CheckedLengths, checked_lengths, held, mask_padding
 from ..calls.spec import Size
-from ..dispatch.entry import NO_ENTRIES, find_entry, run_call, run_traced
+from ..dispatch.entry import NO_ENTRIES, find_entry, kept_entries, run_call, run_traced
 from ..dispatch.path import LastPath, log_fallback, log_once
-from ..dispatch.reasons import EXPORT, asked_every_call, beyond_forward, with_misfit
+from ..dispatch.reasons import EXPORT, asked_every_call, beyond_forward, misfit
+from ..reference import Overrides
 
 States = Sequence[Tensor | None]
 """h and c, (N, C, Ho, Wo) each; None means zeros."""
@@ -58,7 +59,7 @@ class ConvLSTMCell(nn.Module):
 
     path = LastPath()
     _entries: Any = NO_ENTRIES
-    """The entry of the last call."""
+    """As a cell's."""
 
     def __init__(
         self,
@@ -133,7 +134,9 @@ class ConvLSTMCell(nn.Module):
         conv, traced = self.conv, torch.compiler.is_compiling()
         channels = self.input_dim, self.hidden_dim
         now, overrides = asked_every_call(conv, nn.Conv2d, self._spec, traced=traced)
-        overrides = with_misfit(overrides, conv, conv, nn.Conv2d, self._spec, channels)
+        if overrides is None:
+            reason = misfit(conv, nn.Conv2d, self._spec, channels)
+            overrides = None if reason is None else Overrides(conv, reason)
         usual = type(conv) is nn.Conv2d
         weight, bias = (conv.weight, conv.bias) if usual else (dtype_source(conv, x, x), None)
         passed = {"mem": (f"h of {name}", state[0]), "syn": (f"c of {name}", state[1])}
@@ -146,7 +149,8 @@ class ConvLSTMCell(nn.Module):
             every, c, h, path = run_traced(call, self._spec, now, overrides)
         else:
             entry = find_entry(self._entries, call, self._spec, overrides)
-            self.__dict__["_entries"] = entry, None  # nn.Module.__setattr__ is slow
+            # nn.Module.__setattr__ is slow.
+            self.__dict__["_entries"] = kept_entries(self._entries, entry)
             every, c, h, path = run_call(entry, call, now, overrides)
         if now is not EXPORT:
             object.__setattr__(self, "_path", path)

@@ -27,7 +27,7 @@ from ..compat.snntorch import (
     recognise_surrogate,
 )
 from ..compat.torch_private import NO_LEVEL, backward_pass, exporting, has_ended, level_of
-from ..dispatch.entry import NO_ENTRIES, find_entry, run_leaky
+from ..dispatch.entry import NO_ENTRIES, find_entry, kept_entries, run_leaky
 from ..dispatch.path import LastPath, Path, log_fallback
 from ..dispatch.reasons import RANDOM, operator_path, recorded_now
 from ..reference import leaky_step, real_dtype
@@ -320,7 +320,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             return False
         call, spec = self._called(x, None), self._described(sequence)
         entry = find_entry(self._entries, call, spec)
-        self.__dict__["_entries"] = entry, self._entries[0]
+        self.__dict__["_entries"] = kept_entries(self._entries, entry)
         return entry.fallback is None
 
     def _traced(self, x: Tensor, mem: Tensor | None, replaced: str | None) -> Any:

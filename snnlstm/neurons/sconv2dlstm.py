@@ -24,9 +24,9 @@ from ..calls.call import (
 from ..calls.lengths import checked_lengths
 from ..calls.spec import CellSpec, Size
 from ..compat.registry import register
-from ..dispatch.entry import Results, find_entry, run_call, run_traced
+from ..dispatch.entry import Results, find_entry, kept_entries, run_call, run_traced
 from ..dispatch.path import Path, log_fallback
-from ..dispatch.reasons import EXPORT, asked_every_call, is_usual_step, with_misfit
+from ..dispatch.reasons import EXPORT, asked_every_call, is_usual_step, misfit
 from ..reference import Overrides
 from .attributes import CellAttributes
 from .state import State
@@ -277,15 +277,15 @@ class SConv2dLSTM(CellAttributes):
             return self._traced(x, syn, mem, record, lengths, spec, name)
         now, overrides = self._asked(spec, False)
         call = entry = None
-        if overrides is None:
+        if overrides is None and now is not EXPORT:
             call = self._as_it_came(x, syn, mem, record, lengths, False)
             entry = call and find_entry(self._entries, call, spec, checked=False)
         if call is None or entry is None:
             call = self._checked(x, syn, mem, record, lengths, spec, False, name)
             overrides = self._with_misfit(overrides, spec)
             entry = find_entry(self._entries, call, spec, overrides)
-        if entry is not self._entries[0]:
-            self.__dict__["_entries"] = entry, self._entries[0]
+        if entry is not self._entries[0]:  # else nothing changes
+            self.__dict__["_entries"] = kept_entries(self._entries, entry)
         return self._return(call, run_call(entry, call, now, overrides), now, False)
 
     def _traced(
@@ -379,8 +379,13 @@ class SConv2dLSTM(CellAttributes):
 
     def _with_misfit(self, overrides: Overrides | None, spec: CellSpec) -> Overrides | None:
         """Add conv to the overrides of a call if its weight has not the shape of the cell's."""
-        channels, convolve = (self.in_channels, self.out_channels), self._on_images(self.conv)
-        return with_misfit(overrides, self.conv, convolve, self._conv_kind, spec, channels)
+        if overrides is not None and overrides.conv is not None:
+            return overrides
+        channels = self.in_channels, self.out_channels
+        reason = misfit(self.conv, self._conv_kind, spec, channels)
+        if reason is None:
+            return overrides
+        return (overrides or Overrides())._replace(conv=self._on_images(self.conv), reason=reason)
 
     def _return(
         self, call: Call, results: Results, now: Path | None, traced: bool

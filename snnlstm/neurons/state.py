@@ -74,6 +74,8 @@ class Exportable:
 
     restarted: bool
     ignored: str
+    _empty: Callable[[], Any]
+    """Makes the states with which an export begins."""
     _exported: Any = None
 
     def of_export(self) -> Any:
@@ -83,9 +85,6 @@ class Exportable:
         if self._exported is None:  # the compiler forgets what an export has set
             self._exported = self._empty()
         return self._exported
-
-    def _empty(self) -> Any:
-        raise NotImplementedError
 
     def warn_if_ignored(self) -> None:
         """Warn if a call of an export would continue from a stored state."""
@@ -282,6 +281,7 @@ class State(Exportable):
             )
         stored = getattr(self, name)
         if stored.shape != shape:
+            self.warn_if_ignored()
             return x.new_zeros(shape)
         if stored.dtype == x.dtype and stored.device == x.device:
             return stored

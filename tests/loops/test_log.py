@@ -230,6 +230,16 @@ class Sliced(nn.Module):
         return torch.stack(out)
 
 
+def test_a_loop_over_numbers_compiles():
+    """Each step of (T,) is a number, which has no batch."""
+    lif = snnlstm.Leaky(0.5, threshold=0.25)
+    x = numbers(T)
+    run = torch.compile(lambda x: [lif(x_t)[0] for x_t in x], backend=BACKEND)
+    found = run(x)
+    lif.reset_mem()
+    assert found == [lif(x_t)[0] for x_t in x]
+
+
 def test_a_slice_of_layers_leaves_a_loop_whole(caplog):
     with caplog.at_level(INFO, "snnlstm"):
         compiled(Sliced, STEPS)

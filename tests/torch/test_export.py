@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import snnlstm
+from snnlstm.dispatch import reasons
+from snnlstm.neurons import attributes, leaky
 from tests.shared.helpers import close, flat, long, ours, same_gradients, states, steps
 
 CELLS = {
@@ -218,6 +220,20 @@ def test_an_exported_loop_equals_eager_in_onnx(reset, tmp_path):
     assert type(net.cell.mem) is type(net.lif.mem) is Tensor
     x = net.example(seed=1)
     close(run_onnx(path, (x,)), [Net("none")(x).detach()], atol=1e-5)
+
+
+def test_what_an_exporter_without_a_context_reads_starts_from_zeros(monkeypatch):
+    """With torch 2.4 only the exporter of torch.jit says that it exports, and it has none."""
+    net, x = Net("none"), Net().example()
+    net(x)
+    stored = net.stored()
+    for module in (attributes, leaky, reasons):
+        monkeypatch.setattr(module, "exporting", lambda: True)
+    with pytest.warns(UserWarning, match="stored state"):
+        first, second = net.cell(x[0]), net.cell(x[0])
+    assert torch.equal(first, second)
+    monkeypatch.undo()
+    assert all(net.stored()[name] is state for name, state in stored.items())
 
 
 def test_a_state_that_a_loop_sets_is_part_of_the_export():
