@@ -114,15 +114,13 @@ class BufferedState(Exportable):
         ignored = "" if self.restarted or mem.shape == (0,) else "Leaky"
         return BufferedState({"mem": mem.detach().new_zeros(0)}, True, ignored)
 
-    def read(self, like: Tensor) -> Tensor:
-        """Return mem for a traced call; an empty one means zeros."""
-        if not self.restarted:
-            return self.buffers["mem"]
+    def empty(self, like: Tensor) -> Tensor:
+        """Return an empty mem, which means zeros, for a traced call after a restart."""
         self.warn_if_ignored()
         return like.detach().new_zeros(0)
 
     def store(self, mem: Tensor, restarted: bool = False) -> None:
-        """Keep mem after a traced call, or after a reset."""
+        """Keep mem that the user has set, or that a reset has made."""
         self.buffers["mem"], self.restarted, self.ignored = mem, restarted, ""
 
 
