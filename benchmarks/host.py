@@ -26,8 +26,8 @@ import snnlstm
 from benchmarks import devices
 from benchmarks.cases import loop
 from snnlstm import _C
-from snnlstm.dispatch import entry
-from snnlstm.native import backends, cudnn
+from snnlstm.calls import entries
+from snnlstm.native import cudnn
 
 ROUNDS = 10  # of 20 measurements of each row
 X = torch.rand(16, 1, 2, 15, 17)
@@ -52,8 +52,7 @@ def stubbed(device: str, algorithm: str) -> Iterator[None]:
         kernels += ["pack", "store_levels"]
     with (
         devices.running(device),
-        mock.patch.dict(entry._entries, clear=True),
-        mock.patch.dict(backends._plans, clear=True),
+        mock.patch.dict(entries._entries, clear=True),
         mock.patch.multiple(passes, **dict.fromkeys(kernels, lambda *_: None)),
         mock.patch.multiple(cudnn, **CONVOLUTIONS),
         snnlstm.algorithm(algorithm),

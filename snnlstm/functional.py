@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .calls.call import batch_before_time, stateless_call
 from .calls.spec import Size
-from .dispatch.entry import find_entry, run_call, run_traced
 from .dispatch.reasons import recorded_now
+from .dispatch.run import find_entry, run_call, run_traced
 
 __all__ = ["sconv2dlstm"]
 

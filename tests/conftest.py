@@ -18,9 +18,9 @@ import pytest
 import snntorch
 import torch
 
-import snnlstm.dispatch.entry
 import snnlstm.dispatch.path
 import snnlstm.dispatch.reasons
+import snnlstm.dispatch.run
 from tests.shared.cpu_kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
 from tests.shared.helpers import set_seed
 
@@ -73,7 +73,7 @@ class Backend:
         """Within the block, cells on the device run this implementation."""
         if self.name == "reference":
             with pytest.MonkeyPatch.context() as patch:
-                for module in (snnlstm.dispatch.reasons, snnlstm.dispatch.entry):
+                for module in (snnlstm.dispatch.reasons, snnlstm.dispatch.run):
                     patch.setattr(module, "backends", None)
                 yield
         elif self.name == "emulator":

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..calls import algorithms
 from ..calls.call import Call, LeakyCall, autocast_dtype, may_require_grad
-from ..calls.keys import TORCH_TYPES
+from ..calls.entries import TORCH_TYPES
 from ..calls.spec import CellSpec, LeakySpec
 from ..compat import torch_private
 from ..compat.torch_private import (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..calls.keys import BoundedDict
+from ..calls.entries import BoundedDict
 from ..compat.torch_private import backend_of, graph_break, graph_number
 from ..dispatch.reasons import tell_of_kernels
 from ..networks.layers import (

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..calls.call import may_require_grad
-from ..calls.keys import TORCH_TYPES
+from ..calls.entries import TORCH_TYPES
 from ..calls.spec import DTYPES
 from ..compat.torch_private import dispatch_modes, forward_level, is_tracing, transforms_are_active
 from . import lender
-from .function import beyond_kernels, differentiable
+from .function import differentiable
 from .tensors import laid_out
 
 _FORWARD = torch.ops.aten.native_batch_norm.out
@@ -45,7 +45,7 @@ def batch_norm(
         x = x.contiguous()  # here, so that autograd knows of the copy
     options = running_mean, running_var, momentum, eps
     if may_require_grad((x, weight, bias)):
-        return _apply(options, x, weight, bias)
+        return _apply(options, None, x, weight, bias)
     return _run(options, x, weight, bias)[0]
 
 
@@ -88,25 +88,24 @@ def _run(
     return y, means, deviations
 
 
-def _forward(ctx: Any, options: Any, x: Tensor, weight: Tensor | None, bias: Any) -> Tensor:
-    y, *saved = _run(options, x, weight, bias)
-    ctx.save_for_backward(weight, x, *saved)
-    ctx.eps = options[-1]
-    ctx.set_materialize_grads(False)
-    return y
+def _forward(ctx: Any, options: Any, _: None, x: Tensor, *parameters: Any) -> tuple[Tensor, Any]:
+    y, *saved = _run(options, x, *parameters)
+    ctx.save_for_backward(parameters[0], x, *saved)
+    return y, ()
 
 
-def _gradients(ctx: Any, grads: Sequence[Any]) -> Sequence[Tensor | None]:
-    weight, x, means, deviations = ctx.saved_tensors
-    (grad,), wanted = grads, list(ctx.needs_input_grad[1:])
-    by_torch = torch.is_grad_enabled() or beyond_kernels(grads)
+def _gradients(
+    ctx: Any, saved: Sequence[Any], grads: Sequence[Any], by_torch: bool
+) -> Sequence[Tensor | None]:
+    weight, x, means, deviations = saved
+    (grad,), wanted, eps = grads, list(ctx.needs_input_grad[2:]), ctx.plan[-1]
     if not by_torch:
         out = _empty_like_steps(x)
         grad = laid_out(grad, out.shape, out.stride(), out.dtype, out.device)
     steps, sums = [], []
     for t, (grad_t, x_t) in enumerate(zip(grad.unbind(), x.unbind(), strict=True)):
         dx, *others = _BACKWARD(
-            grad_t, x_t, weight, None, None, means[t], deviations[t], True, ctx.eps, wanted
+            grad_t, x_t, weight, None, None, means[t], deviations[t], True, eps, wanted
         )
         steps.append(dx if by_torch or dx is None else out[t].copy_(dx))
         sums.append(others)
@@ -115,7 +114,7 @@ def _gradients(ctx: Any, grads: Sequence[Any]) -> Sequence[Tensor | None]:
         torch.stack(column).sum(0) if want else None
         for column, want in zip(zip(*sums, strict=True), wanted[1:], strict=True)
     )
-    return None, dx, dw, db
+    return dx, dw, db
 
 
 _apply = differentiable("_BatchNorm", _forward, _gradients)

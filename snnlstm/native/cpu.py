@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _C
 from ..calls.call import Call, Outputs
-from ..calls.keys import BoundedDict
+from ..calls.entries import BoundedDict
 from ..calls.spec import DTYPES, HALF_TYPES
 from . import lender
 from .plan import (
@@ -183,7 +183,7 @@ class Passes:
         self._threshold: Tensor | None = None
         self._passes: dict[Any, Runner] = {}
 
-    def reason_against(self, training: bool) -> None:
+    def reason_against(self, backward: bool) -> None:
         """Why no call of the plan can run: the CPU's kernels run every call."""
 
     def _pass(self, selection: Any, wanted: Sequence[bool] | None) -> Runner:

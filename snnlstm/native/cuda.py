@@ -70,10 +70,10 @@ class Passes:
             self._cores[backward] = self.backend.core_pass(self.plan, tf32, algorithm, backward)
         return self._cores[backward]
 
-    def reason_against(self, training: bool) -> str | None:
+    def reason_against(self, backward: bool) -> str | None:
         """Why no call of the plan can run; None if they can."""
         reason = self._core(False).reason_against
-        if training and not reason:
+        if backward and not reason:
             reason = self._core(True).reason_against
         return reason or None
 

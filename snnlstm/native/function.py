@@ -30,13 +30,13 @@ from .tensors import check_memory
 
 
 @lender.where_it_fits
-def run_plan(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor, str]:
+def run_plan(plan: Plan, call: Call, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor, str]:
     """Run the native kernels: spk, syn and mem as :func:`snnlstm.reference.run` returns them.
 
     The fourth result is the name of what ran, such as ``"cpu-avx2-winograd4-sparse"``.
     """
     try:
-        if not training:
+        if not needs_grad:
             spk, syn, mem, _, name, *_ = plan.forward(call, False)
         else:
             if call.x.is_inference():  # autograd refuses to save it
@@ -77,45 +77,77 @@ def in_float32(
 # ---- the Function --------------------------------------------------------------------------------
 
 
-def differentiable(name: str, forward: Callable, gradients: Callable) -> Any:
-    """Make an autograd Function called `name`, which runs `forward` and `gradients`.
+_FORGOTTEN = (
+    "(In the second batch of a training this is the first batch's graph, because an SConv2dLSTM or "
+    "a Leaky continues from its stored state, and so from that graph. Call reset_mem() before each "
+    "new sequence, or SConv2dLSTM.detach_hidden() to keep the state without its history. A second "
+    "backward on one loss needs retain_graph=True.)"
+)
 
-    Both take a context first; `gradients` also takes the gradients of all results, and returns
-    those of all arguments. The Function must not be called under a transform of torch.func.
+
+def _beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
+    """Whether the gradients have tangents, are batched or are of a subclass."""
+    for grad in grads:
+        if grad is not None and (type(grad) is not Tensor or is_batch(grad)):
+            return True
+    return forward_level() >= 0 or transforms_are_active()
+
+
+def differentiable(name: str, forward: Callable, gradients: Callable) -> Any:
+    """Make an autograd Function called `name` for the kernels: ``apply(plan, call, *tensors)``.
+
+    The tensors are those that may require a gradient. ``forward(ctx, plan, call, *tensors)``
+    saves what the other one needs, and returns the results, and which of them are constant.
+    ``gradients(ctx, saved, grads, by_torch)`` returns those of the tensors; `by_torch` says that
+    the kernels cannot, because derivatives of the gradients may follow, or because a gradient is
+    no plain tensor. The Function must not be called under a transform of torch.func.
     """
-    hidden = opaque(gradients)
+
+    def run(ctx: Any, plan: Any, call: Any, *tensors: Tensor | None) -> Any:
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        results, constant = forward(ctx, plan, call, *tensors)
+        if constant:
+            ctx.mark_non_differentiable(*constant)
+        return results
+
+    def run_backward(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        try:
+            saved = ctx.saved_tensors  # torch's checkpoint allows only one read of saved tensors
+        except RuntimeError as error:
+            if "a second time" in str(error):  # torch: "Trying to backward through the graph ..."
+                raise RuntimeError(f"{error} {_FORGOTTEN}") from None
+            raise
+        by_torch = torch.is_grad_enabled() or _beyond_kernels(grads)
+        return None, None, *gradients(ctx, saved, grads, by_torch)
+
+    hidden = opaque(run_backward)
 
     def backward(ctx: Any, *grads: Tensor | None) -> Sequence[Tensor | None]:
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         # Compiled autograd traces this function, and must not trace into the kernels.
-        return (hidden if torch.compiler.is_compiling() else gradients)(ctx, grads)
+        return (hidden if torch.compiler.is_compiling() else run_backward)(ctx, grads)
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    methods = {"forward": staticmethod(run), "backward": staticmethod(backward)}
     kind: Any = type(name, (torch.autograd.Function,), methods)
     # This is apply without its search for torch.func's wrappers among all arguments.
     return getattr(super(torch.autograd.Function, kind), "apply", kind.apply)
 
 
-def _forward(
-    ctx: Any, plan: Plan, call: Call, *_tensors: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, str]:
-    """Run the kernels on tensors that may require a gradient; also return the name of what ran."""
+def _forward(ctx: Any, plan: Plan, call: Call, *_: Tensor | None) -> tuple[Any, Any]:
+    """Run the kernels; the results are spk, syn, mem, and the name of what ran."""
     spk, syn, mem, saved, name, selection, packed, copy = plan.forward(call, True)
     # The user may modify a threshold before the backward pass, because snnTorch's graph has none.
     ctx.threshold = threshold = call.threshold
     if threshold is not None:
         ctx.copy = threshold.clone() if copy is None else copy
     ctx.save_for_backward(*call[:5], call.graded, call.lengths, saved)
-    ctx.plan, ctx.record = plan, call.record
-    ctx.selection, ctx.packed = selection, packed
-    ctx.set_materialize_grads(False)
+    ctx.record, ctx.selection, ctx.packed = call.record, selection, packed
     constant = () if plan.passes_gradient else (spk,)
     if not any(ctx.needs_input_grad[2:7]):  # only the threshold wants one
         constant += (syn, mem)[: constant_states(plan.spec, call.sequence)]
-    if constant:
-        ctx.mark_non_differentiable(*constant)
-    return spk, syn, mem, name
+    return (spk, syn, mem, name), constant
 
 
 def constant_states(spec: CellSpec, sequence: bool) -> int:
@@ -123,24 +155,12 @@ def constant_states(spec: CellSpec, sequence: bool) -> int:
     return 2 if spec.reset != "subtract" else 0 if sequence else 1
 
 
-_FORGOTTEN = (
-    "(In the second batch of a training this is the first batch's graph, because an SConv2dLSTM "
-    "continues from its stored state, and so from that graph. Call reset_mem() before each new "
-    "sequence, or SConv2dLSTM.detach_hidden() to keep the state without its history. A second "
-    "backward on one loss needs retain_graph=True.)"
-)
-
-
-def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The gradients of the Function's arguments, the tensors in the order of :class:`Gradients`."""
-    grads = grads[:3]
-    try:
-        everything = ctx.saved_tensors  # torch's checkpoint allows only one read of saved tensors
-    except RuntimeError as error:
-        if "a second time" in str(error):  # torch: "Trying to backward through the graph ..."
-            raise RuntimeError(f"{error} {_FORGOTTEN}") from None
-        raise
+def _gradients(
+    ctx: Any, everything: Sequence[Any], grads: Sequence[Tensor | None], by_torch: bool
+) -> Sequence[Tensor | None]:
+    """The gradients of the tensors, in the order of :class:`Gradients`."""
     *tensors, graded, lengths, saved = everything
+    grads = grads[:3]
     threshold = None if ctx.threshold is None else ctx.copy
     wanted = reached(ctx.needs_input_grad[2:], ctx.plan.spec.reset, grads, ctx.plan.time > 1)
     create_graph = torch.is_grad_enabled()
@@ -153,13 +173,13 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
             )
         threshold = connected(now, then)
     call = Call._make((*tensors, threshold, graded, lengths, ctx.record))
-    if create_graph or beyond_kernels(grads):
-        return None, None, *_by_reference(ctx.plan, call, grads, wanted, create_graph)
+    if by_torch:
+        return _by_reference(ctx.plan, call, grads, wanted, create_graph)
     packed = ctx.packed
     if not keeps_graph():  # no other backward pass follows, so the packed weight can be freed
         ctx.packed = None
     grads = [grad.resolve_neg() if grad is not None and grad.is_neg() else grad for grad in grads]
-    return None, None, *ctx.plan.backward(call, saved, grads, wanted, ctx.selection, packed)
+    return ctx.plan.backward(call, saved, grads, wanted, ctx.selection, packed)
 
 
 _apply = differentiable("_SConv2dLSTM", _forward, _gradients)
@@ -182,14 +202,6 @@ def connected(parameter: Tensor, numbers: Tensor) -> Tensor:
     out = parameter.expand_as(numbers).to(numbers.dtype, copy=True)
     out.data = numbers
     return out
-
-
-def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
-    """Whether the gradients have tangents, are batched or are of a subclass."""
-    for grad in grads:
-        if grad is not None and (type(grad) is not Tensor or is_batch(grad)):
-            return True
-    return forward_level() >= 0 or transforms_are_active()
 
 
 @torch.enable_grad()

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from .. import _C
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, broadcasts
-from ..calls.keys import TORCH_TYPES, BoundedDict, key_of
+from ..calls.entries import TORCH_TYPES, BoundedDict, Entry
 from ..calls.spec import DTYPES, RESETS, LeakySpec
 from . import lender
 from .backends import BACKENDS
-from .function import beyond_kernels, connected, differentiable, reached
+from .function import connected, differentiable, reached
 from .tensors import contiguous_as, laid_out, pointer, real
 
 
@@ -121,9 +121,10 @@ class Plan:
         Whether the core cannot read every tensor as it is.
     """
 
-    def __init__(self, backend: Any, call: LeakyCall, spec: LeakySpec) -> None:
-        x, surrogate, sequence = without_gaps(call.x, spec.sequence), spec.surrogate, spec.sequence
-        self.backend, self.spec, self.name = backend, spec, backend.name()
+    def __init__(self, entry: Entry, call: LeakyCall) -> None:
+        self.backend, self.spec, self.name = entry.backend, entry.spec, entry.backend.name()
+        spec, surrogate, sequence = self.spec, self.spec.surrogate, self.spec.sequence
+        x = without_gaps(call.x, sequence)
         self.types = x.dtype, call.mem.dtype
         how = self.dtype, self.device = real(x.dtype), x.device
         self.whole = x.shape, x.stride(), *how
@@ -180,7 +181,7 @@ class Plan:
             pointer(before),
         )  # fmt: skip
 
-    def forward(self, call: LeakyCall, record: bool, training: bool) -> tuple[Tensor, Tensor, Any]:
+    def forward(self, call: LeakyCall, record: bool, save: bool) -> tuple[Tensor, Tensor, Any]:
         """Run the forward kernels.
 
         Returns
@@ -190,7 +191,7 @@ class Plan:
         mem : Tensor
             mem of each step, or only the last one unless `record`.
         kept : tuple of Tensor, optional
-            beta and threshold for the backward pass, if `training`.
+            beta and threshold for the backward pass, with `save`.
         """
         if self.copies:
             call = self._readable(call)
@@ -199,7 +200,7 @@ class Plan:
         into = x.data_ptr(), spk.data_ptr(), after.data_ptr(), record
         first, second = beta.data_ptr(), threshold.data_ptr()
         self.backend.leaky((*self._fields(first, second, graded, mem), *into), False, self.device)
-        if not training:
+        if not save:
             return spk, after, None
         if not self._on_cpu:
             return spk, after, (beta.data, threshold.data)
@@ -247,22 +248,9 @@ class Plan:
         return x, mem, *sums
 
 
-_plans: BoundedDict[Any, Plan] = BoundedDict()
-
-
-def plan_of(call: LeakyCall, spec: LeakySpec) -> Plan:
-    """Look up or make the plan of a call; layers of equal options share it."""
-    backend, tensors = BACKENDS[call.x.device.type], key_of(call)
-    key = backend, backend.name(), spec, tensors
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plans.keep(key, Plan(backend, call, spec))
-    return plan
-
-
 @lender.where_it_fits
-def run_plan(plan: Plan, call: LeakyCall, training: bool) -> tuple[Tensor, Tensor, str]:
-    """Run the kernels; return spk and mem of each step, and the name of what ran.
+def run_plan(plan: Plan, call: LeakyCall, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """Run the kernels; return spk and mem of each step.
 
     mem is the last one alone if a sequence does not record it, and has no gradients.
 
@@ -272,11 +260,11 @@ def run_plan(plan: Plan, call: LeakyCall, training: bool) -> tuple[Tensor, Tenso
         Of x's shape, in float32, or float64 if x is.
     """
     call = plan.fitted(call)
-    if not training:
-        return *plan.forward(call, call.every, False)[:2], plan.name
+    if not needs_grad:
+        return plan.forward(call, call.every, False)[:2]
     if call.mem.is_inference():  # autograd refuses to save it
         call = call._replace(mem=call.mem.clone())
-    return *_apply(plan, call, *call[:4]), plan.name
+    return _apply(plan, call, *call[:4])
 
 
 def _empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -289,35 +277,33 @@ def _empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- the Function --------------------------------------------------------------------------------
 
 
-def _forward(ctx: Any, plan: Plan, call: LeakyCall, *_tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the kernels; the tensors are those that may require a gradient."""
-    spk, after, kept = plan.forward(call, True, True)
+def _forward(ctx: Any, plan: Plan, call: LeakyCall, *_: Tensor) -> tuple[Any, Any]:
+    """Run the kernels; the results are spk and mem."""
+    spk, after, ctx.kept = plan.forward(call, True, True)
     _, _, *others, beta, threshold = ctx.needs_input_grad
     reset = plan.spec.reset
     is_read = beta or threshold or reset == "zero"
     ctx.save_for_backward(call.mem if is_read else None, after, *call[2:5])
-    ctx.kept = plan, kept
-    ctx.set_materialize_grads(False)
     constant = () if plan.spec.surrogate.kind else (spk,)
     if reset != "subtract" and not (any(others) or beta):
         constant += (after,)  # the threshold affects only spk
-    if constant:
-        ctx.mark_non_differentiable(*constant)
-    return spk, after
+    return (spk, after), constant
 
 
-def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The gradients of the Function's arguments: plan, call, x, mem, beta and threshold."""
-    before, after, *parameters = ctx.saved_tensors
-    plan, kept = ctx.kept
+def _gradients(
+    ctx: Any, saved: Sequence[Any], grads: Sequence[Tensor | None], by_torch: bool
+) -> Sequence[Tensor | None]:
+    """The gradients of x, mem, beta and threshold."""
+    before, after, *parameters = saved
+    plan, kept = ctx.plan, ctx.kept
     wanted = reached(ctx.needs_input_grad[2:], plan.spec.reset, grads)
     per_neuron: Sequence[Any]
-    if torch.is_grad_enabled() or beyond_kernels(grads):
+    if by_torch:
         numbers = *map(connected, parameters, kept), parameters[2]
         per_neuron = _by_formula(plan.spec, before, after, numbers, grads, wanted)
     else:
         per_neuron = plan.backward(before, after, kept, parameters[2], grads, wanted)
-    return None, None, *argument_gradients(per_neuron, parameters, plan.types, wanted)
+    return argument_gradients(per_neuron, parameters, plan.types, wanted)
 
 
 _apply = differentiable("_Leaky", _forward, _gradients)

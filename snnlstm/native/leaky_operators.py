@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls.call import LeakyCall, may_require_grad
-from ..calls.keys import TORCH_TYPES
+from ..calls.call import LeakyCall
+from ..calls.entries import TORCH_TYPES, Entry, entry_of
 from ..calls.spec import FINITE, LeakySpec
-from ..compat.torch_private import guard_of
 from ..reference import leaky_step, real_dtype
-from . import cpu
+from .backends import backend_of
 from .function import reached
-from .leaky import argument_gradients, plan_of, reason_against, run_plan, without_gaps
+from .leaky import Plan, argument_gradients, reason_against, run_plan, without_gaps
 from .tensors import real
 
 NAMESPACE = "snnlstm"
@@ -66,23 +65,19 @@ def leaky_in_graph() -> Callable[..., Any]:
     The kernels run it if they can, without torch's dispatcher. A guard recognises a call like the
     last one.
     """
-    last: tuple[Any, Any, Any] = None, None, None  # a plan, the guard of its tensors, other facts
+    last: Any = None  # the entry of the last call
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor]:
         nonlocal last
-        x, *others, text, sequence, every = arguments
-        static = text, sequence, every, x.device.type == "cpu" and cpu.isa
-        plan, guard, known = last
-        if static == known and guard is not None and guard.check(x, *others):
-            call = LeakyCall._make((x, *others, every, None, False))
-        else:
-            call, spec = _call_of(arguments)
+        x, mem, beta, threshold, graded, _, sequence, every = arguments
+        call = LeakyCall(x, mem, beta, threshold, graded, every)
+        if last is None or not last.serves(call, *backend_of(x.device.type, "auto"), None):
+            spec = _spec_of(arguments)
             of_torch = TORCH_TYPES.issuperset(map(type, call[:5]))
             if not of_torch or reason_against(call, spec.sequence):
                 return _formula(*arguments)
-            plan = plan_of(call, spec)
-            last = plan, guard_of(call[:5]), static
-        spk, after, _ = run_plan(plan, call, may_require_grad(call[:5]))
+            last = _entry_of(call, spec)
+        spk, after = run_plan(last.planned(Plan, call), call, last.needs_grad)
         # A copy, because a state that is a view could not be detached in place.
         is_view = sequence and not every and after.dim() == x.dim()
         return spk, after[-1].clone() if is_view else after
@@ -90,11 +85,12 @@ def leaky_in_graph() -> Callable[..., Any]:
     return run
 
 
-def _call_of(arguments: Sequence[Any]) -> tuple[LeakyCall, LeakySpec]:
-    """The call and the spec of an operator's arguments."""
-    x, mem, beta, threshold, graded, text, sequence, every = arguments
-    call = LeakyCall(x, mem, beta, threshold, graded, every)
-    return call, LeakySpec.from_text(text, sequence)
+def _spec_of(arguments: Sequence[Any]) -> LeakySpec:
+    return LeakySpec.from_text(*arguments[5:7])
+
+
+def _entry_of(call: LeakyCall, spec: LeakySpec) -> Entry:
+    return entry_of(call, spec, *backend_of(call.x.device.type, "auto"), None)
 
 
 # ---- the operator that other compilers call ------------------------------------------------------
@@ -103,11 +99,12 @@ def _call_of(arguments: Sequence[Any]) -> tuple[LeakyCall, LeakySpec]:
 @torch.library.custom_op(f"{NAMESPACE}::leaky_kernels", mutates_args=(), schema=_SCHEMA)
 def kernels_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     """What ``snnlstm::leaky`` computes, by the kernels."""
-    call, spec = _call_of(arguments)
+    call = LeakyCall._make((*arguments[:5], arguments[7], None, False))
+    spec = _spec_of(arguments)
     reason = reason_against(call, spec.sequence)
     if reason is not None:
         raise ValueError(f"the kernels cannot run this Leaky: {reason}")
-    return run_plan(plan_of(call, spec), call, False)[:2]
+    return run_plan(_entry_of(call, spec).planned(Plan, call), call, False)
 
 
 @kernels_operator.register_fake
@@ -134,7 +131,8 @@ def _backward_operator(*arguments: Any) -> Sequence[Tensor]:
     if before is None:
         before = torch.zeros_like(after[0] if sequence else after)
     x = after if types[0] is after.dtype else torch.empty_like(after, dtype=types[0])
-    plan = plan_of(LeakyCall(x, before, *parameters), LeakySpec.from_text(text, sequence))
+    call = LeakyCall(x, before, *parameters)
+    plan = _entry_of(call, LeakySpec.from_text(text, sequence)).planned(Plan, call)
     *kept, graded = plan.numbers(parameters)
     grads = plan.backward(before, after, kept, graded, (grad_spk, grad_mem), wanted)
     return _gradient_outputs(grads, after, parameters, types, wanted)

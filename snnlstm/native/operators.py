@@ -18,14 +18,14 @@ from torch import Tensor
 
 from .. import _C
 from ..calls.call import Call, autocast_dtype, may_require_grad, state_shape, weight_tensor
+from ..calls.entries import Entry, entry_of
 from ..calls.lengths import recorded_states
 from ..calls.spec import HALF_TYPES, CellSpec
-from ..compat.torch_private import guard_of
 from . import leaky_operators, lender, pool2d
-from .backends import BACKENDS, operands_of, plan_of
+from .backends import BACKENDS, backend_of
 from .function import constant_states, in_float32, reached, run_plan
 from .leaky_operators import NAMESPACE, OPERATORS
-from .plan import Gradients, Plan, SavedLayout, Sizes, empty_gradients, gradient_memory
+from .plan import Gradients, Plan, SavedLayout, Sizes, empty_gradients, gradient_memory, operands_of
 from .tensors import empty_like_images, restored
 
 _CALL = (
@@ -65,8 +65,8 @@ def _sizes(call: Call, text: str) -> Sizes:
     return Sizes(call, *_traced_spec(text))
 
 
-def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[Plan, Call]:
-    """The plan of an operator's call, and the call in the dtype of its text.
+def _entry_of(fields: Sequence[Any], text: str, algorithm: str) -> tuple[Entry, Call]:
+    """The entry of an operator's call, and the call in the dtype of its text.
 
     Hooks on the tensors that a compiled graph saves may have changed some dtypes.
     """
@@ -78,8 +78,7 @@ def _planned(fields: Sequence[Any], text: str, algorithm: str) -> tuple[Plan, Ca
         call = call._replace(lengths=lengths.contiguous())
     spec, operands = _spec(text)
     _check_fit(call, spec)
-    backend = BACKENDS[call.x.device.type]
-    return plan_of(call, spec, operands, backend, backend.settings(algorithm)), call
+    return entry_of(call, spec, *backend_of(call.x.device.type, algorithm), operands), call
 
 
 def _check_fit(call: Call, spec: CellSpec) -> None:
@@ -113,8 +112,8 @@ def _check_fit(call: Call, spec: CellSpec) -> None:
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Run a plan's forward pass; also return what is saved for the backward pass."""
     text, algorithm, training = arguments[_FIELDS:]
-    plan, call = _planned(arguments[:_FIELDS], text, algorithm)
-    r, x = plan.forward(call, training), call.x
+    entry, call = _entry_of(arguments[:_FIELDS], text, algorithm)
+    r, x = entry.planned(Plan, call).forward(call, training), call.x
     saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved  # not in inference
     # A graph of CUDA operators must have no tensor on the CPU.
     selection = torch.tensor(r.selection, dtype=torch.int64).to(x.device)
@@ -140,7 +139,8 @@ def _(*arguments):
 )  # fmt: skip
 def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     text, algorithm, saved, selection, *grads, wanted = arguments[_FIELDS:]
-    plan, call = _planned(arguments[:_FIELDS], text, algorithm)
+    entry, call = _entry_of(arguments[:_FIELDS], text, algorithm)
+    plan = entry.planned(Plan, call)
     spk, state = plan.outputs()
     for grad, shape in zip(grads, (spk, state, state), strict=True):
         if grad is not None and grad.shape != shape:
@@ -225,22 +225,18 @@ def cell_in_graph() -> Callable[..., Any]:
     What is saved for the backward pass lies in torch's graph. A guard recognises a call like the
     last one, as in a cell: to find the plan takes longer than all the rest.
     """
-    last: tuple[Any, Any, Any] = None, None, None  # a plan, the guard of its tensors, other facts
+    last: Any = None  # the entry of the last call
 
     def run(*arguments: Any) -> tuple[Any, ...]:
         nonlocal last
         *fields, text, algorithm, training = arguments
-        tensors = [tensor for tensor in fields[:-1] if tensor is not None]
-        settings = BACKENDS[tensors[0].device.type].settings(algorithm)
-        static = text, settings, fields[-1], len(tensors)
-        plan, guard, known = last
-        if static == known and guard is not None and guard.check(*tensors):
-            call = Call._make(fields)
-        else:
-            plan, call = _planned(fields, text, algorithm)
+        entry, call = last, Call._make(fields)
+        known = backend_of(call.x.device.type, algorithm)
+        if entry is None or not entry.serves(call, *known, entry.autocast):
+            entry, call = _entry_of(fields, text, algorithm)
             if all(map(operator.is_, call, fields)):  # nothing had to be converted
-                last = plan, guard_of(tensors), static
-        spk, syn, mem, _ = run_plan(plan, call, training)
+                last = entry
+        spk, syn, mem, _ = run_plan(entry.planned(Plan, call), call, training)
         return spk, syn, mem, None, None
 
     return run

@@ -6,6 +6,7 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..calls.call import Call, Outputs
+from ..calls.entries import Entry
 from ..calls.spec import DTYPES, POOLS, RESETS, CellSpec
 from ..compat.torch_private import guard_of
 from . import lender
@@ -120,6 +122,12 @@ class BackwardInputs(NamedTuple):
     wanted: Sequence[bool] = ()  # whether each of Gradients is computed
     selection: Sequence[int] = ()  # as in the forward pass's Result
     packed: Any = None  # as in the forward pass's Result; None if it was not kept
+
+
+def operands_of(call: Call, autocast: torch.dtype | None) -> torch.dtype | None:
+    """The convolution's type under autocast, if that is a half type."""
+    narrows = call.x.dtype == torch.float32 and autocast != torch.float32
+    return autocast if narrows else None
 
 
 class Sizes:
@@ -235,17 +243,13 @@ class Plan(Sizes):
     passes : Passes
         The device's part (:mod:`~snnlstm.native.cpu`, :mod:`~snnlstm.native.cuda`): it makes the
         passes, and chooses and runs one for each call.
+    reason : str or None
+        Why the kernels cannot run the calls.
     """
 
-    def __init__(
-        self,
-        backend: CommonBackend,
-        call: Call,
-        spec: CellSpec,
-        operands: torch.dtype | None,
-        settings: Settings,
-    ) -> None:
-        super().__init__(call, spec, operands)
+    def __init__(self, entry: Entry, call: Call) -> None:
+        spec, backend = replace(entry.spec, checkpoint=False), entry.backend
+        super().__init__(call, spec, operands_of(call, entry.autocast))
         self.backend = backend
         spk, state = self.outputs()
         self.spk_memory, self.state_memory = (
@@ -262,8 +266,8 @@ class Plan(Sizes):
         self.x_strides, self.syn_strides, self.mem_strides, *results = map(with_time, strides)
         self.spk_strides, self.out_strides = results
         self._saved_shapes = [tuple(tensor.shape) for tensor in call[:3]]
-        # They recognise the tensors that earlier calls have saved, by their requires_grad.
-        self._guards: dict[tuple[bool, ...], Any] = {}
+        # It recognises the tensors of a backward pass that were saved as those of an earlier one.
+        self._guard: Any = None
         self.gradient_memory = gradient_memory(call.x, self)
         self.largest_gradient = self._largest(*self.gradient_memory)
         self._gradient_strides = [with_time(strides) for _, strides in self.gradient_memory[:3]]
@@ -272,7 +276,8 @@ class Plan(Sizes):
         self.has_numbers = has_numbers(call)
         self.has_spk = spec.spiking or self.sequence
         self.passes_gradient = spec.passes_gradient(self.sequence)
-        self.passes = backend.passes(self, settings)
+        self.passes = backend.passes(self, entry.settings)
+        self.reason = self.passes.reason_against(entry.needs_grad)
 
     def _largest(self, *memory: tuple[Any, Any]) -> int:
         """Bytes of the largest tensor of these shapes."""
@@ -321,33 +326,33 @@ class Plan(Sizes):
         if call.lengths is not None:
             lengths = restored(call.lengths, (self.n,), torch.int64, self.device)
             call = call._replace(lengths=lengths.contiguous())
-        x, syn, mem = tensors = call[:3]
-        wanting = x.requires_grad, syn.requires_grad, mem.requires_grad
-        guard = self._guards.get(wanting)
-        if guard is not None and guard.check(*tensors, saved):
+        x, syn, mem, _, *numbers = call[:7]
+        guarded = saved, x, syn, mem, *(t for t in numbers if t is not None)
+        if self._guard is not None and self._guard.check(*guarded):
             x_at, syn_at, mem_at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
             if x_at and syn_at and mem_at and saved.data_ptr() % ALIGNMENT == 0:
                 at = (x_at, self.x_strides), (syn_at, self.syn_strides), (mem_at, self.mem_strides)
                 return call, saved, at
         block = self.restored_block(saved, self.saved.bytes)
-        x, syn, mem = states = [
+        states = [
             restored(tensor, shape, self.dtype, self.device)
-            for tensor, shape in zip(tensors, self._saved_shapes, strict=True)
+            for tensor, shape in zip(call[:3], self._saved_shapes, strict=True)
         ]
-        views = strided(x, syn, mem)
+        views = strided(*states)
+        readable = with_numbers(Call._make((*states, *call[3:])))
         strides = [self.x_strides, self.syn_strides, self.mem_strides]
-        is_kept = all(map(operator.is_, (*states, block), (*tensors, saved)))
-        if guard is None and is_kept and strides == [view and view[1] for view in views]:
-            self._guards[wanting] = guard_of((*tensors, saved))
-        return call._replace(x=x, syn=syn, mem=mem), block, views
+        is_kept = all(map(operator.is_, (*readable, block), (*call, saved)))
+        if self._guard is None and is_kept and strides == [view and view[1] for view in views]:
+            self._guard = guard_of(guarded)
+        return readable, block, views
 
     def restored_block(self, saved: Tensor, size: int) -> Tensor:
         """Restore a saved block of `size` bytes, as :meth:`restore` does."""
         block = restored(saved, (size,), torch.uint8, self.device).contiguous()
         return block.clone() if block.data_ptr() % ALIGNMENT else block
 
-    def forward(self, call: Call, training: bool) -> Result:
-        """Run the forward kernels; in training, save what :meth:`backward` needs."""
+    def forward(self, call: Call, save: bool) -> Result:
+        """Run the forward kernels, and `save` what :meth:`backward` needs."""
         if not self.has_numbers:
             call = with_numbers(call)
         x, syn, mem, bias = call.x, call.syn, call.mem, call.bias
@@ -358,7 +363,7 @@ class Plan(Sizes):
             empty, state = empty_of(x, self.largest_result), self.state_memory
             outs = empty(*self.spk_memory), empty(*state), empty(*state)
         saved = None
-        if training:
+        if save:
             size = self.saved.bytes
             lent = size >= lender.SMALLEST and self.device.type == "cpu"
             kind = torch.uint8
@@ -399,7 +404,6 @@ class Plan(Sizes):
         and `packed` are from the forward pass's result; `packed` may be None.
         """
         call, saved, views = self.restore(call, saved)
-        call = with_numbers(call)
         inputs = BackwardInputs(call, views, saved, grads, wanted, selection, packed)
         out = empty_gradients(call.x, self.gradient_memory, wanted, self.largest_gradient)
         fields = self.backward_fields(inputs, out)
@@ -422,7 +426,8 @@ class CommonBackend(ABC):
     passes: ClassVar[Any]
     """The class of its passes, made from a plan and the settings.
 
-    ``reason_against(training)`` says why no call can run, and returns None if all can.
+    ``reason_against(backward)`` says why no call can run, forward or also backward, and returns
+    None if all can.
     ``forward(call, outs, saved, fields)`` fills in spk, syn, mem and what is saved, and
     returns a :class:`Result` from the name on. ``backward(inputs, out, fields)`` fills in and
     returns the gradients, the threshold's with one number per channel. `fields` are those from x

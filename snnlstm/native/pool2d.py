@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from torch import Tensor
 from .. import _C
 from ..calls import algorithms
 from ..calls.call import may_require_grad
-from ..calls.keys import TORCH_TYPES, BoundedDict
+from ..calls.entries import TORCH_TYPES, Entry, entry_of_pool
 from ..calls.spec import DTYPES, POOLS
 from ..compat.torch_private import forward_level, is_tracing, modes, transforms_are_active
 from . import lender
-from .function import beyond_kernels, differentiable
+from .function import differentiable
 from .tensors import laid_out, pointer
 
 
@@ -88,19 +89,10 @@ class Plan:
         If the kernels do not cover such calls.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        pool: str,
-        kernel: Any,
-        stride: Any,
-        padding: Any,
-        ceil_mode: bool,
-        dilation: Any,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
-    ) -> None:
-        n, c, h, w = x.shape
+    def __init__(self, entry: Entry, x: Tensor) -> None:
+        (n, c, h, w), options = x.shape, (*entry.spec, True, None)
+        pool, kernel, stride, padding, ceil_mode, dilation = options[:6]
+        count_include_pad, divisor_override = options[6:8]
         self.kernel, self.padding = _pair(kernel), _pair(padding)
         self.stride = _pair(kernel if stride in (None, ()) else stride)
         self.ceil_mode, self.counts = bool(ceil_mode), bool(count_include_pad)
@@ -135,7 +127,7 @@ class Plan:
     @lender.where_it_fits
     def run(self, x: Tensor) -> Tensor:
         """Pool x; a gradient goes through the kernels, too."""
-        return _apply(self, x) if may_require_grad((x,)) else self.forward(x, None)
+        return _apply(self, None, x) if may_require_grad((x,)) else self.forward(x, None)
 
     def forward(self, x: Tensor, argmax: Tensor | None) -> Tensor:
         """Run the forward kernel; `argmax` gets the index in its window of each maximum."""
@@ -207,44 +199,37 @@ LEAST, LEAST_IN_TRAINING = 1 << 10, 1 << 12
 A call of torch's takes 3 us and some 4 ns a pixel, a call here 6 us, and in training 15 us more.
 """
 _LARGEST = 1 << 15  # of a window's sides, so that the core's integers hold an index in it
-_plans: BoundedDict[Any, Plan | None] = BoundedDict()
-_MISSING: Any = object()
 
 
 def _plan_of(x: Tensor, *options: Any) -> Plan | None:
     """Look up or make the plan of a call; None if the kernels do not cover it."""
-    key = x.shape, x.stride(), x.dtype, options
     try:
-        plan = _plans.get(key, _MISSING)
+        entry = entry_of_pool(options, x)
     except TypeError:  # an option is a list, or nothing that torch takes
         has_lists = any(isinstance(value, list) for value in options)
         frozen = (tuple(value) if isinstance(value, list) else value for value in options)
         return _plan_of(x, *frozen) if has_lists else None
-    if plan is _MISSING:
-        try:
-            plan = Plan(x, *options)
-        except (TypeError, ValueError):  # torch takes it, or refuses it
-            plan = None
-        plan = _plans.keep(key, plan)
-    return plan
+    if not entry.asked:
+        entry.asked = True
+        with suppress(TypeError, ValueError):  # torch takes it, or refuses it
+            entry.planned(Plan, x)
+    return entry.plan
 
 
 # ---- the Function --------------------------------------------------------------------------------
 
 
-def _forward(ctx: Any, plan: Plan, x: Tensor) -> Tensor:
+def _forward(ctx: Any, plan: Plan, _: None, x: Tensor) -> tuple[Tensor, Any]:
     argmax = lender.empty_result(*plan.argmax_memory) if plan.pool == "max" else None
     ctx.save_for_backward(argmax)
-    ctx.plan = plan
-    ctx.set_materialize_grads(False)
-    return plan.forward(x, argmax)
+    return plan.forward(x, argmax), ()
 
 
-def _gradients(ctx: Any, grads: Sequence[Any]) -> Sequence[Tensor | None]:
-    (argmax,) = ctx.saved_tensors
+def _gradients(
+    ctx: Any, saved: Sequence[Any], grads: Sequence[Any], by_torch: bool
+) -> Sequence[Tensor | None]:
     plan = ctx.plan
-    by_torch = torch.is_grad_enabled() or beyond_kernels(grads)
-    return None, (plan.by_torch if by_torch else plan.backward)(argmax, *grads)
+    return ((plan.by_torch if by_torch else plan.backward)(*saved, *grads),)
 
 
 _apply = differentiable("_Pool2d", _forward, _gradients)

@@ -15,8 +15,8 @@ from ..calls.spec import RESETS, CellSpec, Reset
 from ..compat.registry import alive, clear_registries, register, untraced
 from ..compat.snntorch import Base
 from ..compat.torch_private import exporting
-from ..dispatch.entry import NO_ENTRIES
 from ..dispatch.path import LastPath
+from ..dispatch.run import NO_ENTRIES
 from ..surrogate import is_number
 from .state import NO_RESET, State
 

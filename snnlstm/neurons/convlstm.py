@@ -16,9 +16,9 @@ from ..calls import spec
 from ..calls.call import checked_call, dtype_source, state_tensor
 from ..calls.lengths import CheckedLengths, checked_lengths, held, mask_padding
 from ..calls.spec import Size
-from ..dispatch.entry import NO_ENTRIES, find_entry, kept_entries, run_call, run_traced
 from ..dispatch.path import LastPath, log_fallback, log_once
 from ..dispatch.reasons import EXPORT, asked_every_call, beyond_forward, misfit
+from ..dispatch.run import NO_ENTRIES, find_entry, kept_entries, run_call, run_traced
 from ..reference import Overrides
 
 States = Sequence[Tensor | None]

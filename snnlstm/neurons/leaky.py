@@ -27,9 +27,9 @@ from ..compat.snntorch import (
     recognise_surrogate,
 )
 from ..compat.torch_private import NO_LEVEL, backward_pass, exporting, has_ended, level_of
-from ..dispatch.entry import NO_ENTRIES, find_entry, kept_entries, run_leaky
 from ..dispatch.path import LastPath, Path, log_fallback
 from ..dispatch.reasons import RANDOM, operator_path, recorded_now
+from ..dispatch.run import NO_ENTRIES, find_entry, kept_entries, run_leaky
 from ..reference import leaky_step, real_dtype
 from ..surrogate import NONE, Surrogate
 from .state import NO_RESET, BufferedState, note_pass
@@ -318,7 +318,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         call, spec = self._called(x, None), self._described(sequence)
         entry = find_entry(self._entries, call, spec)
         self.__dict__["_entries"] = kept_entries(self._entries, entry)
-        return entry.fallback is None
+        return entry.reason is None
 
     def _traced(self, x: Tensor, mem: Tensor | None, replaced: str | None) -> Any:
         """Run a step that torch.compile traces: as one operator, or in plain torch."""

@@ -24,9 +24,9 @@ from ..calls.call import (
 from ..calls.lengths import checked_lengths
 from ..calls.spec import CellSpec, Size
 from ..compat.registry import register
-from ..dispatch.entry import Results, find_entry, kept_entries, run_call, run_traced
 from ..dispatch.path import Path, log_fallback
 from ..dispatch.reasons import EXPORT, asked_every_call, is_usual_step, misfit
+from ..dispatch.run import Results, find_entry, kept_entries, run_call, run_traced
 from ..reference import Overrides
 from .attributes import CellAttributes
 from .state import State

@@ -17,13 +17,13 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import snnlstm
-import snnlstm.dispatch.entry
+import snnlstm.dispatch.run
 from benchmarks import peak_memory
 from snnlstm.calls.spec import RESETS
 from tests.autograd.loops import STEPS, both, cells, events, loss_of, unroll, zeros
 from tests.shared import flat
 from tests.shared.cases import PLAIN, Inputs, wanting_gradients
-from tests.shared.cpu_kernels import native, needs_core
+from tests.shared.cpu_kernels import needs_core
 from tests.shared.gradients import KEPT, OUTPUTS, leaves_and_gradients, total
 from tests.shared.helpers import (
     close,
@@ -279,7 +279,7 @@ def test_hooks_on_saved_tensors_come_and_go(kept):
             spk, _, mem = cell(x, *state)
             found.append(torch.autograd.grad(spk.sum() + mem.square().sum(), x)[0])
         if len(found) == 1:
-            native._plans.clear(), snnlstm.dispatch.entry._entries.clear()
+            snnlstm.calls.entries._entries.clear()
             cell._entries = (None, None)
     for grad in found[1:]:
         close(grad, found[0], atol=1e-6)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 import snnlstm
 from snnlstm import Path
-from snnlstm.calls.keys import BoundedDict
+from snnlstm.calls.entries import BoundedDict
 from snnlstm.compat import torch_private
 from snnlstm.dispatch.reasons import against_device
 from snnlstm.native import function
@@ -220,7 +220,6 @@ def test_the_user_may_choose_the_reference_path_where_plans_exist(name, monkeypa
     x = x[..., 0] if name == "signals" else x
     expected = run(x)[-1]
     monkeypatch.setattr(function, "run_plan", None)
-    monkeypatch.setattr(native, "plan_of", None)
     for _ in range(2):
         with snnlstm.algorithm("reference"):
             getattr(run, "reset_mem", lambda: None)()
@@ -359,7 +358,7 @@ def test_a_fake_tensor_mode_computes_no_numbers(make, later):
 
 
 def without_the_core(monkeypatch):
-    for module in (snnlstm.dispatch.reasons, snnlstm.dispatch.entry):
+    for module in (snnlstm.dispatch.reasons, snnlstm.dispatch.run):
         monkeypatch.setattr(module, "backends", None)
 
 
@@ -394,7 +393,7 @@ def hooked_cell():
 def test_a_fallback_is_logged_once(name, monkeypatch, caplog):
     """Tools that print summaries or count operations set hooks on every module."""
     change, make, expected = LOGGED[name]
-    monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
+    monkeypatch.setattr(snnlstm.calls.entries, "_entries", BoundedDict())
     if change is not None:
         change(monkeypatch)
     for cell in [make(), make()] * 3:

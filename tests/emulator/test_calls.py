@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
-from snnlstm.calls.keys import BoundedDict
+from snnlstm.calls import entries
+from snnlstm.calls.entries import BoundedDict
 from snnlstm.native import backends as native
 from snnlstm.native import cuda, operators
 from snnlstm.quant import state_quant
@@ -276,7 +277,7 @@ def test_a_batch_without_steps_keeps_its_states_and_gives_no_gradient(core):
 @pytest.mark.parametrize("training", [False, True])
 def test_a_new_shape_plans_each_pass_once(core, monkeypatch, training):
     """Inference has no backward pass."""
-    monkeypatch.setattr(native, "_plans", BoundedDict())
+    monkeypatch.setattr(entries, "_entries", BoundedDict())
     made, make = [], core.module.CudaPass
 
     def noted(*args, **kwargs):
@@ -316,7 +317,7 @@ def test_fields_are_given_in_the_order_of_the_cores(core, monkeypatch, algorithm
     """Every address is that of the tensor by whose name csrc/args.h calls it."""
     methods = ("run", "pack", "store_levels")
     calls = [watched(monkeypatch, core.module.CudaPass, name) for name in methods]
-    monkeypatch.setattr(native, "_plans", BoundedDict())
+    monkeypatch.setattr(entries, "_entries", BoundedDict())
     case = TRAINED.but(time=1, batch=6, pool="max", pool_size=(2, 2), record=True)
     with core.installed(), noted() as found:
         train(case, case.inputs(), algorithm)

@@ -12,7 +12,7 @@ import torch
 import snnlstm
 from snnlstm import _C, surrogate
 from snnlstm.calls.call import LeakyCall
-from snnlstm.calls.keys import BoundedDict
+from snnlstm.calls.entries import BoundedDict, Entry
 from snnlstm.calls.spec import leaky_spec
 from snnlstm.native import cpu, leaky, lender, pool2d
 from snnlstm.quant import state_quant
@@ -54,8 +54,7 @@ def test_the_cpu_gives_the_fields_in_their_order(monkeypatch):
     monkeypatch.setattr(
         cpu, "longest_first", lambda of: orders.append(longest_first(of)) or orders[-1]
     )
-    for module, table in ((native, "_plans"), (snnlstm.dispatch.entry, "_entries")):
-        monkeypatch.setattr(module, table, BoundedDict())  # plans keep the core's functions
+    monkeypatch.setattr(snnlstm.calls.entries, "_entries", BoundedDict())  # plans keep functions
     cell = snnlstm.SConv2dLSTM(
         4, 8, 3, threshold=torch.rand(8, 1, 1), learn_threshold=True, max_pool=2,
         state_quant=state_quant(2), reset_mechanism="subtract",
@@ -65,7 +64,7 @@ def test_the_cpu_gives_the_fields_in_their_order(monkeypatch):
     with noted() as found, snnlstm.algorithm("winograd"):
         out = cell(x, *states, record=True, lengths=[2, 0, 1])
         sum(o.sum() for o in out).backward()
-    (plan,) = native._plans.values()
+    plan = cell._entries[0].plan
     packed = cpu.packed_weight(cell.conv.weight)
     for pass_number, struct in enumerate(("ForwardArgs", "BackwardArgs")):
         fields = by_name(struct, given[pass_number])
@@ -94,9 +93,10 @@ def test_leaky_gives_the_fields_in_their_order(monkeypatch):
     spike = surrogate.SFS(1, 0.25)
     x = torch.rand(5, 2, 3, 4, requires_grad=True)
     call = LeakyCall(x, mem, beta, threshold, graded)
-    plan = leaky.plan_of(call, leaky_spec("zero", spike, True))
+    settings = native.backend_of("cpu", "auto")
+    plan = leaky.Plan(Entry(leaky_spec("zero", spike, True), *settings), call)
     memory.clear()  # of what the plan has tried
-    spk, after, _ = leaky.run_plan(plan, call, True)
+    spk, after = leaky.run_plan(plan, call, True)
     common = {
         "dtype": 0, "reset": 1, "surrogate": spike.kind, "T": 5, "n": 24,
         "surrogate_p0": spike.p0, "surrogate_p1": spike.p1,

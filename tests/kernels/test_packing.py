@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import snnlstm
-from snnlstm.calls.keys import BoundedDict
+from snnlstm.calls.entries import BoundedDict
 from snnlstm.native import cpu
 from tests.shared.cpu_kernels import ISAS, Kernels, native, needs_core, use
 from tests.shared.helpers import close, in_threads, ours, same

@@ -11,7 +11,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 import snnlstm
-from snnlstm.calls.keys import BoundedDict
+from snnlstm.calls.entries import BoundedDict
 from snnlstm.loops import backend
 from tests.loops.compiled import BACKEND, Calls, merges, numbers
 from tests.loops.networks import Documentation, leaky

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 import snnlstm
-import snnlstm.dispatch.entry
 import snnlstm.dispatch.reasons
-from snnlstm.calls.call import Call, autocast_dtype
+import snnlstm.dispatch.run
+from snnlstm.calls.call import Call
+from snnlstm.calls.entries import autocast_of, entry_of
+from snnlstm.native.plan import Plan
 
 _native = snnlstm.dispatch.reasons.backends
 _last = ""
@@ -29,9 +31,8 @@ def call_of(arguments: Sequence) -> Call:
 def plan_of(arguments: Sequence, algorithm: str) -> Any:
     """Returns the plan of a call of seven tensors and the options."""
     call, spec = call_of(arguments), arguments[-1].spec
-    operands = _native.operands_of(call, autocast_dtype(call.x.device.type))
-    backend = _native.BACKENDS[call.x.device.type]
-    return _native.plan_of(call, spec, operands, backend, backend.settings(algorithm))
+    settings = _native.backend_of(call.x.device.type, algorithm)
+    return entry_of(call, spec, *settings, autocast_of(call.x)).planned(Plan, call)
 
 
 def reference(*arguments) -> Three:
@@ -46,10 +47,10 @@ def run(*arguments) -> Three:
     call, spec = call_of(arguments[:8]), arguments[7].spec
     with snnlstm.algorithm(algorithm):
         if torch.compiler.is_compiling():
-            *out, path = snnlstm.dispatch.entry.run_traced(call, spec, None)
+            *out, path = snnlstm.dispatch.run.run_traced(call, spec, None)
         else:
-            entry = snnlstm.dispatch.entry.find_entry((), call, spec)
-            *out, path = snnlstm.dispatch.entry.run_call(entry, call, None)
+            entry = snnlstm.dispatch.run.find_entry((), call, spec)
+            *out, path = snnlstm.dispatch.run.run_call(entry, call, None)
             assert path.native, path
             _last = path.name
     return tuple(out)

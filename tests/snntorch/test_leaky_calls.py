@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import snnlstm
 from snnlstm import surrogate
+from snnlstm.calls import entries
 from snnlstm.compat import snntorch as compat
-from snnlstm.dispatch import entry
 from tests.shared.helpers import close, long, ours
 from tests.shared.helpers import twins as cells
 from tests.shared.leaky import F64, LEARN, PLAIN, RESETS, currents, eighths, leaky_twins, outcome
@@ -357,7 +357,7 @@ def test_equal_calls_of_equal_layers_need_no_key(monkeypatch: Any) -> None:
 
     calls()
     calls()  # which goes on from a mem
-    monkeypatch.setattr(entry, "key_of", None)
+    monkeypatch.setattr(entries, "key_of", None)
     calls()
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import snnlstm
-import snnlstm.dispatch.entry
+import snnlstm.dispatch.run
 from benchmarks import peak_memory
-from snnlstm.calls.keys import BoundedDict
+from snnlstm.calls.entries import BoundedDict
 from snnlstm.native import lender
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import measures_memory, ours, states, steps
@@ -96,7 +96,7 @@ def test_a_change_after_a_call_is_seen_by_the_next(name, monkeypatch):
         after = outcome(cell, given)
     assert (after != before) == (name in CHANGES)
     assert outcome(cell, GIVEN) == before
-    monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())  # which knows no call
+    monkeypatch.setattr(snnlstm.calls.entries, "_entries", BoundedDict())  # which knows no call
     with changed(fresh, change) as given:
         assert after == outcome(fresh, given)
 

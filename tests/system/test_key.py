@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import snnlstm
-import snnlstm.dispatch.entry
-from snnlstm.calls.keys import BoundedDict
+import snnlstm.dispatch.run
+from snnlstm.calls.entries import BoundedDict
 from snnlstm.compat import torch_private
 from tests.shared.cpu_kernels import native, needs_core
 from tests.shared.helpers import ours, states, steps
@@ -96,7 +96,7 @@ def outcome(cell: Any, given: dict[str, Any]) -> Any:
 def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Takes an item out of the keys of calls; no guard then knows a call."""
     tensor, _, item = name.partition(".")
-    key_of, key = snnlstm.dispatch.entry.key_of, snnlstm.dispatch.entry._key
+    key_of, key = snnlstm.dispatch.run.key_of, snnlstm.dispatch.run._key
 
     def less(call: Any) -> Any:
         items = [*key_of(call)]
@@ -116,14 +116,14 @@ def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         spec, settings = None if name == "spec" else spec, None if name == "algorithm" else settings
         return spec, tensors, backend, settings
 
-    monkeypatch.setattr(snnlstm.dispatch.entry, "guard_of", lambda _: None)
-    monkeypatch.setattr(snnlstm.dispatch.entry, "key_of", less)
-    monkeypatch.setattr(snnlstm.dispatch.entry, "_key", key_less)
+    monkeypatch.setattr(snnlstm.dispatch.run, "guard_of", lambda _: None)
+    monkeypatch.setattr(snnlstm.dispatch.run, "key_of", less)
+    monkeypatch.setattr(snnlstm.dispatch.run, "_key", key_less)
 
 
 def after(first: dict[str, Any], second: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Returns the outcome of a call after another one, in a table that knows nothing else."""
-    monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
+    monkeypatch.setattr(snnlstm.calls.entries, "_entries", BoundedDict())
     cell = ours()
     outcome(cell, first)
     return outcome(cell, second)
@@ -135,7 +135,7 @@ def test_each_item_of_a_key_is_needed(name, monkeypatch):
     monkeypatch.setattr(torch_private, "multiplies_bfloat16", True)
     monkeypatch.setattr(snnlstm.dispatch.reasons, "_AMX_CHANNELS", 2)
     first, second = pair(name)
-    monkeypatch.setattr(snnlstm.dispatch.entry, "_entries", BoundedDict())
+    monkeypatch.setattr(snnlstm.calls.entries, "_entries", BoundedDict())
     expected = outcome(ours(), second)
     assert after(first, second, monkeypatch) == expected
     without(monkeypatch, name)
@@ -163,11 +163,11 @@ def test_each_item_of_a_guard_is_needed(name, monkeypatch):
     first, second = pair(GUARDED[name]) if name != "tensors" else (GIVEN, GIVEN | {"bias": None})
     expected = outcome(ours(), second)
     assert after(first, second, monkeypatch) == expected
-    guarded, place = snnlstm.dispatch.entry._guarded, ITEMS.index(name)
+    guarded, place = snnlstm.dispatch.run._guarded, ITEMS.index(name)
 
     def less(*args: Any) -> tuple[Any, ...]:
         tensors, items = guarded(*args)
         return tensors, (*items[:place], *items[place + 1 :])
 
-    monkeypatch.setattr(snnlstm.dispatch.entry, "_guarded", less)
+    monkeypatch.setattr(snnlstm.dispatch.run, "_guarded", less)
     assert after(first, second, monkeypatch) != expected

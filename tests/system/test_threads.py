@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import snnlstm
-import snnlstm.dispatch.entry
-from snnlstm.calls.keys import BoundedDict
+import snnlstm.dispatch.run
+from snnlstm.calls.entries import BoundedDict
 from tests.shared import flat
 from tests.shared.cases import PLAIN, Case, wanting_gradients
 from tests.shared.cpu_kernels import Kernels, native, needs_core
@@ -149,8 +149,7 @@ def test_the_gil_is_released(direction, monkeypatch):
         time.sleep(0.0005)
 
     monkeypatch.setattr(snnlstm._C.CpuPass, "run", watched)
-    for module, table in ((native, "_plans"), (snnlstm.dispatch.entry, "_entries")):
-        monkeypatch.setattr(module, table, BoundedDict())  # plans keep the core's functions
+    monkeypatch.setattr(snnlstm.calls.entries, "_entries", BoundedDict())  # plans keep functions
     with beside(look):
         sys.setswitchinterval(HANG)  # Python takes the GIL from no thread that does not release it
         limit = time.monotonic() + HANG  # on a busy machine the other thread may miss many calls
