@@ -93,12 +93,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     registers_itself = True  # snnTorch's list has no place for it
     _base: str
     """Name of the method that is ``state_function``."""
-    _text: str = ""
-    """Reset and surrogate for an operator; empty if plain torch must run the layer."""
-    _known: Surrogate | None = None
-    """The surrogate, if traced code may know it."""
-    _numbers: tuple[bool, int] = True, 0
-    """Whether the threshold may be infinite or NaN, and the number of the reset."""
+    _says: Any = None
+    """The :class:`_Description` of the layer, once it has all attributes."""
     _stored_in: int = -1
     """The last backward pass in which mem was stored."""
     _stored: Any = None
@@ -130,30 +126,19 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             self._stored.restarted = False
         super().__setattr__(name, value)
         if name in _DECIDING:
-            self._prepare()
-        elif name in _READ:
-            self._read()
+            self._describe()
+        elif name in _READ and self._says is not None:
+            self._says.read(self)
 
-    def _prepare(self) -> None:
-        """Find out, at once, what code that torch.compile traces must find ready."""
+    def _describe(self) -> _Description | None:
+        """Describe the layer anew, because an attribute that decides was set."""
         attributes = self.__dict__
-        attributes["_specs"], attributes["_text"], attributes["_known"] = None, "", None
         if self._stored is None or self._stored.buffers is not self._buffers:
             attributes["_stored"] = BufferedState(self._buffers, False)
-        if not _DECIDING.issubset(attributes):  # snnTorch's constructor sets one after another
-            return
-        self._read()
-        if type(self.spike_grad) in (Surrogate, FunctionType):
-            self._described()
-
-    def _read(self) -> None:
-        """Read the numbers of tensors that code cannot read while torch.compile traces it."""
-        if torch.compiler.is_compiling() or not _DECIDING.issubset(self.__dict__):
-            return
-        number, threshold = self._parameter("reset_mechanism_val"), self._parameter("threshold")
-        unreadable = number.is_meta or recorded_now() is not None
-        chosen = RESETS.index(self.reset_mechanism) if unreadable else int(number)
-        self.__dict__["_numbers"] = _may_be_infinite(threshold), chosen
+        # snnTorch's constructor sets one attribute after another.
+        ready = _DECIDING.issubset(attributes.keys() | self._modules)
+        attributes["_says"] = _Description(self, self._says) if ready else None
+        return attributes["_says"]
 
     def _note_pass(self) -> None:
         stored = self._stored.__dict__
@@ -161,7 +146,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._read()
+        self._says.read(self)
 
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
@@ -217,7 +202,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without what cannot be copied: mem's graph, snnTorch's closures."""
         state = self.__dict__.copy()
-        for name in ("_specs", "_entries", "_stored_in", "_stored"):
+        for name in ("_says", "_entries", "_stored_in", "_stored"):
             state.pop(name, None)
         for name, recognise in _CLOSURES.items():
             if isinstance(state.get(name), FunctionType):
@@ -228,7 +213,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._prepare()
+        self._describe()
         register(self)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -331,13 +316,14 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             empty = states.restarted
             before = states.empty(self._parameter("threshold")) if empty else states.buffers["mem"]
         call, path = LeakyCall(x, before, *map(self._parameter, LEAKY_PARAMETERS)), None
+        says = self._says
         if (
-            operators is not None and self._text and algorithms.current != "reference"
+            operators is not None and says.text and algorithms.current != "reference"
             and kernels.reason_against(call, False) is None
         ):  # fmt: skip
             path = operator_path()
         if path is not None:
-            text = self._text if self._numbers[0] else self._text + FINITE
+            text = says.text if says.may_be_infinite else says.text + FINITE
             spk, after = operators.leaky(*call[:5], text, False, False)
         else:
             spk, after = self._plain(call, True)
@@ -360,7 +346,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """Run a step in plain torch."""
         reset, delay = snntorch.STATE_FUNCTIONS[self._base], self.reset_delay
         if traced:
-            surrogate, (infinite, number) = self._known, self._numbers
+            says = self._says
+            surrogate, infinite, number = says.surrogate, says.may_be_infinite, says.reset
         else:
             if call.x.layout is torch.strided:  # a mem of another shape would not be read
                 check_dense("mem", call.mem)
@@ -391,29 +378,11 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     # ---- what the layer computes --------------------------------------------------------------
 
     def _described(self, sequence: bool = False) -> LeakySpec:
-        """The spec of a call, made once for each state of the attributes that decide it.
-
-        snnTorch's layer lets users set them at any time. A closure of snnTorch's may also change
-        the numbers that it holds.
-        """
-        asked = self.spike_grad, self._base, self.reset_delay, self.inhibition, self.state_quant
-        kept = self.__dict__.get("_specs")
-        if kept is not None and kept[0] == asked:
-            _, read, numbers, specs = kept
-            if all(map(operator.is_, numbers, read())):
-                return specs[sequence]
-        theirs, attributes = asked[0], self.__dict__
-        kind, ours = kind_of(theirs), NONE if theirs is _BYPASS else recognise_surrogate(theirs)
-        known, read = type(ours) is Surrogate, reader_of(theirs, kind.parameters if kind else ())
-        against = self._option_against(ours)
-        reset = cast(Reset, snntorch.STATE_FUNCTIONS[self._base])
-        specs = [leaky_spec(reset, ours if known else None, one, against) for one in (False, True)]
-        if known or kind is None:  # else the attempt may have failed
-            attributes["_specs"] = asked, read, [*read()], specs
-        written = type(theirs) in (Surrogate, FunctionType)
-        attributes["_text"] = specs[0].serialized if written else ""
-        attributes["_known"] = specs[0].surrogate if written else None
-        return specs[sequence]
+        """The spec of a call."""
+        says = self._says
+        if says is None or not says.holds(self):
+            says = self._describe()
+        return says.specs[sequence]
 
     def _parameter(self, name: str) -> Any:
         """Return a parameter or buffer; nn.Module's search takes a microsecond."""
@@ -437,16 +406,82 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             beta, threshold, graded = map(self._parameter, LEAKY_PARAMETERS)
         return LeakyCall(x, mem, beta, threshold, graded, every)
 
-    def _option_against(self, surrogate: Any) -> str | None:
-        if not self.reset_delay:
-            return "reset_delay is False"
-        if self.inhibition:
-            return "inhibition"
-        if self.state_quant:
-            return "state_quant"
-        if type(surrogate) is not Surrogate:
-            return "the surrogate is not a known one"
-        return RANDOM if surrogate.is_random else None
+
+class _Description:
+    """What the attributes of a layer say; code that torch.compile traces must find it ready.
+
+    Parameters
+    ----------
+    layer : Leaky
+    before : _Description or None
+        The last one, whose numbers of tensors hold while torch.compile traces.
+
+    Attributes
+    ----------
+    specs : list of LeakySpec
+        Of a step and of a sequence.
+    text : str
+        Reset and surrogate for an operator; empty if plain torch must run the layer.
+    surrogate : Surrogate or None
+        If traced code may know it.
+    may_be_infinite : bool
+        Whether the threshold may have infinities or NaN.
+    reset : int
+        The number of the reset mechanism.
+    """
+
+    may_be_infinite, reset = True, 0
+
+    def __init__(self, layer: Leaky, before: _Description | None) -> None:
+        theirs, kind = layer.spike_grad, kind_of(layer.spike_grad)
+        ours: Any = NONE if theirs is _BYPASS else recognise_surrogate(theirs)
+        is_known, against = type(ours) is Surrogate, _option_against(layer, ours)
+        reset = cast(Reset, snntorch.STATE_FUNCTIONS[layer._base])
+        surrogate = ours if is_known else None
+        self.specs = [leaky_spec(reset, surrogate, one, against) for one in (False, True)]
+        is_written = type(theirs) in (Surrogate, FunctionType)
+        self.text = self.specs[0].serialized if is_written else ""
+        self.surrogate = self.specs[0].surrogate if is_written else None
+        self._asked = _asked(layer)
+        self._numbers_now = reader_of(theirs, kind.parameters if kind else ())
+        # If snnTorch's was not recognised, the attempt may have failed.
+        self._numbers = [*self._numbers_now()] if is_known or kind is None else None
+        if before is not None:
+            self.may_be_infinite, self.reset = before.may_be_infinite, before.reset
+        self.read(layer)
+
+    def holds(self, layer: Leaky) -> bool:
+        """Whether all is as it was, also the numbers of a closure, and what was set unseen."""
+        numbers = self._numbers
+        if numbers is None or self._asked != _asked(layer):
+            return False
+        return all(map(operator.is_, numbers, self._numbers_now()))
+
+    def read(self, layer: Leaky) -> None:
+        """Read the numbers of tensors that code cannot read while torch.compile traces it."""
+        if not torch.compiler.is_compiling():
+            number = layer._parameter("reset_mechanism_val")
+            unreadable = number.is_meta or recorded_now() is not None
+            self.reset = RESETS.index(layer.reset_mechanism) if unreadable else int(number)
+            self.may_be_infinite = _may_be_infinite(layer._parameter("threshold"))
+
+
+def _asked(layer: Leaky) -> tuple[Any, ...]:
+    """The attributes that decide."""
+    return layer.spike_grad, layer._base, layer.reset_delay, layer.inhibition, layer.state_quant
+
+
+def _option_against(layer: Leaky, surrogate: Any) -> str | None:
+    """Why the kernels cannot run a layer with these options; None if they can."""
+    if not layer.reset_delay:
+        return "reset_delay is False"
+    if layer.inhibition:
+        return "inhibition"
+    if layer.state_quant:
+        return "state_quant"
+    if type(surrogate) is not Surrogate:
+        return "the surrogate is not a known one"
+    return RANDOM if surrogate.is_random else None
 
 
 def _explain(x: Tensor, mem: Tensor) -> None:
