@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .calls.call import batch_before_time, stateless_call
+from .calls.entries import find_entry
 from .calls.spec import Size
 from .dispatch.reasons import recorded_now
-from .dispatch.run import find_entry, run_call, run_traced
+from .dispatch.run import run_call, run_traced
 
 __all__ = ["sconv2dlstm"]
 

@@ -8,12 +8,14 @@ which the kernels run them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..compat.torch_private import any_autocast, guard_of
+from . import algorithms
 from .call import LeakyCall, autocast_dtype, may_require_grad
 
 K = TypeVar("K")
@@ -39,6 +41,33 @@ class BoundedDict(dict[K, V]):
         if len(self) >= self.max_entries:
             self.clear()
         return self.setdefault(key, value)
+
+
+BACKENDS: dict[str, Any] = {}
+"""The backends of this installation, by device type; :mod:`snnlstm.native.backends` adds them."""
+
+
+class Settings(NamedTuple):
+    """The settings of the process on which plans depend."""
+
+    algorithm: str
+    threads: int = 0
+    """On the CPU."""
+    isa: str = ""
+    """The instruction set, on the CPU."""
+    tf32: bool = False
+    """Whether torch's convolutions may use TF32, on CUDA."""
+
+
+_settings = lru_cache(maxsize=64)(Settings)  # a look-up takes half the time
+
+
+def backend_of(x: Tensor, algorithm: str) -> tuple[Any, Settings]:
+    """The backend of x's device, or None, and the process's settings with this algorithm."""
+    backend = BACKENDS.get(x.device.type)
+    if backend is None:
+        return None, _settings(algorithm)
+    return backend, _settings(algorithm, backend.threads(), backend.isa, backend.tf32)
 
 
 class Entry:
@@ -121,6 +150,34 @@ def _guarded(call: Any) -> tuple[Sequence[Tensor], Any]:
 def autocast_of(x: Tensor) -> torch.dtype | None:
     """The dtype of autocast on x's device; None if autocast is off."""
     return autocast_dtype(x.device.type) if any_autocast() else None
+
+
+NO_ENTRIES: tuple[Entry | None, ...] = (None, None)
+"""The last entries of a layer that was not called."""
+
+
+def find_entry(
+    last: Sequence[Entry | None], call: Any, spec: Any, checked: bool = True, shared: bool = True
+) -> Any:
+    """The entry of a call: one of `last`, the layer's last ones, or the one of its key.
+
+    If the call was not `checked`, None stands for a key that is not in the table. A call with the
+    user's code in it shares no entry.
+    """
+    backend, settings = backend_of(call.x, algorithms.current)
+    autocast = autocast_of(call.x)
+    if not shared:
+        return Entry(spec, backend, settings, autocast)
+    for entry in last:
+        known = entry is not None and entry.spec is spec
+        if known and entry.serves(call, backend, settings, autocast):  # type: ignore[union-attr]
+            return entry
+    return entry_of(call, spec, backend, settings, autocast, checked)
+
+
+def kept_entries(last: Sequence[Entry | None], entry: Entry) -> Sequence[Entry | None]:
+    """A layer's last entries after a call by `entry`: this one, and the one before that differs."""
+    return last if entry is last[0] else (entry, last[0])
 
 
 def entry_of(

@@ -1,4 +1,4 @@
-"""Finds the entry of a call, and runs the call: by the native kernels, or by plain torch."""
+"""Runs a call by its entry: by the native kernels, or by plain torch."""
 
 from __future__ import annotations
 
@@ -11,60 +11,24 @@ from torch import Tensor
 from .. import reference
 from ..calls import algorithms
 from ..calls.call import Call, LeakyCall, check_transforms
-from ..calls.entries import Entry, autocast_of, entry_of
+from ..calls.entries import Entry, entry_of, find_entry, kept_entries
 from ..calls.spec import HALF_TYPES, CellSpec, LeakySpec, are_ours
-from ..native.plan import Settings
+from ..native import lender
 from ..native.tensors import check_memory
 from ..reference import Overrides
 from .checkpoint import in_segments, may_checkpoint
 from .path import Path, native_path
-from .reasons import NATIVE_PATHS, backends, function, leaky, operators, static_reason
-
-NO_ENTRIES: tuple[Entry | None, ...] = (None, None)
-"""The last entries of a layer that was not called."""
+from .reasons import NATIVE_PATHS, function, leaky, operators, static_reason
 
 
-def find_entry(
-    last: Sequence[Entry | None],
-    call: Any,
-    spec: Any,
-    overrides: Overrides | None = None,
-    checked: bool = True,
-) -> Any:
-    """The entry of a call: one of `last`, the caller's last ones, or the one of its key.
-
-    If the call was not `checked`, None stands for a key that is not in the table. A call with the
-    user's code in it shares no entry.
-    """
-    x = call.x
-    algorithm, autocast = algorithms.current, autocast_of(x)
-    backend: Any = None
-    if backends is None:
-        settings = Settings(algorithm)
-    else:
-        backend, settings = backends.backend_of(x.device.type, algorithm)
-    if overrides is not None:
-        return _asked(Entry(spec, backend, settings, autocast), call, overrides)
-    for entry in last:
-        known = entry is not None and entry.spec is spec
-        if known and entry.serves(call, backend, settings, autocast):  # type: ignore[union-attr]
-            return entry
-    entry = entry_of(call, spec, backend, settings, autocast, checked)
-    return entry if entry is None or entry.asked else _asked(entry, call)
-
-
-def _asked(entry: Entry, call: Any, overrides: Overrides | None = None) -> Entry:
-    """An entry that knows why plain torch runs its calls, or that the kernels do."""
-    entry.reason = static_reason(call, entry.spec, entry.settings.algorithm, overrides)
-    half_type = entry.reason is None and call.x.dtype in HALF_TYPES
-    entry.in_float32 = half_type and not entry.backend.half_types
-    entry.asked = True
+def asked(entry: Entry, call: Any, overrides: Overrides | None = None) -> Entry:
+    """The entry, which knows why plain torch runs its calls, or that the kernels do."""
+    if not entry.asked:
+        entry.reason = static_reason(call, entry.spec, entry.settings.algorithm, overrides)
+        half_type = entry.reason is None and call.x.dtype in HALF_TYPES
+        entry.in_float32 = half_type and not entry.backend.half_types
+        entry.asked = True
     return entry
-
-
-def kept_entries(last: Sequence[Entry | None], entry: Entry) -> Sequence[Entry | None]:
-    """A layer's last entries after a call by `entry`: this one, and the one before that differs."""
-    return last if entry is last[0] else (entry, last[0])
 
 
 # ---- running ------------------------------------------------------------------------------------
@@ -78,14 +42,19 @@ def run_call(
     entry: Entry, call: Call, now: Path | None, overrides: Overrides | None = None
 ) -> Results:
     """Run a call by its entry; `now` is from :func:`reasons.recorded_now`."""
-    path = now or entry.reason
+    if not entry.asked:
+        asked(entry, call, overrides)
+    path, run = now or entry.reason, _run_by
+    if entry.spec.checkpoint and (entry.needs_grad or overrides) and may_checkpoint():
+        run = _run_in_segments
     try:
-        if entry.spec.checkpoint and (entry.needs_grad or overrides) and may_checkpoint():
-            return _run_in_segments(path, call, entry, overrides)
-        return _run_by(path, call, entry, overrides)
-    except RuntimeError:
+        return run(path, call, entry, overrides)
+    except (MemoryError, RuntimeError) as error:
         check_transforms(call.x, syn=call.syn, mem=call.mem)
-        raise
+        if not lender.may_fit(error):
+            raise
+    lender.empty_cache()  # after the error, whose traceback holds what the call allocated
+    return run(path, call, entry, overrides)
 
 
 def run_leaky(
@@ -98,7 +67,7 @@ def run_leaky(
     if spec.against is not None:  # a look-up would take longer than to ask
         against: Any = now or static_reason(call, spec, algorithms.current, None)
         return None, None, against, last
-    entry = find_entry(last, call, spec)
+    entry = asked(find_entry(last, call, spec), call)
     last = kept_entries(last, entry)
     path = now or entry.reason
     if path is not None:
@@ -154,8 +123,7 @@ def _run_in_segments(
 
 def _similar(entry: Entry, part: Call, spec: CellSpec) -> Entry:
     """The entry of a part of a call, in the settings of the whole one."""
-    found = entry_of(part, spec, entry.backend, entry.settings, entry.autocast)
-    return found if found.asked else _asked(found, part)
+    return asked(entry_of(part, spec, entry.backend, entry.settings, entry.autocast), part)
 
 
 def _is_foreign(spec: CellSpec, overrides: Overrides | None) -> bool:

@@ -5,20 +5,14 @@ from __future__ import annotations
 import torch
 
 from .. import _C
+from ..calls.entries import BACKENDS
 from . import cpu, cuda, cuda_check
-from .plan import CommonBackend, Settings
 
-BACKENDS: dict[str, CommonBackend] = {"cpu": cpu.Backend()}  # by device type
 _NO_CUDA = cuda_check.without_kernels(_C.build_info())
+BACKENDS["cpu"] = cpu.Backend()
 if _NO_CUDA is None:
     BACKENDS["cuda"] = cuda.Backend(_C)
 DEVICES = frozenset(BACKENDS)
-
-
-def backend_of(device: str, algorithm: str) -> tuple[CommonBackend | None, Settings]:
-    """The backend of a device type, or None, and the process's settings with this algorithm."""
-    backend = BACKENDS.get(device)
-    return backend, Settings(algorithm) if backend is None else backend.settings(algorithm)
 
 
 def reason_against_device(device: torch.device, traced: bool) -> str | None:

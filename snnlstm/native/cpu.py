@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .. import _C
 from ..calls.call import Call, Outputs
-from ..calls.entries import BoundedDict
+from ..calls.entries import BoundedDict, Settings
 from ..calls.spec import DTYPES, HALF_TYPES
 from . import lender
 from .plan import (
@@ -21,7 +20,6 @@ from .plan import (
     Fields,
     Gradients,
     Plan,
-    Settings,
     Shapes,
     Sizes,
     make_cell,
@@ -30,9 +28,6 @@ from .tensors import pointer, readable, restored
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/args.h
 
-ONE_THREAD = not _C.openmp_library()
-"""Whether the kernels use one thread, because no OpenMP runtime of torch's was found."""
-
 isa = _C.isa_name()
 
 
@@ -40,7 +35,7 @@ def set_isa(name: str) -> None:
     """Use the kernels of an instruction set that ``_C.isa_names()`` lists, in the whole process."""
     global isa
     _C.set_isa(name)
-    isa = name
+    isa = Backend.isa = name
 
 
 # ---- packed weights ------------------------------------------------------------------------------
@@ -236,20 +231,17 @@ def longest_first(lengths: Tensor) -> Tensor:
     return lengths.argsort(descending=True, stable=True)
 
 
-_settings = lru_cache(maxsize=64)(Settings)  # a look-up takes half the time
-
-
 class Backend(CommonBackend):
     """The CPU backend."""
 
     half_types, passes = False, Passes
+    isa = isa
+    # Where no OpenMP runtime of torch's was found, the kernels use one thread.
+    threads: ClassVar = staticmethod(torch.get_num_threads if _C.openmp_library() else lambda: 1)
 
     def name(self) -> str:
         """Name of the kernels, such as ``"cpu-avx2"``; the name in a call's result says more."""
         return f"cpu-{isa}"
-
-    def settings(self, algorithm: str) -> Settings:
-        return _settings(algorithm, 1 if ONE_THREAD else torch.get_num_threads(), isa)
 
     def saved_shapes(self, s: Sizes) -> Shapes:
         padded = _C.cpu_padded_channels(DTYPES.index(s.dtype), s.c)

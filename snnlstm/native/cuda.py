@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..calls.call import Call, Outputs
+from ..calls.entries import Settings
 from ..compat.torch_private import current_stream, fp32_precision
 from . import cudnn
 from .plan import (
@@ -24,7 +25,6 @@ from .plan import (
     Fields,
     Gradients,
     Plan,
-    Settings,
     Shapes,
     Sizes,
     make_cell,
@@ -177,8 +177,7 @@ class Backend(CommonBackend):
         number = _ALGORITHMS.index(algorithm) if algorithm in _ALGORITHMS else 0
         return self.core.CudaPass(*self._facts(s, tf32), number, backward, lengths=s.has_lengths)
 
-    def settings(self, algorithm: str) -> Settings:
-        return Settings(algorithm, tf32=_tf32_is_allowed())
+    tf32 = property(lambda _: _tf32_is_allowed())
 
     def saved_shapes(self, s: Sizes) -> Shapes:
         padded = self.core.cuda_padded_channels(s.c)

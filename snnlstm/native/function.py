@@ -29,9 +29,10 @@ from .plan import Plan
 from .tensors import check_memory
 
 
-@lender.where_it_fits
 def run_plan(plan: Plan, call: Call, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor, str]:
     """Run the native kernels: spk, syn and mem as :func:`snnlstm.reference.run` returns them.
+
+    A caller that runs out of memory should drop the free blocks of :mod:`~snnlstm.native.lender`.
 
     The fourth result is the name of what ran, such as ``"cpu-avx2-winograd4-sparse"``.
     """
@@ -121,6 +122,7 @@ def differentiable(name: str, forward: Callable, gradients: Callable) -> Any:
         by_torch = torch.is_grad_enabled() or _beyond_kernels(grads)
         return None, None, *gradients(ctx, saved, grads, by_torch)
 
+    gradients = lender.where_it_fits(gradients)
     hidden = opaque(run_backward)
 
     def backward(ctx: Any, *grads: Tensor | None) -> Sequence[Tensor | None]:

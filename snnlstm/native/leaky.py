@@ -18,10 +18,9 @@ from torch import Tensor
 
 from .. import _C
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, broadcasts
-from ..calls.entries import TORCH_TYPES, BoundedDict, Entry
+from ..calls.entries import BACKENDS, TORCH_TYPES, BoundedDict, Entry
 from ..calls.spec import DTYPES, RESETS, LeakySpec
 from . import lender
-from .backends import BACKENDS
 from .function import connected, differentiable, reached
 from .tensors import contiguous_as, laid_out, pointer, real
 
@@ -217,7 +216,6 @@ class Plan:
         self._kept.keep((first, second), (kept, *map(pointer, kept)))
         return spk, after, kept
 
-    @lender.where_it_fits
     def backward(
         self,
         before: Tensor | None,

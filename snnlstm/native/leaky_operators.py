@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ..calls.call import LeakyCall
-from ..calls.entries import TORCH_TYPES, Entry, entry_of
+from ..calls.entries import TORCH_TYPES, Entry, backend_of, entry_of
 from ..calls.spec import FINITE, LeakySpec
 from ..reference import leaky_step, real_dtype
-from .backends import backend_of
 from .function import reached
 from .leaky import Plan, argument_gradients, reason_against, run_plan, without_gaps
 from .tensors import real
@@ -71,7 +70,7 @@ def leaky_in_graph() -> Callable[..., Any]:
         nonlocal last
         x, mem, beta, threshold, graded, _, sequence, every = arguments
         call = LeakyCall(x, mem, beta, threshold, graded, every)
-        if last is None or not last.serves(call, *backend_of(x.device.type, "auto"), None):
+        if last is None or not last.serves(call, *backend_of(x, "auto"), None):
             spec = _spec_of(arguments)
             of_torch = TORCH_TYPES.issuperset(map(type, call[:5]))
             if not of_torch or reason_against(call, spec.sequence):
@@ -90,7 +89,7 @@ def _spec_of(arguments: Sequence[Any]) -> LeakySpec:
 
 
 def _entry_of(call: LeakyCall, spec: LeakySpec) -> Entry:
-    return entry_of(call, spec, *backend_of(call.x.device.type, "auto"), None)
+    return entry_of(call, spec, *backend_of(call.x, "auto"), None)
 
 
 # ---- the operator that other compilers call ------------------------------------------------------

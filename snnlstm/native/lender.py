@@ -137,6 +137,12 @@ def let_go(memory: Tensor) -> None:
         _drop_oldest()
 
 
+def may_fit(error: Exception) -> bool:
+    """Whether a function that raised an error may find memory once the free blocks are dropped."""
+    is_torchs = isinstance(error, RuntimeError)
+    return free_bytes() > 0 and (not is_torchs or "DefaultCPUAllocator" in str(error))
+
+
 def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
     """Let a function that runs out of memory drop the free blocks and try again."""
 
@@ -145,8 +151,7 @@ def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
-            is_torchs = isinstance(error, RuntimeError)
-            if free_bytes() == 0 or (is_torchs and "DefaultCPUAllocator" not in str(error)):
+            if not may_fit(error):
                 raise
         empty_cache()  # after the error, whose traceback holds what the function allocated
         return function(*args, **kwargs)

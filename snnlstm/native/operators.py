@@ -18,11 +18,10 @@ from torch import Tensor
 
 from .. import _C
 from ..calls.call import Call, autocast_dtype, may_require_grad, state_shape, weight_tensor
-from ..calls.entries import Entry, entry_of
+from ..calls.entries import BACKENDS, Entry, backend_of, entry_of
 from ..calls.lengths import recorded_states
 from ..calls.spec import HALF_TYPES, CellSpec
 from . import leaky_operators, lender, pool2d
-from .backends import BACKENDS, backend_of
 from .function import constant_states, in_float32, reached, run_plan
 from .leaky_operators import NAMESPACE, OPERATORS
 from .plan import Gradients, Plan, SavedLayout, Sizes, empty_gradients, gradient_memory, operands_of
@@ -78,7 +77,7 @@ def _entry_of(fields: Sequence[Any], text: str, algorithm: str) -> tuple[Entry, 
         call = call._replace(lengths=lengths.contiguous())
     spec, operands = _spec(text)
     _check_fit(call, spec)
-    return entry_of(call, spec, *backend_of(call.x.device.type, algorithm), operands), call
+    return entry_of(call, spec, *backend_of(call.x, algorithm), operands), call
 
 
 def _check_fit(call: Call, spec: CellSpec) -> None:
@@ -108,12 +107,12 @@ def _check_fit(call: Call, spec: CellSpec) -> None:
     f"{NAMESPACE}::forward", mutates_args=(),
     schema=f"({_CALL}, bool training) -> ({', '.join(['Tensor'] * 5)})",
 )  # fmt: skip
-@lender.where_it_fits
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Run a plan's forward pass; also return what is saved for the backward pass."""
     text, algorithm, training = arguments[_FIELDS:]
     entry, call = _entry_of(arguments[:_FIELDS], text, algorithm)
-    r, x = entry.planned(Plan, call).forward(call, training), call.x
+    run = lender.where_it_fits(entry.planned(Plan, call).forward)
+    r, x = run(call, training), call.x
     saved = x.new_empty(0, dtype=torch.uint8) if r.saved is None else r.saved  # not in inference
     # A graph of CUDA operators must have no tensor on the CPU.
     selection = torch.tensor(r.selection, dtype=torch.int64).to(x.device)
@@ -146,7 +145,8 @@ def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
         if grad is not None and grad.shape != shape:
             raise ValueError(f"a gradient must have shape {shape}, got {tuple(grad.shape)}")
     grads = [None if grad is None else grad.resolve_neg().to(call.x.dtype) for grad in grads]
-    out = plan.backward(call, saved, grads, wanted, selection.tolist(), None)
+    run = lender.where_it_fits(plan.backward)
+    out = run(call, saved, grads, wanted, selection.tolist(), None)
     return _gradient_outputs(call.x, out)
 
 
@@ -219,6 +219,9 @@ def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Te
     return spk, new_syn, new_mem, None
 
 
+_run_plan = lender.where_it_fits(run_plan)
+
+
 def cell_in_graph() -> Callable[..., Any]:
     """Make the function that runs one call of ``snnlstm::forward`` in a graph.
 
@@ -231,12 +234,12 @@ def cell_in_graph() -> Callable[..., Any]:
         nonlocal last
         *fields, text, algorithm, training = arguments
         entry, call = last, Call._make(fields)
-        known = backend_of(call.x.device.type, algorithm)
+        known = backend_of(call.x, algorithm)
         if entry is None or not entry.serves(call, *known, entry.autocast):
             entry, call = _entry_of(fields, text, algorithm)
             if all(map(operator.is_, call, fields)):  # nothing had to be converted
                 last = entry
-        spk, syn, mem, _ = run_plan(entry.planned(Plan, call), call, training)
+        spk, syn, mem, _ = _run_plan(entry.planned(Plan, call), call, training)
         return spk, syn, mem, None, None
 
     return run

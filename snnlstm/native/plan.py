@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -220,18 +220,6 @@ def empty_gradients(
     )
 
 
-class Settings(NamedTuple):
-    """The settings of the process on which plans depend."""
-
-    algorithm: str
-    threads: int = 1
-    """On the CPU."""
-    isa: str = ""
-    """The instruction set, on the CPU."""
-    tf32: bool = False
-    """Whether torch's convolutions may use TF32, on CUDA."""
-
-
 class Plan(Sizes):
     """Both passes of the calls with the same sizes, strides and settings, in any thread.
 
@@ -387,7 +375,6 @@ class Plan(Sizes):
             keep_empty(call, outs[1:], (syn, mem))
         return Result(spk, new_syn, new_mem, saved, *ran)
 
-    @lender.where_it_fits
     def backward(
         self,
         call: Call,
@@ -423,6 +410,11 @@ class CommonBackend(ABC):
     half_types: ClassVar[bool]
     """Whether float16 and bfloat16 run without conversion."""
 
+    # What the backend adds to the settings.
+    threads: ClassVar[Callable[[], int]] = int
+    isa = ""
+    tf32: Any = False
+
     passes: ClassVar[Any]
     """The class of its passes, made from a plan and the settings.
 
@@ -437,10 +429,6 @@ class CommonBackend(ABC):
     @abstractmethod
     def name(self) -> str:
         """Name of the kernels, as a path has it before a call has run."""
-
-    @abstractmethod
-    def settings(self, algorithm: str) -> Settings:
-        """The process's settings that a plan depends on, with the user's algorithm."""
 
     @abstractmethod
     def saved_shapes(self, s: Sizes) -> Shapes:

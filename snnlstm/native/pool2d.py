@@ -135,7 +135,6 @@ class Plan:
         _C.pool_forward((*self.first, x.data_ptr(), y.data_ptr(), pointer(argmax)))
         return y
 
-    @lender.where_it_fits
     def backward(self, argmax: Tensor | None, grad: Tensor) -> Tensor:
         """The gradient of x."""
         grad, argmax = laid_out(grad, *self.y_memory), self._laid_out(argmax)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..calls import spec
 from ..calls.call import check_threshold, values
+from ..calls.entries import NO_ENTRIES
 from ..calls.spec import RESETS, CellSpec, Reset
 from ..compat.registry import alive, clear_registries, register, untraced
 from ..compat.snntorch import Base
 from ..compat.torch_private import exporting
 from ..dispatch.path import LastPath
-from ..dispatch.run import NO_ENTRIES
 from ..surrogate import is_number
 from .state import NO_RESET, State
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..calls import spec
 from ..calls.call import checked_call, dtype_source, state_tensor
+from ..calls.entries import NO_ENTRIES, find_entry, kept_entries
 from ..calls.lengths import CheckedLengths, checked_lengths, held, mask_padding
 from ..calls.spec import Size
 from ..dispatch.path import LastPath, log_fallback, log_once
 from ..dispatch.reasons import EXPORT, asked_every_call, beyond_forward, misfit
-from ..dispatch.run import NO_ENTRIES, find_entry, kept_entries, run_call, run_traced
+from ..dispatch.run import run_call, run_traced
 from ..reference import Overrides
 
 States = Sequence[Tensor | None]
@@ -148,7 +149,7 @@ class ConvLSTMCell(nn.Module):
         if traced:
             every, c, h, path = run_traced(call, self._spec, now, overrides)
         else:
-            entry = find_entry(self._entries, call, self._spec, overrides)
+            entry = find_entry(self._entries, call, self._spec, shared=overrides is None)
             # nn.Module.__setattr__ is slow.
             self.__dict__["_entries"] = kept_entries(self._entries, entry)
             every, c, h, path = run_call(entry, call, now, overrides)

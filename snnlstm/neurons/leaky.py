@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..calls import algorithms
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_transforms, real_tensor
+from ..calls.entries import NO_ENTRIES, find_entry, kept_entries
 from ..calls.lengths import hold_last, last_state, mask_padding
 from ..calls.spec import FINITE, RESETS, LeakySpec, Reset, check_dense, leaky_spec
 from ..compat import snntorch
@@ -29,7 +30,7 @@ from ..compat.snntorch import (
 from ..compat.torch_private import NO_LEVEL, backward_pass, exporting, has_ended, level_of
 from ..dispatch.path import LastPath, Path, log_fallback
 from ..dispatch.reasons import RANDOM, operator_path, recorded_now
-from ..dispatch.run import NO_ENTRIES, find_entry, kept_entries, run_leaky
+from ..dispatch.run import asked, run_leaky
 from ..reference import leaky_step, real_dtype
 from ..surrogate import NONE, Surrogate
 from .state import NO_RESET, BufferedState, note_pass
@@ -301,7 +302,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if snntorch.replaced(self, TheirLeaky) is not None or recorded_now() is not None:
             return False
         call, spec = self._called(x, None), self._described(sequence)
-        entry = find_entry(self._entries, call, spec)
+        entry = asked(find_entry(self._entries, call, spec), call)
         self.__dict__["_entries"] = kept_entries(self._entries, entry)
         return entry.reason is None
 

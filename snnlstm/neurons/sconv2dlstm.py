@@ -21,12 +21,14 @@ from ..calls.call import (
     real_tensor,
     values,
 )
+from ..calls.entries import find_entry, kept_entries
 from ..calls.lengths import checked_lengths
 from ..calls.spec import CellSpec, Size
 from ..compat.registry import register
+from ..compat.torch_private import NO_LEVEL, backward_pass, level_of
 from ..dispatch.path import Path, log_fallback
 from ..dispatch.reasons import EXPORT, asked_every_call, is_usual_step, misfit
-from ..dispatch.run import Results, find_entry, kept_entries, run_call, run_traced
+from ..dispatch.run import Results, run_call, run_traced
 from ..reference import Overrides
 from .attributes import CellAttributes
 from .state import State
@@ -283,7 +285,7 @@ class SConv2dLSTM(CellAttributes):
         if call is None or entry is None:
             call = self._checked(x, syn, mem, record, lengths, spec, False, name)
             overrides = self._with_misfit(overrides, spec)
-            entry = find_entry(self._entries, call, spec, overrides)
+            entry = find_entry(self._entries, call, spec, shared=overrides is None)
         if entry is not self._entries[0]:  # else nothing changes
             self.__dict__["_entries"] = kept_entries(self._entries, entry)
         return self._return(call, run_call(entry, call, now, overrides), now, False)
@@ -320,7 +322,12 @@ class SConv2dLSTM(CellAttributes):
             threshold = self._parameters.get("threshold")
         if syn is None or mem is None:
             state = self._state
-            if not state.is_current(traced):
+            if traced:
+                is_usable = not state.restarted
+            else:
+                is_plain = level_of(state.syn) == level_of(state.mem) == NO_LEVEL
+                is_usable = is_plain and backward_pass() in (-1, state.stored_in)
+            if not is_usable:
                 return None
             syn = state.syn if syn is None else syn
             mem = state.mem if mem is None else mem

@@ -22,11 +22,9 @@ from torch import Tensor
 
 from ..calls.call import check_dense, state_tensor
 from ..compat.torch_private import (
-    NO_LEVEL,
     at_end_of_backward,
     backward_pass,
     has_ended,
-    level_of,
     of_export,
 )
 
@@ -226,12 +224,6 @@ class State(Exportable):
     def readable(self) -> bool:
         """Whether a call may continue from the stored states: they are not another pass's."""
         return backward_pass() in (-1, self.stored_in)
-
-    def is_current(self, traced: bool) -> bool:
-        """Whether the stored states may be read without a closer look."""
-        if traced:
-            return not self.restarted
-        return level_of(self.syn) == level_of(self.mem) == NO_LEVEL and self.readable()
 
     def before(
         self,

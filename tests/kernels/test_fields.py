@@ -12,11 +12,11 @@ import torch
 import snnlstm
 from snnlstm import _C, surrogate
 from snnlstm.calls.call import LeakyCall
-from snnlstm.calls.entries import BoundedDict, Entry
+from snnlstm.calls.entries import BoundedDict, Entry, backend_of
 from snnlstm.calls.spec import leaky_spec
 from snnlstm.native import cpu, leaky, lender, pool2d
 from snnlstm.quant import state_quant
-from tests.shared.cpu_kernels import native, needs_core
+from tests.shared.cpu_kernels import needs_core
 from tests.shared.fields import CSRC, address, by_name, fields_of, noted
 
 pytestmark = needs_core
@@ -93,7 +93,7 @@ def test_leaky_gives_the_fields_in_their_order(monkeypatch):
     spike = surrogate.SFS(1, 0.25)
     x = torch.rand(5, 2, 3, 4, requires_grad=True)
     call = LeakyCall(x, mem, beta, threshold, graded)
-    settings = native.backend_of("cpu", "auto")
+    settings = backend_of(x, "auto")
     plan = leaky.Plan(Entry(leaky_spec("zero", spike, True), *settings), call)
     memory.clear()  # of what the plan has tried
     spk, after = leaky.run_plan(plan, call, True)

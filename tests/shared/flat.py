@@ -10,7 +10,7 @@ import snnlstm
 import snnlstm.dispatch.reasons
 import snnlstm.dispatch.run
 from snnlstm.calls.call import Call
-from snnlstm.calls.entries import autocast_of, entry_of
+from snnlstm.calls.entries import autocast_of, backend_of, entry_of
 from snnlstm.native.plan import Plan
 
 _native = snnlstm.dispatch.reasons.backends
@@ -31,7 +31,7 @@ def call_of(arguments: Sequence) -> Call:
 def plan_of(arguments: Sequence, algorithm: str) -> Any:
     """Returns the plan of a call of seven tensors and the options."""
     call, spec = call_of(arguments), arguments[-1].spec
-    settings = _native.backend_of(call.x.device.type, algorithm)
+    settings = backend_of(call.x, algorithm)
     return entry_of(call, spec, *settings, autocast_of(call.x)).planned(Plan, call)
 
 
@@ -49,7 +49,7 @@ def run(*arguments) -> Three:
         if torch.compiler.is_compiling():
             *out, path = snnlstm.dispatch.run.run_traced(call, spec, None)
         else:
-            entry = snnlstm.dispatch.run.find_entry((), call, spec)
+            entry = snnlstm.calls.entries.find_entry((), call, spec)
             *out, path = snnlstm.dispatch.run.run_call(entry, call, None)
             assert path.native, path
             _last = path.name
