@@ -18,9 +18,9 @@ import pytest
 import snntorch
 import torch
 
+import snnlstm.calls.entries
 import snnlstm.dispatch.path
 import snnlstm.dispatch.reasons
-import snnlstm.dispatch.run
 from tests.shared.cpu_kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
 from tests.shared.helpers import set_seed
 
@@ -73,8 +73,8 @@ class Backend:
         """Within the block, cells on the device run this implementation."""
         if self.name == "reference":
             with pytest.MonkeyPatch.context() as patch:
-                for module in (snnlstm.dispatch.reasons, snnlstm.dispatch.run):
-                    patch.setattr(module, "backends", None)
+                patch.setattr(snnlstm.dispatch.reasons, "backends", None)
+                patch.setattr(snnlstm.calls.entries, "BACKENDS", {})
                 yield
         elif self.name == "emulator":
             from tests.emulator.backend import emulated  # the first import builds the emulator

@@ -69,6 +69,8 @@ class CellSpec:
     padding: tuple[int, int] = field(init=False, repr=False, compare=False)
     """The zero padding on each side that keeps the image size, (height, width)."""
     # Operators of torch.library get all fields as this text, which from_text() parses.
+    geometries: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+    """Of a plain nn.Conv1d or nn.Conv2d: its stride, padding, dilation, groups and padding mode."""
     serialized: str = field(default="", init=False, repr=False, compare=False)
     traceable: bool = field(default=False, init=False, repr=False, compare=False)
     """Whether the kernels run a step without checkpoint and quantiser, as far as options decide."""
@@ -91,7 +93,14 @@ class CellSpec:
 
     def __post_init__(self) -> None:
         (kh, kw), (dh, dw) = self.kernel_size, self.dilation
-        object.__setattr__(self, "padding", (dh * (kh - 1) // 2, dw * (kw - 1) // 2))
+        padding = dh * (kh - 1) // 2, dw * (kw - 1) // 2
+        object.__setattr__(self, "padding", padding)
+        geometries = (
+            ((1,) * dims, pad, self.dilation[-dims:], 1, "zeros")
+            for dims in (1, 2)
+            for pad in (padding[-dims:], "same")
+        )
+        object.__setattr__(self, "geometries", tuple(geometries))
         # A trace of torch.compile may hold symbols, not numbers, so the text is made outside it.
         if are_ours(self.surrogate, self.quant):
             spike, quant = self.surrogate, self.quant

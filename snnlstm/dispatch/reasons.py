@@ -61,11 +61,21 @@ NATIVE_PATHS = {
 
 # A call of a convolution runs these methods of its class, and one of torch's functions.
 _TORCHS = {
-    kind: (kind.__call__, kind.forward, getattr(kind, "_conv_forward", None))
+    kind: (kind.__call__, kind.forward, getattr(kind, "_conv_forward", None), F.conv1d, F.conv2d)
     for kind in (nn.Conv1d, nn.Conv2d)
 }
-_FUNCTIONS = F.conv1d, F.conv2d
-ONES = {1: (1,), 2: (1, 1)}  # a stride of 1, by the dimensions of an image
+
+
+def _is_released(kind: type[nn.Module]) -> bool:
+    """Whether the methods of torch's class, and its functions, are torch's own.
+
+    torch.compile asks once for each call that it traces, and puts no guard on the answer.
+    """
+    inner = getattr(kind, "_conv_forward", None)
+    return (kind.__call__, kind.forward, inner, F.conv1d, F.conv2d) == _TORCHS[kind]
+
+
+_is_released._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 RANDOM = "spike_grad draws random numbers"
@@ -90,41 +100,33 @@ def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> str | 
     return REPLACED if "forward" in attributes else None
 
 
-def reason_against_conv(
-    conv: nn.Module,
-    kind: type[nn.Conv1d | nn.Conv2d],
-    spec: CellSpec,
-) -> str | None:
-    """Why the kernels cannot stand in for a call of the cell's `conv`; None if they can.
+def _is_plain(conv: Any, kind: type[nn.Conv1d | nn.Conv2d], spec: CellSpec) -> bool:
+    """Whether the kernels can stand in for a call of the cell's `conv`.
 
     They can if `conv` is a plain `kind` with the geometry of `spec`, neither replaced nor hooked:
     only then does a call of it merely convolve with its weight.
     """
     if type(conv) is not kind:
+        return False
+    own = conv.__dict__
+    geometry = own["stride"], own["padding"], own["dilation"], own["groups"], own["padding_mode"]
+    return (
+        geometry in spec.geometries
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+        and not (own["_backward_hooks"] or own["_backward_pre_hooks"] or "_conv_forward" in own)
+        and not global_hooks() and _is_released(kind)
+    )  # fmt: skip
+
+
+def _reason_against_conv(conv: nn.Module, kind: type[nn.Conv1d | nn.Conv2d]) -> str:
+    """Why `conv` is not plain, as :func:`_is_plain` says."""
+    if type(conv) is not kind:
         return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
-    attributes, released = conv.__dict__, _TORCHS[kind]
     reason = beyond_forward(conv)
     if reason is not None and reason is not REPLACED:
         return CONV_HOOKS if reason is HOOKS else reason
-    if (
-        reason is REPLACED
-        or "_conv_forward" in attributes
-        or kind.__call__ is not released[0]
-        or kind.forward is not released[1]
-        or getattr(kind, "_conv_forward", None) is not released[2]
-        or (F.conv1d, F.conv2d) != _FUNCTIONS
-    ):
-        return f"conv.{REPLACED}"
-    dims, padding = len(attributes["stride"]), attributes["padding"]
-    if (
-        attributes["stride"] != ONES[dims]
-        or padding not in (spec.padding[-dims:], "same")
-        or attributes["dilation"] != spec.dilation[-dims:]
-        or attributes["groups"] != 1
-        or attributes["padding_mode"] != "zeros"
-    ):
-        return _MISFIT
-    return None
+    replaced = reason is REPLACED or "_conv_forward" in conv.__dict__ or not _is_released(kind)
+    return f"conv.{REPLACED}" if replaced else _MISFIT
 
 
 _operator_paths: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
@@ -165,20 +167,20 @@ operator_path._dynamo_marked_constant = True  # type: ignore[attr-defined]
 recorded_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def is_usual_step(call: Any, spec: CellSpec) -> bool:
+def is_usual_step(given: Any, spec: CellSpec) -> bool:
     """Whether the operator takes these tensors as they are, while torch.compile traces.
 
     The compiler takes some 0.04 ms for each bytecode. So this function asks little in few of them,
     and leaves the errors of tensors that do not fit to the operator's fake kernel. It raises an
     AttributeError for what is no tensor.
     """
-    x, syn, mem, weight, bias, threshold, graded, _, _ = call
+    x, syn, mem, weight, bias, threshold, graded, _, _ = given
     device, dtype, size = x.device, x.dtype, x.shape
     return (
         spec.traceable and len(size) == 4 and 0 not in size and device.type in NATIVE_PATHS
         and dtype in (torch.float32, torch.float64) and not any_autocast()
         and algorithms.current != "reference" and (bias is None or bias.dtype == dtype)
-        and dtype == syn.dtype == mem.dtype == weight.dtype == threshold.dtype == graded.dtype
+        and {syn.dtype, mem.dtype, weight.dtype, threshold.dtype, graded.dtype} == {dtype}
         and (size[0], weight.shape[0] // 4, *spec.state_size(*size[2:])) == syn.shape == mem.shape
         and not (threshold.dim() or graded.dim() or graded.requires_grad)
         and threshold.device == graded.device == device
@@ -204,11 +206,12 @@ def asked_every_call(
         If the cell has a stride, which needs a plain conv, and its conv is not plain.
     """
     now = _recorded_traced() if traced else recorded_now()
-    reason = reason_against_conv(conv, kind, spec)
-    if reason is None and fire is None and mem_reset is None:
+    is_plain = _is_plain(conv, kind, spec)
+    if is_plain and fire is None and mem_reset is None:
         return now, None
+    reason = None if is_plain else _reason_against_conv(conv, kind)
     _check_stride(kind, spec, reason)
-    return now, Overrides(None if reason is None else conv, reason, fire, mem_reset)
+    return now, Overrides(None if is_plain else conv, reason, fire, mem_reset)
 
 
 def misfit(

@@ -82,16 +82,12 @@ def run_traced(
     spec: CellSpec,
     now: Path | None,
     overrides: Overrides | None = None,
-    usual: bool = False,
 ) -> Results:
-    """Run a call that torch.compile traces; `usual` is from :func:`reasons.is_usual_step`.
+    """Run a call that torch.compile traces.
 
     A native path's name says which kind of kernels run; the exact ones are known afterwards.
     """
     algorithm = algorithms.current
-    if usual:
-        out = operators.run_tensors(call[:8], False, None, spec.serialized, algorithm)
-        return (*out, NATIVE_PATHS[call.x.device.type])
     path = now or static_reason(call, spec, algorithm, overrides, True)
 
     def traced(part: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,6 +99,12 @@ def run_traced(
     foreign = _is_foreign(spec, overrides)
     out = in_segments(call, traced, foreign, True) if segmented else traced(call)
     return (*out, path or NATIVE_PATHS[call.x.device.type])
+
+
+def run_usual(given: Sequence[Any], spec: CellSpec) -> tuple[Any, Path]:
+    """Run a call that torch.compile traces, if :func:`reasons.is_usual_step` says so."""
+    out = operators.run_tensors(given[:8], False, None, spec.serialized, algorithms.current)
+    return out, NATIVE_PATHS[given[0].device.type]
 
 
 def _run_in_segments(

@@ -28,7 +28,7 @@ from ..compat.registry import register
 from ..compat.torch_private import NO_LEVEL, backward_pass, level_of
 from ..dispatch.path import Path, log_fallback
 from ..dispatch.reasons import EXPORT, asked_every_call, is_usual_step, misfit
-from ..dispatch.run import Results, run_call, run_traced
+from ..dispatch.run import Results, run_call, run_traced, run_usual
 from ..reference import Overrides
 from .attributes import CellAttributes
 from .state import State
@@ -280,7 +280,8 @@ class SConv2dLSTM(CellAttributes):
         now, overrides = self._asked(spec, False)
         call = entry = None
         if overrides is None and now is not EXPORT:
-            call = self._as_it_came(x, syn, mem, record, lengths, False)
+            given = self._as_it_came(x, syn, mem, record, lengths, False)
+            call = given and Call._make(given)
             entry = call and find_entry(self._entries, call, spec, checked=False)
         if call is None or entry is None:
             call = self._checked(x, syn, mem, record, lengths, spec, False, name)
@@ -296,17 +297,23 @@ class SConv2dLSTM(CellAttributes):
         """Run a call that torch.compile traces."""
         now, overrides = self._asked(spec, True)
         if overrides is None and now is None and record is False and lengths is None:
-            call = self._as_it_came(x, syn, mem, False, None, True)
-            if call is not None and is_usual_step(call, spec):
-                return self._return(call, run_traced(call, spec, None, None, True), None, True)
+            given = self._as_it_came(x, syn, mem, False, None, True)
+            if given is not None and is_usual_step(given, spec):
+                out, path = run_usual(given, spec)
+                if self._dims == 1:
+                    out = tuple(map(_as_signal, out))
+                object.__setattr__(self, "_path", path)  # nn.Module's takes long to trace
+                object.__setattr__(self, "spk", out[0])
+                self._state.store(out[1], out[2], True)
+                return out[0] if self.init_hidden and not self.output else out
         call = self._checked(x, syn, mem, record, lengths, spec, True, name)
         overrides = self._with_misfit(overrides, spec)
         return self._return(call, run_traced(call, spec, now, overrides), now, True)
 
     def _as_it_came(
         self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool
-    ) -> Call | None:
-        """Return the call without a check; None if an argument needs a conversion."""
+    ) -> tuple[Any, ...] | None:
+        """Return a :class:`Call`'s items without a check; None if one needs a conversion."""
         if record is not False and record is not True:  # 1.0 and NumPy's True equal True
             return None
         attributes, conv = self.__dict__, self._modules.get("conv")
@@ -343,7 +350,7 @@ class SConv2dLSTM(CellAttributes):
             if self._dims == 1:
                 x, syn, mem, weight = map(as_image, (x, syn, mem, weight))
                 threshold, graded = as_image(threshold), as_image(graded)
-            return Call(x, syn, mem, weight, bias, threshold, graded, lengths, record)
+            return x, syn, mem, weight, bias, threshold, graded, lengths, record
         except (AttributeError, KeyError, RuntimeError):
             return None  # an argument is no tensor or a sparse one, or conv lacks a parameter
 
@@ -448,7 +455,7 @@ class SConv2dLSTM(CellAttributes):
         return reference.reset_signal(mem, self.threshold, spec.surrogate)
 
 
-def _as_signal(image: Tensor, fresh: bool) -> Tensor:
+def _as_signal(image: Tensor, fresh: bool = False) -> Tensor:
     """(..., 1, L) as (..., L), not a view: snnTorch detaches states in place, which views refuse.
 
     `fresh` says that autograd has saved nothing in the tensor's memory.

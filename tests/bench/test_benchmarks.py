@@ -79,6 +79,7 @@ def test_arguments_are_read_before_a_package_is_missed(
 
 def test_the_reference_path_is_not_timed_as_ours(monkeypatch, capsys):
     monkeypatch.setattr(snnlstm.dispatch.reasons, "backends", None)
+    monkeypatch.setattr(snnlstm.calls.entries, "BACKENDS", {})
     with pytest.raises(SystemExit):
         run.main(TINY)
     assert "--device: cpu takes the reference path: the compiled" in capsys.readouterr().err

@@ -358,8 +358,8 @@ def test_a_fake_tensor_mode_computes_no_numbers(make, later):
 
 
 def without_the_core(monkeypatch):
-    for module in (snnlstm.dispatch.reasons, snnlstm.dispatch.run):
-        monkeypatch.setattr(module, "backends", None)
+    monkeypatch.setattr(snnlstm.dispatch.reasons, "backends", None)
+    monkeypatch.setattr(snnlstm.calls.entries, "BACKENDS", {})
 
 
 def on_an_old_gpu(monkeypatch):
