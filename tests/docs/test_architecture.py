@@ -59,7 +59,7 @@ def test_a_backward_pass_goes_the_way_that_the_architecture_tells():
         assert not known or way == told("backward")
 
 
-def test_the_table_of_wings_has_each_file():
+def test_the_table_of_folders_has_each_file():
     page = (ROOT / "docs" / "architecture.md").read_text()
     rows = dict(re.findall(r"(?m)^\| `snnlstm/((?:\w+/)?)` \| (.*) \|$", page))
     files = {path.relative_to(ROOT / "snnlstm") for path in (ROOT / "snnlstm").rglob("*.py")}
@@ -68,8 +68,8 @@ def test_the_table_of_wings_has_each_file():
         folder = "" if len(file.parts) == 1 else f"{file.parent}/"
         if file.name not in ("__init__.py", "version.py"):
             assert f"`{file.name}`" in rows[folder], file
-    wings = Counter(file.parent.name for file in files if file.name != "__init__.py")
-    assert [wing for wing, count in wings.items() if count > 8 and wing != "native"] == []
+    sizes = Counter(file.parent.name for file in files if file.name != "__init__.py")
+    assert [name for name, count in sizes.items() if count > 8 and name != "native"] == []
     lines = {file: (ROOT / "snnlstm" / file).read_text().count("\n") for file in files}
     assert [file for file, count in lines.items() if count > 600] == []
 
