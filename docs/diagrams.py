@@ -291,7 +291,7 @@ def _draw_boxes(picture: Picture, boxes: Boxes) -> None:
 
 def _way(start: Any, end: Any) -> str:
     """Return the way from one box to another."""
-    (x0, y0, w0, lines), (x1, y1, w1, _) = start, end
+    (x0, y0, w0, _), (x1, y1, w1, _) = start, end
     bottom = y0 + (30 if w0 > 156 else 46)
     low, high = max(x0, x1), min(x0 + w0, x1 + w1)
     if y1 < y0:  # a state, handed to the next step
@@ -308,9 +308,9 @@ def draw_loop() -> str:
     before, after = ([node for node in nodes if _is_drawn(node)] for nodes in recorded())
     boxes, last = _boxes_of_steps(before, 32)
     new = _boxes_of_calls(after, last + 76)
-    picture = Picture(
-        "A loop, as it is recorded and as it is written", 38 + max(box[1] for box in new.values())
-    )
+    torch_of = ".".join(torch.__version__.split(".")[:2])
+    height = 38 + max(top for _, top, *_ in new.values())
+    picture = Picture(f"A loop as torch {torch_of} records it, and the new graph", height)
     picture.text("loose", 8, 20, "As torch.compile records it: a call for each of three steps")
     _draw_boxes(picture, boxes)
     picture.text("loose", 8, last + 64, "As the backend writes it: one call for all steps")
@@ -360,7 +360,7 @@ def times() -> dict[str, float]:
     for _ in range(30):
         for part, function in parts.items():
             found[part].append(_each(function))
-        with mock.patch.object(_C.CpuPass, "run", lambda *_: None):
+        with mock.patch.object(_C.CpuPass, "run", _idle):
             found["idle"].append(_each(parts["whole"]))
         with snnlstm.algorithm("reference"):
             found["reference"].append(_each(parts["whole"]))
@@ -370,6 +370,10 @@ def times() -> dict[str, float]:
     out["made"] -= out["run"]
     straight = ("asked", "as it came", "guard", "run", "kept")
     return out | {"arguments": out["whole"] - sum(out[part] for part in straight)}
+
+
+def _idle(*_: Any) -> None:
+    """Take the place of the kernels."""
 
 
 def _each(function: Callable[[], Any], times: int = 500) -> float:
