@@ -17,7 +17,6 @@ from collections.abc import Callable
 from functools import partial
 from html import escape
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -37,18 +36,18 @@ from snnlstm.native import backends  # noqa: E402
 IMAGES = ROOT / "docs" / "images"
 # Of the call that `times` makes, on one thread of a Zen 5 (AVX-512). The kernels take part of run.
 MICROSECONDS = {
-    "arguments": "2",
-    "asked": "2",
-    "as it came": "2",
-    "guard": "4",
-    "checked": "20",
-    "key": "12",
-    "made": "150",
-    "run": "10",
-    "kernels": "4",
-    "reference": "120",
-    "kept": "2",
-    "whole": "22",
+    "arguments": "3.2",
+    "asked": "1.2",
+    "as it came": "1.2",
+    "guard": "1.9",
+    "checked": "16",
+    "key": "4.6",
+    "made": "130",
+    "run": "11",
+    "kernels": "4.5",
+    "reference": "43",
+    "kept": "0.5",
+    "whole": "19",
 }
 
 
@@ -137,7 +136,7 @@ def draw_call() -> str:
     box("plain", x, 8, width, "`cell(x)`", right=time["whole"])
     box("python", x, 64, width, "which arguments came?", right=time["arguments"])
     box("python", x, 120, width, "does torch.compile trace?")
-    box("python", x, 176, width, "does other code take part?", "hooks, replaced methods, exports",
+    box("python", x, 176, width, "other code in the call?", "hooks, replaced methods, exports",
         right=time["asked"])  # fmt: skip
     box("python", x, 256, width, "arguments as they came", "tensors that need no conversion",
         right=time["as it came"])  # fmt: skip
@@ -332,9 +331,10 @@ PICTURES = {"call.svg": draw_call, "loop.svg": draw_loop}
 
 @torch.no_grad()
 def times() -> dict[str, float]:
-    """Return MICROSECONDS of this machine: medians of parts that are called by turns."""
+    """Return MICROSECONDS of this machine: the shortest of many rounds, because others load it."""
     torch.set_num_threads(1)
-    cell, x = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.1), torch.rand(1, 2, 8, 8)
+    cell: Any = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.1)
+    x = torch.rand(1, 2, 8, 8)
     cell(x), cell(x)
     spec, call = cell._spec, cell._as_it_came(x, None, None, False, None, False)
     shared = spec, *entry._backend_of(x)
@@ -357,17 +357,18 @@ def times() -> dict[str, float]:
         "kept": partial(cell._return, call, results, None, False),
     }
     found: dict[str, list[float]] = {part: [] for part in (*parts, "idle", "reference", "made")}
-    for _ in range(30):
+    for _ in range(100):
         for part, function in parts.items():
             found[part].append(_each(function))
         with mock.patch.object(_C.CpuPass, "run", _idle):
             found["idle"].append(_each(parts["whole"]))
         with snnlstm.algorithm("reference"):
             found["reference"].append(_each(parts["whole"]))
-        found["made"].append(_each(make, 20))
-    out = {part: median(values) for part, values in found.items()}
+        found["made"].append(_each(make, 5))
+    out = {part: min(values) for part, values in found.items()}
     out["kernels"] = out["whole"] - out.pop("idle")
     out["made"] -= out["run"]
+    out["reference"] -= out["whole"] - out["run"]
     straight = ("asked", "as it came", "guard", "run", "kept")
     return out | {"arguments": out["whole"] - sum(out[part] for part in straight)}
 
@@ -376,7 +377,7 @@ def _idle(*_: Any) -> None:
     """Take the place of the kernels."""
 
 
-def _each(function: Callable[[], Any], times: int = 500) -> float:
+def _each(function: Callable[[], Any], times: int = 100) -> float:
     """Return the microseconds that a call of a function takes."""
     return timeit.timeit(function, number=times) / times * 1e6
 
