@@ -74,10 +74,8 @@ class Picture:
         )
         for number, line in enumerate(lines):
             at = y + 2 + pitch * (number + 1)
-            if right:
-                self.text("left" + " small" * bool(number), x + 12, at, line)
-            else:
-                self.text("small" * bool(number), middle, at, line)
+            kind = "left " * bool(right) + "small" * bool(number)
+            self.text(kind.strip(), x + 12 if right else middle, at, line)
         if right:
             self.text("right", x + width - 10, y + 2 + pitch, right)
 
@@ -224,11 +222,16 @@ def function_of(node: Node) -> str:
         return f"{node.args[0]}[{args}]"
     if node.op == "call_method":
         return f".{node.target}({args})"
-    return rows.name_of(node).partition(".")[0]
+    return (rows.name_of(node) or type(node.target).__name__).partition(".")[0]
 
 
-KINDS = {"leaky": "core", "run": "core", "conv2d": "python", "linear": "python"}
-"""The kind of box of a function; all others are plain."""
+def _kind(node: Node) -> str:
+    """Return the kind of a node's box: that of this package, of torch's layers, or of views."""
+    if node.op != "call_function" or node.target in (operator.getitem, torch.stack):
+        return "plain"
+    return "python" if function_of(node) in ("conv2d", "linear") else "core"
+
+
 WIDE = 464
 Boxes = dict[Node, tuple[int, int, int, list[str]]]
 """Left, top, width and lines of the box of each node."""
@@ -265,7 +268,7 @@ def _boxes_of_calls(nodes: list[Node], top: int) -> Boxes:
         function, row = function_of(node), len(boxes) - len(states)
         called = f"{function}({node.args[0]}, …)" if function.isidentifier() else function
         lines = [node.name, called]
-        if function == "run[1]" or node.all_input_nodes[:1] == states[-1:] != []:
+        if function.endswith("[1]") or node.all_input_nodes[:1] == states[-1:] != []:
             boxes[node] = 316, top + 44 * (row - 1 + 2 * len(states)), 156, lines
             states.append(node)
         else:
@@ -277,12 +280,9 @@ def _boxes_of_calls(nodes: list[Node], top: int) -> Boxes:
 def _draw_boxes(picture: Picture, boxes: Boxes) -> None:
     """Draw nodes, and an arrow from each one to those that need it."""
     for node, (left, top, width, lines) in boxes.items():
-        kind = KINDS.get(lines[1].partition("(")[0], "plain")
         lines = [f"`{line}`" for line in lines]
-        if width > 156:
-            picture.box(kind, left, top, width, lines[0], right=lines[1], pitch=16)
-        else:
-            picture.box(kind, left, top, width, *lines, pitch=16)
+        right = lines.pop() if width > 156 else ""
+        picture.box(_kind(node), left, top, width, *lines, right=right, pitch=16)
         for arg in node.all_input_nodes:
             if arg in boxes:
                 picture.way(_way(boxes[arg], boxes[node]))
