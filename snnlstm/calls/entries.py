@@ -118,9 +118,9 @@ class Entry:
         self._facts = *facts, self.backend, self.settings, self.autocast
         self._guard = guard_of(tensors)
 
-    def serves(self, call: Any, backend: Any, settings: Any, autocast: Any) -> bool:
+    def serves(self, call: Any, spec: Any, backend: Any, settings: Any, autocast: Any) -> bool:
         """Whether a call has the static properties of the guarded one."""
-        if self._guard is None:
+        if self._guard is None or not (spec is self.spec or spec == self.spec):
             return False
         try:
             nested = call[0].is_nested or call[1].is_nested or call[2].is_nested
@@ -169,8 +169,7 @@ def find_entry(
     if not shared:
         return Entry(spec, backend, settings, autocast)
     for entry in last:
-        known = entry is not None and entry.spec is spec
-        if known and entry.serves(call, backend, settings, autocast):  # type: ignore[union-attr]
+        if entry is not None and entry.serves(call, spec, backend, settings, autocast):
             return entry
     return entry_of(call, spec, backend, settings, autocast, checked)
 

@@ -101,7 +101,7 @@ def run_traced(
     return (*out, path or NATIVE_PATHS[call.x.device.type])
 
 
-def run_usual(given: Sequence[Any], spec: CellSpec) -> tuple[Any, Path]:
+def run_usual(given: tuple[Any, ...], spec: CellSpec) -> tuple[Any, Path]:
     """Run a call that torch.compile traces, if :func:`reasons.is_usual_step` says so."""
     out = operators.run_tensors(given[:8], False, None, spec.serialized, algorithms.current)
     return out, NATIVE_PATHS[given[0].device.type]

@@ -70,7 +70,7 @@ def leaky_in_graph() -> Callable[..., Any]:
         nonlocal last
         x, mem, beta, threshold, graded, _, sequence, every = arguments
         call = LeakyCall(x, mem, beta, threshold, graded, every)
-        if last is None or not last.serves(call, *backend_of(x, "auto"), None):
+        if last is None or not last.serves(call, last.spec, *backend_of(x, "auto"), None):
             spec = _spec_of(arguments)
             of_torch = TORCH_TYPES.issuperset(map(type, call[:5]))
             if not of_torch or reason_against(call, spec.sequence):

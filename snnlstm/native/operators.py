@@ -235,7 +235,7 @@ def cell_in_graph() -> Callable[..., Any]:
         *fields, text, algorithm, training = arguments
         entry, call = last, Call._make(fields)
         known = backend_of(call.x, algorithm)
-        if entry is None or not entry.serves(call, *known, entry.autocast):
+        if entry is None or not entry.serves(call, entry.spec, *known, entry.autocast):
             entry, call = _entry_of(fields, text, algorithm)
             if all(map(operator.is_, call, fields)):  # nothing had to be converted
                 last = entry

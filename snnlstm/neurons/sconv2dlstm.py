@@ -278,7 +278,8 @@ class SConv2dLSTM(CellAttributes):
         if torch.compiler.is_compiling():
             return self._traced(x, syn, mem, record, lengths, spec, name)
         now, overrides = self._asked(spec, False)
-        call = entry = None
+        call: Any = None
+        entry: Any = None
         if overrides is None and now is not EXPORT:
             given = self._as_it_came(x, syn, mem, record, lengths, False)
             call = given and Call._make(given)
