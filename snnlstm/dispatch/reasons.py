@@ -205,13 +205,13 @@ def asked_every_call(
     ValueError
         If the cell has a stride, which needs a plain conv, and its conv is not plain.
     """
-    now = _recorded_traced() if traced else recorded_now()
+    recording = _recorded_traced() if traced else recorded_now()
     is_plain = _is_plain(conv, kind, spec)
     if is_plain and fire is None and mem_reset is None:
-        return now, None
+        return recording, None
     reason = None if is_plain else _reason_against_conv(conv, kind)
     _check_stride(kind, spec, reason)
-    return now, Overrides(None if is_plain else conv, reason, fire, mem_reset)
+    return recording, Overrides(None if is_plain else conv, reason, fire, mem_reset)
 
 
 def misfit(

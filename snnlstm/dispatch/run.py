@@ -39,12 +39,12 @@ Results = tuple[Tensor, Tensor, Tensor, Path]
 
 
 def run_call(
-    entry: Entry, call: Call, now: Path | None, overrides: Overrides | None = None
+    entry: Entry, call: Call, recording: Path | None, overrides: Overrides | None = None
 ) -> Results:
-    """Run a call by its entry; `now` is from :func:`reasons.recorded_now`."""
+    """Run a call by its entry; `recording` is from :func:`reasons.recorded_now`."""
     if not entry.asked:
         asked(entry, call, overrides)
-    path, run = now or entry.reason, _run_by
+    path, run = recording or entry.reason, _run_by
     if entry.spec.checkpoint and (entry.needs_grad or overrides) and may_checkpoint():
         run = _run_in_segments
     try:
@@ -58,18 +58,18 @@ def run_call(
 
 
 def run_leaky(
-    last: Sequence[Entry | None], call: LeakyCall, spec: LeakySpec, now: Path | None
+    last: Sequence[Entry | None], call: LeakyCall, spec: LeakySpec, recording: Path | None
 ) -> tuple[Any, Any, Path, Sequence[Entry | None]]:
     """Run a call of a Leaky; returns spk, mem, the path, and the next `last` (:func:`find_entry`).
 
     spk and mem are None if plain torch must run the call.
     """
     if spec.against is not None:  # a look-up would take longer than to ask
-        against: Any = now or static_reason(call, spec, algorithms.current, None)
+        against: Any = recording or static_reason(call, spec, algorithms.current, None)
         return None, None, against, last
     entry = asked(find_entry(last, call, spec), call)
     last = kept_entries(last, entry)
-    path = now or entry.reason
+    path = recording or entry.reason
     if path is not None:
         return None, None, path, last
     plan = entry.plan or entry.planned(leaky.Plan, call)
@@ -80,7 +80,7 @@ def run_leaky(
 def run_traced(
     call: Call,
     spec: CellSpec,
-    now: Path | None,
+    recording: Path | None,
     overrides: Overrides | None = None,
 ) -> Results:
     """Run a call that torch.compile traces.
@@ -88,7 +88,7 @@ def run_traced(
     A native path's name says which kind of kernels run; the exact ones are known afterwards.
     """
     algorithm = algorithms.current
-    path = now or static_reason(call, spec, algorithm, overrides, True)
+    path = recording or static_reason(call, spec, algorithm, overrides, True)
 
     def traced(part: Call) -> tuple[Tensor, Tensor, Tensor]:
         if path is not None:

@@ -81,11 +81,11 @@ class PackedWeight:
         same = weight.dtype is self.copy.dtype
         return same and _C.same(weight.data_ptr(), self.address, self.bytes)
 
-    def pack(self, a_pass: Runner, key: tuple[int, str], size: int) -> tuple[int, Tensor]:
+    def pack(self, a_pass: Pass, key: tuple[int, str], size: int) -> tuple[int, Tensor]:
         """Make a layout that a pass reads, keep it here, and return its address and memory."""
         source = self.copy.float() if self.copy.dtype in HALF_TYPES else self.copy
         layout = lender.empty((size,), torch.uint8)
-        a_pass.core.pack(key[0], source.data_ptr(), layout.data_ptr())
+        a_pass.core_pass.pack(key[0], source.data_ptr(), layout.data_ptr())
         # A layout is published after packing; setdefault keeps the first of two threads' layouts.
         return self.layouts.setdefault(key, (layout.data_ptr(), layout))
 
@@ -124,7 +124,7 @@ def packed_weight(weight: Tensor, last: PackedWeight | None = None) -> PackedWei
 # ---- passes --------------------------------------------------------------------------------------
 
 
-class Runner:
+class Pass:
     """One pass of a plan: the core's pass, the weight layouts that it reads, and its workspace.
 
     `selection` has the value-dependent facts that choose a call's algorithms: the percentage of x's
@@ -136,13 +136,16 @@ class Runner:
         percent, max_tile_inputs = selection
         arguments = passes.algorithm, percent / 100, max_tile_inputs, passes.threads
         grad_x, grad_weight = (False, False) if wanted is None else (wanted[0], wanted[3])
-        self.core = _C.CpuPass(passes.cell, *arguments, wanted is not None, grad_x, grad_weight)
-        self.selection, self.name = selection, f"cpu-{passes.isa}-{self.core.name}"
-        self._levels, self._bytes = pointer(passes.levels), self.core.workspace
+        self.core_pass = _C.CpuPass(
+            passes.cell, *arguments, wanted is not None, grad_x, grad_weight
+        )
+        self.selection, self.name = selection, f"cpu-{passes.isa}-{self.core_pass.name}"
+        self._levels, self._bytes = pointer(passes.levels), self.core_pass.workspace
         self._is_small = self._bytes <= lender.SMALL_WORKSPACE
         # Each layout's key, which is its number and name, and its size in bytes.
         self.layouts = tuple(
-            ((number, f"{passes.isa}:{name}"), size) for number, name, size in self.core.layouts
+            ((number, f"{passes.isa}:{name}"), size)
+            for number, name, size in self.core_pass.layouts
         )
 
     def run_kernels(self, call: Call, packed: PackedWeight, fields: Fields) -> None:
@@ -156,7 +159,7 @@ class Runner:
         except IndexError:  # all small workspaces are in use
             workspace = lender.workspace(self._bytes)
         order_at = 0 if order is None else order.data_ptr()
-        self.core.run((workspace.data_ptr(), *weights, self._levels, order_at, *fields))
+        self.core_pass.run((workspace.data_ptr(), *weights, self._levels, order_at, *fields))
         (lender.small.append if self._is_small else lender.let_go)(workspace)
 
 
@@ -176,17 +179,15 @@ class Passes:
         # This guess saves the look-up of the packed weight, 1 us of a step.
         self._last_packed: Callable[[], PackedWeight | None] = lambda: None
         self._threshold: Tensor | None = None
-        self._passes: dict[Any, Runner] = {}
+        self._passes: dict[Any, Pass] = {}
 
     def reason_against(self, backward: bool) -> None:
         """Why no call of the plan can run: the CPU's kernels run every call."""
 
-    def _pass(self, selection: Any, wanted: Sequence[bool] | None) -> Runner:
+    def _pass_of(self, selection: Any, wanted: Sequence[bool] | None) -> Pass:
         """Look up a pass, or make it."""
         key = selection, None if wanted is None else (wanted[0], wanted[3])
-        return self._passes.get(key) or self._passes.setdefault(
-            key, Runner(self, selection, wanted)
-        )
+        return self._passes.get(key) or self._passes.setdefault(key, Pass(self, selection, wanted))
 
     def forward(
         self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields
@@ -201,7 +202,7 @@ class Passes:
             at = 0 if lengths is None else lengths.data_ptr()
             percent, largest = _C.facts(self.cell, fields[0], at)
             selection = percent, packed.max_tile_inputs(largest)
-        a_pass = self._passes.get((selection, None)) or self._pass(selection, None)
+        a_pass = self._passes.get((selection, None)) or self._pass_of(selection, None)
         a_pass.run_kernels(call, packed, fields)
         copy = self._threshold  # equal values share the last copy
         if (
@@ -222,7 +223,9 @@ class Passes:
         if packed is None:  # a graph of torch.compile keeps only tensors
             x, weight = inputs.call.x, inputs.call.weight
             packed = packed_weight(restored(weight, self.weight_shape, x.dtype, x.device))
-        self._pass(tuple(inputs.selection), inputs.wanted).run_kernels(inputs.call, packed, fields)
+        self._pass_of(tuple(inputs.selection), inputs.wanted).run_kernels(
+            inputs.call, packed, fields
+        )
         return out
 
 

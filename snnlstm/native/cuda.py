@@ -29,7 +29,7 @@ from .plan import (
     Sizes,
     make_cell,
 )
-from .tensors import check_memory, contiguous_as, empty_bytes, pointer, real, restored
+from .tensors import check_memory, compute_dtype, contiguous_as, empty_bytes, pointer, restored
 
 # The order is that of csrc/cuda/pass.h; "direct" means "fused", and other names mean "auto".
 _ALGORITHMS = ("auto", "fused", "cudnn")
@@ -81,7 +81,7 @@ class Passes:
         """The quantiser's levels on the device; each call copies them from the host."""
         if self._levels is None:
             return None
-        levels = x.new_empty(self._levels.numel(), dtype=real(x.dtype))
+        levels = x.new_empty(self._levels.numel(), dtype=compute_dtype(x.dtype))
         core.store_levels(self._levels.data_ptr(), levels.data_ptr(), stream)
         return levels
 

@@ -22,7 +22,7 @@ from ..calls.entries import BACKENDS, TORCH_TYPES, BoundedDict, Entry
 from ..calls.spec import DTYPES, RESETS, LeakySpec
 from . import lender
 from .function import connected, differentiable, reached
-from .tensors import contiguous_as, laid_out, pointer, real
+from .tensors import compute_dtype, contiguous_as, laid_out, pointer
 
 
 def reason_against(call: LeakyCall, sequence: bool) -> str | None:
@@ -55,7 +55,7 @@ def _parameter_against(name: str, tensor: Any, x: Tensor, sequence: bool) -> str
     step = x.shape[sequence:]
     if tensor.numel() == 0 or not broadcasts(tensor.shape, step):
         return f"{name} is empty, or does not broadcast to x"
-    dtype = real(x.dtype)
+    dtype = compute_dtype(x.dtype)
     # torch ignores the dtype of a number beside a tensor with dimensions.
     if (tensor.dim() or not step) and torch.promote_types(tensor.dtype, dtype) is not dtype:
         return f"{name} is of {tensor.dtype}, which results would also have"
@@ -99,7 +99,7 @@ def fitting(mem: Tensor, x: Tensor, sequence: bool) -> Tensor:
     """The mem before the first step; a mem of another shape than a step of x means zeros."""
     if mem.shape == x.shape[sequence:]:
         return mem
-    return torch.zeros_like(x[0] if sequence else x, dtype=real(x.dtype))
+    return torch.zeros_like(x[0] if sequence else x, dtype=compute_dtype(x.dtype))
 
 
 # ---- plans ---------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class Plan:
         spec, surrogate, sequence = self.spec, self.spec.surrogate, self.spec.sequence
         x = without_gaps(call.x, sequence)
         self.types = x.dtype, call.mem.dtype
-        how = self.dtype, self.device = real(x.dtype), x.device
+        how = self.dtype, self.device = compute_dtype(x.dtype), x.device
         self.whole = x.shape, x.stride(), *how
         self.step = step = x.shape[sequence:], x.stride()[sequence:], *how
         self.fits = call.mem.shape == step[0]

@@ -20,7 +20,7 @@ from ..calls.spec import FINITE, LeakySpec
 from ..reference import leaky_step, real_dtype
 from .function import reached
 from .leaky import Plan, argument_gradients, reason_against, run_plan, without_gaps
-from .tensors import real
+from .tensors import compute_dtype
 
 NAMESPACE = "snnlstm"
 while hasattr(getattr(torch.ops, NAMESPACE), "leaky"):
@@ -110,7 +110,7 @@ def kernels_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     x, *_, sequence, record = arguments
     x = without_gaps(x, sequence)
-    spk, mem = (_empty_like(x, real(x.dtype)) for _ in range(2))
+    spk, mem = (_empty_like(x, compute_dtype(x.dtype)) for _ in range(2))
     return spk, _empty_like(mem[0], mem.dtype) if sequence and not record else mem
 
 

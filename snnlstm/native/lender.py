@@ -9,8 +9,9 @@ within the most bytes that were in use at once plus 1 GiB.
 Garbage collection and signal handlers run anywhere in a thread, and a fork copies other threads in
 the middle of their work. So there are no locks, and no counters, which would lose updates: a block
 comes and goes by one append or pop, which is atomic, and the lengths of deques and dictionaries
-count. When a tensor dies, its block is only noted; the next allocation frees it. The note is C code
-alone, because Python drops what a signal handler raises in the callback of a weak reference.
+count. When a tensor dies, its block is only noted; the next allocation frees it. What notes it is
+deque.append, a function in C: Python would drop what a signal handler raises while a callback in
+Python runs.
 """
 
 from __future__ import annotations

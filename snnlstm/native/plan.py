@@ -19,12 +19,12 @@ from ..calls.spec import DTYPES, POOLS, RESETS, CellSpec
 from ..compat.torch_private import guard_of
 from . import lender
 from .tensors import (
-    has_numbers,
     image_strides,
     keep_empty,
+    needs_no_copy,
     restored,
     strided,
-    with_numbers,
+    with_copies,
     with_time,
 )
 
@@ -261,7 +261,7 @@ class Plan(Sizes):
         self._gradient_strides = [with_time(strides) for _, strides in self.gradient_memory[:3]]
         self.threshold_stride = 0 if self.thresholds == 1 else 1
         # The kernels may be able to read bias, threshold and graded factor without a copy.
-        self.has_numbers = has_numbers(call)
+        self.needs_no_copy = needs_no_copy(call)
         self.has_spk = spec.spiking or self.sequence
         self.passes_gradient = spec.passes_gradient(self.sequence)
         self.passes = backend.passes(self, entry.settings)
@@ -327,7 +327,7 @@ class Plan(Sizes):
             for tensor, shape in zip(call[:3], self._saved_shapes, strict=True)
         ]
         views = strided(*states)
-        readable = with_numbers(Call._make((*states, *call[3:])))
+        readable = with_copies(Call._make((*states, *call[3:])))
         strides = [self.x_strides, self.syn_strides, self.mem_strides]
         is_kept = all(map(operator.is_, (*readable, block), (*call, saved)))
         if self._guard is None and is_kept and strides == [view and view[1] for view in views]:
@@ -341,8 +341,8 @@ class Plan(Sizes):
 
     def forward(self, call: Call, save: bool) -> Result:
         """Run the forward kernels, and `save` what :meth:`backward` needs."""
-        if not self.has_numbers:
-            call = with_numbers(call)
+        if not self.needs_no_copy:
+            call = with_copies(call)
         x, syn, mem, bias = call.x, call.syn, call.mem, call.bias
         outs: Outputs
         if self.results_like_mem:  # empty_like takes two thirds of new_empty_strided's time

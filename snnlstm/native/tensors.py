@@ -14,7 +14,7 @@ from torch import Tensor
 from ..calls.call import Call
 
 
-def real(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that the kernels compute in, for an x of `dtype`."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
@@ -26,7 +26,7 @@ def readable(tensor: Tensor, name: str = "a tensor") -> Tensor:
     return tensor.detach()
 
 
-def has_numbers(call: Call) -> bool:
+def needs_no_copy(call: Call) -> bool:
     """Whether the core can read bias, threshold and graded factor without a copy."""
     return all(t is None or is_contiguous_as(t, call.x.dtype) for t in call[4:7])
 
@@ -43,9 +43,9 @@ def contiguous_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return readable(tensor).resolve_neg().to(dtype).contiguous()
 
 
-def with_numbers(call: Call) -> Call:
+def with_copies(call: Call) -> Call:
     """The call, or one whose bias, threshold and graded factor the core can read."""
-    if has_numbers(call):
+    if needs_no_copy(call):
         return call
     numbers = (None if t is None else contiguous_as(t, call.x.dtype) for t in call[4:7])
     return Call._make((*call[:4], *numbers, *call[7:]))

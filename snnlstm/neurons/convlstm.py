@@ -134,7 +134,7 @@ class ConvLSTMCell(nn.Module):
             raise TypeError(f"{name} must be h and c, (Tensor, Tensor), or None, got {got}")
         conv, traced = self.conv, torch.compiler.is_compiling()
         channels = self.input_dim, self.hidden_dim
-        now, overrides = asked_every_call(conv, nn.Conv2d, self._spec, traced=traced)
+        recording, overrides = asked_every_call(conv, nn.Conv2d, self._spec, traced=traced)
         if overrides is None:
             reason = misfit(conv, nn.Conv2d, self._spec, channels)
             overrides = None if reason is None else Overrides(conv, reason)
@@ -147,13 +147,13 @@ class ConvLSTMCell(nn.Module):
             record=record, lengths=lengths, traced=traced, name="input_tensor",
         )  # fmt: skip
         if traced:
-            every, c, h, path = run_traced(call, self._spec, now, overrides)
+            every, c, h, path = run_traced(call, self._spec, recording, overrides)
         else:
             entry = find_entry(self._entries, call, self._spec, shared=overrides is None)
             # nn.Module.__setattr__ is slow.
             self.__dict__["_entries"] = kept_entries(self._entries, entry)
-            every, c, h, path = run_call(entry, call, now, overrides)
-        if now is not EXPORT:
+            every, c, h, path = run_call(entry, call, recording, overrides)
+        if recording is not EXPORT:
             object.__setattr__(self, "_path", path)
             if path.slow and not traced:
                 log_fallback(path, self)

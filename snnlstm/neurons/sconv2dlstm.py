@@ -277,10 +277,10 @@ class SConv2dLSTM(CellAttributes):
         spec = self._spec or self._make_spec()
         if torch.compiler.is_compiling():
             return self._traced(x, syn, mem, record, lengths, spec, name)
-        now, overrides = self._asked(spec, False)
+        recording, overrides = self._asked(spec, False)
         call: Any = None
         entry: Any = None
-        if overrides is None and now is not EXPORT:
+        if overrides is None and recording is not EXPORT:
             given = self._as_it_came(x, syn, mem, record, lengths, False)
             call = given and Call._make(given)
             entry = call and find_entry(self._entries, call, spec, checked=False)
@@ -290,14 +290,14 @@ class SConv2dLSTM(CellAttributes):
             entry = find_entry(self._entries, call, spec, shared=overrides is None)
         if entry is not self._entries[0]:  # else nothing changes
             self.__dict__["_entries"] = kept_entries(self._entries, entry)
-        return self._return(call, run_call(entry, call, now, overrides), now, False)
+        return self._return(call, run_call(entry, call, recording, overrides), recording, False)
 
     def _traced(
         self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec, name: str
     ) -> Any:
         """Run a call that torch.compile traces."""
-        now, overrides = self._asked(spec, True)
-        if overrides is None and now is None and record is False and lengths is None:
+        recording, overrides = self._asked(spec, True)
+        if overrides is None and recording is None and record is False and lengths is None:
             given = self._as_it_came(x, syn, mem, False, None, True)
             if given is not None and is_usual_step(given, spec):
                 out, path = run_usual(given, spec)
@@ -309,7 +309,7 @@ class SConv2dLSTM(CellAttributes):
                 return out[0] if self.init_hidden and not self.output else out
         call = self._checked(x, syn, mem, record, lengths, spec, True, name)
         overrides = self._with_misfit(overrides, spec)
-        return self._return(call, run_traced(call, spec, now, overrides), now, True)
+        return self._return(call, run_traced(call, spec, recording, overrides), recording, True)
 
     def _as_it_came(
         self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool
@@ -387,10 +387,12 @@ class SConv2dLSTM(CellAttributes):
             mem_reset = self._on_images(self.mem_reset)
         # The conv may be a plain function, and may lie in __dict__.
         conv: Any = attributes.get("conv") or attributes["_modules"].get("conv") or self.conv
-        now, overrides = asked_every_call(conv, self._conv_kind, spec, fire, mem_reset, traced)
+        recording, overrides = asked_every_call(
+            conv, self._conv_kind, spec, fire, mem_reset, traced
+        )
         if overrides is not None and overrides.conv is not None:
             overrides = overrides._replace(conv=self._on_images(conv))
-        return now, overrides
+        return recording, overrides
 
     def _with_misfit(self, overrides: Overrides | None, spec: CellSpec) -> Overrides | None:
         """Add conv to the overrides of a call if its weight has not the shape of the cell's."""
@@ -403,7 +405,7 @@ class SConv2dLSTM(CellAttributes):
         return (overrides or Overrides())._replace(conv=self._on_images(self.conv), reason=reason)
 
     def _return(
-        self, call: Call, results: Results, now: Path | None, traced: bool
+        self, call: Call, results: Results, recording: Path | None, traced: bool
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Keep the results of a call that succeeded, and return what the user gets of them."""
         spk, syn, mem, path = results
@@ -414,7 +416,7 @@ class SConv2dLSTM(CellAttributes):
         if self.batch_first:
             out = batch_before_time(call, True, spk, syn, mem)
         state = self._state
-        if now is EXPORT:  # its tensors must not outlive it in the cell
+        if recording is EXPORT:  # its tensors must not outlive it in the cell
             state = state.of_export()
             state.spk = out[0]
         else:
