@@ -121,6 +121,30 @@ def packed_weight(weight: Tensor, last: PackedWeight | None = None) -> PackedWei
     return packed
 
 
+class Copies:
+    """Copies of the parameters of a plan's calls, for backward passes.
+
+    Users may assign to the ``.data`` of a parameter, or write to it, which autograd does not
+    notice. Parameters with the numbers that they had share their last copies.
+    """
+
+    def __init__(self) -> None:
+        self._kept: BoundedDict[Any, Any] = BoundedDict(32)  # by the addresses of the parameters
+
+    def of(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Return a copy of each."""
+        at = tuple([parameter.data_ptr() for parameter in parameters])
+        found = self._kept.get(at)
+        if found is not None and _C.same(*found[1]):
+            return found[0]
+        copies = tuple([parameter.detach().clone() for parameter in parameters])
+        places = zip(at, copies, strict=True)
+        compared = [number for a, copy in places for number in (a, copy.data_ptr(), copy.nbytes)]
+        self._kept.pop(at, None)
+        self._kept.keep(at, (copies, compared))
+        return copies
+
+
 # ---- passes --------------------------------------------------------------------------------------
 
 
@@ -178,7 +202,7 @@ class Passes:
         self.looks_at_x = self.algorithm == 0 and names != {"direct"}
         # This guess saves the look-up of the packed weight, 1 us of a step.
         self._last_packed: Callable[[], PackedWeight | None] = lambda: None
-        self._threshold: Tensor | None = None
+        self._copies = Copies()
         self._passes: dict[Any, Pass] = {}
 
     def reason_against(self, backward: bool) -> None:
@@ -204,17 +228,8 @@ class Passes:
             selection = percent, packed.max_tile_inputs(largest)
         a_pass = self._passes.get((selection, None)) or self._pass_of(selection, None)
         a_pass.run_kernels(call, packed, fields)
-        copy = self._threshold  # equal values share the last copy
-        if (
-            saved is not None
-            and threshold is not None
-            and not (
-                copy is not None
-                and copy.shape == threshold.shape
-                and _C.same(threshold.data_ptr(), copy.data_ptr(), copy.nbytes)
-            )
-        ):
-            copy = self._threshold = threshold.clone()
+        keeps = saved is not None and threshold is not None
+        copy = self._copies.of(threshold)[0] if keeps else None  # type: ignore[arg-type]
         return a_pass.name, a_pass.selection, packed, copy
 
     def backward(self, inputs: BackwardInputs, out: Gradients, fields: Fields) -> Gradients:

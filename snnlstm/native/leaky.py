@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, broadcasts
-from ..calls.entries import BACKENDS, TORCH_TYPES, BoundedDict, Entry
+from ..calls.entries import BACKENDS, TORCH_TYPES, Entry
 from ..calls.spec import DTYPES, RESETS, LeakySpec
 from . import lender
+from .cpu import Copies
 from .function import connected, differentiable, reached
 from .tensors import compute_dtype, contiguous_as, laid_out, pointer
 
@@ -141,8 +141,7 @@ class Plan:
         call = self.fitted(call)
         readable = self._readable(call)
         self.copies = not all(map(operator.is_, readable[:5], call))
-        self._kept: BoundedDict[Any, Any] = BoundedDict(32)  # by the addresses of the parameters
-        self._bytes = [number.nbytes for number in readable[2:4]]
+        self._copies = Copies()
         self._on_cpu = self.device.type == "cpu"
 
     def fitted(self, call: LeakyCall) -> LeakyCall:
@@ -202,19 +201,8 @@ class Plan:
         if not save:
             return spk, after, None
         if not self._on_cpu:
-            return spk, after, (beta.data, threshold.data)
-        # Users may assign to the .data of a parameter, or write to it, which autograd does not
-        # notice, so copies are kept; on CUDA an alias, which survives only the former.
-        found = self._kept.get((first, second))
-        if found is not None:
-            kept, copy, other = found
-            sizes = self._bytes
-            if _C.same(first, copy, sizes[0], second, other, sizes[1]):  # equal numbers share it
-                return spk, after, kept
-            self._kept.pop((first, second), None)
-        kept = beta.detach().clone(), threshold.detach().clone()
-        self._kept.keep((first, second), (kept, *map(pointer, kept)))
-        return spk, after, kept
+            return spk, after, (beta.data, threshold.data)  # survives what is assigned to .data
+        return spk, after, self._copies.of(beta, threshold)
 
     def backward(
         self,
