@@ -6,6 +6,7 @@ checks for the others (:func:`asked_every_call`).
 
 from __future__ import annotations
 
+from enum import Enum
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -68,13 +69,63 @@ _FUNCTIONS = F.conv1d, F.conv2d
 ONES = {1: (1,), 2: (1, 1)}  # a stride of 1, by the dimensions of an image
 
 
+class Reason(str, Enum):
+    """A reason by which code decides, with its text; a member is printed and compared as the text.
+
+    Some texts have a place for a name or a number, which :meth:`str.format` fills.
+    """
+
+    # Why a call runs more than a class's forward.
+    HOOKS = "it carries hooks"
+    GLOBAL_HOOKS = "global module hooks are registered"
+    REPLACED = "its forward was replaced"
+    CONV_HOOKS = "conv carries hooks"
+    CONV_REPLACED = "conv.forward was replaced"
+    MISFIT = "conv has another geometry than the cell"
+    # How a layer goes through a sequence.
+    ALONE = "one call, all steps as a larger batch"
+    ONE_CALL = "one call for all steps"
+    TAKES = "it takes sequences"
+    CONSTANT = "every step of its input is the same tensor"
+    NOTHING = "it does nothing and returns its input"
+    # Why it goes step by step: its size,
+    LARGE = "one step of its input or output is larger than 1 MiB"
+    LARGE_SEQUENCE = "steps of its input or output are larger than 128 KiB, and all than 8 MiB"
+    LARGE_STATE = "it keeps a state, and one step of it is larger than 1 MiB"
+    TO_STACK = "the layers before it run step by step, and one of their steps is larger than 1 MiB"
+    MEMORY = "all steps at once would take too much memory"
+    # what it is,
+    THEIRS = "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+    SUBCLASS = "its class is a subclass of snntorch.SConv2dLSTM"
+    OWN_FORWARD = "its class has a forward of its own"
+    PLAIN = "plain torch runs it, and its path says why"
+    PLAIN_OPERATIONS = "torch.compile records it as plain operations, and its path says why"
+    KEEPS_STATE = "it keeps a state from step to step"
+    SHARED = "layer {} is in several places and may keep a state"
+    # what it does to samples and steps,
+    UNKNOWN = "{} is not known to treat every sample by itself"
+    MIXES = "at a step of {} dimensions it may mix samples"
+    STATISTICS = "its statistics are those of one step"
+    INDICES = "it returns indices"
+    RANDOM = "it draws new random numbers for every step"
+    # or what a compiled loop does between its steps.
+    OTHER_SETTINGS = "a setting, such as the grad mode, changes between the steps"
+    WEIGHTS = "its weights differ from step to step"
+    STATES = "its states are reset, detached or changed between the steps"
+    ROUNDED = "its states are rounded to a half type between the steps"
+    FEEDBACK = "its input, or its state, depends on its last result"
+    UNALIKE = "its input is another expression in each step, as behind a neuron that runs in steps"
+    IN_PLACE = "its results are modified in place"
+
+    # The same in every Python; Enum's own differ from one to the next.
+    __str__, __repr__ = str.__str__, str.__repr__
+    __format__: Any = str.__format__
+
+
 RANDOM = "spike_grad draws random numbers"
-HOOKS, GLOBAL_HOOKS = "carries hooks", "global module hooks are registered"
-REPLACED, CONV_HOOKS = "forward was replaced", f"conv {HOOKS}"
-_MISFIT = "conv has another geometry than the cell"
 
 
-def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> str | None:
+def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> Reason | None:
     """Why a call runs more than the class's forward and `harmless` hooks; None if it does not."""
     attributes = module.__dict__
     hooks = attributes["_forward_hooks"]
@@ -84,10 +135,10 @@ def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> str | 
         or attributes["_backward_pre_hooks"]
         or (hooks and not all(isinstance(hook, harmless) for hook in hooks.values()))
     ):
-        return HOOKS
+        return Reason.HOOKS
     if global_hooks():
-        return GLOBAL_HOOKS
-    return REPLACED if "forward" in attributes else None
+        return Reason.GLOBAL_HOOKS
+    return Reason.REPLACED if "forward" in attributes else None
 
 
 def reason_against_conv(
@@ -104,17 +155,17 @@ def reason_against_conv(
         return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
     attributes, released = conv.__dict__, _TORCHS[kind]
     reason = beyond_forward(conv)
-    if reason is not None and reason is not REPLACED:
-        return CONV_HOOKS if reason is HOOKS else reason
+    if reason is not None and reason is not Reason.REPLACED:
+        return Reason.CONV_HOOKS if reason is Reason.HOOKS else reason
     if (
-        reason is REPLACED
+        reason is not None
         or "_conv_forward" in attributes
         or kind.__call__ is not released[0]
         or kind.forward is not released[1]
         or getattr(kind, "_conv_forward", None) is not released[2]
         or (F.conv1d, F.conv2d) != _FUNCTIONS
     ):
-        return f"conv.{REPLACED}"
+        return Reason.CONV_REPLACED
     dims, padding = len(attributes["stride"]), attributes["padding"]
     if (
         attributes["stride"] != ONES[dims]
@@ -123,7 +174,7 @@ def reason_against_conv(
         or attributes["groups"] != 1
         or attributes["padding_mode"] != "zeros"
     ):
-        return _MISFIT
+        return Reason.MISFIT
     return None
 
 
@@ -224,8 +275,8 @@ def misfit(
     kernel = spec.kernel_size[-1:] if kind is nn.Conv1d else spec.kernel_size
     if tuple(conv.weight.shape) == (4 * channels[1], sum(channels), *kernel):
         return None
-    _check_stride(kind, spec, _MISFIT)
-    return _MISFIT
+    _check_stride(kind, spec, Reason.MISFIT)
+    return Reason.MISFIT
 
 
 def _check_stride(kind: type[nn.Module], spec: CellSpec, reason: str | None) -> None:
@@ -286,7 +337,7 @@ def static_reason(
     if overrides is not None:
         if overrides.fire is not None or overrides.mem_reset is not None:
             return Path("reference", "fire or mem_reset is overridden", slow=True)
-        general = overrides.reason in (CONV_HOOKS, GLOBAL_HOOKS)
+        general = overrides.reason in (Reason.CONV_HOOKS, Reason.GLOBAL_HOOKS)
         return Path("reference", str(overrides.reason), slow=True, general=general)
     against = against_device(device, traced)
     if device.type not in ("cpu", "cuda"):

@@ -8,6 +8,7 @@ In the call for all steps, a tensor that differs from step to step has them as i
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch.fx import Graph, Node
 from ..compat.torch_private import apply_recorded, operators_named, size_hint
 from ..native.batch_norm import batch_norm
 from ..native.leaky_operators import OPERATORS
+from ..networks.layers import PER_SAMPLE
 
 CELL = OPERATORS.forward.default
 LEAKY = OPERATORS.leaky.default
@@ -275,13 +277,8 @@ BATCH_NORMS = Row(_batch_norms)
 # Some are functions of the module operator; others also reduce a tensor, by the same name.
 _NOT_ELEMENTWISE = {"getitem", "matmul", "concat", "max", "min"}
 _ALSO_ELEMENTWISE = {"to", "float", "double", "half", "bfloat16", "detach", "dropout"}
-# The number of dimensions of a batch, or the least number.
-_BATCH_DIMS = {
-    "conv1d": 3, "conv2d": 4, "conv3d": 5,
-    "max_pool1d": 3, "max_pool2d": 4, "max_pool3d": 5,
-    "avg_pool1d": 3, "avg_pool2d": 4, "avg_pool3d": 5,
-    "adaptive_avg_pool1d": 3, "adaptive_avg_pool2d": 4, "adaptive_max_pool2d": 4,
-}  # fmt: skip
+# The least number of dimensions of a batch; the norm of fewer dimensions comes last.
+_BATCH_DIMS = {name: dim for name, dim in reversed(PER_SAMPLE.values()) if name}
 
 
 def row_of(node: Node) -> Row | None:
@@ -314,10 +311,11 @@ def row_of(node: Node) -> Row | None:
         return _LEADING
     if name == "pad" and (*args[2:], *node.kwargs.values(), "constant")[0] == "constant":
         return _LEADING
-    if name == "batch_norm" and dim >= 2 and (named := named_arguments(node)):
-        return BATCH_NORMS if named["training"] else _FOLDED
-    if _BATCH_DIMS.get(name) == dim or (name == "group_norm" and dim >= 2):
-        return _FOLDED
+    if dim >= _BATCH_DIMS.get(name, math.inf):
+        if name != "batch_norm":
+            return _FOLDED
+        training = named_arguments(node).get("training")
+        return None if training is None else BATCH_NORMS if training else _FOLDED
     if name == "flatten" and dim:
         return _FLATTEN
     if name in ("view", "reshape") and not node.kwargs and not isinstance(args[1], torch.dtype):

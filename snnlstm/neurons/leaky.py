@@ -281,12 +281,14 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return spk if self.init_hidden and not self.output else (spk, after)
 
     def sequence(self, x: Tensor, record: bool, lengths: Tensor | None = None) -> Any:
-        """Run all steps of x (T, ...) in one call, if :meth:`takes` allows it.
+        """Run all steps of x (T, ...) in one call; returns None if the kernels do not cover it.
 
         The result is spk of every step, (T, ...), and with `record` also mem. `lengths` (N,) are
         the steps of each sample of x (T, N, ...): after its last one a sample does not spike, and
         its mem stays. The layer's forward hooks get spk and mem of all steps.
         """
+        if kernels is None or recorded_now() or snntorch.replaced(self, TheirLeaky):
+            return None
         hooks = tuple(self._forward_hooks.values())
         call = self._called(x, None, record or bool(hooks) or lengths is not None)
         try:
@@ -299,6 +301,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         except RuntimeError:
             _explain(x, call.mem)
             raise
+        if spk is None:
+            return None
         after = mem[-1].clone() if mem.shape == x.shape else mem
         if lengths is not None:
             spk, after = mask_padding(spk, lengths), last_state(mem, call.mem, lengths)
@@ -308,15 +312,11 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             hook(self, (x,), (spk, mem))
         return (spk, mem) if record else spk
 
-    def takes(self, x: Tensor, sequence: bool = True) -> bool:
-        """Whether the kernels cover a sequence x (T, ...), so that :meth:`sequence` can run it.
-
-        If `sequence` is False, x is one of its steps, (...).
-        """
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernels cover a step x, so that :meth:`sequence` takes steps like it."""
         if snntorch.replaced(self, TheirLeaky) is not None or recorded_now() is not None:
             return False
-        call, spec = self._called(x, None), self._described(sequence)
-        entry = find_entry(self._entries, call, spec)
+        entry = find_entry(self._entries, self._called(x, None), self._described())
         self.__dict__["_entries"] = kept_entries(self._entries, entry)
         return entry.fallback is None
 
