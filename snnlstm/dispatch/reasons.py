@@ -37,7 +37,7 @@ from ..native import WAYS_OUT, checkout
 from ..quant import StateQuant
 from ..reference import Overrides
 from ..surrogate import Surrogate
-from .path import Path, native_path
+from .path import Path, PathInGraph, native_path
 
 _MISSING = "the compiled core is missing"
 if _folder := checkout():
@@ -178,27 +178,27 @@ def reason_against_conv(
     return None
 
 
-_operator_paths: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
-"""The path of the Leaky layers in each graph that torch.compile is recording or compiling."""
+_operator_paths: WeakKeyDictionary[Any, PathInGraph] = WeakKeyDictionary()
+"""What the Leaky layers of each graph hold that torch.compile is recording or compiling."""
 
 
-def operator_path() -> Path | None:
+def operator_path() -> PathInGraph | None:
     """The path of a Leaky that torch.compile may record as an operator; None if it may not.
 
     The compiler asks once for each call that it traces. It guards on transforms by itself.
     """
     if recorded_now(True) is not None:
         return None
-    path = Path("compiled", "torch.compile's backend takes the operator apart into plain ones")
-    context = tracing_context()
+    apart = Path("compiled", "torch.compile's backend takes the operator apart into plain ones")
+    path, context = PathInGraph(apart), tracing_context()
     return path if context is None else _operator_paths.setdefault(context, path)
 
 
 def tell_of_kernels(device: str) -> None:
     """Tell the Leaky layers of the graph that is being compiled that the kernels run them."""
     context = tracing_context()
-    if context in _operator_paths:  # the layers hold this very path
-        vars(_operator_paths[context]).update(vars(NATIVE_PATHS[device]))
+    if context in _operator_paths:
+        _operator_paths[context].path = NATIVE_PATHS[device]
 
 
 def recorded_while_tracing() -> str | None:

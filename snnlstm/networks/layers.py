@@ -25,6 +25,7 @@ try:
     from ..native.batch_norm import batch_norm
 except ImportError:  # there is no core
     batch_norm = None  # type: ignore[assignment]
+no_core = batch_norm is None
 
 
 @dataclass(frozen=True)
@@ -150,47 +151,38 @@ def way_of(
     return way
 
 
-def _decided(layer: nn.Module, hooked: Reason | None, dim: int, steps: int, step: int) -> Way:
+def _decided(layer: Any, hooked: Reason | None, dim: int, steps: int, step: int) -> Way:
     """The way of a layer over so many steps of `step` bytes; `hooked` is what a call runs more."""
-    kind = type(layer)
-    reason = _reason_for_steps(layer, hooked, dim, steps, step)
-    call = "fold" if reason is None else "step"
-    if reason is not None:
-        pass
-    elif kind in SEQUENCE_NEURONS or getattr(kind, "_takes_sequences", False):
-        call, reason = "sequence", Reason.TAKES
-    elif isinstance(layer, SConv2dLSTM | Leaky) or in_training(layer):
-        call, reason = "sequence", Reason.ONE_CALL
-    alone = reason in (None, Reason.LARGE, Reason.LARGE_SEQUENCE) and not in_training(layer)
+    kind, traced, alone = type(layer), torch.compiler.is_compiling(), False
+    whole = "sequence", Reason.ONE_CALL
+    against: str | None = hooked
+    if kind in SEQUENCE_NEURONS or getattr(kind, "_takes_sequences", False):
+        whole = "sequence", Reason.TAKES
+        # A Sequential is here for its hooks. Global ones see each step of every layer.
+        each = hooked is Reason.GLOBAL_HOOKS and kind not in SEQUENCE_NEURONS
+        against = hooked if each else None
+    elif isinstance(layer, SConv2dLSTM):
+        against = hooked if kind.forward is SConv2dLSTM.forward else Reason.OWN_FORWARD
+    elif isinstance(layer, CELL) and kind is not CELL:
+        against = Reason.SUBCLASS
+    elif kind in (CELL, TheirLeaky):
+        against = hooked or Reason.THEIRS
+    elif kind is Leaky:
+        plain = Reason.PLAIN if traced else None
+        against = hooked or plain or reason_by_size(step, steps, states=True)
+    elif Neuron is not None and isinstance(layer, Neuron):
+        against = Reason.KEEPS_STATE
+    elif in_training(layer) and layer.momentum is not None and not (traced or no_core):
+        against = hooked or reason_by_size(step, steps)
+    else:
+        whole, against = ("fold", Reason.ALONE), hooked or not_per_sample(layer, dim)
+        alone = against is None
+        wide = step * _widening(layer)
+        against = against or reason_by_size(wide, steps, kind is nn.Linear)
     listed = kind in PER_SAMPLE or kind.__module__.startswith("snntorch.")
     safe = listed and hooked is None and not getattr(layer, "inplace", False)
-    plain = hooked is None and not torch.compiler.is_compiling()
-    return Way(call, reason or Reason.ALONE, alone, safe, ours_for(layer) if plain else None)
-
-
-def _reason_for_steps(
-    layer: Any, hooked: Reason | None, dim: int, steps: int, step: int
-) -> str | None:
-    """Why a layer gets the steps of a sequence one by one; None if one call may have them all."""
-    kind = type(layer)
-    if kind in SEQUENCE_NEURONS:
-        return None
-    if getattr(kind, "_takes_sequences", False):  # a Sequential that carries hooks
-        return hooked if hooked is Reason.GLOBAL_HOOKS else None  # these see each step of a layer
-    if isinstance(layer, SConv2dLSTM):
-        return Reason.OWN_FORWARD if kind.forward is not SConv2dLSTM.forward else hooked
-    if isinstance(layer, CELL) and kind is not CELL:
-        return Reason.SUBCLASS
-    if kind in (CELL, TheirLeaky):
-        return hooked or Reason.THEIRS
-    if kind is Leaky:
-        plain = Reason.PLAIN if torch.compiler.is_compiling() else None
-        return hooked or plain or reason_by_size(step, steps, states=True)
-    if Neuron is not None and isinstance(layer, Neuron):
-        return Reason.KEEPS_STATE
-    by_steps = in_training(layer) and _takes_steps(layer)
-    mixing = hooked or (None if by_steps else not_per_sample(layer, dim))
-    return mixing or reason_by_size(step * _widening(layer), steps, kind is nn.Linear)
+    pool = ours_for(layer) if hooked is None and not traced else None
+    return Way(*(whole if against is None else ("step", against)), alone, safe, pool)
 
 
 # ---- sizes --------------------------------------------------------------------------------------
@@ -248,13 +240,6 @@ def not_per_sample(layer: Any, dim: int | None = None) -> str | None:
 def in_training(layer: Any) -> bool:
     """Whether a layer is a batch norm whose statistics are those of its input."""
     return type(layer) in _NORMS and (layer.training or layer.running_mean is None)
-
-
-def _takes_steps(norm: Any) -> bool:
-    """Whether one call normalises all steps; a compiled loop finds that by itself."""
-    return (
-        batch_norm is not None and norm.momentum is not None and not torch.compiler.is_compiling()
-    )
 
 
 def _widening(layer: Any) -> float:

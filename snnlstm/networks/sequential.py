@@ -248,7 +248,7 @@ def _over_time(
     traced = torch.compiler.is_compiling()
     if lengths is not None:
         lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
-    layers, shared = _flattened(modules), _shared_state(modules)
+    layers, shared = _flattened(modules)
     # A shared state must change in the order of the loop, so all layers then run step by step.
     by_step = Reason.SHARED.format(shared) if shared else None
     ways: list[Way] = []
@@ -289,45 +289,33 @@ def _over_time(
     return (exchanged(out) if batch_first else out), [*zip(layers, ways, strict=True)]
 
 
-def _flattened(modules: Sequence[Named]) -> list[Named]:
-    """Names and layers in order; the layers of a plain nn.Sequential take its place."""
-    layers, pending = [], [*reversed(modules)]
-    while pending:
-        name, layer = pending.pop()
-        if not isinstance(layer, nn.Module):
-            _check_modules([layer])
-        if type(layer).forward in _STACKS and beyond_forward(layer, SpikeCount) is None:
-            inner: Any = reversed(layer._modules.items())
-            pending += [(f"{name}.{key}", module) for key, module in inner]
-        else:
-            layers.append((name, layer))
-    return layers
+def _flattened(modules: Sequence[Named]) -> tuple[list[Named], str | None]:
+    """Names and layers in order; the layers of a plain nn.Sequential take its place.
 
-
-def _shared_state(modules: Sequence[Named]) -> str | None:
-    """Name of a layer that occurs twice and may keep a state; None if there is none."""
-    everything, pending = set(), [*dict(modules).values()]
+    Also the name of a layer that occurs twice and may keep a state, or None.
+    """
+    layers: list[Named] = []
+    shared, seen = None, set()
+    pending: list[Any] = [(name, layer, True) for name, layer in reversed(modules)]
     while pending:
-        module: Any = pending.pop()
-        if module in everything:
-            break
-        if module is not None:
-            everything.add(module)
-            pending += module._modules.values()
-    else:
-        return None
-    seen: set[int] = set()
-    for first, layer in modules:
-        without: set[int] = set()  # ids of modules that keep no state
-        for name, module in layer.named_modules(prefix=first, remove_duplicate=False):
-            if type(module) in SEQUENCE_NEURONS:
-                without.update(map(id, module.modules()))
-            repeats = id(module) in seen - without
-            seen.add(id(module))
-            bound = beyond_forward(module, SpikeCount) or not_per_sample(module)
-            if repeats and bound and type(module).forward not in _STACKS:
-                return name
-    return None
+        name, module, is_layer = pending.pop()
+        if module is None and not is_layer:
+            continue
+        if not isinstance(module, nn.Module):
+            _check_modules([module])
+        kind = type(module)
+        is_stack, has_no_state = kind.forward in _STACKS, kind in SEQUENCE_NEURONS
+        is_open = is_layer and is_stack and beyond_forward(module, SpikeCount) is None
+        if is_layer and not is_open:
+            layers.append((name, module))
+        if id(module) in seen and not (is_stack or has_no_state):
+            mixes = beyond_forward(module, SpikeCount) or not_per_sample(module)
+            shared = shared or (name if mixes else None)
+        seen.add(id(module))
+        if not has_no_state:
+            for key, inner in reversed(module._modules.items()):
+                pending.append((f"{name}.{key}", inner, is_open))
+    return layers, shared
 
 
 def _log_oddities(layers: list[Named], ways: list[Way], batch_first: bool) -> None:
