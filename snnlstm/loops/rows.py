@@ -148,16 +148,11 @@ def _first(w: Any, run: Any) -> Any:
     return w.sequence([call.args[0] for call in run.calls])
 
 
-def _rest(w: Any, run: Any) -> tuple[list[Any], dict[str, Any]]:
-    """The other arguments, which are the same in each call."""
+def _whole(w: Any, run: Any, function: Any = None, x: Any = None) -> Any:
+    """The run's function, or another one, takes all steps, or x, with the arguments of one call."""
     call = run.calls[0]
-    return w.arguments(call), w.copied(dict(call.kwargs))
-
-
-def _leading(w: Any, run: Any) -> Any:
-    """A function of the last dimensions takes any number of leading ones."""
-    args, kwargs = _rest(w, run)
-    return w.call(run.calls[0].target, _first(w, run), *args, **kwargs)
+    x = _first(w, run) if x is None else x
+    return w.call(function or call.target, x, *w.arguments(call), **w.copied(dict(call.kwargs)))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -173,21 +168,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _linear(w: Any, run: Any) -> Any:
-    args, kwargs = _rest(w, run)
-    return w.call(linear, _first(w, run), *args, **kwargs)
+    return _whole(w, run, linear)
+
+
+def _batch_norms(w: Any, run: Any) -> Any:
+    return _whole(w, run, batch_norm)
 
 
 def _folded(w: Any, run: Any) -> Any:
     """A function that treats every sample by itself takes the steps as a larger batch."""
-    args, kwargs = _rest(w, run)
-    batch = w.call("flatten", _first(w, run), 0, 1)
-    out = w.call(run.calls[0].target, batch, *args, **kwargs)
+    out = _whole(w, run, x=w.call("flatten", _first(w, run), 0, 1))
     return w.call("unflatten", out, 0, (len(run.calls), -1))
-
-
-def _batch_norms(w: Any, run: Any) -> Any:
-    args, kwargs = _rest(w, run)
-    return w.call(batch_norm, _first(w, run), *args, **kwargs)
 
 
 def _elementwise(w: Any, run: Any) -> Any:
@@ -267,7 +258,8 @@ def _leakies(w: Any, run: Any) -> Any:
 # The states are arguments 1 and 2 of a cell, and argument 1 of a Leaky; spk is result 0.
 _CELL = Row(_cells, states=((1, 1), (2, 2)), options=(3, 4, 5, 6, 7, 9, 10))
 LEAKIES = Row(_leakies, states=((1, 1),), options=(2, 3, 4, 5))
-LINEAR, _LEADING, _FOLDED = Row(_linear), Row(_leading), Row(_folded)
+LINEAR, _FOLDED = Row(_linear), Row(_folded)
+_LEADING = Row(_whole)  # functions of the last dimensions take any number of leading ones
 ELEMENTWISE = Row(_elementwise, first_alone=False)
 _FLATTEN, RESHAPE = Row(_flattened), Row(_reshaped)
 VIEWS = _FLATTEN, RESHAPE

@@ -25,7 +25,7 @@ try:
     from ..native.batch_norm import batch_norm
 except ImportError:  # there is no core
     batch_norm = None  # type: ignore[assignment]
-no_core = batch_norm is None
+_no_core = batch_norm is None
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _decided(layer: Any, hooked: Reason | None, dim: int, steps: int, step: int)
         against = hooked or plain or reason_by_size(step, steps, states=True)
     elif Neuron is not None and isinstance(layer, Neuron):
         against = Reason.KEEPS_STATE
-    elif in_training(layer) and layer.momentum is not None and not (traced or no_core):
+    elif in_training(layer) and layer.momentum is not None and not (traced or _no_core):
         against = hooked or reason_by_size(step, steps)
     else:
         whole, against = ("fold", Reason.ALONE), hooked or not_per_sample(layer, dim)

@@ -56,9 +56,10 @@ class Sequential(nn.Sequential):
       BatchNorm2d in training if they have a momentum, one call for all steps. The four of
       snnTorch's keep no state: each call starts anew. A batch norm normalises each step by itself;
     - *fold*: layers of torch that treat every sample by itself, one call with all steps as a batch:
-      Conv1d, Conv2d, Linear, Flatten, Identity, ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool1d,
-      MaxPool2d, AvgPool1d, AvgPool2d, AdaptiveAvgPool2d, GroupNorm, and in evaluation BatchNorm1d,
-      BatchNorm2d, Dropout and Dropout2d;
+      Conv1d, Conv2d, Conv3d, Linear, Flatten, Identity, ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool1d,
+      MaxPool2d, MaxPool3d, AvgPool1d, AvgPool2d, AvgPool3d, AdaptiveAvgPool1d, AdaptiveAvgPool2d,
+      AdaptiveMaxPool2d, GroupNorm, and in evaluation BatchNorm1d, BatchNorm2d, Dropout and
+      Dropout2d;
     - *step*: all other layers, one call for each step: snnTorch's other neurons, dropout in
       training (a new mask for every step), layers with hooks, modules that are not known here, and
       on the CPU layers whose input or output at one step exceeds 1 MiB, or 128 KiB if it exceeds 8
