@@ -96,6 +96,7 @@ class Reason(str, Enum):
     MEMORY = "all steps at once would take too much memory"
     # what it is,
     THEIRS = "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+    OURS = "is snnlstm's already"
     SUBCLASS = "its class is a subclass of snntorch.SConv2dLSTM"
     OWN_FORWARD = "its class has a forward of its own"
     PLAIN = "plain torch runs it, and its path says why"
