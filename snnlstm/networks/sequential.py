@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from itertools import count
 from typing import Any, ClassVar
 
 import torch
@@ -218,7 +217,7 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: An
     >>> snnlstm.unroll(torch.rand(20, 4, 2, 32, 32), cell, nn.Flatten()).shape
     torch.Size([20, 4, 2048])
     """
-    named = [*zip(map(str, count()), layers)]  # noqa: B905
+    named = [*zip(map(str, range(len(layers))), layers, strict=True)]
     return _over_time(x, named, flag("batch_first", batch_first), lengths)[0]
 
 
@@ -309,11 +308,12 @@ def _flattened(modules: Sequence[Named]) -> tuple[list[Named], str | None]:
         is_open = is_layer and is_stack and beyond_forward(module, SpikeCount) is None
         if is_layer and not is_open:
             layers.append((name, module))
-        if id(module) in seen and not (is_stack or has_no_state):
+        again = id(module) in seen
+        if again and not (is_stack or has_no_state):
             mixes = beyond_forward(module, SpikeCount) or not_per_sample(module)
             shared = shared or (name if mixes else None)
         seen.add(id(module))
-        if not has_no_state:
+        if is_stack or not (again or has_no_state):
             for key, inner in reversed(module._modules.items()):
                 pending.append((f"{name}.{key}", inner, is_open))
     return layers, shared

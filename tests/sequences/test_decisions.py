@@ -216,6 +216,14 @@ def test_layers_that_join_a_stack_are_seen():
     assert [layer.kind for layer in net.report] == ["fold", "fold", "sequence", "step"]
 
 
+def test_a_layer_may_hold_the_network_that_it_is_in():
+    block = nn.Module()
+    block.forward = torch.sin
+    block.net = net = snnlstm.Sequential(nn.Tanh(), block)
+    close(net(X), X.tanh().sin(), atol=0)
+    assert net.report[1].reason == Reason.SHARED.format("1.net.1")
+
+
 # ---- what it takes -------------------------------------------------------------------------------
 
 
