@@ -100,7 +100,8 @@ the least number of dimensions of a step, (N, C, ...), whose first one is the ba
 PLAIN = Way("step", Reason.PLAIN)
 """The way of a Leaky of ours that plain torch runs."""
 
-# Beside its class, hooks and forward, a layer of these classes has nothing else that decides.
+# The way of a layer of these classes follows from its class, the class's forward, its hooks, these
+# attributes, a norm's statistics, and the sizes.
 _KNOWN = {*PER_SAMPLE, SConv2dLSTM, SConv1dLSTM, Leaky}
 _DECIDING = (
     "training", "inplace", "return_indices", "start_dim", "p", "momentum",
