@@ -97,9 +97,6 @@ Each has the name of torch's function, if compiled loops fold its calls as those
 the least number of dimensions of a step, (N, C, ...), whose first one is the batch.
 """
 
-PLAIN = Way("step", Reason.PLAIN)
-"""The way of a Leaky of ours that plain torch runs."""
-
 # The way of a layer of these classes follows from its class, the class's forward, its hooks, these
 # attributes, a norm's statistics, and the sizes.
 _KNOWN = {*PER_SAMPLE, SConv2dLSTM, SConv1dLSTM, Leaky}
@@ -144,11 +141,8 @@ def way_of(
             _ways.keep(key, way)
     if by_step is not None:
         return way._replace(kind="step", reason=by_step)
-    if one and way.reason is Reason.ONE_CALL:
-        if kind is Leaky and not layer.takes(x):
-            return PLAIN
-        if step > _LARGEST:
-            return way._replace(kind="step", reason=Reason.TO_STACK)
+    if one and way.reason is Reason.ONE_CALL and step > _LARGEST:
+        return way._replace(kind="step", reason=Reason.TO_STACK)
     return way
 
 

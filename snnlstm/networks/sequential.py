@@ -19,7 +19,6 @@ from ..dispatch.reasons import Reason, beyond_forward
 from ..neurons.attributes import CELL
 from ..neurons.sconv2dlstm import SConv2dLSTM
 from .layers import (
-    PLAIN,
     LayerReport,
     Padded,
     Way,
@@ -267,8 +266,9 @@ def _over_time(
             x = mask_padding(x, lengths)  # a NaN in the padding must not reach a gradient
         if way.kind == "sequence":
             out = whole_sequence(name, layer, x, lengths, last=len(ways) + 1 == len(layers))
-            if out is None:  # plain torch runs this Leaky
-                way, x = PLAIN, x if lengths is None else mask_padding(x, lengths)
+            if out is None:  # plain torch must run this Leaky
+                way = Way("step", Reason.PLAIN)
+                x = x if lengths is None else mask_padding(x, lengths)
         if way.kind == "step":
             out = _step_by_step(layers, x, lengths, by_step, ways, way)
             continue

@@ -27,7 +27,7 @@ from ..compat.snntorch import (
     recognise_surrogate,
 )
 from ..compat.torch_private import NO_LEVEL, backward_pass, exporting, has_ended, level_of
-from ..dispatch.entry import NO_ENTRIES, find_entry, kept_entries, run_leaky
+from ..dispatch.entry import NO_ENTRIES, run_leaky
 from ..dispatch.path import LastPath, Path, log_fallback
 from ..dispatch.reasons import RANDOM, operator_path, recorded_now
 from ..reference import leaky_step, real_dtype
@@ -311,14 +311,6 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         for hook in hooks:
             hook(self, (x,), (spk, mem))
         return (spk, mem) if record else spk
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether the kernels cover a step x, so that :meth:`sequence` takes steps like it."""
-        if snntorch.replaced(self, TheirLeaky) is not None or recorded_now() is not None:
-            return False
-        entry = find_entry(self._entries, self._called(x, None), self._described())
-        self.__dict__["_entries"] = kept_entries(self._entries, entry)
-        return entry.fallback is None
 
     def _traced(self, x: Tensor, mem: Tensor | None, replaced: str | None) -> Any:
         """Run a step that torch.compile traces: as one operator, or in plain torch."""

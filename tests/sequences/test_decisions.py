@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import snnlstm
 from snnlstm.dispatch.reasons import Reason
+from snnlstm.networks import layers as sizes
 from snnlstm.networks.layers import way_of
 from tests.sequences.stacks import PLAIN, N, T, X, hidden, loop
 from tests.shared.cpu_kernels import needs_core
@@ -157,6 +158,18 @@ def test_a_layer_that_begins_to_work_in_place_leaves_x_as_it_is(constant):
     assert net.report[1].kind == "fold"
 
 
+def test_a_hook_may_write_to_its_input():
+    layer, x = nn.Tanh(), X.clone().requires_grad_()
+    net = snnlstm.Sequential(nn.Sigmoid(), layer)
+    net(x)
+
+    def halve(module: nn.Module, args: Any) -> None:
+        args[0].mul_(0.5)
+
+    layer.register_forward_pre_hook(halve)
+    close(net(x), (x.sigmoid() * 0.5).tanh())
+
+
 @needs_core
 def test_a_pool_whose_class_gets_another_forward_is_called(monkeypatch):
     net = snnlstm.Sequential(nn.MaxPool2d(2))
@@ -182,6 +195,17 @@ def test_other_shapes_types_and_devices_are_decided_anew():
         layer.out_channels = 3
         assert kind_of(one, 64, 1, 2, 128, 128) == "step"
         layer.out_channels = 2
+
+
+def test_large_steps_go_on_one_by_one_behind_layers_that_run_so(monkeypatch):
+    layers = [nn.Softmax(1), hidden(2, 2, 3)]
+    assert way_of("", layers[1], X[0], 4, T, one=True).kind == "sequence"
+    net = snnlstm.Sequential(*layers)
+    expected = net(X)
+    monkeypatch.setattr(sizes, "_LARGEST", X[0].nbytes - 1)
+    utils.reset(net)
+    close(net(X), expected)
+    assert [layer.reason for layer in net.report][1] == Reason.TO_STACK
 
 
 def test_a_wider_linear_layer_is_decided_anew():
