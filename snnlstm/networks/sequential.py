@@ -61,7 +61,8 @@ class Sequential(nn.Sequential):
     - *step*: all other layers, one call for each step: snnTorch's other neurons, dropout in
       training (a new mask for every step), layers with hooks, modules that are not known here, and
       on the CPU layers whose input or output at one step exceeds 1 MiB, or 128 KiB if it exceeds 8
-      MiB at all steps (but for a Linear). Adjacent ones all run one step, then the next;
+      MiB at all steps (but for a Linear). Adjacent ones all run one step, then the next; a
+      :class:`Leaky` in plain torch begins anew;
     - *once*: the leading layers of kind *fold*, however large, if all steps are the same image,
       ``x.expand(T, ...)``, without `lengths`: one call with one step. x must require no gradient,
       and the layers must carry no hooks and not work in place.
