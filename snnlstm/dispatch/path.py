@@ -49,6 +49,13 @@ class Path:
         return f"{self.name} ({self.reason})"
 
 
+@dataclass
+class PathInGraph:
+    """What the layers of a graph hold in the place of a path, which its compiler chooses later."""
+
+    path: Path
+
+
 class LastPath:
     """The attribute ``path`` of a module, which tells what ran its last call.
 
@@ -64,7 +71,8 @@ class LastPath:
         for kind in ("_modules", "_parameters", "_buffers"):
             if "path" in attributes.get(kind, ()):
                 return attributes[kind]["path"]
-        return attributes.get("_path")
+        path = attributes.get("_path")
+        return path.path if isinstance(path, PathInGraph) else path
 
 
 @lru_cache(maxsize=64)

@@ -6,6 +6,7 @@ checks for the others (:func:`asked_every_call`).
 
 from __future__ import annotations
 
+from enum import Enum
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -36,7 +37,7 @@ from ..native import WAYS_OUT, checkout
 from ..quant import StateQuant
 from ..reference import Overrides
 from ..surrogate import Surrogate
-from .path import Path, native_path
+from .path import Path, PathInGraph, native_path
 
 _MISSING = "the compiled core is missing"
 if _folder := checkout():
@@ -78,13 +79,64 @@ def _is_released(kind: type[nn.Module]) -> bool:
 _is_released._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+class Reason(str, Enum):
+    """A reason by which code decides, with its text; a member is printed and compared as the text.
+
+    Some texts have a place for a name or a number, which :meth:`str.format` fills.
+    """
+
+    # Why a call runs more than a class's forward.
+    HOOKS = "it carries hooks"
+    GLOBAL_HOOKS = "global module hooks are registered"
+    REPLACED = "its forward was replaced"
+    CONV_HOOKS = "conv carries hooks"
+    CONV_REPLACED = "conv.forward was replaced"
+    MISFIT = "conv has another geometry than the cell"
+    # How a layer goes through a sequence.
+    ALONE = "one call, all steps as a larger batch"
+    ONE_CALL = "one call for all steps"
+    TAKES = "it takes sequences"
+    CONSTANT = "every step of its input is the same tensor"
+    NOTHING = "it does nothing and returns its input"
+    # Why it goes step by step: its size,
+    LARGE = "one step of its input or output is larger than 1 MiB"
+    LARGE_SEQUENCE = "steps of its input or output are larger than 128 KiB, and all than 8 MiB"
+    LARGE_STATE = "it keeps a state, and one step of it is larger than 1 MiB"
+    TO_STACK = "the layers before it run step by step, and one of their steps is larger than 1 MiB"
+    MEMORY = "all steps at once would take too much memory"
+    # what it is,
+    THEIRS = "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+    OURS = "is snnlstm's already"
+    SUBCLASS = "its class is a subclass of snntorch.SConv2dLSTM"
+    OWN_FORWARD = "its class has a forward of its own"
+    PLAIN = "plain torch runs it, and its path says why"
+    PLAIN_OPERATIONS = "torch.compile records it as plain operations, and its path says why"
+    KEEPS_STATE = "it keeps a state from step to step"
+    SHARED = "layer {} is in several places and may keep a state"
+    # what it does to samples and steps,
+    UNKNOWN = "{} is not known to treat every sample by itself"
+    MIXES = "at a step of {} dimensions it may mix samples"
+    STATISTICS = "its statistics are those of one step"
+    INDICES = "it returns indices"
+    RANDOM = "it draws new random numbers for every step"
+    # or what a compiled loop does between its steps.
+    OTHER_SETTINGS = "a setting, such as the grad mode, changes between the steps"
+    WEIGHTS = "its weights differ from step to step"
+    STATES = "its states are reset, detached or changed between the steps"
+    ROUNDED = "its states are rounded to a half type between the steps"
+    FEEDBACK = "its input, or its state, depends on its last result"
+    UNALIKE = "its input is another expression in each step, as behind a neuron that runs in steps"
+    IN_PLACE = "its results are modified in place"
+
+    # The same in every Python; Enum's own differ from one to the next.
+    __str__, __repr__ = str.__str__, str.__repr__
+    __format__: Any = str.__format__
+
+
 RANDOM = "spike_grad draws random numbers"
-HOOKS, GLOBAL_HOOKS = "carries hooks", "global module hooks are registered"
-REPLACED, CONV_HOOKS = "forward was replaced", f"conv {HOOKS}"
-_MISFIT = "conv has another geometry than the cell"
 
 
-def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> str | None:
+def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> Reason | None:
     """Why a call runs more than the class's forward and `harmless` hooks; None if it does not."""
     attributes = module.__dict__
     hooks = attributes["_forward_hooks"]
@@ -94,10 +146,10 @@ def beyond_forward(module: nn.Module, harmless: type | tuple[()] = ()) -> str | 
         or attributes["_backward_pre_hooks"]
         or (hooks and not all(isinstance(hook, harmless) for hook in hooks.values()))
     ):
-        return HOOKS
+        return Reason.HOOKS
     if global_hooks():
-        return GLOBAL_HOOKS
-    return REPLACED if "forward" in attributes else None
+        return Reason.GLOBAL_HOOKS
+    return Reason.REPLACED if "forward" in attributes else None
 
 
 def _is_plain(conv: Any, kind: type[nn.Conv1d | nn.Conv2d], spec: CellSpec) -> bool:
@@ -123,33 +175,33 @@ def _reason_against_conv(conv: nn.Module, kind: type[nn.Conv1d | nn.Conv2d]) -> 
     if type(conv) is not kind:
         return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
     reason = beyond_forward(conv)
-    if reason is not None and reason is not REPLACED:
-        return CONV_HOOKS if reason is HOOKS else reason
-    replaced = reason is REPLACED or "_conv_forward" in conv.__dict__ or not _is_released(kind)
-    return f"conv.{REPLACED}" if replaced else _MISFIT
+    if reason is not None and reason is not Reason.REPLACED:
+        return Reason.CONV_HOOKS if reason is Reason.HOOKS else reason
+    replaced = reason is not None or "_conv_forward" in conv.__dict__ or not _is_released(kind)
+    return Reason.CONV_REPLACED if replaced else Reason.MISFIT
 
 
-_operator_paths: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
-"""The path of the Leaky layers in each graph that torch.compile is recording or compiling."""
+_operator_paths: WeakKeyDictionary[Any, PathInGraph] = WeakKeyDictionary()
+"""What the Leaky layers of each graph hold that torch.compile is recording or compiling."""
 
 
-def operator_path() -> Path | None:
+def operator_path() -> PathInGraph | None:
     """The path of a Leaky that torch.compile may record as an operator; None if it may not.
 
     The compiler asks once for each call that it traces. It guards on transforms by itself.
     """
     if recorded_now(True) is not None:
         return None
-    path = Path("compiled", "torch.compile's backend takes the operator apart into plain ones")
-    context = tracing_context()
+    apart = Path("compiled", "torch.compile's backend takes the operator apart into plain ones")
+    path, context = PathInGraph(apart), tracing_context()
     return path if context is None else _operator_paths.setdefault(context, path)
 
 
 def tell_of_kernels(device: str) -> None:
     """Tell the Leaky layers of the graph that is being compiled that the kernels run them."""
     context = tracing_context()
-    if context in _operator_paths:  # the layers hold this very path
-        vars(_operator_paths[context]).update(vars(NATIVE_PATHS[device]))
+    if context in _operator_paths:
+        _operator_paths[context].path = NATIVE_PATHS[device]
 
 
 def recorded_while_tracing() -> str | None:
@@ -227,8 +279,8 @@ def misfit(
     kernel = spec.kernel_size[-1:] if kind is nn.Conv1d else spec.kernel_size
     if tuple(conv.weight.shape) == (4 * channels[1], sum(channels), *kernel):
         return None
-    _check_stride(kind, spec, _MISFIT)
-    return _MISFIT
+    _check_stride(kind, spec, Reason.MISFIT)
+    return Reason.MISFIT
 
 
 def _check_stride(kind: type[nn.Module], spec: CellSpec, reason: str | None) -> None:
@@ -289,7 +341,7 @@ def static_reason(
     if overrides is not None:
         if overrides.fire is not None or overrides.mem_reset is not None:
             return Path("reference", "fire or mem_reset is overridden", slow=True)
-        general = overrides.reason in (CONV_HOOKS, GLOBAL_HOOKS)
+        general = overrides.reason in (Reason.CONV_HOOKS, Reason.GLOBAL_HOOKS)
         return Path("reference", str(overrides.reason), slow=True, general=general)
     against = against_device(device, traced)
     if device.type not in ("cpu", "cuda"):

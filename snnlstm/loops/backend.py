@@ -16,17 +16,8 @@ from torch.fx import GraphModule, Node
 
 from ..calls.entries import BoundedDict
 from ..compat.torch_private import backend_of, graph_break, graph_number
-from ..dispatch.reasons import tell_of_kernels
-from ..networks.layers import (
-    ALONE,
-    CONSTANT,
-    LARGE_STATE,
-    NOTHING,
-    ONE_CALL,
-    RANDOM,
-    TO_STACK,
-    LayerReport,
-)
+from ..dispatch.reasons import Reason, tell_of_kernels
+from ..networks.layers import LayerReport
 
 try:
     from ..native.operators import IN_GRAPH, OPAQUE
@@ -38,7 +29,7 @@ from . import rows
 from .functions import make_functions
 from .layout import channels_last
 from .rewrite import Writer
-from .steps import FEEDBACK, IN_PLACE, MEMORY, STATES, UNALIKE, Loop
+from .steps import Loop
 
 logger = logging.getLogger("snnlstm")
 
@@ -104,7 +95,7 @@ def compile_loop(
 
 # ---- the log ------------------------------------------------------------------------------------
 
-_PLAIN = "torch.compile records it as plain operations, and its path says why"
+_BY_SIZE = Reason.LARGE_STATE, Reason.TO_STACK, Reason.MEMORY  # the loop is better
 _NEURONS = "SConv2dLSTM", "SConv1dLSTM", "Leaky"
 _graphs: BoundedDict[Any, list[dict[str, Any]]] = BoundedDict()  # what each had, by loop
 _told: BoundedDict[Any, None] = BoundedDict()  # why graphs have one step, and of which layer
@@ -159,35 +150,35 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
     is_sequence = has_states or rows.row_of(calls[0]) is rows.BATCH_NORMS
     reason = next((loop.reasons[call] for call in alone if call in loop.reasons), None)
     if all(rows.dropped(call) is not None for call in calls):
-        kind, reason = "fold", NOTHING
+        kind, reason = "fold", Reason.NOTHING
     elif len(alone) == 1 < len(calls):
-        kind, reason = "once", CONSTANT
+        kind, reason = "once", Reason.CONSTANT
     elif runs and len(runs) + len(single) == 1:
-        kind, reason = ("sequence", ONE_CALL) if is_sequence else ("fold", ALONE)
+        kind, reason = ("sequence", Reason.ONE_CALL) if is_sequence else ("fold", Reason.ALONE)
     elif len(runs) > len(single) and not reason and (not has_states or _alternate(loop, alone)):
         kind = "sequence" if has_states else "fold"
-        reason = f"{ONE_CALL} at each of {len(runs) + len(single)} places of a step"
+        reason = f"{Reason.ONE_CALL} at each of {len(runs) + len(single)} places of a step"
     elif len(runs) > len(single):
         pieces = f"{len(alone)} steps in {len(runs) + len(single)} calls"
-        kind, reason = "sequence", f"{pieces}: {reason or STATES}"
+        kind, reason = "sequence", f"{pieces}: {reason or Reason.STATES}"
     else:
         kind = "step"
         if layer.is_neuron and not has_states:
-            reason = _PLAIN
+            reason = Reason.PLAIN_OPERATIONS
         elif any(loop.memory[call] & loop.written for call in calls):
-            reason = IN_PLACE
+            reason = Reason.IN_PLACE
         elif has_states:
-            reason = reason or STATES
+            reason = reason or Reason.STATES
         elif (effects := loop.effects[calls[0]]).draws and not effects.unknown:
-            reason = RANDOM
+            reason = Reason.RANDOM
         elif rows.row_of(calls[0]) is not None:
-            reason = reason or (FEEDBACK if _depends(alone[1], alone[0]) else UNALIKE)
-        reason = reason or "it is not known to treat every sample by itself"
+            reason = reason or (Reason.FEEDBACK if _depends(alone[1], alone[0]) else Reason.UNALIKE)
+        reason = reason or Reason.UNKNOWN.format("it")
     if calls[0] in loop.folded:
         stack = [*loop.folded[calls[0]].meta.get("nn_module_stack", {}).values()]
         before = _name_of(stack[-1][0]) if stack else ""
         reason = f"part of {before or 'the convolution before it'}"
-    return LayerReport(layer.name, layer.kind, kind, str(reason))
+    return LayerReport(layer.name, layer.kind, kind, reason)
 
 
 def _alternate(loop: Loop, calls: Sequence[Node]) -> bool:
@@ -221,7 +212,7 @@ def _log(loop: Loop, gm: GraphModule) -> None:
             text = "layer %s is snntorch's %s and runs as plain operations: call snnlstm.accelerate"
             logger.warning(f"{text}(net) before torch.compile", layer.name, layer.kind)
     for layer, report in reports:
-        by_size = report.reason in (LARGE_STATE, TO_STACK, MEMORY)  # the loop is better
+        by_size = report.reason in _BY_SIZE
         if layer.is_neuron and layer.is_ours and report.kind == "step" and not by_size:
             text = "torch.compile: layer %s (%s) stays a loop of steps: %s"
             logger.warning(text, layer.name, report.layer, report.reason)

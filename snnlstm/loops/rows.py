@@ -8,6 +8,7 @@ In the call for all steps, a tensor that differs from step to step has them as i
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch.fx import Graph, Node
 from ..compat.torch_private import apply_recorded, operators_named, size_hint
 from ..native.batch_norm import batch_norm
 from ..native.leaky_operators import OPERATORS
+from ..networks.layers import PER_SAMPLE
 
 CELL = OPERATORS.forward.default
 LEAKY = OPERATORS.leaky.default
@@ -146,16 +148,11 @@ def _first(w: Any, run: Any) -> Any:
     return w.sequence([call.args[0] for call in run.calls])
 
 
-def _rest(w: Any, run: Any) -> tuple[list[Any], dict[str, Any]]:
-    """The other arguments, which are the same in each call."""
+def _whole(w: Any, run: Any, function: Any = None, x: Any = None) -> Any:
+    """The run's function, or another one, takes all steps, or x, with the arguments of one call."""
     call = run.calls[0]
-    return w.arguments(call), w.copied(dict(call.kwargs))
-
-
-def _leading(w: Any, run: Any) -> Any:
-    """A function of the last dimensions takes any number of leading ones."""
-    args, kwargs = _rest(w, run)
-    return w.call(run.calls[0].target, _first(w, run), *args, **kwargs)
+    x = _first(w, run) if x is None else x
+    return w.call(function or call.target, x, *w.arguments(call), **w.copied(dict(call.kwargs)))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -171,21 +168,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _linear(w: Any, run: Any) -> Any:
-    args, kwargs = _rest(w, run)
-    return w.call(linear, _first(w, run), *args, **kwargs)
+    return _whole(w, run, linear)
+
+
+def _batch_norms(w: Any, run: Any) -> Any:
+    return _whole(w, run, batch_norm)
 
 
 def _folded(w: Any, run: Any) -> Any:
     """A function that treats every sample by itself takes the steps as a larger batch."""
-    args, kwargs = _rest(w, run)
-    batch = w.call("flatten", _first(w, run), 0, 1)
-    out = w.call(run.calls[0].target, batch, *args, **kwargs)
+    out = _whole(w, run, x=w.call("flatten", _first(w, run), 0, 1))
     return w.call("unflatten", out, 0, (len(run.calls), -1))
-
-
-def _batch_norms(w: Any, run: Any) -> Any:
-    args, kwargs = _rest(w, run)
-    return w.call(batch_norm, _first(w, run), *args, **kwargs)
 
 
 def _elementwise(w: Any, run: Any) -> Any:
@@ -265,7 +258,8 @@ def _leakies(w: Any, run: Any) -> Any:
 # The states are arguments 1 and 2 of a cell, and argument 1 of a Leaky; spk is result 0.
 _CELL = Row(_cells, states=((1, 1), (2, 2)), options=(3, 4, 5, 6, 7, 9, 10))
 LEAKIES = Row(_leakies, states=((1, 1),), options=(2, 3, 4, 5))
-LINEAR, _LEADING, _FOLDED = Row(_linear), Row(_leading), Row(_folded)
+LINEAR, _FOLDED = Row(_linear), Row(_folded)
+_LEADING = Row(_whole)  # functions of the last dimensions take any number of leading ones
 ELEMENTWISE = Row(_elementwise, first_alone=False)
 _FLATTEN, RESHAPE = Row(_flattened), Row(_reshaped)
 VIEWS = _FLATTEN, RESHAPE
@@ -275,13 +269,8 @@ BATCH_NORMS = Row(_batch_norms)
 # Some are functions of the module operator; others also reduce a tensor, by the same name.
 _NOT_ELEMENTWISE = {"getitem", "matmul", "concat", "max", "min"}
 _ALSO_ELEMENTWISE = {"to", "float", "double", "half", "bfloat16", "detach", "dropout"}
-# The number of dimensions of a batch, or the least number.
-_BATCH_DIMS = {
-    "conv1d": 3, "conv2d": 4, "conv3d": 5,
-    "max_pool1d": 3, "max_pool2d": 4, "max_pool3d": 5,
-    "avg_pool1d": 3, "avg_pool2d": 4, "avg_pool3d": 5,
-    "adaptive_avg_pool1d": 3, "adaptive_avg_pool2d": 4, "adaptive_max_pool2d": 4,
-}  # fmt: skip
+# The least number of dimensions of a batch; the norm of fewer dimensions comes last.
+_BATCH_DIMS = {name: dim for name, dim in reversed(PER_SAMPLE.values()) if name}
 
 
 def row_of(node: Node) -> Row | None:
@@ -314,10 +303,11 @@ def row_of(node: Node) -> Row | None:
         return _LEADING
     if name == "pad" and (*args[2:], *node.kwargs.values(), "constant")[0] == "constant":
         return _LEADING
-    if name == "batch_norm" and dim >= 2 and (named := named_arguments(node)):
-        return BATCH_NORMS if named["training"] else _FOLDED
-    if _BATCH_DIMS.get(name) == dim or (name == "group_norm" and dim >= 2):
-        return _FOLDED
+    if dim >= _BATCH_DIMS.get(name, math.inf):
+        if name != "batch_norm":
+            return _FOLDED
+        training = named_arguments(node).get("training")
+        return None if training is None else BATCH_NORMS if training else _FOLDED
     if name == "flatten" and dim:
         return _FLATTEN
     if name in ("view", "reshape") and not node.kwargs and not isinstance(args[1], torch.dtype):

@@ -24,7 +24,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..compat.torch_private import memory_of, operators_named
-from ..networks.layers import TO_STACK, reason_by_size, steps_at_once, too_large
+from ..dispatch.reasons import Reason
+from ..networks.layers import reason_by_size, steps_at_once, too_large
 from . import rows
 from .fold import find_folded
 
@@ -152,15 +153,6 @@ def separate_sums(nodes: Sequence[Node]) -> None:
                 value = out.detach().clone()  # the sum keeps the memory, of which others have views
                 made.meta["example_value"] = value.requires_grad_(out.requires_grad)
 
-
-OTHER_SETTINGS = "a setting, such as the grad mode, changes between the steps"
-WEIGHTS = "its weights differ from step to step"
-STATES = "its states are reset, detached or changed between the steps"
-ROUNDED = "its states are rounded to a half type between the steps"
-FEEDBACK = "its input, or its state, depends on its last result"
-UNALIKE = "its input is another expression in each step, as behind a neuron that runs in steps"
-IN_PLACE = "its results are modified in place"
-MEMORY = "all steps at once would take too much memory"
 
 # ---- the loop -----------------------------------------------------------------------------------
 
@@ -384,7 +376,7 @@ class Loop:
             state = self.same[node.args[row.states[-1][0]]]
             dtypes = {shape[1] for arg in state.all_input_nodes if (shape := rows.shape_of(arg))}
             if dtypes & {torch.float16, torch.bfloat16}:
-                self.reasons[node] = ROUNDED
+                self.reasons[node] = Reason.ROUNDED
             return node
         self._handed[number] = handed
         self._last[node] = self._last.pop(previous)  # another call may not continue from it
@@ -450,12 +442,12 @@ class Loop:
         first, x = calls[0], calls[0].all_input_nodes[0]
         alone = row.first_alone and not row.states
         if alone and len({self._arguments(call, 1) for call in calls}) > 1:
-            return WEIGHTS
+            return Reason.WEIGHTS
         if rows.value_of(x).device.type != "cpu":
             return None
         if first.target is rows.CELL:
             by_step = too_large(rows.bytes_of(x)) and not self._is_sequence(calls)
-            return TO_STACK if by_step else None
+            return Reason.TO_STACK if by_step else None
         if row in rows.VIEWS and self._is_sequence(calls):
             return None
         step = max(map(rows.bytes_of, (first, *first.all_input_nodes[:1])))
@@ -510,9 +502,9 @@ class Loop:
                 last = members[runs[-1][-1]]
                 if latest == len(runs) - 1:
                     between = {self._regions[unit], self._regions[calls[last]]}
-                    reason = OTHER_SETTINGS if len(between) > 1 else FEEDBACK
+                    reason = Reason.OTHER_SETTINGS if len(between) > 1 else Reason.FEEDBACK
                 elif at // limit != last // limit:
-                    reason = MEMORY
+                    reason = Reason.MEMORY
             if reason is not None:
                 self.reasons[self.nodes[unit]] = reason
             if reason is not None or not runs:

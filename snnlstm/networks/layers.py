@@ -4,40 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..calls.call import SIZES
+from ..calls.keys import BoundedDict
 from ..calls.lengths import CheckedLengths, held, hold_last, mask_padding
 from ..compat.snntorch import SEQUENCE_NEURONS, Neuron, TheirLeaky
-from ..dispatch.reasons import GLOBAL_HOOKS, HOOKS, REPLACED, beyond_forward, recorded_now
+from ..dispatch.reasons import Reason, beyond_forward, recorded_now
 from ..native import lender
 from ..neurons.attributes import CELL
 from ..neurons.leaky import Leaky
-from ..neurons.sconv2dlstm import SConv2dLSTM
-from .pool2d import AvgPool2d, MaxPool2d
+from ..neurons.sconv2dlstm import SConv1dLSTM, SConv2dLSTM
+from .pool2d import AvgPool2d, MaxPool2d, ours_for
 from .spikes import SpikeCount
 
 try:
     from ..native.batch_norm import batch_norm
 except ImportError:  # there is no core
     batch_norm = None  # type: ignore[assignment]
-
-ALONE = "one call, all steps as a larger batch"
-LARGE = "one step of its input or output is larger than 1 MiB"
-LARGE_SEQUENCE = "steps of its input or output are larger than 128 KiB, and all than 8 MiB"
-LARGE_STATE = "it keeps a state, and one step of it is larger than 1 MiB"
-TO_STACK = "the layers before it run step by step, and one of their steps is larger than 1 MiB"
-ONE_CALL = "one call for all steps"
-THEIRS = "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
-TAKES = "it takes sequences"
-NOTHING = "it does nothing and returns its input"
-RANDOM = "it draws new random numbers for every step"
-CONSTANT = "every step of its input is the same tensor"
-# The reasons of layers that neither mix samples nor keep a state.
-PER_SAMPLE = ALONE, LARGE, LARGE_SEQUENCE
+_no_core = batch_norm is None
 
 
 @dataclass(frozen=True)
@@ -66,63 +54,130 @@ class LayerReport:
         return f"{self.name} {self.layer}: {self.kind} ({self.reason})"
 
 
-# The layers that treat every sample by itself, each with the least number of dimensions of a step,
-# (N, C, ...), whose first one is the batch.
-_LEAST_DIM: dict[type[nn.Module], int] = {
-    nn.Conv1d: 3, nn.MaxPool1d: 3, nn.AvgPool1d: 3,
-    nn.Conv2d: 4, nn.MaxPool2d: 4, nn.AvgPool2d: 4, nn.AdaptiveAvgPool2d: 4,
-    MaxPool2d: 4, AvgPool2d: 4,
-    nn.Linear: 2, nn.Flatten: 2, nn.Identity: 2, nn.GroupNorm: 2,
-    nn.ReLU: 2, nn.LeakyReLU: 2, nn.Sigmoid: 2, nn.Tanh: 2,
-    nn.BatchNorm1d: 2, nn.BatchNorm2d: 4, nn.Dropout: 2, nn.Dropout2d: 4,
-}  # fmt: skip
+class Way(NamedTuple):
+    """What was decided for a layer.
 
-
-def report_of(
-    name: str, layer: nn.Module, x: Tensor, by_step: str | None, steps: int | None = None
-) -> LayerReport:
-    """How a layer runs over a sequence x, or over one of so many `steps` like x.
-
-    `by_step` is a reason to run all steps one by one.
+    Attributes
+    ----------
+    kind, reason : str
+        As in :class:`LayerReport`.
+    alone : bool
+        Whether the layer neither mixes samples nor keeps a state, however many steps a call gets.
+    safe : bool
+        Whether a call leaves its input as it is.
+    pool : type or None
+        Our class whose forward stands in for the layer's.
     """
-    kind, title = type(layer), type(layer).__name__
+
+    kind: str
+    reason: str
+    alone: bool = False
+    safe: bool = False
+    pool: Any = None
+
+
+PER_SAMPLE: dict[type[nn.Module], tuple[str, int]] = {
+    nn.Conv1d: ("conv1d", 3), nn.Conv2d: ("conv2d", 4), nn.Conv3d: ("conv3d", 5),
+    nn.MaxPool1d: ("max_pool1d", 3), nn.MaxPool2d: ("max_pool2d", 4),
+    nn.MaxPool3d: ("max_pool3d", 5), nn.AvgPool1d: ("avg_pool1d", 3),
+    nn.AvgPool2d: ("avg_pool2d", 4), nn.AvgPool3d: ("avg_pool3d", 5),
+    nn.AdaptiveAvgPool1d: ("adaptive_avg_pool1d", 3),
+    nn.AdaptiveAvgPool2d: ("adaptive_avg_pool2d", 4),
+    nn.AdaptiveMaxPool2d: ("adaptive_max_pool2d", 4),
+    MaxPool2d: ("max_pool2d", 4), AvgPool2d: ("avg_pool2d", 4),
+    nn.GroupNorm: ("group_norm", 2), nn.BatchNorm1d: ("batch_norm", 2),
+    nn.BatchNorm2d: ("batch_norm", 4),
+    nn.Linear: ("", 2), nn.Flatten: ("", 2), nn.Identity: ("", 2), nn.ReLU: ("", 2),
+    nn.LeakyReLU: ("", 2), nn.Sigmoid: ("", 2), nn.Tanh: ("", 2), nn.Dropout: ("", 2),
+    nn.Dropout2d: ("", 4),
+}  # fmt: skip
+"""The layers that treat every sample by itself.
+
+Each has the name of torch's function, if compiled loops fold its calls as those of the layer, and
+the least number of dimensions of a step, (N, C, ...), whose first one is the batch.
+"""
+
+# The way of a layer of these classes follows from its class, the class's forward, its hooks, these
+# attributes, a norm's statistics, and the sizes.
+_KNOWN = {*PER_SAMPLE, SConv2dLSTM, SConv1dLSTM, Leaky}
+_DECIDING = (
+    "training", "inplace", "return_indices", "start_dim", "p", "momentum",
+    "in_features", "out_features", "in_channels", "out_channels",
+)  # fmt: skip
+_NUMBERS = {bool, int, float, type(None)}  # neither symbols nor tensors, which may change
+_NORMS = nn.BatchNorm1d, nn.BatchNorm2d
+_ways: BoundedDict[Any, Way] = BoundedDict()
+
+
+def way_of(
+    name: str,
+    layer: Any,
+    x: Tensor,
+    dim: int,
+    steps: int,
+    by_step: str | None = None,
+    one: bool = False,
+) -> Way:
+    """How a layer runs over so many steps of `dim` dimensions.
+
+    x has all of them, or is `one` of those that come from layers which run step by step. `by_step`
+    is a reason to run all steps one by one.
+    """
+    kind, traced = type(layer), torch.compiler.is_compiling()
     if by_step is not None and kind in SEQUENCE_NEURONS:
-        raise ValueError(f"layer {name} ({title}) needs whole sequences, but {by_step}")
-    against = by_step or _reason_for_steps(layer, x, steps)
-    if against is not None:
-        return LayerReport(name, title, "step", against)
+        raise ValueError(f"layer {name} ({kind.__name__}) needs whole sequences, but {by_step}")
+    hooked = beyond_forward(layer, harmless=SpikeCount)
+    counted = x.device.type == "cpu" and not traced  # a GPU has no need of small steps
+    step = (x.nbytes if one else x.nbytes // steps) if counted else 0
+    key: Any = None
+    if kind in _KNOWN and not traced:
+        facts = (*map(layer.__dict__.get, _DECIDING), dim, steps, step)
+        if _NUMBERS.issuperset(map(type, facts)):
+            key = kind, kind.forward, hooked, kind in _NORMS and layer.running_mean is None, facts
+    way = None if key is None else _ways.get(key)
+    if way is None:
+        way = _decided(layer, hooked, dim, steps, step)
+        if key is not None:
+            _ways.keep(key, way)
+    if by_step is not None:
+        return way._replace(kind="step", reason=by_step)
+    if one and way.reason is Reason.ONE_CALL and step > _LARGEST:
+        return way._replace(kind="step", reason=Reason.TO_STACK)
+    return way
+
+
+def _decided(layer: Any, hooked: Reason | None, dim: int, steps: int, step: int) -> Way:
+    """The way of a layer over so many steps of `step` bytes; `hooked` is what a call runs more."""
+    kind, traced, alone = type(layer), torch.compiler.is_compiling(), False
+    whole = "sequence", Reason.ONE_CALL
+    against: str | None = hooked
     if kind in SEQUENCE_NEURONS or getattr(kind, "_takes_sequences", False):
-        return LayerReport(name, title, "sequence", TAKES)
-    if isinstance(layer, SConv2dLSTM | Leaky) or in_training(layer):
-        return LayerReport(name, title, "sequence", ONE_CALL)
-    return LayerReport(name, title, "fold", ALONE)
-
-
-def _reason_for_steps(layer: Any, x: Tensor, steps: int | None) -> str | None:
-    """Why a layer gets the steps of a sequence one by one; None if one call may have them all."""
-    kind, whole = type(layer), steps is None
-    if kind in SEQUENCE_NEURONS:
-        return None
-    hooked = changed(layer)
-    if getattr(kind, "_takes_sequences", False):  # a Sequential that carries hooks
-        return hooked if hooked == GLOBAL_HOOKS else None  # these see each step of every layer
-    if isinstance(layer, SConv2dLSTM):
-        own = kind.forward is not SConv2dLSTM.forward
-        return "its class has a forward of its own" if own else hooked
-    if isinstance(layer, CELL) and kind is not CELL:
-        return "its class is a subclass of snntorch.SConv2dLSTM"
-    if kind in (CELL, TheirLeaky):
-        return hooked or THEIRS
-    if kind is Leaky:
-        if hooked is None and (torch.compiler.is_compiling() or not layer.takes(x, whole)):
-            return "plain torch runs it, and its path says why"
-        return hooked or reason_by_size(counted_bytes(x, whole), steps or len(x), states=True)
-    if Neuron is not None and isinstance(layer, Neuron):
-        return "it keeps a state from step to step"
-    step = counted_bytes(x, whole) * _widening(layer)
-    by_steps = in_training(layer) and _takes_steps(layer)
-    mixing = hooked or (None if by_steps else not_per_sample(layer, x.dim() - whole))
-    return mixing or reason_by_size(step, steps or len(x), kind is nn.Linear)
+        whole = "sequence", Reason.TAKES
+        # A Sequential is here for its hooks. Global ones see each step of every layer.
+        each = hooked is Reason.GLOBAL_HOOKS and kind not in SEQUENCE_NEURONS
+        against = hooked if each else None
+    elif isinstance(layer, SConv2dLSTM):
+        against = hooked if kind.forward is SConv2dLSTM.forward else Reason.OWN_FORWARD
+    elif isinstance(layer, CELL) and kind is not CELL:
+        against = Reason.SUBCLASS
+    elif kind in (CELL, TheirLeaky):
+        against = hooked or Reason.THEIRS
+    elif kind is Leaky:
+        plain = Reason.PLAIN if traced else None
+        against = hooked or plain or reason_by_size(step, steps, states=True)
+    elif Neuron is not None and isinstance(layer, Neuron):
+        against = Reason.KEEPS_STATE
+    elif in_training(layer) and layer.momentum is not None and not (traced or _no_core):
+        against = hooked or reason_by_size(step, steps)
+    else:
+        whole, against = ("fold", Reason.ALONE), hooked or not_per_sample(layer, dim)
+        alone = against is None
+        wide = step * _widening(layer)
+        against = against or reason_by_size(wide, steps, kind is nn.Linear)
+    listed = kind in PER_SAMPLE or kind.__module__.startswith("snntorch.")
+    safe = listed and hooked is None and not getattr(layer, "inplace", False)
+    pool = ours_for(layer) if hooked is None and not traced else None
+    return Way(*(whole if against is None else ("step", against)), alone, safe, pool)
 
 
 # ---- sizes --------------------------------------------------------------------------------------
@@ -146,29 +201,16 @@ def steps_at_once(step: int) -> int:
 
 def reason_by_size(
     step: float, steps: int, linear: bool = False, states: bool = False
-) -> str | None:
+) -> Reason | None:
     """Why so many steps of so many bytes pass a layer one by one on the CPU; None if all at once.
 
     Layers with states, and linear ones, take sequences of any length: a linear layer reads its
     weight, and writes its gradient, once for all steps.
     """
     if too_large(step):
-        return LARGE_STATE if states else LARGE
+        return Reason.LARGE_STATE if states else Reason.LARGE
     is_long = step > _SMALL and step * steps > _LARGEST_SEQUENCE
-    return LARGE_SEQUENCE if is_long and not (states or linear) else None
-
-
-def counted_bytes(x: Tensor, whole: bool = False) -> int:
-    """The bytes of x, or of a step of a `whole` sequence; 0 on a GPU and under torch.compile."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return 0
-    return x.nbytes // x.shape[0] if whole else x.nbytes
-
-
-def changed(layer: nn.Module) -> str | None:
-    """Why a call of the layer runs more than its class's forward; None if it does not."""
-    reason = beyond_forward(layer, harmless=SpikeCount)
-    return {HOOKS: f"it {HOOKS}", REPLACED: f"its {REPLACED}"}.get(str(reason), reason)
+    return Reason.LARGE_SEQUENCE if is_long and not (states or linear) else None
 
 
 def not_per_sample(layer: Any, dim: int | None = None) -> str | None:
@@ -176,38 +218,30 @@ def not_per_sample(layer: Any, dim: int | None = None) -> str | None:
 
     A step has `dim` dimensions, if that is known.
     """
-    if type(layer) not in _LEAST_DIM:
-        return f"{type(layer).__name__} is not known to treat every sample by itself"
+    if type(layer) not in PER_SAMPLE:
+        return Reason.UNKNOWN.format(type(layer).__name__)
     if in_training(layer):
-        return "its statistics are those of one step"
+        return Reason.STATISTICS
     if isinstance(layer, nn.Dropout | nn.Dropout2d) and layer.training and layer.p != 0:
-        return RANDOM
+        return Reason.RANDOM
     if getattr(layer, "return_indices", False):
-        return "it returns indices"
+        return Reason.INDICES
     start = layer.start_dim if isinstance(layer, nn.Flatten) else 1
-    if dim is not None and (dim < _LEAST_DIM[type(layer)] or start % dim == 0):
-        return f"at a step of {dim} dimensions it may mix samples"
+    if dim is not None and (dim < PER_SAMPLE[type(layer)][1] or start % dim == 0):
+        return Reason.MIXES.format(dim)
     return None
 
 
 def in_training(layer: Any) -> bool:
     """Whether a layer is a batch norm whose statistics are those of its input."""
-    is_norm = type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d)
-    return is_norm and (layer.training or layer.running_mean is None)
-
-
-def _takes_steps(norm: Any) -> bool:
-    """Whether one call normalises all steps; a compiled loop finds that by itself."""
-    return (
-        batch_norm is not None and norm.momentum is not None and not torch.compiler.is_compiling()
-    )
+    return type(layer) in _NORMS and (layer.training or layer.running_mean is None)
 
 
 def _widening(layer: Any) -> float:
     """The layer's output size divided by its input size, at least 1."""
     if isinstance(layer, nn.Linear):
         return max(1, layer.out_features / max(1, layer.in_features))
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return max(1, layer.out_channels / max(1, layer.in_channels))
     return 1
 
@@ -223,17 +257,13 @@ def is_constant(x: Tensor) -> bool:
     return not told_apart and recorded_now(torch.compiler.is_compiling()) is None
 
 
-def unshared(x: Tensor, layer: nn.Module, repeated: bool = False) -> Tensor:
-    """A copy of x if the layer may modify it, and x is a view, or `repeated` for other steps.
+def unshared(x: Tensor, repeated: bool = False) -> Tensor:
+    """A copy of x, which a layer may modify, if x is a view, or `repeated` for other steps.
 
     Autograd lets no layer modify one of several views in place; without autograd they may be.
     """
     is_view = torch.is_grad_enabled() and (torch.compiler.is_compiling() or x._is_view())
-    if not (repeated or is_view):
-        return x
-    listed = type(layer) in _LEAST_DIM or type(layer).__module__.startswith("snntorch.")
-    safe = listed and not getattr(layer, "inplace", False) and changed(layer) is None
-    return x if safe else x.clone()
+    return x.clone() if repeated or is_view else x
 
 
 # ---- calls of a layer ---------------------------------------------------------------------------
@@ -242,16 +272,16 @@ def unshared(x: Tensor, layer: nn.Module, repeated: bool = False) -> Tensor:
 def whole_sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
     """Call a layer that takes sequences: a cell, a neuron, or a Sequential that carries hooks.
 
-    A batch norm normalises each step by itself.
+    A batch norm normalises each step by itself. None if plain torch must run a Leaky.
     """
     if isinstance(layer, Leaky):
         return layer.sequence(x, last and (layer.output or not layer.init_hidden), lengths)
-    if in_training(layer):
+    if type(layer) in _NORMS:
         out = _normalised(layer, x)
         return out if lengths is None else mask_padding(out, lengths)
     cell, neuron = isinstance(layer, SConv2dLSTM), type(layer) in SEQUENCE_NEURONS
-    step = f"{layer.in_channels}, {SIZES[layer._dims]}" if cell else "C"  # a step's shape without N
-    if (cell or neuron) and x.dim() != step.count(",") + 3:
+    if (cell or neuron) and x.dim() != (layer._dims if cell else 0) + 3:
+        step = f"{layer.in_channels}, {SIZES[layer._dims]}" if cell else "C"
         raise ValueError(
             f"x must be a sequence of steps (N, {step}) for layer {name} "
             f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
@@ -279,14 +309,14 @@ def _normalised(norm: Any, x: Tensor) -> Tensor:
 
 
 def pad(out: Any, lengths: Tensor) -> Any:
-    """Pad a neuron's results of all steps, spk or spk and mem, as :class:`Frozen` does by step."""
+    """Pad a neuron's results of all steps, spk or spk and mem, as :class:`Padded` does by step."""
     if isinstance(out, Tensor):
         return mask_padding(out, lengths)
     spk, mem = out
     return mask_padding(spk, lengths), hold_last(mem, mem.new_zeros(()), lengths)
 
 
-class Frozen:
+class Padded:
     """Calls a layer step by step, and leaves padded samples as they are.
 
     `call` calls the layer. The layer computes padded samples, too, but its first result is 0 there.

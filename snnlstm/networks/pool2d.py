@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch.reasons import beyond_forward
+from ..dispatch.reasons import Reason
 
 try:
     from ..native import pool2d as kernels
@@ -70,14 +68,11 @@ def reason_against(pool: nn.Module, kind: type[nn.Module]) -> str | None:
         name = type(pool).__name__
         return f"{name} is a subclass of nn.{kind.__name__} and may compute something else"
     if "forward" in pool.__dict__ or kind.forward is not _RELEASED[kind]:
-        return "its forward was replaced"
+        return Reason.REPLACED
     return None
 
 
-def faster(layer: nn.Module) -> Callable[[Any], Any]:
-    """A layer or, for a pool of torch's that carries no hooks, our forward of it."""
-    kind: Any = type(layer)
-    plain = kind in OURS and not torch.compiler.is_compiling() and beyond_forward(layer) is None
-    if not plain or reason_against(layer, kind) is not None:
-        return layer
-    return partial(OURS[kind].forward, layer)
+def ours_for(layer: nn.Module) -> Any:
+    """Our class whose forward may stand in for that of a pool of torch's without hooks, or None."""
+    kind = type(layer)
+    return OURS[kind] if kind in OURS and reason_against(layer, kind) is None else None

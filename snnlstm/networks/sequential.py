@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,18 +15,13 @@ from ..calls.lengths import checked_lengths, mask_padding
 from ..calls.spec import flag
 from ..compat.snntorch import SEQUENCE_NEURONS
 from ..dispatch.path import log_once
+from ..dispatch.reasons import Reason, beyond_forward
 from ..neurons.attributes import CELL
 from ..neurons.sconv2dlstm import SConv2dLSTM
 from .layers import (
-    CONSTANT,
-    ONE_CALL,
-    PER_SAMPLE,
-    THEIRS,
-    TO_STACK,
-    Frozen,
     LayerReport,
-    changed,
-    counted_bytes,
+    Padded,
+    Way,
     exchanged,
     first_item,
     in_training,
@@ -35,15 +29,15 @@ from .layers import (
     joined,
     mapped,
     not_per_sample,
-    report_of,
     stack,
-    too_large,
     unshared,
+    way_of,
     whole_sequence,
 )
-from .pool2d import faster
+from .spikes import SpikeCount
 
 Named = tuple[str, nn.Module]  # a layer and its name
+_report = lru_cache(maxsize=1024)(LayerReport)
 
 # ---- how a layer goes through a sequence --------------------------------------------------------
 
@@ -60,13 +54,15 @@ class Sequential(nn.Sequential):
       BatchNorm2d in training if they have a momentum, one call for all steps. The four of
       snnTorch's keep no state: each call starts anew. A batch norm normalises each step by itself;
     - *fold*: layers of torch that treat every sample by itself, one call with all steps as a batch:
-      Conv1d, Conv2d, Linear, Flatten, Identity, ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool1d,
-      MaxPool2d, AvgPool1d, AvgPool2d, AdaptiveAvgPool2d, GroupNorm, and in evaluation BatchNorm1d,
-      BatchNorm2d, Dropout and Dropout2d;
+      Conv1d, Conv2d, Conv3d, Linear, Flatten, Identity, ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool1d,
+      MaxPool2d, MaxPool3d, AvgPool1d, AvgPool2d, AvgPool3d, AdaptiveAvgPool1d, AdaptiveAvgPool2d,
+      AdaptiveMaxPool2d, GroupNorm, and in evaluation BatchNorm1d, BatchNorm2d, Dropout and
+      Dropout2d;
     - *step*: all other layers, one call for each step: snnTorch's other neurons, dropout in
       training (a new mask for every step), layers with hooks, modules that are not known here, and
       on the CPU layers whose input or output at one step exceeds 1 MiB, or 128 KiB if it exceeds 8
-      MiB at all steps (but for a Linear). Adjacent ones all run one step, then the next;
+      MiB at all steps (but for a Linear). Adjacent ones all run one step, then the next; a
+      :class:`Leaky` in plain torch begins anew;
     - *once*: the leading layers of kind *fold*, however large, if all steps are the same image,
       ``x.expand(T, ...)``, without `lengths`: one call with one step. x must require no gradient,
       and the layers must carry no hooks and not work in place.
@@ -146,7 +142,7 @@ class Sequential(nn.Sequential):
         kind = type(net).__name__
         if not isinstance(net, nn.Sequential):
             raise TypeError(f"net must be an nn.Sequential, got {kind}")
-        if not _is_stack(net) or "forward" in net.__dict__:
+        if type(net).forward not in _STACKS or "forward" in net.__dict__:
             raise TypeError(
                 f"net must have nn.Sequential's forward, got {kind} with a forward of its own, "
                 "which would be lost: Sequential(net) keeps it as one layer"
@@ -160,10 +156,16 @@ class Sequential(nn.Sequential):
 
         x is (T, N, ...), or (N, T, ...) with `batch_first`; the rest is as in :func:`unroll`.
         """
-        out, report = _over_time(x, self._modules.items(), self.batch_first, lengths)
+        out, ran = _over_time(x, [*self._modules.items()], self.batch_first, lengths)
         if not torch.compiler.is_compiling():
-            self.report = report
+            self.report = tuple(
+                _report(name, type(layer).__name__, way.kind, way.reason)
+                for (name, layer), way in ran
+            )
         return out
+
+
+_STACKS = nn.Sequential.forward, Sequential.forward  # which merely call each layer once, in order
 
 
 def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: Any = None) -> Any:
@@ -215,8 +217,7 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: An
     >>> snnlstm.unroll(torch.rand(20, 4, 2, 32, 32), cell, nn.Flatten()).shape
     torch.Size([20, 4, 2048])
     """
-    _check_modules(layers)
-    named = [(str(position), layer) for position, layer in enumerate(layers)]
+    named = [*zip(map(str, range(len(layers))), layers, strict=True)]
     return _over_time(x, named, flag("batch_first", batch_first), lengths)[0]
 
 
@@ -234,8 +235,8 @@ def _check_modules(layers: Iterable[Any]) -> None:
 
 
 def _over_time(
-    x: Tensor, modules: Iterable[Named], batch_first: bool, lengths: Any
-) -> tuple[Any, tuple[LayerReport, ...]]:
+    x: Tensor, modules: Sequence[Named], batch_first: bool, lengths: Any
+) -> tuple[Any, list[tuple[Named, Way]]]:
     """Run the layers over a sequence; returns their results, and how each layer ran."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
@@ -247,100 +248,107 @@ def _over_time(
     traced = torch.compiler.is_compiling()
     if lengths is not None:
         lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
-    layers, shared = list(_layers(modules, "")), _shared_state(modules)
+    layers, shared = _flattened(modules)
     # A shared state must change in the order of the loop, so all layers then run step by step.
-    by_step = shared and f"layer {shared} is in several places and may keep a state"
-    reports: list[LayerReport] = []
+    by_step = Reason.SHARED.format(shared) if shared else None
+    ways: list[Way] = []
     if lengths is None and by_step is None and is_constant(x):
-        x = _once(layers, x, reports)
-    out, before = x, ""
-    batch: torch.Size | None = None  # (T, N) while `out` has all steps as one batch
-    while rest := layers[len(reports) :]:
-        name, layer = rest[0]
-        x = first_item(before, out)
-        whole = x if batch is None else x.unflatten(0, batch)
-        report = report_of(name, layer, whole, by_step)
-        skips = report.kind == "sequence" and not in_training(layer)
-        if lengths is not None and not reports and not skips:
-            whole = mask_padding(whole, lengths)  # a NaN in the padding must not reach a gradient
-        if report.kind == "step":
-            out, batch = _step_by_step(rest, whole, lengths, by_step, reports), None
-        elif report.kind == "sequence":
-            out, batch = whole_sequence(name, layer, whole, lengths, last=len(rest) == 1), None
-            reports.append(report)
-        else:
-            x = whole.flatten(0, 1) if batch is None else x
-            out, batch = faster(layer)(unshared(x, layer, x.stride(0) == 0)), whole.shape[:2]
-            reports.append(report)
-        before = reports[-1].name
+        x = _once(layers, x, ways)
+    out: Any = x
+    batch: Any = None  # (T, N) while `out` has all steps as one batch
+    while len(ways) < len(layers):
+        name, layer = layers[len(ways)]
+        x = out if isinstance(out, Tensor) else first_item(layers[len(ways) - 1][0], out)
+        form = (x.dim() - 1, x.shape[0]) if batch is None else (x.dim(), batch[0])
+        way = way_of(name, layer, x, *form, by_step)
+        if way.kind != "fold" and batch is not None:
+            x, batch = x.unflatten(0, batch), None
+        if lengths is not None and not ways and (way.kind != "sequence" or in_training(layer)):
+            x = mask_padding(x, lengths)  # a NaN in the padding must not reach a gradient
+        if way.kind == "sequence":
+            out = whole_sequence(name, layer, x, lengths, last=len(ways) + 1 == len(layers))
+            if out is None:  # plain torch must run this Leaky
+                way = Way("step", Reason.PLAIN)
+                x = x if lengths is None else mask_padding(x, lengths)
+        if way.kind == "step":
+            out = _step_by_step(layers, x, lengths, by_step, ways, way)
+            continue
+        if way.kind == "fold":
+            if batch is None:
+                x, batch = x.flatten(0, 1), x.shape[:2]
+            x = x if way.safe else unshared(x, x.stride(0) == 0)
+            out = layer(x) if way.pool is None else way.pool.forward(layer, x)
+        ways.append(way)
     if batch is not None:
         out = out.unflatten(0, batch)
-    if reports and reports[-1].kind == "once":
+    if ways and ways[-1].kind == "once":
         out = stack([out[0]] * len(out))  # the caller may write to single steps
-    if lengths is not None and reports and reports[-1].reason in PER_SAMPLE:
+    if lengths is not None and ways and ways[-1].alone:
         out = mask_padding(out, lengths)
     if not traced:
-        _log_oddities(layers, reports, batch_first)
-    return (exchanged(out) if batch_first else out), tuple(reports)
+        _log_oddities(layers, ways, batch_first)
+    return (exchanged(out) if batch_first else out), [*zip(layers, ways, strict=True)]
 
 
-def _layers(modules: Iterable[tuple[str, Any]], prefix: str) -> Iterator[Named]:
-    """Yield names and layers in order; the layers of a plain nn.Sequential take its place."""
-    for name, layer in modules:
-        if _is_stack(layer) and changed(layer) is None:
-            yield from _layers(layer._modules.items(), f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", layer
+def _flattened(modules: Sequence[Named]) -> tuple[list[Named], str | None]:
+    """Names and layers in order; the layers of a plain nn.Sequential take its place.
+
+    Also the name of a layer that occurs twice and may keep a state, or None.
+    """
+    layers: list[Named] = []
+    shared, seen = None, set()
+    pending: list[Any] = [(name, layer, True) for name, layer in reversed(modules)]
+    while pending:
+        name, module, is_layer = pending.pop()
+        if module is None and not is_layer:
+            continue
+        if not isinstance(module, nn.Module):
+            _check_modules([module])
+        kind = type(module)
+        is_stack, has_no_state = kind.forward in _STACKS, kind in SEQUENCE_NEURONS
+        is_open = is_layer and is_stack and beyond_forward(module, SpikeCount) is None
+        if is_layer and not is_open:
+            layers.append((name, module))
+        again = id(module) in seen
+        if again and not (is_stack or has_no_state):
+            mixes = beyond_forward(module, SpikeCount) or not_per_sample(module)
+            shared = shared or (name if mixes else None)
+        seen.add(id(module))
+        if is_stack or not (again or has_no_state):
+            for key, inner in reversed(module._modules.items()):
+                pending.append((f"{name}.{key}", inner, is_open))
+    return layers, shared
 
 
-def _is_stack(layer: nn.Module) -> bool:
-    """Whether a call of the layer merely calls each of its layers once, in order."""
-    return type(layer).forward in (nn.Sequential.forward, Sequential.forward)
-
-
-def _shared_state(modules: Iterable[Named]) -> str | None:
-    """Name of a layer that occurs twice and may keep a state; None if there is none."""
-    seen: set[int] = set()
-    for first, layer in modules:
-        without: set[int] = set()  # ids of modules that keep no state
-        for name, module in layer.named_modules(prefix=first, remove_duplicate=False):
-            if type(module) in SEQUENCE_NEURONS:
-                without.update(map(id, module.modules()))
-            repeats = id(module) in seen - without
-            seen.add(id(module))
-            if repeats and not _is_stack(module) and (changed(module) or not_per_sample(module)):
-                return name
-    return None
-
-
-def _log_oddities(layers: list[Named], reports: list[LayerReport], batch_first: bool) -> None:
+def _log_oddities(layers: list[Named], ways: list[Way], batch_first: bool) -> None:
     """Log, once for each cell, why it runs step by step, or that the stack exchanges its axes.
 
     A Leaky is logged if it is snnTorch's.
     """
-    for (name, layer), report in zip(layers, reports, strict=True):
+    for (name, layer), way in zip(layers, ways, strict=True):
         oddities = []
-        slow = report.reason == THEIRS or (isinstance(layer, CELL) and report.reason != TO_STACK)
-        if report.kind == "step" and slow:
-            oddities.append(f"runs step by step: {report.reason}")
+        theirs = way.reason is Reason.THEIRS
+        slow = theirs or (isinstance(layer, CELL) and way.reason is not Reason.TO_STACK)
+        if way.kind == "step" and slow:
+            oddities.append(f"runs step by step: {way.reason}")
         if not batch_first and isinstance(layer, SConv2dLSTM) and layer.batch_first:
             oddities.append(
                 "has batch_first=True, and the stack, whose setting counts, has batch_first=False: "
                 "x is read as (T, N, ...)"
             )
         for text in oddities:
-            log_once(layer, text, "layer %s (%s) of a stack %s", name, report.layer, text)
+            log_once(layer, text, "layer %s (%s) of a stack %s", name, type(layer).__name__, text)
 
 
-def _once(layers: list[Named], x: Tensor, reports: list[LayerReport]) -> Tensor:
+def _once(layers: list[Named], x: Tensor, ways: list[Way]) -> Tensor:
     """Run the leading layers whose results are the same for all steps of a constant x."""
     for name, layer in layers:
-        mixing = changed(layer) or not_per_sample(layer, x.dim() - 1)
-        if mixing is not None or getattr(layer, "inplace", False):
+        way = way_of(name, layer, x, x.dim() - 1, len(x))
+        if not (way.alone and way.safe):
             break
-        step = faster(layer)(x[0])
+        step = layer(x[0]) if way.pool is None else way.pool.forward(layer, x[0])
         x = step.expand(len(x), *step.shape)
-        reports.append(LayerReport(name, type(layer).__name__, "once", CONSTANT))
+        ways.append(Way("once", Reason.CONSTANT))
     return x
 
 
@@ -349,31 +357,35 @@ def _step_by_step(
     x: Tensor,
     lengths: Tensor | None,
     by_step: str | None,
-    reports: list[LayerReport],
+    ways: list[Way],
+    way: Way,
 ) -> Any:
-    """Run the leading layers that go step by step over (T, N, ...), each step through all."""
-    repeated = bool(reports) and reports[-1].kind == "once"  # no layer may modify a step of x
+    """Run layers over (T, N, ...) step by step, each step through all of them.
+
+    They are the next layer, whose `way` is given, and those that also go step by step behind it.
+    """
+    repeated = bool(ways) and ways[-1].kind == "once"  # no layer may modify a step of x
     outs: list[Any] = list(x.unbind(0))  # the gradient of each x[t] would be as large as x
-    calls: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
+    calls: list[tuple[str, bool, Callable[[Tensor], Any]]] = []
     before = ""
-    for name, layer in layers:
+    for name, layer in layers[len(ways) :]:
         first = first_item(before, outs[0])
-        report = report_of(name, layer, first, by_step, steps=len(outs))
-        if calls and report.reason == ONE_CALL and too_large(counted_bytes(first)):
-            report = replace(report, kind="step", reason=TO_STACK)
-        if report.kind != "step":
+        if calls:
+            way = way_of(name, layer, first, first.dim(), len(outs), by_step, one=True)
+        if way.kind != "step":
             break
-        reports.append(report)
-        call = faster(layer)
+        ways.append(way)
+        call: Any = layer if way.pool is None else partial(way.pool.forward, layer)
         if isinstance(layer, Sequential):
             call = partial(_one_step, layer)
-        if lengths is not None and report.reason not in PER_SAMPLE:
-            call = Frozen(layer, call, lengths)
-        calls.append((before, layer, call))
-        outs[0], before = call(unshared(first, layer, repeated)), name
+        if lengths is not None and not way.alone:
+            call = Padded(layer, call, lengths)
+        calls.append((before, way.safe, call))
+        outs[0], before = call(first if way.safe else unshared(first, repeated)), name
     for t in range(1, len(outs)):
-        for previous, layer, call in calls:
-            outs[t] = call(unshared(first_item(previous, outs[t]), layer, repeated))
+        for previous, safe, call in calls:
+            given = first_item(previous, outs[t])
+            outs[t] = call(given if safe else unshared(given, repeated))
     return joined(before, outs)
 
 

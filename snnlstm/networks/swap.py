@@ -17,7 +17,7 @@ from torch import nn
 from ..calls.spec import a_module, flag, never_spikes
 from ..compat.registry import register
 from ..compat.snntorch import Base, Neuron, TheirLeaky, library, recognise_surrogate, replaced
-from ..dispatch.reasons import against_device
+from ..dispatch.reasons import Reason, against_device
 from ..neurons.leaky import Leaky
 from ..neurons.sconv2dlstm import SConv2dLSTM
 from . import pool2d
@@ -31,7 +31,6 @@ _SAME = ["in_channels", "out_channels", "kernel_size", "bias", "max_pool", "avg_
 _SAME += ["init_hidden", "inhibition", "output", "surrogate_disable"]
 _OURS: dict[Any, Any] = {Base: SConv2dLSTM, TheirLeaky: Leaky}
 _OURS.pop(nn.Module, None)  # it stands for a class that snnTorch does not have
-_ALREADY = "is snnlstm's already"
 _CONVLSTM = (
     "it looks like a ConvLSTM and stays as it is; the documentation's page ConvLSTM shows how "
     "snnlstm.ConvLSTM replaces it"
@@ -182,7 +181,7 @@ def _swap(model: nn.Module) -> SwapReport:
                 result = str(error)
             pairs[module] = result
             theirs = isinstance(module, tuple(_OURS))
-            if isinstance(result, str) and theirs and result != _ALREADY:
+            if isinstance(result, str) and theirs and result is not Reason.OURS:
                 logger.warning("accelerate leaves %s: %s", name or "the model itself", result)
         results[name] = pairs[module]
     report = SwapReport(
@@ -209,7 +208,7 @@ def _as_ours(module: nn.Module) -> nn.Module | str | None:
     name = type(module).__name__
     for theirs, ours in _OURS.items():
         if isinstance(module, ours):
-            return _ALREADY
+            return Reason.OURS
         if type(module) is theirs:
             is_cell = theirs is Base
             reason = replaced(module, theirs, called=("fire", "mem_reset") if is_cell else ())
@@ -228,7 +227,7 @@ def _pool_of(old: nn.Module) -> nn.Module | str:
     """Make a pool that holds everything that one of torch holds; or say why `old` stays."""
     torchs, ours = next(pair for pair in pool2d.OURS.items() if isinstance(old, pair[0]))
     if type(old) is ours:
-        return _ALREADY
+        return Reason.OURS
     if (reason := pool2d.reason_against(old, torchs)) is not None:
         return reason
     new = nn.Module.__new__(ours)

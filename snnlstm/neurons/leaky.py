@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..calls import algorithms
 from ..calls.call import LEAKY_PARAMETERS, LeakyCall, check_transforms, real_tensor
-from ..calls.entries import NO_ENTRIES, find_entry, kept_entries
+from ..calls.entries import NO_ENTRIES
 from ..calls.lengths import hold_last, last_state, mask_padding
 from ..calls.spec import FINITE, RESETS, LeakySpec, Reset, check_dense, leaky_spec
 from ..compat import snntorch
@@ -30,7 +30,7 @@ from ..compat.snntorch import (
 from ..compat.torch_private import NO_LEVEL, backward_pass, exporting, has_ended, level_of
 from ..dispatch.path import LastPath, Path, log_fallback
 from ..dispatch.reasons import RANDOM, operator_path, recorded_now
-from ..dispatch.run import asked, run_leaky
+from ..dispatch.run import run_leaky
 from ..reference import leaky_step, real_dtype
 from ..surrogate import NONE, Surrogate
 from .state import NO_RESET, BufferedState, note_pass
@@ -267,12 +267,14 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return spk if self.init_hidden and not self.output else (spk, after)
 
     def sequence(self, x: Tensor, record: bool, lengths: Tensor | None = None) -> Any:
-        """Run all steps of x (T, ...) in one call, if :meth:`takes` allows it.
+        """Run all steps of x (T, ...) in one call; returns None if the kernels do not cover it.
 
         The result is spk of every step, (T, ...), and with `record` also mem. `lengths` (N,) are
         the steps of each sample of x (T, N, ...): after its last one a sample does not spike, and
         its mem stays. The layer's forward hooks get spk and mem of all steps.
         """
+        if kernels is None or recorded_now() or snntorch.replaced(self, TheirLeaky):
+            return None
         hooks = tuple(self._forward_hooks.values())
         call = self._called(x, None, record or bool(hooks) or lengths is not None)
         try:
@@ -285,6 +287,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         except RuntimeError:
             _explain(x, call.mem)
             raise
+        if spk is None:
+            return None
         after = mem[-1].clone() if mem.shape == x.shape else mem
         if lengths is not None:
             spk, after = mask_padding(spk, lengths), last_state(mem, call.mem, lengths)
@@ -293,18 +297,6 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         for hook in hooks:
             hook(self, (x,), (spk, mem))
         return (spk, mem) if record else spk
-
-    def takes(self, x: Tensor, sequence: bool = True) -> bool:
-        """Whether the kernels cover a sequence x (T, ...), so that :meth:`sequence` can run it.
-
-        If `sequence` is False, x is one of its steps, (...).
-        """
-        if snntorch.replaced(self, TheirLeaky) is not None or recorded_now() is not None:
-            return False
-        call, spec = self._called(x, None), self._described(sequence)
-        entry = asked(find_entry(self._entries, call, spec), call)
-        self.__dict__["_entries"] = kept_entries(self._entries, entry)
-        return entry.reason is None
 
     def _traced(self, x: Tensor, mem: Tensor | None, replaced: str | None) -> Any:
         """Run a step that torch.compile traces: as one operator, or in plain torch."""

@@ -127,6 +127,9 @@ STACKS = {
     "layers": network,
     "steps": shared,
     "no neuron at the end": lambda: [ours(init_hidden=True), nn.Flatten(), nn.Linear(126, 3)],
+    "Leaky in plain torch": lambda: [
+        snnlstm.Leaky(0.8, threshold=0.2, learn_beta=True, reset_delay=False),
+    ],
     "DeltaLeaky": lambda: delta_leaky(84),
     **{
         name: lambda make=make: [nn.Flatten(), nn.Linear(84, 5), make()]

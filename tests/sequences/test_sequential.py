@@ -121,6 +121,14 @@ NETS = {
         ],
         "step fold fold step fold fold fold fold fold fold fold step fold",
     ),
+    "three dimensions": (
+        lambda: [
+            nn.AdaptiveMaxPool2d(4), nn.Unflatten(2, (2, 2)), nn.Conv3d(2, 2, (1, 2, 2)),
+            nn.MaxPool3d((1, 1, 2)), nn.AvgPool3d((2, 1, 1)), nn.Flatten(2),
+            nn.AdaptiveAvgPool1d(2),
+        ],
+        "fold step fold fold fold fold fold",
+    ),
     "across the batch": (lambda: [nn.Softmax(0), nn.Flatten(0, 1), nn.Linear(6, 3)],
                          "step step fold"),
     "into the batch": (

@@ -254,8 +254,8 @@ def test_numbers_of_float64() -> None:
         spk, mem = layer(torch.tensor([0.7]))
         assert (spk.dtype, mem.dtype) == (torch.float32,) * 2
     layer = leaky_twins(**options)[0]
-    assert not layer.takes(torch.rand(4))
-    assert layer.takes(torch.rand(4, 1))
+    assert layer.sequence(torch.rand(4), False) is None
+    assert layer.sequence(torch.rand(4, 1), False) is not None
 
 
 # ---- what changes between calls ------------------------------------------------------------------
