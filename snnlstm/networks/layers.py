@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.call import SIZES
-from ..calls.keys import BoundedDict
+from ..calls.entries import BoundedDict
 from ..calls.lengths import CheckedLengths, held, hold_last, mask_padding
 from ..compat.snntorch import SEQUENCE_NEURONS, Neuron, TheirLeaky
 from ..dispatch.reasons import Reason, beyond_forward, recorded_now

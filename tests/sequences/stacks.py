@@ -5,10 +5,10 @@ from collections import Counter
 
 import snntorch
 import torch
-from snnlstm.calls.keys import BoundedDict
 from torch import nn
 
 import snnlstm
+from snnlstm.calls.entries import BoundedDict
 from snnlstm.networks import layers as sizes
 from tests.loops.compiled import BACKEND, Calls
 from tests.sequences.by_length import LENGTHS, TIME, unpadded

@@ -275,7 +275,7 @@ def test_a_stack_that_was_called_before_takes_few_calls(training):
                 sys.setprofile(None)
     assert len(called) <= 30, called
     assert called.count("_decided") == 0
-    assert called.count("beyond_forward") == len(layers) + 1  # the cell asks for its convolution
+    assert called.count("beyond_forward") == len(layers)
 
 
 def test_reasons_are_their_texts():
