@@ -15,9 +15,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
-import networkx  # torch itself needs it
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -229,9 +229,12 @@ class Loop:
         self._number = {node: number for number, node in enumerate(self.nodes)}
         self._regions = self._needs_of_effects()
         self._find_equal()
-        self._unit = list(range(len(self.nodes)))
+        self._needed_by: dict[int, set[int]] = {unit: set() for unit in self._needs}
+        for unit, needs in self._needs.items():
+            for needed in needs:
+                self._needed_by[needed].add(unit)
         self._handed: dict[int, set[int]] = {}
-        self._last: dict[Node, Node] = {}  # the first call of the chain that ends with it
+        self._chains: dict[Node, Node] = {}  # the first call of a chain, by its last call
         groups = self._groups()
         limit = self._longest_run(groups)
         for row, calls in groups:
@@ -262,13 +265,13 @@ class Loop:
 
         Between nodes that change a setting lies a region, which has a number.
         """
-        self._needs: list[set[int]] = [set() for _ in self.nodes]
+        self._needs: dict[int, set[int]] = {}  # of each unit
         writer: dict[int, int] = {}
         readers: dict[int, list[int]] = {}
         drawn: dict[Any, int] = {}
         barrier, region, since, regions = -1, 0, [0], []
         for number, node in enumerate(self.nodes):
-            needs, effects = self._needs[number], self.effects[node]
+            needs, effects = self._needs.setdefault(number, set()), self.effects[node]
             writes = {storage for arg in effects.writes for storage in self.memory[arg]}
             touched = self._touched(node)
             for storage in touched & self.written:
@@ -378,17 +381,17 @@ class Loop:
         handed: set[int] = set()
         before = {self._handed_by(node.args[at], item, handed) for at, item in row.states}
         previous = before.pop() if len(before) == 1 else None
-        known = previous is not None and previous in self._last
+        known = previous is not None and previous in self._chains
         if not known or self._options(row, node) != self._options(row, previous):
-            self._last[node] = node
+            self._chains[node] = node
             state = self.same[node.args[row.states[-1][0]]]
             dtypes = {shape[1] for arg in state.all_input_nodes if (shape := rows.shape_of(arg))}
             if dtypes & {torch.float16, torch.bfloat16}:
                 self.reasons[node] = ROUNDED
             return node
         self._handed[number] = handed
-        self._last[node] = self._last.pop(previous)  # another call may not continue from it
-        return self._last[node]
+        self._chains[node] = self._chains.pop(previous)  # another call may not continue from it
+        return self._chains[node]
 
     def _options(self, row: rows.Row, node: Node) -> Any:
         """What two calls of one layer with states have in common: options, weights and shapes."""
@@ -485,7 +488,7 @@ class Loop:
             if several or (row is rows.BATCH_NORMS and len(numbers) > 1):
                 run = Run(row, [self.nodes[number] for number in numbers])
                 keeps_all = row is rows.LEAKIES and rows.requires_grad(self.nodes[numbers[0]])
-                run.record = bool(row.states) and (keeps_all or self._needs_states(numbers))
+                run.record = bool(row.states) and (keeps_all or self._needs_states(run.calls))
                 self.runs.update((node, (run, at)) for at, node in enumerate(run.calls))
                 self._contract(numbers)
 
@@ -498,13 +501,11 @@ class Loop:
         members = {number: at for at, number in enumerate(calls)}
         depends_on: dict[int, int] = {}
         for unit in self.order():
-            needed = self._needs_of(unit)
-            at = members.get(unit)
+            at, others = members.get(unit), self._needs[unit] - self._handed.get(unit, set())
+            latest = max(map(depends_on.__getitem__, others), default=-1)
             if at is None:
-                depends_on[unit] = max((depends_on[u] for u in needed), default=-1)
+                depends_on[unit] = latest
                 continue
-            others = needed - self._handed.get(unit, set())
-            latest = max((depends_on[u] for u in others), default=-1)
             reason = None
             if runs:  # why this call may not continue the run of the last one
                 last = members[runs[-1][-1]]
@@ -521,28 +522,33 @@ class Loop:
             depends_on[unit] = len(runs) - 1
         return [sorted(run) for run in runs]
 
-    def _needs_states(self, calls: Sequence[int]) -> bool:
+    def _needs_states(self, calls: Sequence[Node]) -> bool:
         """Whether anybody but the next step reads a state before the last one."""
-        nodes = [self.nodes[number] for number in calls]
-        states = {item for node in nodes[:-1] for item in self.users[node] if item.args[1] > 0}
-        handed = {self.nodes[n] for number in calls[1:] for n in self._handed[number]}
-        inside = handed.union(nodes)
-        return any(user not in inside for node in states | handed for user in self.users[node])
+        states = [item for call in calls[:-1] for item in self.users[call] if item.args[1] > 0]
+        return any(user not in calls for state in states for user in self.users[state])
 
-    def _contract(self, calls: list[int]) -> None:
-        """Make the calls of a run one unit, that of the first one."""
+    def _contract(self, calls: Sequence[int]) -> None:
+        """Make the calls of a run one unit, that of the first one, which needs what they all do."""
         unit, *others = calls
         for other in others:
-            self._needs[unit] |= self._needs[other] - self._handed.get(other, set())
-            self._unit[other] = unit
-
-    def _needs_of(self, unit: int) -> set[int]:
-        return {self._unit[number] for number in self._needs[unit]}
+            for needed in self._needs.pop(other):
+                self._needed_by[needed].remove(other)
+                if needed != unit and needed not in self._handed.get(other, ()):
+                    self._needs[unit].add(needed)
+                    self._needed_by[needed].add(unit)
+            for user in self._needed_by.pop(other):
+                self._needs[user].remove(other)
+                self._needs[user].add(unit)
+                self._needed_by[unit].add(user)
 
     def order(self) -> Iterator[int]:
         """The units in an order in which each follows all that it needs; early nodes come early."""
-        graph = networkx.DiGraph()
-        for unit in sorted(set(self._unit)):
-            graph.add_node(unit)
-            graph.add_edges_from((needed, unit) for needed in self._needs_of(unit))
-        return networkx.lexicographical_topological_sort(graph)
+        missing = {unit: len(needs) for unit, needs in self._needs.items()}
+        ready = [unit for unit, count in missing.items() if not count]  # sorted, so it is a heap
+        while ready:
+            unit = heappop(ready)
+            yield unit
+            for user in self._needed_by[unit]:
+                missing[user] -= 1
+                if not missing[user]:
+                    heappush(ready, user)
