@@ -260,6 +260,18 @@ def test_steps_of_other_shapes(net, x):
     return out
 
 
+@loop_test("inference", linear=1, leaky=1, unbind=0)
+def test_zeros_like_a_step_do_not_take_its_sequence_apart(net, x):
+    """They read a dtype and a device alone."""
+    mem, out = None, []
+    for x_t in x:
+        cur = net.fc1(x_t)
+        mem = cur.new_zeros(N, 6) if mem is None else mem
+        spk, mem = net.lif1(cur, mem)
+        out.append(spk)
+    return torch.stack(out)
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 
