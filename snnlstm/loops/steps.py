@@ -482,7 +482,9 @@ class Loop:
         members = {number: at for at, number in enumerate(calls)}
         depends_on: dict[int, int] = {}
         for unit in self.order():
-            at, needed = members.get(unit), self._needs[unit] - self._handed.get(unit, set())
+            at, needed = members.get(unit), self._needs[unit]
+            if at is not None:
+                needed = needed - self._handed.get(unit, set())
             latest = max(map(depends_on.__getitem__, needed), default=-1)
             if at is not None:
                 reason = None
@@ -531,3 +533,4 @@ class Loop:
                 missing[user] -= 1
                 if not missing[user]:
                     heappush(ready, user)
+        assert not any(missing.values()), "runs need each other"

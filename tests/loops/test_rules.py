@@ -161,6 +161,17 @@ def test_a_state_that_is_reset_or_changed_ends_a_run(change, training):
     expect(check(forward, training), leaky=hidden + passed)
 
 
+@loop_test(leaky=3, mul=2)
+def test_changes_of_a_state_depend_on_each_other(net, x):
+    """The second one needs the first one by way of two steps, of which one hands on its state."""
+    mem, out = net.lif1.reset_mem(), []
+    for t in range(T):
+        mem = mem * 0.5 if t % 2 else mem
+        spk, mem = net.lif1(net.fc1(x[t]), mem)
+        out.append(spk)
+    return torch.stack(out), mem
+
+
 @loop_test()
 def test_the_states_of_two_chains_of_one_layer_are_not_mixed(net, x):
     """The steps of one layer belong to the chain of their states, not to that of the layer."""
