@@ -132,12 +132,28 @@ class Writer:
             one, same = self._single(nodes[0]), [-1] * rows.dim_of(nodes[0])
             out = self.call("expand", self.call("unsqueeze", one, 0), len(nodes), *same)
         else:
-            out = self._taken(nodes) or self.call(torch.stack, [*map(self._single, nodes)])
+            parts = [self._taken(part) for part in self._parts(nodes)]
+            if None in parts:
+                out = self.call(torch.stack, [*map(self._single, nodes)])
+            else:
+                out = parts[0] if len(parts) == 1 else self.call(torch.cat, parts)
         if not any(self._loop.memory[node] & self._loop.written for node in nodes):
             self._sequences[key] = out  # else another call may see other numbers
         return out
 
     # ---- sequences ------------------------------------------------------------------------------
+
+    def _parts(self, nodes: Sequence[Node]) -> list[list[Node]]:
+        """The nodes, cut where the next one is not the next step of the same sequence."""
+        parts: list[list[Node]] = []
+        last: Any = None
+        for node in nodes:
+            place = self._place(node) or self._piece(node)
+            if place is None or last is None or place != (*last[:2], last[2] + 1):
+                parts.append([])
+            parts[-1].append(node)
+            last = place
+        return parts if all(len(part) > 1 for part in parts) else [list(nodes)]
 
     def _taken(self, nodes: Sequence[Node]) -> Node | None:
         """The part of a sequence whose steps are these nodes, in this order; None without one."""
