@@ -31,22 +31,19 @@ def channels_last(loop: Loop) -> set[Node]:
     for node in reversed(loop.nodes):
         if _is_pool(node) or node.target is rows.LEAKY or (node in leading and _keeps(node)):
             leading.update(loop.same[arg] for arg in node.all_input_nodes)
-    chosen, found = set(), set()
+    found: set[Node] = set()  # nodes whose results are channels-last
     for node in loop.nodes:
         if loop.same[node] is not node:
             continue
+        behind = any(loop.same[arg] in found for arg in node.all_input_nodes)
         if rows.name_of(node) == "conv2d":
             if _can(loop, node) and (
                 loop.same[node.args[0]] in found or (node in leading and _pays(node))
             ):
-                run = loop.runs[node][0].calls if node in loop.runs else [node]
-                chosen.update(run)
-                found.update(run)
-        elif (_keeps(node) or _is_pool(node)) and any(
-            loop.same[arg] in found for arg in node.all_input_nodes
-        ):
+                found.update(loop.runs[node][0].calls if node in loop.runs else [node])
+        elif behind and (_keeps(node) or _is_pool(node)):
             found.add(node)
-    return chosen
+    return {node for node in found if rows.name_of(node) == "conv2d"}
 
 
 def _is_pool(node: Node) -> bool:

@@ -1,13 +1,13 @@
-"""Writes the graph of a loop anew, with one call for each run."""
+"""Writes the graph of a loop anew, with one call for each run.
+
+Strides may change on the way. A result of the graph, and an argument of a function that may see
+strides, gets the strides that were recorded.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from functools import partial
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from . import rows
 from .fold import scale_of, scaled
 from .steps import Loop, Run
 
-Place = tuple[Run, int, int]
-"""The run, the item of its results, and the step, of which a node is the result."""
+Place = tuple[Run | Node, int, int]
+"""A run, the item of its results, and a step; or a sequence, its dimension of time, and a step."""
+
+_LIKE = {"new_zeros", "new_ones", "new_empty"}  # they read the dtype and device of a tensor alone
 
 
 class Writer:
@@ -31,16 +33,18 @@ class Writer:
     loop : Loop
     operators : mapping
         Makes, for each call of an operator, what takes the operator's place.
-    last : set of Node
+    channels_last : set of Node
         The convolutions that run channels-last.
     """
 
     def __init__(
-        self, loop: Loop, operators: Mapping[Any, Callable[[], Any]], last: Set[Node]
+        self, loop: Loop, operators: Mapping[Any, Callable[[], Any]], channels_last: Set[Node]
     ) -> None:
         self.graph = Graph()
-        self._loop, self._operators, self._last = loop, operators, last
+        self._loop, self._operators, self._channels_last = loop, operators, channels_last
         self._norms = {conv: norm for norm, conv in loop.folded.items()}
+        results = loop.nodes[-1].all_input_nodes
+        self._returned = {storage for node in results for storage in loop.memory[node]}
         self._at = loop.nodes[0]  # what is being written
         self._copies: dict[Node, Node] = {}
         self._results: dict[tuple[Run, int], Node] = {}
@@ -48,9 +52,10 @@ class Writer:
         self._sequences: dict[Any, Node] = {}
         self._weights: dict[Any, list[Any]] = {}  # with biases, as convolutions take them
         self._removable: list[Node] = []  # what nothing loses if nobody uses it, by age
-        self._stacks: set[Node] = set()  # what has become the sequence that it was stacked from
         self._moved: set[Node] = set()  # nodes whose strides may differ from the recorded ones
-        self._recorded: dict[tuple[Node, bool], Node] = {}
+        self._unshared: set[Node] = set()  # results of runs of which no other result has a part
+        self._lent: set[Node] = set()  # stacks in the memory of a sequence
+        self._recorded: dict[Node, Node] = {}
         self._starts: dict[int, Node] = {}  # the node of the new graph that begins a region
 
     def write(self) -> Graph:
@@ -63,7 +68,7 @@ class Writer:
             elif loop.same[node] is not node or self._place(node):
                 continue  # it is written where it is needed
             elif node.op == "output":
-                self.graph.output(map_arg(node.args[0], partial(self._as_recorded, alone=True)))
+                self.graph.output(map_arg(node.args[0], self._as_recorded))
             else:
                 self._copies[node] = self._stacked(node) or self._copy(node)
         for node in reversed(self._removable):
@@ -94,20 +99,17 @@ class Writer:
 
         The weight of a convolution decides its layout, and has the scale of a batch norm behind it.
         """
-        args, last, norm = (
-            self.copied(list(call.args[1:])),
-            call in self._last,
-            self._norms.get(call),
-        )
-        if not last and norm is None:
+        args, norm = self.copied(list(call.args[1:])), self._norms.get(call)
+        channels_last = call in self._channels_last
+        if not channels_last and norm is None:
             return args
-        key = self._loop.region(self._at), last, *args[:2]
+        key = self._loop.region(self._at), channels_last, *args[:2]
         if key not in self._weights:
             weight = args[:2]
             if norm is not None:
                 both = self.call(scaled, *weight, *self.copied(scale_of(norm)))
                 weight = [self.call(rows.ITEM, both, item) for item in range(2)]
-            if last:
+            if channels_last:
                 weight[0] = self.call("clone", weight[0], memory_format=torch.channels_last)
             self._weights[key] = weight
         return self._weights[key] + args[2:]
@@ -126,59 +128,74 @@ class Writer:
         key = self._loop.region(self._at), *nodes
         if key in self._sequences:
             return self._sequences[key]
-        sequence = self._joined(nodes)
+        if self.is_one(nodes):
+            one, same = self._single(nodes[0]), [-1] * rows.dim_of(nodes[0])
+            out = self.call("expand", self.call("unsqueeze", one, 0), len(nodes), *same)
+        else:
+            parts = [self._taken(part) for part in self._parts(nodes)]
+            if None in parts:
+                out = self.call(torch.stack, [*map(self._single, nodes)])
+            else:
+                out = parts[0] if len(parts) == 1 else self.call(torch.cat, parts)
         if not any(self._loop.memory[node] & self._loop.written for node in nodes):
-            self._sequences[key] = sequence  # else another call may see other numbers
-        return sequence
+            self._sequences[key] = out  # else another call may see other numbers
+        return out
 
     # ---- sequences ------------------------------------------------------------------------------
 
-    def _joined(self, nodes: Sequence[Node]) -> Node:
-        if self.is_one(nodes):
-            one, same = self._single(nodes[0]), [-1] * rows.dim_of(nodes[0])
-            return self.call("expand", self.call("unsqueeze", one, 0), len(nodes), *same)
-        places = [self._place(node) or self._piece(node) for node in nodes]
-        # Consecutive steps of one origin have one key.
-        keys = [place and (*place[:2], place[2] - t) for t, place in enumerate(places)]
-        counts, spans = Counter(keys), []
-        keys = [key if counts[key] > 1 else None for key in keys]
-        for key, span in groupby(zip(keys, places, nodes, strict=True), itemgetter(0)):
-            members = list(span)
-            if key is None:
-                steps = [self._single(node) for _, _, node in members]
-                spans.append(self.call(torch.stack, steps))
-            else:
-                spans.append(self._span(members[0][1], len(members)))
-        return spans[0] if len(spans) == 1 else self.call(torch.cat, spans)
+    def _parts(self, nodes: Sequence[Node]) -> list[list[Node]]:
+        """The nodes, cut where the next one is not the next step of the same sequence."""
+        parts: list[list[Node]] = []
+        last: Any = None
+        for node in nodes:
+            place = self._place(node) or self._piece(node)
+            if place is None or last is None or place != (*last[:2], last[2] + 1):
+                parts.append([])
+            parts[-1].append(node)
+            last = place
+        return parts if all(len(part) > 1 for part in parts) else [list(nodes)]
 
-    def _piece(self, node: Node) -> tuple[Node, int, int] | None:
+    def _taken(self, nodes: Sequence[Node]) -> Node | None:
+        """The part of a sequence whose steps are these nodes, in this order; None without one."""
+        places = [self._place(node) or self._piece(node) for node in nodes]
+        first = places[0]
+        if first is None or places != [(*first[:2], first[2] + t) for t in range(len(nodes))]:
+            return None
+        (origin, dim, start), whole = first, self._whole(first)
+        if isinstance(origin, Node):
+            size = rows.value_of(origin).shape[dim]
+        else:
+            dim, size = 0, len(origin.calls)
+        if len(nodes) != size:
+            whole = self.call("narrow", whole, dim, start, len(nodes))
+        return self.call("movedim", whole, dim, 0) if dim else whole
+
+    def _whole(self, place: Place) -> Node:
+        """The sequence to which a step belongs."""
+        origin, at, _ = place
+        return self._single(origin) if isinstance(origin, Node) else self._results[origin, at]
+
+    def _piece(self, node: Node) -> Place | None:
         """What :meth:`Loop.piece` returns, where the settings are those in which it was taken."""
         piece = self._loop.piece(node)
         alike = self._loop.region(node) == self._loop.region(self._at)
         return piece if piece and (alike or not rows.requires_grad(piece[0])) else None
 
-    def _span(self, first: Any, count: int) -> Node:
-        """As many steps of a sequence, from the place of the first one."""
-        origin, dim, start = first
-        if isinstance(origin, Node):
-            whole, size = self._single(origin), rows.value_of(origin).shape[dim]
-        else:
-            whole, dim, size = self._results[origin, dim], 0, len(origin.calls)
-        if count != size:
-            whole = self.call("narrow", whole, dim, start, count)
-        return self.call("movedim", whole, dim, 0) if dim else whole
-
     def _stacked(self, node: Node) -> Node | None:
-        """Write a stack of what was taken apart; None if the node is none."""
+        """Write a stack as the sequence that was taken apart; None if the node is none."""
         if node.target is not torch.stack or not node.args or not self._loop.is_pure(node):
             return None
         nodes: Any = node.args[0]
-        taken = any(self._place(n) or self._loop.piece(n) for n in nodes)
-        if not taken or rows.requires_grad(node) != any(map(rows.requires_grad, nodes)):
+        if rows.requires_grad(node) != any(map(rows.requires_grad, nodes)):
+            return None
+        out = self._taken([self._loop.same[one] for one in nodes])
+        if out is None:
             return None
         dim = (*node.args[1:], *node.kwargs.values(), 0)[0]
-        out = self.sequence(nodes)
-        self._stacks.add(node)
+        self._moved.add(node)
+        if dim or out not in self._unshared:
+            self._lent.add(node)
+        self._unshared.discard(out)
         return self.call("movedim", out, 0, dim) if dim else out
 
     # ---- runs and single nodes ------------------------------------------------------------------
@@ -191,35 +208,43 @@ class Writer:
             self._results[run, 0] = result
             return
         for item in (0, *(item for _, item in run.row.states)):
-            self._results[run, item] = self.call(rows.ITEM, result, item)
+            out = self._results[run, item] = self.call(rows.ITEM, result, item)
+            if not any(map(rows.requires_grad, run.calls)):  # a backward pass would read it
+                self._unshared.add(out)
 
     def _copy(self, node: Node) -> Node:
         loop, argument = self._loop, self._single
-        row, pure = rows.row_of(node), loop.is_pure(node)
-        if any(map(self._is_moved, node.all_input_nodes)):
-            known = row is not None or node.target in (rows.ITEM, torch.stack)
-            if known and loop.may_join(node):
+        row = rows.row_of(node)
+        if node.target in _LIKE:
+            argument = self._like
+        elif any(map(self._is_moved, node.all_input_nodes)):
+            keeps_order = row is not None or node.target in (rows.ITEM, torch.stack)
+            if keeps_order and loop.may_join(node):
                 self._moved.add(node)
             elif list(loop.effects[node].writes) != list(node.args[:1]):
-                argument = self._as_recorded  # the function may depend on strides
-        changed = node in self._last or node in self._norms
-        others = self.arguments(node) if changed else []
+                argument = self._as_recorded  # the function may see strides
         new = self.graph.node_copy(node, argument)
-        if changed:
-            new.args = new.args[0], *others
-        if node in self._last:
-            self._moved.add(node)
         new.target = self._made(node.target)
+        if node in self._channels_last or node in self._norms:
+            with self.graph.inserting_before(new):
+                new.args = new.args[0], *self.arguments(node)
+        if node in self._channels_last:
+            self._moved.add(node)
         if "in_place" in node.meta and not self._place(node.args[0]):
             new.target = operator.iadd if self.readers(node.args[0]) == 1 else new.target
         region = loop.region(node)
         if node.op == "placeholder" or (region and region not in self._starts):
             self._starts[region] = new
-        if pure:
+        if loop.is_pure(node):
             self._removable.append(new)
             if row is rows.RESHAPE and node in self._moved:
                 new.target = "reshape"  # a view of a step may be none of all steps
         return new
+
+    def _like(self, node: Node) -> Node:
+        """What has the dtype and device of a node: of a step, the sequence to which it belongs."""
+        place = self._place(node) or self._loop.piece(self._loop.same[node])
+        return self._whole(place) if place else self._single(node)
 
     def _place(self, node: Node) -> Place | None:
         node, item = self._loop.same[node], 0
@@ -248,34 +273,34 @@ class Writer:
 
     # ---- strides and memory as they were recorded -----------------------------------------------
 
-    def _is_moved(self, node: Node) -> bool:
-        """Whether the strides of a node may differ from the recorded ones."""
-        node = self._loop.same[node]
-        return node in self._moved or node in self._stacks or self._place(node) is not None
+    def _as_recorded(self, node: Node) -> Node:
+        """A node with the strides that were recorded.
+
+        A result of the graph also shares its memory only with what was recorded to share it: the
+        caller may write to it, and snnTorch detaches it in place.
+        """
+        first, is_returned = self._loop.same[node], self._loop.memory[node] & self._returned
+        if not is_returned or rows.value_of(node) is rows.value_of(first):
+            node = first
+        if node not in self._recorded:
+            source = self._source(node)
+            if source is not None:
+                self._recorded[node] = self._viewed(node, source)
+            else:
+                own = bool(is_returned) and self._is_lent(node)
+                self._recorded[node] = self._laid_out(node, own)
+        return self._recorded[node]
 
     def _is_lent(self, node: Node) -> bool:
         """Whether a node lies in one memory with others that were recorded elsewhere."""
-        place = self._place(node)
+        place, is_equal = self._place(node), self._loop.same[node] is not node
         in_sequence = place is not None and (place[1] == 0 or place[0].record)
-        return (
-            in_sequence or node in self._stacks or bool(self._loop.memory[node] & self._loop.merged)
-        )
+        return in_sequence or is_equal or node in self._lent
 
-    def _as_recorded(self, node: Node, alone: bool = False) -> Node:
-        """A node with the strides of the old graph; a view is a view of the same tensor.
-
-        With `alone`, as a result of the graph, it also shares its memory only with what was
-        recorded to share it: the caller may write to it, and snnTorch detaches it in place.
-        """
-        first = self._loop.same[node]
-        if not alone or rows.value_of(node) is rows.value_of(first):
-            node = first
-        if (node, alone) not in self._recorded:
-            source = self._source(node)
-            self._recorded[node, alone] = (
-                self._laid_out(node, alone) if source is None else self._viewed(node, source, alone)
-            )
-        return self._recorded[node, alone]
+    def _is_moved(self, node: Node) -> bool:
+        """Whether the strides of a node may differ from the recorded ones."""
+        node = self._loop.same[node]
+        return node in self._moved or self._place(node) is not None
 
     def _source(self, node: Node) -> Node | None:
         """The argument of which a node is a view, or to which it writes; None if it is none."""
@@ -286,36 +311,33 @@ class Writer:
                 return None if is_item and self._source(arg) is None else arg
         return None
 
-    def _viewed(self, node: Node, source: Node, alone: bool) -> Node:
-        """A view, or what was written to, as one of its source as it was recorded."""
-        base = self._as_recorded(source, alone)
-        if (
-            node is self._loop.same[node]
-            and base is self._single(source)
-            and not self._is_moved(node)
-        ):
+    def _viewed(self, node: Node, source: Node) -> Node:
+        """A view of its source as recorded, or the source itself, to which the node writes."""
+        args = {arg: self._single(arg) for arg in node.all_input_nodes}
+        given = args[source]
+        args[source] = self._as_recorded(source)
+        is_first = node is self._loop.same[node]
+        if is_first and args[source] is given and not self._is_moved(node):
             return self._single(node)
-        copies = {arg: base if arg is source else self._single(arg) for arg in node.all_input_nodes}
-        with self._beside(node, copies.values()):
-            return self.graph.node_copy(node, copies.__getitem__)
+        with self._beside(node, args.values()):
+            return self.graph.node_copy(node, args.__getitem__)
 
-    def _laid_out(self, node: Node, alone: bool) -> Node:
-        out, copied = self._single(node), alone and self._is_lent(node)
-        if not copied and not self._is_moved(node):
+    def _laid_out(self, node: Node, own: bool) -> Node:
+        """A tensor that is no view with the recorded strides; `own`, in memory of its own."""
+        value, place, out = rows.value_of(node), self._place(node), self._single(node)
+        if not own and not self._is_moved(node):
             return out
-        value, place = rows.value_of(node), self._place(node)
-        by_stride = sorted(range(value.dim()), key=lambda dim: -size_hint(value.stride(dim)))
-        shown = [dim for dim in by_stride if size_hint(value.shape[dim]) != 1]
-        order = list(range(value.dim())) if shown == sorted(shown) else by_stride
+        dims = [dim for dim in range(value.dim()) if size_hint(value.shape[dim]) != 1]
+        by_stride = sorted(dims, key=lambda dim: -size_hint(value.stride(dim)))
         with self._beside(node, [out]):
-            if order != sorted(order):
-                out = self.call("permute", out, order)
-            if copied:
+            if by_stride != dims:
+                out = self.call("movedim", out, by_stride, dims)
+            if own:
                 out = self.call("clone", out, memory_format=torch.contiguous_format)
             else:
                 out = self.call("contiguous", out)
-            if order != sorted(order):
-                out = self.call("permute", out, [order.index(dim) for dim in sorted(order)])
+            if by_stride != dims:
+                out = self.call("movedim", out, dims, by_stride)
             if place and not value.requires_grad and any(map(rows.requires_grad, place[0].calls)):
                 out = self.call("detach", out)  # other steps have a gradient
         return out

@@ -15,9 +15,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
-import networkx  # torch itself needs it
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -167,7 +167,7 @@ class Run:
     calls : list of Node
         In the order of their steps.
     record : bool
-        Whether anybody but the next step reads a state before the last one.
+        Whether the call returns the states after each step; otherwise those after the last one.
     """
 
     row: rows.Row
@@ -191,8 +191,6 @@ class Loop:
         Memory to which some node writes.
     folded : dict of Node to Node
         The convolution of which a batch norm becomes part, for each such batch norm.
-    merged : set of int
-        Memory of nodes that compute the same and were recorded in other memory.
     users : dict of Node to list of Node
         The nodes that take a node, or one that is the same, as an argument.
     runs : dict of Node to (Run, int)
@@ -217,13 +215,11 @@ class Loop:
             for storage in self.memory[written]
         }
         self.folded = find_folded(self)
-        self.merged: set[int] = set()
         self._number = {node: number for number, node in enumerate(self.nodes)}
         self._regions = self._needs_of_effects()
         self._find_equal()
-        self._unit = list(range(len(self.nodes)))
         self._handed: dict[int, set[int]] = {}
-        self._last: dict[Node, Node] = {}  # the first call of the chain that ends with it
+        self._chains: dict[Node, Node] = {}  # the first call of a chain, by its last call
         groups = self._groups()
         limit = self._longest_run(groups)
         for row, calls in groups:
@@ -254,13 +250,13 @@ class Loop:
 
         Between nodes that change a setting lies a region, which has a number.
         """
-        self._needs: list[set[int]] = [set() for _ in self.nodes]
+        self._needs: dict[int, set[int]] = {}  # of each unit
         writer: dict[int, int] = {}
         readers: dict[int, list[int]] = {}
         drawn: dict[Any, int] = {}
         barrier, region, since, regions = -1, 0, [0], []
         for number, node in enumerate(self.nodes):
-            needs, effects = self._needs[number], self.effects[node]
+            needs, effects = self._needs.setdefault(number, set()), self.effects[node]
             writes = {storage for arg in effects.writes for storage in self.memory[arg]}
             touched = self._touched(node)
             for storage in touched & self.written:
@@ -297,22 +293,16 @@ class Loop:
         """Find the nodes that compute the same from the same."""
         first: dict[Any, Node] = {}
         for number, node in enumerate(self.nodes):
-            self.same[node] = node
-            value = node.meta.get("example_value")
-            if isinstance(value, torch.SymInt) and node.op != "placeholder":
-                key: Any = str(value)  # sizes are equal, however they were computed
+            value, key = rows.value_of(node), node
+            if node in self.folded:
+                key = self.same[self.folded[node]]
+            elif self._is_its_argument(node):
+                key = self.same[node.all_input_nodes[0]]
+            elif isinstance(value, torch.SymInt) and node.op != "placeholder":
+                key = str(value)  # sizes are equal, however they were computed
             elif self.is_pure(node) and self._touched(node).isdisjoint(self.written):
                 key = node.target, self._arguments(node), self._regions[number]
-            else:
-                key = None
-            if key is not None:
-                self.same[node] = first.setdefault(key, node)
-            if self._is_its_argument(node):
-                self.same[node] = self.same[node.all_input_nodes[0]]
-            if node in self.folded:
-                self.same[node] = self.same[self.folded[node]]
-            elif self.memory[self.same[node]] != self.memory[node]:
-                self.merged |= self.memory[node] | self.memory[self.same[node]]
+            self.same[node] = key if isinstance(key, Node) else first.setdefault(key, node)
             if self.same[node] is node:
                 for arg in node.all_input_nodes:
                     self._needs[number].add(self._number[self.same[arg]])
@@ -367,34 +357,26 @@ class Loop:
     def _chain(self, number: int, row: rows.Row) -> Any:
         """The first call of a chain, in which each call starts from the last one's states."""
         node = self.nodes[number]
-        handed: set[int] = set()
-        before = {self._handed_by(node.args[at], item, handed) for at, item in row.states}
-        previous = before.pop() if len(before) == 1 else None
-        known = previous is not None and previous in self._last
+        states = {self.same[node.args[at]]: item for at, item in row.states}
+        are_items = all(s.target is rows.ITEM and s.args[1] == item for s, item in states.items())
+        calls = {self.same[state.args[0]] for state in states} if are_items else set()
+        previous = calls.pop() if len(calls) == 1 else node
+        known = previous in self._chains
         if not known or self._options(row, node) != self._options(row, previous):
-            self._last[node] = node
-            state = self.same[node.args[row.states[-1][0]]]
-            dtypes = {shape[1] for arg in state.all_input_nodes if (shape := rows.shape_of(arg))}
+            self._chains[node] = node
+            inputs = [*states][-1].all_input_nodes
+            dtypes = {shape[1] for arg in inputs if (shape := rows.shape_of(arg))}
             if dtypes & {torch.float16, torch.bfloat16}:
                 self.reasons[node] = Reason.ROUNDED
             return node
-        self._handed[number] = handed
-        self._last[node] = self._last.pop(previous)  # another call may not continue from it
-        return self._last[node]
+        self._handed[number] = {self._number[state] for state in states}
+        self._chains[node] = self._chains.pop(previous)  # another call may not continue from it
+        return self._chains[node]
 
     def _options(self, row: rows.Row, node: Node) -> Any:
         """What two calls of one layer with states have in common: options, weights and shapes."""
         options = map_arg([node.args[at] for at in row.options], self.same.get)
         return node.target, repr(options), str(rows.shape_of(node.args[0]))
-
-    def _handed_by(self, state: Any, item: int, handed: set[int]) -> Node | None:
-        """The call whose result a state is; `handed` gets the node between the two calls."""
-        state = self.same[state]
-        if state.target is not rows.ITEM or state.args[1] != item:
-            return None
-        handed.add(self._number[state])
-        call = self.same[state.args[0]]
-        return call if call.target in rows.STATEFUL else None
 
     def piece(self, node: Node) -> tuple[Node, int, int] | None:
         """The sequence, dimension and step of ``x[t]``, ``x[:, t]`` or an item of ``x.unbind()``.
@@ -470,6 +452,7 @@ class Loop:
         if reason is not None:
             self.reasons.update(dict.fromkeys(nodes[1:], reason))
             return
+        units = []
         for numbers in self._independent(row, calls, limit):
             # Equal calls are not one if something writes to what they read; no run has them alone,
             # but for batch norms, which write to that themselves.
@@ -477,9 +460,10 @@ class Loop:
             if several or (row is rows.BATCH_NORMS and len(numbers) > 1):
                 run = Run(row, [self.nodes[number] for number in numbers])
                 keeps_all = row is rows.LEAKIES and rows.requires_grad(self.nodes[numbers[0]])
-                run.record = bool(row.states) and (keeps_all or self._needs_states(numbers))
+                run.record = bool(row.states) and (keeps_all or self._needs_states(run.calls))
                 self.runs.update((node, (run, at)) for at, node in enumerate(run.calls))
-                self._contract(numbers)
+                units.append(numbers)
+        self._contract(units)
 
     def _independent(self, row: rows.Row, calls: list[int], limit: int) -> list[list[int]]:
         """Cut the calls of a group where one needs the result of another.
@@ -490,51 +474,55 @@ class Loop:
         members = {number: at for at, number in enumerate(calls)}
         depends_on: dict[int, int] = {}
         for unit in self.order():
-            needed = self._needs_of(unit)
-            at = members.get(unit)
-            if at is None:
-                depends_on[unit] = max((depends_on[u] for u in needed), default=-1)
-                continue
-            others = needed - self._handed.get(unit, set())
-            latest = max((depends_on[u] for u in others), default=-1)
-            reason = None
-            if runs:  # why this call may not continue the run of the last one
-                last = members[runs[-1][-1]]
-                if latest == len(runs) - 1:
-                    between = {self._regions[unit], self._regions[calls[last]]}
-                    reason = Reason.OTHER_SETTINGS if len(between) > 1 else Reason.FEEDBACK
-                elif at // limit != last // limit:
-                    reason = Reason.MEMORY
-            if reason is not None:
-                self.reasons[self.nodes[unit]] = reason
-            if reason is not None or not runs:
-                runs.append([])
-            runs[-1].append(unit)
-            depends_on[unit] = len(runs) - 1
+            at, needed = members.get(unit), self._needs[unit]
+            if at is not None:
+                needed = needed - self._handed.get(unit, set())
+            latest = max(map(depends_on.__getitem__, needed), default=-1)
+            if at is not None:
+                reason = None
+                if runs:  # why this call may not continue the run of the last one
+                    last = runs[-1][-1]
+                    if latest == len(runs) - 1:
+                        alike = self._regions[unit] == self._regions[last]
+                        reason = Reason.FEEDBACK if alike else Reason.OTHER_SETTINGS
+                    elif at // limit != members[last] // limit:
+                        reason = Reason.MEMORY
+                if reason is not None:
+                    self.reasons[self.nodes[unit]] = reason
+                if reason is not None or not runs:
+                    runs.append([])
+                runs[-1].append(unit)
+                latest = len(runs) - 1
+            depends_on[unit] = latest
         return [sorted(run) for run in runs]
 
-    def _needs_states(self, calls: Sequence[int]) -> bool:
-        """Whether anybody but the next step reads a state before the last one."""
-        nodes = [self.nodes[number] for number in calls]
-        states = {item for node in nodes[:-1] for item in self.users[node] if item.args[1] > 0}
-        handed = {self.nodes[n] for number in calls[1:] for n in self._handed[number]}
-        inside = handed.union(nodes)
-        return any(user not in inside for node in states | handed for user in self.users[node])
+    def _needs_states(self, calls: Sequence[Node]) -> bool:
+        """Whether a node beside the next step reads the states after one of these calls."""
+        states = [item for call in calls[:-1] for item in self.users[call] if item.args[1] > 0]
+        return any(user not in calls for state in states for user in self.users[state])
 
-    def _contract(self, calls: list[int]) -> None:
-        """Make the calls of a run one unit, that of the first one."""
-        unit, *others = calls
-        for other in others:
-            self._needs[unit] |= self._needs[other] - self._handed.get(other, set())
-            self._unit[other] = unit
-
-    def _needs_of(self, unit: int) -> set[int]:
-        return {self._unit[number] for number in self._needs[unit]}
+    def _contract(self, runs: Sequence[Sequence[int]]) -> None:
+        """Make the calls of each run one unit, that of the first one, which needs what they do."""
+        units = {call: run[0] for run in runs for call in run}
+        for call, unit in units.items():
+            if call != unit:
+                self._needs[unit] |= self._needs.pop(call) - self._handed.get(call, set())
+        for unit, needs in self._needs.items():
+            self._needs[unit] = {units.get(needed, needed) for needed in needs} - {unit}
 
     def order(self) -> Iterator[int]:
         """The units in an order in which each follows all that it needs; early nodes come early."""
-        graph = networkx.DiGraph()
-        for unit in sorted(set(self._unit)):
-            graph.add_node(unit)
-            graph.add_edges_from((needed, unit) for needed in self._needs_of(unit))
-        return networkx.lexicographical_topological_sort(graph)
+        missing = {unit: len(needs) for unit, needs in self._needs.items()}
+        needed_by: dict[int, list[int]] = {unit: [] for unit in self._needs}
+        for unit, needs in self._needs.items():
+            for needed in needs:
+                needed_by[needed].append(unit)
+        ready = [unit for unit, count in missing.items() if not count]  # sorted, so it is a heap
+        while ready:
+            unit = heappop(ready)
+            yield unit
+            for user in needed_by[unit]:
+                missing[user] -= 1
+                if not missing[user]:
+                    heappush(ready, user)
+        assert not any(missing.values()), "runs need each other"

@@ -161,6 +161,17 @@ def test_a_state_that_is_reset_or_changed_ends_a_run(change, training):
     expect(check(forward, training), leaky=hidden + passed)
 
 
+@loop_test(leaky=3, mul=2)
+def test_changes_of_a_state_depend_on_each_other(net, x):
+    """The second one needs the first one by way of two steps, of which one hands on its state."""
+    mem, out = net.lif1.reset_mem(), []
+    for t in range(T):
+        mem = mem * 0.5 if t % 2 else mem
+        spk, mem = net.lif1(net.fc1(x[t]), mem)
+        out.append(spk)
+    return torch.stack(out), mem
+
+
 @loop_test()
 def test_the_states_of_two_chains_of_one_layer_are_not_mixed(net, x):
     """The steps of one layer belong to the chain of their states, not to that of the layer."""
@@ -258,6 +269,18 @@ def test_steps_of_other_shapes(net, x):
         spk, mem = net.lif1(net.fc1(x[t][: 2 if t < 2 else N]))
         out += [spk, mem]
     return out
+
+
+@loop_test("inference", linear=1, leaky=1, unbind=0)
+def test_zeros_like_a_step_do_not_take_its_sequence_apart(net, x):
+    """They read a dtype and a device alone."""
+    mem, out = None, []
+    for x_t in x:
+        cur = net.fc1(x_t)
+        mem = cur.new_zeros(N, 6) if mem is None else mem
+        spk, mem = net.lif1(cur, mem)
+        out.append(spk)
+    return torch.stack(out)
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -199,12 +199,21 @@ def _first_without_gradient(net, x):
     return spks
 
 
+def _records_of_one_run(net, x):
+    mem, spks = net.lif1.reset_mem(), []
+    for x_t in x:
+        spk, mem = net.lif1(x_t, mem)
+        spks.append(spk)
+    return torch.stack(spks), torch.stack(spks, 0), torch.stack(spks, 1), torch.stack(spks[1:])
+
+
 # What is returned of x, (T, N, 6); the comparison includes strides, and who shares memory.
 RELATED = {
     "an equal call and a step of it": lambda net, x: (x * 2, (x * 2)[0]),
     "an equal call and a view": lambda net, x: (torch.cat(list(x)), torch.cat(list(x)).view(-1)),
     "equal sums": lambda net, x: (sum(net.fc1(t) for t in x), sum(net.fc1(t) for t in x).flatten()),
     "a record and its last step": _stacked,
+    "records of one run": _records_of_one_run,
     "a state and itself detached": lambda net, x: [
         each for mem in [net.lif1(x[0])[1]] for each in (mem, mem.detach(), mem.view(-1), +mem)
     ],
@@ -250,6 +259,45 @@ def test_views_follow_across_a_graph_break(written):
         return rec, last, total, first
 
     check(forward, training=False, graph_breaks=True)
+
+
+def _recorded(net, x, dim=0):
+    mem, spks, mems = net.lif1.reset_mem(), [], []
+    for x_t in x:
+        spk, mem = net.lif1(net.fc1(x_t), mem)
+        spks.append(spk)
+        mems.append(mem)
+    return torch.stack(spks, dim), torch.stack(mems, dim)
+
+
+@merges
+def test_a_returned_record_is_copied_only_where_others_see_its_memory():
+    """The layer keeps the last mem, which gets memory of its own; the records need none."""
+    calls = check(_recorded, training=False)
+    expect(calls, clone=1, stack=0)
+
+
+def test_a_returned_record_may_be_written_before_its_gradient_is_formed():
+    """What a backward pass reads is not the memory that the caller has."""
+
+    def forward(net, x):
+        records = _recorded(net, x)
+        torch._dynamo.graph_break()
+        for record in records:
+            record.mul_(0.5)
+        return records
+
+    check(forward, training=True, graph_breaks=True)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_returned_record_can_be_detached_in_place(dim):
+    """It is no view, not even if a copy would have its strides, as for one sample."""
+    net = looped(lambda net, x: _recorded(net, x, dim))()
+    with torch.no_grad():
+        torch._dynamo.reset()
+        for record in torch.compile(net, backend=BACKEND)(numbers(T, 1, 6)):
+            record.detach_()
 
 
 @loop_test()
