@@ -25,7 +25,7 @@ except ImportError as error:
     raise ImportError(
         'backend "snnlstm" needs the compiled core, and python -m snnlstm says why it is missing'
     ) from error
-from . import rows
+from . import rules
 from .functions import make_functions
 from .layout import channels_last
 from .rewrite import Writer
@@ -86,9 +86,9 @@ def compile_loop(
     last = set() if inner else channels_last(loop)  # another compiler chooses layouts itself
     graph = Writer(loop, OPAQUE if inner else IN_GRAPH, last).write()
     _log(loop, gm)
-    leaky = next((node for node in loop.nodes if node.target is rows.LEAKY), None)
+    leaky = next((node for node in loop.nodes if node.target is rules.LEAKY_OPERATOR), None)
     if leaky is not None:
-        tell_of_kernels(rows.value_of(leaky.args[0]).device.type)
+        tell_of_kernels(rules.value_of(leaky.args[0]).device.type)
     new = GraphModule(gm, graph)
     return backend_of(inner)(new, example_inputs) if inner else make_functions(new).forward
 
@@ -118,14 +118,16 @@ def _layers(loop: Loop) -> Iterator[_Layer]:
     modules: dict[str, tuple[Any, list[Node]]] = {}
     for node in loop.nodes:
         stack = list(node.meta.get("nn_module_stack", {}).values())
-        if node.target in rows.STATEFUL or (stack and node.target is not rows.ITEM):
+        if node.target in rules.STATEFUL or (stack and node.target is not rules.ITEM):
             path, kind = stack[-1] if stack else ("", None)
             path = re.sub(r"\.\w+\.__self__$", "", path)  # a method that the layer keeps
             modules.setdefault(path, (kind, []))[1].append(node)
     for path, (kind, nodes) in modules.items():
-        operators = [node for node in nodes if node.target in rows.STATEFUL]
+        operators = [node for node in nodes if node.target in rules.STATEFUL]
         bases = getattr(kind, "__mro__", ())
-        title = getattr(kind, "__name__", "Leaky" if nodes[0].target is rows.LEAKY else "cell")
+        title = getattr(
+            kind, "__name__", "Leaky" if nodes[0].target is rules.LEAKY_OPERATOR else "cell"
+        )
         name = _name_of(path)
         is_neuron = bool(operators) or any(base.__name__ in _NEURONS for base in bases)
         is_ours = bool(operators) or any(base.__module__.startswith("snnlstm.") for base in bases)
@@ -146,10 +148,10 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
     alone = list(dict.fromkeys(loop.same[call] for call in calls))
     runs = {loop.runs[call][0] for call in alone if call in loop.runs}
     single = [call for call in alone if call not in loop.runs]
-    has_states = calls[0].target in rows.STATEFUL
-    is_sequence = has_states or rows.row_of(calls[0]) is rows.BATCH_NORMS
+    has_states = calls[0].target in rules.STATEFUL
+    is_sequence = has_states or rules.rule_of(calls[0]) is rules.BATCH_NORMS
     reason = next((loop.reasons[call] for call in alone if call in loop.reasons), None)
-    if all(rows.dropped(call) is not None for call in calls):
+    if all(rules.dropped(call) is not None for call in calls):
         kind, reason = "fold", Reason.NOTHING
     elif len(alone) == 1 < len(calls):
         kind, reason = "once", Reason.CONSTANT
@@ -171,7 +173,7 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
             reason = reason or Reason.STATES
         elif (effects := loop.effects[calls[0]]).draws and not effects.unknown:
             reason = Reason.RANDOM
-        elif rows.row_of(calls[0]) is not None:
+        elif rules.rule_of(calls[0]) is not None:
             reason = reason or (Reason.FEEDBACK if _depends(alone[1], alone[0]) else Reason.UNALIKE)
         reason = reason or Reason.UNKNOWN.format("it")
     if calls[0] in loop.folded:
@@ -217,8 +219,8 @@ def _log(loop: Loop, gm: GraphModule) -> None:
             text = "torch.compile: layer %s (%s) stays a loop of steps: %s"
             logger.warning(text, layer.name, report.layer, report.reason)
     firsts = [(layer, layer.calls[0]) for layer in neurons if layer.is_ours]
-    # An operator of a sequence has no row.
-    ours = [n for n, call in firsts if call.target in rows.STATEFUL and rows.row_of(call)]
+    # An operator of a sequence has no rule.
+    ours = [n for n, call in firsts if call.target in rules.STATEFUL and rules.rule_of(call)]
     counts = {len(layer.calls) for layer in ours}
     if counts == {1}:
         reason = graph_break(gm) or _OUTSIDE
@@ -230,7 +232,9 @@ def _log(loop: Loop, gm: GraphModule) -> None:
     elif counts:
         _warn_of_graphs(ours, max(counts))
         calls = [call for layer in ours for call in layer.calls]
-        small = sum(map(rows.bytes_of, calls)) <= SMALL and not any(map(rows.requires_grad, calls))
+        small = sum(map(rules.bytes_of, calls)) <= SMALL and not any(
+            map(rules.requires_grad, calls)
+        )
         if max(counts) <= FEW and small:
             logger.warning(_TOO_FEW, ours[0].name, max(counts))
 
@@ -259,8 +263,8 @@ def _warn_of_graphs(layers: Sequence[_Layer], steps: int) -> None:
     seen = _graphs.keep((code, calls[0].meta.get("stack_trace")), [])
     if graph == 1:  # also after torch.compiler.reset()
         seen.clear()
-    sizes = str([(layer.name, rows.shape_of(layer.calls[0].args[3])) for layer in layers])
-    batch = rows.value_of(calls[0].args[0]).shape[:1]  # a number has none
+    sizes = str([(layer.name, rules.shape_of(layer.calls[0].args[3])) for layer in layers])
+    batch = rules.value_of(calls[0].args[0]).shape[:1]  # a number has none
     seen.append({STEPS: steps, BATCH: [*map(str, batch)], SIZES: sizes})
     lengths = [one[STEPS] for one in seen if one[SIZES] == sizes]
     if len(set(lengths)) == 2 and steps not in lengths[:-1]:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ..calls.spec import DTYPES
 from ..compat.torch_private import size_hint
-from . import rows
+from . import rules
 
 if TYPE_CHECKING:
     from .steps import Loop
@@ -25,7 +25,7 @@ def find_folded(loop: Loop) -> dict[Node, Node]:
     norms = {
         conv: _norm_behind(loop, conv)
         for conv in loop.nodes
-        if rows.name_of(conv) == "conv2d" and conv.args[1:]
+        if rules.name_of(conv) == "conv2d" and conv.args[1:]
     }
     scales: dict[Any, set[Any]] = {}
     for conv, norm in norms.items():
@@ -35,7 +35,7 @@ def find_folded(loop: Loop) -> dict[Node, Node]:
 
 def scale_of(norm: Node) -> tuple[Any, ...]:
     """The statistics, weight, bias and eps of a batch norm, as :func:`scaled` takes them."""
-    named = rows.named_arguments(norm)
+    named = rules.named_arguments(norm)
     return tuple(named[name] for name in ("running_mean", "running_var", "weight", "bias", "eps"))
 
 
@@ -58,7 +58,7 @@ def scaled(
 def _norm_behind(loop: Loop, conv: Node) -> Node | None:
     """The batch norm that can be part of a convolution; None if there is none."""
     norm = next(iter(conv.users), conv)
-    named = rows.named_arguments(norm) if rows.name_of(norm) == "batch_norm" else {}
+    named = rules.named_arguments(norm) if rules.name_of(norm) == "batch_norm" else {}
     if not named or named["training"] or named["input"] is not conv or len(conv.users) > 1:
         return None
     if len(conv.args) < 3 or conv.kwargs or not (loop.is_pure(conv) and loop.is_pure(norm)):
@@ -67,8 +67,8 @@ def _norm_behind(loop: Loop, conv: Node) -> Node | None:
     # The scaled weight is computed once, before the loop.
     if any(getattr(a, "op", "") != "placeholder" or loop.memory[a] & loop.written for a in given):
         return None
-    results = rows.value_of(conv), rows.value_of(norm)
-    values = *results, *map(rows.value_of, given)
+    results = rules.value_of(conv), rules.value_of(norm)
+    values = *results, *map(rules.value_of, given)
     one, other = ([size_hint(stride) for stride in result.stride()] for result in results)
     alike = (
         one == other and results[0].dim() == 4

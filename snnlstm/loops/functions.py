@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..compat.torch_private import apply_in_transforms, delayed_error, transforms_are_active
-from .rows import APPLY, body_of, own_settings, value_of
+from .rules import APPLY, body_of, own_settings, value_of
 from .steps import effects_of
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from ..compat.torch_private import size_hint
-from . import rows
+from . import rules
 from .steps import Loop
 
 SAMPLES, CHANNELS, FEW_SAMPLES = 8, 4, 4
@@ -29,38 +29,42 @@ def channels_last(loop: Loop) -> set[Node]:
     """The convolutions that run channels-last, each with all equal ones and all of its run."""
     leading: set[Node] = set()  # nodes that reach a pool or a Leaky, if by nodes that keep a layout
     for node in reversed(loop.nodes):
-        if _is_pool(node) or node.target is rows.LEAKY or (node in leading and _keeps(node)):
+        if (
+            _is_pool(node)
+            or node.target is rules.LEAKY_OPERATOR
+            or (node in leading and _keeps(node))
+        ):
             leading.update(loop.same[arg] for arg in node.all_input_nodes)
     found: set[Node] = set()  # nodes whose results are channels-last
     for node in loop.nodes:
         if loop.same[node] is not node:
             continue
         behind = any(loop.same[arg] in found for arg in node.all_input_nodes)
-        if rows.name_of(node) == "conv2d":
+        if rules.name_of(node) == "conv2d":
             if _can(loop, node) and (
                 loop.same[node.args[0]] in found or (node in leading and _pays(node))
             ):
                 found.update(loop.runs[node][0].calls if node in loop.runs else [node])
         elif behind and (_keeps(node) or _is_pool(node)):
             found.add(node)
-    return {node for node in found if rows.name_of(node) == "conv2d"}
+    return {node for node in found if rules.name_of(node) == "conv2d"}
 
 
 def _is_pool(node: Node) -> bool:
-    return rows.name_of(node) in ("max_pool2d", "avg_pool2d")
+    return rules.name_of(node) in ("max_pool2d", "avg_pool2d")
 
 
 def _keeps(node: Node) -> bool:
     """Whether a node's result has the layout of its argument."""
-    if node.target in rows.STATEFUL or node.target is rows.ITEM:
+    if node.target in rules.STATEFUL or node.target is rules.ITEM:
         return True
-    row = rows.row_of(node)
-    return row is rows.ELEMENTWISE or (row is not None and rows.name_of(node) == "batch_norm")
+    rule = rules.rule_of(node)
+    return rule is rules.ELEMENTWISE or (rule is not None and rules.name_of(node) == "batch_norm")
 
 
 def _can(loop: Loop, node: Node) -> bool:
     """Whether the layout of a convolution can be chosen."""
-    x, weight = (rows.value_of(arg) for arg in (*node.args, None, None)[:2])
+    x, weight = (rules.value_of(arg) for arg in (*node.args, None, None)[:2])
     if x is None or weight is None or not loop.is_pure(node):
         return False
     written = loop.memory[node.args[1]] & loop.written
@@ -70,9 +74,9 @@ def _can(loop: Loop, node: Node) -> bool:
 
 def _pays(node: Node) -> bool:
     """Whether a convolution of a contiguous x is faster channels-last."""
-    x, weight = (rows.value_of(arg) for arg in node.args[:2])
+    x, weight = (rules.value_of(arg) for arg in node.args[:2])
     sides, samples = weight.shape[2:], size_hint(x.shape[0])
-    if rows.requires_grad(node):
+    if rules.requires_grad(node):
         return max(sides) > 1 and (x.shape[1] >= CHANNELS or samples >= SAMPLES)
     several = samples >= SAMPLES or (x.shape[1] >= CHANNELS and samples >= FEW_SAMPLES)
     return 1 < max(sides) <= 3 and several

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ..compat.torch_private import size_hint
-from . import rows
+from . import rules
 from .fold import scale_of, scaled
 from .steps import Loop, Run
 
@@ -76,7 +76,7 @@ class Writer:
                 self.graph.erase_node(node)
         return self.graph
 
-    # ---- what rows write ------------------------------------------------------------------------
+    # ---- what rules write ------------------------------------------------------------------------
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Write a call of a function, or of the method of this name."""
@@ -108,7 +108,7 @@ class Writer:
             weight = args[:2]
             if norm is not None:
                 both = self.call(scaled, *weight, *self.copied(scale_of(norm)))
-                weight = [self.call(rows.ITEM, both, item) for item in range(2)]
+                weight = [self.call(rules.ITEM, both, item) for item in range(2)]
             if channels_last:
                 weight[0] = self.call("clone", weight[0], memory_format=torch.channels_last)
             self._weights[key] = weight
@@ -129,7 +129,7 @@ class Writer:
         if key in self._sequences:
             return self._sequences[key]
         if self.is_one(nodes):
-            one, same = self._single(nodes[0]), [-1] * rows.dim_of(nodes[0])
+            one, same = self._single(nodes[0]), [-1] * rules.dim_of(nodes[0])
             out = self.call("expand", self.call("unsqueeze", one, 0), len(nodes), *same)
         else:
             parts = [self._taken(part) for part in self._parts(nodes)]
@@ -163,7 +163,7 @@ class Writer:
             return None
         (origin, dim, start), whole = first, self._whole(first)
         if isinstance(origin, Node):
-            size = rows.value_of(origin).shape[dim]
+            size = rules.value_of(origin).shape[dim]
         else:
             dim, size = 0, len(origin.calls)
         if len(nodes) != size:
@@ -179,14 +179,14 @@ class Writer:
         """What :meth:`Loop.piece` returns, where the settings are those in which it was taken."""
         piece = self._loop.piece(node)
         alike = self._loop.region(node) == self._loop.region(self._at)
-        return piece if piece and (alike or not rows.requires_grad(piece[0])) else None
+        return piece if piece and (alike or not rules.requires_grad(piece[0])) else None
 
     def _stacked(self, node: Node) -> Node | None:
         """Write a stack as the sequence that was taken apart; None if the node is none."""
         if node.target is not torch.stack or not node.args or not self._loop.is_pure(node):
             return None
         nodes: Any = node.args[0]
-        if rows.requires_grad(node) != any(map(rows.requires_grad, nodes)):
+        if rules.requires_grad(node) != any(map(rules.requires_grad, nodes)):
             return None
         out = self._taken([self._loop.same[one] for one in nodes])
         if out is None:
@@ -201,24 +201,24 @@ class Writer:
     # ---- runs and single nodes ------------------------------------------------------------------
 
     def _write_run(self, run: Run) -> None:
-        result = run.row.together(self, run)
+        result = run.rule.together(self, run)
         if not self._loop.is_pure(run.calls[0]):
             self._removable.remove(result)  # it also writes
-        if not run.row.states:
+        if not run.rule.states:
             self._results[run, 0] = result
             return
-        for item in (0, *(item for _, item in run.row.states)):
-            out = self._results[run, item] = self.call(rows.ITEM, result, item)
-            if not any(map(rows.requires_grad, run.calls)):  # a backward pass would read it
+        for item in (0, *(item for _, item in run.rule.states)):
+            out = self._results[run, item] = self.call(rules.ITEM, result, item)
+            if not any(map(rules.requires_grad, run.calls)):  # a backward pass would read it
                 self._unshared.add(out)
 
     def _copy(self, node: Node) -> Node:
         loop, argument = self._loop, self._single
-        row = rows.row_of(node)
+        rule = rules.rule_of(node)
         if node.target in _LIKE:
             argument = self._like
         elif any(map(self._is_moved, node.all_input_nodes)):
-            keeps_order = row is not None or node.target in (rows.ITEM, torch.stack)
+            keeps_order = rule is not None or node.target in (rules.ITEM, torch.stack)
             if keeps_order and loop.may_join(node):
                 self._moved.add(node)
             elif list(loop.effects[node].writes) != list(node.args[:1]):
@@ -237,7 +237,7 @@ class Writer:
             self._starts[region] = new
         if loop.is_pure(node):
             self._removable.append(new)
-            if row is rows.RESHAPE and node in self._moved:
+            if rule is rules.RESHAPE and node in self._moved:
                 new.target = "reshape"  # a view of a step may be none of all steps
         return new
 
@@ -248,7 +248,7 @@ class Writer:
 
     def _place(self, node: Node) -> Place | None:
         node, item = self._loop.same[node], 0
-        if node.target is rows.ITEM and self._loop.same[node.args[0]].target in rows.STATEFUL:
+        if node.target is rules.ITEM and self._loop.same[node.args[0]].target in rules.STATEFUL:
             node, item = self._loop.same[node.args[0]], node.args[1]
         place = self._loop.runs.get(node)
         return place and (place[0], item, place[1])
@@ -268,7 +268,7 @@ class Writer:
                 self._unbound[run, item] = self.call("unbind", whole)
         unbound = self._unbound[run, item]
         with self.graph.inserting_after(unbound):
-            self._copies[node] = self.call(rows.ITEM, unbound, step)
+            self._copies[node] = self.call(rules.ITEM, unbound, step)
         return self._copies[node]
 
     # ---- strides and memory as they were recorded -----------------------------------------------
@@ -280,7 +280,7 @@ class Writer:
         caller may write to it, and snnTorch detaches it in place.
         """
         first, is_returned = self._loop.same[node], self._loop.memory[node] & self._returned
-        if not is_returned or rows.value_of(node) is rows.value_of(first):
+        if not is_returned or rules.value_of(node) is rules.value_of(first):
             node = first
         if node not in self._recorded:
             source = self._source(node)
@@ -307,7 +307,7 @@ class Writer:
         memory = self._loop.memory
         for arg in node.all_input_nodes:
             if memory[arg] & memory[node]:
-                is_item = isinstance(rows.value_of(arg), tuple | list)
+                is_item = isinstance(rules.value_of(arg), tuple | list)
                 return None if is_item and self._source(arg) is None else arg
         return None
 
@@ -324,7 +324,7 @@ class Writer:
 
     def _laid_out(self, node: Node, own: bool) -> Node:
         """A tensor that is no view with the recorded strides; `own`, in memory of its own."""
-        value, place, out = rows.value_of(node), self._place(node), self._single(node)
+        value, place, out = rules.value_of(node), self._place(node), self._single(node)
         if not own and not self._is_moved(node):
             return out
         dims = [dim for dim in range(value.dim()) if size_hint(value.shape[dim]) != 1]
@@ -338,7 +338,7 @@ class Writer:
                 out = self.call("contiguous", out)
             if by_stride != dims:
                 out = self.call("movedim", out, dims, by_stride)
-            if place and not value.requires_grad and any(map(rows.requires_grad, place[0].calls)):
+            if place and not value.requires_grad and any(map(rules.requires_grad, place[0].calls)):
                 out = self.call("detach", out)  # other steps have a gradient
         return out
 

@@ -26,7 +26,7 @@ from torch.fx.node import map_arg
 from ..compat.torch_private import memory_of, operators_named
 from ..dispatch.reasons import Reason
 from ..networks.layers import reason_by_size, steps_at_once, too_large
-from . import rows
+from . import rules
 from .fold import find_folded
 
 # ---- what a node does beside computing its result -----------------------------------------------
@@ -62,25 +62,25 @@ _DRAW = {"fractional_max_pool2d", "fractional_max_pool3d"}  # likewise
 
 def effects_of(node: Node) -> Effects:
     """What a node does; a function that is not known writes to all of its arguments, and draws."""
-    number = isinstance(rows.value_of(node), int | float | torch.SymInt | torch.SymFloat)
-    if number or node.op not in ("call_function", "call_method") or node.target in rows.STATEFUL:
+    number = isinstance(rules.value_of(node), int | float | torch.SymInt | torch.SymFloat)
+    if number or node.op not in ("call_function", "call_method") or node.target in rules.STATEFUL:
         return _NONE
     # A slice of an nn.ModuleList makes a module, of which torch takes note.
-    if rows.dropped(node) is not None or node.target is torch._C._log_api_usage_once:
+    if rules.dropped(node) is not None or node.target is torch._C._log_api_usage_once:
         return _NONE
-    name, tensors = rows.name_of(node), [arg for arg in node.all_input_nodes if memory(arg)]
+    name, tensors = rules.name_of(node), [arg for arg in node.all_input_nodes if memory(arg)]
     everything = Effects(tensors, True, True)
-    if node.target is rows.APPLY:
-        is_pure = all(_only_computes(rows.body_of(arg)) for arg in node.args[:2])
+    if node.target is rules.APPLY:
+        is_pure = all(_only_computes(rules.body_of(arg)) for arg in node.args[:2])
         return _NONE if is_pure else everything
-    if rows.is_operator(node):  # in place, operator.iadd(a, b) is named after Tensor.__iadd__
+    if rules.is_operator(node):  # in place, operator.iadd(a, b) is named after Tensor.__iadd__
         in_place = name in ("setitem", "delitem") or (
             name[0] == "i" and hasattr(operator, f"__{name[1:]}__")
         )
         return Effects(tensors[:1] if in_place else ())
-    named = rows.named_arguments(node)
+    named = rules.named_arguments(node)
     # An embedding with a max_norm writes to its weight.
-    if not rows.is_of_torch(node) or "out" in node.kwargs or named.get("max_norm") is not None:
+    if not rules.is_of_torch(node) or "out" in node.kwargs or named.get("max_norm") is not None:
         return everything
     if named.get("inplace"):
         return Effects(tensors[:1], bool(named.get("training")))
@@ -102,7 +102,7 @@ def effects_of(node: Node) -> Effects:
 
 def _only_computes(body: GraphModule) -> bool:
     """Whether a body of an autograd Function draws nothing, and writes to its own memory alone."""
-    found, outer = memory_in(body.graph), set(rows.own_settings(body.graph))
+    found, outer = memory_in(body.graph), set(rules.own_settings(body.graph))
     given = {storage for node in found if node.op == "placeholder" for storage in found[node]}
     effects = [effects_of(node) for node in found.keys() - outer]
     writes = {storage for effect in effects for arg in effect.writes for storage in found[arg]}
@@ -127,7 +127,7 @@ def memory_in(graph: Graph) -> dict[Node, set[int]]:
     found: dict[Node, set[int]] = {}
     copied: dict[int, set[int]] = {}
     for node in graph.nodes:
-        argument = rows.dropped(node)
+        argument = rules.dropped(node)
         if argument is not None:
             copied.update(dict.fromkeys(memory(node), found[argument]))
         found[node] = {storage for one in memory(node) for storage in copied.get(one, {one})}
@@ -144,10 +144,10 @@ def separate_sums(nodes: Sequence[Node]) -> None:
     for node in nodes:
         if not memory(node):
             found.clear()  # the grad mode may change here
-        elif rows.name_of(node) in ("conv2d", "batch_norm") and rows.is_of_torch(node):
+        elif rules.name_of(node) in ("conv2d", "batch_norm") and rules.is_of_torch(node):
             found.add(node)
         elif node.target is operator.iadd and node.args[0] in found:
-            (made, _), (out, x) = node.args, map(rows.value_of, node.args)
+            (made, _), (out, x) = node.args, map(rules.value_of, node.args)
             if len(made.users) == 1 and isinstance(x, Tensor) and x.dtype is out.dtype:
                 node.target, node.meta["in_place"] = operator.add, True
                 value = out.detach().clone()  # the sum keeps the memory, of which others have views
@@ -163,14 +163,14 @@ class Run:
 
     Attributes
     ----------
-    row : Row
+    rule : Rule
     calls : list of Node
         In the order of their steps.
     record : bool
         Whether the call returns the states after each step; otherwise those after the last one.
     """
 
-    row: rows.Row
+    rule: rules.Rule
     calls: list[Node]
     record: bool = False
 
@@ -222,8 +222,8 @@ class Loop:
         self._chains: dict[Node, Node] = {}  # the first call of a chain, by its last call
         groups = self._groups()
         limit = self._longest_run(groups)
-        for row, calls in groups:
-            self._form_runs(row, calls, limit)
+        for rule, calls in groups:
+            self._form_runs(rule, calls, limit)
 
     def is_pure(self, node: Node) -> bool:
         """Whether a node only computes its result, to which nothing ever writes."""
@@ -236,7 +236,7 @@ class Loop:
 
         A batch norm in training may also write to its running statistics.
         """
-        tracks = rows.row_of(node) is rows.BATCH_NORMS
+        tracks = rules.rule_of(node) is rules.BATCH_NORMS
         return self.is_pure(node) or (tracks and self.memory[node].isdisjoint(self.written))
 
     def region(self, node: Node) -> int:
@@ -293,7 +293,7 @@ class Loop:
         """Find the nodes that compute the same from the same."""
         first: dict[Any, Node] = {}
         for number, node in enumerate(self.nodes):
-            value, key = rows.value_of(node), node
+            value, key = rules.value_of(node), node
             if node in self.folded:
                 key = self.same[self.folded[node]]
             elif self._is_its_argument(node):
@@ -312,9 +312,9 @@ class Loop:
         """Whether a node returns its argument: a detach does so where no gradient is recorded."""
         if not self.is_pure(node) or len(node.all_input_nodes) != 1:
             return False
-        argument, value = rows.value_of(node.all_input_nodes[0]), rows.value_of(node)
-        idle = rows.dropped(node) is not None
-        detached = rows.name_of(node) == "detach" and not argument.requires_grad
+        argument, value = rules.value_of(node.all_input_nodes[0]), rules.value_of(node)
+        idle = rules.dropped(node) is not None
+        detached = rules.name_of(node) == "detach" and not argument.requires_grad
         return idle or detached or (isinstance(value, Tensor) and value is argument)
 
     def _arguments(self, node: Node, start: int = 0) -> str:
@@ -323,7 +323,7 @@ class Loop:
 
     # ---- the groups -----------------------------------------------------------------------------
 
-    def _groups(self) -> list[tuple[rows.Row, list[int]]]:
+    def _groups(self) -> list[tuple[rules.Rule, list[int]]]:
         """The calls of each layer that runs may have.
 
         Two calls of a function belong to one layer if their arguments do: each node has a color,
@@ -331,41 +331,41 @@ class Loop:
         """
         colors: dict[Node, int] = {}
         numbers: dict[Any, int] = {}
-        groups: dict[Any, tuple[rows.Row, list[int]]] = {}
+        groups: dict[Any, tuple[rules.Rule, list[int]]] = {}
         for number, node in enumerate(self.nodes):
             if self.same[node] is not node:
                 colors[node] = colors[self.same[node]]
                 continue
-            row = rows.row_of(node) if self.may_join(node) else None
+            rule = rules.rule_of(node) if self.may_join(node) else None
             key: Any = node
-            if row is not None and row.states:
-                key = self._options(row, node)
+            if rule is not None and rule.states:
+                key = self._options(rule, node)
             elif (piece := self.piece(node)) is not None:
                 key = piece[:2]
             elif node.op in ("call_function", "call_method"):
                 colored = map_arg((node.args, node.kwargs), lambda a: f"%{colors[self.same[a]]}")
-                key = node.target, repr(colored), str(rows.shape_of(node))
+                key = node.target, repr(colored), str(rules.shape_of(node))
             colors[node] = numbers.setdefault(key, len(numbers))
-            if row is not None:
-                group = self._chain(number, row) if row.states else colors[node]
-                _, calls = groups.setdefault(group, (row, []))
+            if rule is not None:
+                group = self._chain(number, rule) if rule.states else colors[node]
+                _, calls = groups.setdefault(group, (rule, []))
                 if calls and not self.is_pure(node):  # it hands on the running statistics
                     self._handed[number] = {calls[-1]}
                 calls.append(number)
-        return [(row, calls) for row, calls in groups.values() if len(calls) > 1]
+        return [(rule, calls) for rule, calls in groups.values() if len(calls) > 1]
 
-    def _chain(self, number: int, row: rows.Row) -> Any:
+    def _chain(self, number: int, rule: rules.Rule) -> Any:
         """The first call of a chain, in which each call starts from the last one's states."""
         node = self.nodes[number]
-        states = {self.same[node.args[at]]: item for at, item in row.states}
-        are_items = all(s.target is rows.ITEM and s.args[1] == item for s, item in states.items())
+        states = {self.same[node.args[at]]: item for at, item in rule.states}
+        are_items = all(s.target is rules.ITEM and s.args[1] == item for s, item in states.items())
         calls = {self.same[state.args[0]] for state in states} if are_items else set()
         previous = calls.pop() if len(calls) == 1 else node
         known = previous in self._chains
-        if not known or self._options(row, node) != self._options(row, previous):
+        if not known or self._options(rule, node) != self._options(rule, previous):
             self._chains[node] = node
             inputs = [*states][-1].all_input_nodes
-            dtypes = {shape[1] for arg in inputs if (shape := rows.shape_of(arg))}
+            dtypes = {shape[1] for arg in inputs if (shape := rules.shape_of(arg))}
             if dtypes & {torch.float16, torch.bfloat16}:
                 self.reasons[node] = Reason.ROUNDED
             return node
@@ -373,21 +373,21 @@ class Loop:
         self._chains[node] = self._chains.pop(previous)  # another call may not continue from it
         return self._chains[node]
 
-    def _options(self, row: rows.Row, node: Node) -> Any:
+    def _options(self, rule: rules.Rule, node: Node) -> Any:
         """What two calls of one layer with states have in common: options, weights and shapes."""
-        options = map_arg([node.args[at] for at in row.options], self.same.get)
-        return node.target, repr(options), str(rows.shape_of(node.args[0]))
+        options = map_arg([node.args[at] for at in rule.options], self.same.get)
+        return node.target, repr(options), str(rules.shape_of(node.args[0]))
 
     def piece(self, node: Node) -> tuple[Node, int, int] | None:
         """The sequence, dimension and step of ``x[t]``, ``x[:, t]`` or an item of ``x.unbind()``.
 
         None if the node is none of these.
         """
-        if node.target is not rows.ITEM or not self.is_pure(node):
+        if node.target is not rules.ITEM or not self.is_pure(node):
             return None
         source, index = self.same[node.args[0]], node.args[1]
         if isinstance(source.meta.get("example_value"), tuple | list):
-            if rows.name_of(source) != "unbind" or not isinstance(index, int):
+            if rules.name_of(source) != "unbind" or not isinstance(index, int):
                 return None
             dim = (*source.args[1:], *source.kwargs.values(), 0)[0]
             return self.same[source.args[0]], dim, index
@@ -398,74 +398,76 @@ class Loop:
 
     # ---- the runs -------------------------------------------------------------------------------
 
-    def _longest_run(self, groups: Sequence[tuple[rows.Row, list[int]]]) -> int:
+    def _longest_run(self, groups: Sequence[tuple[rules.Rule, list[int]]]) -> int:
         """How many steps a run may have, so that no results of one are large.
 
         Where gradients are recorded, a loop keeps all steps, too.
         """
         nodes = [self.nodes[calls[0]] for _, calls in groups]
-        if any(map(rows.requires_grad, nodes)):
+        if any(map(rules.requires_grad, nodes)):
             return len(self.nodes)
-        several = [(row, self.nodes[calls[0]]) for row, calls in groups if len(calls) > 1]
-        steps = [rows.bytes_of(node) for row, node in several if not self._is_free(row, node)]
+        several = [(rule, self.nodes[calls[0]]) for rule, calls in groups if len(calls) > 1]
+        steps = [rules.bytes_of(node) for rule, node in several if not self._is_free(rule, node)]
         # A batch norm keeps one more sequence at once. Half as many steps take half the memory, and
         # no more time (benchmarks/NOTES.md).
-        doubled = any(row is rows.BATCH_NORMS for row, _ in several)
+        doubled = any(rule is rules.BATCH_NORMS for rule, _ in several)
         return steps_at_once(max(steps, default=0) << doubled)
 
-    def _is_free(self, row: rows.Row, node: Node) -> bool:
+    def _is_free(self, rule: rules.Rule, node: Node) -> bool:
         """Whether all steps at once take no memory, as views, or large ones run one by one."""
-        by_size = rows.value_of(node.all_input_nodes[0]).device.type == "cpu"
-        by_step = by_size and node.target is not rows.CELL and too_large(rows.bytes_of(node))
-        return by_step or row in rows.VIEWS
+        by_size = rules.value_of(node.all_input_nodes[0]).device.type == "cpu"
+        by_step = (
+            by_size and node.target is not rules.CELL_OPERATOR and too_large(rules.bytes_of(node))
+        )
+        return by_step or rule in rules.VIEWS
 
-    def _reason_against(self, row: rows.Row, calls: Sequence[Node], limit: int) -> str | None:
+    def _reason_against(self, rule: rules.Rule, calls: Sequence[Node], limit: int) -> str | None:
         """Why no calls of a group become one; None if they may, up to `limit` at once."""
         first, x = calls[0], calls[0].all_input_nodes[0]
-        alone = row.first_alone and not row.states
+        alone = rule.first_alone and not rule.states
         if alone and len({self._arguments(call, 1) for call in calls}) > 1:
             return Reason.WEIGHTS
-        if rows.value_of(x).device.type != "cpu":
+        if rules.value_of(x).device.type != "cpu":
             return None
-        if first.target is rows.CELL:
-            by_step = too_large(rows.bytes_of(x)) and not self._is_sequence(calls)
+        if first.target is rules.CELL_OPERATOR:
+            by_step = too_large(rules.bytes_of(x)) and not self._is_sequence(calls)
             return Reason.TO_STACK if by_step else None
-        if row in rows.VIEWS and self._is_sequence(calls):
+        if rule in rules.VIEWS and self._is_sequence(calls):
             return None
-        step = max(map(rows.bytes_of, (first, *first.all_input_nodes[:1])))
-        return reason_by_size(step, min(limit, len(calls)), row is rows.LINEAR, bool(row.states))
+        step = max(map(rules.bytes_of, (first, *first.all_input_nodes[:1])))
+        return reason_by_size(step, min(limit, len(calls)), rule is rules.LINEAR, bool(rule.states))
 
     def _is_sequence(self, calls: Sequence[Node]) -> bool:
         """Whether the first arguments of calls lie in one memory."""
         origins = set()
         for call in calls:
             x = self.same[call.args[0]]
-            owner = self.same[x.args[0]] if x.target is rows.ITEM else x
+            owner = self.same[x.args[0]] if x.target is rules.ITEM else x
             piece = self.piece(x)
             origins.add(piece[:2] if piece else self.runs.get(owner, (x,))[0])
         return len(origins) == 1
 
-    def _form_runs(self, row: rows.Row, calls: list[int], limit: int) -> None:
+    def _form_runs(self, rule: rules.Rule, calls: list[int], limit: int) -> None:
         """Let the calls of a group form runs of at most `limit` calls."""
         nodes = [self.nodes[number] for number in calls]
-        reason = self._reason_against(row, nodes, limit)
+        reason = self._reason_against(rule, nodes, limit)
         if reason is not None:
             self.reasons.update(dict.fromkeys(nodes[1:], reason))
             return
         units = []
-        for numbers in self._independent(row, calls, limit):
+        for numbers in self._independent(rule, calls, limit):
             # Equal calls are not one if something writes to what they read; no run has them alone,
             # but for batch norms, which write to that themselves.
             several = len({self._arguments(self.nodes[number]) for number in numbers}) > 1
-            if several or (row is rows.BATCH_NORMS and len(numbers) > 1):
-                run = Run(row, [self.nodes[number] for number in numbers])
-                keeps_all = row is rows.LEAKIES and rows.requires_grad(self.nodes[numbers[0]])
-                run.record = bool(row.states) and (keeps_all or self._needs_states(run.calls))
+            if several or (rule is rules.BATCH_NORMS and len(numbers) > 1):
+                run = Run(rule, [self.nodes[number] for number in numbers])
+                keeps_all = rule is rules.LEAKIES and rules.requires_grad(self.nodes[numbers[0]])
+                run.record = bool(rule.states) and (keeps_all or self._needs_states(run.calls))
                 self.runs.update((node, (run, at)) for at, node in enumerate(run.calls))
                 units.append(numbers)
         self._contract(units)
 
-    def _independent(self, row: rows.Row, calls: list[int], limit: int) -> list[list[int]]:
+    def _independent(self, rule: rules.Rule, calls: list[int], limit: int) -> list[list[int]]:
         """Cut the calls of a group where one needs the result of another.
 
         One pass over the graph finds, for each node, the last run that it depends on.

@@ -14,7 +14,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
 
-from snnlstm.loops import layout, rows
+from snnlstm.loops import layout, rules
 from snnlstm.native import operators
 from tests.shared.helpers import close
 
@@ -91,7 +91,7 @@ class Calls(TorchFunctionMode):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layout, "SAMPLES", 1)  # convolutions of float32 run channels-last
-            patch.setattr(rows, "batch_norm", counting("snnlstm::batch_norm", rows.batch_norm))
+            patch.setattr(rules, "batch_norm", counting("snnlstm::batch_norm", rules.batch_norm))
             for target, make in getattr(operators, "IN_GRAPH", {}).items():
                 name = getattr(target, "_name", f"snnlstm::{target.__name__}")
                 made = lambda make=make, name=name: counting(name, make())  # noqa: E731

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from snnlstm.loops import backend, rows
+from snnlstm.loops import backend, rules
 from tests.loops.compiled import BACKEND, merges, numbers
 from tests.shared.helpers import close
 
@@ -388,4 +388,4 @@ def test_an_inner_backend_gets_the_functions_as_they_are(monkeypatch):
         backend, "backend_of", lambda name: lambda gm, _: graphs.append(gm) or gm.forward
     )
     torch.compile(Recurrent(), backend=BACKEND, options={"inner": "any"})(numbers(4, 3, 6))
-    assert [node.target for node in graphs[-1].graph.nodes].count(rows.APPLY) == 7
+    assert [node.target for node in graphs[-1].graph.nodes].count(rules.APPLY) == 7

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import snnlstm
-from snnlstm.loops import rows
+from snnlstm.loops import rules
 from snnlstm.native import pool2d
 from tests.loops.compiled import as_eager, numbers
 from tests.loops.networks import exact_leaky
@@ -18,7 +18,7 @@ from tests.shared.helpers import close
 
 # ---- what mixes samples --------------------------------------------------------------------------
 
-# Functions of a step (N, 6). Those that the table of rows.py does not have take the same way.
+# Functions of a step (N, 6). Those that the table of rules.py does not have take the same way.
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax(0)": lambda x: x.softmax(0),
     "mean": lambda x: x.mean(),
@@ -214,7 +214,7 @@ def test_pools_of_torch_become_ours(training, monkeypatch):
 def test_linear_of_all_steps_in_any_order_of_memory(order, outputs):
     x = numbers(T, N, 6).permute(order).contiguous().permute(order).requires_grad_()
     found = []
-    for function in rows.linear, F.linear:
+    for function in rules.linear, F.linear:
         for bias in None, numbers(outputs):
             weight = numbers(outputs, 6).requires_grad_()
             out = function(x, weight, bias)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import snnlstm
-from snnlstm.loops import rows
+from snnlstm.loops import rules
 from snnlstm.loops.layout import channels_last
 from snnlstm.loops.steps import Loop
 from snnlstm.networks import layers as sizes
@@ -104,7 +104,7 @@ def test_where_convolutions_run_channels_last(name):
     def backend(graph: Any, inputs: Any) -> Any:
         loop = Loop(graph.graph)
         chosen = channels_last(loop)
-        found.extend(node in chosen for node in loop.nodes if rows.name_of(node) == "conv2d")
+        found.extend(node in chosen for node in loop.nodes if rules.name_of(node) == "conv2d")
         return graph.forward
 
     net = Images(lambda net, cur, spk, mem: F.avg_pool2d(net.conv2(spk), 2))

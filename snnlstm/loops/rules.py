@@ -1,7 +1,7 @@
 """The functions whose calls of several steps can become one call, each with the way to call it.
 
 In the call for all steps, a tensor that differs from step to step has them as its first dimension,
-(T, ...). The functions are known by name: a row serves ``F.relu(x)``, ``torch.relu(x)`` and
+(T, ...). The functions are known by name: a rule serves ``F.relu(x)``, ``torch.relu(x)`` and
 ``x.relu()``.
 """
 
@@ -25,9 +25,9 @@ from ..native.batch_norm import batch_norm
 from ..native.leaky_operators import OPERATORS
 from ..networks.layers import PER_SAMPLE
 
-CELL = OPERATORS.forward.default
-LEAKY = OPERATORS.leaky.default
-STATEFUL = frozenset((CELL, LEAKY))
+CELL_OPERATOR = OPERATORS.forward.default
+LEAKY_OPERATOR = OPERATORS.leaky.default
+STATEFUL = frozenset((CELL_OPERATOR, LEAKY_OPERATOR))
 ITEM = operator.getitem
 APPLY = apply_recorded
 SET_GRAD = torch._C._set_grad_enabled
@@ -117,11 +117,11 @@ def own_settings(graph: Graph) -> list[Node]:
     return [*settings[:1], *settings[1:][-1:]]
 
 
-# ---- the rows -----------------------------------------------------------------------------------
+# ---- the rules -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Row:
+class Rule:
     """How calls of a function become one.
 
     Parameters
@@ -246,25 +246,25 @@ def _cells(w: Any, run: Any) -> Any:
     syn, mem, *parameters, _, text, algorithm, _ = map(w.copied, args)
     training = any(call.args[-1] for call in run.calls)
     x = _first(w, run)
-    return w.call(CELL, x, syn, mem, *parameters, run.record, text, algorithm, training)
+    return w.call(CELL_OPERATOR, x, syn, mem, *parameters, run.record, text, algorithm, training)
 
 
 def _leakies(w: Any, run: Any) -> Any:
     _, *args = run.calls[0].args
     mem, *parameters, text, _, _ = map(w.copied, args)
-    return w.call(LEAKY, _first(w, run), mem, *parameters, text, True, run.record)
+    return w.call(LEAKY_OPERATOR, _first(w, run), mem, *parameters, text, True, run.record)
 
 
 # The states are arguments 1 and 2 of a cell, and argument 1 of a Leaky; spk is result 0.
-_CELL = Row(_cells, states=((1, 1), (2, 2)), options=(3, 4, 5, 6, 7, 9, 10))
-LEAKIES = Row(_leakies, states=((1, 1),), options=(2, 3, 4, 5))
-LINEAR, _FOLDED = Row(_linear), Row(_folded)
-_LEADING = Row(_whole)  # functions of the last dimensions take any number of leading ones
-ELEMENTWISE = Row(_elementwise, first_alone=False)
-_FLATTEN, RESHAPE = Row(_flattened), Row(_reshaped)
+_CELLS = Rule(_cells, states=((1, 1), (2, 2)), options=(3, 4, 5, 6, 7, 9, 10))
+LEAKIES = Rule(_leakies, states=((1, 1),), options=(2, 3, 4, 5))
+LINEAR, _FOLDED = Rule(_linear), Rule(_folded)
+_LEADING = Rule(_whole)  # functions of the last dimensions take any number of leading ones
+ELEMENTWISE = Rule(_elementwise, first_alone=False)
+_FLATTEN, RESHAPE = Rule(_flattened), Rule(_reshaped)
 VIEWS = _FLATTEN, RESHAPE
-_CAT = Row(_concatenated, first_alone=False)
-BATCH_NORMS = Row(_batch_norms)
+_CAT = Rule(_concatenated, first_alone=False)
+BATCH_NORMS = Rule(_batch_norms)
 
 # Some are functions of the module operator; others also reduce a tensor, by the same name.
 _NOT_ELEMENTWISE = {"getitem", "matmul", "concat", "max", "min"}
@@ -273,16 +273,16 @@ _ALSO_ELEMENTWISE = {"to", "float", "double", "half", "bfloat16", "detach", "dro
 _BATCH_DIMS = {name: dim for name, dim in reversed(PER_SAMPLE.values()) if name}
 
 
-def row_of(node: Node) -> Row | None:
+def rule_of(node: Node) -> Rule | None:
     """How the calls of a node's function become one; None if they cannot, or nobody knows.
 
     The node must have no effect, such as a dropout has; a batch norm in training has one that its
-    row allows.
+    rule allows.
     """
     args, value = node.args, value_of(node)
-    if node.target is CELL:
-        return _CELL if dim_of(args[0]) == 4 and args[7] is None else None
-    if node.target is LEAKY:
+    if node.target is CELL_OPERATOR:
+        return _CELLS if dim_of(args[0]) == 4 and args[7] is None else None
+    if node.target is LEAKY_OPERATOR:
         return None if args[6] else LEAKIES
     if not isinstance(value, Tensor) or not (is_operator(node) or is_of_torch(node)):
         return None
