@@ -164,7 +164,7 @@ def test_only_the_threshold_is_learned(reset: str, disable: bool, whole: bool) -
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("time", [0, 3], ids=["step", "sequence"])
 def test_only_the_threshold_of_a_cell_is_learned(time: int, reset: str) -> None:
-    """tests/torch/test_leaky_operators.py compares compiled cells with these."""
+    """tests/leaky/test_operators.py compares compiled cells with these."""
     found = []
     for cell in cells(reset_mechanism=reset, learn_threshold=True):
         cell.conv.requires_grad_(False)
