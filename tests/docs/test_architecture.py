@@ -1,62 +1,17 @@
-"""Compares the way of a call with the one that the documentation tells."""
+"""The architecture names files, functions and options that are there, and all of them."""
 
 import inspect
 import re
-import sys
 from collections import Counter
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pytest
 import snntorch
-import torch
 
 import snnlstm
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def followed(call) -> list[str]:
-    """Returns the files of the package that a call enters, in order."""
-    package, files = f"{Path(snnlstm.__file__).parent}/", {}
-
-    def note(frame, event, _):
-        path = frame.f_code.co_filename
-        if path.startswith(package) and event == "call":
-            files[f"snnlstm/{path.removeprefix(package)}"] = True
-
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return list(files)
-
-
-def told(mark: str) -> list[str]:
-    """Returns the files of a list in the architecture."""
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    way = page.partition(f"<!-- {mark}:begin -->")[2].partition(f"<!-- {mark}:end -->")[0]
-    return re.findall(r"^\d+\. `([^`]+)`", way, re.MULTILINE)
-
-
-def test_a_step_call_goes_the_way_that_the_architecture_tells():
-    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
-    x = torch.rand(1, 2, 5, 11)  # no other test has this entry, with a guard of its own
-    cell(x), cell(x)
-    assert followed(lambda: cell(x)) == told("way")
-
-
-def test_a_backward_pass_goes_the_way_that_the_architecture_tells():
-    """Also where the states require gradients, and did not in the plan's first backward pass."""
-    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
-    x = torch.rand(1, 2, 5, 13)  # no other test has this plan
-    states = [torch.zeros(1, 3, 5, 13, requires_grad=k > 1) for k in range(4)]
-    for known, (syn, mem) in product((False, True), (states[:2], states[2:])):
-        spk = cell(x, syn, mem)[0]
-        way = followed(partial(spk.backward, torch.ones_like(spk)))
-        assert not known or way == told("backward")
 
 
 def test_the_table_of_wings_has_each_file():
