@@ -1,7 +1,9 @@
-"""Leaky's operators pass torch's checks and give equal numbers, and traces keep them."""
+"""Leaky's operators pass torch's checks, and traces keep them.
+
+test_ways.py compares their results and gradients with snnTorch's layer.
+"""
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import pytest
@@ -11,12 +13,10 @@ from torch.library import opcheck
 
 import snnlstm
 from snnlstm.native import operators
-from tests.shared import flat
-from tests.shared.cases import laid_out, wanting_gradients
+from tests.shared.cases import laid_out
 from tests.shared.cpu_kernels import needs_core
-from tests.shared.helpers import close, long, steps
-from tests.shared.leaky import F64, LEARN, RESETS, currents
-from tests.shared.table import tagged
+from tests.shared.helpers import close, long
+from tests.shared.leaky import F64, LEARN, currents
 
 pytestmark = [needs_core, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -26,18 +26,14 @@ PLAIN = operators.IN_GRAPH[COMPOSITE]()
 SHAPE = 2, 3, 4, 5
 # The shapes of beta and threshold; the last threshold varies in another order than an x does.
 PARAMETERS = {
-    "numbers": ((), ()),
-    "vectors": ((5,), (3, 1, 1)),
-    "other order": ((2, 3, 4, 5), (2, 1, 4, 1)),
-}
-LAYOUTS = "contiguous", "channels_last", "expanded"
+    "numbers": ((), ()), "vectors": ((5,), (3, 1, 1)), "other order": ((2, 3, 4, 5), (2, 1, 4, 1)),
+}  # fmt: skip
 
 
 def arguments(
     *,
     parameters: str = "numbers",
     reset: str = "subtract",
-    surrogate: str = "(1, 2.0, 0.0)",
     dtype: torch.dtype = F64,
     sequence: bool = False,
     record: bool = False,
@@ -52,72 +48,20 @@ def arguments(
     tensors = [torch.rand(shape, generator=generator, dtype=F64).to(real) for shape in shapes]
     tensors[0] = laid_out(tensors[0], layout).to(dtype)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    return [*leaves, torch.tensor(0.5, dtype=real), f"{reset} {surrogate}", sequence, record]
+    return [*leaves, torch.tensor(0.5, dtype=real), f"{reset} (1, 2.0, 0.0)", sequence, record]
 
 
-def outcome(operator: Callable[..., Any], given: list[Any], only: int | None = None) -> list[Any]:
-    """Returns spk, mem and four gradients, of both results or of `only` one."""
-    leaves = given[:4]
+def outcome(operator: Callable[..., Any], given: list[Any]) -> list[Any]:
+    """Returns spk, mem and four gradients."""
     out = operator(*given)
-    weights = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape) for o in out]
-    terms = [(o * w).sum() for o, w in zip(out, weights, strict=True)]
-    loss = sum(terms) if only is None else terms[only]
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    return [*out, *grads]
-
-
-FORMS = [(False, False), (True, False), (True, True)]
-
-
-@pytest.mark.parametrize("parameters", PARAMETERS)
-@pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize(("sequence", "record"), FORMS)
-def test_each_operator_computes_the_formula(
-    sequence: bool, record: bool, reset: str, parameters: str
-) -> None:
-    form = {"sequence": sequence, "record": record, "reset": reset, "parameters": parameters}
-    for layout, mem in product(LAYOUTS, (SHAPE, (0,))):
-        for only in (None, 0, 1):
-            found = [
-                outcome(operator, arguments(**form, layout=layout, mem=mem), only)
-                for operator in (COMPOSITE, KERNELS, PLAIN)
-            ]
-            for other in found[1:]:
-                close(other, found[0], atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_types_and_gradients_of_narrow_types(dtype: torch.dtype) -> None:
-    exact = {"atol": 0.02, "rtol": 0.02} if dtype.itemsize == 2 else {}
-    for sequence, record in FORMS:
-        form = {"sequence": sequence, "record": record, "dtype": dtype}
-        composite, *others = (
-            outcome(operator, arguments(**form)) for operator in (COMPOSITE, KERNELS, PLAIN)
-        )
-        for other in others:
-            close(other[:2], composite[:2], atol=0, rtol=0)
-            close(other[2:], composite[2:], **exact)
-        assert [t.dtype for t in composite[:3]] == [torch.float32, torch.float32, dtype]
-
-
-def test_without_a_surrogate_the_gradient_is_exact() -> None:
-    """mem is linear in x, mem and beta between thresholds; spikes pass no gradient."""
-    for sequence, record in FORMS:
-        given = arguments(surrogate="(0, 0.0, 0.0)", sequence=sequence, record=record)
-        given[3] = given[3].detach()
-
-        def mem(*leaves: Tensor, given: list[Any] = given) -> Tensor:
-            spk, mem = COMPOSITE(*leaves, *given[3:])
-            assert not spk.requires_grad
-            return mem
-
-        assert torch.autograd.gradcheck(mem, given[:3], eps=1e-7)
+    loss = sum((o * o.detach().cos()).sum() for o in out)
+    return [*out, *torch.autograd.grad(loss, given[:4])]
 
 
 FAST = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-@pytest.mark.parametrize(("sequence", "record"), FORMS)
+@pytest.mark.parametrize(("sequence", "record"), [(False, False), (True, False), (True, True)])
 def test_opcheck(sequence: bool, record: bool) -> None:
     for changes in (
         {}, {"mem": (0,)}, {"dtype": torch.float16}, {"layout": "channels_last", "reset": "zero"},
@@ -175,12 +119,8 @@ def targets(nodes: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=long)])
-@pytest.mark.parametrize(
-    "options", [LEARN, {"reset_mechanism": "zero", "spike_grad": snnlstm.surrogate.sigmoid(5)}]
-)
-def test_a_trace_keeps_the_operator_and_each_backend_computes_the_same(
-    options: dict[str, Any], inner: str
-) -> None:
+def test_a_trace_keeps_the_operator_and_each_backend_computes_the_same(inner: str) -> None:
+    options = LEARN | {"reset_mechanism": "zero", "spike_grad": snnlstm.surrogate.sigmoid(5)}
     graphs: list[Any] = []
     found = []
     for compiled in (True, False):
@@ -273,60 +213,3 @@ def test_the_path_names_what_ran() -> None:
     net.leaky.reset_delay = False
     calls["snnlstm"](x)
     assert net.leaky.path.name == "reference"
-
-
-@pytest.mark.parametrize(
-    ("inner", "reset"),
-    [
-        *product([None], RESETS),
-        ("aot_eager", "zero"),
-        *(pytest.param("aot_eager", reset, marks=long) for reset in ("none", "subtract")),
-        *(pytest.param("inductor", reset, marks=long) for reset in RESETS),
-    ],
-)
-def test_a_cells_constant_results_have_no_graph_in_any_backend(
-    inner: str | None, reset: str
-) -> None:
-    """Only the threshold is learned, so some states depend on nothing that wants a gradient."""
-    graphs: list[Any] = []
-    found, empty = [], torch.zeros(0, dtype=F64)
-    for compiled in (True, False):
-        torch.manual_seed(0)
-        cell = snnlstm.SConv2dLSTM(
-            2, 3, 3, threshold=0.05, learn_threshold=True, reset_mechanism=reset, dtype=F64
-        )
-        cell.conv.requires_grad_(False)
-        cell.conv.bias.data.fill_(0.4)
-
-        def loop(x: Tensor, cell: Any = cell) -> list[Tensor]:
-            out = []
-            for x_t in x:
-                out += cell(x_t)
-            return [*out, *cell(x, empty, empty)]
-
-        call = torch.compile(loop, backend=keeping(graphs, inner), fullgraph=True)
-        out = (call if compiled else loop)(steps(3, 2, 2, 6, 6).double())
-        sum((o * o.detach().cos()).sum() for o in out if o.requires_grad).backward()
-        found.append(([o.requires_grad for o in out], [*out, cell.threshold.grad]))
-    assert found[0][0] == found[1][0]
-    close(found[0][1], found[1][1], atol=1e-12)
-    assert "detach" not in targets(graphs[0])
-
-
-@pytest.mark.parametrize("name", tagged("operators"))
-def test_a_cells_operator_runs_plainly(name: str) -> None:
-    """Without torch's dispatcher it gives equal bits, and records the same gradients."""
-    case = tagged("operators")[name]
-    found = []
-    forward = torch.ops.snnlstm.forward.default
-    for operator in (forward, operators.IN_GRAPH[forward]()):
-        inputs_ = wanting_gradients(case.inputs())
-        call = flat.call_of((*inputs_, case.options))
-        given = (*call, f"0|{call.x.dtype}|None|{case.options.spec.serialized}", "auto", True)
-        spk, syn, mem, *_ = operator(*given)
-        out = [o for o in (spk, syn, mem) if o.requires_grad]
-        leaves = [t for t in inputs_ if t is not None and t.requires_grad]
-        loss = sum((o * o.detach().cos()).sum() for o in out)
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        found.append([*out, *grads])
-    close(*found, atol=0, rtol=0)
