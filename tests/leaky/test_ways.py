@@ -7,7 +7,9 @@ snnTorch, whose reset by an infinite threshold is NaN, stands a formula.
 """
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -185,6 +187,20 @@ ROWS: dict[str, Row] = {
 # ---- what a row computes -------------------------------------------------------------------------
 
 
+def reset_of(name: str) -> str:
+    """Returns the reset mechanism of a row in a test that has one alone."""
+    return RESETS[list(ROWS).index(name) % 3]
+
+
+@contextmanager
+def told(text: str) -> Iterator[None]:
+    """Begins the message of an error within the block with a text."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"{text}: {error}") from error
+
+
 def is_finite(layer: Any) -> bool:
     return bool(layer.threshold.isfinite().all())
 
@@ -269,10 +285,8 @@ def compare(name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
         error = of_results if key in ("spk", "mem", "graphs") else of_gradients
         largest = value.double().nan_to_num(0, 0, 0).abs().flatten()
         scale = float(torch.cat([largest, torch.ones(1)]).max())
-        try:
+        with told(key):
             close(found[key], value, atol=error * scale, rtol=0)
-        except AssertionError as failed:
-            raise AssertionError(f"{key}: {failed}") from None
     assert found.keys() == expected.keys()
 
 
@@ -332,38 +346,35 @@ def expected(
 
 
 def calls() -> list[Any]:
-    """Returns each row in each way, for each backend; the emulator has two ways for its kernels."""
+    """Returns each row for each backend; the emulator runs what its kernels do."""
     found = []
-    for backend, name, way in product(_backends(), ROWS, WAYS):
-        emulated, marks = backend.name == "emulator", []
-        if emulated and (ROWS[name].reason or way not in ("stored", "unrolled")):
-            continue
-        if not ROWS[name].shape and "unrolled" in way:  # a sequence has samples
-            continue
-        if emulated and ROWS[name].long:
-            marks = [pytest.mark.emulator_long]
-        if backend.native:
-            text = f"{backend.name}-{name}-{way}"
-            found.append(pytest.param(backend, name, way, marks=marks, id=text))
+    for backend, (name, one) in product(_backends(), ROWS.items()):
+        emulated = backend.name == "emulator"
+        if backend.native and not (emulated and one.reason):
+            marks = [pytest.mark.emulator_long] if emulated and one.long else []
+            found.append(pytest.param(backend, name, marks=marks, id=f"{backend.name}-{name}"))
     return found
 
 
-@pytest.mark.parametrize(("backend", "name", "way"), calls(), indirect=["backend"])
-def test_each_way_computes_what_snntorch_does(
-    backend: Backend, name: str, way: str, caplog: Any
-) -> None:
-    run, from_mem = WAYS[way]
-    for reset in RESETS:
-        layer, _ = twins(name, reset, init_hidden=not from_mem)
-        tensors = given(name, from_mem)
-        found = results(name, layer, tensors, run(layer, *tensors.values()))
-        wanted = expected(name, reset, from_mem, str(backend.device))
-        spk, mem = wanted["spk"], wanted["mem"]
-        assert spk.any() or (mem > layer.threshold).any() or not mem.numel() or not is_finite(layer)
-        compare(name, found, wanted)
-        reason = "set_algorithm" if way == "by reference" else ROWS[name].reason
-        backend.check(layer.path, native=not reason)
-        assert layer.path.reason.startswith(reason)
+@pytest.mark.parametrize(("backend", "name"), calls(), indirect=["backend"])
+def test_each_way_computes_what_snntorch_does(backend: Backend, name: str) -> None:
+    one = ROWS[name]
+    resets = RESETS if not one.long or os.environ.get("SNNLSTM_LONG") else [reset_of(name)]
+    for reset, (way, (run, from_mem)) in product(resets, WAYS.items()):
+        kernels = way in ("stored", "unrolled")
+        if (backend.name == "emulator" and not kernels) or ("unrolled" in way and not one.shape):
+            continue  # a sequence has samples
+        with told(f"{way}, {reset}"):
+            layer, _ = twins(name, reset, init_hidden=not from_mem)
+            tensors = given(name, from_mem)
+            found = results(name, layer, tensors, run(layer, *tensors.values()))
+            wanted = expected(name, reset, from_mem, str(backend.device))
+            compare(name, found, wanted)
+            reason = "set_algorithm" if way == "by reference" else one.reason
+            backend.check(layer.path, native=not reason)
+            assert layer.path.reason.startswith(reason)
+            spk, above = wanted["spk"], wanted["mem"] > layer.threshold
+            assert spk.any() or above.any() or not spk.numel() or not is_finite(layer)
 
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -385,22 +396,24 @@ def operated(layer: Any, x: Tensor, mem: Tensor | None, operator: Any, form: str
     return spk, mem if form == "sequence" else mem[None]
 
 
+# The form of the calls, and whether they start from another mem than zeros.
+FORMS = {"steps": True, "sequence": False, "sequence, last mem": True}
+
+
 @needs_core
-@pytest.mark.parametrize("form", ["steps", "sequence", "sequence, last mem"])
 @pytest.mark.parametrize("name", [name for name, one in ROWS.items() if not one.reason])
-def test_each_operator_computes_what_snntorch_does(name: str, form: str) -> None:
+def test_each_operator_computes_what_snntorch_does(name: str) -> None:
     """The composite one, that of the kernels, and what our backend puts in their place."""
-    reset, every = RESETS[len(name) % 3], "last" not in form
-    composite = torch.ops.snnlstm.leaky.default
+    reset, composite = reset_of(name), torch.ops.snnlstm.leaky.default
     kernels, in_graph = operators.OPAQUE[composite](), operators.IN_GRAPH[composite]()
-    for from_mem, operator in product((False, True), (composite, kernels, in_graph)):
-        layer, _ = twins(name, reset)
-        tensors = given(name, from_mem)
-        if form != "steps" and not tensors["x"].dim() > 1:
-            continue
-        out = operated(layer, *tensors.values(), operator, form)
-        found = results(name, layer, tensors, out, second=operator is not kernels)
-        compare(name, found, expected(name, reset, from_mem, every=every))
+    for (form, from_mem), operator in product(FORMS.items(), (composite, kernels, in_graph)):
+        if form == "steps" or ROWS[name].shape:
+            with told(f"{operator}, {form}"):
+                layer, _ = twins(name, reset)
+                tensors = given(name, from_mem)
+                out = operated(layer, *tensors.values(), operator, form)
+                found = results(name, layer, tensors, out, second=operator is not kernels)
+                compare(name, found, expected(name, reset, from_mem, every="last" not in form))
 
 
 # ---- compiled ------------------------------------------------------------------------------------
@@ -436,8 +449,7 @@ class Switch:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_layers_compute_what_snntorch_does() -> None:
     """One graph has all of them, because tracing takes long. Ours joins the two steps of each."""
-    rows = [(name, RESETS[k % 3]) for k, name in enumerate(COMPILED)]
-    layers = [twins(*each)[0] for each in rows]
+    layers = [twins(name, reset_of(name))[0] for name in COMPILED]
 
     def calls(inputs: Any) -> Any:
         return [passed(layer, *each) for layer, each in zip(layers, inputs, strict=True)]
@@ -446,12 +458,9 @@ def test_compiled_layers_compute_what_snntorch_does() -> None:
     for switch.name in COMPILERS:
         tensors = [given(name, False, 2) for name in COMPILED]
         outs = compiled([tuple(each.values()) for each in tensors])
-        for each, layer, inside, out in zip(rows, layers, tensors, outs, strict=True):
-            plain = bool(ROWS[each[0]].reason)  # dynamo's custom Functions have no second ones
-            second = not plain and switch.name != "ours, for others"
-            try:
-                found = results(each[0], layer, inside, out, second)
-                compare(each[0], found, expected(*each, False, count=2))
-            except Exception as error:
-                raise AssertionError(f"{each} by {switch.name}: {error}") from error
+        for name, *each in zip(COMPILED, layers, tensors, outs, strict=True):
+            plain = bool(ROWS[name].reason)  # dynamo's custom Functions have no second ones
+            with told(f"{name} by {switch.name}"):
+                found = results(name, *each, not plain and switch.name != "ours, for others")
+                compare(name, found, expected(name, reset_of(name), False, count=2))
     assert switch.operators == 2 * sum(not ROWS[name].reason for name in COMPILED)
