@@ -70,6 +70,9 @@ def test_a_parameter_that_is_set_as_mem_stays_outside_of_the_layer() -> None:
     assert start.requires_grad
     first.sum().backward()
     close(start.grad, torch.tensor([0.8, 0.8]))
+    layer(torch.ones(2), start)[1].sum().backward()  # which snnTorch refuses
+    close(start.grad, torch.tensor([1.6, 1.6]))
+    assert not layer._parameters
 
 
 @pytest.mark.parametrize("options", [{}, {"reset_delay": False}, {"reset_mechanism": "zero"}])

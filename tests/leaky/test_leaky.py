@@ -55,17 +55,6 @@ def test_replaced_methods_are_called(name: str, monkeypatch: Any) -> None:
 # ---- the state -----------------------------------------------------------------------------------
 
 
-def test_mem_may_be_passed() -> None:
-    layer, other = leaky_twins()
-    x, mem = currents(3, 5)[:2]
-    close(layer(x, mem=mem), other(x, mem), atol=0)
-    parameter = torch.nn.Parameter(mem)  # which snnTorch refuses
-    layer(x, parameter)[1].sum().backward()
-    close(parameter.grad, torch.full((3, 5), 0.8))
-    assert set(layer._buffers) == set(other._buffers)
-    assert not layer._parameters
-
-
 def test_after_an_error_the_state_is_as_before() -> None:
     layer = leaky_twins(init_hidden=True)[0]
     x = currents(3, 5)[0]

@@ -4,6 +4,7 @@ test_ways.py compares their results and gradients with snnTorch's layer.
 """
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from snnlstm.native import operators
 from tests.shared.cases import laid_out
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import close, long
-from tests.shared.leaky import F64, LEARN, currents
+from tests.shared.leaky import F64, currents
 
 pytestmark = [needs_core, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -118,25 +119,6 @@ def targets(nodes: Any) -> list[Any]:
     return [node.target for node in nodes]
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=long)])
-def test_a_trace_keeps_the_operator_and_each_backend_computes_the_same(inner: str) -> None:
-    options = LEARN | {"reset_mechanism": "zero", "spike_grad": snnlstm.surrogate.sigmoid(5)}
-    graphs: list[Any] = []
-    found = []
-    for compiled in (True, False):
-        torch.manual_seed(0)
-        net = Loop(**options).double()
-        call = torch.compile(net, backend=keeping(graphs, inner), fullgraph=True)
-        x = currents(3, 5, dtype=F64).requires_grad_()
-        spk, mem = (call if compiled else net)(x)
-        (spk.mul(mem.detach().cos()).sum() + mem.square().sum()).backward()
-        found.append([spk, mem, net.leaky.mem, x.grad, *(p.grad for p in net.parameters())])
-        assert net.leaky.path.name == ("compiled" if compiled else net.leaky.path.name)
-        assert net.leaky.path.native is not compiled
-    assert targets(graphs[0]).count(COMPOSITE) == len(x)
-    close(*found, atol=1e-12, rtol=1e-12)
-
-
 def test_aot_autograd_takes_the_operator_apart_but_keeps_the_kernels() -> None:
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
@@ -147,16 +129,23 @@ def test_aot_autograd_takes_the_operator_apart_but_keeps_the_kernels() -> None:
         graphs.append([*graph.graph.nodes])
         return make_boxed_func(graph.forward)
 
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note)
     for operator in (COMPOSITE, KERNELS):
         graphs.clear()
-        compiled = torch.compile(
-            operator, backend=aot_autograd(fw_compiler=note, bw_compiler=note), fullgraph=True
-        )
+        compiled = torch.compile(operator, backend=backend, fullgraph=True)
         found = outcome(compiled, arguments(sequence=True))
         close(found, outcome(COMPOSITE, arguments(sequence=True)), atol=1e-12)
         called = {target for graph in graphs for target in targets(graph)}
         assert (KERNELS in called) == (operator is KERNELS)
         assert COMPOSITE not in called
+
+
+@long
+def test_inductor_computes_the_same() -> None:
+    for operator, sequence in product((COMPOSITE, KERNELS), (False, True)):
+        compiled = torch.compile(operator, backend="inductor", fullgraph=True)
+        given = [arguments(sequence=sequence, reset="zero") for _ in range(2)]
+        close(outcome(compiled, given[0]), outcome(COMPOSITE, given[1]), atol=1e-12)
 
 
 NUMBERS: dict[str, Callable[[Any], Any]] = {
