@@ -108,7 +108,7 @@ def steps(place: Place, quick: bool, gpus: set[int]) -> list[Step]:
     # pytest fails if it finds no test of the backend.
     workers = f"-n{min(8, max(1, cores // 2))}" if importlib.util.find_spec("xdist") else ""
     tests = "tests/cell tests/sequences tests/autograd tests/bench/test_networks.py tests/torch "
-    tests += "tests/system tests/snntorch"
+    tests += "tests/leaky tests/snntorch"
     tests = "tests/cell/test_quant.py" if rehearsal else tests
     tests = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests} --backend"
     shapes = "--shapes leaky audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 " * (not rehearsal)

@@ -1,1 +1,1 @@
-"""A cell's options, states, surrogates, quantisers and errors do what the documentation says."""
+"""A cell does what the documentation says: options, states, errors, paths, threads, processes."""

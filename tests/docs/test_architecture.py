@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import snntorch
-import torch
 
 import snnlstm
 

@@ -1,6 +1,6 @@
 """The CUDA kernels of snntorch.Leaky return the CPU's bits.
 
-tests/snntorch/test_leaky.py compares both with snnTorch's layer.
+tests/leaky/test_leaky.py compares both with snnTorch's layer.
 """
 
 import pytest

@@ -1,1 +1,1 @@
-"""Cells and Leaky compute what snntorch 1.0.0's do, and can take their place."""
+"""Cells compute what snntorch 1.0.0's do, and our layers can take the place of snnTorch's."""

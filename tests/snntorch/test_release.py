@@ -97,7 +97,7 @@ Slope.__module__, Slope.__qualname__ = "snntorch.surrogate", "FastSigmoidSurroga
 
 
 def test_numbers_of_a_surrogate_may_change() -> None:
-    """tests/snntorch/test_leaky_calls.py changes the number of a closure."""
+    """tests/leaky/test_calls.py changes the number of a closure."""
     spike = Slope()
     layers = [library.Leaky(0.8, spike_grad=spike) for library in (snnlstm, snntorch)]
     for slope in (5.0, 20.0, 1.0):

@@ -26,8 +26,6 @@ from tests.shared.leaky import (
     outcome,
 )
 
-INF = float("inf")
-
 
 @st.composite
 def programs(draw: Any) -> dict[str, Any]:
@@ -187,55 +185,3 @@ def test_a_traced_step_runs_no_more_operators_than_an_eager_one(reset: str) -> N
         counts.append(counting.count)
         assert {layer.path.name for layer in layers} <= {"reference", "compiled"}
     assert counts[0] <= counts[1]
-
-
-# ---- what snnTorch computes as NaN ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("spike", [None, foreign], ids=["known", "foreign"])
-@pytest.mark.parametrize("delay", [True, False])
-@pytest.mark.parametrize("threshold", [INF, -INF, torch.tensor([INF, 0.3, 0.3, -INF])], ids=str)
-def test_an_infinite_threshold_makes_no_nan(threshold: Any, delay: bool, spike: Any) -> None:
-    layer = snnlstm.Leaky(
-        0.5, threshold, spike_grad=spike, reset_delay=delay, learn_threshold=True, learn_beta=True
-    )
-    x = torch.full((3, 4), 0.5, requires_grad=True)
-    spk, mem = layer(x, torch.zeros(3, 4))
-    above = torch.as_tensor(threshold).expand(4) == -INF
-    assert torch.equal(spk.bool(), (torch.as_tensor(threshold) < 0.5).expand(3, 4))
-    assert (mem[:, ~above].detach() <= 0.5).all()
-    assert (mem[:, above] == INF).all()  # a reset adds infinity
-    spk.sum().backward()
-    assert x.grad.isfinite().all()  # type: ignore[union-attr]
-    assert layer.threshold.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_without_a_reset_the_graded_factor_may_be_0(compiled: bool) -> None:
-    found = []
-    for layer in leaky_twins(graded_spikes_factor=0.0, reset_mechanism="none", reset_delay=False):
-        ours = isinstance(layer, snnlstm.Leaky)
-        call = torch.compile(layer, backend="eager") if compiled and ours else layer
-        x = currents(3, 5)[0].requires_grad_()
-        spk, mem = call(x)
-        found.append((mem, *torch.autograd.grad(spk.sum() + mem.sum(), x)))
-    close(*found, atol=0)
-
-
-# ---- dtypes --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
-@pytest.mark.parametrize("reset", RESETS)
-def test_integers_count_as_numbers_beside_parameters(reset: str, dtype: torch.dtype) -> None:
-    """snnTorch's surrogates return float32, so its threshold is a number that float32 holds."""
-    x = (currents(3, 5) > 0).to(dtype)
-    for real in (torch.float32, F64):
-        found = []
-        for layer in leaky_twins(beta=0.3, threshold=0.625, reset_mechanism=reset):
-            layer.to(real)
-            ours = isinstance(layer, snnlstm.Leaky)
-            outs = [layer(x_t if ours else x_t.to(real)) for x_t in x]
-            assert all(out.dtype is real for out in (outs[0] if ours else outs[0][1:]))
-            found.append([(spk.to(real), mem) for spk, mem in outs])
-        close(*found, atol=0, rtol=0)

@@ -1,4 +1,4 @@
-"""Leaky in calls of all kinds: what runs them, dtypes, and what hangs on the graph."""
+"""What a Leaky recognises, what changes between its calls, and how it is built."""
 
 import copy
 import pickle
@@ -8,20 +8,17 @@ from typing import Any
 import pytest
 import snntorch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import snnlstm
 from snnlstm import surrogate
-from snnlstm.calls import entries
 from snnlstm.compat import snntorch as compat
-from tests.shared.helpers import close, long, ours
-from tests.shared.helpers import twins as cells
-from tests.shared.leaky import F64, LEARN, PLAIN, RESETS, currents, eighths, leaky_twins, outcome
+from tests.shared.helpers import close, ours
+from tests.shared.leaky import F64, LEARN, currents, eighths, leaky_twins
 
 # ---- the surrogate is recognised -----------------------------------------------------------------
 
@@ -78,184 +75,6 @@ def test_recognition_that_failed_is_tried_again(monkeypatch: Any) -> None:
     assert layer.path.native
     torch.compile(layer, backend="eager", fullgraph=True)(x)
     assert layer.path.name == "compiled"
-
-
-# ---- parameters ----------------------------------------------------------------------------------
-
-
-class Doubled(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * x
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("beta", {"beta": torch.linspace(0.1, 0.4, 5), "learn_beta": True}),
-        ("threshold", {"threshold": torch.linspace(0.1, 0.4, 5), "learn_threshold": True}),
-        ("graded_spikes_factor", {"graded_spikes_factor": torch.tensor([0.5])}),
-        ("beta", {"beta": torch.rand(3, 5), "learn_beta": True}),
-    ],
-)
-def test_parametrized_vectors(name: str, options: dict[str, Any]) -> None:
-    found, layers = [], leaky_twins(**options)
-    for layer in layers:
-        register_parametrization(layer, name, Doubled())
-        found.append(outcome(layer, currents(3, 5)))
-    close(*found, atol=1e-5)
-    assert layers[0].path.native
-
-
-# ---- gradients -----------------------------------------------------------------------------------
-
-
-PASSED: dict[str, Any] = {
-    "as x": (lambda x: x, lambda mem: mem),
-    "another layout": (lambda x: x, lambda mem: mem.transpose(1, 3).contiguous().transpose(1, 3)),
-    "channels-last x": (lambda x: x.contiguous(memory_format=torch.channels_last), lambda mem: mem),
-    "half mem": (lambda x: x.float(), lambda mem: mem.half()),
-    "half x": (lambda x: x.half(), lambda mem: mem.float()),
-}
-
-
-@pytest.mark.parametrize("stored", [False, True], ids=["passed", "stored"])
-@pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("kind", PASSED)
-def test_second_derivatives_reach_mem(kind: str, reset: str, stored: bool) -> None:
-    found = []
-    change_x, change_mem = PASSED[kind]
-    for layer in leaky_twins(**LEARN, reset_mechanism=reset):
-        numbers = currents(2, 3, 4, 5, dtype=F64)
-        x = change_x(numbers[0].clone()).requires_grad_()
-        mem = change_mem(numbers[1].half().double()).requires_grad_()
-        ours_ = isinstance(layer, snnlstm.Leaky)
-        given = mem if ours_ else mem.to(torch.promote_types(x.dtype, torch.float32))
-        if stored:
-            layer.mem = given
-        spk, after = layer(x) if stored else layer(x, given)
-        leaves = [x, mem, layer.beta, layer.threshold]
-        total = spk.sum() + after.square().sum()
-        first = torch.autograd.grad(total, leaves, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-        found.append([g.double() for g in (*first, *second)])
-        assert not ours_ or layer.path.native, layer.path
-    half = "half" in kind
-    close(*found, atol=1e-2 if half else 1e-5, rtol=1e-2 if half else 1e-4)
-
-
-@pytest.mark.parametrize("whole", [False, True], ids=["steps", "sequence"])
-@pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("disable", [False, True])
-def test_only_the_threshold_is_learned(reset: str, disable: bool, whole: bool) -> None:
-    """What does not depend on it has no graph, so states may be carried over backward passes."""
-    options = {"reset_mechanism": reset, "learn_threshold": True, "surrogate_disable": disable}
-    layer, other = leaky_twins(**options)
-    x = currents(3, 5)
-    for _ in range(2):
-        out = layer.sequence(x, True) if whole else layer(x[0])
-        expected = [map(torch.stack, zip(*map(other, x), strict=True)), other(x[0])][not whole]
-        assert layer.path.native
-        graphs = [o.requires_grad for o in out]
-        assert graphs == [o.requires_grad for o in expected] == [not disable, reset == "subtract"]
-        if any(graphs):
-            sum(o.sum() for o in out).backward(retain_graph=reset == "subtract")
-
-
-@pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("time", [0, 3], ids=["step", "sequence"])
-def test_only_the_threshold_of_a_cell_is_learned(time: int, reset: str) -> None:
-    """tests/torch/test_leaky_operators.py compares compiled cells with these."""
-    found = []
-    for cell in cells(reset_mechanism=reset, learn_threshold=True):
-        cell.conv.requires_grad_(False)
-        x = torch.rand(max(time, 1), 1, 2, 5, 5)
-        if isinstance(cell, snnlstm.SConv2dLSTM):
-            out = cell(x if time else x[0])
-        else:
-            out = [cell(x_t) for x_t in x][-1]
-        found.append([o.requires_grad for o in out])
-    assert found[0] == found[1] == [True, time > 0 and reset == "subtract", reset == "subtract"]
-
-
-# ---- dtypes --------------------------------------------------------------------------------------
-
-
-def outcomes(layers: Any, call: Any, x: Tensor) -> list[list[Tensor]]:
-    """Runs all steps; returns spk, mem, and the gradients of x and of all parameters, by layer.
-
-    A call gets a step's x for each layer.
-    """
-    inside, found = [x.clone().requires_grad_() for _ in layers], []
-    outs = zip(*map(call, zip(*inside, strict=True)), strict=True)
-    for layer, x_of_layer, steps in zip(layers, inside, outs, strict=True):
-        spk, mem = map(torch.stack, zip(*steps, strict=True))
-        loss = (spk * currents(*x.shape[1:], seed=1)).sum() + mem.square().sum()
-        grads = torch.autograd.grad(loss, [x_of_layer, *layer.parameters()], allow_unused=True)
-        found.append([spk, mem, *(g for g in grads if g is not None)])
-    return found
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(F64, marks=long)], ids=str)
-def test_compiled_layers_compute_what_snntorch_does(dtype: torch.dtype) -> None:
-    """One graph has them all, and not each kind with each mechanism, because tracing takes long."""
-    rows = [(k, reset) for k in PLAIN for reset in RESETS if k == "known" or reset == "zero"]
-    threshold = torch.tensor(0.1, dtype=dtype)  # float32 does not hold that of float64
-    pairs = (leaky_twins(dtype, **PLAIN[kind], reset_mechanism=reset, threshold=threshold)
-             for kind, reset in rows)  # fmt: skip
-    ours_, others = zip(*pairs, strict=True)
-
-    def each(layers: Any) -> Any:
-        return lambda step: [layer(x) for layer, x in zip(layers, step, strict=True)]
-
-    x, compiled = currents(3, 5, dtype=dtype), torch.compile(backend="eager", fullgraph=True)
-    found, expected = outcomes(ours_, compiled(each(ours_)), x), outcomes(others, each(others), x)
-    outs, grads = ({"atol": 1e-12, "rtol": 1e-12},) * 2 if dtype is F64 else (
-        {"atol": 0, "rtol": 0}, {"atol": 1e-5}
-    )  # fmt: skip
-    for row, actual, exact in zip(rows, found, expected, strict=True):
-        assert actual[0].any(), row
-        close(actual[:2], exact[:2], **outs)
-        close(actual[2:], exact[2:], **grads)
-    assert not any(layer.path.native for layer in ours_)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_surrogate_that_holds_a_tensor_compiles() -> None:
-    layer, other = leaky_twins(spike_grad=snntorch.surrogate.atan(alpha=torch.tensor(2.0)))
-    x = currents(3, 5)[0]
-    close(torch.compile(layer, backend="eager", fullgraph=True)(x), other(x), atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("stored", [False, True], ids=["passed", "stored"])
-@pytest.mark.parametrize("reset", RESETS)
-def test_a_mem_of_float64_stays_one(reset: str, stored: bool, dtype: torch.dtype) -> None:
-    layer, other = leaky_twins(**LEARN, reset_mechanism=reset)
-    x, mem = currents(3, 5, dtype=dtype), currents(3, 5, dtype=F64, seed=3)[0]
-    for neuron in (layer, other):
-        neuron.mem = mem if stored else neuron.mem
-    for x_t in x:
-        given = () if stored else (mem,)
-        out, expected = layer(x_t, *given), other(x_t.float(), *given)
-        assert [o.dtype for o in out] == [o.dtype for o in expected] == [torch.float32, F64]
-        close(out, expected, atol=0)
-        mem = out[1]
-    close(layer(x[0], torch.zeros(7, dtype=F64)), other(x[0].float(), torch.zeros(7)))
-    assert layer.mem.dtype is torch.float32  # a mem of another shape is zeros
-
-
-def test_numbers_of_float64() -> None:
-    """Beside an x without dimensions the dtype of a number counts."""
-    options = {"beta": torch.tensor(0.8, dtype=F64), "threshold": torch.tensor(0.3, dtype=F64)}
-    for layer in leaky_twins(**options):
-        spk, mem = layer(torch.tensor(0.7))
-        assert (spk.dtype, mem.dtype) == (torch.float32, F64)
-        spk, mem = layer(torch.tensor([0.7]))
-        assert (spk.dtype, mem.dtype) == (torch.float32,) * 2
-    layer = leaky_twins(**options)[0]
-    assert layer.sequence(torch.rand(4), False) is None
-    assert layer.sequence(torch.rand(4, 1), False) is not None
 
 
 # ---- what changes between calls ------------------------------------------------------------------
@@ -341,24 +160,6 @@ def test_what_is_active_after_a_call_takes_effect(mode: str) -> None:
     close([o.detach() for o in out], expected, atol=0)
     assert layer.path.native == is_native, layer.path
     assert out[1].requires_grad == (mode not in ("inference", "no gradients"))
-
-
-def test_equal_calls_of_equal_layers_need_no_key(monkeypatch: Any) -> None:
-    """Also those of a stack, which asks the layer first whether the kernels cover a sequence."""
-    layers, x, mem = [leaky_twins()[0] for _ in range(2)], currents(3, 5), torch.zeros(3, 5)
-    outer = [leaky_twins()[0] for _ in range(2)]
-
-    def calls() -> None:
-        for layer, other in zip(layers, outer, strict=True):
-            layer(x[0], mem)
-            snnlstm.unroll(x, other)
-            assert layer.path.native
-            assert other.path.native
-
-    calls()
-    calls()  # which goes on from a mem
-    monkeypatch.setattr(entries, "key_of", None)
-    calls()
 
 
 # ---- no signal of the last step stays ------------------------------------------------------------

@@ -200,7 +200,7 @@ def by_reference(f: Any) -> Any:
 
 
 # What is called with a pool, which takes x, a window of 2, and torch's options. What records a pool
-# stands in tests/torch/test_pools.py.
+# stands in tests/pool/test_recorded.py.
 TORCHS: dict[str, Callable[[Any], Any]] = {
     "3-D": lambda f: f(X[0]),
     "float16": lambda f: f(X.half()),

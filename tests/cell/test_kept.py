@@ -1,26 +1,20 @@
-"""What is kept between calls is bounded, belongs to one cell, and never hides a change.
+"""What is kept between calls is bounded, and large results are what small ones are.
 
-A cell keeps an entry for each kind of call, and like cells share plans.
+test_next_call.py proves that it hides no change.
 """
 
-from contextlib import contextmanager
-
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import snnlstm
-import snnlstm.dispatch.run
 from benchmarks import peak_memory
-from snnlstm.calls.entries import BoundedDict
 from snnlstm.native import lender
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import measures_memory, ours, states, steps
 
 pytestmark = needs_core
 
-X, START = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
+START = states(2, 3, 6, 7)
 
 
 CALLS = {
@@ -42,63 +36,6 @@ def test_thousands_of_shapes_take_bounded_memory(name):
         if batch in (13, 40):
             held.append(peak_memory.watch())
     assert held[1] - held[0] < 6 << 20  # 1,620 plans take 12 MiB
-
-
-# ---- changes between calls ----------------------------------------------------------------------
-
-
-SYN, MEM = (state.bfloat16().float() for state in START)
-GIVEN = {"x": X[None], "syn": SYN, "mem": MEM, "record": True}
-
-# What changes after a call: the memory of the cell's tensors, or arguments. The next one computes
-# what a cell does that was not called before. test_key.py has all that a key tells apart.
-CHANGES = {
-    "dtype": Tensor.double,
-    "shape": lambda t: t[..., :1, :1].clone() if t.dim() == 4 else t,
-    "record is 1.0": {"record": 1.0},
-}
-# These change no result.
-ALIKE = {
-    **{f"{name} in bfloat16": {name: GIVEN[name].bfloat16()} for name in ("x", "syn", "mem")},
-    "record is 1": {"record": 1}, "record is NumPy's": {"record": np.bool_(True)},
-}  # fmt: skip
-
-
-@contextmanager
-def changed(cell, change):
-    """Returns the arguments of a call after a change, which keeps the parameters."""
-    if isinstance(change, dict):
-        yield GIVEN | change
-        return
-    kept = [(tensor, tensor.data) for tensor in cell.state_dict(keep_vars=True).values()]
-    for tensor, data in kept:
-        tensor.data = change(data)
-    yield GIVEN
-    for tensor, data in kept:
-        tensor.data = data
-
-
-def outcome(cell, given):
-    """Returns what a call computes and how, or what it raises."""
-    try:
-        out = cell(**given)
-    except Exception as error:
-        return str(error)
-    return [out[2].dtype, out[2].requires_grad, cell.path.name, *(t.tolist() for t in out)]
-
-
-@pytest.mark.parametrize("name", [*CHANGES, *ALIKE])
-def test_a_change_after_a_call_is_seen_by_the_next(name, monkeypatch):
-    cell, fresh = (ours(bias=name != "dtype") for _ in range(2))
-    change = (CHANGES | ALIKE)[name]
-    before = outcome(cell, GIVEN)
-    with changed(cell, change) as given:
-        after = outcome(cell, given)
-    assert (after != before) == (name in CHANGES)
-    assert outcome(cell, GIVEN) == before
-    monkeypatch.setattr(snnlstm.calls.entries, "_entries", BoundedDict())  # which knows no call
-    with changed(fresh, change) as given:
-        assert after == outcome(fresh, given)
 
 
 # ---- settings that change ------------------------------------------------------------------------

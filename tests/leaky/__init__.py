@@ -1,0 +1,1 @@
+"""Leaky computes what snntorch.Leaky does, in each way to run it."""

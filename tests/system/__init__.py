@@ -1,1 +1,0 @@
-"""Results do not depend on threads and processes, and memory does not grow."""
