@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import snntorch
+import torch
 
 import snnlstm
 
