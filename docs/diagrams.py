@@ -32,7 +32,7 @@ from snnlstm import _C  # noqa: E402
 from snnlstm.calls import entries  # noqa: E402
 from snnlstm.calls.call import Call  # noqa: E402
 from snnlstm.dispatch.run import run_call  # noqa: E402
-from snnlstm.loops import backend, rows  # noqa: E402
+from snnlstm.loops import backend, rules  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 # Of the call that `times` makes, on one thread of a Zen 5 (AVX-512). The kernels take part of run.
@@ -223,7 +223,7 @@ def function_of(node: Node) -> str:
         return f"{node.args[0]}[{args}]"
     if node.op == "call_method":
         return f".{node.target}({args})"
-    return (rows.name_of(node) or type(node.target).__name__).partition(".")[0]
+    return (rules.name_of(node) or type(node.target).__name__).partition(".")[0]
 
 
 def _kind(node: Node) -> str:
