@@ -52,7 +52,7 @@ def stubbed(device: str, algorithm: str) -> Iterator[None]:
         kernels += ["pack", "store_levels"]
     with (
         devices.running(device),
-        mock.patch.dict(entries._entries, clear=True),
+        mock.patch.dict(entries.table, clear=True),
         mock.patch.multiple(passes, **dict.fromkeys(kernels, lambda *_: None)),
         mock.patch.multiple(cudnn, **CONVOLUTIONS),
         snnlstm.algorithm(algorithm),

@@ -343,7 +343,7 @@ def times() -> dict[str, float]:
     results = run_call(known, call, None)
 
     def make() -> None:
-        entries._entries.clear()
+        entries.table.clear()
         run_call(entries.entry_of(call, *shared), call, None)
 
     parts = {

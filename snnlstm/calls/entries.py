@@ -86,7 +86,7 @@ class Entry:
     needs_grad : bool
         Whether a result may require a gradient.
     asked : bool
-        Whether `reason` is known: operators do not ask for it.
+        Whether `reason` is known: operators and pools do not ask for it.
     reason : Path or None
         Why plain torch runs the calls.
     in_float32 : bool
@@ -132,7 +132,8 @@ class Entry:
         return not nested and same and self._guard.check(*tensors)
 
 
-_entries: BoundedDict[Any, Entry] = BoundedDict()
+table: BoundedDict[Any, Entry] = BoundedDict()
+"""The entries of the process, by their keys."""
 
 
 def _guarded(call: Any) -> tuple[Sequence[Tensor], Any]:
@@ -189,25 +190,13 @@ def entry_of(
     key = key_of(call) if spec.serialized else None
     if key is not None:
         key = spec, key, backend, settings, autocast
-    entry = _entries.get(key)
+    entry = table.get(key)
     if entry is None and make:
         entry = Entry(spec, backend, settings, autocast, may_require_grad(_guarded(call)[0]))
         if key is not None:
             entry.guard(call)
-            entry = _entries.keep(key, entry)
+            entry = table.keep(key, entry)
     return entry
-
-
-def entry_of_pool(options: Any, x: Tensor) -> Entry:
-    """Look up or make the entry of a pool's calls, which need no guard.
-
-    Raises
-    ------
-    TypeError
-        If an option has no hash.
-    """
-    key = x.shape, x.stride(), x.dtype, options
-    return _entries.get(key) or _entries.keep(key, Entry(options, None, None))
 
 
 def key_of(call: Any) -> tuple[Any, ...] | None:

@@ -67,7 +67,9 @@ def run_leaky(
     if spec.against is not None:  # a look-up would take longer than to ask
         against: Any = recording or static_reason(call, spec, algorithms.current, None)
         return None, None, against, last
-    entry = asked(find_entry(last, call, spec), call)
+    entry = find_entry(last, call, spec)
+    if not entry.asked:
+        asked(entry, call)
     last = kept_entries(last, entry)
     path = recording or entry.reason
     if path is not None:

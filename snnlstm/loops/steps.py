@@ -501,7 +501,8 @@ class Loop:
     def _needs_states(self, calls: Sequence[Node]) -> bool:
         """Whether a node beside the next step reads the states after one of these calls."""
         states = [item for call in calls[:-1] for item in self.users[call] if item.args[1] > 0]
-        return any(user not in calls for state in states for user in self.users[state])
+        inside = set(calls)
+        return any(user not in inside for state in states for user in self.users[state])
 
     def _contract(self, runs: Sequence[Sequence[int]]) -> None:
         """Make the calls of each run one unit, that of the first one, which needs what they do."""

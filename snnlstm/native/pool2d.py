@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from ..calls import algorithms
+from ..calls import algorithms, entries
 from ..calls.call import may_require_grad
-from ..calls.entries import TORCH_TYPES, Entry, entry_of_pool
+from ..calls.entries import TORCH_TYPES, Entry
 from ..calls.spec import DTYPES, POOLS
 from ..compat.torch_private import forward_level, is_tracing, modes, transforms_are_active
 from . import lender
@@ -202,16 +202,18 @@ _LARGEST = 1 << 15  # of a window's sides, so that the core's integers hold an i
 
 def _plan_of(x: Tensor, *options: Any) -> Plan | None:
     """Look up or make the plan of a call; None if the kernels do not cover it."""
+    key = x.shape, x.stride(), x.dtype, options
     try:
-        entry = entry_of_pool(options, x)
+        entry = entries.table.get(key)
     except TypeError:  # an option is a list, or nothing that torch takes
         has_lists = any(isinstance(value, list) for value in options)
         frozen = (tuple(value) if isinstance(value, list) else value for value in options)
         return _plan_of(x, *frozen) if has_lists else None
-    if not entry.asked:
-        entry.asked = True
+    if entry is None:
+        entry = Entry(options, None, None)
         with suppress(TypeError, ValueError):  # torch takes it, or refuses it
             entry.planned(Plan, x)
+        entry = entries.table.keep(key, entry)
     return entry.plan
 
 

@@ -393,7 +393,7 @@ def hooked_cell():
 def test_a_fallback_is_logged_once(name, monkeypatch, caplog):
     """Tools that print summaries or count operations set hooks on every module."""
     change, make, expected = LOGGED[name]
-    monkeypatch.setattr(snnlstm.calls.entries, "_entries", BoundedDict())
+    monkeypatch.setattr(snnlstm.calls.entries, "table", BoundedDict())
     if change is not None:
         change(monkeypatch)
     for cell in [make(), make()] * 3:

@@ -149,7 +149,7 @@ def test_the_gil_is_released(direction, monkeypatch):
         time.sleep(0.0005)
 
     monkeypatch.setattr(snnlstm._C.CpuPass, "run", watched)
-    monkeypatch.setattr(snnlstm.calls.entries, "_entries", BoundedDict())  # plans keep functions
+    monkeypatch.setattr(snnlstm.calls.entries, "table", BoundedDict())  # plans keep functions
     with beside(look):
         sys.setswitchinterval(HANG)  # Python takes the GIL from no thread that does not release it
         limit = time.monotonic() + HANG  # on a busy machine the other thread may miss many calls

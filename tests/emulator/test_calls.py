@@ -277,7 +277,7 @@ def test_a_batch_without_steps_keeps_its_states_and_gives_no_gradient(core):
 @pytest.mark.parametrize("training", [False, True])
 def test_a_new_shape_plans_each_pass_once(core, monkeypatch, training):
     """Inference has no backward pass."""
-    monkeypatch.setattr(entries, "_entries", BoundedDict())
+    monkeypatch.setattr(entries, "table", BoundedDict())
     made, make = [], core.module.CudaPass
 
     def noted(*args, **kwargs):
@@ -317,7 +317,7 @@ def test_fields_are_given_in_the_order_of_the_cores(core, monkeypatch, algorithm
     """Every address is that of the tensor by whose name csrc/args.h calls it."""
     methods = ("run", "pack", "store_levels")
     calls = [watched(monkeypatch, core.module.CudaPass, name) for name in methods]
-    monkeypatch.setattr(entries, "_entries", BoundedDict())
+    monkeypatch.setattr(entries, "table", BoundedDict())
     case = TRAINED.but(time=1, batch=6, pool="max", pool_size=(2, 2), record=True)
     with core.installed(), noted() as found:
         train(case, case.inputs(), algorithm)
