@@ -114,22 +114,21 @@ class Entry:
 
     def guard(self, call: Any) -> None:
         """Make :meth:`serves` recognise calls like this one."""
-        tensors, facts = _guarded(call)
-        self._facts = *facts, self.backend, self.settings, self.autocast
+        tensors, self._facts = _guarded(call)
         self._guard = guard_of(tensors)
 
     def serves(self, call: Any, spec: Any, backend: Any, settings: Any, autocast: Any) -> bool:
-        """Whether a call has the static properties of the guarded one."""
+        """Whether a call of tensors, none of them nested, has the guarded one's static properties.
+
+        torch's check would ask a nested tensor for strides, which ends the process.
+        """
         if self._guard is None or not (spec is self.spec or spec == self.spec):
             return False
-        try:
-            nested = call[0].is_nested or call[1].is_nested or call[2].is_nested
-        except AttributeError:  # an unchecked argument is no tensor
+        if backend is not self.backend or autocast is not self.autocast:
             return False
         tensors, facts = _guarded(call)
-        same = (*facts, backend, settings, autocast) == self._facts
-        # torch's check would ask a nested tensor for strides, which ends the process.
-        return not nested and same and self._guard.check(*tensors)
+        same = facts == self._facts and settings == self.settings
+        return same and self._guard.check(*tensors)
 
 
 table: BoundedDict[Any, Entry] = BoundedDict()
@@ -148,11 +147,6 @@ def _guarded(call: Any) -> tuple[Sequence[Tensor], Any]:
     return tensors, (torch.is_grad_enabled(), call.record, len(tensors))
 
 
-def autocast_of(x: Tensor) -> torch.dtype | None:
-    """The dtype of autocast on x's device; None if autocast is off."""
-    return autocast_dtype(x.device.type) if any_autocast() else None
-
-
 NO_ENTRIES: tuple[Entry | None, ...] = (None, None)
 """The last entries of a layer that was not called."""
 
@@ -166,10 +160,14 @@ def find_entry(
     user's code in it shares no entry.
     """
     backend, settings = backend_of(call.x, algorithms.current)
-    autocast = autocast_of(call.x)
+    autocast = autocast_dtype(call.x.device.type) if any_autocast() else None
     if not shared:
         return Entry(spec, backend, settings, autocast)
-    for entry in last:
+    try:
+        known = not (call[0].is_nested or call[1].is_nested or call[2].is_nested)
+    except AttributeError:  # an unchecked argument is no tensor
+        known = False
+    for entry in last if known else ():
         if entry is not None and entry.serves(call, spec, backend, settings, autocast):
             return entry
     return entry_of(call, spec, backend, settings, autocast, checked)

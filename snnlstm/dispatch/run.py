@@ -70,7 +70,8 @@ def run_leaky(
     entry = find_entry(last, call, spec)
     if not entry.asked:
         asked(entry, call)
-    last = kept_entries(last, entry)
+    if entry is not last[0]:
+        last = kept_entries(last, entry)
     path = recording or entry.reason
     if path is not None:
         return None, None, path, last

@@ -133,7 +133,7 @@ class Copies:
 
     def of(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Return a copy of each."""
-        at = tuple([parameter.data_ptr() for parameter in parameters])
+        at = tuple(map(Tensor.data_ptr, parameters))
         found = self._kept.get(at)
         if found is not None and _C.same(*found[1]):
             return found[0]

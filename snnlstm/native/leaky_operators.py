@@ -76,7 +76,8 @@ def leaky_in_graph() -> Callable[..., Any]:
             if not of_torch or reason_against(call, spec.sequence):
                 return _formula(*arguments)
             last = _entry_of(call, spec)
-        spk, after = run_plan(last.planned(Plan, call), call, last.needs_grad)
+        plan = last.plan or last.planned(Plan, call)
+        spk, after = run_plan(plan, call, last.needs_grad)
         # A copy, because a state that is a view could not be detached in place.
         is_view = sequence and not every and after.dim() == x.dim()
         return spk, after[-1].clone() if is_view else after

@@ -239,7 +239,8 @@ def cell_in_graph() -> Callable[..., Any]:
             entry, call = _entry_of(fields, text, algorithm)
             if all(map(operator.is_, call, fields)):  # nothing had to be converted
                 last = entry
-        spk, syn, mem, _ = _run_plan(entry.planned(Plan, call), call, training)
+        plan = entry.plan or entry.planned(Plan, call)
+        spk, syn, mem, _ = _run_plan(plan, call, training)
         return spk, syn, mem, None, None
 
     return run

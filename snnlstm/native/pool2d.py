@@ -39,8 +39,8 @@ def max_pool2d(
     """``torch.nn.functional.max_pool2d``, by the kernels if they can."""
     if not return_indices and _is_readable(input):
         plan = _plan_of(input, "max", kernel_size, stride, padding, ceil_mode, dilation)
-        if plan is not None and plan.pays(input):
-            return plan.run(input)
+        if plan is not None and plan.pays(needs_grad := may_require_grad((input,))):
+            return plan.run(input, needs_grad)
     return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
@@ -57,8 +57,8 @@ def avg_pool2d(
     if _is_readable(input):
         options = kernel_size, stride, padding, ceil_mode, 1, count_include_pad, divisor_override
         plan = _plan_of(input, "avg", *options)
-        if plan is not None and plan.pays(input):
-            return plan.run(input)
+        if plan is not None and plan.pays(needs_grad := may_require_grad((input,))):
+            return plan.run(input, needs_grad)
     return F.avg_pool2d(
         input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
     )
@@ -120,14 +120,14 @@ class Plan:
             *self.kernel, *self.stride, *self.padding, self.counts, self.divisor or 0,
         )  # fmt: skip
 
-    def pays(self, x: Tensor) -> bool:
+    def pays(self, needs_grad: bool) -> bool:
         """Whether the kernels save more time than a call of theirs takes longer than torch's."""
-        return self._pixels >= (LEAST_IN_TRAINING if may_require_grad((x,)) else LEAST)
+        return self._pixels >= (LEAST_IN_TRAINING if needs_grad else LEAST)
 
     @lender.where_it_fits
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, needs_grad: bool) -> Tensor:
         """Pool x; a gradient goes through the kernels, too."""
-        return _apply(self, None, x) if may_require_grad((x,)) else self.forward(x, None)
+        return _apply(self, None, x) if needs_grad else self.forward(x, None)
 
     def forward(self, x: Tensor, argmax: Tensor | None) -> Tensor:
         """Run the forward kernel; `argmax` gets the index in its window of each maximum."""

@@ -371,9 +371,14 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     # ---- what the layer computes --------------------------------------------------------------
 
     def _described(self, sequence: bool = False) -> LeakySpec:
-        """The spec of a call."""
+        """The spec of a call. What decides may have been set unseen, as by a closure's owner."""
+        asked = self.spike_grad, self._base, self.reset_delay, self.inhibition, self.state_quant
         says = self._says
-        if says is None or not says.holds(self):
+        if (
+            says is None
+            or says.asked != asked
+            or not all(map(operator.is_, says.held, says.holds()))
+        ):
             says = self._describe()
         return says.specs[sequence]
 
@@ -421,9 +426,15 @@ class _Description:
         Whether the threshold may have infinities or NaN.
     reset : int
         The number of the reset mechanism.
+    asked : tuple or None
+        The attributes that decide, as they were.
+    holds : callable
+        Reads the numbers that a surrogate of snnTorch's holds, which may change; `held` has them as
+        they were.
     """
 
     may_be_infinite, reset = True, 0
+    asked: Any = None
 
     def __init__(self, layer: Leaky, before: _Description | None) -> None:
         theirs, kind = layer.spike_grad, kind_of(layer.spike_grad)
@@ -435,20 +446,14 @@ class _Description:
         is_written = type(theirs) in (Surrogate, FunctionType)
         self.text = self.specs[0].serialized if is_written else ""
         self.surrogate = self.specs[0].surrogate if is_written else None
-        self._asked = _asked(layer)
-        self._numbers_now = reader_of(theirs, kind.parameters if kind else ())
-        # If snnTorch's was not recognised, the attempt may have failed.
-        self._numbers = [*self._numbers_now()] if is_known or kind is None else None
+        self.holds = reader_of(theirs, kind.parameters if kind else ())
+        self.held = [*self.holds()]
+        if is_known or kind is None:  # else the attempt may have failed, and is made again
+            options = layer.reset_delay, layer.inhibition, layer.state_quant
+            self.asked = theirs, layer._base, *options
         if before is not None:
             self.may_be_infinite, self.reset = before.may_be_infinite, before.reset
         self.read(layer)
-
-    def holds(self, layer: Leaky) -> bool:
-        """Whether all is as it was, also the numbers of a closure, and what was set unseen."""
-        numbers = self._numbers
-        if numbers is None or self._asked != _asked(layer):
-            return False
-        return all(map(operator.is_, numbers, self._numbers_now()))
 
     def read(self, layer: Leaky) -> None:
         """Read the numbers of tensors that code cannot read while torch.compile traces it."""
@@ -457,11 +462,6 @@ class _Description:
             unreadable = number.is_meta or recorded_now() is not None
             self.reset = RESETS.index(layer.reset_mechanism) if unreadable else int(number)
             self.may_be_infinite = _may_be_infinite(layer._parameter("threshold"))
-
-
-def _asked(layer: Leaky) -> tuple[Any, ...]:
-    """The attributes that decide."""
-    return layer.spike_grad, layer._base, layer.reset_delay, layer.inhibition, layer.state_quant
 
 
 def _option_against(layer: Leaky, surrogate: Any) -> str | None:

@@ -9,8 +9,8 @@ from torch import Tensor
 import snnlstm
 import snnlstm.dispatch.reasons
 import snnlstm.dispatch.run
-from snnlstm.calls.call import Call
-from snnlstm.calls.entries import autocast_of, backend_of, entry_of
+from snnlstm.calls.call import Call, autocast_dtype
+from snnlstm.calls.entries import backend_of, entry_of
 from snnlstm.native.plan import Plan
 
 _native = snnlstm.dispatch.reasons.backends
@@ -32,7 +32,7 @@ def plan_of(arguments: Sequence, algorithm: str) -> Any:
     """Returns the plan of a call of seven tensors and the options."""
     call, spec = call_of(arguments), arguments[-1].spec
     settings = backend_of(call.x, algorithm)
-    return entry_of(call, spec, *settings, autocast_of(call.x)).planned(Plan, call)
+    return entry_of(call, spec, *settings, autocast_dtype(call.x.device.type)).planned(Plan, call)
 
 
 def reference(*arguments) -> Three:
