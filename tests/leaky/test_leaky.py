@@ -174,3 +174,14 @@ def test_a_sequence_with_the_batch_outermost_in_memory_and_as_many_steps() -> No
     x = torch.rand(4, 4, 5).transpose(0, 1)
     layer = leaky_twins()[0]
     close(snnlstm.unroll(x, layer)[1], snnlstm.unroll(x.contiguous(), leaky_twins()[0])[1], atol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_neurons_of_several_tasks(threads: int) -> None:
+    """A thread takes at most 32768 neurons at once, and a part of a vector as the last ones."""
+    torch.set_num_threads(threads)
+    count, runs = 70_003, (lambda layer, x: snnlstm.unroll(x, layer), by_steps)
+    layers = leaky_twins(learn_threshold=True, beta=torch.linspace(0.1, 0.9, count))
+    found = [outcome(layer, currents(count), run=run) for layer, run in zip(layers, runs)]
+    assert layers[0].path.native
+    close(*found)

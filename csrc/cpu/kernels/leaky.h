@@ -1,6 +1,6 @@
 // snntorch.Leaky, in one pass over memory for each direction. A task takes a range of neurons
 // through all steps, so that mem, and the gradient that a step hands to the step before, stay in
-// the L1 cache.
+// the L2 cache.
 #pragma once
 
 #include "halves.h"
@@ -12,7 +12,8 @@ SNNLSTM_BEGIN_ISA
 template <class T, class X>
 struct Leaky {
   static constexpr int VL = kWideBytes / sizeof(T);
-  static constexpr int64_t kTask = 2048;     // neurons
+  static constexpr int64_t kLargestTask = (128 << 10) / sizeof(T);  // neurons
+  static constexpr int64_t kSmallestTask = kLargestTask / 16;
   static constexpr int64_t kOperations = 8;  // in a neuron's step; decides the number of threads
   using M = Math<T, VL>;
   using R = typename M::R;
@@ -71,10 +72,11 @@ struct Leaky {
     while (i < end) {
       const int64_t first = i, stop = threshold.end_of_run(i, beta.end_of_run(i, end));
       const T *betas = beta.run(i), *thresholds = threshold.run(i);
-      for (; i < stop; i += VL) {
-        const int lanes = int(std::min<int64_t>(VL, stop - i));
+      const auto vector = [&](int lanes) __attribute__((always_inline)) {
         f(i, lanes, beta.at(i, first, betas, lanes), threshold.at(i, first, thresholds, lanes));
-      }
+      };
+      for (; i + VL <= stop; i += VL) vector(VL);
+      if (i < stop) vector(int(stop - i));
       i = stop;
     }
   }
@@ -95,13 +97,20 @@ struct Leaky {
                 });
   }
 
+  // Calls f(begin, end) for ranges that cover the neurons. A long range is read and written in long
+  // runs, which processors fetch ahead: 2048 neurons a task take up to twice the time of 32768.
+  template <class F>
+  static void each_task(const LeakyArgs& a, int64_t operations, F&& f) {
+    const int64_t share = a.threads == 1 ? a.n : a.n / (4 * a.threads);  // four tasks for a thread
+    const int64_t size = std::min(kLargestTask, std::max(kSmallestTask, (share + VL - 1) / VL * VL));
+    parallel_for(a.threads, (a.n + size - 1) / size, size * a.T * operations,
+                 [&](int64_t task, int) { f(task * size, std::min(a.n, (task + 1) * size)); });
+  }
+
   static void forward(const LeakyForwardArgs& a) {
-    parallel_for(a.threads, (a.n + kTask - 1) / kTask, kTask * a.T * kOperations,
-                 [&](int64_t task, int) {
-                   const int64_t begin = task * kTask;
-                   const int64_t end = std::min(a.n, begin + kTask);
-                   for (int64_t t = 0; t < a.T; ++t) forward_step(a, t, begin, end);
-                 });
+    each_task(a, kOperations, [&](int64_t begin, int64_t end) {
+      for (int64_t t = 0; t < a.T; ++t) forward_step(a, t, begin, end);
+    });
   }
 
   // Adds v to the sums over the steps, unless they are null.
@@ -142,12 +151,9 @@ struct Leaky {
   }
 
   static void backward(const LeakyBackwardArgs& a) {
-    parallel_for(a.threads, (a.n + kTask - 1) / kTask, kTask * a.T * 2 * kOperations,
-                 [&](int64_t task, int) {
-                   const int64_t begin = task * kTask;
-                   const int64_t end = std::min(a.n, begin + kTask);
-                   for (int64_t t = a.T; t-- > 0;) backward_step(a, t, begin, end);
-                 });
+    each_task(a, 2 * kOperations, [&](int64_t begin, int64_t end) {
+      for (int64_t t = a.T; t-- > 0;) backward_step(a, t, begin, end);
+    });
   }
 };
 
