@@ -182,6 +182,8 @@ def test_neurons_of_several_tasks(threads: int) -> None:
     torch.set_num_threads(threads)
     count, runs = 70_003, (lambda layer, x: snnlstm.unroll(x, layer), by_steps)
     layers = leaky_twins(learn_threshold=True, beta=torch.linspace(0.1, 0.9, count))
-    found = [outcome(layer, currents(count), run=run) for layer, run in zip(layers, runs)]
+    found = [
+        outcome(layer, currents(count), run=run) for layer, run in zip(layers, runs, strict=True)
+    ]
     assert layers[0].path.native
     close(*found)
