@@ -90,6 +90,7 @@ CHOICES = {
     "no gradients, larger kernels": (8, 6, 5, 5, False, [False, False]),
     "1x1": (8, 2, 1, 3, True, [False, True]),
     "1x1 behind channels-last": (8, 2, 3, 1, True, [True, True]),
+    "1x1 behind channels-last and a norm": (8, 2, 3, 1, True, [True, True]),
     "1x1 behind another": (1, 2, 3, 1, True, [False, False]),
 }
 
@@ -110,6 +111,8 @@ def test_where_convolutions_run_channels_last(name):
     net = Images(lambda net, cur, spk, mem: F.avg_pool2d(net.conv2(spk), 2))
     net.conv1 = nn.Conv2d(channels, 4, first, padding=first // 2)
     net.conv2 = nn.Conv2d(4, 4, second, padding=second // 2)
+    if "norm" in name:
+        net.conv2 = nn.Sequential(nn.BatchNorm2d(4), net.conv2)
     snnlstm.accelerate(net)
     torch._dynamo.reset()
     with torch.set_grad_enabled(training):

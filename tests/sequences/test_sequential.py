@@ -391,5 +391,14 @@ def test_errors_name_the_layer(make):
         snnlstm.unroll(X, cell, cell, nn.Flatten(), neuron)
 
 
+def test_a_norm_of_a_half_type_has_the_statistics_of_each_step():
+    """The kernels do not run it: each step is a call of torch's function."""
+    norm, x = nn.BatchNorm2d(2).bfloat16(), X.bfloat16() + 1
+    expected = [copy.deepcopy(norm)(x_t) for x_t in x]
+    net = snnlstm.Sequential(norm)
+    close(net(x), torch.stack(expected), atol=0)
+    assert net.report[0].kind == "sequence"
+
+
 def test_delta_leaky_goes_step_by_step():
     equals_the_loop(nn.Sequential(*stacks.delta_leaky(), nn.Tanh()), X, "fold fold step fold")
