@@ -117,13 +117,14 @@ def way_of(
     steps: int,
     by_step: str | None = None,
     one: bool = False,
+    traced: bool = False,
 ) -> Way:
     """How a layer runs over so many steps of `dim` dimensions.
 
     x has all of them, or is `one` of those that come from layers which run step by step. `by_step`
-    is a reason to run all steps one by one.
+    is a reason to run all steps one by one, and `traced` says that torch.compile traces the call.
     """
-    kind, traced = type(layer), torch.compiler.is_compiling()
+    kind = type(layer)
     if by_step is not None and kind in SEQUENCE_NEURONS:
         raise ValueError(f"layer {name} ({kind.__name__}) needs whole sequences, but {by_step}")
     hooked = beyond_forward(layer, harmless=SpikeCount)
@@ -136,7 +137,7 @@ def way_of(
             key = kind, kind.forward, hooked, kind in _NORMS and layer.running_mean is None, facts
     way = None if key is None else _ways.get(key)
     if way is None:
-        way = _decided(layer, hooked, dim, steps, step)
+        way = _decided(layer, hooked, dim, steps, step, traced)
         if key is not None:
             _ways.keep(key, way)
     if by_step is not None:
@@ -146,9 +147,11 @@ def way_of(
     return way
 
 
-def _decided(layer: Any, hooked: Reason | None, dim: int, steps: int, step: int) -> Way:
+def _decided(
+    layer: Any, hooked: Reason | None, dim: int, steps: int, step: int, traced: bool
+) -> Way:
     """The way of a layer over so many steps of `step` bytes; `hooked` is what a call runs more."""
-    kind, traced, alone = type(layer), torch.compiler.is_compiling(), False
+    kind, alone = type(layer), False
     whole = "sequence", Reason.ONE_CALL
     against: str | None = hooked
     if kind in SEQUENCE_NEURONS or getattr(kind, "_takes_sequences", False):

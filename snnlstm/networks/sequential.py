@@ -253,14 +253,14 @@ def _over_time(
     by_step = Reason.SHARED.format(shared) if shared else None
     ways: list[Way] = []
     if lengths is None and by_step is None and is_constant(x):
-        x = _once(layers, x, ways)
+        x = _once(layers, x, ways, traced)
     out: Any = x
     batch: Any = None  # (T, N) while `out` has all steps as one batch
     while len(ways) < len(layers):
         name, layer = layers[len(ways)]
         x = out if isinstance(out, Tensor) else first_item(layers[len(ways) - 1][0], out)
         form = (x.dim() - 1, x.shape[0]) if batch is None else (x.dim(), batch[0])
-        way = way_of(name, layer, x, *form, by_step)
+        way = way_of(name, layer, x, *form, by_step, traced=traced)
         if way.kind != "fold" and batch is not None:
             x, batch = x.unflatten(0, batch), None
         if lengths is not None and not ways and (way.kind != "sequence" or in_training(layer)):
@@ -271,7 +271,7 @@ def _over_time(
                 way = Way("step", Reason.PLAIN)
                 x = x if lengths is None else mask_padding(x, lengths)
         if way.kind == "step":
-            out = _step_by_step(layers, x, lengths, by_step, ways, way)
+            out = _step_by_step(layers, x, lengths, by_step, ways, way, traced)
             continue
         if way.kind == "fold":
             if batch is None:
@@ -340,10 +340,10 @@ def _log_oddities(layers: list[Named], ways: list[Way], batch_first: bool) -> No
             log_once(layer, text, "layer %s (%s) of a stack %s", name, type(layer).__name__, text)
 
 
-def _once(layers: list[Named], x: Tensor, ways: list[Way]) -> Tensor:
+def _once(layers: list[Named], x: Tensor, ways: list[Way], traced: bool) -> Tensor:
     """Run the leading layers whose results are the same for all steps of a constant x."""
     for name, layer in layers:
-        way = way_of(name, layer, x, x.dim() - 1, len(x))
+        way = way_of(name, layer, x, x.dim() - 1, len(x), traced=traced)
         if not (way.alone and way.safe):
             break
         step = layer(x[0]) if way.pool is None else way.pool.forward(layer, x[0])
@@ -359,6 +359,7 @@ def _step_by_step(
     by_step: str | None,
     ways: list[Way],
     way: Way,
+    traced: bool,
 ) -> Any:
     """Run layers over (T, N, ...) step by step, each step through all of them.
 
@@ -371,7 +372,7 @@ def _step_by_step(
     for name, layer in layers[len(ways) :]:
         first = first_item(before, outs[0])
         if calls:
-            way = way_of(name, layer, first, first.dim(), len(outs), by_step, one=True)
+            way = way_of(name, layer, first, first.dim(), len(outs), by_step, True, traced)
         if way.kind != "step":
             break
         ways.append(way)
