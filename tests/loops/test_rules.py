@@ -58,12 +58,9 @@ def test_a_layer_that_reads_its_own_result_stays_a_loop():
     expect(check(of_shape), leaky=2 * T)
 
 
-@loop_test(leaky=4, linear=3, stack=0)
+@loop_test(leaky=4, linear=3)
 def test_feedback_into_one_step_cuts_a_run_in_two(net, x):
-    """Only the steps behind the one that needs a result wait for it.
-
-    The results of both runs are joined as they are, and not step by step.
-    """
+    """Only the steps behind the one that needs a result wait for it."""
     mem1, mem2 = net.lif1.reset_mem(), net.lif2.reset_mem()
     out, early = [], None
     for t in range(T):
