@@ -102,7 +102,8 @@ struct Leaky {
   template <class F>
   static void each_task(const LeakyArgs& a, int64_t operations, F&& f) {
     const int64_t share = a.threads == 1 ? a.n : a.n / (4 * a.threads);  // four tasks for a thread
-    const int64_t size = std::min(kLargestTask, std::max(kSmallestTask, (share + VL - 1) / VL * VL));
+    const int64_t size =
+        std::min(kLargestTask, std::max(kSmallestTask, (share + VL - 1) / VL * VL));
     parallel_for(a.threads, (a.n + size - 1) / size, size * a.T * operations,
                  [&](int64_t task, int) { f(task * size, std::min(a.n, (task + 1) * size)); });
   }
