@@ -267,7 +267,7 @@ def _panels(
                 panel.bar_label(drawn, labels.fillna("").tolist(), padding=2)
             panel.axvline(1, color="gray", linewidth=1)
             least = bars.min(axis=None)
-            limits = 0.8 * least if least < 1 else 1, 1.6 * max(most, bars.max(axis=None))
+            limits = 0.65 * least if least < 1 else 1, 1.6 * max(most, bars.max(axis=None))
             panel.set(ylabel="", xlim=limits)
             panel.set_title(title, fontsize=8)
             panel.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}x")
