@@ -3,6 +3,7 @@
 test_ways.py compares its results and gradients with snnTorch's layer.
 """
 
+import math
 import weakref
 from typing import Any
 
@@ -11,6 +12,8 @@ import snntorch
 import torch
 
 import snnlstm
+from tests.shared.cases import laid_out
+from tests.shared.cpu_kernels import needs_core
 from tests.shared.gradients import KEPT
 from tests.shared.helpers import close
 from tests.shared.leaky import (
@@ -176,14 +179,24 @@ def test_a_sequence_with_the_batch_outermost_in_memory_and_as_many_steps() -> No
     close(snnlstm.unroll(x, layer)[1], snnlstm.unroll(x.contiguous(), leaky_twins()[0])[1], atol=0)
 
 
+# These are layouts of x and of beta; 5 and 9 neurons that follow each other do not fill a vector.
+SEVERAL_TASKS = {
+    "a value for each": ((70_003,), (70_003,), "contiguous"),
+    "one for 9 pixels": ((60, 13, 3, 3), (13, 1, 1), "contiguous"),
+    "5 channels last": ((11, 5, 21, 13), (5, 1, 1), "channels_last"),
+}
+
+
+@needs_core
 @pytest.mark.parametrize("threads", [1, 3])
-def test_neurons_of_several_tasks(threads: int) -> None:
-    """A thread takes at most 32768 neurons at once, and a part of a vector as the last ones."""
+@pytest.mark.parametrize("name", SEVERAL_TASKS)
+def test_neurons_of_several_tasks(name: str, threads: int) -> None:
+    """A thread takes at most 32768 neurons at once, or 2048 where a parameter has short runs."""
+    shape, values, layout = SEVERAL_TASKS[name]
     torch.set_num_threads(threads)
-    count, runs = 70_003, (lambda layer, x: snnlstm.unroll(x, layer), by_steps)
-    layers = leaky_twins(learn_threshold=True, beta=torch.linspace(0.1, 0.9, count))
-    found = [
-        outcome(layer, currents(count), run=run) for layer, run in zip(layers, runs, strict=True)
-    ]
+    x, runs = laid_out(currents(*shape), layout), (lambda net, x: snnlstm.unroll(x, net), by_steps)
+    beta = torch.linspace(0.1, 0.9, math.prod(values)).reshape(values)
+    layers = leaky_twins(learn_beta=True, learn_threshold=True, beta=beta)
+    found = [outcome(layer, x, run=run) for layer, run in zip(layers, runs, strict=True)]
     assert layers[0].path.native
-    close(*found)
+    close(*found, atol=1e-5)
