@@ -115,14 +115,15 @@ def way_of(
     x: Tensor,
     dim: int,
     steps: int,
+    traced: bool,
     by_step: str | None = None,
     one: bool = False,
-    traced: bool = False,
 ) -> Way:
     """How a layer runs over so many steps of `dim` dimensions.
 
-    x has all of them, or is `one` of those that come from layers which run step by step. `by_step`
-    is a reason to run all steps one by one, and `traced` says that torch.compile traces the call.
+    x has all of them, or is `one` of those that come from layers which run step by step. `traced`
+    says whether torch.compile traces the call, and `by_step` is a reason to run all steps one by
+    one.
     """
     kind = type(layer)
     if by_step is not None and kind in SEQUENCE_NEURONS:

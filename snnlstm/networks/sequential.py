@@ -260,7 +260,7 @@ def _over_time(
         name, layer = layers[len(ways)]
         x = out if isinstance(out, Tensor) else first_item(layers[len(ways) - 1][0], out)
         form = (x.dim() - 1, x.shape[0]) if batch is None else (x.dim(), batch[0])
-        way = way_of(name, layer, x, *form, by_step, traced=traced)
+        way = way_of(name, layer, x, *form, traced, by_step)
         if way.kind != "fold" and batch is not None:
             x, batch = x.unflatten(0, batch), None
         if lengths is not None and not ways and (way.kind != "sequence" or in_training(layer)):
@@ -343,7 +343,7 @@ def _log_oddities(layers: list[Named], ways: list[Way], batch_first: bool) -> No
 def _once(layers: list[Named], x: Tensor, ways: list[Way], traced: bool) -> Tensor:
     """Run the leading layers whose results are the same for all steps of a constant x."""
     for name, layer in layers:
-        way = way_of(name, layer, x, x.dim() - 1, len(x), traced=traced)
+        way = way_of(name, layer, x, x.dim() - 1, len(x), traced)
         if not (way.alone and way.safe):
             break
         step = layer(x[0]) if way.pool is None else way.pool.forward(layer, x[0])
@@ -372,7 +372,7 @@ def _step_by_step(
     for name, layer in layers[len(ways) :]:
         first = first_item(before, outs[0])
         if calls:
-            way = way_of(name, layer, first, first.dim(), len(outs), by_step, True, traced)
+            way = way_of(name, layer, first, first.dim(), len(outs), traced, by_step, one=True)
         if way.kind != "step":
             break
         ways.append(way)

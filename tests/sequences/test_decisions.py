@@ -183,7 +183,7 @@ def test_other_shapes_types_and_devices_are_decided_anew():
     layer, one = nn.Conv2d(2, 2, 1), torch.zeros(())
 
     def kind_of(number: Tensor, steps: int, *shape: int) -> str:
-        return way_of("", layer, number.expand(steps, *shape), len(shape), steps).kind
+        return way_of("", layer, number.expand(steps, *shape), len(shape), steps, False).kind
 
     for _ in range(2):
         assert kind_of(one, 64, 1, 2, 128, 128) == "fold"
@@ -199,7 +199,7 @@ def test_other_shapes_types_and_devices_are_decided_anew():
 
 def test_large_steps_go_on_one_by_one_behind_layers_that_run_so(monkeypatch):
     layers = [nn.Softmax(1), hidden(2, 2, 3)]
-    assert way_of("", layers[1], X[0], 4, T, one=True).kind == "sequence"
+    assert way_of("", layers[1], X[0], 4, T, False, one=True).kind == "sequence"
     net = snnlstm.Sequential(*layers)
     expected = net(X)
     monkeypatch.setattr(sizes, "_LARGEST", X[0].nbytes - 1)
@@ -212,13 +212,13 @@ def test_a_wider_linear_layer_is_decided_anew():
     layer, x = nn.Linear(256, 512), torch.zeros(()).expand(4, 512, 256)
     for width, kind in ((512, "fold"), (513, "step"), (512, "fold")):
         layer.out_features = width
-        assert way_of("", layer, x, 2, 4).kind == kind
+        assert way_of("", layer, x, 2, 4, False).kind == kind
 
 
 def test_two_classes_that_share_a_forward_are_decided_apart():
     """An x of two dimensions a step is a batch of vectors, and not one of images."""
     for layer, kind in ((nn.BatchNorm2d(2), "step"), (nn.BatchNorm1d(2), "fold")):
-        assert way_of("", layer.eval(), torch.zeros(T, N, 2), 2, T).kind == kind
+        assert way_of("", layer.eval(), torch.zeros(T, N, 2), 2, T, False).kind == kind
 
 
 def test_layers_that_join_a_stack_are_seen():
