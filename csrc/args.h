@@ -225,4 +225,41 @@ struct PoolBackwardArgs : PoolArgs {
   void* grad_x = nullptr;
 };
 
+// ---- batch norm in training ----
+
+// T steps of N images with C channels of S pixels. A step lies without gaps: (N, C, S), where images
+// with their channels last count as N * pixels images of one pixel. Python passes these fields, and
+// then those of the pass, in this order.
+struct BatchNormArgs {
+  DType dtype = DType::float32;
+  int64_t T = 1, N = 0, C = 0, S = 1;
+  int64_t x_step = 0;            // from a step of x to the next one; the other tensors have no gaps
+  const void* x = nullptr;       // (T, N, C, S)
+  const void* weight = nullptr;  // (C,)
+  double* means = nullptr;       // (T, C)
+  double* inverses = nullptr;    // (T, C), of the standard deviations
+  void* workspace = nullptr;
+  int threads = 1;
+
+  // Returns the number of parts into which the images of a step are cut, each with its own sums.
+  int64_t parts() const {
+    return std::max<int64_t>(1, std::min({N, N * C * S >> 14, int64_t(64)}));
+  }
+};
+
+struct BatchNormForwardArgs : BatchNormArgs {
+  const void* bias = nullptr;    // (C,)
+  void* running_mean = nullptr;  // (C,)
+  void* running_var = nullptr;   // (C,)
+  double momentum = 0, eps = 0;
+  void* y = nullptr;  // (T, N, C, S)
+};
+
+struct BatchNormBackwardArgs : BatchNormArgs {
+  const void* grad_y = nullptr;  // (T, N, C, S)
+  void* grad_x = nullptr;        // (T, N, C, S)
+  void* grad_weight = nullptr;   // (C,)
+  void* grad_bias = nullptr;     // (C,)
+};
+
 }  // namespace snnlstm

@@ -307,4 +307,30 @@ Args pool_args(const py::tuple& fields) {
   return a;
 }
 
+// ---- batch norm in training ----
+
+template <class Args>
+Args batch_norm_args(const py::tuple& fields) {
+  Args a;
+  constexpr bool backward = std::is_same_v<Args, BatchNormBackwardArgs>;
+  Fields f(fields, 11 + (backward ? 4 : 6));
+  int64_t dtype;
+  f.read(dtype, a.T, a.N, a.C, a.S, a.x_step, a.x, a.weight, a.means, a.inverses, a.workspace);
+  a.dtype = numbered<DType>("dtype", dtype, 2);
+  for (const int64_t size : {a.T, a.N, a.C, a.S}) counted("a size", size, 1);
+  counted("x_step", a.x_step);
+  if (double(a.T) * double(a.N) * double(a.C) * double(a.S) > double(kMostElements))
+    throw py::value_error("T * N * C * S must lie below 2^48");
+  needs(a.x, "x"), needs(a.means, "means"), needs(a.inverses, "inverses");
+  needs(a.workspace, "workspace");
+  if constexpr (backward) {
+    f.read(a.grad_y, a.grad_x, a.grad_weight, a.grad_bias);
+    needs(a.grad_y, "grad_y");
+  } else {
+    f.read(a.bias, a.running_mean, a.running_var, a.momentum, a.eps, a.y);
+    needs(a.y, "y");
+  }
+  return a;
+}
+
 }  // namespace snnlstm::bindings

@@ -206,6 +206,17 @@ void run_pool(const py::tuple& fields) {
     cpu::kernels().pool_backward(a);
 }
 
+template <class Args>
+void run_batch_norm(const py::tuple& fields) {
+  auto a = batch_norm_args<Args>(fields);
+  a.threads = most_threads();
+  py::gil_scoped_release release;
+  if constexpr (std::is_same_v<Args, BatchNormForwardArgs>)
+    cpu::kernels().batch_norm_forward(a);
+  else
+    cpu::kernels().batch_norm_backward(a);
+}
+
 inline void bind_cpu(py::module_& m) {
   m.def("isa_names", &cpu::isa_names);
   m.def("isa_name", &cpu::isa_name);
@@ -229,6 +240,14 @@ inline void bind_cpu(py::module_& m) {
   m.def("leaky_backward", &run_leaky<LeakyBackwardArgs>);
   m.def("pool_forward", &run_pool<PoolForwardArgs>);
   m.def("pool_backward", &run_pool<PoolBackwardArgs>);
+  m.def("batch_norm_workspace", [](int dtype, int64_t T, int64_t N, int64_t C, int64_t S) {
+    BatchNormArgs a;
+    a.dtype = numbered<DType>("dtype", dtype, 2);
+    a.T = T, a.N = N, a.C = C, a.S = S;
+    return cpu::kernels().batch_norm_workspace(a);
+  });
+  m.def("batch_norm_forward", &run_batch_norm<BatchNormForwardArgs>);
+  m.def("batch_norm_backward", &run_batch_norm<BatchNormBackwardArgs>);
 
   using cpu::Pass;
   py::class_<Pass>(m, "CpuPass", py::module_local())

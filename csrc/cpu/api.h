@@ -81,6 +81,9 @@ struct Kernels {
   void (*leaky_backward)(const LeakyBackwardArgs&);
   void (*pool_forward)(const PoolForwardArgs&);
   void (*pool_backward)(const PoolBackwardArgs&);
+  int64_t (*batch_norm_workspace)(const BatchNormArgs&);  // in bytes
+  void (*batch_norm_forward)(const BatchNormForwardArgs&);
+  void (*batch_norm_backward)(const BatchNormBackwardArgs&);
 #if SNNLSTM_TESTING
   bool (*evaluate)(const char* name, DType dtype, const void* in, void* out, int64_t count);
 #endif

@@ -1,5 +1,6 @@
 """Batch norm in a compiled loop: all steps in one call, or as part of a convolution."""
 
+import copy
 import logging
 import operator
 from collections.abc import Callable
@@ -299,3 +300,51 @@ def test_the_log_names_norms(evaluated, caplog):
     for name, kind in zip(("bn1", "bn2"), kinds, strict=True):
         kind = kind if evaluated else "sequence (one call for all steps)"
         assert f"{name} BatchNorm2d: {kind}" in caplog.text
+
+
+class Feedback(nn.Module):
+    """Feeds a norm's result back, so that no two steps can be one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(2, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.pool = nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, back = [], torch.zeros(())
+        for x_t in x:
+            normed = self.bn(self.conv(x_t + back))
+            back, _ = normed.mean(), out.append(self.pool(normed))
+        return torch.stack(out)
+
+
+class NoFeedback(Feedback):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.pool(self.bn(self.conv(x_t))) for x_t in x])
+
+
+@merges
+@pytest.mark.parametrize("size", [(8, 32), (32, 64)], ids=str)
+@pytest.mark.parametrize("kind", [Feedback, NoFeedback])
+def test_channels_last_norms_are_as_precise_as_contiguous_ones(kind, size):
+    """Large steps run one by one, and by the kernels, too."""
+    torch.manual_seed(0)
+    net, samples, side = kind(), *size
+    x = torch.rand(2, samples, 2, side, side)
+    factors = torch.randn(2, samples, 16, side // 2, side // 2)
+
+    def left(form: str) -> list[Tensor]:
+        one, dtype = copy.deepcopy(net), torch.float64 if form == "exact" else torch.float32
+        run = torch.compile(one, backend=BACKEND) if form == "compiled" else one
+        out = run.to(dtype)(x.to(dtype))
+        (out * factors.to(dtype)).sum().backward()
+        trained = one.conv.weight, one.bn.weight, one.bn.bias
+        return [out.detach(), *(p.grad for p in trained), one.bn.running_mean, one.bn.running_var]
+
+    exact, eager, compiled = map(left, ("exact", "eager", "compiled"))
+
+    def error(found: Tensor, k: int) -> float:
+        return float((found - exact[k]).norm() / exact[k].norm())
+
+    for k, (ours, torchs) in enumerate(zip(compiled, eager, strict=True)):
+        assert error(ours, k) <= max(2 * error(torchs, k), 3e-7), k

@@ -200,6 +200,7 @@ def test_layers_equal_the_loop(name, form, largest, grad, monkeypatch):
     torch.manual_seed(0)
     x = X[:1].expand_as(X) if name in CONSTANT else X
     atol = 2e-6 if (largest, form, name in CONSTANT) == (None, form, False) else 1e-5
+    atol = 3e-5 if "statistics" in name else atol  # torch's own error behind equal pixels
     with torch.set_grad_enabled(grad):
         equals_the_loop(nn.Sequential(*make()), x, kinds, atol, form, *calls)
 

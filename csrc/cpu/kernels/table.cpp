@@ -70,12 +70,25 @@ static void pack_weight(const Cell& cell, Form form, int threads, const void* we
 }
 
 extern const cpu::Kernels kernels;
-const cpu::Kernels kernels = {
-    has_tiles,       sparse_cost,    look_at,      forward_workspace, backward_workspace,
-    padded_channels, packed_bytes,   pack_weight,  forward,           backward,
-    leaky_forward,   leaky_backward, pool_forward, pool_backward,
+const cpu::Kernels kernels = {has_tiles,
+                              sparse_cost,
+                              look_at,
+                              forward_workspace,
+                              backward_workspace,
+                              padded_channels,
+                              packed_bytes,
+                              pack_weight,
+                              forward,
+                              backward,
+                              leaky_forward,
+                              leaky_backward,
+                              pool_forward,
+                              pool_backward,
+                              batch_norm_workspace,
+                              batch_norm_forward,
+                              batch_norm_backward,
 #if SNNLSTM_TESTING
-    evaluate
+                              evaluate
 #endif
 };
 
