@@ -112,7 +112,7 @@ class Reason(str, Enum):
     PLAIN = "plain torch runs it, and its path says why"
     PLAIN_OPERATIONS = "torch.compile records it as plain operations, and its path says why"
     KEEPS_STATE = "it keeps a state from step to step"
-    SHARED = "layer {} is in several places and may keep a state"
+    SHARED = "layer {} may keep a state that an earlier layer also has"
     # what it does to samples and steps,
     UNKNOWN = "{} is not known to treat every sample by itself"
     MIXES = "at a step of {} dimensions it may mix samples"

@@ -129,7 +129,8 @@ def _gradients(
     weight, x, statistics = saved
     (grad,), wanted = grads, ctx.needs_input_grad[2:]
     if by_torch:
-        return _by_torch(grad, x, weight, *statistics.to(x.dtype), ctx.plan[-1], wanted)
+        means, inverses = statistics.to(x.dtype)
+        return _by_torch(grad, x, weight, means, inverses, ctx.plan[-1], wanted)
     shape, strides, dtype, device = ctx.memory
     steps, _, c, *_ = shape
     if x.shape != shape or x.stride()[1:] != strides[1:] or x.dtype is not dtype:

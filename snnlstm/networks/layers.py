@@ -105,7 +105,7 @@ _DECIDING = (
     "in_features", "out_features", "in_channels", "out_channels",
 )  # fmt: skip
 _NUMBERS = {bool, int, float, type(None)}  # neither symbols nor tensors, which may change
-_NORMS = nn.BatchNorm1d, nn.BatchNorm2d
+NORMS = nn.BatchNorm1d, nn.BatchNorm2d  # those with kernels for all steps in training
 _ways: BoundedDict[Any, Way] = BoundedDict()
 
 
@@ -135,7 +135,7 @@ def way_of(
     if kind in _KNOWN and not traced:
         facts = (*map(layer.__dict__.get, _DECIDING), dim, steps, step)
         if _NUMBERS.issuperset(map(type, facts)):
-            key = kind, kind.forward, hooked, kind in _NORMS and layer.running_mean is None, facts
+            key = kind, kind.forward, hooked, kind in NORMS and in_training(layer), facts
     way = None if key is None else _ways.get(key)
     if way is None:
         way = _decided(layer, hooked, dim, steps, step, traced)
@@ -238,7 +238,9 @@ def not_per_sample(layer: Any, dim: int | None = None) -> str | None:
 
 def in_training(layer: Any) -> bool:
     """Whether a layer is a batch norm whose statistics are those of its input."""
-    return type(layer) in _NORMS and (layer.training or layer.running_mean is None)
+    if type(layer) not in NORMS:
+        return False
+    return layer.training or (layer.running_mean is None and layer.running_var is None)
 
 
 def _widening(layer: Any) -> float:
@@ -280,7 +282,7 @@ def whole_sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, las
     """
     if isinstance(layer, Leaky):
         return layer.sequence(x, last and (layer.output or not layer.init_hidden), lengths)
-    if type(layer) in _NORMS:
+    if type(layer) in NORMS:
         out = _normalised(layer, x)
         return out if lengths is None else mask_padding(out, lengths)
     cell, neuron = isinstance(layer, SConv2dLSTM), type(layer) in SEQUENCE_NEURONS
@@ -306,10 +308,14 @@ def _normalised(norm: Any, x: Tensor) -> Tensor:
     """The results of ``nn.BatchNorm1d`` or ``nn.BatchNorm2d`` in training, step by step."""
     norm._check_input_dim(x[0])
     tracks = norm.training and norm.track_running_stats
-    if tracks and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(len(x))
+    counts = tracks and norm.num_batches_tracked is not None
     mean, var = (norm.running_mean, norm.running_var) if tracks else (None, None)
-    return batch_norm(x, mean, var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+    if counts:
+        norm.num_batches_tracked.add_(1)  # the loop counts the first step before an error
+    out = batch_norm(x, mean, var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+    if counts:
+        norm.num_batches_tracked.add_(len(x) - 1)
+    return out
 
 
 def pad(out: Any, lengths: Tensor) -> Any:

@@ -19,6 +19,7 @@ from ..dispatch.reasons import Reason, beyond_forward
 from ..neurons.attributes import CELL
 from ..neurons.sconv2dlstm import SConv2dLSTM
 from .layers import (
+    NORMS,
     LayerReport,
     Padded,
     Way,
@@ -293,7 +294,8 @@ def _over_time(
 def _flattened(modules: Sequence[Named]) -> tuple[list[Named], str | None]:
     """Names and layers in order; the layers of a plain nn.Sequential take its place.
 
-    Also the name of a layer that occurs twice and may keep a state, or None.
+    Also the name of a layer that shares a state with an earlier one, or None: a layer that occurs
+    twice and may keep a state, or a norm that writes to the running statistics of another.
     """
     layers: list[Named] = []
     shared, seen = None, set()
@@ -314,6 +316,10 @@ def _flattened(modules: Sequence[Named]) -> tuple[list[Named], str | None]:
             mixes = beyond_forward(module, SpikeCount) or not_per_sample(module)
             shared = shared or (name if mixes else None)
         seen.add(id(module))
+        if kind in NORMS and in_training(module) and not again:
+            statistics = {id(buffer) for buffer in module._buffers.values() if buffer is not None}
+            shared = shared or (name if seen & statistics else None)
+            seen |= statistics
         if is_stack or not (again or has_no_state):
             for key, inner in reversed(module._modules.items()):
                 pending.append((f"{name}.{key}", inner, is_open))

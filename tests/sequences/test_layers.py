@@ -207,7 +207,7 @@ def test_layers_that_share_a_state_say_so(tied, name, caplog):
     )
     one = snnlstm.Sequential(*net)
     one(X)
-    reason = f"layer {name} is in several places and may keep a state"
+    reason = f"layer {name} may keep a state that an earlier layer also has"
     assert {layer.reason for layer in one.report} == {reason}
     where = "0.1" if tied == "norm" else "0"
     said = f"layer {where} (SConv2dLSTM) of a stack runs step by step: {reason}"
@@ -411,3 +411,32 @@ def test_vmap_sees_every_step(large):
     expected = torch.stack([snnlstm.unroll(each, *layers) for each in x])
     with torch.no_grad():
         close(torch.func.vmap(lambda each: snnlstm.unroll(each, *layers))(x), expected)
+
+
+def test_norms_that_share_running_statistics_write_to_them_in_turns():
+    nets = [nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))]
+    torch.manual_seed(0)
+    nets[0][0].running_mean = nets[0][2].running_mean
+    nets.append(copy.deepcopy(nets[0]))
+    found, expected = snnlstm.unroll(X, *nets[0]), torch.stack([nets[1](x) for x in X])
+    close([found, *nets[0].buffers()], [expected, *nets[1].buffers()])
+
+
+@pytest.mark.parametrize("trouble", ["eps=0", "one value", "no running mean"])
+def test_errors_of_norms_are_those_of_the_loop(trouble):
+    norm, x = nn.BatchNorm1d(2), X[..., 0, 0]
+    if trouble == "eps=0":
+        norm.eps = 0.0
+    elif trouble == "one value":
+        x = x[:, :1]
+    else:
+        norm.running_mean = None
+        norm.eval()
+    other = copy.deepcopy(norm)
+    raised = []
+    for run in lambda: other(x[0]), lambda: snnlstm.unroll(x, norm):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            run()
+        raised.append((type(error.value), str(error.value)))
+    assert raised[0] == raised[1]
+    assert norm.num_batches_tracked == other.num_batches_tracked

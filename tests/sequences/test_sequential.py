@@ -385,9 +385,7 @@ def test_errors_name_the_layer(make):
     said = rf"a sequence of steps \(N, C\) for layer 1 \({name}\), got steps of shape \(3, 3, 6"
     with pytest.raises(ValueError, match=said):
         snnlstm.unroll(X, ours(init_hidden=True), neuron)
-    said = (
-        rf"layer 3 \({name}\) needs whole sequences, but layer 1 is in several places and may keep"
-    )
+    said = rf"layer 3 \({name}\) needs whole sequences, but layer 1 may keep a state"
     with pytest.raises(ValueError, match=said):
         snnlstm.unroll(X, cell, cell, nn.Flatten(), neuron)
 

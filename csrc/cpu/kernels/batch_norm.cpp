@@ -5,17 +5,21 @@
 
 SNNLSTM_BEGIN_ISA
 
+// Calls f with the kernels for a call.
+template <class F>
+static auto with_norm(const BatchNormArgs& a, F&& f) {
+  return a.dtype == DType::float64 ? f(BatchNorm<double>(a, a.workspace))
+                                   : f(BatchNorm<float>(a, a.workspace));
+}
+
 int64_t batch_norm_workspace(const BatchNormArgs& a) {
-  return a.dtype == DType::float64 ? BatchNorm<double>(a, nullptr).bytes()
-                                   : BatchNorm<float>(a, nullptr).bytes();
+  return with_norm(a, [](const auto& norm) { return norm.bytes(); });
 }
-
 void batch_norm_forward(const BatchNormForwardArgs& a) {
-  a.dtype == DType::float64 ? BatchNorm<double>::forward(a) : BatchNorm<float>::forward(a);
+  with_norm(a, [&](const auto& norm) { norm.forward(a); });
 }
-
 void batch_norm_backward(const BatchNormBackwardArgs& a) {
-  a.dtype == DType::float64 ? BatchNorm<double>::backward(a) : BatchNorm<float>::backward(a);
+  with_norm(a, [&](const auto& norm) { norm.backward(a); });
 }
 
 SNNLSTM_END_ISA

@@ -10,48 +10,45 @@
 SNNLSTM_BEGIN_ISA
 
 // The layer's kernels, for x and its gradient of type T. A step is either one matrix, whose rows
-// are pixels and whose columns are channels, or a matrix for each image and channel, whose columns
-// are neighbouring pixels. The work of a step is cut in the same way for any number of threads.
+// are pixels and whose columns are channels, or a matrix for each image and channel, whose rows are
+// neighbouring pixels. The work of a step is cut in the same way for any number of threads.
 template <class T>
 class BatchNorm {
  public:
-  explicit BatchNorm(const BatchNormArgs& args, void* memory) : a(args) {
+  BatchNorm(const BatchNormArgs& args, void* memory) : a(args), is_matrix_(args.S == 1) {
     Workspace workspace(memory);
     for (double** array : {&pivot_, &center_, &scale_, &shift_, &grad_scale_, &dot_, &sum_})
       *array = workspace.take<double>(a.C);
-    sums_ = workspace.take<double>(2 * a.parts() * a.C);
+    parts_ = workspace.take<double>(2 * a.parts() * a.C);
     counters_ = workspace.take<Phases::Counter>(phases());
     bytes_ = workspace.bytes();
   }
 
   int64_t bytes() const { return bytes_; }
 
-  static void forward(const BatchNormForwardArgs& f) {
-    BatchNorm norm(f, f.workspace);
-    norm.first_pivots(f, 0, 0, f.C);
-    norm.run([&](int64_t t, const auto& phase) {
+  void forward(const BatchNormForwardArgs& f) const {
+    first_pivots(f, 0, 0, a.C);
+    run([&](int64_t t, const auto& phase) {
+      const T* x = at(f.x, t * a.x_step);
       for (int pass = kPasses; pass-- > 0;) {
-        phase(norm.tasks(), [&](int64_t task) { norm.add_up(task, norm.step(f.x, t), nullptr); });
-        phase(norm.blocks(), [&](int64_t block) { norm.finish(f, t, block, pass > 0); });
+        phase(tasks(), [&](int64_t task) { add_up<false>(task, x, nullptr); });
+        phase(blocks(), [&](int64_t block) { finish(f, t, block, pass > 0); });
       }
-      phase(norm.tasks(), [&](int64_t task) {
-        norm.transform(task, norm.step(f.x, t), nullptr, norm.result(f.y, t));
-      });
+      T* y = static_cast<T*>(f.y) + t * size();
+      phase(tasks(), [&](int64_t task) { transform<false>(task, x, nullptr, y); });
     });
   }
 
-  static void backward(const BatchNormBackwardArgs& b) {
-    BatchNorm norm(b, b.workspace);
-    std::fill_n(norm.dot_, b.C, 0.0);
-    std::fill_n(norm.sum_, b.C, 0.0);
-    std::copy_n(b.means, b.C, norm.pivot_);
-    norm.run([&](int64_t t, const auto& phase) {
-      const T *x = norm.step(b.x, t), *grad = norm.result(b.grad_y, t);
-      phase(norm.tasks(), [&](int64_t task) { norm.add_up(task, x, grad); });
-      phase(norm.blocks(), [&](int64_t block) { norm.finish(b, t, block); });
-      if (b.grad_x)
-        phase(norm.tasks(),
-              [&](int64_t task) { norm.transform(task, x, grad, norm.result(b.grad_x, t)); });
+  void backward(const BatchNormBackwardArgs& b) const {
+    std::fill_n(dot_, a.C, 0.0), std::fill_n(sum_, a.C, 0.0);
+    std::copy_n(b.means, a.C, pivot_);
+    run([&](int64_t t, const auto& phase) {
+      const T *x = at(b.x, t * a.x_step), *grad = at(b.grad_y, t * size());
+      phase(tasks(), [&](int64_t task) { add_up<true>(task, x, grad); });
+      phase(blocks(), [&](int64_t block) { finish(b, t, block); });
+      if (!b.grad_x) return;
+      T* to = static_cast<T*>(b.grad_x) + t * size();
+      phase(tasks(), [&](int64_t task) { transform<true>(task, x, grad, to); });
     });
   }
 
@@ -77,59 +74,47 @@ class BatchNorm {
 
   // ---- the parts of a step -----------------------------------------------------------------------
 
-  const T* step(const void* x, int64_t t) const { return static_cast<const T*>(x) + t * a.x_step; }
-  template <class P>
-  auto result(P* y, int64_t t) const {
-    using Same = std::conditional_t<std::is_const_v<P>, const T, T>;
-    return static_cast<Same*>(y) + t * a.N * a.C * a.S;
-  }
-
-  bool is_matrix() const { return a.S == 1; }
+  static const T* at(const void* p, int64_t offset) { return static_cast<const T*>(p) + offset; }
+  int64_t size() const { return a.N * a.C * a.S; }
+  int64_t row() const { return is_matrix_ ? a.C : kRow; }
   int64_t blocks() const { return (a.C + kBlock - 1) / kBlock; }
   int64_t phases() const { return a.T * (2 * kPasses + 1); }
 
-  // Channels of a task: all of a part, or as many as have some 4096 pixels, neighbours in memory.
+  // A task has all channels of a part of the images, or as many as have some 4096 pixels there.
   int64_t channels() const {
-    if (is_matrix()) return a.C;
+    if (is_matrix_) return a.C;
     return std::min({a.C, kChannels, 1 + 4096 * a.parts() / (a.N * a.S)});
   }
   int64_t tasks() const { return a.parts() * ((a.C + channels() - 1) / channels()); }
+  int64_t first_channel(int64_t task) const { return task / a.parts() * channels(); }
 
   // Calls f(t, phase) for each step, with all threads. phase(count, g) runs g for `count` tasks.
   template <class F>
   void run(F&& f) const {
     const Phases all(counters_, phases());
-    parallel(a.threads, 4.0 * double(a.N) * double(a.C) * double(a.S), [&](int) {
+    parallel(a.threads, 4.0 * double(size()), [&](int) {
       int64_t number = 0;
       const auto phase = [&](int64_t count, auto&& g) { all.run(number++, count, g); };
       for (int64_t t = 0; t < a.T; ++t) f(t, phase);
     });
   }
 
-  int64_t first_channel(int64_t task) const { return task / a.parts() * channels(); }
-  int64_t last_channel(int64_t task) const {
-    return std::min(a.C, first_channel(task) + channels());
-  }
-
   // Calls f(channel, rows, columns, first) for the matrices of a task. The first number lies at
   // x[first], and the rows lie row() apart. The columns are all channels, or pixels of one.
   template <class F>
   void each_matrix(int64_t task, F&& f) const {
-    const int64_t part = task % a.parts(), rest = a.S % kRow;
+    const int64_t part = task % a.parts(), rest = a.S % kRow, rows = 1 + kChunk / a.C;
     const int64_t begin = a.N * part / a.parts(), end = a.N * (part + 1) / a.parts();
-    if (is_matrix()) {
-      const int64_t rows = 1 + kChunk / a.C;
-      for (int64_t n = begin; n < end; n += rows) f(0, std::min(rows, end - n), a.C, n * a.C);
-      return;
-    }
-    for (int64_t n = begin; n < end; ++n)
-      for (int64_t channel = first_channel(task); channel < last_channel(task); ++channel) {
+    const int64_t c = first_channel(task), last = std::min(a.C, c + channels());
+    for (int64_t n = begin; is_matrix_ && n < end; n += rows)
+      f(0, std::min(rows, end - n), a.C, n * a.C);
+    for (int64_t n = begin; !is_matrix_ && n < end; ++n)
+      for (int64_t channel = c; channel < last; ++channel) {
         const int64_t first = (n * a.C + channel) * a.S;
         if (a.S >= kRow) f(channel, a.S / kRow, kRow, first);
         if (rest > 0) f(channel, 1, rest, first + a.S - rest);
       }
   }
-  int64_t row() const { return is_matrix() ? a.C : kRow; }
 
   // Calls f(Count<L>(), Count<vectors>(), k) for blocks of neighbouring columns from k on.
   template <int L = VL, class F>
@@ -144,110 +129,97 @@ class BatchNorm {
       if (k < columns) each_block<L / 2>(k, columns, f);
   }
 
-  // The values of a column's channel, or of the channel of all columns.
-  template <int L>
-  SNNLSTM_INLINE Vector<L> of_columns(const double* values, int64_t channel, int64_t k) const {
-    return is_matrix() ? Simd<double, L>::load(values + k)
-                       : Simd<double, L>::splat(values[channel]);
-  }
+  // The values of a block's channels, or of the channel of all columns.
+  template <int L, int vectors>
+  struct Values {
+    Vector<L> v[vectors];
+    SNNLSTM_INLINE Values(const BatchNorm& norm, const double* values, int64_t channel, int64_t k) {
+      for (int i = 0; i < vectors; ++i)
+        v[i] = norm.is_matrix_ ? Simd<double, L>::load(values + k + i * L)
+                               : Simd<double, L>::splat(values[channel]);
+    }
+  };
 
   // ---- the two passes over x ---------------------------------------------------------------------
 
   // Adds up u and u (x - pivot) in a part, for each channel. u is the gradient, or else x - pivot.
+  template <bool kGrad>
   void add_up(int64_t task, const T* x, const T* grad) const {
-    double* const sums = sums_ + task % a.parts() * 2 * a.C;
-    double lanes[kChannels * 2 * kRow];  // for each channel, those of the columns of its images
-    double* const first = is_matrix() ? sums : lanes;
-    std::fill_n(first, 2 * row() * (is_matrix() ? 1 : channels()), 0.0);
-    each_matrix(task, [&](int64_t channel, int64_t rows, int64_t columns, int64_t at) {
-      double* const sum = first + 2 * row() * (is_matrix() ? 0 : channel - first_channel(task));
-      double* const dot = sum + row();
+    double* const sums = parts_ + task % a.parts() * 2 * a.C;
+    double columns_of_images[kChannels * 2 * kRow];  // for each channel
+    double* const all = is_matrix_ ? sums : columns_of_images;
+    std::fill_n(all, 2 * row() * (is_matrix_ ? 1 : channels()), 0.0);
+    each_matrix(task, [&](int64_t channel, int64_t rows, int64_t columns, int64_t first) {
+      double* const own = all + 2 * row() * (is_matrix_ ? 0 : channel - first_channel(task));
       each_block(0, columns, [&](auto lanes, auto count, int64_t k) __attribute__((always_inline)) {
-        if (grad)
-          add_columns<true>(lanes, count, channel, rows, x + at, grad + at, sum, dot, k);
-        else
-          add_columns<false>(lanes, count, channel, rows, x + at, x, sum, dot, k);
+        constexpr int L = decltype(lanes)::value, vectors = decltype(count)::value;
+        using S = Simd<double, L>;
+        const Values<L, vectors> pivot(*this, pivot_, channel, k);
+        Vector<L> sum[vectors]{}, dot[vectors]{};
+        const T *p = x + first + k, *g = kGrad ? grad + first + k : p;
+        for (int64_t r = 0, step = row(); r < rows; ++r, p += step, g += step)
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            const Vector<L> centered = load<L>(p + v * L) - pivot.v[v];
+            const Vector<L> u = kGrad ? load<L>(g + v * L) : centered;
+            sum[v] += u;
+            dot[v] += u * centered;
+          }
+        double* to = own + k;
+        for (int v = 0; v < vectors; ++v, to += L) {
+          S::store(to, S::load(to) + sum[v]);
+          S::store(to + row(), S::load(to + row()) + dot[v]);
+        }
       });
     });
-    if (is_matrix()) return;
-    const double* sum = lanes;
-    for (int64_t c = first_channel(task); c < last_channel(task); ++c, sum += 2 * kRow) {
-      sums[c] = std::accumulate(sum, sum + kRow, 0.0);
-      sums[a.C + c] = std::accumulate(sum + kRow, sum + 2 * kRow, 0.0);
-    }
-  }
-  template <bool kGrad, int L, int vectors>
-  void add_columns(Count<L>, Count<vectors>, int64_t channel, int64_t rows, const T* x,
-                   const T* grad, double* sum, double* dot, int64_t k) const {
-    using S = Simd<double, L>;
-    Vector<L> pivot[vectors], sums[vectors], dots[vectors];
-    for (int v = 0; v < vectors; ++v) {
-      pivot[v] = of_columns<L>(pivot_, channel, k + v * L);
-      sums[v] = S::load(sum + k + v * L);
-      dots[v] = S::load(dot + k + v * L);
-    }
-    for (int64_t r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t at = r * row() + k + v * L;
-        const Vector<L> centered = load<L>(x + at) - pivot[v];
-        const Vector<L> u = kGrad ? load<L>(grad + at) : centered;
-        sums[v] += u;
-        dots[v] += u * centered;
-      }
-    for (int v = 0; v < vectors; ++v) {
-      S::store(sum + k + v * L, sums[v]);
-      S::store(dot + k + v * L, dots[v]);
+    if (is_matrix_) return;
+    const double* own = all;
+    for (int64_t c = first_channel(task), k = c; k < std::min(a.C, c + channels()); ++k) {
+      sums[k] = std::accumulate(own, own + kRow, 0.0);
+      sums[a.C + k] = std::accumulate(own + kRow, own + 2 * kRow, 0.0);
+      own += 2 * kRow;
     }
   }
 
-  // Writes (x - center) scale + shift + grad grad_scale, without the last term if there is no grad.
+  // Writes (x - center) scale + shift, and in the backward pass adds grad grad_scale.
+  template <bool kGrad>
   void transform(int64_t task, const T* x, const T* grad, T* y) const {
-    each_matrix(task, [&](int64_t channel, int64_t rows, int64_t columns, int64_t at) {
+    each_matrix(task, [&](int64_t channel, int64_t rows, int64_t columns, int64_t first) {
       each_block(0, columns, [&](auto lanes, auto count, int64_t k) __attribute__((always_inline)) {
-        if (grad)
-          write_columns<true>(lanes, count, channel, rows, x + at, grad + at, y + at, k);
-        else
-          write_columns<false>(lanes, count, channel, rows, x + at, x, y + at, k);
+        constexpr int L = decltype(lanes)::value, vectors = decltype(count)::value;
+        const auto values = [&](const double* of) {
+          return Values<L, vectors>(*this, of, channel, k);
+        };
+        const auto center = values(center_), scale = values(scale_), shift = values(shift_),
+                   grad_scale = values(kGrad ? grad_scale_ : scale_);
+        const int64_t begin = first + k, step = row();
+        for (int64_t r = 0, i = begin; r < rows; ++r, i += step)
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            Vector<L> out = (load<L>(x + i + v * L) - center.v[v]) * scale.v[v] + shift.v[v];
+            if (kGrad) out += load<L>(grad + i + v * L) * grad_scale.v[v];
+            Simd<T, L>::store(y + i + v * L, __builtin_convertvector(out, typename Simd<T, L>::R));
+          }
       });
     });
-  }
-  template <bool kGrad, int L, int vectors>
-  void write_columns(Count<L>, Count<vectors>, int64_t channel, int64_t rows, const T* x,
-                     const T* grad, T* y, int64_t k) const {
-    Vector<L> center[vectors], scale[vectors], shift[vectors], grad_scale[vectors];
-    for (int v = 0; v < vectors; ++v) {
-      center[v] = of_columns<L>(center_, channel, k + v * L);
-      scale[v] = of_columns<L>(scale_, channel, k + v * L);
-      shift[v] = of_columns<L>(shift_, channel, k + v * L);
-      if (kGrad) grad_scale[v] = of_columns<L>(grad_scale_, channel, k + v * L);
-    }
-    for (int64_t r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t at = r * row() + k + v * L;
-        Vector<L> out = (load<L>(x + at) - center[v]) * scale[v] + shift[v];
-        if (kGrad) out += load<L>(grad + at) * grad_scale[v];
-        Simd<T, L>::store(y + at, __builtin_convertvector(out, typename Simd<T, L>::R));
-      }
   }
 
   // ---- between the passes ------------------------------------------------------------------------
 
-  double at(const void* values, int64_t c, double otherwise) const {
-    return values ? double(static_cast<const T*>(values)[c]) : otherwise;
-  }
   // Adds the parts' sums, the first (0) or the second (1) of each, in their order.
   double total(int which, int64_t c) const {
     double sum = 0;
-    for (int64_t part = 0; part < a.parts(); ++part) sum += sums_[(2 * part + which) * a.C + c];
+    for (int64_t part = 0; part < a.parts(); ++part) sum += parts_[(2 * part + which) * a.C + c];
     return sum;
   }
+  static double value(const void* values, int64_t c, double otherwise) {
+    return values ? double(at(values, 0)[c]) : otherwise;
+  }
 
-  // A number of a channel near its mean, which keeps the sum of squares from cancelling.
+  // The pivot is a number near the mean, which keeps the sum of squares from cancelling.
   void first_pivots(const BatchNormForwardArgs& f, int64_t t, int64_t begin, int64_t end) const {
     for (int64_t c = begin; c < end; ++c) {
-      const T x = step(f.x, t)[c * a.S];
+      const T x = at(f.x, t * a.x_step)[c * a.S];
       pivot_[c] = std::isfinite(x) ? double(x) : 0;
     }
   }
@@ -257,6 +229,10 @@ class BatchNorm {
   void finish(const BatchNormForwardArgs& f, int64_t t, int64_t block, bool only_pivots) const {
     const int64_t begin = block * kBlock, end = std::min(a.C, begin + kBlock);
     const double n = double(a.N) * double(a.S);
+    const auto move = [&](void* running, int64_t c, double value) {
+      if (T* const p = static_cast<T*>(running))
+        p[c] = T(f.momentum * value + (1 - f.momentum) * double(p[c]));
+    };
     for (int64_t c = begin; c < end; ++c) {
       const double distance = total(0, c) / n, mean = pivot_[c] + distance;
       if (only_pivots) {
@@ -266,19 +242,13 @@ class BatchNorm {
       const double difference = total(1, c) / n - distance * distance;
       const double var = difference < 0 ? 0 : difference;  // NaN stays
       const double inverse = 1 / std::sqrt(var + f.eps);
-      f.means[t * a.C + c] = mean;
+      f.means[t * a.C + c] = center_[c] = mean;
       f.inverses[t * a.C + c] = inverse;
-      move(f.running_mean, c, mean, f.momentum);
-      move(f.running_var, c, var * n / (n - 1), f.momentum);
-      center_[c] = mean;
-      scale_[c] = inverse * at(f.weight, c, 1);
-      shift_[c] = at(f.bias, c, 0);
+      move(f.running_mean, c, mean), move(f.running_var, c, var * n / (n - 1));
+      scale_[c] = inverse * value(f.weight, c, 1);
+      shift_[c] = value(f.bias, c, 0);
     }
     if (!only_pivots && t + 1 < a.T) first_pivots(f, t + 1, begin, end);
-  }
-  static void move(void* running, int64_t c, double value, double momentum) {
-    if (T* const p = static_cast<T*>(running))
-      p[c] = T(momentum * value + (1 - momentum) * double(p[c]));
   }
 
   // The gradient of x is (grad - mean of grad - (x - mean) dot inverse^2 / n) inverse weight.
@@ -286,25 +256,22 @@ class BatchNorm {
     const double n = double(a.N) * double(a.S);
     for (int64_t c = block * kBlock; c < std::min(a.C, (block + 1) * kBlock); ++c) {
       const double sum = total(0, c), dot = total(1, c), inverse = b.inverses[t * a.C + c];
-      sum_[c] += sum;
-      dot_[c] += dot * inverse;
+      sum_[c] += sum, dot_[c] += dot * inverse;
       center_[c] = pivot_[c];
-      grad_scale_[c] = inverse * at(b.weight, c, 1);
+      grad_scale_[c] = inverse * value(b.weight, c, 1);
       scale_[c] = -grad_scale_[c] * dot * inverse * inverse / n;
       shift_[c] = -grad_scale_[c] * sum / n;
-      if (t + 1 < a.T) {
-        pivot_[c] = b.means[(t + 1) * a.C + c];
-        continue;
-      }
       if (b.grad_weight) static_cast<T*>(b.grad_weight)[c] = T(dot_[c]);
       if (b.grad_bias) static_cast<T*>(b.grad_bias)[c] = T(sum_[c]);
+      if (t + 1 < a.T) pivot_[c] = b.means[(t + 1) * a.C + c];
     }
   }
 
   const BatchNormArgs& a;
+  const bool is_matrix_;
   double *pivot_, *center_, *scale_, *shift_, *grad_scale_;  // (C,), of the step that runs
   double *dot_, *sum_;  // (C,), over all steps: the gradients of weight and bias
-  double* sums_;        // (parts, 2, C)
+  double* parts_;       // (parts, 2, C): the sums of each part
   Phases::Counter* counters_;
   int64_t bytes_;
 };
