@@ -174,8 +174,10 @@ inline Tensor image(const void* data, const Shape& s, DType type, int planes = 1
 }
 
 // Says why the kernels cannot run a cell in launches of at most `blocks` blocks, or "". The kernels
-// count blocks, and offsets within one image, in 31 bits.
-inline std::string reason_against(const Cell& c, int64_t blocks) {
+// count blocks, and offsets within one image, in 31 bits. shared_bytes: a block needs them, and the
+// device has most_shared_bytes.
+inline std::string reason_against(const Cell& c, int64_t blocks, int64_t shared_bytes,
+                                  int64_t most_shared_bytes) {
   const Shape s(c);
   // Bounds the rows or columns that a tile's taps span.
   const auto reach = [](int64_t size, double stride, int64_t taps, double dilation) {
@@ -194,6 +196,10 @@ inline std::string reason_against(const Cell& c, int64_t blocks) {
     if (value >= int64_t(1) << 31)
       return std::string(what) + " is " + std::to_string(value) +
              "; the CUDA kernels accept less than 2^31";
+  if (shared_bytes > most_shared_bytes)
+    return "the gradient of a kernel of this size needs " + std::to_string(shared_bytes) +
+           " bytes of shared memory; a block of this GPU has at most " +
+           std::to_string(most_shared_bytes);
   return "";
 }
 

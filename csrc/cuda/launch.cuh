@@ -44,10 +44,10 @@ inline void check(cudaError_t status, const char* what, const char* file = __bui
 // not tell the runtime that is linked here. The device stays chosen, because nothing else uses this
 // runtime, and cudaSetDevice() would make a context on the device before, which takes memory there.
 struct OnDevice {
-  explicit OnDevice(int device) {
+  explicit OnDevice(int device, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     int before = 0;
-    check(cudaGetDevice(&before), "asking for the current CUDA device");
-    if (before != device) check(cudaSetDevice(device), "choosing a CUDA device");
+    check(cudaGetDevice(&before), "asking for the current CUDA device", file, line);
+    if (before != device) check(cudaSetDevice(device), "choosing a CUDA device", file, line);
   }
 };
 

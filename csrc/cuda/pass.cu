@@ -36,7 +36,8 @@ Pass::Pass(const Cell& sequence, const Device& device, Matrix numbers, Algorithm
   packed_bytes = steps_->packed.bytes;
   workspace = steps_->workspace;
   name = algorithm == Algorithm::cudnn ? "cudnn" : kMultiplyNames[int(steps_->multiply)];
-  reason_against = cuda::reason_against(cell, steps_->blocks);
+  reason_against =
+      cuda::reason_against(cell, steps_->blocks, steps_->shared_bytes, device.shared_bytes);
 }
 
 Pass::Pass(Pass&&) noexcept = default;

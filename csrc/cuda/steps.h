@@ -15,6 +15,7 @@ struct Steps {
   int64_t workspace = 0;
   Multiply multiply = Multiply::fma;  // cudnn: unused
   int64_t blocks = 0;                 // of the largest launch
+  int64_t shared_bytes = 0;           // that a block needs, whatever the plan
 
   // c: the caller's.
   Steps(const Cell& c, Matrix matrix)

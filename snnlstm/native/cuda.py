@@ -85,14 +85,19 @@ class Passes:
         core.store_levels(self._levels.data_ptr(), levels.data_ptr(), stream)
         return levels
 
-    def _memory(self, core: Any, weight: Tensor, stream: int) -> tuple[int, int, Tensor]:
-        """Addresses of a workspace and of the packed weight, and the memory that holds both."""
+    def _memory(
+        self, core: Any, weight: Tensor, stream: int
+    ) -> tuple[int, int, tuple[Tensor, Tensor]]:
+        """Addresses of a workspace and of the packed weight, and what the pass has to hold.
+
+        That is their memory, and the weight's, which may be a copy that the packing still reads.
+        """
         weight = contiguous_as(weight, self.plan.dtype)
         workspace = -core.packed_bytes // 256 * -256
         memory = empty_bytes(workspace + core.workspace, weight.device)
         packed = memory.data_ptr()
         core.pack(weight.data_ptr(), packed, stream)
-        return packed + workspace, packed, memory
+        return packed + workspace, packed, (memory, weight)
 
     def forward(
         self, call: Call, outs: Outputs, saved: Tensor | None, fields: Fields

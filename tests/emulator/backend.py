@@ -77,8 +77,9 @@ class Core(Emulator):
         multiprocessors: int = 108,
         shared_bytes: int = 163 * 1024,
     ) -> None:
-        """Sets what the launchers are told of the device."""
+        """Describes the emulated card."""
         self.settings.compute_capability = compute_capability
+        self.settings.shared_bytes = shared_bytes
         device = self.module.CudaDevice(compute_capability, multiprocessors, shared_bytes)
         self.kernels = Emulated(self.module, device)
 

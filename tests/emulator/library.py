@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 class Settings(ctypes.Structure):
     """The struct of this name in machine/machine.h, which documents the fields."""
 
-    NUMBERS = "races compute_capability truncates dry"
+    NUMBERS = "races compute_capability truncates dry shared_bytes"
     _fields_ = [("seed", ctypes.c_uint64), *((n, ctypes.c_int) for n in NUMBERS.split())]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from dataclasses import replace
 from itertools import permutations
 
@@ -217,6 +218,27 @@ def test_a_call_of_half_types_copies_no_parameter(core):
         cell(x)[0].sum().backward()
     assert cell.path.native
     assert "_to_copy" not in record.seen
+
+
+def test_the_copy_of_a_weight_lives_as_long_as_its_pass_runs(core, monkeypatch):
+    """The packing, which reads it, may still be queued."""
+    copies, alive = [], []
+
+    def noted(tensor, dtype):
+        copies.append(weakref.ref(copy := contiguous_as(tensor, dtype)))
+        assert copy is not tensor
+        return copy
+
+    contiguous_as, run = cuda.contiguous_as, core.module.CudaPass.run
+    monkeypatch.setattr(cuda, "contiguous_as", noted)
+    monkeypatch.setattr(
+        core.module.CudaPass, "run", lambda *args: (alive.append(copies[-1]()), run(*args))
+    )
+    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1).to(memory_format=torch.channels_last)
+    with core.installed():
+        cell(torch.rand(1, 2, 5, 5))[2].sum().backward()
+    assert len(alive) == 2
+    assert None not in alive
 
 
 def test_calls_of_the_operator_share_no_plan_that_reads_numbers_otherwise(core):

@@ -82,7 +82,7 @@ def test_a_report_names_the_thread_and_the_line(emulator):
         (1, 1, 33, 0, "a block of 33 threads; accepted are multiples of 32 up to 1024"),
         (1, 1, 1056, 0, "a block of 1056 threads"),
         (1, 70000, 32, 0, "a grid of"),
-        (1, 1, 32, 228 * 1024, "bytes of shared memory; a block has at most"),
+        (1, 1, 32, 228 * 1024, "bytes of shared memory; a block of this card has at most 232448"),
     ],
 )
 def test_launches_that_no_gpu_accepts(emulator, blocks, block_y, threads, shared_bytes, message):

@@ -102,6 +102,26 @@ def test_the_limit_of_each_size(core, fits, over, subject):
         calls(core, **over)
 
 
+def test_the_sums_of_a_large_kernel_fit_into_the_cards_shared_memory(core):
+    """The gradient of an input channel passes through it; a T4 has 64 KiB for a block."""
+    core.device(75, shared_bytes=64 * 1024)
+    doubles = {"dtype": 1, "H": 46, "W": 46}
+    assert reason(core, kernel=(89, 91), **doubles) == ""
+    calls(core, kernel=(89, 91), **doubles)
+    assert "66248 bytes of shared memory" in reason(core, kernel=(91, 91), **doubles)
+    assert plan(core, kernel=(91, 91), **doubles).reason_against == "", "forward"
+    core.device(75)
+    assert reason(core, kernel=(91, 91), **doubles) == ""
+
+
+def test_no_launch_has_more_shared_memory_than_the_emulated_card(core):
+    core.device(shared_bytes=48 * 1024)
+    calls(core)
+    core.settings.shared_bytes = 1024
+    with pytest.raises(RuntimeError, match=r"forward.*card has at most 1024"):
+        calls(core)
+
+
 @pytest.mark.parametrize("dilation", [(700, 1), (1, 5000), (3000, 4001), (8000, 8000)])
 @pytest.mark.parametrize("matrix", [0, 1])
 def test_neighbourhoods_beyond_any_shared_memory(core, matrix, dilation):

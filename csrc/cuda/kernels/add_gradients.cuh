@@ -16,6 +16,9 @@ struct ReduceWeight {
   int first_channel = 0;             // among the weight's input channels
 };
 
+// Returns the sums of an input channel in shared memory: odd, so that channels lie in other banks.
+SNNLSTM_BOTH int64_t channel_pitch(int64_t taps) { return taps | 1; }
+
 // Both halves of the weight in one launch.
 struct ReduceWeights {
   ReduceWeight half[2];
@@ -26,7 +29,7 @@ struct ReduceWeights {
   void* grad = nullptr;  // (4C, all_channels, places.all)
   DType type = DType::float32;
 
-  SNNLSTM_BOTH int pitch() const { return taps | 1; }  // of a channel in shared memory
+  SNNLSTM_BOTH int pitch() const { return int(channel_pitch(taps)); }
   SNNLSTM_BOTH int chunks(int k) const { return (half[k].channels + chunk - 1) / chunk; }
 };
 

@@ -184,6 +184,7 @@ BackwardSteps::BackwardSteps(const Cell& cell, const Device& device, Matrix matr
   multiply = to_mem.multiply;
   blocks = std::max({to_mem.tiling.blocks(), to_x.tiling.blocks(),
                      s.c.N * ceil_div(s.c.C * s.pixels, kSpreadThreads)});
+  shared_bytes = channel_pitch(s.taps) * bytes_of(real);  // add_gradients, one input channel
 }
 
 void BackwardSteps::backward(const BackwardArgs& args, void* stream) const {

@@ -12,15 +12,16 @@
 
 namespace simt {
 
-constexpr size_t most_shared_bytes = 227 * 1024;  // of one block, on sm_90
+constexpr int most_shared_bytes = 227 * 1024;  // of one block, on sm_90
 
 // Python sets these; library.py has the same fields.
 struct Settings {
   uint64_t seed = 0;  // of the schedule
   int races = 1;      // look for races
   int compute_capability = 80;
-  int truncates = 0;  // mma cuts the terms of its sums (fragment.cpp)
-  int dry = 0;        // launches are checked and listed, but nothing runs
+  int truncates = 0;                     // mma cuts the terms of its sums (fragment.cpp)
+  int dry = 0;                           // launches are checked and listed, but nothing runs
+  int shared_bytes = most_shared_bytes;  // the most of a block
 };
 extern "C" __attribute__((visibility("default"))) Settings simt_settings;
 

@@ -97,8 +97,9 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
   if (g.grid.x > 0x7fffffffu || g.grid.y > 65535 || g.grid.z > 65535)
     refuse("a grid of (", g.grid.x, ", ", g.grid.y, ", ", g.grid.z,
            ") blocks; accepted are up to (2147483647, 65535, 65535)");
-  if (g.shared_bytes > most_shared_bytes)
-    refuse(g.shared_bytes, " bytes of shared memory; a block has at most ", most_shared_bytes);
+  const int most = simt_settings.shared_bytes;
+  if (g.shared_bytes > size_t(most))
+    refuse(g.shared_bytes, " bytes of shared memory; a block of this card has at most ", most);
   if (current != nullptr) refuse("a launch inside a kernel");
   launches.push_back(g);
   if (simt_settings.dry) return;

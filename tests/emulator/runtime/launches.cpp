@@ -48,8 +48,10 @@ int main() {
   try {
     const OnDevice on(2);
     want(false, "there is no such device");
-  } catch (const std::runtime_error&) {
+  } catch (const std::runtime_error& error) {
     want(fake::device == 1 && fake::last == cudaSuccess, "an absent device changes nothing");
+    want(std::string(error.what()).find("launches.cpp:") != std::string::npos,
+         "an error names the line that chooses the device");
   }
 
   fake::refuses_attributes = true;
