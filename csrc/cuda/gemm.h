@@ -38,6 +38,7 @@ namespace mma_tile {
 constexpr int kGroups = 4;       // groups of a chunk of channels
 constexpr int kGroupBytes = 16;  // a k-step takes two groups
 constexpr int kPairBytes = 512;  // of packed weight: B fragments of two n-tiles, one k-step
+constexpr int kChannels = 16;    // of a block, forward and backward: a pair of n-tiles
 constexpr int kVectors = 80;     // of a step's block: a bias for each gate, and a threshold
 constexpr int kSums = 64;        // of the threshold's gradient, a channel of each warp
 

@@ -33,12 +33,6 @@ void weight_gradient(const BackwardSteps& steps, const WeightSources& sources, v
 // type: of the sums.
 void launch_add_gradients(AddGradients p, DType type, void* stream);
 
-// Describes the launch of a step.
-inline Launch step_launch(const char* name, const StepBlocks& step, size_t bytes, void* stream,
-                          const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  return {name, step.tiling.blocks(), kThreads, bytes, stream, file, line};
-}
-
 // Calls f(E{}), E the type of elements that tensor core kernels are compiled for.
 template <class F>
 void with_element(Multiply multiply, F&& f) {
@@ -58,10 +52,10 @@ void with_real(DType type, F&& f) {
 // t: the launch's step. per_thread: channels of a thread. spk: spikes forward, their gradient
 // backward.
 
-template <class Neuron, class Args>
-Neuron neuron_of_step(const Args& a, const View& spk, int64_t t, int per_thread) {
+template <class Step, class Args>
+Step neuron_of_step(const Args& a, const View& spk, int64_t t, int per_thread) {
   const Cell& c = a.cell;
-  Neuron n;
+  Step n;
   n.C = int(c.C);
   n.Cp = int(Shape(c).Cp);
   n.Ho = int(c.Ho());

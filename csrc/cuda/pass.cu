@@ -6,8 +6,8 @@ namespace snnlstm::cuda {
 
 namespace {
 
-// Without tensor cores for float32, cuDNN's Winograd and its splits of long sums win on a T4: the
-// one choice by size that no GPU has measured yet.
+// Without tensor cores for float32, cuDNN's Winograd and its splits of long sums win on a T4, by
+// counts of instructions: no GPU has measured it yet.
 Algorithm chosen(const Cell& c, const Device& device, Matrix matrix) {
   const double depth = double(c.kernel_h) * c.kernel_w * double(c.Cin + c.C);
   const bool full = c.dtype == DType::float32 && gate_type(c.dtype, matrix) == DType::float32;
@@ -41,7 +41,6 @@ Pass::Pass(const Cell& sequence, const Device& device, Matrix numbers, Algorithm
 }
 
 Pass::Pass(Pass&&) noexcept = default;
-Pass& Pass::operator=(Pass&&) noexcept = default;
 Pass::~Pass() = default;
 
 void Pass::run(const ForwardArgs& args, void* stream) const {

@@ -48,7 +48,6 @@ class Pass {
  public:
   Pass(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm, bool backward);
   Pass(Pass&&) noexcept;
-  Pass& operator=(Pass&&) noexcept;
   ~Pass();
 
   Cell cell;  // cudnn: of one step, T is 1

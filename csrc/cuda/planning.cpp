@@ -95,7 +95,8 @@ MmaSegment mma_segment(const Segment& s, Multiply multiply, const Tiling& tiling
   return m;
 }
 
-int64_t neighbourhood_bytes(const MmaSegment& m) {
+// Returns a neighbourhood's bytes, at most 2^28: an int counts several of them.
+static int64_t neighbourhood_bytes(const MmaSegment& m) {
   constexpr int64_t most = int64_t(1) << 28;
   const int64_t pixels = int64_t(m.halo_h) * m.halo_w;
   return 64 * pixels > most ? most : round_up(mma_tile::row_offset(int(pixels)), 128);
@@ -114,46 +115,34 @@ MmaConv mma_conv(std::initializer_list<MmaSegment> segments) {
 
 namespace {
 
-bool fits(const Device& device, Multiply multiply, const Tiling& tiling,
-          std::initializer_list<Segment> segments) {
+// Plans the blocks for results of this size: on tensor cores, if they take such convolutions and
+// the neighbourhoods fit into shared memory. fma_channels: of a block without tensor cores.
+StepBlocks step_blocks(const Cell& c, const Device& device, Matrix matrix, int64_t height,
+                       int64_t width, std::initializer_list<Segment> segments, int fma_channels) {
+  StepBlocks step;
+  cut(step.tiling, height, width, kTilePixels);
+  step.multiply = multiply_on(device, c, matrix);
   for (const Segment& s : segments)
-    if (mma_conv({mma_segment(s, multiply, tiling)}).shared_bytes() > device.shared_bytes)
-      return false;
-  return true;
+    if (step.mma() && (s.strided_dgrad() ||
+                       mma_conv({mma_segment(s, step.multiply, step.tiling)}).shared_bytes() >
+                           device.shared_bytes))
+      step.multiply = Multiply::fma;
+  step.channels = step.mma() ? mma_tile::kChannels : fma_channels;
+  return step;
 }
 
 }  // namespace
 
 StepBlocks forward_blocks(const Cell& c, const Device& device, Matrix matrix) {
-  StepBlocks step;
-  cut(step.tiling, c.Ho(), c.Wo(), kTilePixels);
-  const Multiply multiply = multiply_on(device, c, matrix);
-  step.channels = fma::kColumns / 4;
-  if (multiply != Multiply::fma &&
-      fits(device, multiply, step.tiling, {x_segment(c), mem_segment(c)})) {
-    step.multiply = multiply;
-    step.tiles = c.C <= 8 ? 4 : 8;
-    step.channels = 2 * step.tiles;
-  }
+  StepBlocks step = step_blocks(c, device, matrix, c.Ho(), c.Wo(), {x_segment(c), mem_segment(c)},
+                                fma::kColumns / 4);
   cover(step.tiling, c, c.N, c.C, step.channels);
   return step;
 }
 
 StepBlocks data_blocks(const Cell& c, const Device& device, Matrix matrix, bool is_x) {
-  StepBlocks step;
-  if (is_x)
-    cut(step.tiling, c.H, c.W, kTilePixels);
-  else
-    cut(step.tiling, c.Ho(), c.Wo(), kTilePixels);
-  const Multiply multiply = multiply_on(device, c, matrix);
-  const Segment segment = gates_segment(c, is_x);
-  step.channels = fma::kColumns;
-  if (multiply != Multiply::fma && !segment.strided_dgrad() &&
-      fits(device, multiply, step.tiling, {segment})) {
-    step.multiply = multiply;
-    step.tiles = 2;
-    step.channels = 16;
-  }
+  StepBlocks step = step_blocks(c, device, matrix, is_x ? c.H : c.Ho(), is_x ? c.W : c.Wo(),
+                                {gates_segment(c, is_x)}, fma::kColumns);
   cover(step.tiling, c, is_x ? c.T * c.N : c.N, is_x ? c.Cin : c.C, step.channels);
   return step;
 }
@@ -167,12 +156,11 @@ PackedPart packed_part(const Cell& c, const StepBlocks& step, const Segment& seg
   part.use = use;
   part.multiply = step.multiply;
   part.blocks = step.tiling.columns;
-  part.tiles = step.tiles;
   if (step.mma()) {
     const MmaSegment m = mma_segment(segment, step.multiply, step.tiling);
     part.chunks = m.chunks;
     part.tail_steps = m.tail_steps;
-    part.pitch = m.units() * (step.tiles / 2) * mma_tile::kPairBytes;
+    part.pitch = m.units() * part.pairs() * mma_tile::kPairBytes;
   } else {
     part.chunks = int(fma::depth(segment) / fma::kDepth);
     part.pitch = fma::depth(segment) * fma::kColumns * bytes_of(real_of(c.dtype));

@@ -29,8 +29,6 @@ Segment gates_segment(const Cell& c, bool is_x);
 
 // How tensor cores walk through a segment, for tiles of this kind.
 MmaSegment mma_segment(const Segment& s, Multiply multiply, const Tiling& tiling);
-// Returns a neighbourhood's bytes, at most 2^28: an int counts several of them.
-int64_t neighbourhood_bytes(const MmaSegment& m);
 // The convolution over up to two segments, without its weight.
 MmaConv mma_conv(std::initializer_list<MmaSegment> segments);
 
@@ -41,12 +39,11 @@ struct StepBlocks {
   Multiply multiply = Multiply::fma;
   Tiling tiling;
   int channels = 0;  // of a block
-  int tiles = 0;     // mma: n-tiles of a warp
 
   bool mma() const { return multiply != Multiply::fma; }
 };
 
-// Plans a forward step. On tensor cores a warp has 8 n-tiles (16 channels) or 4 (8 channels).
+// Plans a forward step.
 StepBlocks forward_blocks(const Cell& c, const Device& device, Matrix matrix);
 // Plans the convolution of d_gates with the transposed weights: the gradient of x or of mem.
 StepBlocks data_blocks(const Cell& c, const Device& device, Matrix matrix, bool is_x);
@@ -69,10 +66,11 @@ struct PackedPart {
   int64_t start = 0;               // bytes from the packed weight's start to the first block
   int64_t pitch = 0;               // bytes from one block to the next
   int64_t blocks = 0;              // of columns
-  int tiles = 0;                   // mma: n-tiles of a warp
   int chunks = 0, tail_steps = 0;  // mma: as in MmaSegment; fma: chunks of K
 
   bool mma() const { return multiply != Multiply::fma; }
+  SNNLSTM_BOTH bool forward() const { return use == Use::x_to_gates || use == Use::mem_to_gates; }
+  SNNLSTM_BOTH int pairs() const { return forward() ? 4 : 1; }  // mma: of n-tiles, in a block
   const char* in(const void* packed) const { return static_cast<const char*>(packed) + start; }
   Segment with_weight(Segment s, const void* packed) const {
     s.weight = in(packed);

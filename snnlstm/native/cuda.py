@@ -31,7 +31,7 @@ from .plan import (
 )
 from .tensors import check_memory, compute_dtype, contiguous_as, empty_bytes, pointer, restored
 
-# The order is that of csrc/cuda/pass.h; "direct" means "fused", and other names mean "auto".
+# The order is that of csrc/cuda/pass.h; other names mean "auto".
 _ALGORITHMS = ("auto", "fused", "cudnn")
 _CUDNN = _ALGORITHMS.index("cudnn")
 _EXACT, _TF32 = 0, 1
@@ -60,8 +60,7 @@ class Passes:
         self._cores: dict[bool, Any] = {}
         core = self._core(False)
         self.name = f"{self.backend.name()}-{core.name}"
-        device = self.backend.device(plan.device)
-        self._convolutions = cudnn.convolutions(plan, core, device)
+        self._convolutions = cudnn.convolutions(plan, core)
 
     def _core(self, backward: bool) -> Any:
         """The core's pass of a direction; the backward pass is made when it is needed."""
@@ -178,7 +177,6 @@ class Backend(CommonBackend):
 
     def core_pass(self, s: Sizes, tf32: bool, algorithm: str, backward: bool) -> Any:
         """The core's pass."""
-        algorithm = "fused" if algorithm == "direct" else algorithm
         number = _ALGORITHMS.index(algorithm) if algorithm in _ALGORITHMS else 0
         return self.core.CudaPass(*self._facts(s, tf32), number, backward, lengths=s.has_lengths)
 

@@ -6,9 +6,8 @@ saved memory have the kernels' layouts. So does the gradient of the gate sums:
     d_gates   (T, N, Ho * Wo, 4 Cp)
     mems      (T, N, Ho * Wo, Cp), mem before each step
 
-Cp is C, padded to whole vectors. For torch these are channels-last images of 4 Cp and Cp channels,
-which are made contiguous where that makes cuDNN faster. The host does not know the lengths of
-samples, so padded samples are convolved, too.
+Cp is C, padded to whole vectors. For torch these are channels-last images of 4 Cp and Cp channels.
+The host does not know the lengths of samples, so padded samples are convolved, too.
 """
 
 from __future__ import annotations
@@ -59,21 +58,14 @@ class Convolutions(NamedTuple):
     sums_dtype: torch.dtype
     """The dtype of the gate sums and of their gradient, d_gates."""
     d_gates_shape: tuple[int, ...]
-    makes_contiguous: bool
-    """Whether images are made contiguous."""
 
 
-def convolutions(plan: Plan, core: Any, device: Any) -> Convolutions:
-    """How torch convolves in a pass of the `core` on a device."""
+def convolutions(plan: Plan, core: Any) -> Convolutions:
+    """How torch convolves in a pass of the `core`."""
     (_, sums_dtype), (syn, _), *_ = plan.saved.parts
-    work = plan.operands or plan.dtype
+    d_gates_shape = plan.time, *syn[1:3], 4 * syn[3]
     return Convolutions(
-        Geometry(*core.geometry),
-        work,
-        sums_dtype,
-        (plan.time, *syn[1:3], 4 * syn[3]),
-        # cuDNN is said to have fast kernels of full float32 only for contiguous images.
-        work == torch.float32 and device.compute_capability < 80,
+        Geometry(*core.geometry), plan.operands or plan.dtype, sums_dtype, d_gates_shape
     )
 
 
@@ -85,12 +77,6 @@ def _steps(tensor: Tensor, sequence: bool) -> Tensor:
 def images_of(pixels: Tensor, mem: Tensor) -> Tensor:
     """(..., Ho * Wo, channels) as (..., channels, Ho, Wo), without a copy."""
     return pixels.unflatten(-2, mem.shape[-2:]).movedim(-1, -3)
-
-
-def _ordered(how: Convolutions, images: Tensor) -> Tensor:
-    """The images in the dtype and the memory layout that cuDNN convolves fastest."""
-    images = images.to(how.work)
-    return images.contiguous() if how.makes_contiguous else images
 
 
 def _part(how: Convolutions, weight: Tensor, d_gates: Tensor) -> Tensor:
@@ -223,7 +209,7 @@ def _steps_backward(
         run_kernels(plan.backward_fields(step, results, addresses, t))
         into_syn, before, into_mem = d_syn, into_mem, None
         if t > 0 or out.mem is not None:
-            images = _ordered(how, images_of(d_gates[t], mem))
+            images = images_of(d_gates[t], mem).to(how.work)
             options = 1, how.geometry.padding, how.geometry.dilation
             into_mem = conv2d_input(mem.shape, mem_weight, images, *options).to(mem.dtype)
         if live is not None and into_mem is not None:
@@ -250,7 +236,7 @@ def _data_gradient(how: Convolutions, call: Call, d_gates: Tensor, out: Tensor) 
     grads = images_of(d_gates.flatten(0, 1), call.mem)
     shape = (len(grads), *x.shape[2:])
     options = geometry.stride, geometry.padding, geometry.dilation
-    out.copy_(conv2d_input(shape, x_weight, _ordered(how, grads), *options).view_as(out))
+    out.copy_(conv2d_input(shape, x_weight, grads.to(how.work), *options).view_as(out))
 
 
 def _weight_gradient(
@@ -270,10 +256,10 @@ def _weight_gradient(
     d_weight = d_bias = None
     if wanted[0]:
         assert mem is not None
-        grads = _ordered(how, images_of(d_gates, mem).flatten(0, 1))
+        grads = images_of(d_gates, mem).flatten(0, 1).to(how.work)
         halves = []
         for images, stride in (x, geometry.stride), (mem, (1, 1)):
-            images = _ordered(how, images.flatten(0, 1))
+            images = images.flatten(0, 1).to(how.work)
             shape = gates, images.shape[1], *geometry.kernel
             halves.append(
                 conv2d_weight(images, shape, grads, stride, geometry.padding, geometry.dilation)
@@ -295,7 +281,5 @@ def _sum(carried: Tensor | None, recorded: Tensor | None, step: int) -> Tensor |
 
 def _convolve(how: Convolutions, images: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
     """Gate sums without the bias, which the kernels add."""
-    if images.device.type == "cpu":  # the emulator's sums must not depend on the layout
-        images, weight = images.contiguous(), weight.contiguous()
     geometry = how.geometry
     return F.conv2d(images, weight, None, stride, geometry.padding, geometry.dilation)

@@ -26,7 +26,7 @@ class Mode:
     precision: str = "ieee"  # see float32_precision()
     operands: torch.dtype | None = None  # under autocast
     compute_capability: int = 80
-    algorithm: str = "direct"
+    algorithm: str = "fused"
     shared_bytes: int = 163 * 1024
     multiprocessors: int = 108
 

@@ -50,7 +50,7 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "cudnn"])
+@pytest.mark.parametrize("algorithm", ["fused", "cudnn"])
 def test_nothing_waits_for_the_device(core, algorithm):
     """Therefore a CUDA graph can capture a call, forward and backward."""
     inputs = TRAINED.inputs()
@@ -62,7 +62,7 @@ def test_nothing_waits_for_the_device(core, algorithm):
     assert record.seen & set(WAITING)
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "cudnn"])
+@pytest.mark.parametrize("algorithm", ["fused", "cudnn"])
 def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypatch, algorithm):
     guarded: list[torch.device] = []
     calls, asked = [], []
@@ -107,17 +107,18 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         ("ieee", 80, torch.float32, None, "auto", "fma"),
         ("tf32", 80, torch.float32, None, "auto", "mma-tf32"),
         ("tf32", 75, torch.float32, None, "auto", "fma"),
-        ("tf32", 75, torch.float16, None, "direct", "fma"),
+        ("tf32", 75, torch.float16, None, "fused", "fma"),
         ("tf32", 75, torch.float32, torch.float16, "auto", "fma"),
-        ("tf32", 75, torch.bfloat16, None, "direct", "fma"),
-        ("tf32", 75, torch.float32, torch.bfloat16, "direct", "fma"),
-        ("tf32", 80, torch.float64, None, "direct", "fma"),
+        ("tf32", 75, torch.bfloat16, None, "fused", "fma"),
+        ("tf32", 75, torch.float32, torch.bfloat16, "fused", "fma"),
+        ("tf32", 80, torch.float64, None, "fused", "fma"),
         ("ieee", 80, torch.float16, None, "winograd", "mma-fp16"),
-        ("ieee", 80, torch.bfloat16, None, "direct", "mma-bf16"),
-        ("ieee", 80, torch.float32, torch.bfloat16, "direct", "mma-bf16"),
-        ("ieee", 80, torch.float32, torch.float16, "direct", "mma-fp16"),
+        ("ieee", 80, torch.bfloat16, None, "fused", "mma-bf16"),
+        ("ieee", 80, torch.float32, torch.bfloat16, "fused", "mma-bf16"),
+        ("ieee", 80, torch.float32, torch.float16, "fused", "mma-fp16"),
         ("ieee", 80, torch.float32, torch.float16, "cudnn", "cudnn"),
         ("tf32", 80, torch.float32, None, "fused", "mma-tf32"),
+        ("tf32", 80, torch.float32, None, "direct", "mma-tf32"),
         ("tf32", 80, torch.float32, None, "measure", "mma-tf32"),
     ],
 )
@@ -132,24 +133,6 @@ def test_what_multiplies_follows_torch(
         spk, syn, mem = cell(x)
     assert cell.path.name == f"emulator-{expected}"
     assert {spk.dtype, syn.dtype, mem.dtype} == {dtype}
-
-
-@pytest.mark.parametrize(("capability", "contiguous"), [(75, True), (80, False)])
-def test_float32_without_tensor_cores_is_convolved_in_contiguous_images(
-    core, monkeypatch, capability, contiguous
-):
-    inputs, weights = (
-        watched(monkeypatch, cuda.cudnn, f"conv2d_{name}") for name in ("input", "weight")
-    )
-    core.device(capability)
-    case = PLAIN.but(channels=8, in_channels=2, time=3)
-    with core.installed(), float32_precision("ieee"):
-        train(case, case.inputs(), "cudnn")
-    seen = [args[2] for args, _ in inputs + weights] + [args[0] for args, _ in weights]
-    gates = [t for t in seen if t.shape[1] == 32]
-    mems = [t for t in seen if t.shape[1] == 8]
-    assert len(gates) > len(mems) > 0
-    assert {t.is_contiguous() for t in gates + mems} == {contiguous}
 
 
 @pytest.mark.parametrize(
@@ -187,7 +170,7 @@ def test_cudnn_convolves_x_with_mem_or_apart_if_it_has_a_stride(core, monkeypatc
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("algorithm", ["direct", "cudnn"])
+@pytest.mark.parametrize("algorithm", ["fused", "cudnn"])
 @pytest.mark.parametrize(
     "mode", ["float32", pytest.param("bfloat16 autocast", marks=pytest.mark.emulator_long)]
 )
@@ -260,7 +243,7 @@ def test_one_algorithm_reads_what_the_other_saved(core):
     graded = [torch.randn(shape) for shape in PLAIN.output_shapes]
     with MODES["float32"].running(core):
         found = []
-        for first, second in permutations(("direct", "cudnn")):
+        for first, second in permutations(("fused", "cudnn")):
             call = (*inputs, options)
             result = flat.forward(*call, True, first)
             found.append(flat.backward(call, result, graded, (True,) * 6, second))
@@ -268,7 +251,7 @@ def test_one_algorithm_reads_what_the_other_saved(core):
         torch.testing.assert_close(gradients, found[0], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "cudnn"])
+@pytest.mark.parametrize("algorithm", ["fused", "cudnn"])
 def test_a_loop_of_steps_has_the_gradients_of_the_sequence(core, algorithm):
     cell = snnlstm.SConv2dLSTM(2, 5, 3, threshold=0.1)
     x = torch.rand(4, 2, 2, 7, 6)

@@ -31,7 +31,7 @@ class Given:
         images = (self.positive(t.shape).to(t.dtype) for t in inputs[:3])
         self.call = (*images, *inputs[3:], self.case.options)
         with mode.running(core):
-            plan = flat.plan_of(self.call, "direct")
+            plan = flat.plan_of(self.call, "fused")
         self.saved = torch.zeros(plan.saved.bytes, dtype=torch.uint8)
         gates, syn = (plan.saved.part(self.saved, number) for number in range(2))
         channels = torch.arange(syn.shape[-1]) < case.channels
@@ -43,7 +43,7 @@ class Given:
     def positive(self, shape) -> torch.Tensor:
         return torch.rand(shape, generator=self.generator) + 0.5
 
-    def backward(self, algorithm: str = "direct"):
+    def backward(self, algorithm: str = "fused"):
         with self.mode.running(self.core):
             result = Result(*self.call[:3], self.saved)
             return flat.backward(self.call, result, self.grads, WEIGHT, algorithm)

@@ -102,16 +102,17 @@ class Backward {
       p.neuron = n;
       return with_real(steps_.type, [&](auto real) {
         using R = decltype(real);
-        const size_t bytes = sizeof(fma::GemmShared<R>);
-        launch(step_launch("backward step (fma)", step, bytes, stream_), &backward_fma<R>, p);
+        const Launch how{"backward step (fma)", step.tiling.blocks(), kThreads,
+                         sizeof(fma::GemmShared<R>), stream_};
+        launch(how, &backward_fma<R>, p);
       });
     }
     BackwardMma p;
     p.tiling = step.tiling;
     p.conv = conv(step, packed, s);
     p.neuron = n;
-    const size_t bytes = size_t(p.conv.shared_bytes());
-    const Launch how = step_launch("backward step (mma)", step, bytes, stream_);
+    const Launch how{"backward step (mma)", step.tiling.blocks(), kThreads,
+                     size_t(p.conv.shared_bytes()), stream_};
     with_element(step.multiply,
                  [&](auto element) { launch(how, &backward_mma<decltype(element)>, p); });
   }

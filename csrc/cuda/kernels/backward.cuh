@@ -24,8 +24,6 @@ struct DataGradient {
 // See mma.cuh for the tile. Columns are channels: a warp has one pair of n-tiles, and a thread
 // holds 2 pixels x 4 channels of each m16 tile.
 
-constexpr int kBackwardChannels = 16;
-
 struct BackwardMma {
   Tiling tiling;
   MmaConv conv;
@@ -50,12 +48,13 @@ __global__ void __launch_bounds__(kThreads, 3) backward_mma(const __grid_constan
     float* sums = vectors + mma_tile::kVectors;
     const BlockPlace block = block_of(p.tiling, blockIdx.x);
     const BackwardTile<float, KnownStates<Element>, KnownGates<Element>> tile(
-        p.neuron, p.tiling, block, block.column * kBackwardChannels, kBackwardChannels, vectors);
+        p.neuron, p.tiling, block, block.column * mma_tile::kChannels, mma_tile::kChannels,
+        vectors);
     if (tile.is_padded()) return;
     tile.load_vectors();
     typename Gemm::Accumulators acc;
     Gemm(p.conv, shared, p.tiling, block).run(acc);
-    float* sums_of_warp = sums + int(threadIdx.x) / 32 * kBackwardChannels;
+    float* sums_of_warp = sums + int(threadIdx.x) / 32 * mma_tile::kChannels;
 #pragma unroll 1
     for (int mi = 0; mi < 2; ++mi) {  // not unrolled: the accumulators move instead
       tile.patch(Gemm::pixel(mi), 4 * Gemm::quad(),
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       const PixelPair at = pixel_pair(p.tiling, block, Gemm::pixel(mi), p.height, p.width);
       float v[2][4];
       take(acc[mi], v);
-      store_patch(p.out, at, block.column * kBackwardChannels + 4 * Gemm::quad(), v);
+      store_patch(p.out, at, block.column * mma_tile::kChannels + 4 * Gemm::quad(), v);
     });
   } else {
     trap_without_mma();

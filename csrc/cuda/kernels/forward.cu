@@ -33,7 +33,7 @@ class Forward {
  private:
   void* take_state() { return arena_.take(s_.state() * bytes_of(steps_.type)); }
 
-  int channels_per_thread() const { return steps_.step.mma() ? steps_.step.tiles / 2 : 1; }
+  int channels_per_thread() const { return steps_.step.mma() ? 4 : 1; }
   bool training() const { return a_.saved_gates != nullptr; }
   // Says whether the caller's states are those of all samples after step t.
   bool writes_states(int64_t t) const {
@@ -88,8 +88,9 @@ class Forward {
       p.mem = packed.mem.with_weight(mem, a_.weight);
       return with_real(steps_.type, [&](auto real) {
         using R = decltype(real);
-        const size_t bytes = sizeof(fma::GemmShared<R>);
-        launch(step_launch("forward step (fma)", step, bytes, stream_), &forward_fma<R>, p);
+        const Launch how{"forward step (fma)", step.tiling.blocks(), kThreads,
+                         sizeof(fma::GemmShared<R>), stream_};
+        launch(how, &forward_fma<R>, p);
       });
     }
     ForwardMma p;
@@ -99,12 +100,10 @@ class Forward {
         {mma_segment(x, step.multiply, step.tiling), mma_segment(mem, step.multiply, step.tiling)});
     p.conv.weight = packed.x.in(a_.weight);
     p.conv.weight_pitch = packed.x.pitch;
-    const size_t bytes = size_t(p.conv.shared_bytes());
-    const Launch how = step_launch("forward step (mma)", step, bytes, stream_);
-    with_element(step.multiply, [&](auto element) {
-      using E = decltype(element);
-      launch(how, step.tiles == 8 ? &forward_mma<E, 2> : &forward_mma<E, 1>, p);
-    });
+    const Launch how{"forward step (mma)", step.tiling.blocks(), kThreads,
+                     size_t(p.conv.shared_bytes()), stream_};
+    with_element(step.multiply,
+                 [&](auto element) { launch(how, &forward_mma<decltype(element)>, p); });
   }
 
   void fire(int64_t t) const {

@@ -10,9 +10,8 @@ namespace snnlstm::cuda {
 
 // ---- on tensor cores ----------------------------------------------------------------------------
 //
-// See mma.cuh for the tile. A warp's n-tiles are
-//   Tiles = 2: 4 gates x (pair of tiles of 16 channels), a thread holds 4 neighbouring channels
-//   Tiles = 1: 4 gates x (tile of 8 channels), a thread holds 2
+// See mma.cuh for the tile. A warp has a pair of n-tiles for each gate, and a thread holds 2 pixels
+// x 4 channels of each m16 tile.
 
 struct ForwardMma {
   Tiling tiling;
@@ -21,22 +20,21 @@ struct ForwardMma {
 };
 
 // Moves the sums of the first m16 tile to sum[gate][pixel][channel], and the second tile's up.
-template <int Tiles>
-SNNLSTM_DEVICE void take_tile(float (&acc)[2][4 * Tiles][4], float (&sum)[4][2][2 * Tiles]) {
-  unrolled<4, Tiles>([&](int gate, int half) {
+SNNLSTM_DEVICE void take_tile(float (&acc)[2][8][4], float (&sum)[4][2][4]) {
+  unrolled<4, 2>([&](int gate, int half) {
     unrolled<4>([&](int r) {
-      const int tile = gate * Tiles + half;
+      const int tile = 2 * gate + half;
       sum[gate][r / 2][2 * half + r % 2] = acc[0][tile][r];
       acc[0][tile][r] = acc[1][tile][r];
     });
   });
 }
 
-template <class Element, int Tiles>
+template <class Element>
 __global__ void __launch_bounds__(kThreads, 2) forward_mma(const __grid_constant__ ForwardMma p) {
   if constexpr (arch::has_mma) {
-    using Gemm = MmaGemm<Element, 4 * Tiles>;
-    constexpr int kChannels = 8 * Tiles;
+    using Gemm = MmaGemm<Element, 8>;
+    constexpr int kChannels = mma_tile::kChannels;
     auto* shared = &shared_memory<unsigned char>();
     const BlockPlace block = block_of(p.tiling, blockIdx.x);
     if (p.neuron.fire.is_padded(block.n)) return;
@@ -48,9 +46,9 @@ __global__ void __launch_bounds__(kThreads, 2) forward_mma(const __grid_constant
     Gemm(p.conv, shared, p.tiling, block).run(acc);
 #pragma unroll 1
     for (int mi = 0; mi < 2; ++mi) {  // not unrolled: the accumulators move instead
-      float sum[4][2][2 * Tiles];
-      take_tile<Tiles>(acc, sum);
-      tile.patch(Gemm::pixel(mi), 2 * Tiles * Gemm::quad(), sum);
+      float sum[4][2][4];
+      take_tile(acc, sum);
+      tile.patch(Gemm::pixel(mi), 4 * Gemm::quad(), sum);
     }
   } else {
     trap_without_mma();

@@ -29,16 +29,10 @@ void launch_neurons(const char* name, const Args& a, const void* x,
                    : with(zero, std::integral_constant<int, 1>{}),
            a);
   };
-  switch (a.dtype) {
-    case DType::float64:
-      return run(double{});
-    case DType::float16:
-      return run(fp16{});
-    case DType::bfloat16:
-      return run(bf16{});
-    default:
-      return run(float{});
-  }
+  if (a.dtype == DType::float64) return run(double{});
+  if (a.dtype == DType::float16) return run(fp16{});
+  if (a.dtype == DType::bfloat16) return run(bf16{});
+  run(float{});
 }
 
 }  // namespace

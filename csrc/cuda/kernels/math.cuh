@@ -20,10 +20,6 @@ SNNLSTM_DEVICE float from_bits16(DType type, unsigned bits) {
 SNNLSTM_DEVICE unsigned to_bits16(DType type, float x) {
   return type == DType::bfloat16 ? from_float<bf16>(x).bits : from_float<fp16>(x).bits;
 }
-// Packs two numbers into one register, lo in bits 0 to 15.
-SNNLSTM_DEVICE unsigned pack16(DType type, float lo, float hi) {
-  return type == DType::bfloat16 ? pack<bf16>(lo, hi) : pack<fp16>(lo, hi);
-}
 
 // Element i of an array.
 template <class R>

@@ -3,8 +3,8 @@
 // A block of 4 warps keeps the tile's neighbourhood in shared memory, 64 bytes of channels (a
 // chunk) at a time, and walks over all taps of the chunk by shifting the rows that it reads. So
 // there is no im2col, and a block fetches every source pixel once. Weights come in the order in
-// which the tensor cores take them, straight from global memory: all warps of a block read the same
-// ones, and all but the first find them in the L1 cache.
+// which the tensor cores take them, straight from global memory: each warp reads all that its block
+// needs.
 //
 //     pixel 0 | 4 groups of 16 bytes
 //     pixel 1 | 4 groups of 16 bytes

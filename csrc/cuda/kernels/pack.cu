@@ -14,7 +14,7 @@ void Pass::pack(const void* weight, void* packed, void* stream) const {
   const Shape& s = steps_->s;
   for (const PackedPart* part : {&steps_->packed.x, &steps_->packed.mem}) {
     if (part->blocks == 0) continue;  // cudnn has no packed weight
-    const int64_t blocks = part->blocks * part->chunks * (part->mma() ? part->tiles / 2 : 1);
+    const int64_t blocks = part->blocks * part->chunks * (part->mma() ? part->pairs() : 1);
     Packing& job = (part->mma() ? mma : fma).job[part == &steps_->packed.x ? 0 : 1];
     job = {*part,        static_cast<char*>(packed) + part->start,
            weight,       s.c.dtype,

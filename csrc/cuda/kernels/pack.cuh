@@ -31,14 +31,11 @@ struct Packing {
   KernelTaps places;
   int64_t blocks = 0;  // of the launch; 0: the segment is absent
 
-  SNNLSTM_BOTH bool forward() const {
-    return part.use == Use::x_to_gates || part.use == Use::mem_to_gates;
-  }
   SNNLSTM_BOTH bool is_mem() const {
     return part.use == Use::mem_to_gates || part.use == Use::gates_to_mem;
   }
   SNNLSTM_BOTH int input_channels() const { return is_mem() ? C : Cin; }
-  SNNLSTM_BOTH int depth_channels() const { return forward() ? input_channels() : 4 * Cp; }
+  SNNLSTM_BOTH int depth_channels() const { return part.forward() ? input_channels() : 4 * Cp; }
 
   // Returns the weight between output channel c of a gate and an input channel of x or mem, or 0 if
   // one of them does not exist.
@@ -71,8 +68,8 @@ __global__ void __launch_bounds__(kThreads) pack_fma(const __grid_constant__ Job
     const int64_t k = chunk * fma::kDepth + i / fma::kColumns;
     const int column = int(block) * fma::kColumns + i % fma::kColumns;
     const int tap = int(k / channels), channel = int(k % channels);
-    out[i] = job.forward() ? job.at<R>(column % 4, column / 4, channel, tap)
-                           : job.transposed<R>(channel, column, tap);
+    out[i] = job.part.forward() ? job.at<R>(column % 4, column / 4, channel, tap)
+                                : job.transposed<R>(channel, column, tap);
   }
 }
 
@@ -86,18 +83,17 @@ __global__ void __launch_bounds__(kThreads) pack_mma(const __grid_constant__ Job
   int64_t index = blockIdx.x;
   const Packing& job = job_of(p.job, p.job[0].blocks, index);
   const PackedPart& part = job.part;
-  const int chunk = int(index % part.chunks), pairs = part.tiles / 2;
+  const int chunk = int(index % part.chunks), pairs = part.pairs();
   const int pair = int(index / part.chunks) % pairs, block = int(index / part.chunks) / pairs;
   const int steps = chunk + 1 < part.chunks ? 2 : part.tail_steps;
   auto* out = reinterpret_cast<uint32_t*>(static_cast<char*>(job.packed) + block * part.pitch) +
               (int64_t(chunk) * 2 * job.taps * pairs + pair) * kPairWords;
-  // Returns the weight for column n of a tile of the pair, channel k.
+  // Returns the weight for column n of a tile of the pair, channel k of K. Forward the pair is that
+  // of a gate. The channels of a pair are ordered as mma.cuh says.
   const auto value = [&](int tile, int n, int k, int tap) {
-    const int column = 4 * (n / 2) + 2 * tile + n % 2;  // mma.cuh: pairs
-    if (part.tiles == 2) return job.transposed<float>(k, 16 * block + column, tap);
-    // The pair's tiles are 16 channels of a gate, or two gates of 8 channels.
-    if (part.tiles == 8) return job.at<float>(pair, 16 * block + column, k, tap);
-    return job.at<float>(2 * pair + tile, 8 * block + n, k, tap);
+    const int channel = mma_tile::kChannels * block + 4 * (n / 2) + 2 * tile + n % 2;
+    return part.forward() ? job.at<float>(pair, channel, k, tap)
+                          : job.transposed<float>(k, channel, tap);
   };
   for (int i = int(threadIdx.x); i < job.taps * steps * kPairWords; i += kThreads) {
     const int unit = i / kPairWords, lane = i / 4 % 32, word = i % 4;
