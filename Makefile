@@ -48,13 +48,9 @@ versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Py
 bench: $(VENV)/.demo  ## measure networks of users with either library's cell, and under inductor
 	$(RUN) -m benchmarks --providers loop sequence compiled-loop inductor $(ARGS)
 
-# The first Python whose torch sees the GPU runs it. $(VENV) gets what is missing there.
-SEES = -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
 gpu:  ## on a machine with a GPU: build, check, test and measure in half an hour (ARGS=--quick: 4 minutes)
 	$(call NEW_ENOUGH,$(HERE))
-	@for python in $(HERE) $(filter-out $(HERE),$(PYTHON)); do \
-	  if $$python $(SEES); then exec $$python -m benchmarks.gpu --venv $(VENV) $(ARGS); fi; done; \
-	  exec $(HERE) -m benchmarks.gpu --venv $(VENV) $(ARGS)
+	$(HERE) -m benchmarks.gpu $(ARGS)
 
 FOR  = $(shell command -v $(HERE))
 CORE = build/core-$(shell $(FOR) -c 'import sys; print(sys.implementation.cache_tag)')

@@ -1,19 +1,16 @@
 """`make gpu` says what is right and what is slow on a GPU, and writes one report.
 
-    python -m benchmarks.gpu [--quick] [--minutes M] [--core PATH] [--out DIR]
-    python -m benchmarks.gpu --rehearse [DEVICE] [--quick]
+    python -m benchmarks.gpu [--rehearse] [--quick] [--out DIR]
 
-What is missing is listed first, with the lines that install it. With --venv DIR it is installed
-into an environment, where the command goes on; otherwise it needs no network. The clock starts
-behind the build, for which --core takes a core that was built elsewhere. In four minutes --quick
-checks spikes, states, gradients and that results repeat, and times layers beside snnTorch's: our
-own kernels ("sequence:fused") and ours around cuDNN ("sequence:cudnn") for each. Without it tests,
-sanitizers and large layers follow, in half an hour.
+What is missing is listed first, with the lines that install it; nothing needs a network. In four
+minutes behind the build, --quick checks spikes, states, gradients and that results repeat, and
+times layers beside snnTorch's: our own kernels ("sequence:fused") and ours around cuDNN
+("sequence:cudnn") for each. Without it tests, sanitizers and large layers follow, in half an hour.
 Each command must end by some time, and later ones get the time that earlier ones leave.
 
---rehearse goes through the same steps on an emulated GPU (emulator-t4, tests/emulator), with tiny
-layers; its times mean nothing. DIR gets report.md, and results.zip with all logs and rows, anew
-after each step. The build goes to out/gpu-build and is kept.
+--rehearse goes through the same steps on an emulated T4 (tests/emulator), with tiny layers and no
+limits of time; its times mean nothing. DIR gets report.md, and results.zip with all
+logs and rows, anew after each step. The build goes to gpu-build beside DIR, and is kept.
 """
 
 from __future__ import annotations
@@ -21,35 +18,33 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import platform
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.gpu_setup import building, fill, find, lacking
+from tools import local_version
 
 ROOT = Path(__file__).resolve().parents[1]
+# The modules and programs that the steps need.
+NEEDED = "torch pybind11 cmake ninja pytest hypothesis pandas tqdm snntorch"
 SHOWN = 600  # lines of a step's output, in the report
 LINES = 15  # of a failed step's output, on the console
 LAST = 10.0  # seconds that a shape of the benchmark may take after it was begun
 NOT_RUN = 4  # the exit status of a benchmark whose time ended before all rows
-MARKS = "WRONG", "NOT RUN", "FAILED", "ERROR"  # lines that begin so are shown at once
-# Each GPU is timed in the types that it has instructions for.
-DTYPES = {75: "float32 autocast16 float16", 80: "tf32 bfloat16 float16"}
-TINY = '"2 1 2 8 6 6 3 name=tiny"'  # the layer of a rehearsal
+MARKS = "WRONG", "NOT RUN", "FAILED", "ERROR", "problem"  # lines that begin so are shown at once
 
 
 class Step(NamedTuple):
     """A step is one command, in which LEFT stands for the seconds that it may take.
 
-    until: the share of the time behind the build after which the step is stopped; 0 means no limit,
-    and that a failure ends the run.
+    until: the seconds behind the build after which the step is stopped; 0 means no limit, and that
+    a failure ends the run.
     """
 
     name: str
@@ -67,41 +62,76 @@ class Outcome(NamedTuple):
 
 
 class Place(NamedTuple):
-    """`out` gets the logs and rows of `work`; `tree` is a copy of the sources; steps run in it."""
+    """`out` gets the logs and rows of `work`. Steps run in `tree`, a copy of the sources."""
 
     device: str
-    capability: int
-    core: Path | None  # one that is built
     out: Path
     build: Path
     work: Path
     tree: Path
 
 
-def steps(place: Place, quick: bool, gpus: set[int]) -> list[Step]:
-    """Returns the steps, with tiny layers and few tests in a rehearsal. gpus: see `building`."""
+def lacking(rehearsal: bool) -> list[str]:
+    """Returns a line for each thing that is missing, with what installs it."""
+    python, has = sys.executable, importlib.util.find_spec
+    packages = [name for name in NEEDED.split() if not (has(name) or shutil.which(name))]
+    problems = [f"missing: {python} -m pip install {' '.join(packages)}"] * bool(packages)
+    sees = has("torch") and import_module("torch").cuda.is_available()
+    if not (sees or rehearsal):
+        text = f"no torch that sees a GPU in {python}: make gpu PYTHON=..., "
+        problems.append(text + 'or ARGS="--rehearse" to go through the steps without one')
+    return problems
+
+
+def building(place: Place, gpus: Sequence[int]) -> list[Step]:
+    """Returns the steps that build the core, and go on where the last build stopped.
+
+    Of the CPU kernels it has the baseline alone: that takes a tenth of the time of a release.
+    """
+    import pybind11
+
+    settings = {
+        "Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir(),
+        "SNNLSTM_INPLACE": "ON", "SNNLSTM_BASELINE_ALONE": "ON", "SNNLSTM_TESTING": "ON",
+        "CMAKE_CUDA_FLAGS": "-lineinfo",  # so that the sanitizers and profilers name lines
+    }  # fmt: skip
+    if place.device == "cuda":
+        settings |= {"SNNLSTM_CUDA": "ON", "SNNLSTM_CUDA_ARCHS": ";".join(map(str, gpus))}
+    objects = place.build / sys.implementation.cache_tag
+    configure = ["cmake", "-S", f"{place.tree}/csrc", "-B", str(objects), "-G", "Ninja"]
+    configure += [f"-D{name}={value}" for name, value in settings.items()]
+    build = ["cmake", "--build", str(objects)]
+    return [Step("configure", 0, shlex.join(configure)), Step("build", 0, shlex.join(build))]
+
+
+def steps(place: Place, quick: bool, gpus: Sequence[int]) -> list[Step]:
+    """Returns the steps, with tiny layers and few tests in a rehearsal.
+
+    gpus: the compute capabilities, of which the first one is of the GPU that is measured.
+    """
     rehearsal, cores = place.device != "cuda", os.cpu_count() or 1
     work, python = shlex.quote(str(place.work)), shlex.quote(sys.executable)
     device, small = f"--device {place.device}", " --sizes 2 1 3 5 6 7" if rehearsal else ""
     smoke = f"{python} -m benchmarks.gpu_smoke {device}{small} --algorithms"
-    dtypes = DTYPES[max(known for known in DTYPES if known <= place.capability)]
+    # Each GPU is timed in the types that it has instructions for.
+    dtypes = "tf32 bfloat16 float16" if gpus[0] >= 80 else "float32 autocast16 float16"
     bench = f"{python} -m benchmarks {device} --threads all --dtype {dtypes} --limit LEFT "
-    bench += f"--shape {TINY} --seconds 0.2 " if rehearsal else ""
+    bench += '--shape "2 1 2 8 6 6 3 name=tiny" --seconds 0.2 ' * rehearsal
     shapes = "" if rehearsal else "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 "
     beside = "snntorch snntorch-cudagraph loop sequence sequence-cudagraph sequence:fused "
     beside += "sequence:cudnn"
 
-    def step(name: str, quick_end: float, whole_end: float, command: str) -> Step:
-        return Step(name, quick_end / 240 if quick else whole_end / 1800, command)
+    def step(name: str, until: float, command: str) -> Step:
+        return Step(name, float("inf") if rehearsal else until, command)
 
-    built = building(place.core, place.tree, place.build, gpus, must=not rehearsal)
     found = [
-        *(Step(name, 0, command) for name, command in built),
-        Step("kernels", 0, f"{python} -m benchmarks.gpu_check {device}"),
+        *building(place, gpus),
+        step("found", 60, f"sh -c '{python} -m snnlstm; nvidia-smi -q -d CLOCK,POWER || true'"),
         # The first has the imports, the context of the GPU and cuDNN's start.
-        step("smoke fused", 60, 60, f"{smoke} fused"),
-        step("smoke cudnn", 100, 100, f"{smoke} cudnn"),
-        step("layers", 234, 700, f"{bench}{shapes}--providers {beside} --out {work}/layers"),
+        step("smoke fused", 60, f"{smoke} fused"),
+        step("smoke cudnn", 100, f"{smoke} cudnn"),
+        step("layers", 234 if quick else 700,
+             f"{bench}{shapes}--providers {beside} --out {work}/layers"),
     ]  # fmt: skip
     if quick:
         return found
@@ -115,16 +145,17 @@ def steps(place: Place, quick: bool, gpus: set[int]) -> list[Step]:
     beside += " loop-cudagraph compiled-loop"
     # torch.compile takes a minute of one core for a layer.
     beside += " snntorch-compile snntorch-compile-graph" if cores >= 8 else ""
-    found.append(step("tests", 0, 1200, f"{tests} {place.device.split('-')[0]}"))
-    sanitizer = find("compute-sanitizer")
+    found.append(step("tests", 1200, f"{tests} {place.device.split('-')[0]}"))
+    places = os.pathsep.join(map(str, local_version.places()))
+    sanitizer = shutil.which("compute-sanitizer", path=places)
     for until, tool in enumerate(("memcheck", "racecheck", "synccheck") if sanitizer else ()):
         # Our own kernels alone are checked, because torch's would take minutes.
         command = f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer} --tool={tool} "
         command += "--error-exitcode=9 --launch-timeout=60 --kernel-name kernel_substring=snnlstm "
         command += f'{smoke} fused --options plain "max_pool, subtract"'
-        found.append(step(tool, 0, 1280 + 80 * until, command))
+        found.append(step(tool, 1280 + 80 * until, command))
     large = f"{bench}{shapes}--providers {beside} --out {work}/large"
-    return [*found, step("large layers", 0, 1770, large)]
+    return [*found, step("large layers", 1770, large)]
 
 
 def run(place: Place, step: Step, left: float) -> Outcome:
@@ -135,39 +166,36 @@ def run(place: Place, step: Step, left: float) -> Outcome:
     start = time.monotonic()
     if left <= 0:
         return Outcome(step, "not begun: no time was left")
-    limit = ("timeout", "--signal=INT", "--kill-after=10", f"{left:.1f}") if step.until else ()
+    limit = ("timeout", "--signal=INT", "--kill-after=10", f"{left:.1f}")
     command = step.command.replace("LEFT", f"{max(1.0, left - LAST):.0f}")
     environment = {
         "PYTHONPATH": f"{place.tree}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "SNNLSTM_EMULATOR_CACHE": str(place.build / "emulator"),
     }
-    # Children of a background job inherit it.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     log = place.work / f"{step.name.replace(' ', '-')}.log"
     with log.open("w") as file:
         status = subprocess.run(
-            (*limit, *shlex.split(command)), cwd=place.tree, env=os.environ | environment,
-            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
+            (*(limit if left < float("inf") else ()), *shlex.split(command)), cwd=place.tree,
+            env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=file,
+            stderr=subprocess.STDOUT, check=False,
         ).returncode  # fmt: skip
     known = {0: "passed", NOT_RUN: "incomplete: rows were not run, as no time was left"}
-    over = f"stopped: its time was over after {left:.0f} s"
-    known |= dict.fromkeys((124, 137, -signal.SIGKILL), over)
+    known |= dict.fromkeys((124, 137, -9), f"stopped: its time was over after {left:.0f} s")
     verdict = known.get(status, f"failed (exit status {status})")
     lines = log.read_text(errors="replace").splitlines()[-SHOWN:]
     return Outcome(step, verdict, time.monotonic() - start, "\n".join(lines))
 
 
-def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outcome]:
+def run_all(place: Place, planned: Sequence[Step]) -> list[Outcome]:
     """Runs the steps and writes the report after each."""
     begin, outcomes = time.monotonic(), list[Outcome]()
     for step in planned:
         print(f"{step.name} ...", end=" ", flush=True)
         if any(not one.step.until and one.verdict != "passed" for one in outcomes):
-            outcome = Outcome(step, "not begun: the kernels cannot run")
+            outcome = Outcome(step, "not begun: there is no core")
         else:
-            left = begin + step.until * seconds - time.monotonic() if step.until else float("inf")
+            left = begin + step.until - time.monotonic() if step.until else float("inf")
             outcome = run(place, step, left)
         if not step.until:
             begin = time.monotonic()
@@ -182,15 +210,12 @@ def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outco
 
 
 def report(place: Place, outcomes: Sequence[Outcome]) -> str:
-    """Returns the report, in Markdown: machine and versions, a table of the steps, their output."""
+    """Returns the report, in Markdown: the machine, a table of the steps, and their output."""
     from benchmarks import devices, machine
 
-    cuda, gpu = place.device == "cuda", devices.name(place.device)
-    about = machine.describe("cuda" if cuda else "cpu")
-    about["machine"] = f"{platform.platform()}, {machine.device_name('cpu')}"
-    kind = "snnlstm" if cuda else "Rehearsal of snnlstm, without times of a GPU,"
-    lines = [f"# {kind} on {gpu}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in about.items()]
+    kind = "" if place.device == "cuda" else "Rehearsal, without times of a GPU, of "
+    lines = [f"# {kind}snnlstm on {devices.name(place.device)}", ""]
+    lines += [f"Commit {machine.git_commit()} on {machine.device_name('cpu')}, {time.asctime()}"]
     lines += ["", "| step | outcome | seconds |", "|---|---|---|", *table(outcomes)]
     for outcome in outcomes:
         name, command = outcome.step.name, outcome.step.command
@@ -212,42 +237,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="right or wrong, and where time goes")
-    parser.add_argument("--minutes", type=float, help="after the build (default: 30, --quick: 4)")
-    parser.add_argument("--core", type=Path, metavar="PATH", help="take this core, and build none")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/gpu-DATE-TIME")
-    parser.add_argument("--build", type=Path, metavar="DIR", default=ROOT / "out" / "gpu-build")
-    parser.add_argument("--rehearse", nargs="?", const="emulator-t4", metavar="DEVICE",
-        help="without a GPU, on an emulated one")  # fmt: skip
-    parser.add_argument("--venv", metavar="DIR", help="install what is missing there, run there")
+    parser.add_argument("--rehearse", action="store_true", help="on an emulated GPU")
     options = parser.parse_args(arguments)
-    fills = bool(options.venv and not options.rehearse)
-    trouble = lacking(bool(options.rehearse), options.core)
-    if trouble and fills and not (trouble := lacking(False, options.core, fills)):
-        python, words = fill(Path(options.venv), options.core), arguments or sys.argv[1:]
-        os.execv(python, [python, "-m", "benchmarks.gpu", *words, "--venv="])
-    if trouble:
+    if trouble := lacking(options.rehearse):
         print(*trouble, sep="\n", file=sys.stderr)
         return 1
     from benchmarks import devices
 
-    device = options.rehearse or "cuda"
-    if device not in devices.DEVICES or (options.rehearse and "emulator" not in device):
-        parser.error(f"--rehearse: {device} is none of {', '.join(devices.DEVICES[2:])}")
+    device = "emulator-t4" if options.rehearse else "cuda"
     out = (options.out or Path("out") / time.strftime("gpu-%Y%m%d-%H%M%S")).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    capability = devices.capability(device)
-    core, build = options.core and options.core.resolve(), options.build.resolve()
-    place = Place(device, capability, core, out, build, build / "work", build / "tree")
-    gpus = {capability} if options.rehearse else devices.capabilities()
-    planned = steps(place, options.quick, gpus)
+    build = out.parent / "gpu-build"
+    place = Place(device, out, build, build / "work", build / "tree")
+    planned = steps(place, options.quick, devices.capabilities(device))
     for old in (place.tree, place.work):
         shutil.rmtree(old, ignore_errors=True)
     # The sources are copied with their times, but for what was built there.
     built = ".*", "__pycache__", "*.so", "build", "out", place.build.name
     shutil.copytree(ROOT, place.tree, ignore=shutil.ignore_patterns(*built))
     place.work.mkdir(parents=True)
-    minutes = options.minutes or (4 if options.quick and not options.rehearse else 30)
-    outcomes = run_all(place, planned, 60 * minutes)
+    outcomes = run_all(place, planned)
     print("", *table(outcomes), f"to send: both files in {out}", sep="\n")
     return int(any(outcome.verdict != "passed" for outcome in outcomes))
 

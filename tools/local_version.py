@@ -1,7 +1,7 @@
 """What scikit-build-core asks before a build: the version, and packages that the build needs.
 
 The rules for CUDA's compiler are here, too: `python tools/local_version.py` prints what a build
-compiles, and programs that look for a GPU's driver and compiler import this module.
+compiles, and programs that look for the compiler import this module.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ PTX = 75, 80
 """Translating C++ to PTX takes two thirds of nvcc's time. Therefore GPUs without cp.async share one
 PTX, and those with it another. Each GPU still has its own machine code."""
 TOOLKIT = "/usr/local/cuda"  # where NVIDIA's installers put it
-# The CUDA of torch and of nvcc for drivers from a number on. PyPI has both for CUDA 13 alone. The
-# indexes of torch have torch for the others: cu128 up to 2.11, and cu126 up to 2.14.
-DRIVERS = {580: 13.0, 570: 12.8, 525: 12.6}
+DRIVER = 580  # the oldest for CUDA 13, the only one whose compiler PyPI has
 QUERY = ("nvidia-smi", "--format=csv,noheader")
 PYPI_NVCC = ("nvidia-cuda-nvcc==13.*", "nvidia-cuda-runtime==13.*", "nvidia-cuda-cccl==13.*")
 
@@ -47,7 +45,7 @@ def get_requires_for_dynamic_metadata(settings: dict) -> list[str]:
     set_by_user = "SNNLSTM_CUDA", "SNNLSTM_LOCAL_VERSION", "CUDACXX"
     if any(map(os.environ.get, set_by_user)) or os.environ.get("SNNLSTM_CORE", "").lower() == "off":
         return []
-    if sys.platform != "linux" or cuda() < 13 or nvcc():
+    if sys.platform != "linux" or not runs_cuda_13() or nvcc():
         return []
     if can_be_fetched(PYPI_NVCC):
         return list(PYPI_NVCC)
@@ -64,18 +62,10 @@ def can_be_fetched(packages: tuple[str, ...]) -> bool:
     return tried.returncode == 0
 
 
-def cuda() -> float:
-    """Returns the CUDA for this machine's driver, or 0 if nvidia-smi finds no GPU or an old one."""
+def runs_cuda_13() -> bool:
+    """Tells whether nvidia-smi finds a GPU whose driver runs code of PyPI's compiler."""
     major = re.match(r"\d+", printed([*QUERY, "--query-gpu=driver_version"]))
-    return next(
-        (version for oldest, version in DRIVERS.items() if major and int(major[0]) >= oldest), 0.0
-    )
-
-
-def torch_for(cuda: float) -> list[str]:
-    """Returns pip's arguments for a torch of this CUDA; 0 means any torch."""
-    index = ["--index-url", f"https://download.pytorch.org/whl/cu{10 * cuda:.0f}"]
-    return ["torch", *index * (0 < cuda < 13)]
+    return bool(major) and int(major[0]) >= DRIVER
 
 
 def places(pip: bool = False) -> list[Path]:
@@ -209,28 +199,6 @@ def machine_code(nvcc: str, archs: Iterable[int]) -> tuple[list[str], str]:
     flags = [f"-gencode=arch=compute_{ptx},code=[{','.join(names)}]"
              for ptx, names in code.items() if names]  # fmt: skip
     return flags, " ".join([*map(str, served), f"{kept}+ptx"])
-
-
-def serving(cuda: float) -> tuple[str | None, str]:
-    """Returns the compiler for this machine's GPUs and driver, and why others do not serve.
-
-    cuda: as `cuda` returns it. A compiler that does not know a GPU makes PTX for it. That is taken
-    where PyPI's compiler does not serve the driver.
-    """
-    present, only_ptx, reasons = gpus(), None, []
-    for one in compilers():
-        known = printed([one.path, "--list-gpu-arch"]).split()
-        unknown = [f"{gpu / 10}" for gpu in present if f"compute_{gpu}" not in known]
-        why = one.against()
-        if not why and one.release[0] > cuda:
-            why = f"{one.why}, and the driver runs {cuda}"
-        elif not why and unknown:
-            why = f"{one.why}, and does not know GPUs of {', '.join(unknown)}"
-            only_ptx = only_ptx or one.path
-        if not why:
-            return one.path, ""
-        reasons.append(why)
-    return only_ptx if cuda < 13 else None, "; ".join(reasons)
 
 
 def printed(command: list[str], failed: bool = False) -> str:

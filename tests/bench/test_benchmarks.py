@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import runpy
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ import snnlstm
 from benchmarks import (
     accuracy,
     arguments,
+    gpu,
     gpu_smoke,
+    host,
     machine,
     networks,
     peak_memory,
@@ -256,6 +259,16 @@ def test_one_image_is_that_of_each_step():
         assert one.title.endswith(f"T={steps.shape[1]} N={len(x)}, one image")
 
 
+def test_cases_beyond_the_time_limit_are_not_run(tmp_path, capsys):
+    two = [word for name in "ab" for word in ("--shape", f"2 1 2 4 6 6 3 name={name}")]
+    limit = ["--seconds", "0.01", "--providers", "sequence", "--mode", "inference"]
+    limit += ["--out", str(tmp_path / "rows"), "--limit"]
+    assert run.main([*two, *limit, "0"]) == gpu.NOT_RUN
+    assert run.main([*two, *limit, "inf", "--dtype", "float32", "float64"]) == 0
+    order = re.findall(r"(?m)^([ab]), inference .*, (float..), ms", capsys.readouterr().out)
+    assert order == [(case, dtype) for case in "ab" for dtype in ("float32", "float64")]
+
+
 def test_a_name_means_one_layer_or_network():
     assert len(arguments.CASES) == sum(map(len, arguments.TABLES.values()))
 
@@ -353,6 +366,13 @@ def test_the_other_commands_print_their_tables(capsys, monkeypatch):
     lines = list(gpu_smoke.run("cpu", algorithms=("direct",)))
     assert len(lines) == len(gpu_smoke.rows("cpu", ["direct"], list(gpu_smoke.OPTIONS)))
     assert all(right for _, right in lines)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler for the emulator")
+def test_each_backend_has_its_time_on_the_host(monkeypatch, capsys):
+    monkeypatch.setattr(host, "ROUNDS", 1)
+    host.main([])
+    assert len(re.findall(r"(?m)^  \S+, \w+ +[\d.]+ +[\d.]+$", capsys.readouterr().out)) == 3
 
 
 @long

@@ -72,7 +72,7 @@ def test_a_compiler_that_cannot_be_fetched_is_not_asked_for(add, monkeypatch, ca
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setattr(local_version, "cuda", lambda: 13.0)
+    monkeypatch.setattr(local_version, "runs_cuda_13", lambda: True)
     monkeypatch.setattr(local_version, "nvcc", lambda: None)
     assert local_version.get_requires_for_dynamic_metadata({}) == []
     assert "pip finds no package of their compiler" in capsys.readouterr().out
