@@ -69,7 +69,7 @@ class Case:
     lengths: bool = False
 
     dtypes = torch.float64, torch.bfloat16, torch.float16  # besides float32
-    autocast = False
+    autocast, captures = False, True
     optimizer = functools.partial(torch.optim.SGD, lr=0.0)
     loop = staticmethod(loop)
 

@@ -141,7 +141,8 @@ def steps(place: Place, quick: bool, gpus: Sequence[int]) -> list[Step]:
     tests += "tests/leaky tests/snntorch"
     tests = "tests/cell/test_quant.py" if rehearsal else tests
     tests = f"{python} -m pytest -q --maxfail=50 {workers} -p no:cacheprovider {tests} --backend"
-    shapes = "--shapes leaky audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 " * (not rehearsal)
+    shapes = "dense conv audio dvs64 wide64 dvs128 wide128 big"
+    shapes = "" if rehearsal else f"--shapes {shapes} --seconds 1.5 "
     beside += " loop-cudagraph compiled-loop"
     # torch.compile takes a minute of one core for a layer.
     beside += " snntorch-compile snntorch-compile-graph" if cores >= 8 else ""

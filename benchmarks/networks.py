@@ -45,6 +45,7 @@ def averaged(run: Callable[..., Tensor], net: nn.Module, optimizer: Any, x: Tens
 reset = torch.compiler.disable(utils.reset)
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+LOOPS = {name: form for name, form in FORMS.items() if not form.sequences}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Network:
     forms: dict[str, Form] = field(default_factory=dict)
     own_input: Callable[[], Any] | None = None
     dtypes = ()  # besides float32
+    captures = False  # no CUDA graph has an optimizer's step
 
     def batches(self, *_: Any) -> list[tuple[Any, Any]]:
         """Returns equal batches at every call: events of density 0.3, and labels."""
@@ -140,13 +142,10 @@ def layers(*channels: int, threshold: float, kernel: Any = 3, **options: Any) ->
 
 
 def _classifier(title: str, layers: list[dict], shape: tuple[int, ...]) -> Network:
-    """Returns a Classifier on (N, T, C, H, W)."""
+    """Returns a Classifier on (N, T, C, H, W), of cells that each have a pool of 2x2."""
     batch, steps, _, *image = shape
-    for layer in layers:
-        pool = layer.get("max_pool") or layer["avg_pool"]
-        sides = pool if isinstance(pool, tuple) else (pool, pool)
-        image = [size // side for size, side in zip(image, sides, strict=True)]
-    make = functools.partial(Classifier, layers=layers, pixels=math.prod(image))
+    pixels = math.prod(side >> len(layers) for side in image)
+    make = functools.partial(Classifier, layers=layers, pixels=pixels)
     return Network(f"{title}; T={steps} N={batch}", make, (shape,), optimizer=torch.optim.Adam)
 
 
@@ -198,41 +197,31 @@ def seen(run: Callable[..., Any], net: Any, x: Tensor) -> Tensor:
         return run(net, x, net.start())[0]
 
 
-def pyramid(
-    cell: Any, channels: Sequence[int], side: int, pool: bool = True, norm: bool = False
-) -> nn.Module:
-    """Makes convolutions with Leaky, one for each pair of channels, then a cell, Linear and Leaky.
+# ---- networks that are called step by step, whose layers keep their states -----------------------
+#
+# Their functions take the shape (N, T, C, H, W) of batches, and the channels or features of layers.
 
-    With `pool` each Leaky has a MaxPool2d behind it, with `norm` a BatchNorm2d before it. `side` is
-    that of the input's images. All layers keep their states.
-    """
-    grad, layers = surrogate.fast_sigmoid(slope=25), list[nn.Module]()
-    *fronts, last = itertools.pairwise(channels)
+OPTIONS: dict[str, Any] = {"init_hidden": True, "spike_grad": surrogate.fast_sigmoid(slope=25)}
+KEPT = OPTIONS | {"beta": 0.9, "threshold": 0.3}
+
+
+def pyramid(cell: Any, shape: Sequence[int], *channels: int) -> nn.Module:
+    """Makes convolutions with Leaky and a pool, then a cell of the last channels, and Linear."""
+    layers, (*fronts, last) = list[nn.Module](), itertools.pairwise((shape[2], *channels))
     for one, other in fronts:
-        layers += [nn.Conv2d(one, other, 3, padding=1)]
-        layers += [nn.BatchNorm2d(other)] if norm else []
-        layers += [_leaky(cell, beta=0.9, threshold=0.3, init_hidden=True, spike_grad=grad)]
-        layers += [nn.MaxPool2d(2)] if pool else []
-        side //= 1 + pool
+        layers += [nn.Conv2d(one, other, 3, padding=1), _leaky(cell, **KEPT), nn.MaxPool2d(2)]
     return nn.Sequential(
         *layers,
-        cell(*last, 3, threshold=0.05, init_hidden=True, max_pool=2, spike_grad=grad),
+        cell(*last, 3, threshold=0.05, max_pool=2, **OPTIONS),
         nn.Flatten(),
-        nn.Linear(last[1] * (side // 2) ** 2, 10),
-        _leaky(cell, beta=0.9, init_hidden=True, output=True, spike_grad=grad),
+        nn.Linear(last[1] * (shape[3] >> len(channels)) ** 2, 10),
+        _leaky(cell, beta=0.9, output=True, **OPTIONS),
     )
 
 
-def _pyramid(title: str, shape: tuple[int, ...], *channels: int, **options: Any) -> Network:
-    """Returns a pyramid on (N, T, C, H, W), with the channels behind C."""
-    make = functools.partial(pyramid, channels=(shape[2], *channels), side=shape[3], **options)
-    return _stepwise(f"{title} {shape[3]}x{shape[4]}", make, shape)
-
-
-def convolutions(cell: Any, side: int) -> nn.Module:
-    """Makes the network of snnTorch's tutorial 6, for images of this side; layers keep states."""
-    grad, layers = surrogate.fast_sigmoid(slope=25), list[nn.Module]()
-    options = {"beta": 0.5, "threshold": 0.3, "init_hidden": True, "spike_grad": grad}
+def convolutions(cell: Any, shape: Sequence[int]) -> nn.Module:
+    """Makes the network of snnTorch's tutorial 6."""
+    layers, options, side = list[nn.Module](), KEPT | {"beta": 0.5}, shape[3]
     for one, other in ((1, 12), (12, 64)):
         layers += [nn.Conv2d(one, other, 5), nn.MaxPool2d(2), _leaky(cell, **options)]
         side = (side - 4) // 2
@@ -240,74 +229,42 @@ def convolutions(cell: Any, side: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * side**2, 10), last)
 
 
-def _convolutions(shape: tuple[int, ...], image: bool = False, swap: bool = False) -> Network:
-    """Returns the network of `convolutions` on (N, T, 1, H, W); with `swap` accelerate makes it."""
-    title = f"Leaky alone: Conv 1->12->64 5x5 {shape[3]}x{shape[4]}, each with max_pool 2; Linear"
-    make: Any = functools.partial(convolutions, side=shape[3])
-    if swap:
-        title, make = f"swapped: {title}", _swapped(make)
-    return _stepwise(title, make, shape, image)
+def _normed(one: int, other: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(one, other, kernel, stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(other))
 
 
-def _swapped(make: Callable[[Any], nn.Module]) -> Callable[[Any], nn.Module]:
-    """Returns a function of a cell's class; ours gets snnTorch's network, swapped by accelerate."""
-
-    def swapped(cell: Any) -> nn.Module:
-        net = make(snn.SConv2dLSTM)
-        return snnlstm.accelerate(net).model if cell is snnlstm.SConv2dLSTM else net
-
-    return swapped
-
-
-def deep(cell: Any, channels: Sequence[int]) -> nn.Module:
+def deep(cell: Any, shape: Sequence[int], *channels: int) -> nn.Module:
     """Makes two convolutions for each number of channels, each with batch norm and Leaky.
 
     Behind two comes a 3x3 pool with padding, and behind the last two the average of all pixels.
-    Images have two channels. All layers keep their states.
     """
-    grad, layers = surrogate.fast_sigmoid(slope=25), list[nn.Module]()
-    options = {"beta": 0.9, "threshold": 0.3, "init_hidden": True, "spike_grad": grad}
-    for before, count in itertools.pairwise((2, *channels)):
+    layers = list[nn.Module]()
+    for before, count in itertools.pairwise((shape[2], *channels)):
         for one in (before, count):
-            layers += [nn.Conv2d(one, count, 3, padding=1, bias=False), nn.BatchNorm2d(count)]
-            layers += [_leaky(cell, **options)]
+            layers += [*_normed(one, count), _leaky(cell, **KEPT)]
         layers += [nn.MaxPool2d(3, 2, padding=1)]
     layers[-1] = nn.AdaptiveAvgPool2d(1)
-    last = _leaky(cell, **options, output=True)
+    last = _leaky(cell, **KEPT, output=True)
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1], 10), last)
-
-
-def _deep(shape: tuple[int, ...], *channels: int) -> Network:
-    """Returns the network of `deep` on (N, T, 2, H, W), swapped by accelerate."""
-    title = f"swapped: 2 x Conv 2->{'->2 x '.join(map(str, channels))} 3x3 {shape[3]}x{shape[4]}"
-    make = _swapped(functools.partial(deep, channels=channels))
-    return _stepwise(f"{title}, each with BatchNorm, Leaky; max_pool 3, average", make, shape)
 
 
 class Residual(nn.Module):
     """Has two blocks of two convolutions with batch norm and Leaky; x (N, 2, H, W), one step.
 
     Each block adds its input before its last Leaky. The second one has twice as many channels at
-    half the size, and a 1x1 convolution for what it adds. All layers keep their states.
+    half the size, and a 1x1 convolution for what it adds.
     """
 
-    def __init__(self, cell: Any, channels: int) -> None:
+    def __init__(self, cell: Any, shape: Sequence[int], channels: int) -> None:
         super().__init__()
-        grad, wide = surrogate.fast_sigmoid(slope=25), 2 * channels
-        options = {"beta": 0.9, "threshold": 0.3, "init_hidden": True, "spike_grad": grad}
-        shapes = (
-            (2, channels, 3, 1), (channels, channels, 3, 1), (channels, channels, 3, 1),
-            (channels, wide, 3, 2), (wide, wide, 3, 1), (channels, wide, 1, 2),
-        )  # fmt: skip
-        self.norms = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(one, other, kernel, stride, padding=kernel // 2, bias=False),
-                nn.BatchNorm2d(other),
-            )
-            for one, other, kernel, stride in shapes
-        )
-        self.lifs = nn.ModuleList(_leaky(cell, **options) for _ in range(5))
-        self.fc, self.last = nn.Linear(wide, 10), _leaky(cell, **options, output=True)
+        wide = 2 * channels
+        self.norms = nn.ModuleList([
+            _normed(2, channels), _normed(channels, channels), _normed(channels, channels),
+            _normed(channels, wide, 3, 2), _normed(wide, wide), _normed(channels, wide, 1, 2),
+        ])  # fmt: skip
+        self.lifs = nn.ModuleList(_leaky(cell, **KEPT) for _ in range(5))
+        self.fc, self.last = nn.Linear(wide, 10), _leaky(cell, **KEPT, output=True)
 
     def forward(self, x: Tensor) -> Any:
         stem, *norms, shortcut = self.norms
@@ -319,77 +276,41 @@ class Residual(nn.Module):
         return self.last(self.fc(F.adaptive_avg_pool2d(spk, 1).flatten(1)))
 
 
-def _residual(shape: tuple[int, ...], channels: int) -> Network:
-    """Returns a Residual on (N, T, 2, H, W), swapped by accelerate; it has a loop alone."""
-    title = f"swapped: two residual blocks 2->{channels}->{2 * channels} {shape[3]}x{shape[4]}"
-    make = _swapped(functools.partial(Residual, channels=channels))
-    network = _stepwise(f"{title}, BatchNorm, Leaky", make, shape)
-    forms = {name: form for name, form in FORMS.items() if not form.sequences}
-    return dataclasses.replace(network, forms=forms)
+def dense(cell: Any, shape: Sequence[int], *sizes: int) -> nn.Module:
+    """Makes linear layers of these sizes, each with Leaky."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for one, other in itertools.pairwise((math.prod(shape[2:]), *sizes)):
+        layers += [nn.Linear(one, other), _leaky(cell, beta=0.9, threshold=0.3, init_hidden=True)]
+    layers[-1].output = True
+    return nn.Sequential(*layers)
+
+
+def _stepwise(
+    title: str, make: Any, shape: tuple[int, ...], *sizes: int, image: bool = False,
+    swap: bool = False,
+) -> Network:  # fmt: skip
+    """Returns the network of make(cell, shape, *sizes).
+
+    With `image` each step gets the same image of (N, C, H, W), as in snnTorch's tutorials. With
+    `swap` accelerate swaps snnTorch's layers for ours.
+    """
+
+    def made(cell: Any) -> nn.Module:
+        net = make(snn.SConv2dLSTM if swap else cell, shape, *sizes)
+        return snnlstm.accelerate(net).model if swap and cell is snnlstm.SConv2dLSTM else net
+
+    batch, steps, *one = shape
+    title = f"{'swapped: ' * swap}{title}; T={steps} N={batch}{', one image' * image}"
+    if not image:
+        return Network(title, made, (shape,), loop=_outside, sequences=_unrolled)
+    loop, sequences = (functools.partial(way, steps=steps) for way in (_outside, _unrolled))
+    return Network(title, made, ((batch, *one),), loop=loop, sequences=sequences)
 
 
 def _evaluated(network: Network) -> Network:
     """Returns a network in evaluation, where batch norm has the running statistics."""
     title = f"eval(): {network.title}"
     return dataclasses.replace(network, title=title, make=lambda cell: network.make(cell).eval())
-
-
-def dense(cell: Any, sizes: Sequence[int]) -> nn.Module:
-    """Makes linear layers between these sizes, each with Leaky; all keep their states."""
-    layers: list[nn.Module] = [nn.Flatten()]
-    for one, other in itertools.pairwise(sizes):
-        lif = _leaky(cell, beta=0.9, threshold=0.3, init_hidden=True)
-        layers += [nn.Linear(one, other), lif]
-    lif.output = True
-    return nn.Sequential(*layers)
-
-
-def _dense(shape: tuple[int, ...], *sizes: int, image: bool = False) -> Network:
-    """Returns a network of Leaky alone on (N, T, C, H, W), with the sizes behind the input's."""
-    sizes = (math.prod(shape[2:]), *sizes)
-    make = functools.partial(dense, sizes=sizes)
-    return _stepwise(f"Leaky alone: Linear {'->'.join(map(str, sizes))}", make, shape, image)
-
-
-def _stepwise(title: str, make: Any, shape: tuple[int, ...], image: bool = False) -> Network:
-    """Returns a network that is called step by step on (N, T, C, H, W).
-
-    With `image` each step gets the same image of (N, C, H, W), as in snnTorch's tutorials.
-    """
-    batch, steps, *one = shape
-    title = f"{title}; T={steps} N={batch}"
-    if not image:
-        return Network(title, make, (shape,), loop=_outside, sequences=_unrolled)
-    loop = functools.partial(_outside, steps=steps)
-    sequences = functools.partial(_unrolled, steps=steps)
-    shapes = ((batch, *one),)
-    return Network(f"{title}, one image", make, shapes, loop=loop, sequences=sequences)
-
-
-def _neurons(*shape: int) -> Network:
-    """Returns a Leaky alone on (N, T, C, H, W), whose kernel takes a whole sequence."""
-
-    def train(run: Callable[..., Any], net: nn.Module, _optimizer: Any, x: Tensor, _y: Any):
-        loss = run(net, x).square().mean()
-        loss.backward()  # without an optimizer's step, which no graph could capture
-        return loss
-
-    def stepped(net: Any, x: Tensor) -> Tensor:
-        mem, out = net.reset_mem(), []
-        for x_t in x.unbind(1):
-            spk, mem = net(x_t, mem)
-            out.append(spk)
-        return torch.stack(out)
-
-    def sequence(net: Any, x: Tensor) -> Tensor:
-        net.reset_mem()
-        return net.sequence(x.transpose(0, 1), False)
-
-    return Network(
-        f"Leaky alone, {shape[2]}x{shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}",
-        functools.partial(_leaky, beta=0.9, threshold=0.3, learn_beta=True), (shape,), train,
-        loop=stepped, sequences=sequence,
-    )  # fmt: skip
 
 
 def _outside(net: nn.Module, x: Tensor, steps: int = 0) -> Tensor:
@@ -440,23 +361,22 @@ def squared(run: Callable[..., Any], net: nn.Module, optimizer: Any, x: Tensor, 
     return loss
 
 
-def _convlstm(hidden: list[int], kernel: int, *shape: int) -> Network:
+def _nowcasting() -> Network:
     """Returns a stack of ConvLSTMs on (N, T, C, H, W), beside the plain loop of the tests."""
 
     def make(plain: bool) -> nn.Module:
         from tests.shared.plain_convlstm import Stack
 
         kind: Any = Stack if plain else snnlstm.ConvLSTM
-        return kind(shape[2], hidden, (kernel, kernel), len(hidden), batch_first=True)
+        return kind(1, [16, 16], (3, 3), 2, batch_first=True)
 
     def first(net: nn.Module, x: Tensor) -> Tensor:
         out = net(x)
         return out[0][0] if isinstance(out, tuple) else out
 
-    layers = "->".join(map(str, (shape[2], *hidden)))
-    title = f"ConvLSTM {layers} {kernel}x{kernel} {shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}"
     forms = {"plain loop": Form("a loop", cell=True), "sequence": Form("ours", cell=False)}
-    return Network(title, make, (shape,), squared, loop=first, forms=forms)
+    title = "ConvLSTM 1->16->16 3x3 48x48; T=10 N=8"
+    return Network(title, make, ((8, 10, 1, 48, 48),), squared, loop=first, forms=forms)
 
 
 def _called(net: nn.Module, x: Any) -> Any:
@@ -507,10 +427,9 @@ def from_file(place: str) -> Network:
         reset(net)
         return run(net, x)
 
-    forms = {name: form for name, form in FORMS.items() if not form.sequences}
     return Network(
         "your own network", make, (), squared, loop=fresh, own_input=lambda: function()[1],
-        optimizer=functools.partial(torch.optim.SGD, lr=0.0), forms=forms,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.0), forms=LOOPS,
     )  # fmt: skip
 
 
@@ -520,66 +439,61 @@ def from_file(place: str) -> Network:
 def _users(small: bool = False) -> dict[str, Network]:
     """Returns networks as people have them; small ones have short batches of small images."""
 
-    def size(*shape: int) -> tuple[int, ...]:
+    def size(*shape: int, side: int = 14) -> tuple[int, ...]:
         """Returns the shape (N, T, C, H, W) of batches."""
-        return tuple(map(min, shape, (2, 3, shape[2], 14, 14))) if small else shape
+        return tuple(map(min, shape, (2, 3, shape[2], side, side))) if small else shape
 
-    deep, residual = _deep(size(8, 10, 2, 32, 32), 32, 64), _residual(size(8, 4, 2, 32, 32), 32)
-    images = (2, 3, 1, 16, 16) if small else (32, 25, 1, 28, 28)
-    larger = (2, 3, 1, 20, 20) if small else (32, 25, 1, 32, 32)
+    digits, images = size(128, 25, 1, 28, 28), size(32, 25, 1, 28, 28, side=16)
+    conv = "Leaky alone: Conv 1->12->64 5x5 {0}x{0}, each with max_pool 2; Linear"
+    norms = _stepwise(
+        "2 x Conv 2->32->2 x 64 3x3 32x32, each with BatchNorm, Leaky; max_pool 3, average",
+        deep, size(8, 10, 2, 32, 32), 32, 64, swap=True,
+    )  # fmt: skip
     return {
         "documentation": _classifier(
             "1->8 28x28, max_pool 2, 8->8, avg_pool 2",
             layers(1, 8, threshold=0.1, max_pool=2) + layers(8, 8, threshold=0.03, avg_pool=2),
             size(32, 10, 1, 28, 28),
         ),
-        "column": _classifier(
-            "22->16->32->64 129x1, max_pool (2, 1)",
-            layers(22, 16, 32, threshold=0.05, max_pool=(2, 1))
-            + layers(32, 64, threshold=0.02, max_pool=(2, 1)), size(128, 65, 22, 129, 1),
-        ),
-        "spectrum": _classifier(
-            "1->16 9x9 129x33, max_pool 2",
-            layers(1, 16, threshold=0.03, kernel=9, max_pool=2), size(128, 10, 1, 129, 33),
-        ),
         "eeg": _classifier(
             "1->16->32->64 22x128, max_pool 2",
             layers(1, 16, 32, 64, threshold=0.05, max_pool=2), size(32, 10, 1, 22, 128),
-        ),
-        "speech": _classifier(
-            "1->16 5x5 33x49, max_pool 2, 16->32->64, avg_pool 2",
-            layers(1, 16, threshold=0.03, kernel=5, max_pool=2)
-            + layers(16, 32, 64, threshold=0.03, avg_pool=2), size(12, 10, 1, 33, 49),
         ),
         "electrodes": _classifier(
             "1->16 19x3 19x125, 16->64 3x3, max_pool 2",
             layers(1, 16, threshold=0.03, kernel=(19, 3), max_pool=2)
             + layers(16, 64, threshold=0.05, max_pool=2), size(16, 23, 1, 19, 125),
         ),
-        "events": _pyramid("Conv 2->16, Leaky, pool, cell 16->32", size(16, 20, 2, 32, 32), 16, 32),
-        "events64": _pyramid(
-            "2 x (Conv ->32, Leaky, pool), cell 32->32", size(8, 10, 2, 64, 64), 32, 32, 32
+        "events": _stepwise(
+            "Conv 2->16, Leaky, pool, cell 16->32 32x32", pyramid, size(16, 20, 2, 32, 32), 16, 32
         ),
-        "tactile": _pyramid(
-            "3 x (Conv ->16, BatchNorm, Leaky), cell 16->16", size(8, 60, 2, 32, 32),
-            16, 16, 16, 16, pool=False, norm=True,
+        "events64": _stepwise(
+            "2 x (Conv ->32, Leaky, pool), cell 32->32 64x64", pyramid,
+            size(8, 10, 2, 64, 64), 32, 32, 32,
         ),
         "camera": Network(
             "convolution, Leaky, 32->1 128x128, learned threshold, autocast; T=18 N=2", Camera,
             ((10, 2, 2, 12, 12) if small else (18, 2, 2, 128, 128),), truncated, seen, SGD,
             autocast=True,
         ),
-        "dense": _dense(size(128, 25, 1, 28, 28), 1000, 10),
-        "dense-image": _dense(size(128, 25, 1, 28, 28), 1000, 10, image=True),
-        "dense-small": _dense(size(128, 25, 1, 28, 28), 128, 10),  # as mlx-snn's authors time
-        "dense-audio": _dense(size(64, 100, 700, 1, 1), 256, 256, 20),
-        "conv": _convolutions(images),
-        "conv-image": _convolutions(images, image=True),
-        "conv-swapped": _convolutions(larger, swap=True),
-        "deep": deep,
-        "deep-eval": _evaluated(deep),
-        "residual": residual,
-        "residual-eval": _evaluated(residual),
+        "dense": _stepwise("Leaky alone: Linear 784->1000->10", dense, digits, 1000, 10),
+        "dense-image": _stepwise(
+            "Leaky alone: Linear 784->1000->10", dense, digits, 1000, 10, image=True
+        ),
+        # As mlx-snn's authors time.
+        "dense-small": _stepwise("Leaky alone: Linear 784->128->10", dense, digits, 128, 10),
+        "conv": _stepwise(conv.format(28), convolutions, images),
+        "conv-swapped": _stepwise(
+            conv.format(32), convolutions, size(32, 25, 1, 32, 32, side=20), swap=True
+        ),
+        "deep": norms,
+        "deep-eval": _evaluated(norms),
+        "residual": dataclasses.replace(
+            _stepwise(
+                "two residual blocks 2->32->64 32x32, BatchNorm, Leaky", Residual,
+                size(8, 4, 2, 32, 32), 32, swap=True,
+            ), forms=LOOPS,
+        ),
     }  # fmt: skip
 
 
@@ -595,15 +509,4 @@ ONE_SAMPLE = {
     for name in ("documentation", "electrodes", "eeg")
 }
 """A robot or a hearing aid has one sample at a time: `--mode inference --providers loop`."""
-CONVLSTMS = {
-    "nowcasting": _convlstm([16, 16], 3, 8, 10, 1, 48, 48),
-    "video": _convlstm([32], 3, 8, 10, 16, 32, 32),
-    "convlstm5x5": _convlstm([16], 5, 8, 10, 8, 40, 40),
-}
-LEAKY = {"leaky": _neurons(32, 16, 32, 32, 32)}
-TABLES = {
-    "networks": USERS,
-    "leaky": LEAKY,
-    "one-sample": ONE_SAMPLE,
-    "convlstm": CONVLSTMS,
-}
+TABLES = {"networks": USERS, "one-sample": ONE_SAMPLE, "convlstm": {"nowcasting": _nowcasting()}}

@@ -190,8 +190,8 @@ class Provider:
         self.case, self.form, self.setting = case, form, setting
         if setting.torch_dtype not in (torch.float32, *case.dtypes):
             raise Unavailable(f"networks run in float32, not in {setting.dtype}")
-        if form.captured and setting.device != "cuda":
-            raise Unavailable("CUDA graphs need --device cuda")
+        if form.captured and not (setting.device == "cuda" and case.captures):
+            raise Unavailable("CUDA graphs need --device cuda, and a layer")
         version = tuple(map(int, torch.__version__.split(".")[:2]))
         if form.backend == "snnlstm" and version < backend.OLDEST:
             raise Unavailable(f"compiled loops need torch {'.'.join(map(str, backend.OLDEST))}")
@@ -205,9 +205,8 @@ class Provider:
             torch.manual_seed(0)
             self.net = case.make(form.cell).to(setting.torch_dtype)
             self.x, self.y = case.batches(setting.torch_dtype)[0]
-        compiled = snntorch.SConv2dLSTM, *[snntorch.Leaky] * isinstance(self.net, snntorch.Leaky)
         for cell in self.net.modules():
-            if form.compiled and isinstance(cell, compiled):
+            if form.compiled and isinstance(cell, snntorch.SConv2dLSTM):
                 cell.compile(dynamic=False)
             if form.checkpoint and isinstance(cell, snnlstm.SConv2dLSTM):
                 cell.checkpoint = True
