@@ -132,7 +132,11 @@ class CellAttributes(Base):
 
     def _states(self) -> State:
         """The stored states; within an export, those of the export."""
-        return self._state.of_export() if exporting() else self._state
+        if exporting():
+            return self._state.of_export()
+        if not torch.compiler.is_compiling():  # which would guard on the tensors
+            self._state.forget_ended()
+        return self._state
 
     @property
     def spk(self) -> Tensor | None:

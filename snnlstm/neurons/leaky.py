@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
 from types import FunctionType
@@ -33,7 +34,7 @@ from ..dispatch.reasons import RANDOM, operator_path, recorded_now
 from ..dispatch.run import run_leaky
 from ..reference import leaky_step, real_dtype
 from ..surrogate import NONE, Surrogate
-from .state import NO_RESET, BufferedState, note_pass
+from .state import NO_RESET, BufferedState, empty_like, note_pass, zeros_like
 
 try:
     from ..native import leaky as kernels
@@ -92,6 +93,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     path = LastPath()
     _entries: Any = NO_ENTRIES
     registers_itself = True  # snnTorch's list has no place for it
+    mem: Tensor
     _base: str
     """Name of the method that is ``state_function``."""
     _says: Any = None
@@ -155,10 +157,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if name == "mem" and exporting():
             return self._stored.of_export().buffers["mem"]
         value = super().__getattr__(name)
-        if name == "mem" and has_ended(value) and level_of(value) > NO_LEVEL:
-            # A reset makes zeros like this attribute, but no operator reads what outlived a vmap.
-            return torch.zeros(0, dtype=value.dtype, device=value.device)
-        return value
+        # What outlived a transform of torch.func counts as no state.
+        return empty_like(value) if name == "mem" and has_ended(value) else value
 
     @property
     def state_function(self) -> Any:
@@ -191,12 +191,17 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             states = self._stored.of_export() if exporting() else self._stored
             states.store(mem, True)  # nn.Module.__setattr__ would look at the old one
             return mem
-        mem = super().reset_mem()
+        self.mem = zeros_like(self.mem)
         self._stored.restarted = True
-        return mem
+        return self.mem
 
     def _detach(self) -> None:
         self.mem.detach_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Leaky:
+        if has_ended(self._buffers["mem"]):
+            self.reset_mem()
+        return super()._apply(fn, recurse)
 
     # ---- copies ---------------------------------------------------------------------------
 
@@ -393,7 +398,10 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def _called(self, x: Any, mem: Any, every: bool = True) -> LeakyCall:
         """The call of x, from the stored state if mem is None."""
         tensors = {**self._parameters, **self._buffers}
-        mem = tensors.get("mem") if mem is None else mem
+        if mem is None:
+            mem = tensors.get("mem")
+            if type(mem) is Tensor and level_of(mem) != NO_LEVEL:
+                mem = self.mem  # empty if the transform has ended
         if type(x) not in _TENSORS or type(mem) not in _TENSORS:
             for name, value in (("input_", x), ("mem", mem)):
                 if not isinstance(value, Tensor):

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from ..calls.call import check_dense, state_tensor
 from ..compat.torch_private import (
+    NO_LEVEL,
     at_end_of_backward,
     backward_pass,
     has_ended,
+    level_of,
     of_export,
 )
 
@@ -175,15 +177,13 @@ class State(Exportable):
         shape of theirs, and where they require a gradient.
         """
         if like is None:
-            self.forget_ended()
-            self._restart(_zeros_like(self.syn), _zeros_like(self.mem))
+            self._restart(zeros_like(self.syn), zeros_like(self.mem))
         else:
             self._restart(like.detach().new_zeros(0), like.detach().new_zeros(0))
         return self.syn, self.mem
 
     def detach(self) -> None:
         """Detach both from the graph, in place where torch allows that."""
-        self.forget_ended()
         for name in ("syn", "mem"):
             state = getattr(self, name)
             if state.is_leaf or state._is_view():  # detach_ harms a leaf, and a view refuses
@@ -205,15 +205,10 @@ class State(Exportable):
         self.forget_ended()
         return vars(self) | {"syn": self.syn.detach(), "mem": self.mem.detach()}
 
-    def has_ended(self) -> bool:
-        """Whether the states belong to a transform of torch.func that has ended."""
-        return has_ended(self.syn) or has_ended(self.mem)
-
     def forget_ended(self) -> None:
-        """Empty the states if they belong to a transform that has ended."""
-        if self.has_ended():
-            mem = self.mem
-            self._restart(*(torch.zeros(0, dtype=mem.dtype, device=mem.device) for _ in range(2)))
+        """Empty the states if they belong to a transform of torch.func that has ended."""
+        if has_ended(self.syn) or has_ended(self.mem):
+            self._restart(empty_like(self.mem), empty_like(self.mem))
 
     def store(self, syn: Tensor, mem: Tensor, traced: bool) -> None:
         """Keep the states after a call."""
@@ -264,11 +259,6 @@ class State(Exportable):
                 "reset_mem() inside the checkpointed function, or make the cell with "
                 "checkpoint=True instead"
             )
-        elif self.has_ended():
-            raise RuntimeError(
-                "the cell's stored state belongs to a transform of torch.func that has ended: call "
-                "reset_mem() before the next call"
-            )
         stored = getattr(self, name)
         if stored.shape != shape:
             self.warn_if_ignored()
@@ -290,7 +280,14 @@ def _as_of_a_reset(state: Any, shape: tuple[int, ...]) -> bool:
         return False
 
 
-def _zeros_like(state: Tensor) -> Tensor:
-    if torch.jit.is_tracing():  # a trace accepts no tensor whose history began before it
-        return torch.zeros(0, dtype=state.dtype, device=state.device)
+def empty_like(state: Tensor) -> Tensor:
+    """An empty state, which means zeros, in the place of one that no operator may read."""
+    return torch.zeros(0, dtype=state.dtype, device=state.device)
+
+
+def zeros_like(state: Tensor) -> Tensor:
+    """The state after a reset."""
+    # A trace accepts no tensor whose history began before it, nor a transform one of another.
+    if torch.jit.is_tracing() or level_of(state) != NO_LEVEL:
+        return empty_like(state)
     return torch.zeros_like(state)
