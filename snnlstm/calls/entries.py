@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..compat.torch_private import any_autocast, guard_of
+from ..compat.torch_private import any_autocast, guard_of, matches
 from . import algorithms
 from .call import LeakyCall, autocast_dtype, may_require_grad
 
@@ -128,7 +128,7 @@ class Entry:
             return False
         tensors, facts = _guarded(call)
         same = facts == self._facts and settings == self.settings
-        return same and self._guard.check(*tensors)
+        return same and matches(self._guard, tensors)
 
 
 table: BoundedDict[Any, Entry] = BoundedDict()
@@ -209,12 +209,15 @@ def key_of(call: Any) -> tuple[Any, ...] | None:
     if not TORCH_TYPES.issuperset(map(type, tensors)):
         return None
     try:
+        # The guard tells apart what inference mode has made.
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        kinds = modes + tuple(t.is_inference() for t in tensors[:3])
         if is_leaky:
             states = (
                 (t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.requires_grad)
                 for t in tensors
             )
-            return *states, torch.is_grad_enabled()
+            return *states, kinds
         x, syn, mem, weight, bias, threshold, graded, lengths, record = call
         return (
             x.shape, x.stride(), x.dtype, x.device, x.is_neg(), x.requires_grad,
@@ -225,7 +228,7 @@ def key_of(call: Any) -> tuple[Any, ...] | None:
             None if bias is None else _key_of_numbers(bias),
             None if threshold is None else _key_of_numbers(threshold),
             None if graded is None else _key_of_numbers(graded),
-            record, lengths is None, torch.is_grad_enabled(),
+            record, lengths is None, kinds,
         )  # fmt: skip
     except (AttributeError, RuntimeError):  # an argument is no tensor, or a sparse one
         return None

@@ -191,13 +191,29 @@ if not tells_apart(_guards):
 
 
 def guard_of(tensors: Sequence[Tensor]) -> Any:
-    """Return torch's own check of tensors: ``check(*others)`` says whether others match these.
-
-    Tensors match if type, dtype, device, sizes, strides and requires_grad are equal, and also what
-    torch's dispatcher uses: layout, lazy negation, autocast, torch.func, tracing. A tensor that
-    occurs twice never matches. The result is None if torch has no such check.
-    """
+    """Return torch's own check of tensors, for :func:`matches`; None if torch has no such check."""
     return None if _guards is None else _guard(_guards, tensors)
+
+
+def matches(guard: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are like those of a guard.
+
+    They are if type, dtype, device, sizes, strides and requires_grad are equal, and also what
+    torch's dispatcher uses: layout, lazy negation, autocast, torch.func, tracing.
+    """
+    if guard.check(*tensors):
+        return True
+    firsts: dict[int, int] = {}
+    for at, tensor in enumerate(tensors):
+        firsts.setdefault(id(tensor), at)
+    if len(firsts) == len(tensors) or modes():
+        return False
+    # torch's check refuses a tensor that occurs twice, but takes another one in the same memory.
+    others = [
+        tensor if firsts[id(tensor)] == at else tensor.detach().requires_grad_(tensor.requires_grad)
+        for at, tensor in enumerate(tensors)
+    ]
+    return guard.check(*others)
 
 
 # ---- recorded graphs -----------------------------------------------------------------------------

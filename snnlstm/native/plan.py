@@ -16,7 +16,7 @@ from torch import Tensor
 from ..calls.call import Call, Outputs
 from ..calls.entries import Entry
 from ..calls.spec import DTYPES, POOLS, RESETS, CellSpec
-from ..compat.torch_private import guard_of
+from ..compat.torch_private import guard_of, matches
 from . import lender
 from .tensors import (
     image_strides,
@@ -316,7 +316,7 @@ class Plan(Sizes):
             call = call._replace(lengths=lengths.contiguous())
         x, syn, mem, _, *numbers = call[:7]
         guarded = saved, x, syn, mem, *(t for t in numbers if t is not None)
-        if self._guard is not None and self._guard.check(*guarded):
+        if self._guard is not None and matches(self._guard, guarded):
             x_at, syn_at, mem_at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
             if x_at and syn_at and mem_at and saved.data_ptr() % ALIGNMENT == 0:
                 at = (x_at, self.x_strides), (syn_at, self.syn_strides), (mem_at, self.mem_strides)
