@@ -70,7 +70,7 @@ def grouping(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) ->
     parameter does not broadcast.
     """
     dims = parameter.dim()
-    if dims == 0:
+    if dims == 0 or 0 in shape:
         return 1, 1
     missing, count = len(shape) - dims, parameter.numel()
     if missing < 0:
@@ -83,7 +83,7 @@ def grouping(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) ->
     for outer, inner in pairwise(varies):
         if strides[outer] != strides[inner] * shape[inner]:
             return None
-    return count, max(1, strides[varies[-1]])  # an empty x may have a stride of 0
+    return count, strides[varies[-1]]
 
 
 def without_gaps(x: Tensor, sequence: bool) -> Tensor:

@@ -3,6 +3,7 @@
 test_ways.py compares its results and gradients with snnTorch's layer.
 """
 
+import itertools
 import math
 import weakref
 from typing import Any
@@ -200,3 +201,19 @@ def test_neurons_of_several_tasks(name: str, threads: int) -> None:
     found = [outcome(layer, x, run=run) for layer, run in zip(layers, runs, strict=True)]
     assert layers[0].path.native
     close(*found, atol=1e-5)
+
+
+@needs_core
+@pytest.mark.parametrize("values", [(2, 1, 3), (2, 1, 1), (3,), ()], ids=str)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+@pytest.mark.parametrize("run", [by_steps, lambda net, x: snnlstm.unroll(x, net)])
+def test_a_layer_of_no_neurons(run: Any, order: tuple[int, ...], values: tuple[int, ...]) -> None:
+    """Memory in any order lays out x of (2, 0, 3), whose results and gradients are empty or 0."""
+    shape = [(2, 0, 3)[dim] for dim in order]
+    x = torch.rand(T, *shape).permute(0, *(1 + order.index(dim) for dim in range(3)))
+    learned = {"learn_beta": True, "learn_threshold": True, "beta": torch.full(values, 0.5)}
+    layers = leaky_twins(**learned, threshold=torch.full(values, 0.1))
+    runs = run, by_steps
+    found = [outcome(layer, x, run=one) for layer, one in zip(layers, runs, strict=True)]
+    assert layers[0].path.native
+    close(*found, atol=0)
