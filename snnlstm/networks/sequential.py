@@ -113,6 +113,9 @@ class Sequential(nn.Sequential):
         super().__init__(*layers)
         self.batch_first: bool = flag("batch_first", batch_first)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"report": None}
+
     def __getitem__(self, index: Any) -> Any:
         part: Any = super().__getitem__(index)
         if isinstance(index, slice):

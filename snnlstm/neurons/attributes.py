@@ -256,7 +256,8 @@ class CellAttributes(Base):
         state = self.__dict__.copy()
         state["_spec"], state["_entries"] = None, NO_ENTRIES
         state["_state"] = copy(self._state)  # State.__getstate__ leaves the graph out
-        state.pop("spk", None)  # spk holds the graph of the last call
+        for name in ("spk", "_path"):  # spk holds the graph of the last call
+            state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

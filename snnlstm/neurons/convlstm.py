@@ -160,7 +160,7 @@ class ConvLSTMCell(nn.Module):
         return every, h, c
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_entries": NO_ENTRIES}
+        return self.__dict__ | {"_entries": NO_ENTRIES, "_path": None}
 
     def init_hidden(self, batch_size: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return zeros for h and c, (batch_size, C, Ho, Wo), for images of `image_size`."""

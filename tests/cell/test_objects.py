@@ -89,6 +89,18 @@ def test_a_copy_of_a_module_in_use_goes_on_as_it_does(name, how):
     sum(out.sum() for out in flat(copied(x[1]))).backward()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_pickle_of_a_module_in_use_says_nothing_of_how_it_ran(name, compiled):
+    """Older versions can read it, whose classes of paths differ."""
+    make, shape = MODULES[name]
+    module, (x,) = make(), steps(1, *shape)
+    (torch.compile(module, backend="eager") if compiled else module)(x)
+    assert b"snnlstm.dispatch" not in pickle.dumps(module)
+    for one in copy.deepcopy(module).modules():
+        assert getattr(one, "path", None) is getattr(one, "report", None) is None
+
+
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_of_a_cell_has_a_state_of_its_own(how):
     cell = ours(**OPTIONS)
