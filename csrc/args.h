@@ -262,4 +262,36 @@ struct BatchNormBackwardArgs : BatchNormArgs {
   void* grad_bias = nullptr;     // (C,)
 };
 
+// ---- linear layers of spikes, on the CPU ----
+
+// y = x W^T + b for an x of mostly zeros, in float32: M rows, K inputs and Out outputs. Tensors have
+// no gaps, but rows of x may. Python passes these fields, and then those of the pass, in this order.
+struct LinearArgs {
+  int64_t M = 0, K = 0, Out = 0;
+  int64_t row = 0;              // from a row of x to the next
+  const float* x = nullptr;     // (M, K); backward: null if all nonzeros are 1
+  uint8_t* nonzeros = nullptr;  // (M, (K + 7) / 8): a bit for each value of x; forward: written
+  void* workspace = nullptr;    // as large as the kernels say
+  int threads = 1;
+};
+
+struct LinearForwardArgs : LinearArgs {
+  int64_t most = 0;               // nonzeros of x; with more of them the kernel stops, and says so
+  const float* weight = nullptr;  // as the kernels have packed it
+  const float* bias = nullptr;    // (Out,)
+  float* y = nullptr;             // (M, Out)
+};
+
+struct LinearBackwardArgs : LinearArgs {
+  const float* grad_y = nullptr;  // (M, Out)
+  float* grad_weight = nullptr;   // (Out, K)
+  float* grad_bias = nullptr;     // (Out,)
+};
+
+// What a forward pass has found in x.
+struct Listed {
+  int64_t nonzeros;  // -1 if there are more than `most`
+  bool ones;         // whether all of them are 1
+};
+
 }  // namespace snnlstm

@@ -333,4 +333,27 @@ Args batch_norm_args(const py::tuple& fields) {
   return a;
 }
 
+// ---- linear layers of spikes ----
+
+// Refuses sizes that the kernels' integers cannot hold.
+inline void check_linear(int64_t M, int64_t K, int64_t Out) {
+  counted("M", M, 1), counted("Out", Out, 1);
+  if (K < 1 || K > UINT16_MAX) throw py::value_error("K must lie between 1 and 65535");
+  if (double(K) * double(Out) > double(kMostElements) ||
+      double(M) * double(std::max(K, Out)) > double(kMostElements))
+    throw py::value_error("the sizes of a linear layer are too large");
+}
+
+// Reads the fields of LinearArgs, and those that follow them.
+template <class Args, class... More>
+Args linear_args(const py::tuple& fields, More Args::*... more) {
+  Args a;
+  Fields f(fields, 7 + sizeof...(more));
+  f.read(a.M, a.K, a.Out, a.row, a.x, a.nonzeros, a.workspace, a.*more...);
+  check_linear(a.M, a.K, a.Out), counted("row", a.row, a.K);
+  if (double(a.M) * double(a.row) > double(kMostElements))
+    throw py::value_error("the rows of x lie too far apart");
+  return a;
+}
+
 }  // namespace snnlstm::bindings

@@ -48,13 +48,11 @@ bool each_chunk(int64_t count, int64_t chunk, F&& f) {
 }
 
 template <class T>
-double copy_and_square(Address weight, Address copy, int64_t count) {
+double squares_of(Address weight, int64_t count) {
   const T* from = static_cast<const T*>(at(weight));
-  T* to = static_cast<T*>(at(copy));
   constexpr int64_t kChunk = 1 << 14, kLanes = 16;
   std::vector<double> sums(size_t(count / kChunk + 1));
   each_chunk(count, kChunk, [&](int64_t chunk, int64_t begin, int64_t end) {
-    std::memcpy(to + begin, from + begin, size_t(end - begin) * sizeof(T));
     T lanes[kLanes] = {};
     int64_t k = begin;
     for (; k + kLanes <= end; k += kLanes)
@@ -66,16 +64,14 @@ double copy_and_square(Address weight, Address copy, int64_t count) {
   return std::accumulate(sums.begin(), sums.end(), 0.);  // the order does not depend on the threads
 }
 
-// Copies the `count` values of a weight, and returns the sum of their squares.
-inline double copy_weight(Address weight, Address copy, int dtype, int64_t count) {
+inline double sum_of_squares(Address weight, int dtype, int64_t count) {
   counted("count", count);
   if (count == 0) return 0;
   needs(at(weight), "weight");
-  needs(at(copy), "copy");
   numbered<DType>("dtype", dtype, 2);
   py::gil_scoped_release release;
-  return DType(dtype) == DType::float64 ? copy_and_square<double>(weight, copy, count)
-                                        : copy_and_square<float>(weight, copy, count);
+  return DType(dtype) == DType::float64 ? squares_of<double>(weight, count)
+                                        : squares_of<float>(weight, count);
 }
 
 // Says whether the bytes at `tensor` equal those at `copy`.
@@ -217,6 +213,50 @@ void run_batch_norm(const py::tuple& fields) {
     cpu::kernels().batch_norm_backward(a);
 }
 
+// ---- linear layers of spikes ----
+
+inline LinearArgs given_linear(const py::tuple& fields) {
+  auto a = linear_args<LinearArgs>(fields);
+  a.threads = most_threads();
+  return a;
+}
+
+inline int64_t linear_packed_bytes(int64_t K, int64_t Out) {
+  check_linear(1, K, Out);
+  return cpu::kernels().linear_packed_bytes(K, Out);
+}
+
+inline void linear_pack(int64_t K, int64_t Out, Address weight, Address packed) {
+  check_linear(1, K, Out);
+  needs(at(weight), "weight"), needs(at(packed), "packed");
+  const int threads = most_threads();
+  py::gil_scoped_release release;
+  cpu::kernels().linear_pack(K, Out, threads, static_cast<float*>(at(weight)),
+                             static_cast<float*>(at(packed)));
+}
+
+// Returns the number of nonzeros, and whether all of them are 1.
+inline std::pair<int64_t, bool> linear_forward(const py::tuple& fields) {
+  using A = LinearForwardArgs;
+  auto a = linear_args<A>(fields, &A::most, &A::weight, &A::bias, &A::y);
+  a.threads = most_threads();
+  counted("most", a.most);
+  needs(a.x, "x"), needs(a.workspace, "workspace"), needs(a.weight, "weight"), needs(a.y, "y");
+  py::gil_scoped_release release;
+  const Listed listed = cpu::kernels().linear_forward(a);
+  return {listed.nonzeros, listed.ones};
+}
+
+inline void linear_backward(const py::tuple& fields) {
+  using A = LinearBackwardArgs;
+  auto a = linear_args<A>(fields, &A::grad_y, &A::grad_weight, &A::grad_bias);
+  a.threads = most_threads();
+  needs(a.nonzeros, "nonzeros"), needs(a.workspace, "workspace"), needs(a.grad_y, "grad_y");
+  needs(a.grad_weight, "grad_weight");
+  py::gil_scoped_release release;
+  cpu::kernels().linear_backward(a);
+}
+
 inline void bind_cpu(py::module_& m) {
   m.def("isa_names", &cpu::isa_names);
   m.def("isa_name", &cpu::isa_name);
@@ -227,7 +267,7 @@ inline void bind_cpu(py::module_& m) {
           return same_bytes(a, copy_a, a_bytes) && same_bytes(b, copy_b, b_bytes);
         });
   m.def("facts", &facts);
-  m.def("copy_weight", &copy_weight);
+  m.def("sum_of_squares", &sum_of_squares);
   m.def("cpu_padded_channels", [](int dtype, int64_t C) {
     Cell cell;
     cell.dtype = numbered<DType>("dtype", dtype, 2);
@@ -248,6 +288,22 @@ inline void bind_cpu(py::module_& m) {
   });
   m.def("batch_norm_forward", &run_batch_norm<BatchNormForwardArgs>);
   m.def("batch_norm_backward", &run_batch_norm<BatchNormBackwardArgs>);
+
+  m.def("linear_look", [](const py::tuple& fields) {
+    const auto a = given_linear(fields);
+    needs(a.x, "x");
+    return cpu::kernels().linear_look(a);
+  });
+  m.def("linear_packed_bytes", &linear_packed_bytes);
+  m.def("linear_pack", &linear_pack);
+  m.def("linear_forward_workspace", [](const py::tuple& fields) {
+    return cpu::kernels().linear_forward_workspace(given_linear(fields));
+  });
+  m.def("linear_backward_workspace", [](const py::tuple& fields) {
+    return cpu::kernels().linear_backward_workspace(given_linear(fields));
+  });
+  m.def("linear_forward", &linear_forward);
+  m.def("linear_backward", &linear_backward);
 
   using cpu::Pass;
   py::class_<Pass>(m, "CpuPass", py::module_local())

@@ -84,6 +84,16 @@ struct Kernels {
   int64_t (*batch_norm_workspace)(const BatchNormArgs&);  // in bytes
   void (*batch_norm_forward)(const BatchNormForwardArgs&);
   void (*batch_norm_backward)(const BatchNormBackwardArgs&);
+
+  // Linear layers of spikes. linear_look returns the share of nonzeros in a part of x. The weight is
+  // (Out, K).
+  double (*linear_look)(const LinearArgs&);
+  int64_t (*linear_packed_bytes)(int64_t K, int64_t Out);
+  void (*linear_pack)(int64_t K, int64_t Out, int threads, const float* weight, float* packed);
+  int64_t (*linear_forward_workspace)(const LinearArgs&);
+  int64_t (*linear_backward_workspace)(const LinearArgs&);
+  Listed (*linear_forward)(const LinearForwardArgs&);
+  void (*linear_backward)(const LinearBackwardArgs&);
 #if SNNLSTM_TESTING
   bool (*evaluate)(const char* name, DType dtype, const void* in, void* out, int64_t count);
 #endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
@@ -53,17 +54,21 @@ class PackedWeight:
     LIMITS: ClassVar = {8: (1.5, 30.0), 6: (16.0, 300.0)}
 
     def __init__(self, weight: Tensor) -> None:
-        self.copy, count = lender.empty(weight.shape, weight.dtype), weight.numel()
+        self.copy = lender.empty(weight.shape, weight.dtype)
         self.address, self.bytes = self.copy.data_ptr(), self.copy.nbytes
-        if weight.dtype in HALF_TYPES:
-            self.copy.copy_(readable(weight))
+        self.copy.copy_(readable(weight))
+        # The values are the addresses and the memory of layouts.
+        self.layouts: dict[Any, tuple[int, Tensor]] = {}
+
+    @cached_property
+    def gain(self) -> float:
+        """The gates' root mean square per unit of input."""
+        if self.copy.dtype in HALF_TYPES:
             squares = self.copy.double().square().sum().item()
         else:
-            dtype = DTYPES.index(weight.dtype)
-            squares = _C.copy_weight(weight.data_ptr(), self.address, dtype, count)
-        self.gain = (squares / max(weight.shape[0], 1)) ** 0.5
-        # The keys are numbers and names of layouts, the values their addresses and memory.
-        self.layouts: dict[tuple[int, str], tuple[int, Tensor]] = {}
+            dtype = DTYPES.index(self.copy.dtype)
+            squares = _C.sum_of_squares(self.address, dtype, self.copy.numel())
+        return (squares / max(self.copy.shape[0], 1)) ** 0.5
 
     def max_tile_inputs(self, largest: float) -> int:
         """The side of the largest tile with admissible rounding errors, or 0 if there is none.
@@ -81,11 +86,11 @@ class PackedWeight:
         same = weight.dtype is self.copy.dtype
         return same and _C.same(weight.data_ptr(), self.address, self.bytes)
 
-    def pack(self, a_pass: Pass, key: tuple[int, str], size: int) -> tuple[int, Tensor]:
-        """Make a layout that a pass reads, keep it here, and return its address and memory."""
+    def pack(self, key: Any, size: int, run: Callable[[int, int], None]) -> tuple[int, Tensor]:
+        """Keep a layout of `size` bytes, which `run` makes, and return its address and memory."""
         source = self.copy.float() if self.copy.dtype in HALF_TYPES else self.copy
         layout = lender.empty((size,), torch.uint8)
-        a_pass.core_pass.pack(key[0], source.data_ptr(), layout.data_ptr())
+        run(source.data_ptr(), layout.data_ptr())
         # A layout is published after packing; setdefault keeps the first of two threads' layouts.
         return self.layouts.setdefault(key, (layout.data_ptr(), layout))
 
@@ -176,7 +181,10 @@ class Pass:
         """Run the pass; `fields` are those from x on (csrc/args.h)."""
         weights = [0, 0, 0]
         for key, size in self.layouts:
-            weights[key[0] % 3] = (packed.layouts.get(key) or packed.pack(self, key, size))[0]
+            layout = packed.layouts.get(key)
+            if layout is None:
+                layout = packed.pack(key, size, partial(self.core_pass.pack, key[0]))
+            weights[key[0] % 3] = layout[0]
         order = None if call.lengths is None else longest_first(call.lengths)
         try:
             workspace = lender.small.pop() if self._is_small else lender.workspace(self._bytes)

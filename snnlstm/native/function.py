@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..calls import algorithms
 from ..calls.call import Call
 from ..calls.lengths import recorded_states
 from ..calls.spec import CellSpec
 from ..compat.torch_private import (
     forward_level,
     is_batch,
+    is_tracing,
     keeps_graph,
+    modes,
     opaque,
     transforms_are_active,
 )
@@ -92,6 +95,20 @@ def _beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
         if grad is not None and (type(grad) is not Tensor or is_batch(grad)):
             return True
     return forward_level() >= 0 or transforms_are_active()
+
+
+def torch_must_run() -> bool:
+    """Whether calls of torch's functions must stay such: something records or transforms them.
+
+    Derivatives in forward mode and the algorithm ``"reference"`` are torch's, too.
+    """
+    return (
+        transforms_are_active()
+        or modes()
+        or is_tracing()
+        or forward_level() >= 0
+        or algorithms.current == "reference"
+    )
 
 
 def differentiable(name: str, forward: Callable, gradients: Callable) -> Any:

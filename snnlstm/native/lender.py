@@ -131,6 +131,17 @@ def workspace(count: int) -> Tensor:
     return torch.frombuffer(_allocate(max(count, SMALL_WORKSPACE)), dtype=torch.uint8)
 
 
+def with_workspace(count: int, run: Callable[[int], R]) -> R:
+    """Call a function with the address of a workspace of `count` bytes, and return its result."""
+    try:
+        memory = small.pop() if count <= SMALL_WORKSPACE else workspace(count)
+    except IndexError:
+        memory = workspace(count)
+    result = run(memory.data_ptr())
+    (small.append if count <= SMALL_WORKSPACE else let_go)(memory)
+    return result
+
+
 def let_go(memory: Tensor) -> None:
     """Let the next call have a large workspace."""
     if memory.nbytes <= min(LARGEST_WORKSPACE, CACHE):

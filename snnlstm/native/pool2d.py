@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from ..calls import algorithms, entries
+from ..calls import entries
 from ..calls.call import may_require_grad
-from ..calls.entries import TORCH_TYPES, Entry
+from ..calls.entries import Entry
 from ..calls.spec import DTYPES, POOLS
-from ..compat.torch_private import forward_level, is_tracing, modes, transforms_are_active
 from . import lender
-from .function import differentiable
-from .tensors import laid_out, pointer
+from .function import differentiable, torch_must_run
+from .tensors import is_readable, laid_out, pointer
 
 
 def max_pool2d(
@@ -37,7 +36,7 @@ def max_pool2d(
     return_indices: bool = False,
 ) -> Any:
     """``torch.nn.functional.max_pool2d``, by the kernels if they can."""
-    if not return_indices and _is_readable(input):
+    if not return_indices and is_readable(input) and not torch_must_run():
         plan = _plan_of(input, "max", kernel_size, stride, padding, ceil_mode, dilation)
         if plan is not None and plan.pays(needs_grad := may_require_grad((input,))):
             return plan.run(input, needs_grad)
@@ -54,26 +53,13 @@ def avg_pool2d(
     divisor_override: int | None = None,
 ) -> Tensor:
     """``torch.nn.functional.avg_pool2d``, by the kernels if they can."""
-    if _is_readable(input):
+    if is_readable(input) and not torch_must_run():
         options = kernel_size, stride, padding, ceil_mode, 1, count_include_pad, divisor_override
         plan = _plan_of(input, "avg", *options)
         if plan is not None and plan.pays(needs_grad := may_require_grad((input,))):
             return plan.run(input, needs_grad)
     return F.avg_pool2d(
         input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-    )
-
-
-def _is_readable(x: Any) -> bool:
-    """Whether the kernels may read x, and nothing records or transforms the call."""
-    return (
-        type(x) in TORCH_TYPES
-        and x.layout is torch.strided
-        and x.device.type == "cpu"
-        and not (transforms_are_active() or modes() or is_tracing())
-        and not (x.is_neg() or x.is_nested or x._is_zerotensor())
-        and forward_level() < 0
-        and algorithms.current != "reference"
     )
 
 

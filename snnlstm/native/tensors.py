@@ -7,11 +7,13 @@ that its caller keeps alive while it runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..calls.call import Call
+from ..calls.entries import TORCH_TYPES
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,6 +26,16 @@ def readable(tensor: Tensor, name: str = "a tensor") -> Tensor:
     if tensor.numel() and not tensor.data_ptr():
         raise ValueError(f"{name} must have memory, got a tensor whose storage is empty")
     return tensor.detach()
+
+
+def is_readable(tensor: Any) -> bool:
+    """Whether something is a plain tensor of the CPU, whose memory has its numbers."""
+    return (
+        type(tensor) in TORCH_TYPES
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_neg() or tensor.is_nested or tensor._is_zerotensor())
+    )
 
 
 def needs_no_copy(call: Call) -> bool:
@@ -49,6 +61,14 @@ def with_copies(call: Call) -> Call:
         return call
     numbers = (None if t is None else contiguous_as(t, call.x.dtype) for t in call[4:7])
     return Call._make((*call[:4], *numbers, *call[7:]))
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of contiguous memory."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides)
 
 
 def pointer(tensor: Tensor | None) -> int:

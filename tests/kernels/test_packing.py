@@ -29,9 +29,9 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     packed: list[int] = []
     pack = cpu.PackedWeight.pack
 
-    def noting(self, a_pass, key, size):
+    def noting(self, key, size, run):
         packed.append(key[0])
-        return pack(self, a_pass, key, size)
+        return pack(self, key, size, run)
 
     monkeypatch.setattr(cpu, "_packed", type(cpu._packed)())
     monkeypatch.setattr(cpu.PackedWeight, "pack", noting)

@@ -16,6 +16,13 @@ void pool_backward(const PoolBackwardArgs& args);
 int64_t batch_norm_workspace(const BatchNormArgs& args);
 void batch_norm_forward(const BatchNormForwardArgs& args);
 void batch_norm_backward(const BatchNormBackwardArgs& args);
+double linear_look(const LinearArgs& args);
+int64_t linear_packed_bytes(int64_t K, int64_t Out);
+void linear_pack(int64_t K, int64_t Out, int threads, const float* weight, float* packed);
+int64_t linear_forward_workspace(const LinearArgs& args);
+int64_t linear_backward_workspace(const LinearArgs& args);
+Listed linear_forward(const LinearForwardArgs& args);
+void linear_backward(const LinearBackwardArgs& args);
 // csrc/testing/evaluate.cpp
 bool evaluate(const char* name, DType dtype, const void* in, void* out, int64_t count);
 

@@ -1,4 +1,4 @@
-// Lists the nonzeros of x, for sparse.h.
+// Lists the nonzeros of x, for sparse.h and linear.h.
 #pragma once
 
 #if defined(__AVX2__)
@@ -20,6 +20,14 @@ struct LaneTable {
   }
 };
 inline constexpr LaneTable kLaneTable;
+
+// Returns the set of the lanes that are not zero. NaN is not.
+SNNLSTM_INLINE unsigned nonzero_lanes(__m256 v) {
+  return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+}
+SNNLSTM_INLINE __m128i members_of(unsigned set) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneTable.lanes[set]));
+}
 #endif
 
 // Appends the nonzeros among x[0 .. count), count <= 8, to the end of a list, with label[n] = first
@@ -31,11 +39,8 @@ SNNLSTM_INLINE int64_t append_nonzeros(const T* x, int64_t count, int32_t first,
 #if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
     const __m256 v = _mm256_loadu_ps(x);
-    const unsigned set =
-        unsigned(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ))) &
-        ((1u << count) - 1);
-    const __m256i lanes = _mm256_cvtepu8_epi32(
-        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneTable.lanes[set])));
+    const unsigned set = nonzero_lanes(v) & ((1u << count) - 1);
+    const __m256i lanes = _mm256_cvtepu8_epi32(members_of(set));
     _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(v, lanes));
     const __m256i labels =
         _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_slli_epi32(lanes, shift));

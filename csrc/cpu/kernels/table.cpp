@@ -87,6 +87,13 @@ const cpu::Kernels kernels = {has_tiles,
                               batch_norm_workspace,
                               batch_norm_forward,
                               batch_norm_backward,
+                              linear_look,
+                              linear_packed_bytes,
+                              linear_pack,
+                              linear_forward_workspace,
+                              linear_backward_workspace,
+                              linear_forward,
+                              linear_backward,
 #if SNNLSTM_TESTING
                               evaluate
 #endif
