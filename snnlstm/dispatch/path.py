@@ -24,7 +24,8 @@ class Path:
     ----------
     name : str
         ``"reference"``, or the name of the native kernels, such as ``"cpu-avx2-direct"``.
-        ``"compiled"`` if a backend of torch.compile runs a Leaky as plain operators.
+        ``"compiled"`` if a backend of torch.compile runs a Leaky as plain operators. ``"torch"``
+        if torch's function ran a layer of torch's.
     reason : str
         Why, in plain words.
     slow : bool, default False
@@ -43,7 +44,7 @@ class Path:
     @property
     def native(self) -> bool:
         """Whether the native kernels ran, and not plain torch, compiled or not."""
-        return self.name not in ("reference", "compiled")
+        return self.name not in ("reference", "compiled", "torch")
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"

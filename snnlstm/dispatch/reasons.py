@@ -94,6 +94,7 @@ class Reason(str, Enum):
     MISFIT = "conv has another geometry than the cell"
     # How a layer goes through a sequence.
     ALONE = "one call, all steps as a larger batch"
+    PRODUCT = "one call, all steps as a larger batch, which skips zeros of x where that is faster"
     ONE_CALL = "one call for all steps"
     TAKES = "it takes sequences"
     CONSTANT = "every step of its input is the same tensor"

@@ -157,6 +157,7 @@ def _report(loop: Loop, layer: _Layer) -> LayerReport:
         kind, reason = "once", Reason.CONSTANT
     elif runs and len(runs) + len(single) == 1:
         kind, reason = ("sequence", Reason.ONE_CALL) if is_sequence else ("fold", Reason.ALONE)
+        reason = Reason.PRODUCT if rules.rule_of(calls[0]) is rules.LINEAR else reason
     elif len(runs) > len(single) and not reason and (not has_states or _alternate(loop, alone)):
         kind = "sequence" if has_states else "fold"
         reason = f"{Reason.ONE_CALL} at each of {len(runs) + len(single)} places of a step"

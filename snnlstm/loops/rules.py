@@ -23,6 +23,7 @@ from torch.fx import Graph, Node
 from ..compat.torch_private import apply_recorded, operators_named, size_hint
 from ..native.batch_norm import batch_norm
 from ..native.leaky_operators import OPERATORS
+from ..native.linear import linear
 from ..networks.layers import PER_SAMPLE
 
 CELL_OPERATOR = OPERATORS.forward.default
@@ -155,20 +156,20 @@ def _whole(w: Any, run: Any, function: Any = None, x: Any = None) -> Any:
     return w.call(function or call.target, x, *w.arguments(call), **w.copied(dict(call.kwargs)))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` of all steps, (T, N, K); torch's is slow if x is not contiguous.
+def linear_of_steps(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of all steps, (T, N, K), which is slow if x is not contiguous.
 
     If only time lies within the batch, as in ``x[:, t]``, x or the result is copied: the smaller.
     """
     if x.dim() == 3 and not x.is_contiguous():
         by_sample = x.transpose(0, 1)
         if by_sample.is_contiguous() and weight.shape[0] <= weight.shape[-1]:
-            return F.linear(by_sample, weight, bias).transpose(0, 1).contiguous()
-    return F.linear(x.contiguous(), weight, bias)
+            return linear(by_sample, weight, bias).transpose(0, 1).contiguous()
+    return linear(x.contiguous(), weight, bias)
 
 
 def _linear(w: Any, run: Any) -> Any:
-    return _whole(w, run, linear)
+    return _whole(w, run, linear_of_steps)
 
 
 def _batch_norms(w: Any, run: Any) -> Any:

@@ -158,7 +158,11 @@ def _gradients(
         of_x = (flat(grad) @ weight).view(shape)
     if wants_weight and nonzeros is not None and not by_torch:
         nonzeros = laid_out(
-            nonzeros, (layer.rows, (layer.inputs + 7) // 8), ((layer.inputs + 7) // 8, 1), torch.uint8, device
+            nonzeros,
+            (layer.rows, (layer.inputs + 7) // 8),
+            ((layer.inputs + 7) // 8, 1),
+            torch.uint8,
+            device,
         )
         x = None if ctx.ones else laid_out(x, *layer.x_memory)
         of_weight, of_bias = layer.gradients(x, nonzeros, grad)

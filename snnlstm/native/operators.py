@@ -25,6 +25,7 @@ from . import leaky_operators, lender, pool2d
 from .batch_norm import batch_norm_of_step
 from .function import constant_states, in_float32, reached, run_plan
 from .leaky_operators import NAMESPACE, OPERATORS
+from .linear import linear
 from .plan import Gradients, Plan, SavedLayout, Sizes, empty_gradients, gradient_memory, operands_of
 from .tensors import empty_like_images, restored
 
@@ -250,7 +251,7 @@ def cell_in_graph() -> Callable[..., Any]:
 # A compiler that runs its graph by itself has, in the place of each call of an operator, a function
 # that is made here: torch's dispatcher would take 50 to 100 us a call. A compiler that hands its
 # graph on to another one puts the other operator in the place of the composite one, and leaves
-# torch's pools and batch norms, which the other compiler may fuse.
+# torch's pools, batch norms and linear layers, which the other compiler may fuse.
 IN_GRAPH: dict[Any, Callable[[], Any]] = {
     _forward_operator: cell_in_graph,
     leaky_operators.leaky: leaky_operators.leaky_in_graph,
@@ -258,6 +259,7 @@ IN_GRAPH: dict[Any, Callable[[], Any]] = {
     torch.max_pool2d: lambda: pool2d.max_pool2d,
     F.avg_pool2d: lambda: pool2d.avg_pool2d,
     F.batch_norm: lambda: batch_norm_of_step,
+    F.linear: lambda: linear,
 }
 OPAQUE: dict[Any, Callable[[], Any]] = {
     leaky_operators.leaky: lambda: OPERATORS.leaky_kernels.default

@@ -18,8 +18,8 @@ from ..native import lender
 from ..neurons.attributes import CELL
 from ..neurons.leaky import Leaky
 from ..neurons.sconv2dlstm import SConv1dLSTM, SConv2dLSTM
-from .pool2d import AvgPool2d, MaxPool2d, ours_for
 from .spikes import SpikeCount
+from .torch_layers import AvgPool2d, Linear, MaxPool2d, ours_for
 
 try:
     from ..native.batch_norm import batch_norm
@@ -65,7 +65,7 @@ class Way(NamedTuple):
         Whether the layer neither mixes samples nor keeps a state, however many steps a call gets.
     safe : bool
         Whether a call leaves its input as it is.
-    pool : type or None
+    ours : type or None
         Our class whose forward stands in for the layer's.
     """
 
@@ -73,7 +73,7 @@ class Way(NamedTuple):
     reason: str
     alone: bool = False
     safe: bool = False
-    pool: Any = None
+    ours: Any = None
 
 
 PER_SAMPLE: dict[type[nn.Module], tuple[str, int]] = {
@@ -87,9 +87,9 @@ PER_SAMPLE: dict[type[nn.Module], tuple[str, int]] = {
     MaxPool2d: ("max_pool2d", 4), AvgPool2d: ("avg_pool2d", 4),
     nn.GroupNorm: ("group_norm", 2), nn.BatchNorm1d: ("batch_norm", 2),
     nn.BatchNorm2d: ("batch_norm", 4),
-    nn.Linear: ("", 2), nn.Flatten: ("", 2), nn.Identity: ("", 2), nn.ReLU: ("", 2),
-    nn.LeakyReLU: ("", 2), nn.Sigmoid: ("", 2), nn.Tanh: ("", 2), nn.Dropout: ("", 2),
-    nn.Dropout2d: ("", 4),
+    nn.Linear: ("", 2), Linear: ("", 2), nn.Flatten: ("", 2), nn.Identity: ("", 2),
+    nn.ReLU: ("", 2), nn.LeakyReLU: ("", 2), nn.Sigmoid: ("", 2), nn.Tanh: ("", 2),
+    nn.Dropout: ("", 2), nn.Dropout2d: ("", 4),
 }  # fmt: skip
 """The layers that treat every sample by itself.
 
@@ -105,6 +105,7 @@ _DECIDING = (
     "in_features", "out_features", "in_channels", "out_channels",
 )  # fmt: skip
 _NUMBERS = {bool, int, float, type(None)}  # neither symbols nor tensors, which may change
+LINEAR = nn.Linear, Linear
 NORMS = nn.BatchNorm1d, nn.BatchNorm2d  # those with kernels for all steps in training
 _ways: BoundedDict[Any, Way] = BoundedDict()
 
@@ -177,11 +178,13 @@ def _decided(
         whole, against = ("fold", Reason.ALONE), hooked or not_per_sample(layer, dim)
         alone = against is None
         wide = step * _widening(layer)
-        against = against or reason_by_size(wide, steps, kind is nn.Linear)
+        against = against or reason_by_size(wide, steps, kind in LINEAR)
     listed = kind in PER_SAMPLE or kind.__module__.startswith("snntorch.")
     safe = listed and hooked is None and not getattr(layer, "inplace", False)
-    pool = ours_for(layer) if hooked is None and not traced else None
-    return Way(*(whole if against is None else ("step", against)), alone, safe, pool)
+    ours = ours_for(layer) if hooked is None and not traced else None
+    if against is None and kind in LINEAR:
+        whole = "fold", Reason.PRODUCT
+    return Way(*(whole if against is None else ("step", against)), alone, safe, ours)
 
 
 # ---- sizes --------------------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def _over_time(
             if batch is None:
                 x, batch = x.flatten(0, 1), x.shape[:2]
             x = x if way.safe else unshared(x, x.stride(0) == 0)
-            out = layer(x) if way.pool is None else way.pool.forward(layer, x)
+            out = layer(x) if way.ours is None else way.ours.forward(layer, x)
         ways.append(way)
     if batch is not None:
         out = out.unflatten(0, batch)
@@ -355,7 +355,7 @@ def _once(layers: list[Named], x: Tensor, ways: list[Way], traced: bool) -> Tens
         way = way_of(name, layer, x, x.dim() - 1, len(x), traced)
         if not (way.alone and way.safe):
             break
-        step = layer(x[0]) if way.pool is None else way.pool.forward(layer, x[0])
+        step = layer(x[0]) if way.ours is None else way.ours.forward(layer, x[0])
         x = step.expand(len(x), *step.shape)
         ways.append(Way("once", Reason.CONSTANT))
     return x
@@ -385,7 +385,7 @@ def _step_by_step(
         if way.kind != "step":
             break
         ways.append(way)
-        call: Any = layer if way.pool is None else partial(way.pool.forward, layer)
+        call: Any = layer if way.ours is None else partial(way.ours.forward, layer)
         if isinstance(layer, Sequential):
             call = partial(_one_step, layer)
         if lengths is not None and not way.alone:

@@ -1,11 +1,12 @@
 """Swaps snnTorch's cells and Leaky for ours: in a model, or wherever one is made.
 
-In a model it also swaps torch's pools.
+In a model it also swaps torch's pools and linear layers.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import wraps
@@ -20,7 +21,7 @@ from ..compat.snntorch import Base, Neuron, TheirLeaky, library, recognise_surro
 from ..dispatch.reasons import Reason, against_device
 from ..neurons.leaky import Leaky
 from ..neurons.sconv2dlstm import SConv2dLSTM
-from . import pool2d
+from . import torch_layers
 
 logger = logging.getLogger("snnlstm")
 
@@ -34,6 +35,10 @@ _OURS.pop(nn.Module, None)  # it stands for a class that snnTorch does not have
 _CONVLSTM = (
     "it looks like a ConvLSTM and stays as it is; the documentation's page ConvLSTM shows how "
     "snnlstm.ConvLSTM replaces it"
+)
+_ROUNDED = (
+    "linear layers equal torch's to rounding, which may flip a spike at its threshold: "
+    "products=False leaves torch's"
 )
 
 
@@ -49,7 +54,8 @@ class SwapReport:
         Names of the swapped layers, as ``model.named_modules()`` gives them. A layer that occurs in
         several places has all of its names here. The name of the model itself is "".
     left : dict of str to str
-        Names of the cells, neurons and pools that stay as they were, each with the reason.
+        Names of the cells, neurons, pools and linear layers that stay as they were, each with the
+        reason.
     surrogates : tuple of str
         Names of snnTorch's other neurons that got picklable surrogates.
     silent : tuple of str
@@ -80,6 +86,8 @@ class SwapReport:
             what += f"; {_SILENT}" if name in self.silent else ""
             lines.append(f"  {name or _ITSELF:{width}}  {what}")
         lines += [f"  on the reference path, which is slower: {reason}" for reason in self.slow]
+        if any(type(m) is torch_layers.Linear for m in self.model.modules()):
+            lines.append(f"  {_ROUNDED}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -94,10 +102,13 @@ class SwapReport:
 # ---- in a model ---------------------------------------------------------------------------
 
 
-def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
+def accelerate(model: nn.Module, surrogates: bool = False, *, products: bool = True) -> SwapReport:
     """Make every ``snntorch.SConv2dLSTM`` and ``snntorch.Leaky`` in a model ours, in place.
 
-    ``torch.nn.MaxPool2d`` and ``torch.nn.AvgPool2d`` become faster subclasses of themselves, too.
+    ``torch.nn.MaxPool2d`` and ``torch.nn.AvgPool2d`` become faster subclasses of themselves, too,
+    and so does ``torch.nn.Linear`` in a model with a spiking neuron: on the CPU it uses the zeros
+    among spikes. Its results equal torch's to rounding, so a spike at its threshold may flip.
+
     Each layer stays the same object, with its parameters, buffers, submodules, state and hooks, and
     changes its class, so optimizers, plain lists and ``torch.compile`` keep working with it. Some
     layers stay as they are, and the report gives the reason: instances of subclasses and layers
@@ -117,6 +128,8 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     surrogates : bool, default False
         Also replace the surrogates of snnTorch's other neurons, which are closures, by ours. Our
         surrogates compute the same and can be pickled, so that ``torch.save(model)`` works.
+    products : bool, default True
+        False leaves torch's linear layers as they are, and so their results by bits.
 
     Returns
     -------
@@ -129,8 +142,8 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     TypeError
         If `model` is not an nn.Module.
     """
-    surrogates = flag("surrogates", surrogates)
-    report = _swap(model)
+    surrogates, products = flag("surrogates", surrogates), flag("products", products)
+    report = _swap(model, products)
     named = list(model.named_modules(remove_duplicate=False))
     for name, module in reversed(named):  # the first of several names stays
         if type(module) in (SConv2dLSTM, Leaky):
@@ -166,17 +179,22 @@ def _require_snntorch(function: str) -> None:
         raise ImportError(f"{function}() needs snntorch, {lacks}")
 
 
-def _swap(model: nn.Module) -> SwapReport:
-    """Turn snnTorch's layers into ours, and report the rest."""
+def _swap(model: nn.Module, products: bool) -> SwapReport:
+    """Turn snnTorch's layers, and some of torch's, into ours, and report the rest."""
     a_module("model", model)
     _require_snntorch("accelerate")
+    spikes = any(isinstance(module, (Neuron, *_OURS.values())) for module in model.modules())
+    torchs = {kind for kind in torch_layers.OURS if kind is not nn.Linear or (products and spikes)}
+    owned = _owned_by_torch(model)
     # All new cells are made before the model is changed, so that an error leaves it whole.
     results: dict[str, Any] = {}
     pairs: dict[nn.Module, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if module not in pairs:
             try:
-                result = _as_ours(module)
+                result = _as_ours(module, torchs)
+                if module in owned and isinstance(result, nn.Module):
+                    result = f"its owner, {owned[module]}, may read its weight and not call it"
             except (TypeError, ValueError) as error:
                 result = str(error)
             pairs[module] = result
@@ -203,8 +221,23 @@ def _swap(model: nn.Module) -> SwapReport:
     return report
 
 
-def _as_ours(module: nn.Module) -> nn.Module | str | None:
-    """Our layer for one of snnTorch's; why other cells, neurons and ConvLSTMs are left, or None."""
+def _owned_by_torch(model: nn.Module) -> dict[nn.Module, str]:
+    """The linear layers within other layers of torch's, such as attention, with their owners."""
+    containers = nn.Sequential, nn.ModuleList, nn.ModuleDict
+    return {
+        child: type(module).__name__
+        for module in model.modules()
+        if type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
+        for child in module.children()
+        if isinstance(child, nn.Linear)
+    }
+
+
+def _as_ours(module: nn.Module, torchs: Collection[Any]) -> nn.Module | str | None:
+    """Our layer for one of snnTorch's, or of the classes `torchs`.
+
+    Or why another cell, neuron, ConvLSTM or layer of these classes is left, or None.
+    """
     name = type(module).__name__
     for theirs, ours in _OURS.items():
         if isinstance(module, ours):
@@ -218,17 +251,18 @@ def _as_ours(module: nn.Module) -> nn.Module | str | None:
             return f"{name} is a subclass of {base} and may compute something else"
     if Neuron is not None and isinstance(module, Neuron):
         return f"{name} is another neuron; only SConv2dLSTM and Leaky have faster ones"
-    if isinstance(module, tuple(pool2d.OURS)):
-        return _pool_of(module)
+    for kind in torchs:
+        if isinstance(module, kind):
+            return _layer_of(module, kind)
     return _CONVLSTM if _looks_like_a_convlstm(module) else None
 
 
-def _pool_of(old: nn.Module) -> nn.Module | str:
-    """Make a pool that holds everything that one of torch holds; or say why `old` stays."""
-    torchs, ours = next(pair for pair in pool2d.OURS.items() if isinstance(old, pair[0]))
+def _layer_of(old: nn.Module, torchs: type[nn.Module]) -> nn.Module | str:
+    """Make a layer that holds everything that one of torch holds; or say why `old` stays."""
+    ours = torch_layers.OURS[torchs]
     if type(old) is ours:
         return Reason.OURS
-    if (reason := pool2d.reason_against(old, torchs)) is not None:
+    if (reason := torch_layers.reason_against(old, torchs)) is not None:
         return reason
     new = nn.Module.__new__(ours)
     new.__dict__ = old.__dict__
