@@ -24,7 +24,7 @@ from unittest import mock
 import snntorch as snn
 import torch
 import torch.nn.functional as F
-from snntorch import surrogate, utils
+from snntorch import surrogate
 from torch import Tensor, nn
 
 import snnlstm
@@ -42,7 +42,7 @@ def averaged(run: Callable[..., Tensor], net: nn.Module, optimizer: Any, x: Tens
 
 
 # Tracing the reset would take time that is no part of the loop.
-reset = torch.compiler.disable(utils.reset)
+reset = torch.compiler.disable(snnlstm.reset)
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 LOOPS = {name: form for name, form in FORMS.items() if not form.sequences}

@@ -13,7 +13,7 @@ import time
 
 import snntorch
 import torch
-from snntorch import surrogate, utils
+from snntorch import surrogate
 from torch import nn
 
 import snnlstm
@@ -51,7 +51,7 @@ def network(library):
 
 def train(net, optimizer, x, lengths, labels):
     """Trains on the sum over each trial's own steps; returns which labels were predicted."""
-    utils.reset(net)
+    snnlstm.reset(net)
     if isinstance(net[0], snnlstm.SConv2dLSTM):
         out = snnlstm.unroll(x, *net, lengths=lengths)
     else:

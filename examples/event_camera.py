@@ -10,7 +10,7 @@ import time
 import numpy as np
 import snntorch
 import torch
-from snntorch import surrogate, utils
+from snntorch import surrogate
 from torch import nn
 
 import snnlstm
@@ -52,7 +52,7 @@ def network(library):
 
 def train(net, optimizer, frames, lengths, labels):
     """Trains on the sum over each recording's own steps; returns which labels were predicted."""
-    utils.reset(net)
+    snnlstm.reset(net)
     if isinstance(net[1], snnlstm.Leaky):
         out = snnlstm.unroll(frames, *net, lengths=lengths)
     else:

@@ -8,6 +8,7 @@ from .version import __version__
 try:
     from . import functional, quant, reference, surrogate
     from .calls.algorithms import algorithm, get_algorithm, set_algorithm
+    from .compat.registry import reset
     from .compat.snntorch import TheirLeaky
     from .dispatch.path import Path
     from .native.lender import empty_cache
@@ -44,6 +45,7 @@ __all__ = [
     "patch",
     "quant",
     "reference",
+    "reset",
     "set_algorithm",
     "spike_rates",
     "surrogate",

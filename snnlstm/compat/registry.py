@@ -112,10 +112,34 @@ def _through_wrapper(reset: Callable[[Any], None]) -> Callable[[Any], None]:
     return run
 
 
-def _reset_traced(net: nn.Module) -> None:
-    """Reset the neurons in a network; with snnTorch's function a graph guards on all others."""
+_NEURONS: Any = () if Neuron is None else Neuron
+
+
+def reset(net: nn.Module) -> None:
+    """Set the states of all neurons in a network to zero, so that a new sequence begins.
+
+    The neurons are our cells and Leaky layers, and snnTorch's neurons of every kind, at any depth
+    of `net`, also if ``torch.compile``, ``DistributedDataParallel`` or another module wraps it, or
+    if `net` is a neuron. Neurons of other networks keep their states. Compiled code may call this
+    function, also with ``fullgraph=True``.
+
+    ``snntorch.utils.reset`` 1.0.0 looks at the direct children of `net` alone: it leaves out
+    neurons in blocks, and resets those of other networks.
+
+    Parameters
+    ----------
+    net : nn.Module
+
+    Raises
+    ------
+    TypeError
+        If `net` is not an nn.Module.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be an nn.Module, got {type(net).__name__}")
     for module in net.modules():
-        if isinstance(module, Neuron) and hasattr(module, "reset_mem"):
+        is_neuron = isinstance(module, _NEURONS) or _is_ours(module)
+        if is_neuron and hasattr(module, "reset_mem"):  # some of snnTorch's keep no state
             module.reset_mem()
 
 
@@ -128,4 +152,4 @@ if Neuron is not None and "_of_snnlstm" not in vars(Neuron):
                 setattr(_kind, _name, classmethod(_walk))
     with suppress(Exception):  # a broken one may raise anything
         _utils: Any = import_module("snntorch.utils")
-        _utils.reset = _either(_through_wrapper(_utils.reset), _reset_traced)
+        _utils.reset = _either(_through_wrapper(_utils.reset), reset)

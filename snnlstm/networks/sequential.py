@@ -74,8 +74,7 @@ class Sequential(nn.Sequential):
 
     ``snnlstm.Sequential(*net)`` makes one from the layers of an ``nn.Sequential``; :meth:`of` also
     keeps their names. Cells and neurons start from their stored states, as in step calls: reset
-    them before every new sequence with :meth:`SConv2dLSTM.reset_hidden`, or with
-    ``snntorch.utils.reset(net)`` after ``import snntorch.utils``.
+    them before every new sequence with :func:`snnlstm.reset`.
 
     If layers share a state, such as one cell in two places, all layers run step by step, and the
     log names the cells. Several random layers (dropout) may draw the same random numbers in

@@ -215,12 +215,13 @@ CALLS = [(True, 3), (False, 3), (False, 2), (True, 3)]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_utils_reset_compiles_for_the_network_alone():
+@pytest.mark.parametrize("reset", [snnlstm.reset, snntorch.utils.reset], ids=["ours", "utils"])
+def test_a_reset_compiles_for_the_network_alone(reset):
     """Other networks come, run and die meanwhile, and keep their states."""
     counter, counts = CompileCounter(), []
     other, expected = Resets(snnlstm, early), Resets(snntorch, early)
     for _ in range(2):
-        net = Resets(snnlstm, snntorch.utils.reset)
+        net = Resets(snnlstm, reset)
         compiled = torch.compile(net, backend=counter, fullgraph=True)
         for seed, call in enumerate(CALLS):
             close(results(compiled, *call, seed), results(expected, *call, seed))
@@ -242,27 +243,73 @@ def test_utils_reset_looks_through_what_torch_compile_wraps(library):
     assert not any(neuron.mem.any() for neuron in (net[0], net[2]))
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_utils_reset_reaches_all_neurons_in_a_network():
-    mixed = nn.ModuleDict({"kind": nn.ModuleList([
+def neurons():
+    """Makes a network of all kinds of neurons; returns it with its states, which are ones."""
+    kinds = [
         leaky(), leaky(snntorch), ours(), theirs(), snntorch.Synaptic(0.9, 0.8),
         snntorch.RLeaky(0.9, linear_features=3), snntorch.RSynaptic(0.9, 0.8, linear_features=3),
         snntorch.Alpha(0.9, 0.8), snntorch.Lapicque(0.9), snntorch.SLSTM(2, 3),
-        snntorch.StateLeaky(0.9, 3),
-    ])})  # fmt: skip
-    states = [(one, name) for one in mixed["kind"] for name in ("spk", "syn", "syn_exc", "mem")
+        snntorch.StateLeaky(0.9, 3), snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1),
+    ]  # fmt: skip
+    states = [(one, name) for one in kinds for name in ("spk", "syn", "syn_exc", "syn_inh", "mem")
               if isinstance(getattr(one, name, None), torch.Tensor)]  # fmt: skip
-    assert len(states) == 18
+    assert len(states) == 21
     for one, name in states:
         setattr(one, name, torch.ones(3))
+    return nn.ModuleDict({"kind": nn.ModuleList(kinds)}), states
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("reset", [snnlstm.reset, snntorch.utils.reset], ids=["ours", "utils"])
+def test_a_compiled_reset_reaches_all_neurons_in_a_network(reset):
+    mixed, states = neurons()
 
     @torch.compile(backend="eager", fullgraph=True)
-    def reset(net, x):
-        snntorch.utils.reset(net)
+    def run(net, x):
+        reset(net)
         return x + 1
 
-    reset(mixed, torch.ones(3))
+    run(mixed, torch.ones(3))
     assert not any(getattr(one, name).any() for one, name in states)
+
+
+WRAPPERS = {
+    "none": lambda net: net,
+    "torch.compile": torch.compile,
+    "torch.compile of a block": lambda net: nn.Sequential(torch.compile(net), nn.Flatten()),
+    "DataParallel": nn.DataParallel,
+    "accelerate": lambda net: snnlstm.accelerate(net).model,
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_reset_reaches_each_neuron_in_a_network_and_no_other(wrapper, compiled):
+    (mixed, states), (_, others) = neurons(), neurons()
+    net = WRAPPERS[wrapper](mixed)
+
+    def run(x):
+        snnlstm.reset(net)
+        return x + 1
+
+    (torch.compile(run, backend="eager", fullgraph=True) if compiled else run)(torch.ones(3))
+    assert not any(getattr(one, name).any() for one, name in states)
+    assert all(getattr(one, name).all() for one, name in others)
+
+
+def test_evaluations_of_nested_neurons_are_equal_after_a_reset():
+    """snnTorch's own function looks at direct children, of which a network of blocks has none."""
+    block = nn.Sequential(leaky(init_hidden=True), nn.Sequential(ours(init_hidden=True)))
+    found = []
+    for _ in range(2):
+        snnlstm.reset(block)
+        found.append([block(x) for x in steps(3, 1, 2, 5, 5)])
+    assert torch.equal(*map(torch.stack, found))
+    snnlstm.reset(block[0])
+    assert not block[0].mem.any()
+    with pytest.raises(TypeError, match=r"net must be an nn\.Module, got list"):
+        snnlstm.reset([block])
 
 
 WALKS = {
