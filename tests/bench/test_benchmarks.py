@@ -147,11 +147,12 @@ def test_ones_own_network_is_timed_with_either_librarys_layers(own):
 def test_ones_own_loop_runs_the_network_step_by_step(own, tmp_path, capsys):
     own(
         "def run(net, x):\n"
-        "    assert x.dim() == 5 and not net[0].mem.any()\n"
+        "    assert x.dim() == 5 and not net[0][0].mem.any()\n"
         "    return torch.stack([net(step) for step in x])\n"
         "def make():\n"
         "    cell = snntorch.SConv2dLSTM(2, 3, 3, threshold=0.05, init_hidden=True)\n"
-        "    return torch.nn.Sequential(cell), torch.rand(3, 2, 2, 5, 5), run\n"
+        "    block = torch.nn.Sequential(cell)\n"
+        "    return torch.nn.Sequential(block), torch.rand(3, 2, 2, 5, 5), run\n"
     )
     (tmp_path / "mine.py").write_text(
         "import torch\n"
