@@ -49,19 +49,18 @@ class SpikeCount:
     def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         if exporting() or transforms_are_active():  # such tensors hold no numbers of their own
             return
-        with torch.no_grad():
-            mem = getattr(layer, "mem", None)
-            while isinstance(output, tuple | list):  # a tuple ends with mem
-                output, mem = output[0], output[-1]
-            spikes = output.count_nonzero()
-            self.spikes = self.spikes + spikes
-            # Compiled code takes a number of Python's for a constant, and would be made anew.
-            self.chances = self.chances + torch.full_like(spikes, output.numel())
-            if isinstance(mem, Tensor) and mem.numel():
-                self.compared = _compared(layer, mem.detach())
-                highest = self.compared.max()
-                before = highest if self.highest is None else self.highest
-                self.highest = torch.maximum(highest, before)
+        mem = getattr(layer, "mem", None)
+        while isinstance(output, tuple | list):  # a tuple ends with mem
+            output, mem = output[0], output[-1]
+        spikes = output.count_nonzero()
+        self.spikes = self.spikes + spikes
+        # Compiled code takes a number of Python's for a constant, and would be made anew.
+        self.chances = self.chances + torch.full_like(spikes, output.numel())
+        if isinstance(mem, Tensor) and mem.numel():
+            self.compared = _compared(layer, mem.detach())
+            highest = self.compared.max()
+            before = highest if self.highest is None else self.highest
+            self.highest = torch.maximum(highest, before)
 
     @property
     def rate(self) -> float:

@@ -1,6 +1,7 @@
 """snnlstm.spike_rates counts spikes and changes nothing."""
 
 import copy
+import logging
 import math
 import re
 
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import snnlstm
 from snnlstm import SpikeCount
+from tests.loops.compiled import merges
 from tests.shared.helpers import close, ours, quietly, steps, theirs
 
 X = steps(4, 2, 2, 6, 6)
@@ -129,6 +131,30 @@ def test_a_compiled_network_is_counted_without_a_graph_for_each_call():
     assert counter.frame_count <= 3
     assert (rates["0"].spikes, rates["0"].chances) == (of["0"].spikes, of["0"].chances)
     assert rates["0"].chances == 6 * 2 * 3
+
+
+@merges
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_loop_that_is_compiled_within_the_block_is_counted_and_runs_sequences(training, caplog):
+    net = snnlstm.accelerate(network()).model
+
+    def loop(x):
+        snnlstm.reset(net)
+        return torch.stack([net(x_t) for x_t in x])
+
+    found = []
+    for run in (loop, torch.compile(loop, backend="snnlstm")):
+        with (
+            torch.set_grad_enabled(training),
+            snnlstm.spike_rates(net, show=False) as rates,
+            caplog.at_level(logging.INFO, "snnlstm"),
+        ):
+            found.append((run(X), run(X)))
+        found[-1] += tuple((r.spikes, r.chances, r.highest) for r in rates.values())
+    close(*found)
+    said = [message.count("one call for all steps") for message in caplog.messages]
+    assert said == [3, 3]  # the first call makes the counts, and the next one adds to them
 
 
 def test_fake_tensors_are_counted_without_numbers():
