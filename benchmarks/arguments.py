@@ -77,9 +77,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=float, default=math.inf, metavar="S",
         help="begin no case after S seconds")
     p.add_argument("--out", type=Path, metavar="DIR",
-        help="for rows.csv, table.md and pictures (default: out/bench-DATE-TIME)")
-    p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"),
-        help="measure nothing: what changed from run A to run B (directories or rows.csv)")
+        help="for rows.csv and table.md (default: out/bench-DATE-TIME)")
     return p
 # fmt: on
 

@@ -1,4 +1,4 @@
-"""Shows the rows of a run: tables, pictures, and the comparison of two runs.
+"""Shows the rows of a run as tables, and draws what a release publishes.
 
 Rows are a pandas table, one row for each case, mode and provider; times are milliseconds of all
 time steps. `speedup` is the median of the case's first provider, timed in the same rounds, over
@@ -9,7 +9,6 @@ with that of the C++ compilers that it started.
 
 from __future__ import annotations
 
-import importlib.util
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,24 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RUN = ["threads", "dtype"]
-CASE = [*RUN, "case", "mode"]
-TEXTS = ["path", "note", "shape"]
-KEY = [*CASE, "title", "provider"]  # what is the same measurement in two runs
 ROOT = Path(__file__).resolve().parents[1]
 HISTORY = ROOT / "benchmarks" / "results" / "history.csv"  # rows of releases
 RELEASE = ["version", "processor", "network", "form"]
 MODES = ("inference", "training")
 QUANTITIES = [mode + quantity for quantity in ("", " ms", " compiling") for mode in MODES]
 COLUMNS = [*RELEASE, *QUANTITIES]
-SMALLEST_CHANGE = 0.03
-"""Clocks and the placement of pages make medians of equal programs differ by up to this share."""
-FEWEST_ROUNDS = 5
 FORMS = ("snntorch", "loop", "compiled-loop", "sequence", "inductor")
 COMPILED = ("compiled-loop", "inductor")
 # These colours differ for any kind of colour vision (Okabe and Ito).
 COLOURS = dict(zip(FORMS, ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7"), strict=True))
 LIBRARIES = {"snntorch": COLOURS["snntorch"], "snnlstm": COLOURS["sequence"]}
-OTHERS = "#D55E00", "#999933", "#882255", "#44AA99", "#332288"
 COLOURED = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"
 # This grey is readable on white and on black.
 STYLE = dict.fromkeys(COLOURED, "#808890") | {"svg.hashsalt": "snnlstm", "legend.framealpha": 0}
@@ -54,16 +46,6 @@ README_NETWORKS = {  # what a reader has, which names the bars of the pictures; 
     "dense": "Leaky alone: 784-1000-10, T=25 N=128, tutorial 5",
     "deep": "batch norm, convolutions, Leaky: 32x32, T=10 N=8",
 }
-
-
-def read(path: Path) -> pd.DataFrame:
-    """Reads rows.csv, or that of a directory; raises ValueError that names a file without rows."""
-    path = path / "rows.csv" if path.is_dir() else path
-    try:
-        rows = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
-        return rows.assign(**{name: rows[name].fillna("") for name in TEXTS})
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} does not hold rows of this suite: {error}") from None
 
 
 def number(value: Any, unit: str = "") -> str:
@@ -146,74 +128,17 @@ def _pair(own: pd.DataFrame, form: str, quantity: str, text: Callable[[Any], str
     return " / ".join(texts) if any(text != "-" for text in texts) else "-"
 
 
-def compare(before: pd.DataFrame, after: pd.DataFrame) -> str:
-    """Says which rows changed between two runs, and which differ by noise.
-
-    A row counts as changed only if the bands between the 20th and the 80th percentile of both runs
-    do not touch, and the medians lie more than SMALLEST_CHANGE apart. A row with too few rounds
-    for percentiles, or of a machine that was too busy for ratios, gets no verdict.
-    """
-    both = before.merge(after, on=KEY, suffixes=(" A", " B"))
-    if both.empty:
-        return "The two runs have no row in common."
-    both["change"] = both["ms B"] / both["ms A"] - 1
-    both["verdict"] = [_verdict(row) for row in both.to_dict("records")]
-    names = ["version", "commit", "date", "device", "torch", "snntorch", "python"]
-    origins = pd.DataFrame({"A": before.iloc[0][names], "B": after.iloc[0][names]})
-    text = [origins.to_string()]
-    shown = both[[*CASE, "provider"]].copy()
-    for name, unit in (("ms", ""), ("speedup", "x"), ("mib", "")):
-        for run in ("A", "B"):
-            shown[f"{name} {run}"] = [number(value, unit) for value in both[f"{name} {run}"]]
-    shown = shown.loc[:, (shown != "-").any()]
-    shown["change"] = both.change.map("{:+.1%}".format)
-    shown["verdict"] = both.verdict
-    drift = both.groupby(CASE).change.first().median()
-    counts = ", ".join(f"{count} {name}" for name, count in both.verdict.value_counts().items())
-    alone = len(before) + len(after) - 2 * len(both)
-    text += ["", shown.to_string(index=False), "", f"{counts}; {alone} rows are in one run only."]
-    text.append(f"The baseline, the same code in both runs, changed by {drift:+.1%} in the median.")
-    return "\n".join(text)
-
-
-def _verdict(row: dict[str, Any]) -> str:
-    if not (row["quiet A"] and row["quiet B"]):
-        return "busy"
-    if min(row["rounds A"], row["rounds B"]) < FEWEST_ROUNDS:
-        return "too few rounds"
-    if abs(row["change"]) > SMALLEST_CHANGE and row["p80 B"] < row["p20 A"]:
-        return "faster"
-    if abs(row["change"]) > SMALLEST_CHANGE and row["p20 B"] > row["p80 A"]:
-        return "slower"
-    return "noise"
-
-
 def write(rows: pd.DataFrame, out: Path) -> None:
-    """Writes rows.csv, history.csv, table.md and, with Matplotlib, pictures; prints the table."""
+    """Writes rows.csv, history.csv and table.md, and prints the table."""
     out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out / "rows.csv", index=False)
     print(f"wrote {out / 'rows.csv'}")
     if rows.empty:
         return
-    runs = [(name, part) for name, part in rows.groupby(RUN, sort=False)]
-    figures(runs[0][1]).to_csv(out / "history.csv", index=False, float_format="%.4g")
+    _, first = next(iter(rows.groupby(RUN, sort=False)))
+    figures(first).to_csv(out / "history.csv", index=False, float_format="%.4g")
     (out / "table.md").write_text(markdown(rows))
     print("", markdown(rows), sep="\n")
-    if importlib.util.find_spec("matplotlib"):
-        for (threads, dtype), part in runs:
-            title = f"{part.device.iloc[0]}, {heading(part).partition(', ms')[0]}"
-            for path in draw(figures(part), out, f"speedup-{threads}-{dtype}", title):
-                print(f"wrote {path}")
-
-
-def draw(found: pd.DataFrame, directory: Path, name: str, title: str) -> list[Path]:
-    """Draws the speed-ups of one run, a picture for each mode; returns the files."""
-    drawn = []
-    for mode in MODES:
-        if (bars := _speedups(found, mode)).size:
-            drawn.append(directory / f"{name}-{mode}.svg")
-            save(_panels({textwrap.fill(title, 60): bars}, mode), drawn[-1])
-    return drawn
 
 
 def draw_history(mode: str) -> Figure:
@@ -256,11 +181,7 @@ def _panels(
         figure = Figure(figsize=(width, 1 + sum(heights)), layout="constrained")
         axes = figure.subplots(len(panels), height_ratios=heights, squeeze=False)[:, 0]
         for panel, (title, bars) in zip(axes, panels.items(), strict=True):
-            bars = bars.rename(index=lambda name: Path(name).name)  # of a user's file
-            colours = COLOURS | dict(
-                zip((f for f in bars if f not in COLOURS), OTHERS, strict=False)
-            )
-            look: Any = {"left": 1, "logx": True, "width": 0.8, "legend": False, "color": colours}
+            look: Any = {"left": 1, "logx": True, "width": 0.8, "legend": False, "color": COLOURS}
             (bars - 1).plot.barh(ax=panel, **look)
             for drawn, form in zip(panel.containers, bars, strict=True):
                 labels = bars[form].map(lambda value: factor(value, "x"), na_action="ignore")

@@ -42,7 +42,7 @@ FAILURES = {
     1: "NOT TIMED", INTERRUPTED: "interrupted", 3: "NO RATIOS, the machine was busy",
     NOT_RUN: "no time was left for",
 }  # fmt: skip
-MOST_LOAD, MOST_DRIFT, MOST_ROUNDS = 0.3, 0.1, 400
+MOST_LOAD, MOST_DRIFT, FEWEST_ROUNDS, MOST_ROUNDS = 0.3, 0.1, 5, 400
 CLOCKS = {"processor": time.process_time, "wall": benchmark.timer}
 
 
@@ -111,7 +111,7 @@ def time_interleaved(
         order.shuffle(names)
         for name in names:
             samples[name].append(timers[name].timeit(1))
-        if done >= report.FEWEST_ROUNDS and time.perf_counter() - begin >= seconds:
+        if done >= FEWEST_ROUNDS and time.perf_counter() - begin >= seconds:
             break
     return samples
 
@@ -313,9 +313,6 @@ def main(arguments: list[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(arguments)
     try:
-        if args.compare:
-            print(report.compare(*map(report.read, args.compare)))
-            return 0
         suite = Suite(args)
     except ValueError as error:
         p.exit(2, f"{p.prog}: error: {error}\n")  # one line, without the usage

@@ -47,7 +47,7 @@ def peaks(monkeypatch):
 
 
 def suite(out: Path, *arguments: str) -> tuple[int, pd.DataFrame]:
-    return run.main([*arguments, "--out", str(out)]), report.read(out)
+    return run.main([*arguments, "--out", str(out)]), pd.read_csv(out / "rows.csv")
 
 
 BRINGS = 'which the extra "bench" brings: in the checkout run'
@@ -103,13 +103,11 @@ def test_the_suite_writes_rows_and_a_table(tmp_path, capsys, monkeypatch):
         assert group.speedup.tolist() == pytest.approx((group.ms.iloc[0] / group.ms).tolist())
     said, table = capsys.readouterr().out, (tmp_path / "table.md").read_text()
     assert said.count("small, training  [2->4 6x6, k3, T=2 N=1], 1 thread, float32") == 1
-    shape = rows["shape"].max()
+    shape = rows["shape"].dropna().max()
     assert parse_case(shape).shape == shape
     assert re.search(r"\*\*small\*\*: .* \| [\d.]+ / [\d.]+ \| [\d.]+ / [\d.]+ \| ", table)
     for history in (tmp_path / "history.csv", report.HISTORY):
         assert history.read_text().startswith(f"{','.join(report.COLUMNS)}\n")
-    assert run.main(["--compare", str(tmp_path), str(tmp_path)]) == 0
-    assert f"{len(rows)} noise; 0 rows are in one run only." in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -140,7 +138,7 @@ def test_ones_own_network_is_timed_with_either_librarys_layers(own):
             f"    return {stack}(cell, *readout), torch.rand{sizes}\n"
         )
         paths = dict(zip(rows.provider, rows.path, strict=True))
-        assert paths["snntorch"] == ""
+        assert pd.isna(paths["snntorch"])
         assert paths["loop"].startswith("cpu-")
 
 
@@ -349,7 +347,6 @@ def test_peak_memory_is_the_memory_that_is_used():
         (["--providers", "sequence:fft"], "--providers"),
         (["--dtype", "tf32"], "--dtype"),
         (["--threads", "0"], "--threads"),
-        (["--compare", "nowhere", "else"], "nowhere"),
     ],
 )
 def test_errors_name_the_argument(arguments, named, capsys):
@@ -374,14 +371,6 @@ def test_each_backend_has_its_time_on_the_host(monkeypatch, capsys):
     monkeypatch.setattr(host, "ROUNDS", 1)
     host.main([])
     assert len(re.findall(r"(?m)^  \S+, \w+ +[\d.]+ +[\d.]+$", capsys.readouterr().out)) == 3
-
-
-@long
-def test_the_suite_draws_a_picture_of_each_mode(tmp_path):
-    pytest.importorskip("matplotlib")
-    assert suite(tmp_path, *TINY)[0] == 0
-    for mode in MODES:
-        assert (tmp_path / f"speedup-1-float32-{mode}.svg").stat().st_size > 10_000
 
 
 @long
