@@ -59,7 +59,7 @@ def patched(network: Network) -> nn.Module:
 
 def accelerated(network: Network) -> nn.Module:
     net = theirs(network)
-    kinds = snntorch.SConv2dLSTM, snntorch.Leaky, nn.MaxPool2d
+    kinds = snntorch.SConv2dLSTM, snntorch.Leaky, nn.MaxPool2d, nn.Linear
     layers = [name for name, layer in net.named_modules() if type(layer) in kinds]
     assert snnlstm.accelerate(net).swapped == tuple(layers)
     return net

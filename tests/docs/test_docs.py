@@ -154,7 +154,7 @@ def test_python_blocks_run_in_order_and_every_cell_spikes(
     assert [str(w.message) for w in own] == []
     if page == README:
         printed = capsys.readouterr().out.split("\n")
-        assert printed[:3] == ["accelerate: 2 swapped, 0 left", "  0  swapped", "  3  swapped"]
+        assert printed[:3] == ["accelerate: 3 swapped, 0 left", "  0  swapped", "  2  swapped"]
         assert printed[3].startswith("epoch 0: ")
         assert printed[4].endswith("% correct")
         assert re.match(r"cpu-\w+-\w+ \(.+\)", printed[5])

@@ -1,0 +1,1 @@
+"""Linear layers of spikes, where accelerate, stacks and compiled loops use them."""
