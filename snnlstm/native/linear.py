@@ -25,66 +25,69 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
 
 def run(input: Any, weight: Any, bias: Any = None) -> tuple[Tensor, Ran]:
     """The result of :func:`linear`, and what ran."""
+    layer = _layer_of(input, weight, bias)
+    if isinstance(layer, str):
+        return F.linear(input, weight, bias), layer
+    if layer.needs_grad:
+        return _apply(layer, None, input, weight, bias)
+    return layer.run(input, weight, bias)[:2]
+
+
+# The kernels' costs in multiply-adds of torch's product: what a nonzero takes in the forward pass
+# and in the weight's gradient, a value of x, and a weight; and the least that a call must save.
+IN_FORWARD, IN_GRADIENT, OF_VALUE, OF_WEIGHT = 3, 4, 25, 12
+LEAST, LEAST_IN_TRAINING = 1_000_000, 4_000_000
+MOST_INPUTS = 65_535  # their places have 16 bits
+
+
+def _layer_of(x: Any, weight: Any, bias: Any) -> _Layer | str:
+    """Decide about a call: what the kernels run, or why torch's function does.
+
+    The steps come in the order of what they cost, because each step of a loop asks.
+    """
     try:
         outputs, inputs = weight.shape
-        values = input.numel()
-        wants = may_require_grad((input, weight, bias))
-        if values * outputs < (LEAST_IN_TRAINING if wants else LEAST):
-            return F.linear(input, weight, bias), products.SMALL
-    except (AttributeError, RuntimeError, ValueError):  # no matrix, or a nested tensor
-        return F.linear(input, weight, bias), products.SHAPES
-    reason = products.reason_against(input, weight, bias)
-    if reason is None:
-        layer = _layer_of(input, inputs, outputs, bias)
-        if isinstance(layer, str):
-            reason = layer
-        elif (density := layer.look(input)) > MOST_NONZERO:
-            reason = products.too_dense(density)
-        elif wants:
-            return _apply(layer, density, input, weight, bias)
-        else:
-            return layer.run(input, weight, bias)[:2]
-    return F.linear(input, weight, bias), reason
-
-
-# The least products of rows, inputs and outputs for which the kernels pay, without and with a
-# gradient; rows and outputs; and the most inputs, whose places have 16 bits.
-LEAST, LEAST_IN_TRAINING = 1_000_000, 1_000_000
-LEAST_ROWS, LEAST_OUTPUTS, MOST_INPUTS = 32, 32, 65_535
-
-# The largest shares of nonzeros for which the forward pass and the weight's gradient pay, and the
-# fewest rows for which the gradient does.
-MOST_NONZERO, MOST_IN_GRADIENT, LEAST_ROWS_OF_GRADIENT = 0.25, 0.2, 128
-
-
-def _layer_of(x: Tensor, inputs: int, outputs: int, bias: Tensor | None) -> _Layer | str:
-    """The sizes of a call, or why torch's function runs it."""
-    shape = x.shape
-    if shape[-1] != inputs or (bias is not None and bias.shape != (outputs,)):
+        values = x.numel()
+        needs_grad = may_require_grad((x, weight, bias))
+    except (AttributeError, RuntimeError, ValueError):  # no tensor, no matrix, or a nested one
+        return products.SHAPES
+    products_of_torch = values * outputs
+    fixed = OF_VALUE * values + OF_WEIGHT * inputs * outputs
+    least = LEAST_IN_TRAINING if needs_grad else LEAST
+    if (products_of_torch - fixed) * (1 + needs_grad) < least or inputs > MOST_INPUTS:
+        return products.SMALL
+    if (reason := products.reason_against(x)) is not None:
+        return reason
+    if x.shape[-1] != inputs:
         return products.SHAPES
     row = inputs
     if not x.is_contiguous():
         row, step = x.stride() if x.dim() == 2 else (0, 0)
         if step != 1 or row < inputs:
-            return products.TENSORS
-    rows = x.numel() // inputs
-    if rows < LEAST_ROWS or outputs < LEAST_OUTPUTS or inputs > MOST_INPUTS:
-        return products.SMALL
-    return _Layer(rows, inputs, outputs, row, (shape, x.stride(), x.dtype, x.device))
+            return products.X
+    sizes = values // inputs, inputs, outputs, row
+    density = _C.linear_look((*sizes, x.data_ptr(), 0, 0))
+    saved = products_of_torch * (1 - IN_FORWARD * density) - fixed
+    in_gradient = products_of_torch * (1 - IN_GRADIENT * density) - fixed
+    lists_gradient = needs_grad and weight.requires_grad and in_gradient > 0
+    if saved + lists_gradient * in_gradient < least:
+        return products.too_dense(density)
+    if (reason := products.reason_against_weight(weight, bias)) is not None:
+        return reason
+    if bias is not None and bias.shape != (outputs,):
+        return products.SHAPES
+    return _Layer(*sizes, needs_grad, lists_gradient)
 
 
 class _Layer(NamedTuple):
-    """The sizes of a call: its fields in csrc/args.h, and how x lies in memory."""
+    """A call that the kernels run: its sizes, as csrc/args.h has them, and what was decided."""
 
     rows: int
     inputs: int
     outputs: int
     row: int
-    x_memory: Any
-
-    def look(self, x: Tensor) -> float:
-        """The share of nonzeros in a part of x."""
-        return _C.linear_look((*self[:4], x.data_ptr(), 0, 0))
+    needs_grad: bool
+    lists_gradient: bool
 
     def run(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, nonzeros: Tensor | None = None
@@ -129,12 +132,13 @@ class _Layer(NamedTuple):
 
 
 def _forward(
-    ctx: Any, layer: _Layer, density: float, x: Tensor, weight: Tensor, bias: Tensor | None
+    ctx: Any, layer: _Layer, _: None, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[tuple[Tensor, Ran], Any]:
     wants_x, wants_weight, _ = ctx.needs_input_grad[2:]
     nonzeros = None
-    if wants_weight and density <= MOST_IN_GRADIENT and layer.rows >= LEAST_ROWS_OF_GRADIENT:
+    if layer.lists_gradient:
         nonzeros = lender.empty((layer.rows, (layer.inputs + 7) // 8), torch.uint8)
+    ctx.x_memory = x.shape, x.stride(), x.dtype, x.device
     y, ran, ctx.ones = layer.run(x, weight, bias, nonzeros)
     if isinstance(ran, str):
         nonzeros = None
@@ -148,7 +152,7 @@ def _gradients(
     layer, (x, weight, nonzeros), grad = ctx.plan, saved, grads[0]
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[2:]
     of_x = of_weight = of_bias = None
-    shape, _, dtype, device = layer.x_memory
+    shape, _, dtype, device = ctx.x_memory
     if not by_torch:
         y_shape = (*shape[:-1], layer.outputs)
         grad = laid_out(grad, y_shape, contiguous_strides(y_shape), dtype, device)
@@ -157,17 +161,12 @@ def _gradients(
     if wants_x:
         of_x = (flat(grad) @ weight).view(shape)
     if wants_weight and nonzeros is not None and not by_torch:
-        nonzeros = laid_out(
-            nonzeros,
-            (layer.rows, (layer.inputs + 7) // 8),
-            ((layer.inputs + 7) // 8, 1),
-            torch.uint8,
-            device,
-        )
-        x = None if ctx.ones else laid_out(x, *layer.x_memory)
+        bits = (layer.inputs + 7) // 8
+        nonzeros = laid_out(nonzeros, (layer.rows, bits), (bits, 1), torch.uint8, device)
+        x = None if ctx.ones else laid_out(x, *ctx.x_memory)
         of_weight, of_bias = layer.gradients(x, nonzeros, grad)
     elif wants_weight:
-        x = x if by_torch else restored(x, *shape, dtype, device)
+        x = x if by_torch else restored(x, shape, dtype, device)
         of_weight = flat(grad).t() @ flat(x)
     if wants_bias and of_bias is None:
         of_bias = flat(grad).sum(0)

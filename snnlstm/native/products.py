@@ -17,28 +17,35 @@ Ran = int | str
 
 SMALL = "the layer and its batch are too small to gain"
 SHAPES = "torch's function checks the shapes"
+INTERCEPTED = 'something records or transforms the call, or set_algorithm("reference") is on'
 AUTOCAST = "autocast is on"
-RECORDED = 'something records or transforms the call, or set_algorithm("reference") is on'
-TENSORS = "x, weight and bias must be plain float32 tensors of the CPU without gaps"
+X = "x must be a plain float32 tensor of the CPU without gaps"
+WEIGHT = "weight and bias must be plain float32 tensors of the CPU without gaps"
 
 
-def reason_against(x: Any, weight: Any, bias: Any) -> str | None:
-    """Why torch's function must run a product of these, whatever their sizes and zeros."""
+def reason_against(x: Any) -> str | None:
+    """Why torch's function must run a product with x, whatever its sizes and zeros."""
     if torch_must_run():
-        return RECORDED
+        return INTERCEPTED
     if any_autocast() and autocast_dtype("cpu") is not None:
         return AUTOCAST
-    for tensor in (weight, x) if bias is None else (weight, x, bias):
-        if not is_readable(tensor) or tensor.dtype is not torch.float32:
-            return TENSORS
-    if not weight.is_contiguous() or (bias is not None and not bias.is_contiguous()):
-        return TENSORS
+    return None if is_readable(x) and x.dtype is torch.float32 else X
+
+
+def reason_against_weight(weight: Any, bias: Any) -> str | None:
+    """The same, because of weight or bias."""
+    for tensor in (weight,) if bias is None else (weight, bias):
+        if not (is_readable(tensor) and tensor.dtype is torch.float32 and tensor.is_contiguous()):
+            return WEIGHT
     return None
 
 
+_DENSE = tuple(f"{percent} % of x is not zero" for percent in range(101))
+
+
 def too_dense(density: float) -> str:
-    """Why torch's function runs a product whose x has so many nonzeros."""
-    return f"{100 * density:.0f} % of x is not zero"
+    """Why torch's function runs a product whose x has this share of nonzeros."""
+    return _DENSE[round(100 * density)]
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -154,10 +154,12 @@ def test_python_blocks_run_in_order_and_every_cell_spikes(
     assert [str(w.message) for w in own] == []
     if page == README:
         printed = capsys.readouterr().out.split("\n")
-        assert printed[:3] == ["accelerate: 3 swapped, 0 left", "  0  swapped", "  2  swapped"]
-        assert printed[3].startswith("epoch 0: ")
-        assert printed[4].endswith("% correct")
-        assert re.match(r"cpu-\w+-\w+ \(.+\)", printed[5])
+        swapped = [f"  {name}  swapped" for name in "023"]
+        assert printed[:4] == ["accelerate: 3 swapped, 0 left", *swapped]
+        assert "products=False" in printed[4]
+        assert printed[5].startswith("epoch 0: ")
+        assert printed[6].endswith("% correct")
+        assert re.match(r"cpu-\w+-\w+ \(.+\)", printed[7])
 
 
 def test_examples_of_docstrings(counted):
@@ -191,7 +193,7 @@ def test_the_tutorial_runs(monkeypatch, capsys):
                 capsys.readouterr()
                 exec("".join(cell["source"]), session)
     said = capsys.readouterr().out
-    assert "2 swapped, 0 left" in said
+    assert "3 swapped, 0 left" in said
     equal = re.search(r"([\d.]+)% of the spikes are equal", said)
     assert float(equal[1]) > 99.9
 

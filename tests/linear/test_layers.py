@@ -20,7 +20,7 @@ from tests.loops.compiled import BACKEND, merges
 from tests.shared.cpu_kernels import needs_core
 from tests.shared.helpers import close
 
-T, N, K, OUT = 4, 64, 300, 100
+T, N, K, OUT = 4, 128, 512, 256
 
 
 def spikes(*shape: int, density: float = 0.05) -> Tensor:

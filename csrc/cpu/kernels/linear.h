@@ -51,18 +51,20 @@ class Linear {
 
   // ---- the forward pass --------------------------------------------------------------------------
 
-  // Returns the share of nonzeros in runs of neighbours, which are spread over rows and columns.
+  // Returns the share of nonzeros in runs of neighbours, which are spread over rows and columns. A
+  // few runs will do if half of their values are not zero.
   static double look(const LinearArgs& a) {
-    constexpr int64_t kRuns = 256, kRun = 32;
+    constexpr int64_t kRuns = 256, kFew = 32, kRun = 32;
     const int64_t size = a.M * a.K, length = std::min(kRun, a.K);
     const int64_t step = int64_t(0.6180339887 * double(size));  // the golden section spreads best
-    int64_t nonzeros = 0;
-    for (int64_t run = 0, place = 0; run < kRuns; ++run, place += step) {
+    int64_t nonzeros = 0, run = 0;
+    for (int64_t place = 0; run < kRuns; place += step) {
       place -= place >= size ? size : 0;
       const float* const x = a.x + place / a.K * a.row + std::min(place % a.K, a.K - length);
       for (int64_t k = 0; k < length; ++k) nonzeros += x[k] != 0;
+      if (++run == kFew && 2 * nonzeros > kFew * length) break;
     }
-    return double(nonzeros) / double(kRuns * length);
+    return double(nonzeros) / double(run * length);
   }
 
   static int64_t forward_workspace(const LinearArgs& a) {
