@@ -56,7 +56,8 @@ class Network:
     train, infer: a step of (run, net, optimizer, x, y) and inference by (run, net, x), where `run`
     is `loop` or `sequences`. autocast: whether the network runs under autocast, where our cell and
     snnTorch's round differently. forms: providers of its own, the first of which is what the others
-    are compared with. own_input: returns x, which events take the place of by default.
+    are compared with. own_input: returns x, which events take the place of by default. density: of
+    the events.
     """
 
     title: str
@@ -70,17 +71,18 @@ class Network:
     autocast: bool = False
     forms: dict[str, Form] = field(default_factory=dict)
     own_input: Callable[[], Any] | None = None
+    density: float = 0.3
     dtypes = ()  # besides float32
     captures = False  # no CUDA graph has an optimizer's step
 
     def batches(self, *_: Any) -> list[tuple[Any, Any]]:
-        """Returns equal batches at every call: events of density 0.3, and labels."""
+        """Returns equal batches at every call: events, and labels."""
         if self.own_input:
             return [(self.own_input(), None)]
         generator = torch.Generator("cpu").manual_seed(7)
         batches, like = [], torch.zeros(())
         for shape in self.shapes:
-            x = torch.rand(shape, generator=generator, device="cpu").lt(0.3)
+            x = torch.rand(shape, generator=generator, device="cpu").lt(self.density)
             y = torch.randint(3, shape[:1], generator=generator, device="cpu")
             batches.append((x.to(like), y.to(like.device)))
         return batches
@@ -287,7 +289,7 @@ def dense(cell: Any, shape: Sequence[int], *sizes: int) -> nn.Module:
 
 def _stepwise(
     title: str, make: Any, shape: tuple[int, ...], *sizes: int, image: bool = False,
-    swap: bool = False,
+    swap: bool = False, density: float = 0.3,
 ) -> Network:  # fmt: skip
     """Returns the network of make(cell, shape, *sizes).
 
@@ -302,7 +304,10 @@ def _stepwise(
     batch, steps, *one = shape
     title = f"{'swapped: ' * swap}{title}; T={steps} N={batch}{', one image' * image}"
     if not image:
-        return Network(title, made, (shape,), loop=_outside, sequences=_unrolled)
+        if density != 0.3:
+            title += f", {100 * density:.0f} % events"
+        ways = {"loop": _outside, "sequences": _unrolled}
+        return Network(title, made, (shape,), density=density, **ways)
     loop, sequences = (functools.partial(way, steps=steps) for way in (_outside, _unrolled))
     return Network(title, made, ((batch, *one),), loop=loop, sequences=sequences)
 
@@ -476,12 +481,24 @@ def _users(small: bool = False) -> dict[str, Network]:
             ((10, 2, 2, 12, 12) if small else (18, 2, 2, 128, 128),), truncated, seen, SGD,
             autocast=True,
         ),
-        "dense": _stepwise("Leaky alone: Linear 784->1000->10", dense, digits, 1000, 10),
+        "dense": _stepwise(
+            "Leaky alone: Linear 784->1000->10", dense, digits, 1000, 10, density=0.13
+        ),
+        "dense-swapped": _stepwise(
+            "Leaky alone: Linear 784->2 x 512->10", dense, digits, 512, 512, 10, swap=True,
+            density=0.13,
+        ),
+        "dense-audio": _stepwise(
+            "Leaky alone: Linear 700->2 x 256->20", dense, size(64, 100, 700, 1, 1), 256, 256, 20,
+            swap=True, density=0.03,
+        ),
         "dense-image": _stepwise(
             "Leaky alone: Linear 784->1000->10", dense, digits, 1000, 10, image=True
         ),
         # As mlx-snn's authors time.
-        "dense-small": _stepwise("Leaky alone: Linear 784->128->10", dense, digits, 128, 10),
+        "dense-small": _stepwise(
+            "Leaky alone: Linear 784->128->10", dense, digits, 128, 10, density=0.13
+        ),
         "conv": _stepwise(conv.format(28), convolutions, images),
         "conv-swapped": _stepwise(
             conv.format(32), convolutions, size(32, 25, 1, 32, 32, side=20), swap=True

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import snntorch
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import snnlstm
 from snnlstm.loops import backend
@@ -288,3 +288,19 @@ class Provider:
             self.net.threshold = own
         self.net.load_state_dict(self.initial)
         return {name: tensor.detach().double().cpu() for name, tensor in results.items()}
+
+    def exact_loss(self) -> Tensor | None:
+        """Returns a network's loss of a first training step in float64, by our reference path.
+
+        It is None for layers, under autocast, and for one's own network, which may need float32.
+        """
+        case = self.case
+        if not hasattr(case, "own_input") or case.own_input or case.autocast:
+            return None
+        torch.manual_seed(0)
+        net = case.make(snnlstm.SConv2dLSTM).to(self.setting.device, torch.float64)
+        x = tree_map(lambda t: t.double() if t.is_floating_point() else t, self.x)
+        torch.manual_seed(1)  # dropout
+        with snnlstm.algorithm("reference"):
+            loss = case.train(case.loop, net, case.optimizer(net.parameters()), x, self.y)
+        return loss.detach().cpu()

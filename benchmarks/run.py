@@ -50,8 +50,17 @@ class Disagreement(AssertionError):
     """This error says that a provider does not compute what the baseline computes."""
 
 
-def compare(case: Any, dtype: str, expected: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
+def compare(
+    case: Any,
+    dtype: str,
+    expected: dict[str, Tensor],
+    actual: dict[str, Tensor],
+    true_loss: Tensor | None = None,
+) -> None:
     """Compares the results of a provider with the baseline's, before anything is timed.
+
+    true_loss: a network's loss in float64. The provider's may differ from it by 1e-5, or by as much
+    as the baseline's does.
 
     States have to agree everywhere, spikes but for a few: rounding decides a membrane potential
     close to the threshold. If a spike or a quantiser feeds back into the states, such an error can
@@ -69,7 +78,11 @@ def compare(case: Any, dtype: str, expected: dict[str, Tensor], actual: dict[str
         other = actual[name]
         if one.shape != other.shape:
             raise Disagreement(f"{name} has shape {tuple(other.shape)}, not {tuple(one.shape)}")
-        if name == "spikes":
+        if name == "loss" and true_loss is not None:
+            error, own = (float((loss - true_loss).abs()) for loss in (other, one))
+            if not error <= max(1e-5 * float(true_loss.abs()), own):
+                raise Disagreement(f"the loss differs by {error:.2g} from {float(true_loss):.7g}")
+        elif name == "spikes":
             by_channel = (spk.movedim(2, 0).flatten(1) for spk in (one, one - other))
             spiking, differing = (spk.ne(0).sum(1) for spk in by_channel)
             most = (spiking * (0.02 if exact else 0.15)).clamp(min=2)
@@ -205,12 +218,12 @@ class Suite:
                 one = Provider(case, form, setting)
                 if not built:
                     spiking = one.spiking_threshold() if isinstance(case, Case) else None
-                    expected = functools.cache(one.results)
+                    expected, true_loss = functools.cache(one.results), one.exact_loss()
                 # A threshold of another shape would be compiled once more, which takes a minute.
                 threshold = None if form.compiled or form.backend == "inductor" else spiking
                 results = expected(threshold)
                 if built:
-                    compare(case, setting.dtype, results, one.results(threshold))
+                    compare(case, setting.dtype, results, one.results(threshold), true_loss)
                 built[name] = one
             except Exception as error:  # a provider that fails must not end the run
                 self.skip(name, label, error)

@@ -318,6 +318,17 @@ def test_a_busy_machine_gets_no_ratios_of_several_threads(
     assert ("NO RATIOS" in capsys.readouterr().err) == (status == 3)
 
 
+def test_a_loss_may_be_as_far_from_the_true_one_as_eagers():
+    network = networks.NETWORKS["dense"]
+    one = Provider(network, FORMS["snntorch"], Setting())
+    right, true = one.results(), one.exact_loss()
+    run.compare(network, "float32", right, right, true)
+    wrong = {"loss": true * (1 + 2e-5)}
+    with pytest.raises(run.Disagreement, match="the loss differs by"):
+        run.compare(network, "float32", right, wrong, true)
+    run.compare(network, "float32", {"loss": true * (1 - 3e-5)}, wrong, true)
+
+
 @pytest.mark.parametrize("result", ["spikes", "syn", "mem", "gradient of weight", "gradient of x"])
 def test_agreement_notices_a_difference_in_each_result(result):
     expected = Provider(SMALL, FORMS["snntorch"], Setting()).results()
