@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..calls.entries import BoundedDict
@@ -125,10 +127,10 @@ def _layers(loop: Loop) -> Iterator[_Layer]:
     for path, (kind, nodes) in modules.items():
         operators = [node for node in nodes if node.target in rules.STATEFUL]
         bases = getattr(kind, "__mro__", ())
-        title = getattr(
-            kind, "__name__", "Leaky" if nodes[0].target is rules.LEAKY_OPERATOR else "cell"
-        )
         name = _name_of(path)
+        if kind is None:
+            name, kind = _called()
+        title = getattr(kind, "__name__", "neuron")
         is_neuron = bool(operators) or any(base.__name__ in _NEURONS for base in bases)
         is_ours = bool(operators) or any(base.__module__.startswith("snnlstm.") for base in bases)
         calls = operators or [node for node in nodes if node.target == nodes[-1].target]
@@ -140,6 +142,38 @@ def _name_of(path: str) -> str:
     """The name of a module in its network, by its path as torch.compile records it."""
     name = re.sub(r"_modules\['(.*?)'\]", r"\1", path)
     return re.sub(r"^[LG]\['\w+'\]\.?", "", name).replace("'", "")
+
+
+def _called() -> tuple[str, Any]:
+    """The name in its network, and the class, of the layer whose call is compiled by itself."""
+    frame: Any = sys._getframe()
+    calls = []  # of modules, the layer's own call first
+    while frame is not None:
+        module = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
+        if isinstance(module, nn.Module):
+            calls.append(module)
+        frame = frame.f_back
+    if not calls:
+        return "", None
+    layer = getattr(calls[0], "_orig_mod", calls[0])  # without torch.compile's wrapper
+    names = [name for net in calls for name, one in net.named_modules() if one is layer]
+    return names[-1].replace("_orig_mod", "").strip("."), type(layer)
+
+
+def _place(node: Node) -> str:
+    """Where the user's code calls a layer, as torch.compile records it."""
+    return str(node.meta.get("stack_trace")).split(f'  File "{Path(__file__).parents[1]}')[0]
+
+
+def _has_one_step(loop: Loop) -> bool:
+    """Whether a loop of one step is recorded: it takes a sequence apart, or stacks one result."""
+    for node in loop.nodes:
+        piece = loop.piece(node)
+        if piece is not None and rules.value_of(piece[0]).shape[piece[1]] == 1:
+            return True
+        if node.target is torch.stack and len(node.all_input_nodes) == 1:
+            return True
+    return False
 
 
 def _report(loop: Loop, layer: _Layer) -> LayerReport:
@@ -223,9 +257,9 @@ def _log(loop: Loop, gm: GraphModule) -> None:
     # An operator of a sequence has no rule.
     ours = [n for n, call in firsts if call.target in rules.STATEFUL and rules.rule_of(call)]
     counts = {len(layer.calls) for layer in ours}
-    if counts == {1}:
+    if counts == {1} and not _has_one_step(loop):
         reason = graph_break(gm) or _OUTSIDE
-        key = reason, ours[0].calls[0].meta.get("stack_trace")
+        key = reason, _place(ours[0].calls[0])
         if key not in _told:
             _told.keep(key, None)
             text = "torch.compile: the graph has one step of layer %s: %s"
@@ -248,8 +282,8 @@ _OUTSIDE = (
 
 
 _TOO_FEW = (
-    "torch.compile: the loop around layer %s has %s small steps, which may be faster as they are, "
-    "because torch checks before each call whether its record still holds"
+    "torch.compile: the loop around layer %s, of T=%s small steps, may be faster as it is, because "
+    "torch checks before each call whether its record still holds"
 )
 FEW, SMALL = 3, 16 << 10
 """The most steps, and the most bytes of their spikes, that may take less time than the checks."""
@@ -261,7 +295,7 @@ STEPS, BATCH, SIZES = "the number of steps", "the batch size", "the layers' size
 def _warn_of_graphs(layers: Sequence[_Layer], steps: int) -> None:
     """Warn of a second number of steps around layers, or of the last graph that torch makes."""
     calls, (code, graph, most) = [layer.calls[0] for layer in layers], graph_number()
-    seen = _graphs.keep((code, calls[0].meta.get("stack_trace")), [])
+    seen = _graphs.keep((code, _place(calls[0])), [])
     if graph == 1:  # also after torch.compiler.reset()
         seen.clear()
     sizes = str([(layer.name, rules.shape_of(layer.calls[0].args[3])) for layer in layers])

@@ -37,6 +37,10 @@ def all_steps(net: Any, x: torch.Tensor) -> Any:
     return torch.stack(out)
 
 
+def one_step(net: Any, x: torch.Tensor) -> Any:
+    return net.lif1(net.fc1(x))
+
+
 def broken(net: Any, x: torch.Tensor) -> Any:
     """Breaks the graph in each step, behind a Leaky."""
     mem, out = net.lif1.reset_mem(), []
@@ -162,8 +166,8 @@ MESSAGES = {
     "a detach in each step": (looped(detached), STEPS, WARNING, ["lif1", "detach"]),
     "detached at times": (looped(cut), STEPS, INFO, ["lif1", "in 2 calls", "detached"]),
     "states of half types": (in_halves, IMAGES, WARNING, ["sclstm1", "half type"]),
-    "a graph break": (looped(broken), STEPS, WARNING, ["one step", "Leaky", "graph_breaks"]),
-    "a single step": (looped(all_steps), (1, N, 6), WARNING, ["one step", "lif1", "outside"]),
+    "a graph break": (looped(broken), STEPS, WARNING, ["one step", "lif1", "graph_breaks"]),
+    "a single step": (looped(one_step), (N, 6), WARNING, ["one step", "lif1", "outside"]),
     "snnTorch's layers": (
         theirs, IMAGES, WARNING,
         ["sclstm1", "SConv2dLSTM", "accelerate"], ["lif1", "Leaky", "accelerate"],
@@ -297,6 +301,73 @@ def test_a_loop_that_graph_breaks_cut_is_told_once(breaks, caplog):
     messages = [message for message in said(caplog, WARNING) if "one step" in message]
     assert len(messages) == 1, messages
     assert all(word in messages[0] for word in (".backward()", ".item()", "print")), messages
+
+
+STEPWISE = {
+    "the network": lambda net: torch.compile(net, backend=BACKEND),
+    "the network, in place": lambda net: net.compile(backend=BACKEND) or net,
+    "a function": lambda net: torch.compile(lambda x: net(x), backend=BACKEND),
+    "the layer": lambda net: net[0].compile(backend=BACKEND) or net,
+    "the layer, wrapped": lambda net: nn.Sequential(
+        torch.compile(net[0], backend=BACKEND), *net[1:]
+    ),
+}
+
+
+@pytest.mark.parametrize("how", STEPWISE)
+@pytest.mark.parametrize("kind", ["cell", "Leaky"])
+def test_a_compiled_step_is_told_once_by_the_layers_name(kind, how, caplog):
+    """The first call starts from empty states, for which the next one has another graph."""
+    options = {"threshold": 0.3, "init_hidden": True}
+    first = {
+        "cell": lambda: snnlstm.SConv2dLSTM(2, 3, 3, **options),
+        "Leaky": lambda: snnlstm.Leaky(0.9, **options),
+    }
+    net = nn.Sequential(first[kind](), nn.Flatten(), snnlstm.Leaky(0.9, **options))
+    run = STEPWISE[how](net)
+    with caplog.at_level(WARNING, "snnlstm"):
+        for _ in range(2):
+            snnlstm.reset(net)
+            for x in numbers(T, N, 2, 6, 6):
+                run(x)
+    (message,) = said(caplog, WARNING)
+    assert "the graph has one step of layer 0: the loop lies outside" in message
+
+
+def test_a_layer_that_is_compiled_alone_has_the_name_of_its_class(caplog):
+    with caplog.at_level(WARNING, "snnlstm"):
+        compiled(lambda: snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1), (N, 2, 6, 6))
+    (message,) = said(caplog, WARNING)
+    assert "one step of layer SConv2dLSTM: " in message
+
+
+def summed(net: Any, x: torch.Tensor) -> Any:
+    mem, total = net.lif1.reset_mem(), 0
+    for t in range(x.shape[1]):
+        spk, mem = net.lif1(net.fc1(x[:, t]), mem)
+        total = total + spk
+    return total
+
+
+def of_an_image(net: Any, x: torch.Tensor) -> Any:
+    mem, out = net.lif1.reset_mem(), []
+    for _ in range(1):
+        spk, mem = net.lif1(net.fc1(x), mem)
+        out.append(spk)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(
+    ("forward", "shape"), [(all_steps, (1, N, 6)), (summed, (N, 1, 6)), (of_an_image, (N, 6))]
+)
+def test_a_loop_of_one_step_is_not_told_that_it_lies_outside(forward, shape, caplog):
+    with caplog.at_level(WARNING, "snnlstm"):
+        compiled(looped(forward), shape)
+        assert not said(caplog, WARNING)
+        with torch.no_grad():
+            compiled(looped(forward), shape)
+    (message,) = said(caplog, WARNING)
+    assert "of T=1 small steps" in message
 
 
 def test_a_second_number_of_steps_has_a_warning_and_a_third_no_other(caplog):
