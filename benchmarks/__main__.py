@@ -8,6 +8,8 @@ try:
     from benchmarks.arguments import parser
 
     parser().parse_args()  # --help and wrong arguments end here, before a run's packages are needed
+    import snntorch  # noqa: F401
+
     from benchmarks.run import main
 except ImportError as error:
     text = f"python -m benchmarks: {error}"  # the core is missing, or does not load

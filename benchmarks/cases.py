@@ -9,12 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import snntorch
 import torch
-from snntorch.functional import quant
 from torch import Tensor
 
 import snnlstm
+from benchmarks.theirs import quant, snntorch
 
 
 def loop(step: Callable, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[list, Tensor, Tensor]:

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import snntorch as snn
 import torch
 import torch.nn.functional as F
-from snntorch import surrogate
 from torch import Tensor, nn
 
 import snnlstm
 from benchmarks.providers import FORMS, Form
+from benchmarks.theirs import snntorch as snn
+from benchmarks.theirs import surrogate
 from snnlstm import unroll
 
 

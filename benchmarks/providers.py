@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import snntorch
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -21,6 +20,7 @@ import snnlstm
 from snnlstm.loops import backend
 
 from . import devices
+from .theirs import snntorch
 
 Runner = tuple[Callable[[], object], Callable[[], object]]
 """A pair (setup, run), of which setup is not timed."""
@@ -95,7 +95,7 @@ class Form(NamedTuple):
     algorithm: str = "auto"
 
 
-_CELL = snntorch.SConv2dLSTM
+_CELL: Any = snntorch and snntorch.SConv2dLSTM
 FORMS = {
     "snntorch": Form("snnTorch eager, one call a time step", _CELL),
     "snntorch-compile": Form("snnTorch's cell under torch.compile", _CELL, compiled=True),
