@@ -234,6 +234,15 @@ def test_what_a_page_names_exists(page):
                 assert (folder / name).exists(), f"no file {folder / name}"
 
 
+def test_commits_that_a_page_names_exist():
+    git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=ROOT)
+    shallow = ["git", "rev-parse", "--is-shallow-repository"]
+    if not shutil.which("git") or git(shallow).stdout.strip() != "false":
+        pytest.skip("no whole history")
+    for commit in re.findall(r"`git show (\w+)`", (ROOT / "CONTRIBUTING.md").read_text()):
+        assert git(["git", "cat-file", "-e", f"{commit}^{{commit}}"]).returncode == 0, commit
+
+
 def test_every_public_name_is_in_the_reference():
     api = (DOCS / "api.md").read_text()
     for name in snnlstm.__all__:

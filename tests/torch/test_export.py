@@ -156,6 +156,8 @@ class Net(nn.Module):
             self.lif.reset_mem()
         elif self.reset == "utils":
             snntorch.utils.reset(self)
+        elif self.reset == "reset":
+            snnlstm.reset(self)
         out = []
         for x_t in x.unbind():
             spk = self.cell(x_t)
@@ -287,3 +289,17 @@ def test_a_trace_can_be_saved_and_loaded_and_takes_other_numbers(name, sequence)
         spk, _, mem_after = call(x, syn, mem)
         (spk.sum() + mem_after.square().sum()).backward()
     same_gradients(traced_cell, eager)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("reset", ["reset_mem", "utils", "reset"])
+@pytest.mark.parametrize("called", [0, 2, 3])
+def test_a_trace_of_a_loop_serves_batches_of_any_size(called, reset):
+    """The network may have been called before, with the batch size of the trace or with another."""
+    net = Net(reset)
+    if called:
+        net(steps(4, called, 2, 6, 7))
+    traced = torch.jit.trace(net, net.example(), check_trace=False)
+    for batch in (1, 2, 5):
+        x = steps(4, batch, 2, 6, 7, seed=batch)
+        close(traced(x), plain(net, x))
