@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .. import _C
 from ..calls.call import may_require_grad
+from ..calls.entries import TORCH_TYPES
+from ..compat.torch_private import is_tracing
 from . import cpu, lender, products
 from .function import differentiable
 from .products import Ran, flat
@@ -28,15 +30,21 @@ def run(input: Any, weight: Any, bias: Any = None) -> tuple[Tensor, Ran]:
     layer = _layer_of(input, weight, bias)
     if isinstance(layer, str):
         return F.linear(input, weight, bias), layer
+    return _run(layer, input, weight, bias)
+
+
+@lender.where_it_fits
+def _run(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ran]:
     if layer.needs_grad:
-        return _apply(layer, None, input, weight, bias)
-    return layer.run(input, weight, bias)[:2]
+        return _apply(layer, None, x, weight, bias)
+    return layer.run(x, weight, bias)[:2]
 
 
 # The kernels' costs in multiply-adds of torch's product: what a nonzero takes in the forward pass
 # and in the weight's gradient, a value of x, and a weight; and the least that a call must save.
 IN_FORWARD, IN_GRADIENT, OF_VALUE, OF_WEIGHT = 3, 4, 25, 12
-LEAST, LEAST_IN_TRAINING = 1_000_000, 4_000_000
+LEAST, LEAST_IN_TRAINING = 2_000_000, 4_000_000
+MOST_NONZERO = 0.4  # with more, which the look has missed, the kernel stops
 MOST_INPUTS = 65_535  # their places have 16 bits
 
 
@@ -45,21 +53,25 @@ def _layer_of(x: Any, weight: Any, bias: Any) -> _Layer | str:
 
     The steps come in the order of what they cost, because each step of a loop asks.
     """
+    if type(x) not in TORCH_TYPES or type(weight) not in TORCH_TYPES or is_tracing():
+        return products.INTERCEPTED  # sizes may be symbols
     try:
         outputs, inputs = weight.shape
         values = x.numel()
         needs_grad = may_require_grad((x, weight, bias))
-    except (AttributeError, RuntimeError, ValueError):  # no tensor, no matrix, or a nested one
+    except (AttributeError, RuntimeError, ValueError):  # None, no matrix, or a nested tensor
         return products.SHAPES
-    products_of_torch = values * outputs
+    all_products = values * outputs
     fixed = OF_VALUE * values + OF_WEIGHT * inputs * outputs
     least = LEAST_IN_TRAINING if needs_grad else LEAST
-    if (products_of_torch - fixed) * (1 + needs_grad) < least or inputs > MOST_INPUTS:
+    if (all_products - fixed) * (1 + needs_grad) < least:
         return products.SMALL
     if (reason := products.reason_against(x)) is not None:
         return reason
-    if x.shape[-1] != inputs:
+    if x.shape[-1:] != (inputs,):
         return products.SHAPES
+    if inputs > MOST_INPUTS:
+        return products.WIDE
     row = inputs
     if not x.is_contiguous():
         row, step = x.stride() if x.dim() == 2 else (0, 0)
@@ -67,8 +79,8 @@ def _layer_of(x: Any, weight: Any, bias: Any) -> _Layer | str:
             return products.X
     sizes = values // inputs, inputs, outputs, row
     density = _C.linear_look((*sizes, x.data_ptr(), 0, 0))
-    saved = products_of_torch * (1 - IN_FORWARD * density) - fixed
-    in_gradient = products_of_torch * (1 - IN_GRADIENT * density) - fixed
+    saved = all_products * (1 - IN_FORWARD * density) - fixed
+    in_gradient = all_products * (1 - IN_GRADIENT * density) - fixed
     lists_gradient = needs_grad and weight.requires_grad and in_gradient > 0
     if saved + lists_gradient * in_gradient < least:
         return products.too_dense(density)
@@ -103,14 +115,14 @@ class _Layer(NamedTuple):
         shape = (*x.shape[:-1], self.outputs)
         y = lender.empty_result(shape, contiguous_strides(shape), x.dtype, x.device)
         fields = *self[:4], x.data_ptr(), pointer(nonzeros)
-        most = 3 * self.rows * self.inputs // 10
+        most = int(MOST_NONZERO * self.rows * self.inputs)
         last = most, layout[0], pointer(bias), y.data_ptr()
         count, ones = lender.with_workspace(
             _C.linear_forward_workspace((*fields, 0)),
             lambda workspace: _C.linear_forward((*fields, workspace, *last)),
         )
-        if count < 0:  # the look has not seen them
-            return F.linear(x, weight, bias), products.too_dense(1), False
+        if count < 0:
+            return F.linear(x, weight, bias), products.MISSED, False
         return y, round(100 * count / (self.rows * self.inputs)), ones
 
     def gradients(self, x: Tensor | None, nonzeros: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,9 +168,8 @@ def _gradients(
     if not by_torch:
         y_shape = (*shape[:-1], layer.outputs)
         grad = laid_out(grad, y_shape, contiguous_strides(y_shape), dtype, device)
-        if wants_x:
-            weight = restored(weight, (layer.outputs, layer.inputs), dtype, device)
     if wants_x:
+        weight = restored(weight, (layer.outputs, layer.inputs), dtype, device)
         of_x = (flat(grad) @ weight).view(shape)
     if wants_weight and nonzeros is not None and not by_torch:
         bits = (layer.inputs + 7) // 8
@@ -166,8 +177,7 @@ def _gradients(
         x = None if ctx.ones else laid_out(x, *ctx.x_memory)
         of_weight, of_bias = layer.gradients(x, nonzeros, grad)
     elif wants_weight:
-        x = x if by_torch else restored(x, shape, dtype, device)
-        of_weight = flat(grad).t() @ flat(x)
+        of_weight = flat(grad).t() @ flat(restored(x, shape, dtype, device))
     if wants_bias and of_bias is None:
         of_bias = flat(grad).sum(0)
     return of_x, of_weight, of_bias if wants_bias else None

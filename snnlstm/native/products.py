@@ -13,12 +13,14 @@ from .function import torch_must_run
 from .tensors import is_readable
 
 Ran = int | str
-"""What ran a call: the percentage of nonzeros in x if the kernels did, else why torch's function."""
+"""What ran a call: the percentage of nonzeros in x if the kernels did, else why torch's did."""
 
 SMALL = "the layer and its batch are too small to gain"
 SHAPES = "torch's function checks the shapes"
+WIDE = "x has more than 65,535 columns"
 INTERCEPTED = 'something records or transforms the call, or set_algorithm("reference") is on'
 AUTOCAST = "autocast is on"
+MISSED = "x has more nonzeros than a look at some of it had seen"
 X = "x must be a plain float32 tensor of the CPU without gaps"
 WEIGHT = "weight and bias must be plain float32 tensors of the CPU without gaps"
 

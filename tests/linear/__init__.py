@@ -1,1 +1,1 @@
-"""Linear layers of spikes, where accelerate, stacks and compiled loops use them."""
+"""Linear layers of spikes compute what torch's do, to rounding, and torch runs all others."""

@@ -354,22 +354,22 @@ class Linear {
       float* const grad = grads + thread * rows * kVectors * VL;
       float* const sum = sums + thread * a.K * kVectors * VL;
       float* const to = b.grad_weight + first * a.K + k;
-      const bool adds = begin > 0;
-      alignas(64) float bias[width] = {};
+      const bool adds = begin > 0, part_of_bias = b.grad_bias && k == 0;
+      double bias[width] = {};
       if (adds) load_row<S>(to, a.K, 1, k_end - k, columns, sum, Row{width}, width);
-      if (adds && b.grad_bias) std::memcpy(bias, b.grad_bias + first, columns * sizeof(float));
+      for (int64_t c = 0; adds && part_of_bias && c < columns; ++c) bias[c] = b.grad_bias[first + c];
       for (int64_t row = begin, chunk = 0; row < end; row += rows, ++chunk) {
         pack_grads<NV>(b.grad_y + row * a.Out + first, rows_from(row), columns, grad, bias);
         a.x ? add_columns<NV, false>(row, chunk, k, k_end, grad, sum)
             : add_columns<NV, true>(row, chunk, k, k_end, grad, sum);
       }
       store_row<S>(sum, Row{width}, k_end - k, columns, to, a.K, 1, [](R v, int64_t) { return v; });
-      if (k == 0 && b.grad_bias) std::memcpy(b.grad_bias + first, bias, columns * sizeof(float));
+      for (int64_t c = 0; part_of_bias && c < columns; ++c) b.grad_bias[first + c] = float(bias[c]);
     }
 
     // Copies some columns of n rows of grad_y, and adds them to `bias`.
     template <int NV>
-    void pack_grads(const float* from, int64_t n, int64_t columns, float* to, float* bias) const {
+    void pack_grads(const float* from, int64_t n, int64_t columns, float* to, double* bias) const {
       R piece[NV] = {};
       for (int64_t row = 0; row < n; ++row, from += a.Out, to += NV * VL) {
         if (columns == NV * VL) {
@@ -381,12 +381,11 @@ class Linear {
         }
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) piece[v] += S::load(to + v * VL);
-        if ((row + 1) % kPiece != 0 && row + 1 < n) continue;
+        if ((row + 1) % (kPiece / 2) != 0 && row + 1 < n) continue;
+        alignas(64) float sum[NV * VL];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-          S::store(bias + v * VL, S::load(bias + v * VL) + piece[v]);
-          piece[v] = R{};
-        }
+        for (int v = 0; v < NV; ++v) S::store(sum + v * VL, piece[v]), piece[v] = R{};
+        for (int64_t c = 0; c < NV * VL; ++c) bias[c] += double(sum[c]);
       }
     }
 
