@@ -8,11 +8,7 @@ garbage collector runs, and would interpret both graphs. Here each call gets one
 from __future__ import annotations
 
 import copy
-import inspect
-import linecache
-import re
 from collections.abc import Callable, Sequence
-from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,15 +17,15 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from ..compat.torch_private import apply_in_transforms, delayed_error, transforms_are_active
-from .rules import APPLY, body_of, own_settings, value_of
+from ..compat.torch_private import apply_in_transforms, transforms_are_active
+from .rules import APPLY, body_of, own_settings
 from .steps import effects_of
 
 
 def make_functions(module: GraphModule) -> GraphModule:
     """Let each recorded call of a Function call one that is made here; return the module.
 
-    Calls of equal graphs from the same lines, such as those of all steps, share one.
+    Calls of equal graphs, such as those of all steps, share one.
     """
     made: dict[Any, Callable[..., Any]] = {}
     calls = module.graph.find_nodes(op="call_function", target=APPLY)
@@ -47,13 +43,12 @@ def make_functions(module: GraphModule) -> GraphModule:
 
 
 def _key_of(body: GraphModule) -> Any:
-    """What equal bodies that come from the same lines have in common."""
+    """What equal bodies have in common."""
     names = {node: f"%{number}" for number, node in enumerate(body.graph.nodes)}
     return tuple(
         (
             id(body_of(node)) if node.op == "get_attr" else node.op == "placeholder" or node.target,
             repr(map_arg((node.args, node.kwargs), names.get)),
-            node.meta.get("stack_trace"),
         )
         for node in names
     )
@@ -88,7 +83,6 @@ def _function(call: Node) -> Callable[..., Any]:
             one.append(following)
 
     run, run_backward = _compiled(forward_body), _compiled(backward_body, order)
-    is_recorded = cache(partial(_records_second_derivative, backward_body, len(_frames(call))))
 
     def save(ctx: Any, outputs: Sequence[Tensor], saved: Sequence[Any]) -> None:
         ctx.save_for_backward(*[saved[at] for at in checked])
@@ -105,13 +99,11 @@ def _function(call: Node) -> Callable[..., Any]:
 
     def backward(ctx: Any, *grads: Tensor) -> Sequence[Tensor | None]:
         given = (*grads, *ctx.saved_tensors, *ctx.others)
-        if not torch.is_grad_enabled() or is_recorded():
-            return run_backward(*given)
         with torch.no_grad():
             out = run_backward(*given)
-        tensors = [value for value in given if isinstance(value, Tensor)]
-        error = delayed_error(_NOT_RECORDED.encode(), len(out) + len(tensors))
-        return error(*out, *tensors)[: len(out)]
+        if not torch.is_grad_enabled():
+            return out
+        return _First.apply(len(out), *out, *given)
 
     def setup_context(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
         _, saved = run(*inputs)  # of this transform, as inputs and outputs are
@@ -141,47 +133,25 @@ _IMPURE = (
     "to an argument: run the network without torch.compile"
 )
 
-# ---- second derivatives --------------------------------------------------------------------------
 
-_NOT_RECORDED = (
-    "torch.compile has not recorded the second derivative of a custom autograd Function, whose "
-    "backward may set the grad mode or calls another Function: take it outside of torch.compile"
-)
-_MAY_SET_MODE = re.compile(
-    r"^\s*with\b|no_grad|enable_grad|grad_enabled|inference_mode|enter_context|__enter__",
-    re.MULTILINE,
-)
+class _First(torch.autograd.Function):
+    """Returns `count` first derivatives, and raises an error where their derivative is wanted.
 
-
-def _records_second_derivative(body: GraphModule, depth: int) -> bool:
-    """Whether the derivative of a backward's body is that of the backward that the user wrote.
-
-    dynamo records a backward while gradients are off. So it leaves out each ``no_grad`` of the
-    user's, and the backward of another Function that is called. Only the source of the functions
-    that nodes come from tells of them. `depth` frames lie outside of the backward.
+    dynamo records a backward while gradients are off. So a recorded backward lacks each ``no_grad``
+    of the user's, and the backward of another Function that the user's backward calls.
     """
-    for node in body.graph.nodes:
-        if node.op.startswith("call") and value_of(node) is not None:
-            frames = _frames(node)[depth:]
-            sources = [_source(*frame) for frame in frames]
-            if not all(sources) or any(map(_MAY_SET_MODE.search, sources)):
-                return False
-            if not frames or "forward" in [name for _, _, name in frames[1:]]:
-                return False
-    return True
 
+    @staticmethod
+    def forward(count: int, *tensors: Any) -> Sequence[Tensor | None]:
+        return tuple(None if out is None else out.clone() for out in tensors[:count])
 
-def _frames(node: Node) -> list[tuple[str, int, str]]:
-    """The file, line and function of each call that led to a node, from the outermost one on."""
-    trace = node.meta.get("stack_trace") or ""
-    found = re.findall(r'^ *File "(.*)", line (\d+), in (.*)$', trace, re.MULTILINE)
-    return [(file, int(line), name) for file, line, name in found]
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
 
-
-def _source(file: str, line: int, name: str) -> str:
-    """The source of the function around a line, which a lambda lies in; empty if there is none."""
-    lines = linecache.getlines(file)
-    named = r"\w+" if name[0] == "<" else re.escape(name)
-    starts = [at for at, text in enumerate(lines[:line]) if re.match(rf"\s*def {named}\b", text)]
-    blocks = [block for at in starts if at + len(block := inspect.getblock(lines[at:])) >= line]
-    return "".join(blocks[-1]) if blocks else ""
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "a compiled loop has no second derivative of a custom autograd Function: run the "
+            'network within torch.compiler.set_stance("force_eager"), or without torch.compile'
+        )

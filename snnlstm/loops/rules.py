@@ -110,10 +110,7 @@ def body_of(node: Any) -> Any:
 
 
 def own_settings(graph: Graph) -> list[Node]:
-    """The two nodes by which dynamo turns gradients off in all of such a graph, as autograd does.
-
-    For second derivatives autograd leaves them on.
-    """
+    """The two nodes by which dynamo turns gradients off in such a graph, as autograd does."""
     settings = graph.find_nodes(op="call_function", target=SET_GRAD)
     return [*settings[:1], *settings[1:][-1:]]
 

@@ -72,6 +72,21 @@ def cell(*channels: int, **options: Any) -> nn.Module:
     return snn.SConv2dLSTM(*channels, **{"threshold": 0.05, "spike_grad": grad} | options)
 
 
+class Recurrent(nn.Module):
+    """Has a Linear within a neuron, which reads its own last result, and one behind the neuron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif, self.fc = snn.RLeaky(0.5, linear_features=6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spk, mem, out = *self.lif.init_rleaky(), []
+        for x_t in x:
+            spk, mem = self.lif(x_t, spk, mem)
+            out.append(self.fc(spk))
+        return torch.stack(out)
+
+
 # ---- snnTorch's tutorials and documentation ------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import snnlstm
 from snnlstm.calls.entries import BoundedDict
 from snnlstm.loops import backend
 from tests.loops.compiled import BACKEND, Calls, merges, numbers
-from tests.loops.networks import Documentation, leaky
+from tests.loops.networks import Documentation, Recurrent, leaky
 from tests.loops.parts import N, T, looped
 from tests.loops.test_rules import feedback
 
@@ -119,21 +119,6 @@ def blocks(net: Any, x: torch.Tensor) -> Any:
 
 def with_blocks(net: Any) -> None:
     net.blocks = nn.Sequential(Residual(), Residual())
-
-
-class Recurrent(nn.Module):
-    """Has a Linear within a neuron, which reads its own last result, and one behind the neuron."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lif, self.fc = snn.RLeaky(0.5, linear_features=6), nn.Linear(6, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        spk, mem, out = *self.lif.init_rleaky(), []
-        for x_t in x:
-            spk, mem = self.lif(x_t, spk, mem)
-            out.append(self.fc(spk))
-        return torch.stack(out)
 
 
 STEPS, IMAGES = (T, N, 6), (N, T, 1, 8, 8)
