@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..calls.entries import BoundedDict
-from ..compat.torch_private import backend_of, graph_break, graph_number
+from ..compat.torch_private import graph_break, graph_number
 from ..dispatch.reasons import Reason, tell_of_kernels
 from ..networks.layers import LayerReport
 
 try:
-    from ..native.operators import IN_GRAPH, OPAQUE
+    from ..native.operators import IN_GRAPH
 except ImportError as error:
     raise ImportError(
         'backend "snnlstm" needs the compiled core, and python -m snnlstm says why it is missing'
@@ -59,40 +59,33 @@ def compile_loop(
         The graph that torch.compile has recorded.
     example_inputs : sequence of Tensor
         Its inputs.
-    options : dict, optional
-        ``{"inner": "inductor"}`` hands the new graph to the backend of this name. Without it the
-        graph runs as it is.
-    mode : None
-        Accepted for torch.compile; this backend has no modes.
+    options, mode : None
+        Accepted for torch.compile; this backend has neither options nor modes.
 
     Raises
     ------
     RuntimeError
         If torch is older than 2.13.
     ValueError
-        If an option or a mode is unknown.
+        If an option or a mode is given.
     """
     latest = import_module(__name__).compile_loop
     if latest is not compile_loop:  # torch keeps the one that was there at its first use
         return latest(gm, example_inputs, options=options, mode=mode)
-    unknown = set(options or ()) - {"inner"}
-    if unknown or mode is not None:
-        other = f"options {sorted(unknown)}" if unknown else f"mode={mode!r}"
-        raise ValueError(f'backend "snnlstm" takes options={{"inner": name}} alone, got {other}')
+    if options or mode is not None:
+        given = f"options={options}" if options else f"mode={mode!r}"
+        raise ValueError(f'backend "snnlstm" takes neither options nor a mode, got {given}')
     version = torch.__version__
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
         needed = ".".join(map(str, OLDEST))
         raise RuntimeError(f'backend "snnlstm" needs torch {needed} or newer, got {version}')
-    inner = (options or {}).get("inner")
     loop = Loop(gm.graph)
-    last = set() if inner else channels_last(loop)  # another compiler chooses layouts itself
-    graph = Writer(loop, OPAQUE if inner else IN_GRAPH, last).write()
+    graph = Writer(loop, IN_GRAPH, channels_last(loop)).write()
     _log(loop, gm)
     leaky = next((node for node in loop.nodes if node.target is rules.LEAKY_OPERATOR), None)
     if leaky is not None:
         tell_of_kernels(rules.value_of(leaky.args[0]).device.type)
-    new = GraphModule(gm, graph)
-    return backend_of(inner)(new, example_inputs) if inner else make_functions(new).forward
+    return make_functions(GraphModule(gm, graph)).forward
 
 
 # ---- the log ------------------------------------------------------------------------------------

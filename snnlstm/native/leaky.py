@@ -86,7 +86,7 @@ def grouping(parameter: Tensor, shape: Sequence[int], strides: Sequence[int]) ->
     return count, strides[varies[-1]]
 
 
-def without_gaps(x: Tensor, sequence: bool) -> Tensor:
+def _without_gaps(x: Tensor, sequence: bool) -> Tensor:
     """x, or a copy of it without gaps in memory, in any order but with time outermost."""
     if not x.is_contiguous():
         kept = torch.empty_like(x, device="meta").stride() == x.stride()  # True without gaps
@@ -123,7 +123,7 @@ class Plan:
     def __init__(self, entry: Entry, call: LeakyCall) -> None:
         self.backend, self.spec, self.name = entry.backend, entry.spec, entry.backend.name()
         spec, surrogate, sequence = self.spec, self.spec.surrogate, self.spec.sequence
-        x = without_gaps(call.x, sequence)
+        x = _without_gaps(call.x, sequence)
         self.types = x.dtype, call.mem.dtype
         how = self.dtype, self.device = compute_dtype(x.dtype), x.device
         self.whole = x.shape, x.stride(), *how
@@ -152,7 +152,7 @@ class Plan:
 
     def _readable(self, call: LeakyCall) -> LeakyCall:
         """The call with tensors that the core reads as they are."""
-        x = without_gaps(call.x, self.spec.sequence)
+        x = _without_gaps(call.x, self.spec.sequence)
         mem = laid_out(call.mem, *self.step)
         return LeakyCall(x, mem, *self.numbers(call[2:5]))
 
@@ -279,7 +279,7 @@ def _forward(ctx: Any, plan: Plan, call: LeakyCall, *_: Tensor) -> tuple[Any, An
 def _gradients(
     ctx: Any, saved: Sequence[Any], grads: Sequence[Tensor | None], by_torch: bool
 ) -> Sequence[Tensor | None]:
-    """The gradients of x, mem, beta and threshold."""
+    """The gradients of x, mem, beta and threshold, in the shapes and dtypes of these."""
     before, after, *parameters = saved
     plan, kept = ctx.plan, ctx.kept
     wanted = reached(ctx.needs_input_grad[2:], plan.spec.reset, grads)
@@ -289,31 +289,18 @@ def _gradients(
         per_neuron = _by_formula(plan.spec, before, after, numbers, grads, wanted)
     else:
         per_neuron = plan.backward(before, after, kept, parameters[2], grads, wanted)
-    return argument_gradients(per_neuron, parameters, plan.types, wanted)
-
-
-_apply = differentiable("_Leaky", _forward, _gradients)
-
-
-def argument_gradients(
-    grads: Sequence[Any],
-    parameters: Sequence[Tensor],
-    types: Sequence[torch.dtype],
-    wanted: Sequence[bool],
-) -> Sequence[Tensor | None]:
-    """The gradients of x, mem, beta and threshold, in the shapes and dtypes of these.
-
-    `types` are those of x and mem.
-    """
-    x, mem, *sums = grads
+    x, mem, *sums = per_neuron
     return (
-        x.to(types[0]) if wanted[0] else None,
-        mem.to(types[1]) if wanted[1] else None,
+        x.to(plan.types[0]) if wanted[0] else None,
+        mem.to(plan.types[1]) if wanted[1] else None,
         *(
             None if total is None else total.sum_to_size(parameter.shape).to(parameter.dtype)
             for total, parameter in zip(sums, parameters[:2], strict=True)
         ),
     )
+
+
+_apply = differentiable("_Leaky", _forward, _gradients)
 
 
 def _by_formula(

@@ -249,9 +249,7 @@ def cell_in_graph() -> Callable[..., Any]:
 
 
 # A compiler that runs its graph by itself has, in the place of each call of an operator, a function
-# that is made here: torch's dispatcher would take 50 to 100 us a call. A compiler that hands its
-# graph on to another one puts the other operator in the place of the composite one, and leaves
-# torch's pools, batch norms and linear layers, which the other compiler may fuse.
+# that is made here: torch's dispatcher would take 50 to 100 us a call.
 IN_GRAPH: dict[Any, Callable[[], Any]] = {
     _forward_operator: cell_in_graph,
     leaky_operators.leaky: leaky_operators.leaky_in_graph,
@@ -260,7 +258,4 @@ IN_GRAPH: dict[Any, Callable[[], Any]] = {
     F.avg_pool2d: lambda: pool2d.avg_pool2d,
     F.batch_norm: lambda: batch_norm_of_step,
     F.linear: lambda: linear,
-}
-OPAQUE: dict[Any, Callable[[], Any]] = {
-    leaky_operators.leaky: lambda: OPERATORS.leaky_kernels.default
 }

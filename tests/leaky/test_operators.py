@@ -4,7 +4,6 @@ test_ways.py compares their results and gradients with snnTorch's layer.
 """
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import pytest
@@ -22,8 +21,7 @@ from tests.shared.leaky import F64, currents
 pytestmark = [needs_core, pytest.mark.usefixtures("fresh_compiler")]
 
 COMPOSITE = torch.ops.snnlstm.leaky.default
-KERNELS = operators.OPAQUE[COMPOSITE]()
-PLAIN = operators.IN_GRAPH[COMPOSITE]()
+IN_GRAPH = operators.IN_GRAPH[COMPOSITE]()
 SHAPE = 2, 3, 4, 5
 # The shapes of beta and threshold; the last threshold varies in another order than an x does.
 PARAMETERS = {
@@ -70,22 +68,20 @@ def test_opcheck(sequence: bool, record: bool) -> None:
     ):  # fmt: skip
         given = arguments(sequence=sequence, record=record, **changes)
         checks = {} if not changes else {"test_utils": FAST}
-        opcheck(KERNELS, given, **checks)
+        opcheck(COMPOSITE, given, **checks)
 
 
-def test_what_the_kernels_cannot_run_runs_plainly_or_raises() -> None:
+def test_what_the_kernels_cannot_run_runs_plainly() -> None:
     learned, wider = arguments(), arguments()
     learned[4].requires_grad_()
     wider[0] = torch.rand(SHAPE)  # mem stays float64
     for given in (learned, wider):
-        close(PLAIN(*given), COMPOSITE(*given), atol=0)
-        with pytest.raises(ValueError, match="the kernels cannot run this Leaky"):
-            KERNELS(*given)
+        close(IN_GRAPH(*given), COMPOSITE(*given), atol=0)
     on_meta, empty = arguments(), arguments()
     on_meta[:5] = [tensor.detach().to("meta") for tensor in on_meta[:5]]
-    assert PLAIN(*on_meta)[0].is_meta
+    assert IN_GRAPH(*on_meta)[0].is_meta
     empty[:2] = (tensor[:0] for tensor in empty[:2])
-    close(PLAIN(*empty), COMPOSITE(*empty))
+    close(IN_GRAPH(*empty), COMPOSITE(*empty))
 
 
 # ---- traces --------------------------------------------------------------------------------------
@@ -119,33 +115,30 @@ def targets(nodes: Any) -> list[Any]:
     return [node.target for node in nodes]
 
 
-def test_aot_autograd_takes_the_operator_apart_but_keeps_the_kernels() -> None:
+def test_aot_autograd_takes_the_operator_apart() -> None:
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
-    graphs: list[Any] = []
+    called: list[Any] = []
 
     def note(graph: Any, _: Any) -> Any:
-        graphs.append([*graph.graph.nodes])
+        called.extend(targets(graph.graph.nodes))
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=note, bw_compiler=note)
-    for operator in (COMPOSITE, KERNELS):
-        graphs.clear()
-        compiled = torch.compile(operator, backend=backend, fullgraph=True)
-        found = outcome(compiled, arguments(sequence=True))
-        close(found, outcome(COMPOSITE, arguments(sequence=True)), atol=1e-12)
-        called = {target for graph in graphs for target in targets(graph)}
-        assert (KERNELS in called) == (operator is KERNELS)
-        assert COMPOSITE not in called
+    compiled = torch.compile(COMPOSITE, backend=backend, fullgraph=True)
+    found = outcome(compiled, arguments(sequence=True))
+    close(found, outcome(COMPOSITE, arguments(sequence=True)), atol=1e-12)
+    assert called
+    assert not any("snnlstm" in str(target) for target in called)
 
 
 @long
-def test_inductor_computes_the_same() -> None:
-    for operator, sequence in product((COMPOSITE, KERNELS), (False, True)):
-        compiled = torch.compile(operator, backend="inductor", fullgraph=True)
-        given = [arguments(sequence=sequence, reset="zero") for _ in range(2)]
-        close(outcome(compiled, given[0]), outcome(COMPOSITE, given[1]), atol=1e-12)
+@pytest.mark.parametrize("sequence", [False, True])
+def test_inductor_computes_the_same(sequence: bool) -> None:
+    compiled = torch.compile(COMPOSITE, backend="inductor", fullgraph=True)
+    given = [arguments(sequence=sequence, reset="zero") for _ in range(2)]
+    close(outcome(compiled, given[0]), outcome(COMPOSITE, given[1]), atol=1e-12)
 
 
 NUMBERS: dict[str, Callable[[Any], Any]] = {
@@ -187,13 +180,8 @@ def test_the_users_choice_of_plain_torch_is_followed() -> None:
 def test_the_path_names_what_ran() -> None:
     """Also where compiled functions of several backends take turns, and none compiles again."""
     net, x = Loop(), currents(3, 5)
-    backends: dict[str, dict[str, Any]] = {
-        "snnlstm": {"backend": "snnlstm"},
-        "others": {"backend": "eager"},
-        "hands on": {"backend": "snnlstm", "options": {"inner": "eager"}},
-        "a user's": {"backend": keeping([], "snnlstm")},
-    }
-    calls = {name: torch.compile(net, **options) for name, options in backends.items()}
+    backends = {"snnlstm": "snnlstm", "others": "eager", "a user's": keeping([], "snnlstm")}
+    calls = {name: torch.compile(net, backend=backend) for name, backend in backends.items()}
     for name, call in 2 * [*calls.items()]:
         call(x)
         assert net.leaky.path.native == (name != "others")

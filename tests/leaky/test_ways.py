@@ -403,25 +403,22 @@ FORMS = {"steps": True, "sequence": False, "sequence, last mem": True}
 @needs_core
 @pytest.mark.parametrize("name", [name for name, one in ROWS.items() if not one.reason])
 def test_each_operator_computes_what_snntorch_does(name: str) -> None:
-    """The composite one, that of the kernels, and what our backend puts in their place."""
+    """The composite one, and what our backend puts in its place."""
     reset, composite = reset_of(name), torch.ops.snnlstm.leaky.default
-    kernels, in_graph = operators.OPAQUE[composite](), operators.IN_GRAPH[composite]()
-    for (form, from_mem), operator in product(FORMS.items(), (composite, kernels, in_graph)):
+    in_graph = operators.IN_GRAPH[composite]()
+    for (form, from_mem), operator in product(FORMS.items(), (composite, in_graph)):
         if form == "steps" or ROWS[name].shape:
             with told(f"{operator}, {form}"):
                 layer, _ = twins(name, reset)
                 tensors = given(name, from_mem)
                 out = operated(layer, *tensors.values(), operator, form)
-                found = results(name, layer, tensors, out, second=operator is not kernels)
+                found = results(name, layer, tensors, out)
                 compare(name, found, expected(name, reset, from_mem, every="last" not in form))
 
 
 # ---- compiled ------------------------------------------------------------------------------------
 
-COMPILERS: dict[str, tuple[str, dict[str, Any]]] = {  # the arguments of torch.compile
-    "others": ("eager", {}), "ours": ("snnlstm", {}),
-    "ours, for others": ("snnlstm", {"options": {"inner": "eager"}}),
-}  # fmt: skip
+COMPILERS = "eager", "snnlstm"
 COMPILED = [
     "plain", "mem alone", "no surrogate", "sigmoid", "graded", "another order", "shape (7,)",
     "x strided, numbers", f"{F16}, channels", f"{F64}, channels", "threshold some infinite",
@@ -439,8 +436,8 @@ class Switch:
         targets = [str(node.target) for node in graph.graph.nodes]
         self.operators += targets.count("snnlstm.leaky.default")
         made = {
-            name: torch._dynamo.lookup_backend(by)(copy.deepcopy(graph), inputs, **options)
-            for name, (by, options) in COMPILERS.items()
+            name: torch._dynamo.lookup_backend(name)(copy.deepcopy(graph), inputs)
+            for name in COMPILERS
         }
         return lambda *arguments: made[self.name](*arguments)
 
@@ -461,6 +458,6 @@ def test_compiled_layers_compute_what_snntorch_does() -> None:
         for name, *each in zip(COMPILED, layers, tensors, outs, strict=True):
             plain = bool(ROWS[name].reason)  # dynamo's custom Functions have no second ones
             with told(f"{name} by {switch.name}"):
-                found = results(name, *each, not plain and switch.name != "ours, for others")
+                found = results(name, *each, second=not plain)
                 compare(name, found, expected(name, reset_of(name), False, count=2))
     assert switch.operators == 2 * sum(not ROWS[name].reason for name in COMPILED)

@@ -1,4 +1,4 @@
-"""Calls of compiled networks: states that go on, sizes that change, inner backends, processes."""
+"""Calls of compiled networks: states that go on, sizes that change, processes."""
 
 import os
 from typing import Any
@@ -148,15 +148,6 @@ def test_numbers_of_steps_that_change():
                 layer.reset_mem()
             close(compiled(x), eager(x), atol=0, rtol=0)
     assert calls.graphs >= 2
-
-
-def test_the_small_graph_goes_on_to_another_backend():
-    """options={"inner": name} compiles what is left; aot_eager has a backward graph of its own."""
-    if BACKEND != "snnlstm":
-        pytest.skip("only our backend has options")
-    options = {"options": {"inner": "aot_eager"}}
-    as_eager(looped(plain), numbers(T, N, 6), **options)
-    as_eager(looped(plain), numbers(T, N, 6), training=False, **options)
 
 
 def test_no_gradient_is_formed_that_nobody_wants():
