@@ -17,7 +17,7 @@ from torch import nn
 
 from ..calls.spec import a_module, flag, never_spikes
 from ..compat.registry import register
-from ..compat.snntorch import Base, Neuron, TheirLeaky, library, recognise_surrogate, replaced
+from ..compat.snntorch import Base, Neuron, TheirLeaky, library, replaced
 from ..dispatch.reasons import Reason, against_device
 from ..neurons.leaky import Leaky
 from ..neurons.sconv2dlstm import SConv2dLSTM
@@ -56,8 +56,6 @@ class SwapReport:
     left : dict of str to str
         Names of the cells, neurons, pools and linear layers that stay as they were, each with the
         reason.
-    surrogates : tuple of str
-        Names of snnTorch's other neurons that got picklable surrogates.
     silent : tuple of str
         Names of the cells whose threshold no mem can exceed, so that they never spike.
     slow : tuple of str
@@ -67,7 +65,6 @@ class SwapReport:
     model: nn.Module
     swapped: tuple[str, ...]
     left: dict[str, str] = field(default_factory=dict)
-    surrogates: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
 
@@ -82,7 +79,6 @@ class SwapReport:
         width = max((len(name or _ITSELF) for name, _ in rows), default=0)
         lines = [self.headline]
         for name, what in rows:
-            what += "; its surrogate is snnlstm's now" if name in self.surrogates else ""
             what += f"; {_SILENT}" if name in self.silent else ""
             lines.append(f"  {name or _ITSELF:{width}}  {what}")
         lines += [f"  on the reference path, which is slower: {reason}" for reason in self.slow]
@@ -102,7 +98,7 @@ class SwapReport:
 # ---- in a model ---------------------------------------------------------------------------
 
 
-def accelerate(model: nn.Module, surrogates: bool = False, *, products: bool = True) -> SwapReport:
+def accelerate(model: nn.Module, *, products: bool = True) -> SwapReport:
     """Make every ``snntorch.SConv2dLSTM`` and ``snntorch.Leaky`` in a model ours, in place.
 
     ``torch.nn.MaxPool2d`` and ``torch.nn.AvgPool2d`` become faster subclasses of themselves, too,
@@ -125,9 +121,6 @@ def accelerate(model: nn.Module, surrogates: bool = False, *, products: bool = T
     ----------
     model : nn.Module
         A model, or a bare cell.
-    surrogates : bool, default False
-        Also replace the surrogates of snnTorch's other neurons, which are closures, by ours. Our
-        surrogates compute the same and can be pickled, so that ``torch.save(model)`` works.
     products : bool, default True
         False leaves torch's linear layers as they are, and so their results by bits.
 
@@ -142,29 +135,18 @@ def accelerate(model: nn.Module, surrogates: bool = False, *, products: bool = T
     TypeError
         If `model` is not an nn.Module.
     """
-    surrogates, products = flag("surrogates", surrogates), flag("products", products)
-    report = _swap(model, products)
+    report = _swap(model, flag("products", products))
     named = list(model.named_modules(remove_duplicate=False))
     for name, module in reversed(named):  # the first of several names stays
         if type(module) in (SConv2dLSTM, Leaky):
             module._layer_name = name
-    changed = {id(m) for _, m in named if surrogates and _take_our_surrogate(m)}
     cells = [m for name, m in named if name in report.swapped and type(m) in _OURS.values()]
     paths = [against_device(cell.graded_spikes_factor.device) for cell in cells]
     return replace(
         report,
-        surrogates=tuple(name for name, module in named if id(module) in changed),
         silent=tuple(name for name, module in named if _is_silent(module)),
         slow=tuple(dict.fromkeys(path.reason for path in paths if path is not None)),
     )
-
-
-def _take_our_surrogate(neuron: nn.Module) -> bool:
-    """Replace a surrogate of snnTorch's in another neuron; returns whether there was one."""
-    if Neuron is None or not isinstance(neuron, Neuron) or isinstance(neuron, SConv2dLSTM):
-        return False
-    before, neuron.spike_grad = neuron.spike_grad, recognise_surrogate(neuron.spike_grad)
-    return neuron.spike_grad is not before
 
 
 def _is_silent(module: Any) -> bool:

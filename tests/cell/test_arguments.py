@@ -452,7 +452,9 @@ SAID = {
     # in the place of snnTorch's cell
     "model must be an nn.Module, got list": lambda: snnlstm.accelerate([]),
     "returns a report: call the model itself": lambda: snnlstm.accelerate(ours())(X),
-    "surrogates must be a bool, got 'all'": lambda: snnlstm.accelerate(ours(), surrogates="all"),
+    "got an unexpected keyword argument 'surrogates'": lambda: snnlstm.accelerate(
+        ours(), surrogates=True
+    ),
     f"accelerate() {WITHOUT}": lambda: without_snntorch(snnlstm.accelerate, ours()),
     f"patch() {WITHOUT}": lambda: without_snntorch(snnlstm.patch),
 }

@@ -270,26 +270,6 @@ def test_cells_whose_functions_were_replaced_are_left(kind, name, monkeypatch):
     assert [type(cell) is snntorch.SConv2dLSTM for cell in model] == [True, kind is not None]
 
 
-def test_accelerate_gives_other_neurons_surrogates_that_can_be_pickled():
-    def mine(x):
-        return (x > 0).float()
-
-    model = nn.ModuleDict({
-        "cell": theirs(),
-        "leaky": snntorch.Leaky(0.9, spike_grad=snntorch.surrogate.fast_sigmoid(slope=7)),
-        "own": snntorch.Leaky(0.9, spike_grad=mine),
-    })  # fmt: skip
-    closure = model["leaky"].spike_grad
-    assert snnlstm.accelerate(model).surrogates == ()
-    assert model["leaky"].spike_grad is closure
-    report = snnlstm.accelerate(model, surrogates=True)
-    assert report.surrogates == ("leaky",)
-    assert str(report).splitlines()[2].endswith("; its surrogate is snnlstm's now")
-    assert model["leaky"].spike_grad == snnlstm.surrogate.fast_sigmoid(slope=7)
-    assert model["own"].spike_grad is mine
-    pickle.dumps(model["leaky"])
-
-
 def test_the_report_names_the_cells_that_never_spike():
     def cell(**kwargs):
         return theirs(2, 2, 3, **kwargs)
