@@ -203,27 +203,34 @@ def seen(run: Callable[..., Any], net: Any, x: Tensor) -> Tensor:
 #
 # Their functions take the shape (N, T, C, H, W) of batches, and the channels or features of layers.
 
-OPTIONS: dict[str, Any] = {"init_hidden": True, "spike_grad": surrogate.fast_sigmoid(slope=25)}
-KEPT = OPTIONS | {"beta": 0.9, "threshold": 0.3}
+
+def _options(**options: Any) -> dict[str, Any]:
+    """Returns the options of layers that keep their states, and further ones."""
+    return {"init_hidden": True, "spike_grad": surrogate.fast_sigmoid(slope=25), **options}
+
+
+def _kept(**options: Any) -> dict[str, Any]:
+    """Returns the options of most Leaky layers, and further ones."""
+    return _options(beta=0.9, threshold=0.3) | options
 
 
 def pyramid(cell: Any, shape: Sequence[int], *channels: int) -> nn.Module:
     """Makes convolutions with Leaky and a pool, then a cell of the last channels, and Linear."""
     layers, (*fronts, last) = list[nn.Module](), itertools.pairwise((shape[2], *channels))
     for one, other in fronts:
-        layers += [nn.Conv2d(one, other, 3, padding=1), _leaky(cell, **KEPT), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(one, other, 3, padding=1), _leaky(cell, **_kept()), nn.MaxPool2d(2)]
     return nn.Sequential(
         *layers,
-        cell(*last, 3, threshold=0.05, max_pool=2, **OPTIONS),
+        cell(*last, 3, threshold=0.05, max_pool=2, **_options()),
         nn.Flatten(),
         nn.Linear(last[1] * (shape[3] >> len(channels)) ** 2, 10),
-        _leaky(cell, beta=0.9, output=True, **OPTIONS),
+        _leaky(cell, beta=0.9, output=True, **_options()),
     )
 
 
 def convolutions(cell: Any, shape: Sequence[int]) -> nn.Module:
     """Makes the network of snnTorch's tutorial 6."""
-    layers, options, side = list[nn.Module](), KEPT | {"beta": 0.5}, shape[3]
+    layers, options, side = list[nn.Module](), _kept(beta=0.5), shape[3]
     for one, other in ((1, 12), (12, 64)):
         layers += [nn.Conv2d(one, other, 5), nn.MaxPool2d(2), _leaky(cell, **options)]
         side = (side - 4) // 2
@@ -244,10 +251,10 @@ def deep(cell: Any, shape: Sequence[int], *channels: int) -> nn.Module:
     layers = list[nn.Module]()
     for before, count in itertools.pairwise((shape[2], *channels)):
         for one in (before, count):
-            layers += [*_normed(one, count), _leaky(cell, **KEPT)]
+            layers += [*_normed(one, count), _leaky(cell, **_kept())]
         layers += [nn.MaxPool2d(3, 2, padding=1)]
     layers[-1] = nn.AdaptiveAvgPool2d(1)
-    last = _leaky(cell, **KEPT, output=True)
+    last = _leaky(cell, **_kept(), output=True)
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1], 10), last)
 
 
@@ -265,8 +272,8 @@ class Residual(nn.Module):
             _normed(2, channels), _normed(channels, channels), _normed(channels, channels),
             _normed(channels, wide, 3, 2), _normed(wide, wide), _normed(channels, wide, 1, 2),
         ])  # fmt: skip
-        self.lifs = nn.ModuleList(_leaky(cell, **KEPT) for _ in range(5))
-        self.fc, self.last = nn.Linear(wide, 10), _leaky(cell, **KEPT, output=True)
+        self.lifs = nn.ModuleList(_leaky(cell, **_kept()) for _ in range(5))
+        self.fc, self.last = nn.Linear(wide, 10), _leaky(cell, **_kept(), output=True)
 
     def forward(self, x: Tensor) -> Any:
         stem, *norms, shortcut = self.norms

@@ -221,9 +221,9 @@ inline LinearArgs given_linear(const py::tuple& fields) {
   return a;
 }
 
-inline int64_t linear_packed_bytes(int64_t K, int64_t Out) {
+inline int64_t linear_bytes(int64_t K, int64_t Out) {
   check_linear(1, K, Out);
-  return cpu::kernels().linear_packed_bytes(K, Out);
+  return cpu::kernels().linear_bytes(K, Out);
 }
 
 inline void linear_pack(int64_t K, int64_t Out, Address weight, Address packed) {
@@ -294,13 +294,10 @@ inline void bind_cpu(py::module_& m) {
     needs(a.x, "x");
     return cpu::kernels().linear_look(a);
   });
-  m.def("linear_packed_bytes", &linear_packed_bytes);
+  m.def("linear_bytes", &linear_bytes);
   m.def("linear_pack", &linear_pack);
-  m.def("linear_forward_workspace", [](const py::tuple& fields) {
-    return cpu::kernels().linear_forward_workspace(given_linear(fields));
-  });
-  m.def("linear_backward_workspace", [](const py::tuple& fields) {
-    return cpu::kernels().linear_backward_workspace(given_linear(fields));
+  m.def("linear_workspace", [](const py::tuple& fields, bool backward) {
+    return cpu::kernels().linear_workspace(given_linear(fields), backward);
   });
   m.def("linear_forward", &linear_forward);
   m.def("linear_backward", &linear_backward);

@@ -88,10 +88,9 @@ struct Kernels {
   // Linear layers of spikes. linear_look returns the share of nonzeros in a part of x. The weight is
   // (Out, K).
   double (*linear_look)(const LinearArgs&);
-  int64_t (*linear_packed_bytes)(int64_t K, int64_t Out);
+  int64_t (*linear_bytes)(int64_t K, int64_t Out);
   void (*linear_pack)(int64_t K, int64_t Out, int threads, const float* weight, float* packed);
-  int64_t (*linear_forward_workspace)(const LinearArgs&);
-  int64_t (*linear_backward_workspace)(const LinearArgs&);
+  int64_t (*linear_workspace)(const LinearArgs&, bool backward);
   Listed (*linear_forward)(const LinearForwardArgs&);
   void (*linear_backward)(const LinearBackwardArgs&);
 #if SNNLSTM_TESTING

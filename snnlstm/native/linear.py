@@ -111,14 +111,14 @@ class _Layer(NamedTuple):
         if layout is None:
             sizes = self.inputs, self.outputs
             pack = partial(_C.linear_pack, *sizes)
-            layout = packed.pack(key, _C.linear_packed_bytes(*sizes), pack)
+            layout = packed.pack(key, _C.linear_bytes(*sizes), pack)
         shape = (*x.shape[:-1], self.outputs)
         y = lender.empty_result(shape, contiguous_strides(shape), x.dtype, x.device)
         fields = *self[:4], x.data_ptr(), pointer(nonzeros)
         most = int(MOST_NONZERO * self.rows * self.inputs)
         last = most, layout[0], pointer(bias), y.data_ptr()
         count, ones = lender.with_workspace(
-            _C.linear_forward_workspace((*fields, 0)),
+            _C.linear_workspace((*fields, 0), False),
             lambda workspace: _C.linear_forward((*fields, workspace, *last)),
         )
         if count < 0:
@@ -134,7 +134,7 @@ class _Layer(NamedTuple):
         fields = *self[:4], pointer(x), nonzeros.data_ptr()
         last = grad.data_ptr(), weight.data_ptr(), bias.data_ptr()
         lender.with_workspace(
-            _C.linear_backward_workspace((*fields, 0)),
+            _C.linear_workspace((*fields, 0), True),
             lambda workspace: _C.linear_backward((*fields, workspace, *last)),
         )
         return weight, bias

@@ -449,7 +449,7 @@ def test_the_core_refuses_what_would_reach_other_memory(name, calls):
         run((*fields, 0))
     for sizes in ((0, 5), (65_536, 5), (30, 0), (30, 1 << 47)):
         with pytest.raises(ValueError):
-            _C.linear_packed_bytes(*sizes)
+            _C.linear_bytes(*sizes)
         with pytest.raises(ValueError):
             _C.linear_pack(*sizes, AT, AT)
     for addresses in ((0, AT), (AT, 0)):

@@ -288,6 +288,59 @@ void run(Cell c, const cpu::Kernels& kernels) {
   grad_bias.check<T>("grad_bias"), grad_threshold.check<T>("grad_threshold");
 }
 
+// A linear layer of spikes.
+void run_linear(const cpu::Kernels& kernels) {
+  using Limits = std::numeric_limits<float>;
+  const int64_t M = one_of<int64_t>({between(1, 40), between(1, 300), between(1000, 2300)});
+  const int64_t K = between(1, M > 300 ? 40 : 400), Out = mostly_small(M > 300 ? 50 : 300);
+  const int64_t gap = between(0, 1) * between(1, 9);
+  const auto numbers = [](int64_t count, auto&& value) {
+    Bytes b(count * 4);
+    for (int64_t k = 0; k < count; ++k) b.as<float>()[k] = value();
+    return b;
+  };
+  const bool ones = between(0, 1);
+  const double density = one_of({0.0, 0.02, 0.2, 1.0});
+  const auto number = [&] {
+    if (special && between(0, 40) == 0)
+      return one_of({Limits::infinity(), Limits::quiet_NaN(), Limits::denorm_min(), -0.f});
+    return float(normal());
+  };
+  loose = special;
+  const Bytes x = numbers((M - 1) * (K + gap) + K, [&] {
+    return uniform() >= density ? 0.f : ones ? 1.f : number();
+  });
+  const Bytes weight = numbers(Out * K, number), bias = numbers(Out, number);
+  const Bytes grad_y = numbers(M * Out, number);
+  const Bytes packed(kernels.linear_bytes(K, Out)), nonzeros(M * ((K + 7) / 8)), y(M * Out * 4);
+  const Bytes grad_weight(Out * K * 4), grad_bias(Out * 4);
+  LinearForwardArgs f;
+  f.M = M, f.K = K, f.Out = Out, f.row = K + gap, f.threads = int(between(1, 4));
+  f.x = x.as<float>(), f.nonzeros = nonzeros.as<uint8_t>();
+  f.most = one_of({M * K, M * K, between(0, M * K)});
+  kernels.linear_look(f);
+  kernels.linear_pack(K, Out, f.threads, weight.as<float>(), packed.as<float>());
+  f.weight = packed.as<float>(), f.y = y.as<float>();
+  if (between(0, 3) > 0) f.bias = bias.as<float>();
+  Listed listed;
+  {
+    const Bytes workspace(kernels.linear_workspace(f, false));
+    f.workspace = workspace.get();
+    listed = kernels.linear_forward(f);
+  }
+  if (listed.nonzeros < 0) return;
+  y.check<float>("y of a linear layer");
+  LinearBackwardArgs b;
+  static_cast<LinearArgs&>(b) = f;
+  const Bytes workspace(kernels.linear_workspace(b, true));
+  if (listed.ones) b.x = nullptr;
+  b.workspace = workspace.get(), b.grad_y = grad_y.as<float>();
+  b.grad_weight = grad_weight.as<float>(), b.grad_bias = grad_bias.as<float>();
+  kernels.linear_backward(b);
+  grad_weight.check<float>("grad_weight of a linear layer");
+  grad_bias.check<float>("grad_bias of a linear layer");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -303,6 +356,7 @@ int main(int argc, char** argv) {
       run<double>(c, kernels);
     else
       run<float>(c, kernels);
+    run_linear(kernels);
   }
   std::printf("%d cases; sum %.6g\n", cases, total);
 }

@@ -17,10 +17,9 @@ int64_t batch_norm_workspace(const BatchNormArgs& args);
 void batch_norm_forward(const BatchNormForwardArgs& args);
 void batch_norm_backward(const BatchNormBackwardArgs& args);
 double linear_look(const LinearArgs& args);
-int64_t linear_packed_bytes(int64_t K, int64_t Out);
+int64_t linear_bytes(int64_t K, int64_t Out);
 void linear_pack(int64_t K, int64_t Out, int threads, const float* weight, float* packed);
-int64_t linear_forward_workspace(const LinearArgs& args);
-int64_t linear_backward_workspace(const LinearArgs& args);
+int64_t linear_workspace(const LinearArgs& args, bool backward);
 Listed linear_forward(const LinearForwardArgs& args);
 void linear_backward(const LinearBackwardArgs& args);
 // csrc/testing/evaluate.cpp

@@ -49,6 +49,14 @@ class Linear {
     });
   }
 
+  // Returns the size in bytes of the workspace of a pass.
+  static int64_t workspace(const LinearArgs& a, bool backward) {
+    if (backward) return Gradient(a, nullptr).workspace.bytes();
+    Workspace workspace(nullptr);
+    RowLists(a, workspace, 0);
+    return workspace.bytes();
+  }
+
   // ---- the forward pass --------------------------------------------------------------------------
 
   // Returns the share of nonzeros in runs of neighbours, which are spread over rows and columns. A
@@ -65,12 +73,6 @@ class Linear {
       if (++run == kFew && 2 * nonzeros > kFew * length) break;
     }
     return double(nonzeros) / double(run * length);
-  }
-
-  static int64_t forward_workspace(const LinearArgs& a) {
-    Workspace workspace(nullptr);
-    RowLists(a, workspace, 0);
-    return workspace.bytes();
   }
 
   static Listed forward(const LinearForwardArgs& a) {
@@ -100,10 +102,6 @@ class Linear {
   }
 
   // ---- the gradients -----------------------------------------------------------------------------
-
-  static int64_t backward_workspace(const LinearArgs& a) {
-    return Gradient(a, nullptr).workspace.bytes();
-  }
 
   static void backward(const LinearBackwardArgs& a) { Gradient(a, a.workspace).run(a); }
 
@@ -357,7 +355,8 @@ class Linear {
       const bool adds = begin > 0, part_of_bias = b.grad_bias && k == 0;
       double bias[width] = {};
       if (adds) load_row<S>(to, a.K, 1, k_end - k, columns, sum, Row{width}, width);
-      for (int64_t c = 0; adds && part_of_bias && c < columns; ++c) bias[c] = b.grad_bias[first + c];
+      for (int64_t c = 0; adds && part_of_bias && c < columns; ++c)
+        bias[c] = b.grad_bias[first + c];
       for (int64_t row = begin, chunk = 0; row < end; row += rows, ++chunk) {
         pack_grads<NV>(b.grad_y + row * a.Out + first, rows_from(row), columns, grad, bias);
         a.x ? add_columns<NV, false>(row, chunk, k, k_end, grad, sum)
