@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +11,18 @@ from torch.fx import Node
 from ..calls.spec import DTYPES
 from ..compat.torch_private import size_hint
 from . import rules
-
-if TYPE_CHECKING:
-    from .steps import Loop
+from .effects import RecordedGraph
 
 
-def find_folded(loop: Loop) -> dict[Node, Node]:
+def find_folded(recorded: RecordedGraph) -> dict[Node, Node]:
     """The batch norms that become part of a convolution, each with the node of the convolution.
 
     A weight that is scaled is scaled alike wherever it is used, so the steps of a convolution stay
     equal. No gradient may be recorded: it would go through the scaled weight of each call.
     """
     norms = {
-        conv: _norm_behind(loop, conv)
-        for conv in loop.nodes
+        conv: _norm_behind(recorded, conv)
+        for conv in recorded.nodes
         if rules.name_of(conv) == "conv2d" and conv.args[1:]
     }
     scales: dict[Any, set[Any]] = {}
@@ -55,17 +53,20 @@ def scaled(
     return weight * scale.reshape(-1, 1, 1, 1), shift if beta is None else shift + beta
 
 
-def _norm_behind(loop: Loop, conv: Node) -> Node | None:
+def _norm_behind(recorded: RecordedGraph, conv: Node) -> Node | None:
     """The batch norm that can be part of a convolution; None if there is none."""
     norm = next(iter(conv.users), conv)
     named = rules.named_arguments(norm) if rules.name_of(norm) == "batch_norm" else {}
     if not named or named["training"] or named["input"] is not conv or len(conv.users) > 1:
         return None
-    if len(conv.args) < 3 or conv.kwargs or not (loop.is_pure(conv) and loop.is_pure(norm)):
+    if len(conv.args) < 3 or conv.kwargs or not (recorded.is_pure(conv) and recorded.is_pure(norm)):
         return None
     given = [arg for arg in (*conv.args[1:3], *scale_of(norm)[:-1]) if arg is not None]
     # The scaled weight is computed once, before the loop.
-    if any(getattr(a, "op", "") != "placeholder" or loop.memory[a] & loop.written for a in given):
+    if any(
+        getattr(a, "op", "") != "placeholder" or recorded.memory[a] & recorded.written
+        for a in given
+    ):
         return None
     results = rules.value_of(conv), rules.value_of(norm)
     values = *results, *map(rules.value_of, given)

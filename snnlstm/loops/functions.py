@@ -18,8 +18,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..compat.torch_private import apply_in_transforms, transforms_are_active
+from .effects import effects_of
 from .rules import APPLY, body_of, own_settings
-from .steps import effects_of
 
 
 def make_functions(module: GraphModule) -> GraphModule:

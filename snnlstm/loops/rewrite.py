@@ -52,9 +52,10 @@ class Writer:
         self._sequences: dict[Any, Node] = {}
         self._weights: dict[Any, list[Any]] = {}  # with biases, as convolutions take them
         self._removable: list[Node] = []  # what nothing loses if nobody uses it, by age
+        # What :meth:`_as_recorded` reads, and what it has written.
         self._moved: set[Node] = set()  # nodes whose strides may differ from the recorded ones
-        self._unshared: set[Node] = set()  # results of runs of which no other result has a part
-        self._lent: set[Node] = set()  # stacks in the memory of a sequence
+        self._lent: set[Node] = set()  # stacks in whose memory something else may lie
+        self._unshared: set[Node] = set()  # new nodes: sequences that a stack may be without a copy
         self._recorded: dict[Node, Node] = {}
         self._starts: dict[int, Node] = {}  # the node of the new graph that begins a region
 
@@ -195,7 +196,7 @@ class Writer:
         self._moved.add(node)
         if dim or out not in self._unshared:
             self._lent.add(node)
-        self._unshared.discard(out)
+        self._unshared.discard(out)  # a second stack would share its memory with this one
         return self.call("movedim", out, 0, dim) if dim else out
 
     # ---- runs and single nodes ------------------------------------------------------------------
@@ -209,7 +210,7 @@ class Writer:
             return
         for item in (0, *(item for _, item in run.rule.states)):
             out = self._results[run, item] = self.call(rules.ITEM, result, item)
-            if not any(map(rules.requires_grad, run.calls)):  # a backward pass would read it
+            if not any(map(rules.requires_grad, run.calls)):  # else a backward pass reads it
                 self._unshared.add(out)
 
     def _copy(self, node: Node) -> Node:
@@ -278,6 +279,21 @@ class Writer:
 
         A result of the graph also shares its memory only with what was recorded to share it: the
         caller may write to it, and snnTorch detaches it in place.
+
+        ===============  ==========================================================================
+        node             what is written
+        ===============  ==========================================================================
+        a view           the same call of its source, which is written as this table says; a node
+                         that writes to its argument counts as a view of it (:meth:`_viewed`)
+        a step of a run  that part of the sequence; for a result of the graph a copy, because other
+                         steps lie in the same memory (:meth:`_is_lent`)
+        a stack          the sequence itself, if :meth:`_stacked` found one; for a result a copy, if
+                         something else may lie in the sequence's memory (`_lent`)
+        an equal node    the first of the equal ones; for a result a copy
+        ===============  ==========================================================================
+
+        What is neither a view nor a copy becomes contiguous in the recorded order of dimensions, if
+        its strides may differ (:meth:`_is_moved`).
         """
         first, is_returned = self._loop.same[node], self._loop.memory[node] & self._returned
         if not is_returned or rules.value_of(node) is rules.value_of(first):
@@ -307,8 +323,10 @@ class Writer:
         memory = self._loop.memory
         for arg in node.all_input_nodes:
             if memory[arg] & memory[node]:
-                is_item = isinstance(rules.value_of(arg), tuple | list)
-                return None if is_item and self._source(arg) is None else arg
+                takes_item = isinstance(rules.value_of(arg), tuple | list)
+                # An item of (spk, mem) is a new tensor; one of x.unbind() is a view of x.
+                is_new = takes_item and self._source(arg) is None
+                return None if is_new else arg
         return None
 
     def _viewed(self, node: Node, source: Node) -> Node:

@@ -12,149 +12,21 @@ changes a setting, such as the grad mode.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from ..compat.torch_private import memory_of, operators_named
 from ..dispatch.reasons import Reason
 from ..networks.layers import reason_by_size, steps_at_once, too_large
 from . import rules
+from .effects import RecordedGraph
 from .fold import find_folded
-
-# ---- what a node does beside computing its result -----------------------------------------------
-
-
-class Effects(NamedTuple):
-    """What a node does beside computing its result.
-
-    Attributes
-    ----------
-    writes : sequence of Node
-        Arguments to whose memory it writes.
-    draws : bool
-        Whether it draws random numbers.
-    unknown : bool
-        Whether nothing is known about it.
-    """
-
-    writes: Sequence[Node] = ()
-    draws: bool = False
-    unknown: bool = False
-
-
-_NONE = Effects()
-# Methods of tensors and functions without an operator of their name, and without an effect.
-_PURE = {
-    "float", "double", "half", "bfloat16", "int", "long", "bool", "cross_entropy", "normalize",
-    "interpolate", "_are_functorch_transforms_active",
-}  # fmt: skip
-_WRITE_BUFFERS = {"batch_norm", "instance_norm"}  # without saying so
-_DRAW = {"fractional_max_pool2d", "fractional_max_pool3d"}  # likewise
-
-
-def effects_of(node: Node) -> Effects:
-    """What a node does; a function that is not known writes to all of its arguments, and draws."""
-    number = isinstance(rules.value_of(node), int | float | torch.SymInt | torch.SymFloat)
-    if number or node.op not in ("call_function", "call_method") or node.target in rules.STATEFUL:
-        return _NONE
-    # A slice of an nn.ModuleList makes a module, of which torch takes note.
-    if rules.dropped(node) is not None or node.target is torch._C._log_api_usage_once:
-        return _NONE
-    name, tensors = rules.name_of(node), [arg for arg in node.all_input_nodes if memory(arg)]
-    everything = Effects(tensors, True, True)
-    if node.target is rules.APPLY:
-        is_pure = all(_only_computes(rules.body_of(arg)) for arg in node.args[:2])
-        return _NONE if is_pure else everything
-    if rules.is_operator(node):  # in place, operator.iadd(a, b) is named after Tensor.__iadd__
-        in_place = name in ("setitem", "delitem") or (
-            name[0] == "i" and hasattr(operator, f"__{name[1:]}__")
-        )
-        return Effects(tensors[:1] if in_place else ())
-    named = rules.named_arguments(node)
-    # An embedding with a max_norm writes to its weight.
-    if not rules.is_of_torch(node) or "out" in node.kwargs or named.get("max_norm") is not None:
-        return everything
-    if named.get("inplace"):
-        return Effects(tensors[:1], bool(named.get("training")))
-    if name in _WRITE_BUFFERS:
-        if not named.get("training", named.get("use_input_stats", True)):
-            return _NONE
-        statistics = [named.get(key) for key in ("running_mean", "running_var")]
-        return Effects([arg for arg in (statistics if named else tensors[1:]) if arg is not None])
-    if name in _PURE:
-        return _NONE
-    known = operators_named(name)
-    if known is None or name in _DRAW:
-        return everything
-    writes = [arg for at, arg in enumerate(node.args) if at in known.writes and arg in tensors]
-    if len(writes) < len(known.writes):  # it is a list of tensors, or was given by name
-        writes = tensors
-    return Effects(writes, known.draws and bool(named.get("training", True)))
-
-
-def _only_computes(body: GraphModule) -> bool:
-    """Whether a body of an autograd Function draws nothing, and writes to its own memory alone."""
-    found, outer = memory_in(body.graph), set(rules.own_settings(body.graph))
-    given = {storage for node in found if node.op == "placeholder" for storage in found[node]}
-    effects = [effects_of(node) for node in found.keys() - outer]
-    writes = {storage for effect in effects for arg in effect.writes for storage in found[arg]}
-    return not (writes & given or any(effect.draws or effect.unknown for effect in effects))
-
-
-def memory(node: Node) -> set[int]:
-    """The memory of a node's result: a number for each storage."""
-    memories: set[int] = set()
-    pending = [node.meta.get("example_value")]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Tensor):
-            memories.add(memory_of(value))
-        elif isinstance(value, tuple | list):
-            pending += value
-    return memories
-
-
-def memory_in(graph: Graph) -> dict[Node, set[int]]:
-    """The memory of each node's result; torch records a dropout that does nothing as a copy."""
-    found: dict[Node, set[int]] = {}
-    copied: dict[int, set[int]] = {}
-    for node in graph.nodes:
-        argument = rules.dropped(node)
-        if argument is not None:
-            copied.update(dict.fromkeys(memory(node), found[argument]))
-        found[node] = {storage for one in memory(node) for storage in copied.get(one, {one})}
-    return found
-
-
-def separate_sums(nodes: Sequence[Node]) -> None:
-    """Let ``out += x`` be a sum in new memory, so that what made `out` can become one call.
-
-    Nothing else reads `out`, the result of a convolution or a batch norm, whose gradient does not
-    need it. :class:`~snnlstm.loops.rewrite.Writer` adds in place again where both stay in steps.
-    """
-    found: set[Node] = set()
-    for node in nodes:
-        if not memory(node):
-            found.clear()  # the grad mode may change here
-        elif rules.name_of(node) in ("conv2d", "batch_norm") and rules.is_of_torch(node):
-            found.add(node)
-        elif node.target is operator.iadd and node.args[0] in found:
-            (made, _), (out, x) = node.args, map(rules.value_of, node.args)
-            if len(made.users) == 1 and isinstance(x, Tensor) and x.dtype is out.dtype:
-                node.target, node.meta["in_place"] = operator.add, True
-                value = out.detach().clone()  # the sum keeps the memory, of which others have views
-                made.meta["example_value"] = value.requires_grad_(out.requires_grad)
-
-
-# ---- the loop -----------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -175,20 +47,13 @@ class Run:
     record: bool = False
 
 
-class Loop:
+class Loop(RecordedGraph):
     """The calls of a graph, and the runs that they form.
-
-    Parameters
-    ----------
-    graph : torch.fx.Graph
-        Recorded by torch.compile, with an ``example_value`` for each node.
 
     Attributes
     ----------
     same : dict of Node to Node
         The first of all nodes that compute the same, for each node.
-    written : set of int
-        Memory to which some node writes.
     folded : dict of Node to Node
         The convolution of which a batch norm becomes part, for each such batch norm.
     users : dict of Node to list of Node
@@ -200,20 +65,11 @@ class Loop:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self.nodes = list(graph.nodes)
-        separate_sums(self.nodes)
+        super().__init__(graph)
         self.same: dict[Node, Node] = {}
         self.users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
         self.runs: dict[Node, tuple[Run, int]] = {}
         self.reasons: dict[Node, str] = {}
-        self.effects = {node: effects_of(node) for node in self.nodes}
-        self.memory = memory_in(graph)
-        self.written = {
-            storage
-            for effects in self.effects.values()
-            for written in effects.writes
-            for storage in self.memory[written]
-        }
         self.folded = find_folded(self)
         self._number = {node: number for number, node in enumerate(self.nodes)}
         self._regions = self._needs_of_effects()
@@ -224,12 +80,6 @@ class Loop:
         limit = self._longest_run(groups)
         for rule, calls in groups:
             self._form_runs(rule, calls, limit)
-
-    def is_pure(self, node: Node) -> bool:
-        """Whether a node only computes its result, to which nothing ever writes."""
-        if node.op not in ("call_function", "call_method") or any(self.effects[node]):
-            return False
-        return self.memory[node].isdisjoint(self.written)
 
     def may_join(self, node: Node) -> bool:
         """Whether nothing but its arguments keeps a node from a run.
@@ -455,7 +305,7 @@ class Loop:
             self.reasons.update(dict.fromkeys(nodes[1:], reason))
             return
         units = []
-        for numbers in self._independent(rule, calls, limit):
+        for numbers in self._independent(calls, limit):
             # Equal calls are not one if something writes to what they read; no run has them alone,
             # but for batch norms, which write to that themselves.
             several = len({self._arguments(self.nodes[number]) for number in numbers}) > 1
@@ -467,28 +317,21 @@ class Loop:
                 units.append(numbers)
         self._contract(units)
 
-    def _independent(self, rule: rules.Rule, calls: list[int], limit: int) -> list[list[int]]:
-        """Cut the calls of a group where one needs the result of another.
+    def _independent(self, calls: list[int], limit: int) -> list[list[int]]:
+        """Cut the calls of a group where one needs the result of another, or a run gets too long.
 
-        One pass over the graph finds, for each node, the last run that it depends on.
+        One pass over the units finds, for each, the last run that it depends on.
         """
         runs: list[list[int]] = []
-        members = {number: at for at, number in enumerate(calls)}
+        pieces = {number: at // limit for at, number in enumerate(calls)}
         depends_on: dict[int, int] = {}
         for unit in self.order():
-            at, needed = members.get(unit), self._needs[unit]
-            if at is not None:
+            is_call, needed = unit in pieces, self._needs[unit]
+            if is_call:
                 needed = needed - self._handed.get(unit, set())
             latest = max(map(depends_on.__getitem__, needed), default=-1)
-            if at is not None:
-                reason = None
-                if runs:  # why this call may not continue the run of the last one
-                    last = runs[-1][-1]
-                    if latest == len(runs) - 1:
-                        alike = self._regions[unit] == self._regions[last]
-                        reason = Reason.FEEDBACK if alike else Reason.OTHER_SETTINGS
-                    elif at // limit != members[last] // limit:
-                        reason = Reason.MEMORY
+            if is_call:
+                reason = self._reason_to_cut(runs, unit, latest, pieces)
                 if reason is not None:
                     self.reasons[self.nodes[unit]] = reason
                 if reason is not None or not runs:
@@ -497,6 +340,22 @@ class Loop:
                 latest = len(runs) - 1
             depends_on[unit] = latest
         return [sorted(run) for run in runs]
+
+    def _reason_to_cut(
+        self, runs: Sequence[Sequence[int]], call: int, latest: int, pieces: Mapping[int, int]
+    ) -> str | None:
+        """Why a call may not continue the last one of the runs; None if it may, or there is none.
+
+        `latest` is the last run that the call depends on. A run lies within one of the `pieces`,
+        whose numbers the calls have.
+        """
+        if not runs:
+            return None
+        last = runs[-1][-1]
+        if latest == len(runs) - 1:
+            alike = self._regions[call] == self._regions[last]
+            return Reason.FEEDBACK if alike else Reason.OTHER_SETTINGS
+        return Reason.MEMORY if pieces[call] != pieces[last] else None
 
     def _needs_states(self, calls: Sequence[Node]) -> bool:
         """Whether a node beside the next step reads the states after one of these calls."""
