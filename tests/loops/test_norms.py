@@ -1,7 +1,6 @@
 """Batch norm in a compiled loop: all steps in one call, or as part of a convolution."""
 
 import copy
-import logging
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -99,25 +98,12 @@ def read_too(net: Any, x: Tensor) -> Any:
     return [(net.lif2(net.bn1(cur)), cur) for cur in currents]
 
 
-def one_image(net: Any, x: Tensor) -> Any:
-    return torch.stack([net.lif2(net.bn1(net.conv1(x[0]))) for _ in x])
-
-
 def read_beside(net: Any, x: Tensor) -> Any:
     """Adds to what is also returned, and to what another sum reads."""
     out = []
     for x_t in x:
         cur, other = net.bn1(net.conv1(x_t)), net.bn2(net.conv2(net.conv1(x_t)))
         out += [cur + other, other + 0.5 * cur, cur]
-    return out
-
-
-def written(net: Any, x: Tensor) -> Any:
-    """Changes the results of one norm in place, and what the other reads."""
-    out = []
-    for x_t in x:
-        cur = F.relu(net.bn1(net.conv1(x_t)), inplace=True)
-        out.append(net.bn2(cur.mul(0.5).add_(0.25)))
     return out
 
 
@@ -140,16 +126,6 @@ def changed_inside(net: Any, x: Tensor) -> Any:
     for x_t in x:
         out.append(net.bn1(net.conv1(x_t)))
         net.bn1.running_mean.add_(1)
-    return out
-
-
-def without_gradients(net: Any, x: Tensor) -> Any:
-    """A part of the loop records no gradients."""
-    out = []
-    for x_t in x:
-        with torch.no_grad():
-            cur = net.bn1(net.conv1(x_t))
-        out.append(net.lif2(net.bn2(net.conv2(cur))))
     return out
 
 
@@ -208,9 +184,8 @@ def wider(net: Any, x: Tensor, add: Any = operator.iadd) -> Any:
 LOOPS: dict[Callable[..., Any], tuple[Any, ...]] = {
     plain: (2, 2, 2, 0), shared: (2 * T, 2 * T, 2, 0), fed_back: (2 * T,) * 4,
     read_between: (T + 1, T + 1, 1, 1), unread: (2, 2, 1, 1), read_too: (1,) * 4,
-    one_image: (1, 1, 1, 0), read_beside: (2, 2, 2, 1),
-    written: (T + 1,) * 4, by_name: (2,) * 4, of_two_norms: (2,) * 4,
-    changed_inside: (None, T, None, T), without_gradients: (2 * T, 2, T, 0),
+    read_beside: (2, 2, 2, 1), by_name: (2,) * 4, of_two_norms: (2,) * 4,
+    changed_inside: (None, T, None, T),
     summed: (2, 2, 2, 0), of_last: (1 + T, 1 + T, 1 + T, 0), of_one: (1, 1, 1, 0),
     not_recorded: (T, 1, T, 0), read_before: (T,) * 4,
 }  # fmt: skip
@@ -286,20 +261,6 @@ def test_sums_in_place_by_bits(training, evaluated):
     equal(left(operator.iadd, True), left(operator.add, True))
     for loop in (summed, wider) if evaluated else ():
         equal(left(operator.iadd, True, loop), left(operator.iadd, False, loop))
-
-
-@merges
-@IN_EVALUATION
-def test_the_log_names_norms(evaluated, caplog):
-    net = Normed(plain).train(not evaluated)
-    snnlstm.accelerate(net)
-    torch._dynamo.reset()
-    with caplog.at_level(logging.INFO), torch.no_grad():
-        torch.compile(net, backend=BACKEND)(numbers(T, N, 2, 5, 5))
-    kinds = ("fold (part of conv1)", "fold (part of conv2)")
-    for name, kind in zip(("bn1", "bn2"), kinds, strict=True):
-        kind = kind if evaluated else "sequence (one call for all steps)"
-        assert f"{name} BatchNorm2d: {kind}" in caplog.text
 
 
 class Feedback(nn.Module):
