@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .surrogate import finite_number
+from .surrogate import finite_number, with_forward_mode
 
 __all__ = ["StateQuant", "state_quant"]
 
@@ -59,12 +59,7 @@ class _Quantise(torch.autograd.Function):
         return grad, None
 
 
-class _QuantiseForwardMode(_Quantise):
-    """_Quantise with forward-mode AD, for eager calls only: dynamo refuses a Function with jvp."""
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return tangent.view_as(tangent)
+_QuantiseForwardMode = with_forward_mode(_Quantise)
 
 
 class StateQuant:

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls.call import Call, Outputs, batch_before_time, stateless_call
+from .calls.call import Call, Outputs
 from .calls.lengths import held, mask_padding
 from .calls.spec import CellSpec
 from .surrogate import Surrogate, heaviside_step
 
-__all__ = ["Overrides", "called", "fire", "reset_signal", "run", "sconv2dlstm"]
+__all__ = ["Overrides", "called", "fire", "reset_signal", "run"]
 
 
 class Overrides(NamedTuple):
@@ -179,22 +179,6 @@ def _no_steps(call: Call, spec: CellSpec) -> tuple[Tensor, Tensor, Tensor]:
     if call.record:
         return spk, call.x.new_empty((0, n, c, h, w)), call.x.new_empty((0, n, c, h, w))
     return spk, call.syn.clone(), call.mem.clone()
-
-
-def sconv2dlstm(
-    x: Tensor,
-    syn: Tensor | None = None,
-    mem: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the cell on the reference path.
-
-    The arguments, results and errors are those of :func:`snnlstm.functional.sconv2dlstm`.
-    """
-    call, spec = stateless_call(x, syn, mem, weight, bias, **options)
-    return batch_before_time(call, options.get("batch_first", False), *run(call, spec))
 
 
 # ---- Leaky ---------------------------------------------------------------------------------------

@@ -136,22 +136,28 @@ class _Spike(torch.autograd.Function):
         return grad * KINDS[ctx.kind].factor(x, ctx.p0, ctx.p1), None, None, None
 
 
-class _SpikeForwardMode(_Spike):
-    """_Spike with forward-mode AD, for eager calls only: dynamo refuses a Function with jvp."""
+def with_forward_mode(function: Any) -> Any:
+    """A Function of each element of x alone, with forward-mode AD: its jvp is its backward.
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _Spike.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[0])
+    It is for eager calls only, because dynamo refuses a Function with a jvp.
+    """
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return tangent * KINDS[ctx.kind].factor(x, ctx.p0, ctx.p1)
+    class ForwardMode(function):
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+            function.setup_context(ctx, inputs, output)
+            ctx.save_for_forward(inputs[0])
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+            return function.backward(ctx, tangent.view_as(tangent))[0]
+
+    return ForwardMode
 
 
+_SpikeForwardMode = with_forward_mode(_Spike)
 # This is apply without its inspection of signatures, which takes longer than a small step.
-_plain_apply = super(torch.autograd.Function, _SpikeForwardMode).apply  # type: ignore[misc]
+_plain_apply: Any = super(torch.autograd.Function, _SpikeForwardMode).apply
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ALGORITHMS = "auto", "direct", "winograd", "fused", "cudnn", "measure", "reference"
+ALGORITHMS = "auto", "direct", "winograd", "fused", "cudnn", "reference"
 
 
 def _checked(what: str, name: str) -> str:
@@ -41,7 +41,6 @@ def set_algorithm(name: str) -> None:
           float32 on a GPU of compute capability 7.5 whose kernel size times channels of x and mem
           is 800 or more.
         - ``"cudnn"`` (CUDA) leaves all convolutions to torch (cuDNN); the kernels do the rest.
-        - ``"measure"`` means ``"auto"``; it is accepted because older code may name it.
         - ``"reference"`` replaces all kernels with plain torch: the reference path runs all calls
           on all devices, including calls of cells that have run kernels before.
 

@@ -240,12 +240,11 @@ def test_errors_call_x_by_the_name_that_it_was_given_by(value):
             ours()(**{name: value})
 
 
-@pytest.mark.parametrize("function", [sconv2dlstm, snnlstm.reference.sconv2dlstm])
 @pytest.mark.parametrize(("name", "value", "error"), rows(FUNCTIONAL))
-def test_the_functional_form_refuses(function, name, value, error):
+def test_the_functional_form_refuses(name, value, error):
     arguments = {"x": X, "weight": WEIGHT, "bias": BIAS, "threshold": 0.1, "stride": 1}
     wrong = {"weight" if name == "kernel_size" else name: value}
-    refused(name, error, function, **(arguments | wrong))
+    refused(name, error, sconv2dlstm, **(arguments | wrong))
 
 
 CONVERTED = "bool", "uint8", "uint16", "int64", "float16", "float8_e5m2"
@@ -266,10 +265,9 @@ def test_the_functional_form_is_the_cell_without_its_state(backend):
     zeros = torch.zeros(0), torch.zeros(0)
     for state in ((None, None), states(2, 3, 6, 7), zeros):
         start = zeros if state[0] is None else state
-        for function in (sconv2dlstm, snnlstm.reference.sconv2dlstm):
-            close(function(x[0], *state, *parameters, **options), cell(x[0], *start))
-            recorded = function(x, *state, *parameters, **options, record=True)
-            close(recorded, cell(x, *start, record=True))
+        close(sconv2dlstm(x[0], *state, *parameters, **options), cell(x[0], *start))
+        recorded = sconv2dlstm(x, *state, *parameters, **options, record=True)
+        close(recorded, cell(x, *start, record=True))
 
 
 def test_a_number_is_read_in_the_dtype_of_x():
@@ -284,10 +282,9 @@ def test_a_number_is_read_in_the_dtype_of_x():
 def test_an_input_without_channels():
     x, weight = torch.zeros(2, 0, 6, 7), torch.randn(12, 3, 3, 3)
     state = states(2, 3, 6, 7)
-    actual, expected = (
-        function(x, *state, weight, threshold=0.1)
-        for function in (sconv2dlstm, snnlstm.reference.sconv2dlstm)
-    )
+    actual = sconv2dlstm(x, *state, weight, threshold=0.1)
+    with snnlstm.algorithm("reference"):
+        expected = sconv2dlstm(x, *state, weight, threshold=0.1)
     close(actual, expected)
     assert actual[1].any()
 

@@ -194,7 +194,7 @@ def test_the_native_path_says_what_it_is():
 
 
 @needs_core
-@pytest.mark.parametrize("algorithm", ["fused", "cudnn", "measure"])
+@pytest.mark.parametrize("algorithm", ["fused", "cudnn"])
 def test_algorithms_of_cuda_alone_are_auto_on_the_cpu(algorithm):
     auto, cell = ours(), ours()
     auto(X)

@@ -119,7 +119,6 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         ("ieee", 80, torch.float32, torch.float16, "cudnn", "cudnn"),
         ("tf32", 80, torch.float32, None, "fused", "mma-tf32"),
         ("tf32", 80, torch.float32, None, "direct", "mma-tf32"),
-        ("tf32", 80, torch.float32, None, "measure", "mma-tf32"),
     ],
 )
 def test_what_multiplies_follows_torch(

@@ -193,16 +193,16 @@ def test_two_thousand_steps_stay_close_to_float64(reset, algorithm):
     x = (torch.rand(time, 1, 2, 8, 8) < 0.2).float()
     options = {"threshold": 0.05, "reset_mechanism": reset, "record": True}
 
-    def run(function, x, *parameters):
+    def run(algorithm, x, *parameters):
         weight, bias = parameters
-        spk, _, mem = function(x, weight=weight, bias=bias, **options)
+        with snnlstm.algorithm(algorithm):
+            spk, _, mem = snnlstm.functional.sconv2dlstm(x, weight=weight, bias=bias, **options)
         return spk, mem.detach(), torch.autograd.grad(mem.square().sum(), parameters)
 
     own = cell.conv.weight, cell.conv.bias
-    with snnlstm.algorithm(algorithm):
-        spk, mem, grads = run(snnlstm.functional.sconv2dlstm, x, *own)
+    spk, mem, grads = run(algorithm, x, *own)
     doubles = (p.detach().double().requires_grad_() for p in own)
-    exact_spk, exact, exact_grads = run(snnlstm.reference.sconv2dlstm, x.double(), *doubles)
+    exact_spk, exact, exact_grads = run("reference", x.double(), *doubles)
 
     equal = (spk == exact_spk).flatten(1).all(1)
     end = time if equal.all() else int(equal.int().argmin())

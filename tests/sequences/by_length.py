@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnlstm import functional, reference
+import snnlstm
+from snnlstm import functional
 from snnlstm.calls.lengths import length_mask
 from tests.shared.gradients import NAMES, gradients_by_name
 from tests.shared.helpers import close, ours, states, steps
@@ -35,7 +36,8 @@ def alone(given: dict[str, Tensor], n: int, **options: Any) -> tuple[Tensor, ...
     length, before = LENGTHS[n], [given[name][n : n + 1] for name in ("syn", "mem")]
     rest = {name: given[name] for name in ("weight", "bias", "threshold")}
     x = given["x"][:length, n : n + 1]
-    spk, *after = reference.sconv2dlstm(x, *before, **rest, **options, record=True)
+    with snnlstm.algorithm("reference"):
+        spk, *after = functional.sconv2dlstm(x, *before, **rest, **options, record=True)
     every = [torch.cat([spk, spk.new_zeros((TIME - length, *spk.shape[1:]))])]
     for state, found in zip(before, after, strict=True):
         last = found[-1] if length else state
