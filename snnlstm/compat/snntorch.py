@@ -43,7 +43,8 @@ def recognise_surrogate(
 
     snnTorch 1.0.0 makes closures, ``atan.<locals>.inner``, that hold their parameters. Later
     versions make objects, such as an ``ATanSurrogate`` with the attribute ``alpha``. Both are
-    recognised by name, by parameters, which must be plain numbers, and by what they compute.
+    recognised by name and by parameters, which must be plain numbers. A function that is not
+    1.0.0's must also compute what ours does: each function and each class is tried until it did so.
     """
     kind = kind_of(spike_grad)
     if kind is None:
@@ -55,10 +56,17 @@ def recognise_surrogate(
         made = surrogate.make(kind.name, **{name: value(name) for name in kind.parameters})
     except (AttributeError, KeyError, TypeError, ValueError):  # no such parameter, or an odd one
         return spike_grad
-    code = getattr(spike_grad, "__code__", None)
-    known = any(code is one and kind is kind_of_one for one, kind_of_one in _CODES)
-    released = known and _is_released(kind.name)
-    return made if released or _alone(_agree, spike_grad, made, _POINTS) else spike_grad
+    function = getattr(spike_grad, "__code__", type(spike_grad))
+    released = any(function is code and kind is its for code, its in _CODES) and _follows(_theirs)
+    if not released and function not in _agreeing:
+        if not _alone(_agree, spike_grad, made, _POINTS):
+            return spike_grad
+        _agreeing.add(function)
+    return made
+
+
+_agreeing: set[Any] = set()
+"""Codes and classes of other releases that compute what ours do."""
 
 
 def reader_of(spike_grad: Any, names: Sequence[str]) -> Callable[[], Iterable[Any]]:
@@ -75,13 +83,13 @@ def recognise_traced(
 ) -> surrogate.Surrogate | Callable[[Tensor], Tensor]:
     """Recognise a closure as :func:`recognise_surrogate` does, while torch.compile traces.
 
-    The compiler can read a function's code and numbers, but no names. Each kind is tried once,
-    outside the trace. Closures that the traced code itself makes, and objects, stay unchanged.
+    The compiler can read a function's code and numbers, but no names. Closures that the traced code
+    itself makes, those of other releases than 1.0.0, and objects stay unchanged.
     """
     if not isinstance(spike_grad, types.FunctionType):
         return spike_grad
     for code, kind in _CODES:
-        if spike_grad.__code__ is code and _is_released(kind.name):
+        if spike_grad.__code__ is code and _follows(_theirs):
             try:
                 held = _captured(spike_grad)
             except AttributeError:
@@ -238,23 +246,6 @@ _CODES = tuple(
 """The code of each closure that a function of snnTorch makes, and its kind."""
 
 
-def _is_released(name: str) -> bool:
-    """Whether the closures of snnTorch's function of this name compute what ours do."""
-    if name not in _released:
-        kind = _KINDS[_folded(name)]
-        numbers = dict(zip(kind.parameters, (0.75, 1.5), strict=False))
-        made = getattr(_theirs, name)(**numbers), surrogate.make(name, **numbers)
-        if _alone(_agree, *made, _POINTS):  # an attempt may fail, so only a success is kept
-            _released.add(name)
-    return name in _released
-
-
-_released: set[str] = set()
-
-# torch.compiler.assume_constant_result sets this flag, but its import loads the compiler.
-_is_released._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _their_class(name: str) -> Any:
     kind = getattr(library, name, None)
     return kind if isinstance(kind, type) and issubclass(kind, nn.Module) else None
@@ -288,8 +279,8 @@ _RELEASED: dict[Any, tuple[Any, dict[str, Any]]] = {
 }
 """The methods with which each class computes, as they were at import."""
 
-# Checksums of the sources of _RELEASED, which versions 0.9.4 and 1.0.0 share.
-_SOURCES = {"Leaky": 366135782, "SConv2dLSTM": 1703028562}
+# Checksums of the sources of _RELEASED and of the surrogates, which versions 0.9.4 and 1.0.0 share.
+_SOURCES = {"Leaky": 366135782, "SConv2dLSTM": 1703028562, "snntorch.surrogate": 2261938492}
 _VERSIONS = "0.9.4", "1.0.0"
 
 _follow: dict[Any, bool] = {}
@@ -331,7 +322,7 @@ def _patched(ours: Any, kind: Any) -> str | None:
 
 
 def _follows(kind: Any) -> bool:
-    """Whether the installed class has 1.0.0's source, or its version where there is no source."""
+    """Whether a class, or the surrogates, have 1.0.0's source; or its version without a source."""
     if kind not in _follow:
         source, version = source_of(kind), getattr(library, "__version__", None)
         same_source = source == _SOURCES[kind.__name__]
@@ -340,8 +331,8 @@ def _follows(kind: Any) -> bool:
 
 
 def source_of(kind: Any) -> int | None:
-    """A checksum of the methods with which a class computes, without comments; None if unknown."""
-    forward, methods = _RELEASED[kind]
+    """A checksum, without comments, of a module or a class's methods that compute; or None."""
+    forward, methods = _RELEASED.get(kind, (kind, {}))
     checksum = 0
     try:
         for name, method in {"forward": forward, **methods}.items():
@@ -356,6 +347,7 @@ def source_of(kind: Any) -> int | None:
     return checksum
 
 
-# The compiler asks while it traces.
+# The compiler asks while it traces. torch.compiler.assume_constant_result sets this flag, but its
+# import loads the compiler.
 _patched._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _follows._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -53,7 +53,9 @@ AROUND: dict[str, Any] = {
 def test_what_is_around_its_recognition_hides_no_surrogate(
     name: str, around: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(compat, "_released", set())
+    """A surrogate of another release is tried."""
+    monkeypatch.setattr(compat, "_agreeing", set())
+    monkeypatch.setitem(compat._follow, snntorch.surrogate, False)
     layer = snnlstm.Leaky(0.5)
     with AROUND[around]():
         layer.spike_grad = getattr(snntorch.surrogate, name)()
@@ -67,7 +69,8 @@ def test_recognition_that_failed_is_tried_again(monkeypatch: Any) -> None:
     x = currents(3, 5)[0]
     with monkeypatch.context() as patched:
         patched.setattr(torch.autograd, "grad", fails)
-        patched.setattr(compat, "_released", set())
+        patched.setattr(compat, "_agreeing", set())
+        patched.setitem(compat._follow, snntorch.surrogate, False)
         layer = leaky_twins()[0]
         layer(x)
         assert layer.path.reason == "the surrogate is not a known one"

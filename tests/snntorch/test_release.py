@@ -44,8 +44,10 @@ def test_numbers_that_others_draw_meanwhile_are_not_drawn_again() -> None:
     assert torch.rand(1).item() == numbers[spike.drawn]
 
 
-def test_recognition_and_swaps_draw_no_random_numbers(monkeypatch: Any) -> None:
-    monkeypatch.setattr(compat, "_released", set())
+@pytest.mark.parametrize("released", [True, False])
+def test_recognition_and_swaps_draw_no_random_numbers(released: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(compat, "_agreeing", set())
+    monkeypatch.setitem(compat._follow, snntorch.surrogate, released)
     net = torch.nn.Sequential(theirs())
     before = torch.get_rng_state()
     for kind in surrogate.KINDS[1:]:
@@ -60,6 +62,8 @@ def test_recognition_and_swaps_draw_no_random_numbers(monkeypatch: Any) -> None:
 
 LATE = """
 import atexit, threading, torch, snntorch, snnlstm
+
+snnlstm.compat.snntorch._follow[snntorch.surrogate] = False
 
 def first_call():
     layer = snnlstm.Leaky(0.5, spike_grad=snntorch.surrogate.fast_sigmoid())

@@ -340,3 +340,28 @@ def test_layers_that_the_installed_snntorch_computes_otherwise_are_left_to_it(na
     assert left == str({str([*CHANGED].index(name)): said})
     assert reason == (said if name == "Leaky" else "the native kernels cover this call")
     assert said in out.stderr
+
+
+WITH_OTHER_SURROGATES = """
+import snntorch, snnlstm, torch
+
+assert snntorch.__file__.startswith(FOLDER), snntorch.__file__
+for spike in snntorch.surrogate.atan(), snntorch.surrogate.fast_sigmoid():
+    layer = snnlstm.Leaky(0.5, spike_grad=spike)
+    layer(torch.rand(3))
+    print(layer.path.reason)
+"""
+
+
+def test_a_surrogate_that_the_installed_snntorch_computes_otherwise_stays_as_it_is(tmp_path):
+    """The copy has 1.0.0's name, and one of its functions is another one."""
+    copied = shutil.copytree(Path(snntorch.__file__).parent, tmp_path / "snntorch")
+    source = (copied / "surrogate.py").read_text()
+    changed = source.replace("torch.pi / 2 * ctx.alpha", "torch.pi * ctx.alpha")
+    assert changed != source
+    (copied / "surrogate.py").write_text(changed)
+    program = f"FOLDER = {str(tmp_path)!r}\n{WITH_OTHER_SURROGATES}"
+    out = fresh(program, [tmp_path, Path.cwd()])
+    assert out.stdout.splitlines() == [
+        "the surrogate is not a known one", "the native kernels cover this call"
+    ], out.stderr  # fmt: skip
