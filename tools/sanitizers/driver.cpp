@@ -292,7 +292,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
 void run_linear(const cpu::Kernels& kernels) {
   using Limits = std::numeric_limits<float>;
   const int64_t M = one_of<int64_t>({between(1, 40), between(1, 300), between(1000, 2300)});
-  const int64_t K = between(1, M > 300 ? 40 : 400), Out = mostly_small(M > 300 ? 50 : 300);
+  const int64_t K = between(1, M > 300 ? 200 : 400), Out = mostly_small(M > 300 ? 50 : 300);
   const int64_t gap = between(0, 1) * between(1, 9);
   const auto numbers = [](int64_t count, auto&& value) {
     Bytes b(count * 4);
