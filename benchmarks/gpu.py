@@ -9,8 +9,8 @@ times layers beside snnTorch's: our own kernels ("sequence:fused") and ours arou
 Each command must end by some time, and later ones get the time that earlier ones leave.
 
 --rehearse goes through the same steps on an emulated T4 (tests/emulator), with tiny layers and no
-limits of time; its times mean nothing. DIR gets report.md, and results.zip with all
-logs and rows, anew after each step. The build goes to gpu-build beside DIR, and is kept.
+limits of time; its times mean nothing. DIR gets report.md, and results.zip with all logs and rows,
+anew after each step. The build goes to gpu-build beside DIR, and is kept.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ MARKS = "WRONG", "NOT RUN", "FAILED", "ERROR", "problem"  # lines that begin so 
 class Step(NamedTuple):
     """A step is one command, in which LEFT stands for the seconds that it may take.
 
-    until: the seconds behind the build after which the step is stopped; 0 means no limit, and that
-    a failure ends the run.
+    until: the seconds after which the step is stopped, from the end of the last step without a
+    limit on; 0 means no limit, and that a failure ends the run.
     """
 
     name: str
@@ -120,13 +120,14 @@ def steps(place: Place, quick: bool, gpus: Sequence[int]) -> list[Step]:
     shapes = "" if rehearsal else "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 "
     beside = "snntorch snntorch-cudagraph loop sequence sequence-cudagraph sequence:fused "
     beside += "sequence:cudnn"
+    look = f"{python} -m snnlstm; nvidia-smi -q -d CLOCK,POWER || true"
 
     def step(name: str, until: float, command: str) -> Step:
         return Step(name, float("inf") if rehearsal else until, command)
 
     found = [
         *building(place, gpus),
-        step("found", 60, f"sh -c '{python} -m snnlstm; nvidia-smi -q -d CLOCK,POWER || true'"),
+        Step("found", 0, shlex.join(["sh", "-c", look])),
         # The first has the imports, the context of the GPU and cuDNN's start.
         step("smoke fused", 60, f"{smoke} fused"),
         step("smoke cudnn", 100, f"{smoke} cudnn"),

@@ -6,8 +6,8 @@ namespace snnlstm::cuda {
 
 namespace {
 
-// Without tensor cores for float32, cuDNN's Winograd and its splits of long sums win on a T4, by
-// counts of instructions: no GPU has measured it yet.
+// Without tensor cores for float32, cuDNN's Winograd and its splits of long sums should win on a T4.
+// No GPU has measured it yet.
 Algorithm chosen(const Cell& c, const Device& device, Matrix matrix) {
   const double depth = double(c.kernel_h) * c.kernel_w * double(c.Cin + c.C);
   const bool full = c.dtype == DType::float32 && gate_type(c.dtype, matrix) == DType::float32;

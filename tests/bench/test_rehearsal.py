@@ -187,7 +187,7 @@ def test_a_report_has_each_step_and_the_console_what_failed(status, verdict, tmp
 def test_the_core_is_built_for_all_gpus_and_each_later_step_has_a_limit(tmp_path):
     for quick in (True, False):
         planned = gpu.steps(gpu.Place("cuda", *[tmp_path] * 4), quick, [90, 75])
-        configure, build, *others = planned
+        configure, build, _, *others = planned
         assert "-DSNNLSTM_CUDA=ON '-DSNNLSTM_CUDA_ARCHS=90;75'" in configure.command
         assert configure.until == build.until == 0
         assert max(step.until for step in others) < (240 if quick else 1800)
