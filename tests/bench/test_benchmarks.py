@@ -256,6 +256,11 @@ def test_one_image_is_that_of_each_step():
     assert one.title.endswith(f"T={steps.shape[1]} N={len(x)}, one image")
 
 
+def test_a_network_is_not_captured_with_its_optimizers_step():
+    with pytest.raises(providers.Unavailable, match="CUDA graphs need"):
+        Provider(networks.NETWORKS["dense"], FORMS["loop-cudagraph"], Setting("cuda"))
+
+
 def test_cases_beyond_the_time_limit_are_not_run(tmp_path, capsys):
     two = [word for name in "ab" for word in ("--shape", f"2 1 2 4 6 6 3 name={name}")]
     limit = ["--seconds", "0.01", "--providers", "sequence", "--mode", "inference"]
