@@ -40,10 +40,10 @@ void cut(Tiling& tiling, int64_t height, int64_t width, int64_t pixels) {
   tiling.h = int(std::max<int64_t>(ceil_div(height, tiling.rows), 1));
 }
 
-void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns, int64_t of_block) {
+void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns, int64_t per_block) {
   tiling.images = images;
   tiling.batch = int(std::max<int64_t>(c.N, 1));
-  tiling.columns = int(ceil_div(columns, of_block));
+  tiling.columns = int(ceil_div(columns, per_block));
 }
 
 // ---- convolutions -------------------------------------------------------------------------------
@@ -76,12 +76,12 @@ Segment gates_segment(const Cell& c, bool is_x) {
 
 MmaSegment mma_segment(const Segment& s, Multiply multiply, const Tiling& tiling) {
   const DType type = operand_type(multiply);
-  const int of_group = mma_tile::kGroupBytes / bytes_of(type);
-  const int of_chunk = mma_tile::kGroups * of_group;
+  const int per_group = mma_tile::kGroupBytes / bytes_of(type);
+  const int per_chunk = mma_tile::kGroups * per_group;
   MmaSegment m;
   m.s = s;
-  m.chunks = int(ceil_div(s.channels, of_chunk));
-  m.tail_steps = int(ceil_div(s.channels - (m.chunks - 1) * of_chunk, 2 * of_group));
+  m.chunks = int(ceil_div(s.channels, per_chunk));
+  m.tail_steps = int(ceil_div(s.channels - (m.chunks - 1) * per_chunk, 2 * per_group));
   const auto reach = [](int64_t tile, int64_t step, int64_t taps, int64_t dilation) {
     constexpr int64_t kMost = 4096;  // a longer side fits into no shared memory
     return int(std::min((tile - 1) * step + (taps - 1) * dilation + 1, kMost));
@@ -89,9 +89,9 @@ MmaSegment mma_segment(const Segment& s, Multiply multiply, const Tiling& tiling
   m.halo_h = reach(tiling.h, s.step_h, s.taps_h, s.dilation_h);
   m.halo_w = reach(tiling.w, s.step_w, s.taps_w, s.dilation_w);
   const Tensor& a = s.src;
-  m.asynchronous = a.type == type && a.c == 1 && s.channels % of_group == 0 &&
-                   a.w % of_group == 0 && a.h % of_group == 0 && a.n % of_group == 0 &&
-                   a.t % of_group == 0 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0;
+  m.asynchronous = a.type == type && a.c == 1 && s.channels % per_group == 0 &&
+                   a.w % per_group == 0 && a.h % per_group == 0 && a.n % per_group == 0 &&
+                   a.t % per_group == 0 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0;
   return m;
 }
 

@@ -17,7 +17,7 @@ namespace snnlstm::cuda {
 // Cuts images of this size into tiles of at most `pixels` pixels: full rows, or up to 32 columns.
 void cut(Tiling& tiling, int64_t height, int64_t width, int64_t pixels);
 // Covers the images with blocks, each of which has some of the columns.
-void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns, int64_t of_block);
+void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns, int64_t per_block);
 
 // ---- convolutions -------------------------------------------------------------------------------
 

@@ -227,7 +227,7 @@ def test_calls_of_the_operator_share_no_plan_that_reads_numbers_otherwise(core):
     """A bias with strides is copied, whatever the numbers of the call before were."""
     case = PLAIN.but(dtype=torch.float16, graded=0.7)
     x, syn, mem, weight, bias, threshold, graded = case.inputs()
-    text = f"{operators.LAYOUT}|{x.dtype}|None|{case.options.spec.serialized}"
+    text = f"{operators.LAYOUT_CHECKSUM}|{x.dtype}|None|{case.options.spec.serialized}"
     found = []
     with MODES["float16 states"].running(core):
         for each in (bias, torch.stack([bias, bias + 1], -1)[:, 0]):

@@ -79,8 +79,8 @@ struct ReduceSums {
   void* out = nullptr;
   DType type = DType::float32;
 
-  SNNLSTM_BOTH int of_row() const { return (columns + 31) / 32; }
-  SNNLSTM_BOTH int launched() const { return out == nullptr ? 0 : of_row() * rows; }
+  SNNLSTM_BOTH int row_blocks() const { return (columns + 31) / 32; }
+  SNNLSTM_BOTH int launched() const { return out == nullptr ? 0 : row_blocks() * rows; }
 };
 
 template <class R>
@@ -94,7 +94,7 @@ SNNLSTM_DEVICE void reduce_sums(const ReduceSums& p, int index) {
   auto& shared = shared_memory<ReduceShared<R>>();
   constexpr int kRows = kReduceThreads / 32;
   const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32;
-  const int c = index % p.of_row() * 32 + lane, k = index / p.of_row();
+  const int c = index % p.row_blocks() * 32 + lane, k = index / p.row_blocks();
   const R* from = static_cast<const R*>(p.parts) + int64_t(k) * p.pitch + c;
   R sum = 0;
   if (c < p.columns)

@@ -91,10 +91,10 @@ class BackwardTile {
     Patch p;
     load(p, m, first);
     if (p_.own_mem.present()) store_patch<Ours<OfGates>>(p_.own_mem, p.at, p.c0, p.mem);
-    R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {}, of_threshold[2][4];
+    R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {}, d_threshold[2][4];
     from_later(p, recurrent, d_syn, d_mem);
     from_spikes(p, spike);
-    differentiate(p, spike, d_mem, d_syn, of_threshold);
+    differentiate(p, spike, d_mem, d_syn, d_threshold);
     if (p_.d_gates.present())
       unrolled<4>([&](int k) { store_patch<Ours<OfGates>>(p_.d_gates, p.at, p.c0, p.gate[k], k); });
     if (p_.grad_syn0.present())
@@ -103,7 +103,7 @@ class BackwardTile {
       store_patch<OwnImage>(p_.d_syn_out, p.at, p.c0, d_syn);
     if (p_.sums == nullptr) return;
     R sum[4];
-    unrolled<4>([&](int ch) { sum[ch] = of_threshold[0][ch] + of_threshold[1][ch]; });
+    unrolled<4>([&](int ch) { sum[ch] = d_threshold[0][ch] + d_threshold[1][ch]; });
     reduce(sum, first, sums);
   }
 
@@ -209,7 +209,7 @@ class BackwardTile {
   // p.gate becomes the gradients of the gates before activation, d_syn those of syn before the
   // step.
   SNNLSTM_DEVICE void differentiate(Patch& p, const R (&spike)[2][4], const R (&d_mem)[2][4],
-                                    R (&d_syn)[2][4], R (&of_threshold)[2][4]) const {
+                                    R (&d_syn)[2][4], R (&d_threshold)[2][4]) const {
     unrolled<2>([&](int px) {
       // Pixels after the last whole window are in no window.
       const bool pooled = p_.fire.pool == Pool::none || (p.at.y[px] < p_.fire.Hp * p_.fire.pool_h &&
@@ -227,8 +227,7 @@ class BackwardTile {
         p.gate[1][px][ch] = d.pre.f;
         p.gate[2][px][ch] = d.pre.o;
         p.gate[3][px][ch] = d.pre.g;
-        of_threshold[px][ch] =
-            -through_spike - (p_.reset == Reset::subtract && reset ? grad : R(0));
+        d_threshold[px][ch] = -through_spike - (p_.reset == Reset::subtract && reset ? grad : R(0));
       });
     });
   }

@@ -75,11 +75,13 @@ __global__ void __launch_bounds__(kThreads) pack_fma(const __grid_constant__ Job
 
 // A block packs a chunk of K of a pair of n-tiles, 16 columns, in the order in which mma.cuh walks.
 // The L1 cache holds the block's piece of the weight, some 10 KiB, of which a warp's loads take
-// scattered elements.
+// scattered elements. A lane loads 4 words of a k-step: 2 of a column of the first tile, whose
+// places in K are 4 words apart, and the same 2 of the second tile.
 template <class Element>
 __global__ void __launch_bounds__(kThreads) pack_mma(const __grid_constant__ Jobs<Packing> p) {
   using E = MmaElement<Element>;
   constexpr int kPerWord = E::kHalf ? 2 : 1, kPairWords = mma_tile::kPairBytes / 4;
+  constexpr int kStepWords = 8, kLaneWords = 4;  // of K in a k-step; of a lane
   int64_t index = blockIdx.x;
   const Packing& job = job_of(p.job, p.job[0].blocks, index);
   const PackedPart& part = job.part;
@@ -96,9 +98,9 @@ __global__ void __launch_bounds__(kThreads) pack_mma(const __grid_constant__ Job
                           : job.transposed<float>(k, channel, tap);
   };
   for (int i = int(threadIdx.x); i < job.taps * steps * kPairWords; i += kThreads) {
-    const int unit = i / kPairWords, lane = i / 4 % 32, word = i % 4;
+    const int unit = i / kPairWords, lane = i / kLaneWords % 32, word = i % kLaneWords;
     const int tap = unit / steps, step = unit % steps;
-    const int k = chunk * E::kPerChunk + (step * 8 + lane % 4 + word % 2 * 4) * kPerWord;
+    const int k = chunk * E::kPerChunk + (step * kStepWords + lane % 4 + word % 2 * 4) * kPerWord;
     const float v = value(word / 2, lane / 4, k, tap);
     uint32_t bits;
     if constexpr (E::kHalf)

@@ -55,7 +55,7 @@ void weight_gradient(const BackwardSteps& steps, const WeightSources& sources, v
   sums.parts = sources.bias_parts;
   sums.lengths = sources.lengths;
   sums.batch = c.N;
-  sums.of_image = s.pixels;
+  sums.image_pixels = s.pixels;
   if (bias != nullptr) sums.splits = steps.bias_splits;
   add.sums[0] = {sources.bias_parts, steps.bias_splits, 4, int(s.Cp), int(c.C), bias, steps.type};
 

@@ -36,12 +36,12 @@ struct WeightGradientJob {
 struct SumGates {
   const void* d_gates = nullptr;  // (pixels, columns), contiguous
   DType type = DType::float32;
-  int64_t pixels = 0, share = 0;     // in all steps; in a part
-  int columns = 0;                   // 4 Cp
-  int splits = 0;                    // 0: the sums are not needed
-  void* parts = nullptr;             // (splits, columns) in the compute type
-  const int64_t* lengths = nullptr;  // (batch,) steps of each sample, or null
-  int64_t batch = 1, of_image = 1;   // images of a step; pixels of an image
+  int64_t pixels = 0, share = 0;        // in all steps; in a part
+  int columns = 0;                      // 4 Cp
+  int splits = 0;                       // 0: the sums are not needed
+  void* parts = nullptr;                // (splits, columns) in the compute type
+  const int64_t* lengths = nullptr;     // (batch,) steps of each sample, or null
+  int64_t batch = 1, image_pixels = 1;  // images of a step; pixels of an image
 
   SNNLSTM_BOTH int blocks() const { return splits * (columns / 32); }
 };
@@ -64,7 +64,7 @@ SNNLSTM_DEVICE void sum_gates(const SumGates& p, int index) {
 #pragma unroll 4
   for (int64_t i = begin + row; i < end; i += rows) {
     if (p.lengths != nullptr) {
-      const int64_t image = i / p.of_image;
+      const int64_t image = i / p.image_pixels;
       if (p.lengths[image % p.batch] <= image / p.batch) continue;
     }
     R v[4];
@@ -107,13 +107,13 @@ class WeightGradientFma {
  public:
   SNNLSTM_DEVICE WeightGradientFma(const Jobs<WeightGradientJob>& p)
       : p_(p),
-        of_(p.job[0]),
+        job_(p.job[0]),
         shared_(shared_memory<fma::WeightGradientShared<R>>()),
         tid_(int(threadIdx.x)) {
     row_ = first_row();
     int column = first_column() + tid_;
-    half_ = column < of_.columns ? 0 : 1;
-    if (half_ == 1) column -= of_.columns;
+    half_ = column < job_.columns ? 0 : 1;
+    if (half_ == 1) column -= job_.columns;
     const WeightGradientJob& job = p.job[half_];
     const Segment& s = job.in;
     has_column_ = column < job.columns;
@@ -132,13 +132,13 @@ class WeightGradientFma {
     };
     floats_ = is_float(p.job[0]) && is_float(p.job[1]);
 
-    begin_ = split() * of_.share;
-    end_ = begin_ + of_.share < of_.total ? begin_ + of_.share : of_.total;
-    const int64_t first = begin_ + tid_, size = int64_t(of_.Ho) * of_.Wo;
+    begin_ = split() * job_.share;
+    end_ = begin_ + job_.share < job_.total ? begin_ + job_.share : job_.total;
+    const int64_t first = begin_ + tid_, size = int64_t(job_.Ho) * job_.Wo;
     const int64_t image = first / size;
     pixel_ = int(first % size);
-    n_ = int(image % of_.tiling.batch);
-    t_ = int(image / of_.tiling.batch);
+    n_ = int(image % job_.tiling.batch);
+    t_ = int(image / job_.tiling.batch);
   }
 
   SNNLSTM_DEVICE void run() {
@@ -165,11 +165,11 @@ class WeightGradientFma {
       if (more) put((chunk + 1) & 1);
     }
     fold();
-    R* part = static_cast<R*>(of_.parts) + int64_t(split()) * of_.part_rows * of_.part_columns;
+    R* part = static_cast<R*>(job_.parts) + int64_t(split()) * job_.part_rows * job_.part_columns;
     const int row = first_row() + fma::column_of(), column = first_column();
     unrolled<4, 4>([&](int i, int c) {
       const R pair[2] = {total[i][0][c], total[i][1][c]};
-      store_vector(part + int64_t(row + c) * of_.part_columns + column + fma::pixel_of(i), pair);
+      store_vector(part + int64_t(row + c) * job_.part_columns + column + fma::pixel_of(i), pair);
     });
   }
 
@@ -178,8 +178,8 @@ class WeightGradientFma {
   static constexpr int kNowhere = -(1 << 30);
 
   // The block's place. Columns count fastest, then rows, then splits.
-  SNNLSTM_DEVICE int column_blocks() const { return of_.part_columns / kTilePixels; }
-  SNNLSTM_DEVICE int row_blocks() const { return of_.part_rows / fma::kColumns; }
+  SNNLSTM_DEVICE int column_blocks() const { return job_.part_columns / kTilePixels; }
+  SNNLSTM_DEVICE int row_blocks() const { return job_.part_rows / fma::kColumns; }
   SNNLSTM_DEVICE int first_column() const {
     return int(blockIdx.x) % column_blocks() * kTilePixels;
   }
@@ -191,14 +191,14 @@ class WeightGradientFma {
   // Writes `where` for a chunk; chunks come in order.
   SNNLSTM_DEVICE void locate(int chunk) {
     if (tid_ >= fma::kDepth) return;
-    const int of_image = of_.Ho * of_.Wo, images = n_ + pixel_ / of_image;
-    pixel_ %= of_image;
-    n_ = images % of_.tiling.batch;
-    t_ += images / of_.tiling.batch;
-    const int y = pixel_ / of_.Wo, x = pixel_ % of_.Wo;
+    const int image_pixels = job_.Ho * job_.Wo, images = n_ + pixel_ / image_pixels;
+    pixel_ %= image_pixels;
+    n_ = images % job_.tiling.batch;
+    t_ += images / job_.tiling.batch;
+    const int y = pixel_ / job_.Wo, x = pixel_ % job_.Wo;
     fma::SourcePixel& at = shared_.where[chunk & 1][tid_];
     const bool real = begin_ + int64_t(chunk) * fma::kDepth + tid_ < end_ &&
-                      (of_.lengths == nullptr || of_.lengths[n_] > t_);
+                      (job_.lengths == nullptr || job_.lengths[n_] > t_);
     store(&at.y, make_int4(real ? y : kNowhere, x, t_ > 0 ? 1 : 0, 0));
     unrolled<2>([&](int half) {
       const WeightGradientJob& job = p_.job[half];
@@ -223,8 +223,8 @@ class WeightGradientFma {
     const int64_t pixel = begin_ + int64_t(chunk) * fma::kDepth + tid_ / kQuads;
     clear<4>(gates_);
     const int y = load<int4>(&shared_.where[chunk & 1][tid_ / kQuads].y).x;
-    if (pixel < end_ && y != kNowhere && row < of_.rows)
-      read_vector<R>(of_.d_gates.data, of_.d_gates.type, pixel * of_.rows + row, gates_);
+    if (pixel < end_ && y != kNowhere && row < job_.rows)
+      read_vector<R>(job_.d_gates.data, job_.d_gates.type, pixel * job_.rows + row, gates_);
   }
 
   // read_one(address, elements after it, type)
@@ -254,7 +254,7 @@ class WeightGradientFma {
   }
 
   const Jobs<WeightGradientJob>& p_;
-  const WeightGradientJob& of_;  // d_gates, parts and shares are the same in both jobs
+  const WeightGradientJob& job_;  // d_gates, parts and shares are the same in both jobs
   fma::WeightGradientShared<R>& shared_;
   int tid_, row_;  // the block's first row
   int half_, shift_y_, shift_x_;
