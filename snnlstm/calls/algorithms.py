@@ -34,7 +34,7 @@ def set_algorithm(name: str) -> None:
 
         - ``"auto"``, the default, takes the algorithm that should be fastest for the shape and the
           device.
-        - ``"direct"`` sums the products one by one.
+        - ``"direct"`` (CPU) sums the products one by one.
         - ``"winograd"`` (CPU) applies if the kernel size allows it; rounding errors are slightly
           larger, and a NaN or an infinity spreads over the few pixels of its tile.
         - ``"fused"`` (CUDA) convolves in the kernel of each step. ``"auto"`` means it, but for

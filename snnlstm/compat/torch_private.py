@@ -301,7 +301,7 @@ _compile_id: Callable[[], Any] = _find("_guards.CompileContext.current_compile_i
 _exports: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
-def of_export(key: Any, make: Callable[[], Any]) -> Any:
+def kept_by_export(key: Any, make: Callable[[], Any]) -> Any:
     """What the running export keeps under a key, or makes at its first use.
 
     The exporter of torch.jit, which torch 2.4 has no other word for, keeps nothing.

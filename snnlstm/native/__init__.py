@@ -1,6 +1,7 @@
 """The compiled core and its callers: no other package imports ``snnlstm._C``.
 
-:mod:`~snnlstm.native.backends` finds the plan of a call; :mod:`~snnlstm.native.function` runs it.
+:mod:`~snnlstm.native.backends` says which devices have kernels, and :mod:`~snnlstm.native.function`
+runs the plan of a call.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _CALL = (
 _FIELDS = len(Call._fields)
 
 
-def layout() -> int:
+def layout_checksum() -> int:
     """A number that changes with the shapes of what a forward pass saves.
 
     They differ between instruction sets, and may differ between versions. torch.compile's cache
@@ -48,7 +48,7 @@ def layout() -> int:
     return zlib.crc32(repr(("gates, syn, argmax", counts)).encode())
 
 
-LAYOUT = layout()  # dynamo cannot trace a call into the core
+LAYOUT_CHECKSUM = layout_checksum()  # dynamo cannot trace a call into the core
 
 
 def _spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
@@ -201,7 +201,7 @@ def run_tensors(
 ) -> Sequence[Tensor]:
     """The spk, syn and mem of a call whose tensors the kernels can read as they are."""
     # A graph in torch.compile's cache on disk must not serve a build with another layout.
-    text = f"{LAYOUT}|{tensors[0].dtype}|{operands}|{serialized}"  # type: ignore[union-attr]
+    text = f"{LAYOUT_CHECKSUM}|{tensors[0].dtype}|{operands}|{serialized}"  # type: ignore[union-attr]
     training = may_require_grad(tensors[:6])
     return _forward_operator(*tensors, record, text, algorithm, training)[:3]
 

@@ -133,7 +133,7 @@ class CellAttributes(Base):
     def _states(self) -> State:
         """The stored states; within an export, those of the export."""
         if exporting():
-            return self._state.of_export()
+            return self._state.exported()
         if not torch.compiler.is_compiling():  # which would guard on the tensors
             self._state.forget_ended()
         return self._state
@@ -141,7 +141,7 @@ class CellAttributes(Base):
     @property
     def spk(self) -> Tensor | None:
         """The last spikes; None before the first call."""
-        return self._state.of_export().spk if exporting() else self.__dict__.get("spk")
+        return self._state.exported().spk if exporting() else self.__dict__.get("spk")
 
     @spk.setter
     def spk(self, value: Tensor | None) -> None:

@@ -122,7 +122,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             if isinstance(value, nn.Parameter):  # nn.Module would register it
                 value = value.clone()
             if exporting():
-                self._stored.of_export().store(value)
+                self._stored.exported().store(value)
                 return
             if not torch.compiler.is_compiling():  # which would guard on the number
                 self._note_pass()
@@ -155,7 +155,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         if name == "reset":
             raise AttributeError(NO_RESET)
         if name == "mem" and exporting():
-            return self._stored.of_export().buffers["mem"]
+            return self._stored.exported().buffers["mem"]
         value = super().__getattr__(name)
         # What outlived a transform of torch.func counts as no state.
         return empty_like(value) if name == "mem" and has_ended(value) else value
@@ -188,7 +188,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         """
         if torch.compiler.is_compiling():
             mem = self._parameter("threshold").detach().new_zeros(0)
-            states = self._stored.of_export() if exporting() else self._stored
+            states = self._stored.exported() if exporting() else self._stored
             states.store(mem, True)  # nn.Module.__setattr__ would look at the old one
             return mem
         self.mem = zeros_like(self.mem)
@@ -309,7 +309,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
             object.__setattr__(self, "_path", _TRACED)  # nn.Module's takes long to trace
             return super().forward(x, mem)
         # The compiler takes some 0.04 ms for each bytecode, and more for each function.
-        states, before = self._stored.of_export() if exporting() else self._stored, mem
+        states, before = self._stored.exported() if exporting() else self._stored, mem
         if before is None:
             empty = states.restarted
             before = states.empty(self._parameter("threshold")) if empty else states.buffers["mem"]

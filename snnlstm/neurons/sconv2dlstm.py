@@ -417,7 +417,7 @@ class SConv2dLSTM(CellAttributes):
             out = batch_before_time(call, True, spk, syn, mem)
         state = self._state
         if recording is EXPORT:  # its tensors must not outlive it in the cell
-            state = state.of_export()
+            state = state.exported()
             state.spk = out[0]
         else:
             if traced:  # dynamo follows attributes, not dictionaries

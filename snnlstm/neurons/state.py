@@ -26,8 +26,8 @@ from ..compat.torch_private import (
     at_end_of_backward,
     backward_pass,
     has_ended,
+    kept_by_export,
     level_of,
-    of_export,
 )
 
 NO_RESET = "no reset signal is kept: mem_reset(mem) computes it from the mem before the step"
@@ -78,10 +78,10 @@ class Exportable:
     """Makes the states with which an export begins."""
     _exported: Any = None
 
-    def of_export(self) -> Any:
+    def exported(self) -> Any:
         """Return the states of the export that is running."""
         if not torch.compiler.is_dynamo_compiling():
-            return of_export(self, self._empty)
+            return kept_by_export(self, self._empty)
         if self._exported is None:  # the compiler forgets what an export has set
             self._exported = self._empty()
         return self._exported
