@@ -28,7 +28,7 @@ class Backward {
         l_(args.cell),
         tasks_(l_, args, false),
         to_mem_(l_, l_.Cb, l_.Wo, 1, 1),
-        to_x_(l_, l_.x_blocks, args.cell.W, args.cell.stride_h, args.cell.stride_w),
+        to_x_(l_, l_.x.blocks, args.cell.W, args.cell.stride_h, args.cell.stride_w),
         neuron_(a_, l_, tasks_),
         weights_(l_, args.threads) {
     const Cell& c = a_.cell;
@@ -150,7 +150,7 @@ class Backward {
       if (!a_.cell.tiled())
         to_mem_.rows(
             together, [&](int64_t k) { return neuron_.d_gates(t, n + k); },
-            static_cast<const T*>(a_.weight) + l_.x_blocks * l_.Kg * VL, h, stop, out);
+            static_cast<const T*>(a_.weight) + l_.x.blocks * l_.Kg * VL, h, stop, out);
       else if constexpr (kHasWinograd<T, VL>)
         tiled(t, n, together, h, stop, x_wanted, out, thread);
     }
@@ -170,7 +170,7 @@ class Backward {
     const TileBlock<T> b =
         tile_block(l_, l_.winograd, end - begin, 4 * l_.Cp, together, tasks_.most_together);
     const int64_t pixel = 4 * l_.Cp;
-    const int64_t row = l_.Wm * pixel;
+    const int64_t row = l_.gate_row();
     for (int64_t k = 0; k < together; ++k)
       inputs_.run(b, neuron_.d_gates(t, n + k) + begin * row, row, pixel,
                   s.tiles.values + k * b.image_values());
@@ -202,7 +202,7 @@ class Backward {
   }
 
   void write_x(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, const T* rows) {
-    const Pixels from{a_.cell.W, to_x_.row_size(), l_.x_blocks * VL};
+    const Pixels from{a_.cell.W, to_x_.row_size(), l_.x.blocks * VL};
     for (int64_t k = 0; k < together; ++k, rows += (end - begin) * from.row)
       store_rows<S>(rows, from, end - begin, a_.cell.Cin, a_.grad_x, t, tasks_.sample(n + k), begin,
                     [](typename S::R g, int64_t) { return g; });

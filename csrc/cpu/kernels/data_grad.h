@@ -30,7 +30,7 @@ class DataGrad {
           PlaneTransform<Two>::outputs(l.winograd, l.winograd.h.tile, l.winograd.w.tile);
     }
     const int64_t pixel = 4 * l.Cp;
-    const int64_t row = l.Wm * pixel;
+    const int64_t row = l.gate_row();
     const int64_t max_len = chunk();
     const bool few = l.few_channels();  // the sums then leave out lanes without a channel
     if (sh_ == 1 && sw_ == 1 && !few) {
@@ -137,7 +137,7 @@ class DataGrad {
              int64_t end, T* out) const {
     const int64_t channels = vectors_ * VL;
     const int64_t pixel = 4 * l_.Cp;
-    const int64_t row = l_.Wm * pixel;
+    const int64_t row = l_.gate_row();
     for (int64_t a = 0; a < sh_; ++a)
       for (int64_t b = 0; b < sw_; ++b) {
         const RunList& list = lists_[a * sw_ + b];
@@ -150,7 +150,7 @@ class DataGrad {
           for (int64_t h = first; h < end; h += sh_) {
             const Run* runs = chunk;
             int number = size;
-            if (list.is_dense()) list.limit(runs, number, l_.met(h, false));
+            if (list.is_dense()) list.limit(runs, number, l_.met(h, l_.mem));
             if (add && number == 0) continue;
             for (int64_t k = 0; k < images; ++k) {
               T* o = corner + (k * (end - begin) + h - begin) * row_size();

@@ -52,7 +52,7 @@ class EqualPixels {
   int64_t find(const T* mem, int64_t rows, const Scratch& s, Sums* sums) const {
     for (int64_t h = 0; h < seen_rows(rows); ++h)
       for (int64_t w = 0; w < columns_; ++w)
-        s.keys[h * columns_ + w] = key(mem + (h * l_.Wm + w) * l_.Cp);
+        s.keys[h * columns_ + w] = key(mem + (h * l_.mem.columns + w) * l_.Cp);
     auto* const marks = reinterpret_cast<uint8_t*>(sums);
     std::memset(marks, 0, rows * columns_);
     bool any = false;
@@ -76,7 +76,7 @@ class EqualPixels {
   // Writes the bias and the recurrent sums of all pixels of some rows except Winograd's.
   void write_mem(const Sums* sums, int64_t rows, const RunList& list, const T* mem, const T* weight,
                  const T* bias, T* gates) const {
-    for (; rows > 0; --rows, sums += columns_, mem += l_.Wm * l_.Cp, gates += l_.Wr * kGates)
+    for (; rows > 0; --rows, sums += columns_, mem += l_.mem.row(), gates += l_.Wr * kGates)
       for (int64_t w = 0; w < l_.Wo;) {
         int64_t end = w;
         while (end < l_.Wo && sums[end] == Sums::directly) ++end;
@@ -93,7 +93,7 @@ class EqualPixels {
   // Adds the sums of x to the gates of the pixels that are not Winograd's.
   void add_x(const Sums* sums, int64_t rows, const RunList& list, const T* x, const T* weight,
              T* gates) const {
-    for (; rows > 0; --rows, sums += columns_, x += l_.Wx * c_.Cin, gates += l_.Wr * kGates)
+    for (; rows > 0; --rows, sums += columns_, x += l_.x.row(), gates += l_.Wr * kGates)
       for (int64_t w = 0; w < l_.Wo; ++w) {
         const int64_t begin = w;
         while (w < l_.Wo && sums[w] != Sums::tiled) ++w;
@@ -138,8 +138,9 @@ class EqualPixels {
       for (int64_t h = 0; h * columns_ < seen; ++h)
         for (int64_t w = 0; w < columns_ && h * columns_ + w < seen; ++w)
           if (repeats[h * columns_ + w]) {
-            const T* pixel = mem + (h * l_.Wm + w) * l_.Cp;
-            repeats[h * columns_ + w] = same(pixel, pixel + (down * l_.Wm + right) * l_.Cp);
+            const T* pixel = mem + (h * l_.mem.columns + w) * l_.Cp;
+            repeats[h * columns_ + w] =
+                same(pixel, pixel + (down * l_.mem.columns + right) * l_.Cp);
           }
       all_repeat(rows, dh, dw, s);
     }

@@ -12,7 +12,7 @@
 // With Winograd the images are rounded up to whole tiles, with zeros.
 //
 // Packed weights, K counting (kernel row, kernel column, input channel):
-//   forward   (Cb, Kx + Km, 4, VL)                Kx rows for x, then Km for mem
+//   forward   (Cb, x.K + mem.K, 4, VL)
 //   backward  (Cin blocks, Kg, NV * VL), then (C blocks, Kg, NV * VL), NV vectors in a block
 //             Kg counts (flipped kernel row, flipped kernel column, Cb, 4, VL)
 // and for Winograd, of either half:
@@ -46,6 +46,24 @@ inline VectorBlock vector_block(int64_t vectors, int64_t v, int bytes) {
   return v < whole + 2 ? VectorBlock{whole, 2} : VectorBlock{whole + 2, 1};
 }
 
+// What a half of the convolution reads: x or mem.
+struct Input {
+  int64_t channels, first_channel;  // of the caller's weight
+  int64_t H, W;                     // the image's size,
+  int64_t rows, columns;            // and with its border
+  int64_t pixel;                    // values in a pixel
+  int stride_h, stride_w;
+  int64_t first_k, K;  // the half's rows of the packed weight
+  int64_t blocks;      // vectors of the gradient's channels
+
+  int64_t row() const { return columns * pixel; }
+  int64_t image() const { return rows * row(); }
+  // Lists the half's taps, which a convolution sums.
+  RunList runs(const Cell& c, int64_t max_len) const {
+    return RunList(c, channels, row(), pixel, first_k, max_len);
+  }
+};
+
 template <class T, int VL>
 struct Layout {
   explicit Layout(const Cell& cell)
@@ -63,23 +81,27 @@ struct Layout {
         Cb((cell.C + VL - 1) / VL),
         Cp(Cb * VL),
         pixels(Ho * Wo),
-        Hm(bordered(cell.kernel_h, winograd.h, grad_winograd.h, cell.dilation_h, Ho)),
-        Wm(bordered(cell.kernel_w, winograd.w, grad_winograd.w, cell.dilation_w, Wo)),
-        Hx(tiled_x() ? Hm : cell.H + 2 * ph),
-        Wx(tiled_x() ? Wm : cell.W + 2 * pw),
         taps(cell.kernel_h * cell.kernel_w),
-        Kx(taps * cell.Cin),
-        Km(taps * cell.C),
-        Kg(taps * 4 * Cp),
-        x_blocks(whole_vectors((cell.Cin + VL - 1) / VL)) {}
+        Kg(taps * 4 * Cp) {
+    mem.channels = cell.C, mem.first_channel = cell.Cin, mem.pixel = Cp, mem.blocks = Cb;
+    mem.H = Ho, mem.W = Wo, mem.stride_h = mem.stride_w = 1;
+    mem.rows = bordered(cell.kernel_h, winograd.h, grad_winograd.h, cell.dilation_h, Ho);
+    mem.columns = bordered(cell.kernel_w, winograd.w, grad_winograd.w, cell.dilation_w, Wo);
+    x.channels = x.pixel = cell.Cin, x.first_channel = 0;
+    x.blocks = whole_vectors((cell.Cin + VL - 1) / VL);
+    x.H = cell.H, x.W = cell.W, x.stride_h = cell.stride_h, x.stride_w = cell.stride_w;
+    x.rows = tiled_x() ? mem.rows : cell.H + 2 * ph;
+    x.columns = tiled_x() ? mem.columns : cell.W + 2 * pw;
+    x.first_k = 0, x.K = mem.first_k = taps * x.channels, mem.K = taps * mem.channels;
+  }
 
   Cell c;
   WinogradTile winograd;           // 1 x 1 without Winograd
   WinogradTile grad_winograd;      // the weight gradient's
   int64_t Ho, Wo, Hr, Wr, Hp, Wp;  // Hr, Wr: the state's image in whole tiles
   int64_t ph, pw, Cb, Cp, pixels;
-  int64_t Hm, Wm, Hx, Wx;  // sizes with the border: of mem and d gates, and of x
-  int64_t taps, Kx, Km, Kg, x_blocks;
+  int64_t taps, Kg;
+  Input x, mem;  // d gates have the image and border of mem
 
   // Returns the number of vectors of x's gradient. Vectors shorter than the processor's come in
   // pairs, which are merged, or in threes, which take as long.
@@ -111,9 +133,9 @@ struct Layout {
     return (tap / c.kernel_w + c.outer_h) * all_columns() + tap % c.kernel_w + c.outer_w;
   }
 
-  // Returns the rows of taps that meet the state's image, or x's, from a row of the state's pixels.
-  MetTaps met(int64_t row, bool is_x) const {
-    return MetTaps(row * (is_x ? c.stride_h : 1) - ph, c.kernel_h, c.dilation_h, is_x ? c.H : Ho);
+  // Returns the rows of taps that meet an input's image from a row of the state's pixels.
+  MetTaps met(int64_t row, const Input& in) const {
+    return MetTaps(row * in.stride_h - ph, c.kernel_h, c.dilation_h, in.H);
   }
 
   // These count the values of a kernel after Winograd's transform.
@@ -127,11 +149,12 @@ struct Layout {
   bool compacts_lanes() const { return few_channels() && 4 * VL * int(sizeof(T)) > kNativeBytes; }
   int few_vectors() const { return 4 * c.C <= VL ? 1 : 2; }
 
-  int64_t K() const { return Kx + Km; }
+  int64_t K() const { return x.K + mem.K; }
   // Returns the multiply-adds of a step's convolution.
   double step_work() const { return double(c.N) * pixels * 4 * K() * c.C; }
-  int64_t mem_image() const { return Hm * Wm * Cp; }
-  int64_t x_image() const { return Hx * Wx * c.Cin; }
+  // The distances between the rows and images of d gates.
+  int64_t gate_row() const { return mem.columns * 4 * Cp; }
+  int64_t gate_image() const { return mem.rows * gate_row(); }
   int64_t state_image() const { return pixels * Cp; }
   // Returns the place of a row of an image of saved syn. Saved gates take four times as much.
   int64_t state_row(int64_t image, int64_t h) const { return image * state_image() + h * Wo * Cp; }
@@ -144,9 +167,9 @@ struct Layout {
   }
   // With Winograd the weight for direct convolution lacks the recurrent half, unless some pixels'
   // sums are computed directly.
-  int64_t packed_rows() const { return c.tiled() && !c.keeps_equal() ? Kx : K(); }
+  int64_t packed_rows() const { return c.tiled() && !c.keeps_equal() ? x.K : K(); }
   int64_t packed_forward() const { return Cb * packed_rows() * 4 * VL; }
-  int64_t packed_backward() const { return (x_blocks + (c.tiled() ? 0 : Cb)) * Kg * VL; }
+  int64_t packed_backward() const { return (x.blocks + (c.tiled() ? 0 : mem.blocks)) * Kg * VL; }
 
   // These say whether the weights of one step exceed a small L2, or any processor's L2. If they do,
   // many pixels share each read of the weights.
@@ -229,7 +252,7 @@ struct Layout {
       return !exceeds_l2() || of * Wo >= 128 || tasks(2 * of) < threads;
     };
     while (rows > least && tasks(rows) < wanted && worth((rows + 1) / 2)) rows = (rows + 1) / 2;
-    const int64_t bytes = (2 * Wm + Wo) * Cp * int64_t(sizeof(T));
+    const int64_t bytes = (2 * mem.columns + Wo) * Cp * int64_t(sizeof(T));
     while (c.T == 1 && rows < Ho && tasks(2 * rows) >= wanted && 2 * rows * bytes <= 512 << 10)
       rows *= 2;
     int64_t unit = c.pool_h;

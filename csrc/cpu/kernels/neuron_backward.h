@@ -95,7 +95,7 @@ class NeuronBackward {
     }
     if (t == 0 && a_.grad_weight)
       images_.read_rows(a_.mem0, 0, p.n, begin, end, images_.mem_row(t, p.image, begin),
-                        l_.Wm * l_.Cp);
+                        l_.mem.row());
     if (spikes) spike(t, p, task, s);
     for (int64_t h = begin; h < end; ++h) step(t, p, h, task, s.mem_grad + (h - begin) * row);
     if (!are_finite(bias_sums_ + task * 4 * l_.Cp, 4 * l_.Cp))
@@ -275,7 +275,7 @@ class NeuronBackward {
   // first pixel, and `where` is the index of the window's maximum.
   R pooled_mem(const T* mem, Mask where) const {
     const Cell& c = a_.cell;
-    const int64_t row = l_.Wm * l_.Cp;
+    const int64_t row = l_.mem.row();
     if (c.pool == Pool::none) return S::load(mem);  // recompute_mem() has quantised mem
     return quantised<M>(c.pool == Pool::max ? PoolWindow<M>::at(c, mem, row, l_.Cp, where)
                                             : PoolWindow<M>::mean(c, mem, row, l_.Cp),

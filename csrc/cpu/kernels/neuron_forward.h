@@ -82,10 +82,10 @@ class NeuronForward {
                     [](R state, int64_t) { return state; });
     };
     const T* mem = states_.mem_inner(t + 1, r, begin);
-    if (a_.spk_is_mem()) put(a_.spk, mem, l_.Wm * l_.Cp);
+    if (a_.spk_is_mem()) put(a_.spk, mem, l_.mem.row());
     if (!a_.record && t != r.steps - 1) return;
     put(a_.syn, states_.syn_after(t, r, begin), l_.Wo * l_.Cp);
-    put(a_.mem, mem, l_.Wm * l_.Cp);
+    put(a_.mem, mem, l_.mem.row());
   }
 
   // Returns row h of the pooled image: channels-last pixels, which lie `stride` apart. In training
@@ -95,7 +95,7 @@ class NeuronForward {
     const T* mem = states_.mem_inner(t + 1, r, h * c.pool_h);
     stride = l_.Cp;
     if (c.pool == Pool::none) return mem;  // update() has quantised mem
-    const int64_t row = l_.Wm * l_.Cp, first = argmax_.row(t, r.n, h);
+    const int64_t row = l_.mem.row(), first = argmax_.row(t, r.n, h);
     for (int64_t w = 0; w < l_.Wp; ++w)
       for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
         const T* window = mem + w * c.pool_w * l_.Cp + ch;
@@ -124,7 +124,7 @@ class NeuronForward {
     for (int64_t h = begin; h < end; h += rows) {
       int64_t stride;
       const T* row = pooled_row(t, r, h, pooled, stride);
-      store_rows<S>(row, Pixels{l_.Wp, l_.Wm * l_.Cp, stride}, rows, a_.cell.C, a_.spk, t, r.n, h,
+      store_rows<S>(row, Pixels{l_.Wp, l_.mem.row(), stride}, rows, a_.cell.C, a_.spk, t, r.n, h,
                     spikes);
     }
   }

@@ -28,14 +28,14 @@ struct Packing {
 
   static void forward(const L& l, int threads, const T* weight, T* packed) {
     forward_half(l, threads, weight, 0, l.c.Cin, packed);
-    if (l.packed_rows() > l.Kx)
-      forward_half(l, threads, weight, l.c.Cin, l.c.C, packed + l.Kx * 4 * VL);
+    if (l.packed_rows() > l.x.K)
+      forward_half(l, threads, weight, l.c.Cin, l.c.C, packed + l.x.K * 4 * VL);
   }
 
   static void backward(const L& l, int threads, const T* weight, T* packed) {
-    backward_half(l, threads, weight, 0, l.c.Cin, l.x_blocks, packed);
+    backward_half(l, threads, weight, 0, l.c.Cin, l.x.blocks, packed);
     if (!l.c.tiled())
-      backward_half(l, threads, weight, l.c.Cin, l.c.C, l.Cb, packed + l.x_blocks * l.Kg * VL);
+      backward_half(l, threads, weight, l.c.Cin, l.c.C, l.Cb, packed + l.x.blocks * l.Kg * VL);
   }
 
   // Transforms the weights from input channels [first, first + count) to the gates for Winograd.

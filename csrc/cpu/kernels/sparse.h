@@ -77,7 +77,12 @@ class SparseInput {
   };
 
   SparseInput(const L& l, int64_t block_rows)
-      : l_(l), c_(l.c), Wx_(l.Wx), Wo_(l.Wo), out_row_(l.Wr * kGates), block_rows_(block_rows) {
+      : l_(l),
+        c_(l.c),
+        Wx_(l.x.columns),
+        Wo_(l.Wo),
+        out_row_(l.Wr * kGates),
+        block_rows_(block_rows) {
     const int64_t room = kWeightBytes / (kGates * int64_t(sizeof(T)));
     const int64_t whole_rows = room / (c_.kernel_w * c_.Cin);
     rows_ = whole_rows < 1 ? 1 : whole_rows < c_.kernel_h ? whole_rows : c_.kernel_h;
@@ -112,12 +117,12 @@ class SparseInput {
   // per 8 values listed and row, 12 per pixel sorted. Two loads a cycle are the bound: a nonzero
   // loads 4 vectors of weights, 1/2 of a label and 1/4 to 1 of a value.
   double cycles(double density) const {
-    const double values = double(l_.Kx);
+    const double values = double(l_.x.K);
     const double listed = shared() ? 1 + 2.0 / block_rows_ : c_.kernel_h;
     const double lists = 10 + listed * (5 + 5 * ((c_.Cin + 7) / 8)) + 12.0 * groups();
     return kVectorCost<T, VL> * (2.75 * density * values + 18.0 * groups()) + lists / l_.Cb;
   }
-  double direct_cycles() const { return kVectorCost<T, VL> * (2.15 * l_.Kx + 7); }
+  double direct_cycles() const { return kVectorCost<T, VL> * (2.15 * l_.x.K + 7); }
 
   // Lists the nonzeros under `rows` output rows. The patch (rows, Wx, Cin) has the input rows from
   // the first output row's first tap on, and kListSlack readable values after them.

@@ -39,7 +39,7 @@ class StateRows {
       import_mem(r, begin, begin + seen_rows(end - begin));
     } else {
       const int64_t first = begin == 0 ? 0 : begin + l_.ph;
-      const int64_t last = end == l_.Ho ? l_.Hm : end + l_.ph;
+      const int64_t last = end == l_.Ho ? l_.mem.rows : end + l_.ph;
       import_mem(r, first, last);
       for (int64_t h = first; h < last; ++h) clear_border(mem_row(1, r, h), inside(h));
     }
@@ -59,7 +59,7 @@ class StateRows {
   }
   // Returns row h, counted with the border, of mem after step t - 1.
   T* mem_row(int64_t t, const Rows& r, int64_t h) const {
-    return r.mem[t & 1] + (h - r.first) * l_.Wm * l_.Cp;
+    return r.mem[t & 1] + (h - r.first) * l_.mem.row();
   }
   T* mem_inner(int64_t t, const Rows& r, int64_t h) const {
     return mem_row(t, r, h + l_.ph) + l_.pw * l_.Cp;
@@ -77,7 +77,7 @@ class StateRows {
   // These count the values of a sample, or of a task's rows, in whole cache lines, so that no two
   // threads write to one line.
   int64_t mem_size() const {
-    return one_step() ? lines(seen_rows(tasks_.most_rows()) * l_.Wm * l_.Cp) : l_.mem_image();
+    return one_step() ? lines(seen_rows(tasks_.most_rows()) * l_.mem.row()) : l_.mem.image();
   }
   int64_t syn_size() const {
     return one_step() ? lines(tasks_.most_rows() * l_.Wo * l_.Cp) : l_.state_image();
@@ -106,12 +106,12 @@ class StateRows {
     for (int64_t h = first; h < last; ++h) clear_border(mem_row(0, r, h), inside(h));
     const int64_t begin = first < l_.ph ? 0 : first - l_.ph;
     const int64_t end = last < l_.ph + l_.Ho ? last - l_.ph : l_.Ho;
-    if (begin < end) import_rows(a_.mem0, r.n, begin, end, mem_inner(0, r, begin), l_.Wm * l_.Cp);
+    if (begin < end) import_rows(a_.mem0, r.n, begin, end, mem_inner(0, r, begin), l_.mem.row());
   }
 
   // Writes zeros on both sides of a row of mem, or, outside the image, into the whole row.
   void clear_border(T* row, bool image) const {
-    const int64_t all = l_.Wm * l_.Cp;
+    const int64_t all = l_.mem.row();
     const int64_t left = image ? l_.pw * l_.Cp : all;
     std::memset(row, 0, left * sizeof(T));
     if (!image) return;

@@ -28,9 +28,9 @@ class StepBuffers {
     const int64_t N = l_.c.N;
     with_x_ = a.grad_weight != nullptr;
     for (int k = 0; k < 2; ++k) {
-      d_gates_[k] = workspace.take<T>(k < l_.c.T ? N * 4 * l_.mem_image() : 0);
-      mem_[k] = workspace.take<T>(N * l_.mem_image());
-      x_[k] = workspace.take<T>(with_x_ && k < l_.c.T ? N * l_.x_image() + kReadAhead : 0);
+      d_gates_[k] = workspace.take<T>(k < l_.c.T ? N * l_.gate_image() : 0);
+      mem_[k] = workspace.take<T>(N * l_.mem.image());
+      x_[k] = workspace.take<T>(with_x_ && k < l_.c.T ? N * l_.x.image() + kReadAhead : 0);
     }
   }
 
@@ -39,25 +39,25 @@ class StepBuffers {
   }
 
   // These return the images of step t and sample n, each with its border.
-  T* d_gates(int64_t t, int64_t n) const { return d_gates_[t & 1] + n * 4 * l_.mem_image(); }
-  T* mem(int64_t t, int64_t n) const { return mem_[t & 1] + n * l_.mem_image(); }
-  T* x(int64_t t, int64_t n) const { return x_[t & 1] + n * l_.x_image(); }
+  T* d_gates(int64_t t, int64_t n) const { return d_gates_[t & 1] + n * l_.gate_image(); }
+  T* mem(int64_t t, int64_t n) const { return mem_[t & 1] + n * l_.mem.image(); }
+  T* x(int64_t t, int64_t n) const { return x_[t & 1] + n * l_.x.image(); }
   // These return row h, counted without the border.
   T* d_gates_row(int64_t t, int64_t n, int64_t h) const {
-    return d_gates(t, n) + ((h + l_.ph) * l_.Wm + l_.pw) * 4 * l_.Cp;
+    return d_gates(t, n) + ((h + l_.ph) * l_.mem.columns + l_.pw) * 4 * l_.Cp;
   }
   T* mem_row(int64_t t, int64_t n, int64_t h) const {
-    return mem(t, n) + ((h + l_.ph) * l_.Wm + l_.pw) * l_.Cp;
+    return mem(t, n) + ((h + l_.ph) * l_.mem.columns + l_.pw) * l_.Cp;
   }
 
   // Writes zeros around the images of sample n, in both buffers.
   void clear_borders(int64_t n) const {
     const Cell& c = l_.c;
     for (int k = 0; k < 2; ++k) {
-      clear_border(mem(k, n), l_.Hm, l_.Wm, l_.Ho, l_.Wo, l_.Cp);
+      clear_border(mem(k, n), l_.mem.rows, l_.mem.columns, l_.Ho, l_.Wo, l_.Cp);
       if (k >= c.T) continue;
-      clear_border(d_gates(k, n), l_.Hm, l_.Wm, l_.Ho, l_.Wo, 4 * l_.Cp);
-      if (with_x_) clear_border(x(k, n), l_.Hx, l_.Wx, c.H, c.W, c.Cin);
+      clear_border(d_gates(k, n), l_.mem.rows, l_.mem.columns, l_.Ho, l_.Wo, 4 * l_.Cp);
+      if (with_x_) clear_border(x(k, n), l_.x.rows, l_.x.columns, c.H, c.W, c.Cin);
     }
   }
 
@@ -82,8 +82,8 @@ class StepBuffers {
     const int64_t last = end == l_.Ho ? c.H : end * c.stride_h;
     const int64_t first = begin * c.stride_h;
     load_rows<S>(v, t, n, first, last - first, c.Cin,
-                 x(t, image) + ((first + l_.ph) * l_.Wx + l_.pw) * c.Cin,
-                 Pixels{c.W, l_.Wx * c.Cin, c.Cin}, c.Cin);
+                 x(t, image) + ((first + l_.ph) * l_.x.columns + l_.pw) * c.Cin,
+                 Pixels{c.W, l_.x.row(), c.Cin}, c.Cin);
   }
 
   // Reads rows [begin, end) of a state at step t, Wo pixels of Cp channels, into rows that lie

@@ -38,7 +38,7 @@ static int64_t packed_bytes(const Cell& cell, Form form) {
     const typename L::template Of<Layout> l(cell);
     const int64_t tiles = l.tile_weights() * 4 * l.Cp;
     const int64_t counts[] = {l.packed_forward(),  tiles * cell.C, tiles * cell.Cin,
-                              l.packed_backward(), tiles * l.Cp,   tiles * l.x_blocks * L::count};
+                              l.packed_backward(), tiles * l.Cp,   tiles * l.x.blocks * L::count};
     return counts[int(form)] * int64_t(sizeof(typename L::Scalar));
   });
 }
@@ -62,7 +62,7 @@ static void pack_weight(const Cell& cell, Form form, int threads, const void* we
         case Form::backward_mem_tiles:
           return P::backward_tiles(l, threads, from, cell.Cin, cell.C, l.Cb, to);
         case Form::backward_x_tiles:
-          return P::backward_tiles(l, threads, from, 0, cell.Cin, l.x_blocks, to);
+          return P::backward_tiles(l, threads, from, 0, cell.Cin, l.x.blocks, to);
         default:
           return;
       }

@@ -28,18 +28,31 @@ class WeightGradient {
     T *d_gates, *few_sums;
   };
 
+  // The gradient of the weights that read x, or mem.
+  struct Half : WeightHalf<T, VL> {
+    Half(const Layout<T, VL>& l, const Input& in, bool in_tiles, int64_t first)
+        : WeightHalf<T, VL>(l, in, in_tiles, first), runs(in.runs(l.c, kPiece)) {
+      if (in_tiles)
+        pieces = (in.channels + kTilePiece - 1) / kTilePiece;
+      else
+        runs.chunks(piece_rows(l), [&](const Run*, int) { ++pieces; });
+    }
+
+    RunList runs;
+    int64_t pieces = 0;  // of K, which tasks take
+  };
+
  public:
   WeightGradient(const Layout<T, VL>& l, int threads)
       : l_(l),
         c_(l.c),
         threads_(threads),
-        x_runs_(c_, c_.Cin, l.Wx * c_.Cin, c_.Cin, 0, kPiece),
-        mem_runs_(c_, c_.C, l.Wm * l.Cp, l.Cp, l.Kx, kPiece),
-        x_groups_(groups(x_runs_)),
-        mem_groups_(groups(mem_runs_)),
+        // With few channels Winograd gains nothing for x, and direct sums round less.
+        x_(l, l.x, c_.x_algorithm == CpuAlgorithm::winograd && c_.Cin > 4, 0),
+        mem_(l, l.mem, c_.tiled(), l.Cb * x_.size),
         image_splits_(std::min(count_splits(), std::max<int64_t>(c_.N, 1))),
         bands_(std::min(count_splits() / image_splits_, pixel_blocks())),
-        sums_(l, x_in_tiles(), splits(), blocks_of_a_split()) {
+        sums_(l, x_, mem_, splits(), blocks_of_a_split()) {
     if constexpr (kHasWinograd<T, VL>) {
       inputs_ = InputTransform<S>(l.grad_winograd);
       taps_ = PlaneTransform<GateVector>::taps(l.grad_winograd, l.grad_winograd.h.tile,
@@ -80,12 +93,12 @@ class WeightGradient {
     const Images images{split, N * part / image_splits_, N * (part + 1) / image_splits_,
                         blocks * band / bands_ * block_rows(),
                         std::min(blocks * (band + 1) / bands_ * block_rows(), l_.Ho)};
-    const bool is_x = index < x_pieces();
-    const int64_t piece = is_x ? index : index - x_pieces();
-    if (is_x ? !x_in_tiles() : !c_.tiled())
-      directly(step, images, cb, is_x, piece, scratch_[thread]);
+    const Half& half = index < x_.pieces ? x_ : mem_;
+    const int64_t piece = index < x_.pieces ? index : index - x_.pieces;
+    if (!half.in_tiles)
+      directly(step, images, cb, half, piece, scratch_[thread]);
     else if constexpr (kHasWinograd<T, VL>)
-      by_tiles(step, images, cb, is_x, piece, tiles);
+      by_tiles(step, images, cb, half, piece, tiles);
   }
 
  private:
@@ -129,34 +142,21 @@ class WeightGradient {
       f(n, images.last - n < most ? images.last - n : most);
   }
 
-  // Says whether Winograd computes x's weight gradient. With few channels that gains nothing, and
-  // direct sums round less.
-  bool x_in_tiles() const { return c_.x_algorithm == CpuAlgorithm::winograd && c_.Cin > 4; }
-
   // Returns how many rows of K a task has. With many channel blocks a task has more rows, so that d
   // gates are gathered less often.
-  int64_t piece_rows() const { return l_.Cb < 8 ? kPiece : 4 * kPiece; }
+  static int64_t piece_rows(const Layout<T, VL>& l) { return l.Cb < 8 ? kPiece : 4 * kPiece; }
+  int64_t pieces() const { return x_.pieces + mem_.pieces; }
 
-  // These count the pieces of K that weight gradient tasks take.
-  static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }
-  int64_t x_pieces() const { return x_in_tiles() ? tile_pieces(c_.Cin) : x_groups_; }
-  int64_t pieces() const { return x_pieces() + (c_.tiled() ? tile_pieces(c_.C) : mem_groups_); }
-  int64_t groups(const RunList& list) const {
-    int64_t count = 0;
-    list.chunks(piece_rows(), [&](const Run*, int) { ++count; });
-    return count;
-  }
-
-  void by_tiles(const StepImages<T>& step, const Images& all, int64_t cb, bool is_x, int64_t piece,
-                const TileBuffers<T>& tiles) {
+  void by_tiles(const StepImages<T>& step, const Images& all, int64_t cb, const Half& half,
+                int64_t piece, const TileBuffers<T>& tiles) {
     if (cb % kShared != 0) return;
-    const int64_t channels = is_x ? c_.Cin : c_.C;
+    const int64_t channels = half.in.channels;
     const int64_t first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
     const int64_t block = l_.rows_of_tiles(l_.grad_winograd), stride = channels * kGates;
     each_images(all, true, [&](int64_t n, int64_t images) {
       for (int64_t h = all.top; h < all.bottom; h += block) {
-        PixelRows<T> p = pixel_rows(step, n, images, h, std::min(block, all.bottom - h), cb, is_x);
+        PixelRows<T> p = pixel_rows(step, n, images, h, std::min(block, all.bottom - h), cb, half);
         const TileBlock<T> b = tile_block(l_, l_.grad_winograd, p.rows, (len + VL - 1) / VL * VL,
                                           images, images_together(true));
         for (int64_t k = 0; k < images; ++k)
@@ -164,7 +164,7 @@ class WeightGradient {
                       tiles.values + k * b.image_values());
         for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
           weight_grad_tiles<S>(taps_, p, b, tiles.values, len, tiles.products,
-                               sums_.points(all.split, k, is_x) + first * kGates, stride);
+                               sums_.of(half, all.split, k) + first * kGates, stride);
       }
     });
   }
@@ -172,25 +172,19 @@ class WeightGradient {
   // Returns what the weight gradient of channel block cb sums over, in rows [h, h + rows) of some
   // images from n on.
   PixelRows<T> pixel_rows(const StepImages<T>& step, int64_t n, int64_t images, int64_t h,
-                          int64_t rows, int64_t cb, bool is_x) const {
+                          int64_t rows, int64_t cb, const Half& half) const {
     PixelRows<T> p;
     p.images = images;
-    p.d_image = 4 * l_.mem_image();
-    p.in_image = is_x ? l_.x_image() : l_.mem_image();
+    p.d_image = l_.gate_image();
+    p.in_image = half.in.image();
     p.d_pixel = 4 * l_.Cp;
-    p.d_row = l_.Wm * p.d_pixel;
+    p.d_row = l_.gate_row();
     p.d_gates = step.d_gates + n * p.d_image + h * p.d_row + cb * kGates;
     p.rows = rows;
     p.pixels = l_.Wo;
-    if (is_x) {
-      p.in_row = c_.stride_h * l_.Wx * c_.Cin;
-      p.in_pixel = c_.stride_w * c_.Cin;
-      p.in = step.x + n * l_.x_image() + h * p.in_row;
-    } else {
-      p.in_row = l_.Wm * l_.Cp;
-      p.in_pixel = l_.Cp;
-      p.in = step.mem + n * l_.mem_image() + h * p.in_row;
-    }
+    p.in_row = half.in.stride_h * half.in.row();
+    p.in_pixel = half.in.stride_w * half.in.pixel;
+    p.in = (&half == &x_ ? step.x : step.mem) + n * p.in_image + h * p.in_row;
     return p;
   }
 
@@ -201,17 +195,17 @@ class WeightGradient {
     return rows < 1 ? 1 : rows < l_.Ho ? rows : l_.Ho;
   }
 
-  void directly(const StepImages<T>& step, const Images& images, int64_t cb, bool is_x,
+  void directly(const StepImages<T>& step, const Images& images, int64_t cb, const Half& half,
                 int64_t piece, const WeightScratch& s) {
-    T* out = sums_.rows(images.split, cb, is_x);
-    (is_x ? x_runs_ : mem_runs_).chunks(piece_rows(), [&](const Run* runs, int count) {
+    T* out = sums_.of(half, images.split, cb);
+    half.runs.chunks(piece_rows(l_), [&](const Run* runs, int count) {
       if (piece-- != 0) return;
-      if (l_.compacts_lanes()) return compactly(step, images, is_x, runs, count, s, out);
-      each_pixel_block(step, images, cb, is_x, [&](int64_t h, PixelRows<T> p) {
+      if (l_.compacts_lanes()) return compactly(step, images, half, runs, count, s, out);
+      each_pixel_block(step, images, cb, half, [&](int64_t h, PixelRows<T> p) {
         if (l_.Cb > 1) gather_pixels(p, s.d_gates);
         for (int r = 0; r < count; ++r)
-          add_run<4>(step.finite, runs[r], is_x, met_by(runs + r, is_x, h, p),
-                     out + runs[r].w * kGates);
+          add_run<4>(step.finite, runs[r], half, met_by(runs + r, half, h, p),
+                     out + (runs[r].w - half.in.first_k) * kGates);
       });
     });
   }
@@ -219,24 +213,23 @@ class WeightGradient {
   // Adds the products of a run. If not all d gates are finite, each tap skips the pixels from which
   // it meets the border, because zero times infinity is NaN.
   template <int NV>
-  void add_run(bool finite, const Run& run, bool is_x, const PixelRows<T>& p, T* out) const {
+  void add_run(bool finite, const Run& run, const Half& half, const PixelRows<T>& p, T* out) const {
     if (finite) return weight_grad_run<S, NV>(p, run.in, run.len, out);
-    const int64_t channels = is_x ? c_.Cin : c_.C;
-    const int64_t first = run.w - (is_x ? 0 : l_.Kx);
+    const int64_t channels = half.in.channels;
+    const int64_t first = run.w - half.in.first_k;
     for (int64_t k = first, n; k < first + run.len; k += n, out += n * NV * VL) {
       n = std::min(channels - k % channels, first + run.len - k);
-      weight_grad_run<S, NV>(met_by(k / channels % c_.kernel_w, is_x, p), run.in + k - first, n,
+      weight_grad_run<S, NV>(met_by(k / channels % c_.kernel_w, half.in, p), run.in + k - first, n,
                              out);
     }
   }
 
   // Returns the pixels, in whole rows, from which a column of taps meets the image.
-  PixelRows<T> met_by(int64_t column, bool is_x, PixelRows<T> p) const {
+  PixelRows<T> met_by(int64_t column, const Input& in, PixelRows<T> p) const {
     const int64_t first = column * c_.dilation_w - l_.pw;
-    const int64_t width = is_x ? c_.W : l_.Wo;
     const auto meets = [&](int64_t w) {
-      const int64_t at = first + w * (is_x ? c_.stride_w : 1);
-      return 0 <= at && at < width;
+      const int64_t at = first + w * in.stride_w;
+      return 0 <= at && at < in.W;
     };
     int64_t w = 0;
     for (; p.pixels > 0 && !meets(w); ++w, --p.pixels) {
@@ -248,10 +241,10 @@ class WeightGradient {
   }
 
   // Returns the pixels, from row h on, from which a run meets the image.
-  PixelRows<T> met_by(const Run* run, bool is_x, int64_t h, PixelRows<T> p) const {
-    const int64_t row = (is_x ? x_runs_ : mem_runs_).row(run);
+  PixelRows<T> met_by(const Run* run, const Half& half, int64_t h, PixelRows<T> p) const {
+    const int64_t row = half.runs.row(run);
     const auto meets = [&](int64_t k) {
-      const MetTaps taps = l_.met(k, is_x);
+      const MetTaps taps = l_.met(k, half.in);
       return taps.first <= row && row < taps.last;
     };
     for (; p.rows > 0 && !meets(h); ++h, --p.rows) {
@@ -264,12 +257,12 @@ class WeightGradient {
 
   // Calls f(first row, pixels) for the blocks of some images.
   template <class F>
-  void each_pixel_block(const StepImages<T>& step, const Images& all, int64_t cb, bool is_x,
+  void each_pixel_block(const StepImages<T>& step, const Images& all, int64_t cb, const Half& half,
                         F&& f) {
     const int64_t block = pixel_block_rows();
     each_images(all, false, [&](int64_t n, int64_t images) {
       for (int64_t h = all.top; h < all.bottom; h += block)
-        f(h, pixel_rows(step, n, images, h, std::min(block, all.bottom - h), cb, is_x));
+        f(h, pixel_rows(step, n, images, h, std::min(block, all.bottom - h), cb, half));
     });
   }
 
@@ -303,22 +296,22 @@ class WeightGradient {
 
   // Computes the sums of a cell with so few channels that most lanes hold none: the lanes with a
   // channel are compacted.
-  void compactly(const StepImages<T>& step, const Images& images, bool is_x, const Run* runs,
+  void compactly(const StepImages<T>& step, const Images& images, const Half& half, const Run* runs,
                  int count, const WeightScratch& s, T* out) {
     const int64_t C = c_.C;
     const int64_t vectors = l_.few_vectors();
     const int64_t width = vectors * VL;
     T* const sums = s.few_sums;
     std::memset(sums, 0, kPiece * width * sizeof(T));
-    each_pixel_block(step, images, 0, is_x, [&](int64_t h, PixelRows<T> p) {
+    each_pixel_block(step, images, 0, half, [&](int64_t h, PixelRows<T> p) {
       gather_lanes(p, width, s.d_gates);
       T* to = sums;
       for (int r = 0; r < count; to += runs[r++].len * width) {
-        const PixelRows<T> met = met_by(runs + r, is_x, h, p);
+        const PixelRows<T> met = met_by(runs + r, half, h, p);
         if (vectors == 1)
-          add_run<1>(step.finite, runs[r], is_x, met, to);
+          add_run<1>(step.finite, runs[r], half, met, to);
         else
-          add_run<2>(step.finite, runs[r], is_x, met, to);
+          add_run<2>(step.finite, runs[r], half, met, to);
       }
     });
     const T* from = sums;
@@ -326,7 +319,7 @@ class WeightGradient {
       for (int64_t k = 0; k < runs[r].len; ++k, from += width)
         for (int64_t gate = 0; gate < 4; ++gate)
           for (int64_t ch = 0; ch < C; ++ch)
-            out[(runs[r].w + k) * kGates + gate * VL + ch] += from[gate * C + ch];
+            out[(runs[r].w - half.in.first_k + k) * kGates + gate * VL + ch] += from[gate * C + ch];
   }
 
   const Layout<T, VL>& l_;
@@ -334,9 +327,8 @@ class WeightGradient {
   int threads_;
   InputTransform<S> inputs_;
   PlaneTransform<GateVector> taps_;
-  RunList x_runs_, mem_runs_;
-  int64_t x_groups_, mem_groups_;  // pieces of the runs
-  int64_t image_splits_, bands_;   // splits of the images, and of each image's rows
+  const Half x_, mem_;
+  int64_t image_splits_, bands_;  // splits of the images, and of each image's rows
   WeightSums<T, VL> sums_;
   WeightScratch* scratch_ = nullptr;
 };

@@ -8,28 +8,44 @@
 
 SNNLSTM_BEGIN_ISA
 
+// The weights that read x, or mem, and the place of their sums.
+template <class T, int VL>
+struct WeightHalf {
+  WeightHalf(const Layout<T, VL>& l, const Input& in, bool in_tiles, int64_t first)
+      : in(in),
+        in_tiles(in_tiles),
+        first(first),
+        size((in_tiles ? l.grad_points() * in.channels : in.K) * 4 * VL) {}
+
+  const Input& in;
+  bool in_tiles;  // whether Winograd computes the gradient
+  int64_t first;  // place in a split's sums
+  int64_t size;   // of a channel block's sums
+};
+
 template <class T, int VL>
 class WeightSums {
   using S = Simd<T, VL>;
   using P = Packing<T, VL>;
+  using Half = WeightHalf<T, VL>;
   static constexpr int kGates = 4 * VL;
   static constexpr int64_t kChunk = 4096;  // values that a task folds
   static constexpr int64_t kFold = 64;     // blocks of pixels from one fold to the next
 
  public:
   // A split adds `blocks` blocks of pixels in each time step.
-  WeightSums(const Layout<T, VL>& l, bool x_in_tiles, int64_t splits, int64_t blocks)
+  WeightSums(const Layout<T, VL>& l, const Half& x, const Half& mem, int64_t splits, int64_t blocks)
       : l_(l),
-        x_in_tiles_(x_in_tiles),
+        x_(x),
+        mem_(mem),
         splits_(splits),
         steps_(blocks < kFold ? kFold / (blocks < 1 ? 1 : blocks) : 1),
-        x_size_(l.Cb * kGates * (x_in_tiles ? l.grad_points() * l.c.Cin : l.Kx)),
-        size_(x_size_ + l.Cb * kGates * (mem_in_tiles() ? l.grad_points() * l.c.C : l.Km)) {}
+        size_(mem_.first + l.Cb * mem_.size) {}
 
   void allocate(Workspace& workspace, int threads) {
     sums_ = workspace.take<T>(splits_ * size_);
     total_ = folds() ? workspace.take<T>(size_) : sums_;
-    taps_ = workspace.take<T>(x_in_tiles_ || mem_in_tiles() ? threads * taps_size() : 0);
+    taps_ = workspace.take<T>(x_.in_tiles || mem_.in_tiles ? threads * taps_size() : 0);
   }
 
   // The chunks in which the sums are cleared and folded.
@@ -39,17 +55,10 @@ class WeightSums {
       std::memset(sums_ + split * size_ + chunk * kChunk, 0, length(chunk) * sizeof(T));
   }
 
-  // Returns a split's sums of one half and channel block: rows of K, counted as in the packed
-  // weight.
-  T* rows(int64_t split, int64_t cb, bool is_x) const {
-    T* half = sums_ + split * size_ + (is_x ? 0 : x_size_ - l_.Kx * kGates);
-    return half + cb * (is_x ? l_.Kx : l_.Km) * kGates;
-  }
-  // Returns a split's sums of one half and channel block with Winograd, (points, parts, Cin or C,
-  // 4, VL).
-  T* points(int64_t split, int64_t cb, bool is_x) const {
-    const int64_t channels = is_x ? l_.c.Cin : l_.c.C;
-    return sums_ + split * size_ + (is_x ? 0 : x_size_) + cb * l_.grad_points() * channels * kGates;
+  // Returns a split's sums of one half and channel block: (K, 4, VL) or, with Winograd, (points,
+  // parts, channels, 4, VL).
+  T* of(const Half& half, int64_t split, int64_t cb) const {
+    return sums_ + split * size_ + half.first + cb * half.size;
   }
 
   // Says whether to fold after step t; the last step comes first. If there is one split and few
@@ -67,37 +76,34 @@ class WeightSums {
   }
 
   // A task writes the total of a channel block and some input channels in the caller's order.
-  int64_t write_tasks() const { return l_.Cb * (groups(l_.c.Cin) + groups(l_.c.C)); }
+  int64_t write_tasks() const { return l_.Cb * (groups(x_) + groups(mem_)); }
   void write(int64_t task, int thread, T* grad_weight) const {
     const int64_t cb = task % l_.Cb, group = task / l_.Cb;
-    const bool is_x = group < groups(l_.c.Cin);
-    const int64_t count = is_x ? l_.c.Cin : l_.c.C;
-    const int64_t stride = count * kGates;
-    const int64_t first = (is_x ? group : group - groups(l_.c.Cin)) * P::together(l_);
-    const int64_t n = count - first < P::together(l_) ? count - first : P::together(l_);
-    const T* in = total_ + (is_x ? 0 : x_size_) + first * kGates;
-    T* const out = grad_weight + P::source(l_, cb * VL, is_x ? first : l_.c.Cin + first, 0);
-    if (!(is_x ? x_in_tiles_ : mem_in_tiles()))
-      return write_taps(cb, n, in + cb * l_.taps * stride, {l_.taps, kGates, stride}, out);
+    const bool of_x = group < groups(x_);
+    const Half& half = of_x ? x_ : mem_;
+    const int64_t stride = half.in.channels * kGates;
+    const int64_t first = (of_x ? group : group - groups(x_)) * P::together(l_);
+    const int64_t n = std::min(half.in.channels - first, P::together(l_));
+    const T* in = total_ + half.first + cb * half.size + first * kGates;
+    T* const out = grad_weight + P::source(l_, cb * VL, half.in.first_channel + first, 0);
+    if (!half.in_tiles) return write_taps(cb, n, in, {l_.taps, kGates, stride}, out);
     if constexpr (kHasWinograd<T, VL>) {
       T* const taps = taps_ + thread * taps_size();
       for (int64_t k = 0; k < n; ++k)
-        taps_of_tile(in + cb * l_.grad_points() * stride + k * kGates, stride,
-                     taps + k * l_.taps * kGates);
+        taps_of_tile(in + k * kGates, stride, taps + k * l_.taps * kGates);
       write_taps(cb, n, taps, {l_.taps, l_.taps * kGates, kGates}, out);
     }
   }
 
  private:
-  bool mem_in_tiles() const { return l_.c.tiled(); }
   int64_t taps_size() const { return P::together(l_) * l_.taps * kGates; }  // of a write task
   bool folds() const { return splits_ > 1 || l_.c.T > steps_; }
   int64_t length(int64_t chunk) const {
     const int64_t left = size_ - chunk * kChunk;
     return left < kChunk ? left : kChunk;
   }
-  int64_t groups(int64_t channels) const {
-    return (channels + P::together(l_) - 1) / P::together(l_);
+  int64_t groups(const Half& half) const {
+    return (half.in.channels + P::together(l_) - 1) / P::together(l_);
   }
 
   // Transforms the sums of one channel, whose points lie `stride` apart, into its taps.
@@ -141,8 +147,8 @@ class WeightSums {
   }
 
   const Layout<T, VL>& l_;
-  bool x_in_tiles_;
-  int64_t splits_, steps_, x_size_, size_;
+  const Half x_, mem_;
+  int64_t splits_, steps_, size_;
   T *sums_ = nullptr, *total_ = nullptr, *taps_ = nullptr;
 };
 
