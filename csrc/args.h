@@ -37,7 +37,8 @@ constexpr int kSurrogates = int(Surrogate::leaky) + 1;
 // and `automatic` leaves the choice to cpu/choose.cpp.
 enum class CpuAlgorithm : int { automatic = 0, direct = 1, winograd = 2, sparse = 3 };
 
-// The options and sizes of a call, without its data. They decide which kernels run.
+// The options and sizes of a call, without its data. They decide which kernels run. A convolution
+// alone (CPU, ConvolutionArgs) is a cell without a recurrent half.
 struct Cell {
   DType dtype = DType::float32;
   int64_t T = 1, N = 0, Cin = 0, C = 0, H = 0, W = 0;
@@ -56,19 +57,30 @@ struct Cell {
   int outer_h = 0, outer_w = 0;  // taps trimmed per side, not counted in kernel_h and kernel_w
   int tile_h = 0, tile_w = 0;    // CPU: outputs of a Winograd tile of the recurrent half, or 0
   CpuAlgorithm x_algorithm = CpuAlgorithm::direct;  // CPU: the input half's
+  // A convolution's output channels, or 0 for a cell. Its C is a quarter of them, rounded up.
+  int64_t Cout = 0;
+  int padding_h = 0, padding_w = 0;  // a convolution's
 
-  int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
-  int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }
+  int64_t pad_h() const { return Cout ? padding_h : int64_t(dilation_h) * (kernel_h - 1) / 2; }
+  int64_t pad_w() const { return Cout ? padding_w : int64_t(dilation_w) * (kernel_w - 1) / 2; }
+  // Returns the channels that the recurrent half reads.
+  int64_t recurrent() const { return Cout ? 0 : C; }
   bool tiled() const { return tile_h > 0; }
   // CPU: says whether pixels that may have an equal in their pooling window are summed directly,
   // not by Winograd (cpu/kernels/equal_pixels.h).
   bool keeps_equal() const { return tiled() && pool == Pool::max; }
-  int64_t Ho() const { return (H + stride_h - 1) / stride_h; }
-  int64_t Wo() const { return (W + stride_w - 1) / stride_w; }
+  int64_t Ho() const { return outputs(H, kernel_h, stride_h, dilation_h, pad_h()); }
+  int64_t Wo() const { return outputs(W, kernel_w, stride_w, dilation_w, pad_w()); }
   // Returns the size in bytes of a pixel's index in its pooling window: a uint8_t or an int32_t.
   int argmax_bytes() const { return int64_t(pool_h) * pool_w > 256 ? 4 : 1; }
   int64_t Hp() const { return Ho() / pool_h; }
   int64_t Wp() const { return Wo() / pool_w; }
+
+ private:
+  int64_t outputs(int64_t size, int kernel, int stride, int dilation, int64_t padding) const {
+    if (Cout) size += 2 * padding - int64_t(dilation) * (kernel - 1);
+    return (size + stride - 1) / stride;
+  }
 };
 
 // Returns the cell without the taps that meet no pixel from any output, because they are at least
@@ -148,6 +160,16 @@ struct BackwardArgs : PassArgs {
   // (T - 1, N, Ho, Wo, Cp) in that type.
   void* d_gates = nullptr;
   void* mem_after = nullptr;
+};
+
+// A convolution: y from x and a packed weight, or the gradients of weight and bias from x and the
+// gradient of y. (x's gradient is y of a convolution of y's gradient.) In a backward pass the cell's
+// T cuts the images into steps, whose images lie in cache together.
+struct ConvolutionArgs : PassArgs {
+  const void* bias = nullptr;   // (Cout,)
+  View y;                       // (T, N, Cout, Ho, Wo), or its gradient
+  void* grad_weight = nullptr;  // (Cout, Cin, kernel_h, kernel_w), contiguous
+  void* grad_bias = nullptr;    // (Cout,)
 };
 
 // ---- snntorch.Leaky ----

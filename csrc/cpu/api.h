@@ -77,6 +77,10 @@ struct Kernels {
 
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
+  // A convolution in float32, over lists or by Winograd: y or, if grad_weight is given, the gradients
+  // of weight and bias. The weight has Form::forward or Form::forward_x_tiles.
+  void (*convolve)(const ConvolutionArgs&);
+  int64_t (*convolution_workspace)(const Cell&, int threads, bool backward);
   void (*leaky_forward)(const LeakyForwardArgs&);
   void (*leaky_backward)(const LeakyBackwardArgs&);
   void (*pool_forward)(const PoolForwardArgs&);

@@ -7,6 +7,8 @@ SNNLSTM_BEGIN_ISA
 
 void forward(const ForwardArgs& args);
 void backward(const BackwardArgs& args);
+void convolve(const ConvolutionArgs& args);
+int64_t convolution_workspace(const Cell& cell, int threads, bool backward);
 int64_t forward_workspace(const Cell& cell, int threads);
 int64_t backward_workspace(const Cell& cell, int threads, bool weight);
 void leaky_forward(const LeakyForwardArgs& args);

@@ -100,7 +100,7 @@ class InputHalf {
           l_, l_.x, runs_, [&](const Block& b) { return patch(b, top); }, b0 + top, rows, weight,
           static_cast<const T*>(nullptr), blocks, count);
     for (const AnyBlock* b = blocks; b < blocks + count; ++b)
-      sparse_.convolve(b->lists[top / strip_], weight, b->gates);
+      sparse_.convolve(b->lists[top / strip_], weight, c_.Cout > 0, b->gates);
   }
 
   // Describes the tiles of `rows` rows of each of `together` images, with memory for most_together.

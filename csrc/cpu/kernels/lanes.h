@@ -25,18 +25,18 @@ inline bool narrow_is_better(int64_t channels, int64_t narrow, int64_t wide) {
 constexpr int kFewChannels = kNativeBytes >= 32 ? kNativeBytes / 16 : 0;
 
 // Calls f(Lanes<T, VL>) with the vectors in which a cell is computed.
+template <class T, class F>
+auto with_lanes_of(const Cell& c, F&& f) {
+  constexpr int wide = kWideBytes / sizeof(T), narrow = kNarrowBytes / sizeof(T);
+  if constexpr (kFewChannels > 0 && kFewChannels < narrow)
+    if (c.C <= kFewChannels) return f(Lanes<T, kFewChannels>{});
+  if constexpr (narrow < wide)
+    if (narrow_is_better(c.C, narrow, wide)) return f(Lanes<T, narrow>{});
+  return f(Lanes<T, wide>{});
+}
 template <class F>
 auto with_lanes(const Cell& c, F&& f) {
-  const auto choose = [&](auto number) {
-    using T = decltype(number);
-    constexpr int wide = kWideBytes / sizeof(T), narrow = kNarrowBytes / sizeof(T);
-    if constexpr (kFewChannels > 0 && kFewChannels < narrow)
-      if (c.C <= kFewChannels) return f(Lanes<T, kFewChannels>{});
-    if constexpr (narrow < wide)
-      if (narrow_is_better(c.C, narrow, wide)) return f(Lanes<T, narrow>{});
-    return f(Lanes<T, wide>{});
-  };
-  return c.dtype == DType::float64 ? choose(double{}) : choose(float{});
+  return c.dtype == DType::float64 ? with_lanes_of<double>(c, f) : with_lanes_of<float>(c, f);
 }
 
 SNNLSTM_END_ISA

@@ -9,6 +9,7 @@
 //   gates    (N, Ho * Wo, Cb, 4, VL)              i, f, o and g of a channel in four vectors; in
 //                                                 saved gates the sign of o says "was reset"
 //   d gates  (N, Ho + 2 pad, Wo + 2 pad, Cb, 4, VL)
+// A convolution has no mem, and 4 VL neighbouring output channels in the place of four gates.
 // With Winograd the images are rounded up to whole tiles, with zeros.
 //
 // Packed weights, K counting (kernel row, kernel column, input channel):
@@ -83,7 +84,8 @@ struct Layout {
         pixels(Ho * Wo),
         taps(cell.kernel_h * cell.kernel_w),
         Kg(taps * 4 * Cp) {
-    mem.channels = cell.C, mem.first_channel = cell.Cin, mem.pixel = Cp, mem.blocks = Cb;
+    mem.channels = cell.recurrent(), mem.first_channel = cell.Cin, mem.blocks = Cb;
+    mem.pixel = cell.Cout ? 0 : Cp;
     mem.H = Ho, mem.W = Wo, mem.stride_h = mem.stride_w = 1;
     mem.rows = bordered(cell.kernel_h, winograd.h, grad_winograd.h, cell.dilation_h, Ho);
     mem.columns = bordered(cell.kernel_w, winograd.w, grad_winograd.w, cell.dilation_w, Wo);
@@ -143,11 +145,21 @@ struct Layout {
   int64_t grad_points() const { return grad_winograd.points() * grad_winograd.parts(); }
 
   // Says whether at least half of the lanes hold no channel.
-  bool few_channels() const { return 2 * c.C <= Cp; }
+  bool few_channels() const { return 2 * outputs() <= 4 * Cp; }
   // Says whether the weight gradient compacts the lanes that hold channels to few_vectors() vectors
   // of gates. If all four gates fit into one vector, that would save nothing.
   bool compacts_lanes() const { return few_channels() && 4 * VL * int(sizeof(T)) > kNativeBytes; }
-  int few_vectors() const { return 4 * c.C <= VL ? 1 : 2; }
+  int few_vectors() const { return outputs() <= VL ? 1 : 2; }
+  // Count the outputs of the caller's weight, and find the first one of a gate's vector in a channel
+  // block, which has lanes() of them. A convolution's outputs fill one vector after the other.
+  int64_t outputs() const { return c.Cout ? c.Cout : 4 * c.C; }
+  int64_t output(int64_t cb, int64_t gate) const {
+    return c.Cout ? (4 * cb + gate) * VL : gate * c.C + cb * VL;
+  }
+  int64_t lanes(int64_t cb, int64_t gate) const {
+    const int64_t left = c.Cout ? c.Cout - output(cb, gate) : c.C - cb * VL;
+    return left < 0 ? 0 : left < VL ? left : VL;
+  }
 
   int64_t K() const { return x.K + mem.K; }
   // Returns the multiply-adds of a step's convolution.
@@ -176,7 +188,7 @@ struct Layout {
   bool exceeds_l2() const { return weight_bytes() > 512 << 10; }
   bool exceeds_any_l2() const { return weight_bytes() > 2 << 20; }
   int64_t weight_bytes() const {
-    const int64_t values = c.tiled() ? tile_weights() * (c.Cin + c.C) : K();
+    const int64_t values = c.tiled() ? tile_weights() * (x.channels + mem.channels) : K();
     return values * 4 * Cp * int64_t(sizeof(T));
   }
 

@@ -22,7 +22,7 @@ class NeuronBackward {
       : a_(a), l_(l), tasks_(tasks), argmax_(a, l.Cp), images_(l) {}
 
   void allocate(Workspace& workspace) {
-    images_.allocate(workspace, a_);
+    images_.allocate(workspace, a_.grad_weight != nullptr);
     threshold_ = workspace.take<T>(l_.Cp);
     threshold_sums_ = workspace.take<T>(tasks_.count * l_.Cp);
     bias_sums_ = workspace.take<T>(tasks_.count * 4 * l_.Cp);
@@ -98,8 +98,8 @@ class NeuronBackward {
                         l_.mem.row());
     if (spikes) spike(t, p, task, s);
     for (int64_t h = begin; h < end; ++h) step(t, p, h, task, s.mem_grad + (h - begin) * row);
-    if (!are_finite(bias_sums_ + task * 4 * l_.Cp, 4 * l_.Cp))
-      images_.not_finite(t, p.image, begin, end);
+    if (!images_.finite(bias_sums_ + task * 4 * l_.Cp, 4 * l_.Cp))
+      images_.clear_empty_lanes(t, p.image, begin, end);
     if (t == 0 && a_.grad_syn0.data) write_rows(a_.grad_syn0, task, state_row(d_syn_, p, begin));
   }
 
@@ -153,16 +153,6 @@ class NeuronBackward {
   }
   T* state_row(T* states, const Sample& p, int64_t h) const {
     return states + l_.state_row(p.image, h);
-  }
-
-  // Says whether `count` values, which are whole vectors, are finite.
-  static bool are_finite(const T* values, int64_t count) {
-    R differences{};
-    for (int64_t k = 0; k < count; k += VL)
-      differences += S::load(values + k) - S::load(values + k);
-    T sum = 0;
-    for (int lane = 0; lane < VL; ++lane) sum += differences[lane];
-    return sum == 0;
   }
 
   // gates() returns a row of saved gates. load_gates() loads the gates of one vector of channels of

@@ -16,7 +16,7 @@ struct Packing {
   // Returns the place of the weight from input channel ci (x's first, then mem's) to gate channel
   // g, at a place among its taps.
   static int64_t source(const L& l, int64_t g, int64_t ci, int64_t place) {
-    return (g * (l.c.Cin + l.c.C) + ci) * l.all_taps() + place;
+    return (g * (l.x.channels + l.mem.channels) + ci) * l.all_taps() + place;
   }
 
   // Returns how many neighbouring input channels are packed together, so that their taps fill
@@ -42,17 +42,16 @@ struct Packing {
   static void forward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             T* packed) {
     const TapVectors taps(l, threads, 4 * together(l));
-    each_forward(l, threads, count, l.tile_weights(),
-                 [&](int64_t cb, int64_t begin, int64_t n, int thread) {
-                   for (int64_t gate = 0; gate < 4; ++gate)
-                     load(l, weight + source(l, gate * l.c.C + cb * VL, first + begin, 0),
-                          source(l, 1, 0, 0), within(l.c.C - cb * VL), n, taps.of(thread, gate * n),
-                          {l.taps, l.taps * VL, VL});
-                   T* const out = packed + (cb * l.tile_weights() * count + begin) * 4 * VL;
-                   for (int64_t k = 0; k < 4 * n; ++k)
-                     tile_weights(l, taps.of(thread, k % 4 * n + k / 4), false, count * 4 * VL,
-                                  out + k * VL);
-                 });
+    each_forward(
+        l, threads, count, l.tile_weights(), [&](int64_t cb, int64_t begin, int64_t n, int thread) {
+          for (int64_t gate = 0; gate < 4; ++gate)
+            load(l, weight + source(l, l.output(cb, gate), first + begin, 0), source(l, 1, 0, 0),
+                 l.lanes(cb, gate), n, taps.of(thread, gate * n), {l.taps, l.taps * VL, VL});
+          T* const out = packed + (cb * l.tile_weights() * count + begin) * 4 * VL;
+          for (int64_t k = 0; k < 4 * n; ++k)
+            tile_weights(l, taps.of(thread, k % 4 * n + k / 4), false, count * 4 * VL,
+                         out + k * VL);
+        });
   }
 
   // Transforms the weights of the data gradient for Winograd, from the gates to `vectors` vectors
@@ -115,8 +114,8 @@ struct Packing {
     each_forward(l, threads, count, l.taps, [&](int64_t cb, int64_t begin, int64_t n, int) {
       T* const out = packed + (cb * l.packed_rows() + begin) * 4 * VL;
       for (int64_t gate = 0; gate < 4; ++gate)
-        load(l, weight + source(l, gate * l.c.C + cb * VL, first + begin, 0), source(l, 1, 0, 0),
-             within(l.c.C - cb * VL), n, out + gate * VL, {l.taps, 4 * VL, count * 4 * VL});
+        load(l, weight + source(l, l.output(cb, gate), first + begin, 0), source(l, 1, 0, 0),
+             l.lanes(cb, gate), n, out + gate * VL, {l.taps, 4 * VL, count * 4 * VL});
     });
   }
 

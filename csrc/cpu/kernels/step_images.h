@@ -24,9 +24,9 @@ class StepBuffers {
   explicit StepBuffers(const Layout<T, VL>& l) : l_(l) {}
 
   // Takes memory for all samples, and for x if the weight gradient is wanted.
-  void allocate(Workspace& workspace, const BackwardArgs& a) {
+  void allocate(Workspace& workspace, bool with_x) {
     const int64_t N = l_.c.N;
-    with_x_ = a.grad_weight != nullptr;
+    with_x_ = with_x;
     for (int k = 0; k < 2; ++k) {
       d_gates_[k] = workspace.take<T>(k < l_.c.T ? N * l_.gate_image() : 0);
       mem_[k] = workspace.take<T>(N * l_.mem.image());
@@ -52,19 +52,27 @@ class StepBuffers {
 
   // Writes zeros around the images of sample n, in both buffers.
   void clear_borders(int64_t n) const {
-    const Cell& c = l_.c;
     for (int k = 0; k < 2; ++k) {
-      clear_border(mem(k, n), l_.mem.rows, l_.mem.columns, l_.Ho, l_.Wo, l_.Cp);
-      if (k >= c.T) continue;
-      clear_border(d_gates(k, n), l_.mem.rows, l_.mem.columns, l_.Ho, l_.Wo, 4 * l_.Cp);
-      if (with_x_) clear_border(x(k, n), l_.x.rows, l_.x.columns, c.H, c.W, c.Cin);
+      clear_border(mem(k, n), l_.mem, l_.mem.pixel);
+      if (k >= l_.c.T) continue;
+      clear_border(d_gates(k, n), l_.mem, 4 * l_.Cp);
+      if (with_x_) clear_border(x(k, n), l_.x, l_.x.pixel);
     }
   }
 
-  // Notes that d gates of rows [begin, end) may not be finite, and clears their lanes without a
-  // channel: the weights of these lanes are zero, so infinite inputs have made them NaN.
-  void not_finite(int64_t t, int64_t n, int64_t begin, int64_t end) {
-    __atomic_store_n(&finite_, false, __ATOMIC_RELAXED);
+  // Says whether some sums of d gates are finite. If they are not, the weight gradient will know.
+  bool finite(const T* sums, int64_t count) {
+    typename S::R differences{};
+    for (int64_t k = 0; k < count; k += VL) differences += S::load(sums + k) - S::load(sums + k);
+    T sum = 0;
+    for (int lane = 0; lane < VL; ++lane) sum += differences[lane];
+    if (!(sum == 0)) __atomic_store_n(&finite_, false, __ATOMIC_RELAXED);
+    return sum == 0;
+  }
+
+  // Clears the lanes without a channel of rows [begin, end): the weights of these lanes are zero, so
+  // infinite inputs have made them NaN.
+  void clear_empty_lanes(int64_t t, int64_t n, int64_t begin, int64_t end) const {
     const int64_t lanes = l_.Cp - l_.c.C;
     for (int64_t h = begin; h < end; ++h)
       for (int64_t w = 1; w <= l_.Wo; ++w)
@@ -94,20 +102,18 @@ class StepBuffers {
   }
 
  private:
-  // Clears the border of an image of rows x columns pixels, which has height x width pixels inside
-  // the padding.
-  void clear_border(T* image, int64_t rows, int64_t columns, int64_t height, int64_t width,
-                    int64_t pixel) const {
-    const int64_t row = columns * pixel;
+  // Clears the border of an image that has the size of `in` and `pixel` values in a pixel.
+  void clear_border(T* image, const Input& in, int64_t pixel) const {
+    const int64_t row = in.columns * pixel;
     const int64_t left = l_.pw * pixel;
-    const int64_t right = left + width * pixel;
+    const int64_t right = left + in.W * pixel;
     std::memset(image, 0, l_.ph * row * sizeof(T));
-    for (int64_t h = l_.ph; h < l_.ph + height; ++h) {
+    for (int64_t h = l_.ph; h < l_.ph + in.H; ++h) {
       std::memset(image + h * row, 0, left * sizeof(T));
       std::memset(image + h * row + right, 0, (row - right) * sizeof(T));
     }
-    const int64_t below = l_.ph + height;
-    std::memset(image + below * row, 0, (rows - below) * row * sizeof(T));
+    const int64_t below = l_.ph + in.H;
+    std::memset(image + below * row, 0, (in.rows - below) * row * sizeof(T));
   }
 
   const Layout<T, VL>& l_;

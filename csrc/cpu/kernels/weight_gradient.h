@@ -287,10 +287,11 @@ class WeightGradient {
   }
   // Leaves out the lanes without a channel.
   void gather_lanes(PixelRows<T>& p, int64_t width, T* to) const {
-    gather(p, width, to, [&, C = c_.C](const T* from, T* next) {
-      for (int64_t gate = 0; gate < 4; ++gate)
-        for (int64_t ch = 0; ch < C; ++ch) next[gate * C + ch] = from[gate * VL + ch];
-      for (int64_t k = 4 * C; k < width; ++k) next[k] = 0;
+    gather(p, width, to, [&](const T* from, T* next) {
+      T* const end = next + width;
+      for (int64_t gate = 0; gate < 4; ++gate, from += VL)
+        for (int64_t ch = 0; ch < l_.lanes(0, gate); ++ch) *next++ = from[ch];
+      while (next < end) *next++ = 0;
     });
   }
 
@@ -298,7 +299,6 @@ class WeightGradient {
   // channel are compacted.
   void compactly(const StepImages<T>& step, const Images& images, const Half& half, const Run* runs,
                  int count, const WeightScratch& s, T* out) {
-    const int64_t C = c_.C;
     const int64_t vectors = l_.few_vectors();
     const int64_t width = vectors * VL;
     T* const sums = s.few_sums;
@@ -317,9 +317,9 @@ class WeightGradient {
     const T* from = sums;
     for (int r = 0; r < count; ++r)
       for (int64_t k = 0; k < runs[r].len; ++k, from += width)
-        for (int64_t gate = 0; gate < 4; ++gate)
-          for (int64_t ch = 0; ch < C; ++ch)
-            out[(runs[r].w - half.in.first_k + k) * kGates + gate * VL + ch] += from[gate * C + ch];
+        for (int64_t gate = 0, next = 0; gate < 4; ++gate)
+          for (int64_t ch = 0; ch < l_.lanes(0, gate); ++ch)
+            out[(runs[r].w - half.in.first_k + k) * kGates + gate * VL + ch] += from[next++];
   }
 
   const Layout<T, VL>& l_;

@@ -85,7 +85,7 @@ class WeightSums {
     const int64_t first = (of_x ? group : group - groups(x_)) * P::together(l_);
     const int64_t n = std::min(half.in.channels - first, P::together(l_));
     const T* in = total_ + half.first + cb * half.size + first * kGates;
-    T* const out = grad_weight + P::source(l_, cb * VL, half.in.first_channel + first, 0);
+    T* const out = grad_weight + P::source(l_, 0, half.in.first_channel + first, 0);
     if (!half.in_tiles) return write_taps(cb, n, in, {l_.taps, kGates, stride}, out);
     if constexpr (kHasWinograd<T, VL>) {
       T* const taps = taps_ + thread * taps_size();
@@ -125,12 +125,15 @@ class WeightSums {
   }
 
   // Writes the taps of n input channels, each (4, VL). `out` is the weight from the first of them
-  // to the block's first gate channel.
+  // to the first output.
   void write_taps(int64_t cb, int64_t n, const T* in, const Pixels& from, T* out) const {
-    const int64_t lanes = l_.c.C - cb * VL < VL ? l_.c.C - cb * VL : VL;
-    const int64_t next = (l_.c.Cin + l_.c.C) * l_.all_taps();  // gate channel
+    const int64_t next = P::source(l_, 1, 0, 0);  // output
     const auto same = [](typename S::R v, int64_t) { return v; };
-    for (int64_t gate = 0; gate < 4; ++gate, in += VL, out += l_.c.C * next) {
+    T* const weight = out;
+    for (int64_t gate = 0; gate < 4; ++gate, in += VL) {
+      const int64_t lanes = l_.lanes(cb, gate);
+      if (lanes == 0) return;
+      out = weight + l_.output(cb, gate) * next;
       if (l_.all_taps() == l_.taps) {
         store_row<S>(in, from, n * l_.taps, lanes, out, next, 1, same);
         continue;
