@@ -288,17 +288,79 @@ void run(Cell c, const cpu::Kernels& kernels) {
   grad_bias.check<T>("grad_bias"), grad_threshold.check<T>("grad_threshold");
 }
 
+// Returns memory of `count` values.
+template <class F>
+Bytes numbers(int64_t count, F&& value) {
+  Bytes b(count * 4);
+  for (int64_t k = 0; k < count; ++k) b.as<float>()[k] = value();
+  return b;
+}
+
+// A convolution without a cell: y over lists or by Winograd, and the gradients of weight and bias.
+void run_convolution(const cpu::Kernels& kernels) {
+  Cell c;
+  c.N = mostly_small(6);
+  c.Cin = one_of<int64_t>({1, 2, 3, 5, 8, 17, 40}), c.Cout = between(1, between(0, 1) ? 20 : 150);
+  c.C = (c.Cout + 3) / 4;
+  c.H = between(1, 15), c.W = between(1, 19);
+  c.kernel_h = int(between(1, 7)), c.kernel_w = int(between(1, 7));
+  if (between(0, 1)) {
+    c.stride_h = int(mostly_small(4)), c.stride_w = int(mostly_small(4));
+    c.dilation_h = int(mostly_small(3)), c.dilation_w = int(mostly_small(3));
+  }
+  c.padding_h = int(between(0, c.dilation_h * (c.kernel_h - 1)));
+  c.padding_w = int(between(0, c.dilation_w * (c.kernel_w - 1)));
+  if (c.Ho() < 1 || c.Wo() < 1) return;
+  const bool odd = c.kernel_h % 2 && c.kernel_w % 2 && c.kernel_h * c.kernel_w > 1;
+  const auto tile = [](int kernel) { return kernel == 1 ? 1 : int(between(3, 4)); };
+  if (odd && c.stride_h * c.stride_w == 1 && kernels.has_tiles(c) && between(0, 2) > 0)
+    c.tile_h = tile(c.kernel_h), c.tile_w = tile(c.kernel_w);
+  c.x_algorithm = c.tiled() ? CpuAlgorithm::winograd : CpuAlgorithm::sparse;
+  loose = special;
+  const auto number = [&] {
+    return special && between(0, 40) == 0
+               ? one_of({std::numeric_limits<float>::infinity(), std::nanf(""), -0.f})
+               : float(normal());
+  };
+  const double density = one_of({0.0, 0.1, 1.0});
+  StridedTensor<float> x({1, c.N, c.Cin, c.H, c.W}, true), y({1, c.N, c.Cout, c.Ho(), c.Wo()});
+  x.fill([&] { return uniform() < density ? number() : 0.f; });
+  const int64_t weights = c.Cout * c.Cin * c.kernel_h * c.kernel_w;
+  const Bytes weight = numbers(weights, number), bias = numbers(c.Cout, number);
+  const Form form = c.tiled() ? Form::forward_x_tiles : Form::forward;
+  const Bytes packed(kernels.packed_bytes(c, form));
+  ConvolutionArgs a;
+  a.threads = int(between(1, 4));
+  kernels.pack_weight(c, form, a.threads, weight.get(), packed.get());
+  a.cell = c, a.x = x.view(), a.y = y.view();
+  a.weight = packed.get(), a.bias = between(0, 3) > 0 ? bias.get() : nullptr;
+  {
+    const Bytes workspace(kernels.convolution_workspace(c, a.threads, false));
+    a.workspace = workspace.get();
+    kernels.convolve(a);
+  }
+  y.check("y of a convolution");
+
+  a.cell.T = mostly_small(4);
+  if (!c.tiled()) a.cell.x_algorithm = CpuAlgorithm::direct;
+  StridedTensor<float> steps({a.cell.T, c.N, c.Cin, c.H, c.W}, true);
+  StridedTensor<float> grad_y({a.cell.T, c.N, c.Cout, c.Ho(), c.Wo()}, true);
+  steps.fill(number), grad_y.fill(number);
+  const Bytes workspace(kernels.convolution_workspace(a.cell, a.threads, true));
+  const Bytes grad_weight(weights * 4), grad_bias(c.Cout * 4);
+  a.x = steps.view(), a.y = grad_y.view(), a.workspace = workspace.get();
+  a.grad_weight = grad_weight.get(), a.grad_bias = between(0, 3) > 0 ? grad_bias.get() : nullptr;
+  kernels.convolve(a);
+  grad_weight.check<float>("grad_weight of a convolution");
+  if (a.grad_bias) grad_bias.check<float>("grad_bias of a convolution");
+}
+
 // A linear layer of spikes.
 void run_linear(const cpu::Kernels& kernels) {
   using Limits = std::numeric_limits<float>;
   const int64_t M = one_of<int64_t>({between(1, 40), between(1, 300), between(1000, 2300)});
   const int64_t K = between(1, M > 300 ? 200 : 400), Out = mostly_small(M > 300 ? 50 : 300);
   const int64_t gap = between(0, 1) * between(1, 9);
-  const auto numbers = [](int64_t count, auto&& value) {
-    Bytes b(count * 4);
-    for (int64_t k = 0; k < count; ++k) b.as<float>()[k] = value();
-    return b;
-  };
   const bool ones = between(0, 1);
   const double density = one_of({0.0, 0.02, 0.2, 1.0});
   const auto number = [&] {
@@ -357,6 +419,7 @@ int main(int argc, char** argv) {
     else
       run<float>(c, kernels);
     run_linear(kernels);
+    run_convolution(kernels);
   }
   std::printf("%d cases; sum %.6g\n", cases, total);
 }

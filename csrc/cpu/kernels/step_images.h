@@ -87,8 +87,8 @@ class StepBuffers {
   void read_x(const View& v, int64_t t, int64_t n, int64_t image, int64_t begin,
               int64_t end) const {
     const Cell& c = l_.c;
-    const int64_t last = end == l_.Ho ? c.H : end * c.stride_h;
-    const int64_t first = begin * c.stride_h;
+    const int64_t last = end == l_.Ho ? c.H : std::min(end * c.stride_h, c.H);
+    const int64_t first = std::min(begin * c.stride_h, c.H);
     load_rows<S>(v, t, n, first, last - first, c.Cin,
                  x(t, image) + ((first + l_.ph) * l_.x.columns + l_.pw) * c.Cin,
                  Pixels{c.W, l_.x.row(), c.Cin}, c.Cin);
