@@ -26,11 +26,11 @@ class Backward {
   explicit Backward(const BackwardArgs& args)
       : a_(args),
         l_(args.cell),
-        tasks_(l_, args, false),
+        tasks_(l_, args, args.threads, false),
         to_mem_(l_, l_.Cb, l_.Wo, 1, 1),
         to_x_(l_, l_.x.blocks, args.cell.W, args.cell.stride_h, args.cell.stride_w),
         neuron_(a_, l_, tasks_),
-        weights_(l_, args.threads) {
+        weights_(l_, args.threads, args.threads) {
     const Cell& c = a_.cell;
     if constexpr (kHasWinograd<T, VL>) inputs_ = InputTransform<S>(l_.winograd);
     x_rows_ = l_.block_rows();

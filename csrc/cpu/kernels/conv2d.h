@@ -23,7 +23,7 @@ class Convolution {
 
  public:
   explicit Convolution(const ConvolutionArgs& args)
-      : a_(args), l_(args.cell), tasks_(l_, args, true), x_(l_, args.x) {
+      : a_(args), l_(args.cell), tasks_(l_, args, args.threads, true), x_(l_, args.x) {
     Workspace workspace(args.workspace);
     allocate(workspace);
   }
@@ -149,10 +149,16 @@ template <class T, int VL>
 class ConvolutionBackward {
   using S = Simd<T, VL>;
   static constexpr int kOutputs = 4 * VL;
+  // The work is cut as for this many threads, so that the sums do not depend on their number.
+  static constexpr int kCut = 4;
 
  public:
   explicit ConvolutionBackward(const ConvolutionArgs& args)
-      : a_(args), l_(args.cell), tasks_(l_, args, false), images_(l_), weights_(l_, args.threads) {
+      : a_(args),
+        l_(args.cell),
+        tasks_(l_, args, kCut, false),
+        images_(l_),
+        weights_(l_, args.threads, kCut) {
     Workspace workspace(args.workspace);
     allocate(workspace);
   }

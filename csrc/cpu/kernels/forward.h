@@ -20,7 +20,7 @@ class Forward {
   explicit Forward(const ForwardArgs& args)
       : a_(args),
         l_(args.cell),
-        tasks_(l_, args, true),
+        tasks_(l_, args, args.threads, true),
         states_(args, l_, tasks_),
         x_(l_, args.x),
         neuron_(args, l_, states_),

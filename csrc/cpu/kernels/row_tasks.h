@@ -12,12 +12,12 @@ struct RowTasks {
   int64_t rows, per_image, count;
   int64_t most_together;  // the most tasks of a group
   template <class L>
-  RowTasks(const L& l, const PassArgs& a, bool even)
-      : rows(l.task_rows(a.threads)), a_(&a), threads_(a.threads) {
+  RowTasks(const L& l, const PassArgs& a, int threads, bool even)
+      : rows(l.task_rows(threads)), a_(&a), threads_(threads) {
     const int64_t covered = l.Hp * l.c.pool_h;
     per_image = covered > 0 ? (covered + rows - 1) / rows : 1;
     count = l.c.N * per_image;
-    most_together = per_image == 1 ? l.images_together(a.threads, even) : 1;
+    most_together = per_image == 1 ? l.images_together(threads, even) : 1;
     image_rows_ = l.Ho;
   }
   // Returns the tasks of the images that are not padded at step t.

@@ -43,10 +43,12 @@ class WeightGradient {
   };
 
  public:
-  WeightGradient(const Layout<T, VL>& l, int threads)
+  // The work is cut into tasks for `cut` threads.
+  WeightGradient(const Layout<T, VL>& l, int threads, int cut)
       : l_(l),
         c_(l.c),
         threads_(threads),
+        cut_(cut),
         // With few channels Winograd gains nothing for x, and direct sums round less.
         x_(l, l.x, c_.x_algorithm == CpuAlgorithm::winograd && c_.Cin > 4, 0),
         mem_(l, l.mem, c_.tiled(), l.Cb * x_.size),
@@ -112,7 +114,7 @@ class WeightGradient {
   int64_t count_splits() const {
     const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
     const int64_t worth = (c_.T * c_.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
-    return std::max<int64_t>(std::min(4 * threads_ / tasks, worth), 1);
+    return std::max<int64_t>(std::min(4 * cut_ / tasks, worth), 1);
   }
   int64_t splits() const { return image_splits_ * bands_; }
 
@@ -324,7 +326,7 @@ class WeightGradient {
 
   const Layout<T, VL>& l_;
   const Cell& c_;
-  int threads_;
+  int threads_, cut_;
   InputTransform<S> inputs_;
   PlaneTransform<GateVector> taps_;
   const Half x_, mem_;
