@@ -257,6 +257,69 @@ inline void linear_backward(const py::tuple& fields) {
   cpu::kernels().linear_backward(a);
 }
 
+// ---- convolutions of spikes ----
+
+// What a convolution computes: y by lists of the nonzeros of x, y by Winograd, or the gradients of
+// weight and bias by Winograd.
+enum class ConvolutionPass : int { lists = 0, tiles = 1, weight = 2 };
+
+struct Convolution {
+  Cell cell;
+  bool weight;
+  int threads;
+  const cpu::Kernels& kernels;
+
+  cpu::Form form() const { return cell.tiled() ? cpu::Form::forward_x_tiles : cpu::Form::forward; }
+};
+
+inline Convolution make_convolution(int number, int64_t T, int64_t N, int64_t Cin, int64_t Cout,
+                                    int64_t H, int64_t W, std::pair<int, int> kernel,
+                                    std::pair<int, int> stride, std::pair<int, int> padding) {
+  const auto pass = numbered<ConvolutionPass>("pass", number, 3);
+  counted("Cout", Cout, 1);
+  Cell c;
+  c.T = T, c.N = N, c.Cin = Cin, c.C = (Cout + 3) / 4, c.Cout = Cout, c.H = H, c.W = W;
+  std::tie(c.kernel_h, c.kernel_w) = kernel;
+  std::tie(c.stride_h, c.stride_w) = stride;
+  std::tie(c.padding_h, c.padding_w) = padding;
+  check_sizes(c);
+  const auto fits = [](int64_t size, int kernel, int padding) {
+    return kernel % 2 == 1 && padding >= 0 && padding < kernel && kernel <= size + 2 * padding;
+  };
+  if (!fits(H, c.kernel_h, c.padding_h) || !fits(W, c.kernel_w, c.padding_w))
+    throw py::value_error("kernel must be odd, larger than padding, and fit into the image");
+  if (T > 1 && pass != ConvolutionPass::weight) throw py::value_error("T must be 1");
+  const cpu::Kernels& kernels = cpu::kernels();
+  c.x_algorithm = CpuAlgorithm::sparse;
+  if (pass != ConvolutionPass::lists) {
+    c.x_algorithm = CpuAlgorithm::winograd;
+    std::tie(c.tile_h, c.tile_w) = cpu::convolution_tile(c);
+    if (!c.tiled() || c.stride_h * c.stride_w != 1)
+      throw py::value_error("there are no tiles for this kernel and stride");
+  }
+  return {c, pass == ConvolutionPass::weight, most_threads(), kernels};
+}
+
+inline void pack_convolution(const Convolution& conv, Address weight, Address packed) {
+  needs(at(weight), "weight"), needs(at(packed), "packed");
+  if (conv.weight) throw py::value_error("the weight's gradient reads no weight");
+  py::gil_scoped_release release;
+  conv.kernels.pack_weight(conv.cell, conv.form(), conv.threads, at(weight), at(packed));
+}
+
+inline void run_convolution(const Convolution& conv, const py::tuple& fields) {
+  ConvolutionArgs a;
+  a.cell = conv.cell, a.threads = conv.threads;
+  Fields(fields, 7).read(a.workspace, a.weight, a.x, a.bias, a.y, a.grad_weight, a.grad_bias);
+  needs(a.workspace, "workspace"), needs(a.x.data, "x"), needs(a.y.data, "y");
+  if (conv.weight)
+    needs(a.grad_weight, "grad_weight");
+  else if (needs(a.weight, "weight"); a.grad_weight)
+    throw py::value_error("grad_weight must not be given: this pass computes y");
+  py::gil_scoped_release release;
+  conv.kernels.convolve(a);
+}
+
 inline void bind_cpu(py::module_& m) {
   m.def("isa_names", &cpu::isa_names);
   m.def("isa_name", &cpu::isa_name);
@@ -303,6 +366,20 @@ inline void bind_cpu(py::module_& m) {
   m.def("linear_backward", &linear_backward);
 
   using cpu::Pass;
+  py::class_<Convolution>(m, "Convolution", py::module_local())
+      .def(py::init(&make_convolution))
+      .def_property_readonly("workspace",
+                             [](const Convolution& c) {
+                               return c.kernels.convolution_workspace(c.cell, c.threads, c.weight);
+                             })
+      .def_property_readonly(
+          "packed_bytes",
+          [](const Convolution& c) { return c.kernels.packed_bytes(c.cell, c.form()); })
+      .def("facts", [](const Convolution& c, const py::handle& x) { return facts(c.cell, x, 0); })
+      .def("cost", [](const Convolution& c,
+                      double density) { return cpu::convolution_cost(c.cell, c.weight, density); })
+      .def("pack", &pack_convolution)
+      .def("run", &run_convolution);
   py::class_<Pass>(m, "CpuPass", py::module_local())
       .def(py::init(&make_cpu_pass), py::arg("cell"), py::arg("algorithm"), py::arg("density"),
            py::arg("max_tile_inputs"), py::arg("threads"), py::arg("backward") = false,

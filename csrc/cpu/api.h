@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../args.h"
@@ -118,6 +119,14 @@ struct Pass {
 // side of the largest Winograd tile whose rounding errors the weights admit.
 Cell choose(const Cell& cell, CpuAlgorithm algorithm, double density, int max_tile_inputs,
             bool backward);
+
+// Returns the sides of a convolution's Winograd tile, or zeros if there is none.
+std::pair<int, int> convolution_tile(const Cell& cell);
+
+// Returns how long a convolution takes, divided by the time of torch's function at its best. The
+// density of x counts for lists of nonzeros, and packing does not. `weight` says whether it is the
+// gradient of the weight.
+double convolution_cost(const Cell& cell, bool weight, double density);
 
 // Returns the algorithms of a pass, such as "winograd4-sparse": first that of the recurrent half,
 // then that of the input half.

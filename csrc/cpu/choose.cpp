@@ -116,6 +116,31 @@ Cell choose(const Cell& cell, CpuAlgorithm algorithm, double density, int max_ti
   return c;
 }
 
+// The sides for which a tile has at most 6 inputs: more would round too much.
+std::pair<int, int> convolution_tile(const Cell& c) {
+  if (!kernels().has_tiles(c) || c.kernel_h * c.kernel_w == 1) return {0, 0};
+  const auto side = [](int kernel) {
+    return kernel == 1 ? 1 : kernel == 3 ? 4 : kernel == 5 ? 2 : 3;
+  };
+  return {side(c.kernel_h), side(c.kernel_w)};
+}
+
+// torch's function multiplies nearly as fast as the processor can, if channels come last, so it
+// takes a little less time than direct sums. The factors are those that no layer of 30 exceeds
+// much, on Zen 5 with AVX-512; with AVX2 torch takes longer. Values that are moved count as
+// multiply-adds.
+double convolution_cost(const Cell& c, bool weight, double density) {
+  const double channels = double(c.Cin) * double(c.Cout), taps = c.kernel_h * c.kernel_w;
+  const double moved = 30 * double(c.Cin + c.Cout) / (channels * taps);
+  if (!c.tiled()) return 1.25 * kernels().sparse_cost(c, density) + moved;
+  const WinogradTile t = weight ? grad_tiling(c) : tiling(c);
+  const auto padded = [](const Axis& a, int64_t n) {
+    return double((n + a.tile - 1) / a.tile * a.tile) / double(n);
+  };
+  const double products = double(t.points() * t.parts()) / (t.h.tile * t.w.tile * taps);
+  return 1.3 * products * padded(t.h, c.Ho()) * padded(t.w, c.Wo()) + moved;
+}
+
 std::string algorithm_name(const Cell& c) {
   const bool square = c.tile_h == c.tile_w;
   const std::string tile =

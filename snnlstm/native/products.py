@@ -21,6 +21,9 @@ WIDE = "x has more than 65,535 columns"
 INTERCEPTED = 'something records or transforms the call, or set_algorithm("reference") is on'
 AUTOCAST = "autocast is on"
 MISSED = "x has more nonzeros than a look at some of it had seen"
+GEOMETRY = "the kernels take odd kernels above 1x1, padding below them, dilation 1 and one group"
+FEW = "x has fewer than 4 channels"
+NO_LISTS = "the layer and its batch are too small for lists; the kernels compute gradients"
 X = "x must be a plain float32 tensor of the CPU without gaps"
 WEIGHT = "weight and bias must be plain float32 tensors of the CPU without gaps"
 
@@ -37,9 +40,16 @@ def reason_against(x: Any) -> str | None:
 def reason_against_weight(weight: Any, bias: Any) -> str | None:
     """The same, because of weight or bias."""
     for tensor in (weight,) if bias is None else (weight, bias):
-        if not (is_readable(tensor) and tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        if not (is_readable(tensor) and tensor.dtype is torch.float32 and _has_no_gaps(tensor)):
             return WEIGHT
     return None
+
+
+def _has_no_gaps(tensor: Tensor) -> bool:
+    last = torch.channels_last
+    return tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=last)
+    )
 
 
 _DENSE = tuple(f"{percent} % of x is not zero" for percent in range(101))

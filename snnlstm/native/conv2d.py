@@ -1,0 +1,336 @@
+"""Convolutions of spikes on the CPU kernels: results by lists of nonzeros, gradients by Winograd.
+
+The gradient of x is a convolution of y's gradient with the weight turned around. A forward pass has
+no Winograd: it rounds equal pixels apart, and a max_pool2d behind it would give the gradient to
+another one of them than the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _C
+from ..calls.call import may_require_grad
+from ..calls.entries import TORCH_TYPES, BoundedDict
+from ..compat.torch_private import is_tracing
+from . import cpu, lender, products
+from .function import differentiable
+from .products import Ran
+from .tensors import contiguous_strides, laid_out, pointer, restored, with_time
+
+
+def conv2d(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: Any = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv2d``, by the kernels where they gain; equal to rounding."""
+    return run(input, weight, bias, stride, padding, dilation, groups)[0]
+
+
+def run(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: Any = 1,
+) -> tuple[Tensor, Ran]:
+    """The result of :func:`conv2d`, and what ran."""
+    options = stride, padding, dilation, groups
+    decided = _decided(input, weight, bias, options)
+    if isinstance(decided, str):
+        return F.conv2d(input, weight, bias, *options), decided
+    layer, ran, needs_grad = decided
+    return _run(layer, ran, needs_grad, input, weight, bias), ran
+
+
+@lender.where_it_fits
+def _run(
+    layer: _Layer, ran: Ran, needs_grad: bool, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    if needs_grad:
+        return _apply(layer, ran, x, weight, bias)
+    return layer.forward(ran, x, weight, bias)
+
+
+# In multiply-adds of torch's function: a packed value, and what a pass must save; and the share of
+# torch's time that a pass must not exceed.
+OF_VALUE, LEAST, LEAST_IN_TRAINING, MOST_TIME = 150, 3_000_000, 5_000_000, 0.9
+FEWEST = 4  # input channels; lists gain nothing with fewer
+PIXELS = 512  # of the images that a piece of the weight's gradient sums, or about as many
+LARGEST = 64  # of a kernel's sides and strides
+LISTS, TILES, WEIGHT = range(3)  # the passes of csrc/bindings_cpu.h
+
+
+def _decided(
+    x: Any, weight: Any, bias: Any, options: tuple[Any, ...]
+) -> tuple[_Layer, Ran, bool] | str:
+    """Decide about a call: what the kernels run and whether a gradient follows; or why torch runs.
+
+    The steps come in the order of what they cost, because each step of a loop asks.
+    """
+    if type(x) not in TORCH_TYPES or type(weight) not in TORCH_TYPES or is_tracing():
+        return products.INTERCEPTED  # sizes may be symbols
+    try:
+        shapes = x.shape, x.stride(), weight.shape, weight.stride(), options
+        key = *shapes, cpu.isa, torch.get_num_threads()
+        layer = _layers.get(key) or _layers.keep(key, _layer_of(*shapes))
+        needs_grad = may_require_grad((x, weight, bias))
+    except TypeError:  # an option is a list, or nothing that torch takes
+        frozen = tuple(tuple(o) if isinstance(o, list) else o for o in options)
+        return products.SHAPES if frozen == options else _decided(x, weight, bias, frozen)
+    except (AttributeError, RuntimeError):  # None, or a tensor without strides
+        return products.SHAPES
+    if isinstance(layer, str):
+        return layer
+    gains = needs_grad and (
+        (x.requires_grad and layer.of_x is not None)
+        or (weight.requires_grad and layer.of_weight is not None)
+    )
+    most = layer.most_in_training if needs_grad else layer.most
+    if most < 0 and not gains:
+        return products.SMALL
+    if (reason := products.reason_against(x)) is not None:
+        return reason
+    ran: Ran = products.NO_LISTS
+    if most >= 0:
+        percent = layer.lists.facts((x.data_ptr(), with_time(x.stride())))[0]
+        ran = percent if percent <= most else products.too_dense(percent / 100)
+    if isinstance(ran, str) and not gains:
+        return ran
+    if (reason := products.reason_against_weight(weight, bias)) is not None:
+        return reason
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return products.SHAPES
+    return layer, ran, needs_grad
+
+
+class _Layer:
+    """What calls of equal sizes and layouts share: the passes of csrc/bindings_cpu.h that pay.
+
+    Attributes
+    ----------
+    options : tuple
+        Stride, padding and dilation, as torch takes them.
+    channels_last : bool
+        Whether results and gradients are so: if x or the weight is, as torch's are.
+    lists : Convolution
+        Computes y. It pays up to ``most`` percent of nonzeros in x, which is negative if it never
+        does, and up to ``most_in_training`` if a gradient follows.
+    of_x, of_weight : Convolution or None
+        Compute the gradients, None if torch's function does.
+    piece : int
+        The images of which `of_weight` sums the gradient at a time.
+    """
+
+    of_x: Any = None
+    of_weight: Any = None
+
+    def __init__(
+        self, x: Any, weight: Any, channels_last: bool, outputs: Any, options: tuple[Any, ...]
+    ) -> None:
+        (n, cin, *image), (cout, _, *kernel), (stride, padding, _) = x, weight, options
+        self.options, self.channels_last, self.n, self.weight_shape = (
+            options,
+            channels_last,
+            n,
+            weight,
+        )
+        self.y_shape = n, cout, *outputs
+        products_of_all = n * math.prod(outputs) * math.prod(weight)
+
+        def share(least: int, packed: Any = None) -> float:
+            """The share of torch's time that a pass may take."""
+            values = 0 if packed is None else packed.packed_bytes // 4
+            return MOST_TIME - (OF_VALUE * values + least) / products_of_all
+
+        self.lists = _C.Convolution(LISTS, 1, n, cin, cout, *image, kernel, stride, padding)
+        empty, full = self.lists.cost(0), self.lists.cost(1)
+        self.most, self.most_in_training = (
+            100 * (allowed - empty) / (full - empty) if empty < allowed else -1
+            for allowed in (share(LEAST), share(LEAST_IN_TRAINING, self.lists))
+        )
+        if stride != (1, 1):
+            return
+        turned = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
+        of_x = _C.Convolution(TILES, 1, n, cout, cin, *outputs, kernel, stride, turned)
+        divisors = (d for d in range(1, n + 1) if n % d == 0)
+        distance = lambda d: abs(math.log(d * math.prod(outputs) / PIXELS))  # noqa: E731
+        self.piece = min(divisors, key=distance)
+        of_weight = _C.Convolution(
+            WEIGHT, n // self.piece, self.piece, cin, cout, *image, kernel, stride, padding
+        )
+        # The gradient of a weight has about as many values in tiles as the weight.
+        allowed = share(LEAST_IN_TRAINING, of_x)
+        self.of_x, self.of_weight = (
+            one if one.cost(1) < allowed else None for one in (of_x, of_weight)
+        )
+
+    def forward(self, ran: Ran, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The result, by lists of nonzeros or, if `ran` says why, by torch."""
+        if isinstance(ran, str):
+            return F.conv2d(x, weight, bias, *self.options)
+        packed = cpu.packed_weight(weight)
+        layout = packed.layouts.get(key := ("conv2d", cpu.isa))
+        if layout is None:
+            layout = packed.pack(key, self.lists.packed_bytes, self.lists.pack)
+        y = self._empty(self.y_shape, x)
+        self._run(self.lists, layout[0], x, y, pointer(bias))
+        return y
+
+    def gradient_of_x(self, weight: Tensor, shape: Sequence[int], grad: Tensor) -> Tensor | None:
+        """The gradient of x, None if the weight has numbers that a tile would spread."""
+        packed, of_x = cpu.packed_weight(weight), self.of_x
+        if not packed.gain < math.inf:
+            return None
+        layout = packed.layouts.get(key := ("conv2d turned", cpu.isa))
+        if layout is None:
+            turned = packed.copy.flip(2, 3).transpose(0, 1).contiguous()
+            pack = lambda _, address: of_x.pack(turned.data_ptr(), address)  # noqa: E731
+            layout = packed.pack(key, of_x.packed_bytes, pack)
+        x = self._empty(shape, grad)
+        self._run(of_x, layout[0], grad, x)
+        return x
+
+    def gradients_of_parameters(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of weight and bias."""
+        weight, bias = grad.new_empty(self.weight_shape), grad.new_empty(self.weight_shape[0])
+        self._run(self.of_weight, 0, x, grad, 0, weight.data_ptr(), bias.data_ptr(), self.piece)
+        if self.channels_last:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return weight, bias
+
+    def readable_grad(self, grad: Tensor, *memory: Any) -> Tensor:
+        """The gradient of y, or a copy, in a layout without gaps."""
+        if any(grad.stride() == strides(self.y_shape) for strides in ORDERS):
+            return laid_out(grad, self.y_shape, grad.stride(), *memory)
+        return laid_out(grad, self.y_shape, ORDERS[self.channels_last](self.y_shape), *memory)
+
+    def _empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Memory for a result of this shape."""
+        strides = ORDERS[self.channels_last](shape)
+        return lender.empty_result(shape, strides, like.dtype, like.device)
+
+    def _run(
+        self, convolution: Any, packed: int, x: Tensor, y: Tensor, bias: int = 0,
+        of_weight: int = 0, of_bias: int = 0, piece: int = 0,
+    ) -> None:  # fmt: skip
+        """Run a pass, with the addresses of what it reads and writes beside x and y."""
+        views = [(t.data_ptr(), (piece * t.stride(0), *t.stride())) for t in (x, y)]
+        lender.with_workspace(
+            convolution.workspace,
+            lambda workspace: convolution.run(
+                (workspace, packed, views[0], bias, views[1], of_weight, of_bias)
+            ),
+        )
+
+
+def _channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    _, c, h, w = shape
+    return h * w * c, 1, w * c, c
+
+
+ORDERS = contiguous_strides, _channels_last_strides
+
+
+# ---- which calls have a layer --------------------------------------------------------------------
+
+_layers: BoundedDict[Any, _Layer | str] = BoundedDict()
+
+
+def _layer_of(
+    x: Any, strides: Any, weight: Any, weight_strides: Any, options: tuple[Any, ...]
+) -> _Layer | str:
+    """Make the layer of calls with these sizes, or say why torch's function runs them."""
+    if len(x) != 4 or len(weight) != 4 or 0 in (*x, *weight):
+        return products.SHAPES
+    kernel, (stride, padding, dilation) = weight[2:], map(_pair, options[:3])
+    if stride is None or dilation != (1, 1) or options[3] != 1 or max(kernel) == 1:
+        return products.GEOMETRY
+    if options[1] == "valid":
+        padding = 0, 0
+    elif options[1] == "same" and stride == (1, 1):
+        padding = kernel[0] // 2, kernel[1] // 2
+    if padding is None or not all(k % 2 and k <= LARGEST for k in kernel):
+        return products.GEOMETRY
+    geometry = [*zip(x[2:], kernel, stride, padding, strict=True)]
+    if not all(s in range(1, LARGEST) and p in range(k) for _, k, s, p in geometry):
+        return products.GEOMETRY
+    outputs = [(size + 2 * p - k) // s + 1 for size, k, s, p in geometry]
+    if x[1] != weight[1] or min(outputs) < 1:
+        return products.SHAPES
+    if x[1] < FEWEST:
+        return products.FEW
+    orders = [_order(x, strides), _order(weight, weight_strides)]
+    if None in orders:
+        return products.X if orders[0] is None else products.WEIGHT
+    layer = _Layer(x, weight, 1 in orders, outputs, (stride, padding, dilation))
+    pays = layer.most >= 0 or layer.of_x or layer.of_weight
+    return layer if pays else products.SMALL
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """Both numbers of an argument of torch's, which is an int or a tuple of one or two."""
+    values = value if isinstance(value, tuple) else (value,)
+    plain = len(values) in (1, 2) and all(type(number) is int for number in values)
+    return (values[0], values[-1]) if plain else None
+
+
+def _order(shape: Any, strides: Any) -> int | None:
+    """Which of ORDERS a tensor's memory has, None if it has neither."""
+    for order, made in enumerate(ORDERS):
+        pairs = zip(shape, strides, made(shape), strict=True)
+        if all(size == 1 or one == other for size, one, other in pairs):
+            return order
+    return None
+
+
+# ---- the Function --------------------------------------------------------------------------------
+
+
+def _forward(
+    ctx: Any, layer: _Layer, ran: Ran, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Any]:
+    ctx.x_memory = x.shape, x.stride(), x.dtype, x.device
+    ctx.save_for_backward(x, weight)
+    return layer.forward(ran, x, weight, bias), ()
+
+
+def _gradients(
+    ctx: Any, saved: Sequence[Any], grads: Sequence[Any], by_torch: bool
+) -> Sequence[Tensor | None]:
+    layer, (x, weight), grad = ctx.plan, saved, grads[0]
+    shape, _, *memory = ctx.x_memory
+    wanted, out = [*ctx.needs_input_grad[2:]], [None] * 3
+    weight = restored(weight, layer.weight_shape, *memory)
+    if not by_torch:
+        grad = layer.readable_grad(grad, *memory)
+        if wanted[1] and layer.of_weight is not None:
+            out[1:] = layer.gradients_of_parameters(laid_out(x, *ctx.x_memory), grad)
+        if wanted[0] and layer.of_x is not None:
+            out[0] = layer.gradient_of_x(weight, shape, grad)
+    rest = [want and one is None for want, one in zip(wanted, out, strict=True)]
+    if any(rest):
+        x, sizes = restored(x, shape, *memory), layer.weight_shape[:1]
+        by_aten = torch.ops.aten.convolution_backward(
+            grad, x, weight, sizes, *layer.options, False, (0, 0), 1, rest
+        )
+        out = [
+            ours if ours is not None else other for ours, other in zip(out, by_aten, strict=True)
+        ]
+    return [one if want else None for want, one in zip(wanted, out, strict=True)]
+
+
+_apply = differentiable("_Conv2d", _forward, _gradients)
