@@ -41,9 +41,9 @@ def _run(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
 
 
 # The kernels' costs in multiply-adds of torch's product: what a nonzero takes in the forward pass
-# and in the weight's gradient, a value of x, and a weight; and the least that a call must save.
+# and in the weight's gradient, a value of x, and a weight; and the least that each pass must save.
 IN_FORWARD, IN_GRADIENT, OF_VALUE, OF_WEIGHT = 3, 4, 25, 12
-LEAST, LEAST_IN_TRAINING = 2_000_000, 4_000_000
+LEAST = 2_000_000
 MOST_NONZERO = 0.4  # with more, which the look has missed, the kernel stops
 MOST_INPUTS = 65_535  # their places have 16 bits
 
@@ -53,18 +53,16 @@ def _layer_of(x: Any, weight: Any, bias: Any) -> _Layer | str:
 
     The steps come in the order of what they cost, because each step of a loop asks.
     """
-    if type(x) not in TORCH_TYPES or type(weight) not in TORCH_TYPES or is_tracing():
+    if not TORCH_TYPES.issuperset((type(x), type(weight), type(bias))) or is_tracing():
         return products.INTERCEPTED  # sizes may be symbols
     try:
         outputs, inputs = weight.shape
         values = x.numel()
-        needs_grad = may_require_grad((x, weight, bias))
     except (AttributeError, RuntimeError, ValueError):  # None, no matrix, or a nested tensor
         return products.SHAPES
     all_products = values * outputs
     fixed = OF_VALUE * values + OF_WEIGHT * inputs * outputs
-    least = LEAST_IN_TRAINING if needs_grad else LEAST
-    if (all_products - fixed) * (1 + needs_grad) < least:
+    if all_products - fixed < LEAST:
         return products.SMALL
     if (reason := products.reason_against(x)) is not None:
         return reason
@@ -79,10 +77,11 @@ def _layer_of(x: Any, weight: Any, bias: Any) -> _Layer | str:
             return products.X
     sizes = values // inputs, inputs, outputs, row
     density = _C.linear_look((*sizes, x.data_ptr(), 0, 0))
+    needs_grad = may_require_grad((x, weight, bias))
     saved = all_products * (1 - IN_FORWARD * density) - fixed
     in_gradient = all_products * (1 - IN_GRADIENT * density) - fixed
     lists_gradient = needs_grad and weight.requires_grad and in_gradient > 0
-    if saved + lists_gradient * in_gradient < least:
+    if saved + lists_gradient * in_gradient < LEAST * (1 + needs_grad):
         return products.too_dense(density)
     if (reason := products.reason_against_weight(weight, bias)) is not None:
         return reason

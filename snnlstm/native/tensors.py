@@ -33,7 +33,7 @@ def is_readable(tensor: Any) -> bool:
     return (
         type(tensor) in TORCH_TYPES
         and tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and not (tensor.is_neg() or tensor.is_nested or tensor._is_zerotensor())
     )
 
