@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .. import quant, surrogate
+from .. import surrogate
 from ..quant import StateQuant
 
 logger = logging.getLogger("snnlstm")
@@ -194,23 +194,16 @@ def recognise_quant(
 ) -> StateQuant | Callable[[Tensor], Tensor]:
     """Return our quantiser for one of ``snntorch.functional.quant``, other callables unchanged.
 
-    snnTorch 1.0.0 makes closures, which hold their levels. An object may hold its levels, or the
-    arguments of snnTorch's function. Both are recognised by name and by what they compute.
+    snnTorch makes closures, which hold their levels. They are recognised by name and by what they
+    compute.
     """
-    closure = state_quant if isinstance(state_quant, types.FunctionType) else None
-    named: Any = closure or type(state_quant)
-    if isinstance(state_quant, nn.Module) or not str(named.__module__).startswith("snntorch."):
+    if not isinstance(state_quant, types.FunctionType):
         return state_quant
-    if "quant" not in _folded(named.__qualname__):
+    if not str(state_quant.__module__).startswith("snntorch."):
         return state_quant
     try:
-        held = _captured(closure) if closure else vars(state_quant)
-        tensors = [value for value in held.values() if isinstance(value, Tensor)]
-        if not tensors:
-            names = inspect.signature(quant.state_quant).parameters
-            tensors = [quant.state_quant(**{name: held[name] for name in names}).levels]
-        made = StateQuant(*tensors)
-    except (KeyError, TypeError, ValueError):
+        made = StateQuant(*(v for v in _captured(state_quant).values() if isinstance(v, Tensor)))
+    except (TypeError, ValueError):
         return state_quant
     some = made.levels[:: max(1, made.levels.numel() // 64)].float()
     middles, ends = (some[1:] + some[:-1]) / 2, torch.stack([some.min() - 1, some.max() + 1])

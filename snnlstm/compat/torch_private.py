@@ -282,9 +282,6 @@ apply_in_transforms: Callable[..., Any] = _find(
 )
 """Calls an autograd Function with ``setup_context`` within transforms of torch.func."""
 
-delayed_error: Callable[..., Any] = _find("_C._functions.DelayedError", None)
-"""Makes, of a message and a number of tensors, a function whose derivatives raise that error."""
-
 
 def backend_of(name: str) -> Callable[..., Any]:
     """The backend of torch.compile of a name."""

@@ -165,14 +165,6 @@ def linear_of_steps(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return linear(x.contiguous(), weight, bias)
 
 
-def _linear(w: Any, run: Any) -> Any:
-    return _whole(w, run, linear_of_steps)
-
-
-def _batch_norms(w: Any, run: Any) -> Any:
-    return _whole(w, run, batch_norm)
-
-
 def _folded(w: Any, run: Any) -> Any:
     """A function that treats every sample by itself takes the steps as a larger batch."""
     out = _whole(w, run, x=w.call("flatten", _first(w, run), 0, 1))
@@ -256,13 +248,13 @@ def _leakies(w: Any, run: Any) -> Any:
 # The states are arguments 1 and 2 of a cell, and argument 1 of a Leaky; spk is result 0.
 _CELLS = Rule(_cells, states=((1, 1), (2, 2)), options=(3, 4, 5, 6, 7, 9, 10))
 LEAKIES = Rule(_leakies, states=((1, 1),), options=(2, 3, 4, 5))
-LINEAR, _FOLDED = Rule(_linear), Rule(_folded)
+LINEAR, _FOLDED = Rule(lambda w, run: _whole(w, run, linear_of_steps)), Rule(_folded)
 _LEADING = Rule(_whole)  # functions of the last dimensions take any number of leading ones
 ELEMENTWISE = Rule(_elementwise, first_alone=False)
 _FLATTEN, RESHAPE = Rule(_flattened), Rule(_reshaped)
 VIEWS = _FLATTEN, RESHAPE
 _CAT = Rule(_concatenated, first_alone=False)
-BATCH_NORMS = Rule(_batch_norms)
+BATCH_NORMS = Rule(lambda w, run: _whole(w, run, batch_norm))
 
 # Some are functions of the module operator; others also reduce a tensor, by the same name.
 _NOT_ELEMENTWISE = {"getitem", "matmul", "concat", "max", "min"}
