@@ -91,7 +91,6 @@ class Form(NamedTuple):
     compiled: bool = False
     backend: str = ""
     captured: bool = False
-    checkpoint: bool = False
     algorithm: str = "auto"
 
 
@@ -107,7 +106,6 @@ FORMS = {
     "compiled-loop": Form('the loop under torch.compile, backend="snnlstm"', backend="snnlstm"),
     "inductor": Form("snnTorch's whole loop under torch.compile", _CELL, backend="inductor"),
     "sequence-cudagraph": Form("the same in a CUDA graph", sequences=True, captured=True),
-    "sequence-checkpoint": Form("the same, checkpoint=True", sequences=True, checkpoint=True),
 }
 BASELINE = "snntorch"
 DEFAULT = (BASELINE, "loop", "sequence", "compiled-loop")
@@ -208,8 +206,6 @@ class Provider:
         for cell in self.net.modules():
             if form.compiled and isinstance(cell, snntorch.SConv2dLSTM):
                 cell.compile(dynamic=False)
-            if form.checkpoint and isinstance(cell, snnlstm.SConv2dLSTM):
-                cell.checkpoint = True
         self.optimizer = case.optimizer(self.net.parameters())
         self.initial = copy.deepcopy(self.net.state_dict())
 

@@ -39,7 +39,6 @@ def sconv2dlstm(
     dilation: Size = 1,
     record: bool = False,
     lengths: Any = None,
-    checkpoint: bool = False,
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one step or a sequence of steps of a spiking convolutional LSTM.
@@ -91,7 +90,7 @@ def sconv2dlstm(
         surrogate_disable=surrogate_disable, reset_mechanism=reset_mechanism, max_pool=max_pool,
         avg_pool=avg_pool, state_quant=state_quant, graded_spikes_factor=graded_spikes_factor,
         inhibition=inhibition, stride=stride, dilation=dilation, record=record, lengths=lengths,
-        checkpoint=checkpoint, batch_first=batch_first,
+        batch_first=batch_first,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         results = run_traced(call, spec, recorded_now(True))

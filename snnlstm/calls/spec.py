@@ -62,7 +62,6 @@ class CellSpec:
     surrogate: Any = NONE  # a callable that is no Surrogate needs the reference path
     quant: Any = None  # a callable that is no StateQuant needs the reference path
     inhibition: bool = False
-    checkpoint: bool = False
     # False: a plain ConvLSTM, without threshold, reset, pool or quantiser. A sequence returns each
     # step's mem instead of spk, and a step call returns no spk.
     spiking: bool = True
@@ -73,7 +72,7 @@ class CellSpec:
     """Of a plain nn.Conv1d or nn.Conv2d: its stride, padding, dilation, groups and padding mode."""
     serialized: str = field(default="", init=False, repr=False, compare=False)
     traceable: bool = field(default=False, init=False, repr=False, compare=False)
-    """Whether the kernels run a step without checkpoint and quantiser, as far as options decide."""
+    """Whether the kernels run a step without quantiser, as far as options decide."""
 
     def __hash__(self) -> int:
         return hash(self.serialized)  # a string keeps its hash, which every call needs
@@ -107,7 +106,7 @@ class CellSpec:
             values = {name: getattr(self, name) for name in _NAMED}
             values["surrogate"] = fixed(spike.kind), float(fixed(spike.p0)), float(fixed(spike.p1))
             object.__setattr__(self, "serialized", f"{values};{quant.text if quant else ''}")
-            beyond = self.checkpoint or self.inhibition or quant is not None or spike.is_random
+            beyond = self.inhibition or quant is not None or spike.is_random
             object.__setattr__(self, "traceable", not beyond)
 
     @staticmethod
@@ -410,7 +409,6 @@ OPTIONS = {
         _flag("output", describes=False),
         _size("stride"),
         _size("dilation"),
-        _flag("checkpoint", in_snntorch=False),
         _flag("batch_first", describes=False, in_snntorch=False),
     )
 }

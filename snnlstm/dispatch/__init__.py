@@ -1,1 +1,1 @@
-"""What runs a call: the look-up, the path with its reason, and the segments of a checkpoint."""
+"""What runs a call: the look-up, and the path with its reason."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +11,10 @@ from .. import reference
 from ..calls import algorithms
 from ..calls.call import Call, LeakyCall, check_transforms
 from ..calls.entries import Entry, entry_of, find_entry, kept_entries
-from ..calls.spec import HALF_TYPES, CellSpec, LeakySpec, are_ours
+from ..calls.spec import HALF_TYPES, CellSpec, LeakySpec
 from ..native import lender
 from ..native.tensors import check_memory
 from ..reference import Overrides
-from .checkpoint import in_segments, may_checkpoint
 from .path import Path, native_path
 from .reasons import NATIVE_PATHS, function, leaky, operators, static_reason
 
@@ -44,17 +42,15 @@ def run_call(
     """Run a call by its entry; `recording` is from :func:`reasons.recorded_now`."""
     if not entry.asked:
         asked(entry, call, overrides)
-    path, run = recording or entry.reason, _run_by
-    if entry.spec.checkpoint and (entry.needs_grad or overrides) and may_checkpoint():
-        run = _run_in_segments
+    path = recording or entry.reason
     try:
-        return run(path, call, entry, overrides)
+        return _run_by(path, call, entry, overrides)
     except (MemoryError, RuntimeError) as error:
         check_transforms(call.x, syn=call.syn, mem=call.mem)
         if not lender.may_fit(error):
             raise
     lender.empty_cache()  # after the error, whose traceback holds what the call allocated
-    return run(path, call, entry, overrides)
+    return _run_by(path, call, entry, overrides)
 
 
 def run_leaky(
@@ -92,16 +88,10 @@ def run_traced(
     """
     algorithm = algorithms.current
     path = recording or static_reason(call, spec, algorithm, overrides, True)
-
-    def traced(part: Call) -> tuple[Tensor, Tensor, Tensor]:
-        if path is not None:
-            return reference.run(part, spec, overrides)
-        return operators.run_operator(part, spec, algorithm)[:3]
-
-    segmented = spec.checkpoint and may_checkpoint()
-    foreign = _is_foreign(spec, overrides)
-    out = in_segments(call, traced, foreign, True) if segmented else traced(call)
-    return (*out, path or NATIVE_PATHS[call.x.device.type])
+    if path is not None:
+        return (*reference.run(call, spec, overrides), path)
+    out = operators.run_operator(call, spec, algorithm)[:3]
+    return (*out, NATIVE_PATHS[call.x.device.type])
 
 
 def run_usual(given: tuple[Any, ...], spec: CellSpec) -> tuple[Any, Path]:
@@ -110,30 +100,9 @@ def run_usual(given: tuple[Any, ...], spec: CellSpec) -> tuple[Any, Path]:
     return out, NATIVE_PATHS[given[0].device.type]
 
 
-def _run_in_segments(
-    path: Path | None, call: Call, entry: Entry, overrides: Overrides | None
-) -> Results:
-    """Run a call of a cell that checkpoints."""
-    inner, ran = replace(entry.spec, checkpoint=False), path
-
-    def segment(part: Call) -> tuple[Tensor, Tensor, Tensor]:
-        nonlocal ran
-        of_segment = entry if path is not None else _similar(entry, part, inner)
-        spk, syn, mem, ran = _run_by(path, part, of_segment, overrides)
-        return spk, syn, mem
-
-    out = in_segments(call, segment, _is_foreign(entry.spec, overrides), False)
-    return (*out, ran or NATIVE_PATHS[call.x.device.type])
-
-
-def _similar(entry: Entry, part: Call, spec: CellSpec) -> Entry:
+def _similar(entry: Entry, part: Call) -> Entry:
     """The entry of a part of a call, in the settings of the whole one."""
-    return asked(entry_of(part, spec, entry.backend, entry.settings, entry.autocast), part)
-
-
-def _is_foreign(spec: CellSpec, overrides: Overrides | None) -> bool:
-    """Whether the user's code takes part in a call."""
-    return overrides is not None or not are_ours(spec.surrogate, spec.quant)
+    return asked(entry_of(part, entry.spec, entry.backend, entry.settings, entry.autocast), part)
 
 
 def _run_by(path: Path | None, call: Call, entry: Entry, overrides: Overrides | None) -> Results:
@@ -143,7 +112,7 @@ def _run_by(path: Path | None, call: Call, entry: Entry, overrides: Overrides | 
     if entry.in_float32:
         check_memory(call)  # torch reads the tensors first
         return function.in_float32(
-            call, lambda step: _run_by(None, step, _similar(entry, step, entry.spec), None)
+            call, lambda step: _run_by(None, step, _similar(entry, step), None)
         )
     plan = entry.plan or entry.planned(function.Plan, call)
     if plan.reason is not None:

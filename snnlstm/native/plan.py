@@ -6,7 +6,6 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -236,7 +235,7 @@ class Plan(Sizes):
     """
 
     def __init__(self, entry: Entry, call: Call) -> None:
-        spec, backend = replace(entry.spec, checkpoint=False), entry.backend
+        spec, backend = entry.spec, entry.backend
         super().__init__(call, spec, operands_of(call, entry.autocast))
         self.backend = backend
         spk, state = self.outputs()

@@ -47,7 +47,7 @@ class ConvLSTMCell(nn.Module):
         Odd. The padding keeps the image size.
     bias : bool, default True
         Whether ``conv`` has a bias.
-    stride, dilation, checkpoint, device, dtype
+    stride, dilation, device, dtype
         Those of :class:`snnlstm.SConv2dLSTM`, with the same defaults.
 
     Attributes
@@ -71,7 +71,6 @@ class ConvLSTMCell(nn.Module):
         *,
         stride: Size = 1,
         dilation: Size = 1,
-        checkpoint: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -79,13 +78,11 @@ class ConvLSTMCell(nn.Module):
         self.input_dim = spec.integer("input_dim", input_dim)
         self.hidden_dim = spec.integer("hidden_dim", hidden_dim)
         self.bias = spec.flag("bias", bias)
-        options: dict[str, Any] = {"stride": stride, "dilation": dilation, "checkpoint": checkpoint}
         described = self._spec = spec.make_spec(
-            kernel_size, surrogate_disable=True, spiking=False, **options
+            kernel_size, surrogate_disable=True, spiking=False, stride=stride, dilation=dilation
         )
         self.kernel_size, self.padding = described.kernel_size, described.padding
         self.stride, self.dilation = described.stride, described.dilation
-        self.checkpoint = described.checkpoint
         self.conv = nn.Conv2d(
             input_dim + hidden_dim,
             4 * hidden_dim,
@@ -204,7 +201,7 @@ class ConvLSTM(nn.Module):
     bias, return_all_layers : bool, default True and False
         Whether convolutions have a bias, and whether the results of all layers are returned.
     **cell_options
-        ``stride``, ``dilation``, ``checkpoint``, ``device`` and ``dtype`` for every cell.
+        ``stride``, ``dilation``, ``device`` and ``dtype`` for every cell.
 
     Attributes
     ----------

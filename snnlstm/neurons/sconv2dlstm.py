@@ -93,9 +93,6 @@ class SConv2dLSTM(CellAttributes):
         Device of the parameters and buffers.
     dtype : torch.dtype, optional
         float32, float64, float16 or bfloat16.
-    checkpoint : bool, default False
-        Keep only the states of about sqrt(T) steps for the backward pass, which computes the gates
-        again. This takes less memory, and the time of one more forward pass.
     batch_first : bool, default False
         A sequence x, spk and recorded states are (N, T, ...), not (T, N, ...).
 
@@ -146,7 +143,6 @@ class SConv2dLSTM(CellAttributes):
         dilation: Size = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        checkpoint: bool = False,
         batch_first: bool = False,
     ) -> None:
         nn.Module.__init__(self)
@@ -175,7 +171,7 @@ class SConv2dLSTM(CellAttributes):
         self.kernel_size, self.bias = kernel_size, bias
         self.max_pool, self.avg_pool = max_pool, avg_pool
         self.stride, self.dilation = stride, dilation
-        self.checkpoint, self.batch_first = checkpoint, batch_first
+        self.batch_first = batch_first
         self._reset_mechanism = spec.reset_name(reset_mechanism)
         self.padding = self._make_spec().padding[-self._dims :]
 

@@ -255,9 +255,8 @@ class State(Exportable):
         elif not self.readable():
             raise RuntimeError(
                 "a backward pass, such as torch.utils.checkpoint's, calls the cell again, but the "
-                "stored state has changed since the forward pass: pass syn and mem, call "
-                "reset_mem() inside the checkpointed function, or make the cell with "
-                "checkpoint=True instead"
+                "stored state has changed since the forward pass: pass syn and mem, or call "
+                "reset_mem() inside the checkpointed function"
             )
         stored = getattr(self, name)
         if stored.shape != shape:

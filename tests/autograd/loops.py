@@ -13,9 +13,7 @@ STEPS = 5
 def cells(**arguments) -> tuple[nn.Module, nn.Module]:
     """Makes snnTorch's cell and ours in float64, with equal weights."""
     arguments = {"threshold": 0.05, "reset_mechanism": "subtract", "seed": 1} | arguments
-    checkpoint = arguments.pop("checkpoint", False)
     ours, theirs = twins(2, 4, 3, **arguments)
-    ours.checkpoint = checkpoint
     return theirs.double(), ours.double()
 
 

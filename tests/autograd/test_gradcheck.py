@@ -28,7 +28,6 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "max_pool": ({"max_pool": 2, "reset_mechanism": "subtract"}, False),
     "avg_pool": ({"avg_pool": (2, 1), "spike_grad": surrogate.sigmoid(3)}, False),
     "stride": ({"stride": (2, 1), "dilation": (1, 2)}, False),
-    "checkpoint": ({"checkpoint": True}, False),
     "lengths": ({"lengths": [2, 1], "record": True}, False),
     "no surrogate": ({"surrogate_disable": True}, False),
 }
@@ -73,7 +72,7 @@ def test_first_and_second_derivatives_pass_torchs_checks(name):
 
 
 @pytest.mark.parametrize("run", [called, by_operator])
-@pytest.mark.parametrize("name", [name for name in CASES if name != "checkpoint"])
+@pytest.mark.parametrize("name", CASES)
 def test_a_gradient_that_is_wanted_alone_is_as_beside_the_others(name, run):
     """Results that reach no wanted one are constant, but those of frozen weights reach x."""
     options, step = CASES[name]

@@ -146,16 +146,6 @@ def test_a_tensor_that_outlived_a_derivative_is_refused_by_name(name):
         cell(**given | {name: of_grad(shapes[name])})
 
 
-def test_a_checkpointing_cell_has_its_gradients_under_torch_func():
-    """torch.func refuses the hooks of torch's checkpoint, so the sequence has no segments there."""
-    found = []
-    for checkpoint in (False, True):
-        _, cell = cells(checkpoint=checkpoint)
-        found.append(torch.func.grad(lambda x, cell=cell: cell(x, *zeros())[2].sum())(events(4)))
-    torch.testing.assert_close(*found)
-    assert found[0].any()
-
-
 def test_a_state_goes_on_within_a_derivative_but_not_into_the_next():
     _, cell = cells()
 

@@ -90,7 +90,7 @@ def test_the_reference_path_is_not_timed_as_ours(monkeypatch, capsys):
 
 def test_the_suite_writes_rows_and_a_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(peak_memory, "measure", lambda *job, device: 3.0)
-    providers = ("snntorch", "sequence-checkpoint", "sequence:direct")
+    providers = ("snntorch", "loop", "sequence:direct")
     asked = ["--shapes", "documentation-n1", "--providers", *providers, "--memory"]
     status, rows = suite(tmp_path, *TINY, *asked)
     assert status == 0

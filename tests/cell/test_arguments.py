@@ -48,7 +48,6 @@ OPTIONS = {
     "inhibition": FLAG,
     "stride": {TypeError: (1.0, True), ValueError: (0, (0, 1), (1, 1, 1), 2**31)},
     "dilation": {TypeError: (None, "1", [1.0, 1.0]), ValueError: (-1, (1,), (1, 2**40))},
-    "checkpoint": FLAG,
     "batch_first": FLAG,
 }
 THRESHOLD = {

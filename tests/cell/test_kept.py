@@ -118,22 +118,6 @@ def test_the_guard_recognises_equal_calls(name, mode, compiled, monkeypatch):
     assert counts == expected
 
 
-# ---- settings that change ------------------------------------------------------------------------
-
-
-def test_a_checkpoint_computes_again_by_the_algorithm_of_the_first_time():
-    found = []
-    for algorithms in ("winograd", "winograd"), ("winograd", "direct"), ("direct", "direct"):
-        cell = ours(checkpoint=True)
-        with snnlstm.algorithm(algorithms[0]):
-            mem = cell(steps(9, 2, 2, 6, 7), *START)[2]
-        with snnlstm.algorithm(algorithms[1]):
-            mem.sum().backward()
-        found.append(cell.conv.weight.grad)
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
-
-
 # ---- blocks of memory ---------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from tests.shared.helpers import flat, ours, same, steps, theirs
 
 OPTIONS = {
     "spike_grad": surrogate.fast_sigmoid(5), "state_quant": state_quant(3), "dilation": 2,
-    "reset_mechanism": "zero", "checkpoint": True, "batch_first": True, "output": True,
+    "reset_mechanism": "zero", "batch_first": True, "output": True,
 }  # fmt: skip
 # snnTorch's closures cannot be pickled; ours take their places in a copy.
 OF_SNNTORCH = {
@@ -141,8 +141,8 @@ def test_values_are_equal_to_their_copies_and_cannot_be_changed(value):
 
 
 def test_reprs_name_what_is_not_a_default():
-    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, checkpoint=True, batch_first=True)
-    expected = "2, 3, kernel_size=3, checkpoint=True, batch_first=True, threshold=0.1"
+    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, batch_first=True)
+    expected = "2, 3, kernel_size=3, batch_first=True, threshold=0.1"
     assert cell.extra_repr() == expected
     signals = snnlstm.SConv1dLSTM(2, 3, 5, threshold=0.05, stride=(2,), max_pool=2)
     assert repr(signals).startswith("SConv1dLSTM(\n  2, 3, kernel_size=5, max_pool=2, stride=(2,)")

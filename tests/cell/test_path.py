@@ -184,7 +184,7 @@ def test_what_is_patched_for_all_convolutions_takes_effect(holder, name, monkeyp
 
 @needs_core
 def test_the_native_path_says_what_it_is():
-    cell = ours(checkpoint=True)
+    cell = ours()
     assert cell.path is None
     for algorithm in ("direct", "winograd"):
         with snnlstm.algorithm(algorithm):
@@ -206,7 +206,7 @@ def test_algorithms_of_cuda_alone_are_auto_on_the_cpu(algorithm):
 FUNCTIONAL = torch.randn(12, 5, 3, 3, generator=torch.Generator().manual_seed(0)) / 9
 # What runs a sequence, and returns a tensor that has to be the same on either path.
 RUNS = {
-    "cell": lambda: ours(checkpoint=True),
+    "cell": ours,
     "signals": lambda: snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1),
     "ConvLSTM": lambda: snnlstm.ConvLSTM(2, 3, 3, 1),
     "functional": lambda: partial(snnlstm.functional.sconv2dlstm, weight=FUNCTIONAL),

@@ -96,7 +96,7 @@ def test_a_fresh_process_gives_the_same_bits():
     "options",
     [
         {"reset_mechanism": "subtract", "learn_threshold": True, "max_pool": 2},
-        {"reset_mechanism": "zero", "checkpoint": True},
+        {"reset_mechanism": "zero"},
     ],
     ids=["subtract", "zero"],
 )

@@ -62,13 +62,10 @@ WINDOWS = {  # units below the maximum, row by row, and the pixel that is chosen
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_the_first_pixel_within_a_unit_of_the_maximum_gets_the_gradient(
-    backend, dtype, window, checkpoint
-):
+def test_the_first_pixel_within_a_unit_of_the_maximum_gets_the_gradient(backend, dtype, window):
     skip_reference(backend)
     below, expected = WINDOWS[window]
-    cell = open_cell(max_pool=2, checkpoint=checkpoint).to(dtype)
+    cell = open_cell(max_pool=2).to(dtype)
     assert chosen_by(cell, image(dtype, below, 2)) == [expected]
     backend.check(cell.path)
 

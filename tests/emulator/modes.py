@@ -126,12 +126,12 @@ CASES = {
 def shorter(calls):
     """The calls with two steps in the place of three: then a pass has a first and a last step.
 
-    The plain call keeps its step between them, and checkpoints and lengths need more. One sample is
+    The plain call keeps its step between them, and lengths need more. One sample is
     enough where only the numbers of a neuron are others.
     """
 
     def stays(name, case):
-        return case.time != 3 or name == "plain" or case.options.checkpoint or case.options.lengths
+        return case.time != 3 or name == "plain" or case.options.lengths
 
     return {
         name: case

@@ -161,14 +161,13 @@ def test_random_calls():
     assert all(done[layout] for layout in layouts | {"gradients negated"})
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("way", ["one call", "steps", "a cell's calls"])
 @pytest.mark.parametrize(
     ("asked", "kept"),
     [*((asked, "as it is") for asked in ASKED), *(("plain", kept) for kept in KEPT)],
 )
-def test_gradients_that_are_asked_for_in_unusual_ways(asked, kept, way, checkpoint):
-    case = PLAIN.but(checkpoint=checkpoint, lengths=(1, 3))
+def test_gradients_that_are_asked_for_in_unusual_ways(asked, kept, way):
+    case = PLAIN.but(lengths=(1, 3))
     assert fuzz.check(case, ISAS[-1], "auto", way, asked=asked, kept=kept)
 
 

@@ -113,9 +113,9 @@ def test_hooks_see_each_step(training):
 class Cells(nn.Module):
     """Has a cell and calls it on two sequences of (T, N, 2, 5, 5), one after the other."""
 
-    def __init__(self, lengths: bool = False, **options: Any) -> None:
+    def __init__(self, lengths: bool) -> None:
         super().__init__()
-        self.cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.05, **options)
+        self.cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.05)
         self.lengths = torch.tensor([4, 1, 3]) if lengths else None
 
     def forward(self, x: Tensor) -> Any:
@@ -127,40 +127,31 @@ class Cells(nn.Module):
 
 
 @MODES
-@pytest.mark.parametrize("options", [{"lengths": True}, {"checkpoint": True}, {}], ids=str)
-def test_calls_of_sequences_are_left_as_they_are(options, training):
-    """Sequences are not stacked once more, and `lengths` are those of each.
-
-    In training, checkpoint=True cuts them into segments, which here are steps.
-    """
-
-    def make():
-        return Cells(**options).double()
-
+@pytest.mark.parametrize("lengths", [False, True])
+def test_calls_of_sequences_are_left_as_they_are(lengths, training):
+    """Sequences are not stacked once more, and `lengths` are those of each."""
     x = numbers(T, N, 2, 5, 5, dtype=torch.float64)
-    cut = training and "checkpoint" in options
-    expect(as_eager(make, x, training=training, atol=1e-10, rtol=1e-10), cell=2 * T if cut else 2)
+    expect(
+        as_eager(lambda: Cells(lengths).double(), x, training=training, atol=1e-10, rtol=1e-10),
+        cell=2,
+    )
 
 
 @MODES
-def test_checkpointed_cells_and_those_with_all_options(training):
-    """In training each step is an operator of a higher order, and such stay where they are."""
-
+def test_cells_with_all_options(training):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.cell = snnlstm.SConv2dLSTM(
-                2, 3, 3, threshold=torch.full((3, 1, 1), 0.05), checkpoint=True, stride=2,
-                dilation=2, learn_threshold=True, reset_mechanism="zero", init_hidden=True,
-                output=True,
+                2, 3, 3, threshold=torch.full((3, 1, 1), 0.05), stride=2, dilation=2,
+                learn_threshold=True, reset_mechanism="zero", init_hidden=True, output=True,
             )  # fmt: skip
 
         def forward(self, x):
             return [self.cell(x_t) for x_t in x]
 
     x = numbers(T, N, 2, 6, 6, dtype=torch.float64)
-    calls = as_eager(lambda: Net().double(), x, training=training, atol=1e-10, rtol=1e-10)
-    expect(calls, cell=T if training else 1)
+    expect(as_eager(lambda: Net().double(), x, training=training, atol=1e-10, rtol=1e-10), cell=1)
 
 
 @pytest.mark.parametrize(("features", "count"), [(60_000, 1), (100_000, T)])

@@ -6,6 +6,8 @@ Memory does not grow over many steps, iterations and cells, and long sequences s
 
 import os
 from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import snntorch
@@ -21,7 +23,7 @@ from snnlstm.quant import state_quant
 from tests.shared import cases
 from tests.shared.cases import Case, wanting_gradients
 from tests.shared.cpu_kernels import needs_core
-from tests.shared.helpers import measures_memory, ours
+from tests.shared.helpers import documented, measures_memory, ours
 
 pytestmark = needs_core
 
@@ -43,9 +45,8 @@ def storage(tensor: Tensor) -> tuple[int, int]:
     return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
 
-def kept_bytes(kernels, case: Case) -> int:
-    """Returns how many bytes autograd keeps that neither the caller nor the outputs hold."""
-    leaves = wanting_gradients(case.inputs())
+def saved_bytes(run: Callable[..., Any], held: Iterable[Tensor | None], *inputs: Any) -> int:
+    """Returns how many bytes autograd keeps that are neither in `held` nor in the outputs."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -54,10 +55,10 @@ def kept_bytes(kernels, case: Case) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = kernels.run(*leaves, case.options)
+        out = run(*inputs)
     assert saved
-    held = {storage(t)[0] for t in (*leaves, *out) if t is not None}
-    return sum(size for address, size in saved.items() if address not in held)
+    addresses = {storage(t)[0] for t in (*held, *out) if t is not None}
+    return sum(size for address, size in saved.items() if address not in addresses)
 
 
 def state_bytes(case: Case) -> int:
@@ -71,17 +72,16 @@ def test_training_keeps_the_activated_gates_and_syn(kernels, name):
     case = VARIANTS[name]
     (ph, pw), (n, c, ho, wo) = case.options.pool_size, case.state_shape
     pooled = n * c * (ho // ph) * (wo // pw) * (case.options.pool == "max")
-    assert kept_bytes(kernels, case) == case.time * (5 * state_bytes(case) + pooled)
+    leaves = wanting_gradients(case.inputs())
+    kept = saved_bytes(kernels.run, leaves, *leaves, case.options)
+    assert kept == case.time * (5 * state_bytes(case) + pooled)
 
 
-def test_checkpoint_keeps_states_alone(kernels):
-    """A segment keeps two state-sized tensors, and there are fewer segments than steps."""
-    case = PLAIN.but(checkpoint=True)
-    copied = case.inputs().threshold.nbytes  # as an argument of the segments
-    for time in (1, 4, 10, 40):
-        kept = (kept_bytes(kernels, case.but(time=time)) - copied) / state_bytes(case)
-        assert kept <= 2 * (time - 1)
-    assert kept <= 2 * (2.5 * 40) ** 0.5  # T = 40 steps have about sqrt(5/2 T) segments
+def test_a_sequence_in_chunks_keeps_states_alone():
+    """Each chunk but the first keeps the two states before it."""
+    cell, x, in_chunks = ours(), torch.rand(40, 2, 2, 6, 7), documented("in_chunks")
+    kept = saved_bytes(lambda x: in_chunks(cell, x, 4), [x, *cell.parameters()], x)
+    assert kept == 2 * 9 * cell.mem.nbytes
 
 
 class Allocations(TorchDispatchMode):
@@ -117,21 +117,17 @@ def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
     return outputs, sum(taken.found) - outputs
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_time(
-    kernels, checkpoint
-):
-    case = PLAIN.but(checkpoint=checkpoint)
+def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_time(kernels):
     sizes = {}
     for time in (2, 20, 200):
-        outputs, others = taken_in_inference(kernels, case.but(time=time))
-        spk = time * state_bytes(case)
-        assert outputs == spk + 2 * state_bytes(case)
+        outputs, others = taken_in_inference(kernels, PLAIN.but(time=time))
+        spk = time * state_bytes(PLAIN)
+        assert outputs == spk + 2 * state_bytes(PLAIN)
         # Each step has a counter of tasks, which takes a cache line.
         sizes[time] = others - 64 * time
     assert len(set(sizes.values())) == 1, sizes
     # The workspace holds a few states, and for each thread as many tiles as fit into its L2 cache.
-    assert sizes[2] < 16 * state_bytes(case) + torch.get_num_threads() * (512 << 10)
+    assert sizes[2] < 16 * state_bytes(PLAIN) + torch.get_num_threads() * (512 << 10)
 
 
 # ---- long runs -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tests.shared.table import arguments_of
 
 TIME, LENGTHS = 4, (2, 4, 0, 3, 1, 2)
 
-NAMED = "no reset", "max_pool", "avg_pool", "dilation and stride", "checkpoint"
+NAMED = "no reset", "max_pool", "avg_pool", "dilation and stride"
 CELLS = {name: arguments_of(name) for name in NAMED} | {"inhibition": {"inhibition": True}}
 
 

@@ -219,7 +219,7 @@ PLAIN = Case(
 FIELDS = {
     "kernel_size": (1, 5), "stride": (2, 1), "dilation": (1, 3), "reset": "zero", "pool": "max",
     "pool_size": (3, 2), "surrogate": surrogate.spike_rate_escape(0.3, 7), "quant": state_quant(3),
-    "inhibition": True, "checkpoint": True, "spiking": False,
+    "inhibition": True, "spiking": False,
 }  # fmt: skip
 
 # What makes a call one of the cell without spikes.
@@ -290,7 +290,6 @@ def options(draw: Any, height: int, width: int, far: bool = False) -> Options:
         quant=draw(st.sampled_from(_QUANTS)),
         sequence=sequence,
         record=sequence and draw(st.booleans()),
-        checkpoint=draw(st.booleans()),
     )
     return replace(drawn, **SILENT) if draw(st.integers(0, 4)) == 0 else drawn
 

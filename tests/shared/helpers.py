@@ -102,6 +102,15 @@ def same(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
         assert torch.equal(one, other)
 
 
+def documented(name: str) -> Any:
+    """Returns a function that docs/performance.md defines in one of its blocks."""
+    page = Path(__file__).parents[2] / "docs" / "performance.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    scope = {"torch": torch, "snnlstm": snnlstm}
+    exec(next(block for block in blocks if f"def {name}(" in block), scope)
+    return scope[name]
+
+
 def flat(tree: Any) -> list[Tensor]:
     """Returns the tensors in tuples and lists of them."""
     return [tree] if isinstance(tree, Tensor) else [t for branch in tree for t in flat(branch)]

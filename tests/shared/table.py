@@ -57,11 +57,8 @@ TABLE = {
     "dilation and stride": row(
         "emulator operators", kernel_size=(5, 3), dilation=(3, 2), stride=(2, 2)
     ),
-    "checkpoint": row(checkpoint=True, time=7),
-    "checkpoint, last states": row("emulator", checkpoint=True, record=False, reset="zero"),
     "no spikes": row(**SILENT),
     "no spikes, last states": row("emulator", **SILENT, record=False),
-    "no spikes, checkpoint": row(**SILENT, record=False, checkpoint=True, time=7),
     "no spikes, many samples": row(**SILENT, record=False, batch=9),
     "no spikes, stride and dilation": row(
         **SILENT, record=False, stride=(2, 3), dilation=(2, 1), layouts=("channels_last",) * 4
@@ -108,7 +105,6 @@ TABLE = {
     "lengths, small images": row(
         **PADDED, in_channels=24, channels=8, height=5, width=6, record=False
     ),
-    "lengths, checkpoint": row("emulator", **PADDED, **SMALL, record=False, checkpoint=True),
     # With levels so close to one another, or so few, rounding decides which level a state gets, and
     # with it the gradients.
     "quantised finely": row("results", quant=state_quant(5, threshold=0.4)),
@@ -129,7 +125,6 @@ def tagged(tag: str) -> dict[str, Case]:
 
 ARGUMENTS = {
     "reset_mechanism": "reset", "stride": "stride", "dilation": "dilation", "state_quant": "quant",
-    "checkpoint": "checkpoint",
 }  # fmt: skip
 
 

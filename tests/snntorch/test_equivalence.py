@@ -85,7 +85,7 @@ def of_snntorch(case: Case) -> Case:
     spike = case.options.surrogate
     return case.but(
         dtype=torch.float64, sequence=True, record=True, spiking=True, stride=(1, 1),
-        dilation=(1, 1), checkpoint=False, quant=None, graded=1.0, lengths=None,
+        dilation=(1, 1), quant=None, graded=1.0, lengths=None,
         surrogate=spike if spike in IN_SNNTORCH else IN_SNNTORCH[0],
         layouts=(case.layouts[0], *["contiguous"] * 3),
         in_channels=min(case.in_channels, 4), channels=min(case.channels, 9),

@@ -69,7 +69,7 @@ functools.reduce = found
 assert "torch._dynamo" not in sys.modules  # whose import takes seconds
 
 torch.manual_seed(0)
-cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, checkpoint=True)
+cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
 net = snnlstm.Sequential(cell)
 x = torch.rand(3, 2, 2, 6, 7)
 with snnlstm.spike_rates(net, show=False):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.shared.helpers import close, ours, same_gradients, states, steps
+from tests.shared.helpers import close, documented, ours, same_gradients, states, steps
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,7 @@ def _with_dropout(cell):
 
 
 RANDOM = {
+    "nothing": lambda cell: None,
     "conv": _with_dropout,
     "hook": lambda cell: cell.conv.register_forward_hook(lambda m, x, out: F.dropout(out)),
     "spike_grad": lambda cell: setattr(
@@ -92,13 +93,13 @@ RANDOM = {
 
 
 @pytest.mark.parametrize("name", RANDOM)
-def test_checkpoint_draws_the_random_numbers_of_foreign_code_again(name):
-    found = []
+def test_a_sequence_in_chunks_draws_the_random_numbers_of_foreign_code_again(name):
+    found, in_chunks = [], documented("in_chunks")
     for again in (False, True):
-        cell, x = ours(checkpoint=again, threshold=0.02), steps(6, 2, 2, 6, 7)
+        cell, x = ours(threshold=0.02), steps(6, 2, 2, 6, 7)
         RANDOM[name](cell)
         torch.manual_seed(3)
-        spk, _, mem = cell(x)
+        spk, _, mem = in_chunks(cell, x, 2) if again else cell(x)
         (spk.sum() + mem.square().sum()).backward()
         found.append([parameter.grad for parameter in cell.parameters()])
         found[-1].append(torch.rand(3))  # behind the pass the generator is where it was
