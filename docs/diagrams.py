@@ -348,7 +348,7 @@ def times() -> dict[str, float]:
 
     parts = {
         "whole": partial(cell, x),
-        "asked": partial(cell._asked, spec, False),
+        "asked": partial(cell._recording_and_overrides, spec, False),
         "as it came": partial(cell._as_it_came, x, None, None, False, None, False),
         "guard": partial(entries.find_entry, cell._entries, call, spec, False),
         "checked": partial(cell._checked, x, None, None, False, None, spec, False, "x"),

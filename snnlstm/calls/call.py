@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..compat.torch_private import has_ended
 from ..surrogate import is_number
-from .lengths import checked_lengths
+from .lengths import checked_lengths, hold_last
 from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, check_dense, flag, make_spec
 
 # The sizes that follow the channels in a shape, by the number of an image's dimensions.
@@ -54,9 +54,13 @@ class LeakyCall(NamedTuple):
     threshold: Tensor
     graded: Tensor
     every: bool = True  # whether mem of every step is returned, (T, ...)
-    # What tells only a cell's calls apart.
-    lengths: None = None
-    record: bool = False
+
+
+def recorded_states(call: Call, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
+    """Make padded samples repeat their last recorded state, which the kernels do not."""
+    lengths = call.lengths
+    assert lengths is not None
+    return hold_last(syn, call.syn, lengths), hold_last(mem, call.mem, lengths)
 
 
 LEAKY_PARAMETERS = ("beta", "threshold", "graded_spikes_factor")

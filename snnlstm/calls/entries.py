@@ -85,7 +85,7 @@ class Entry:
         The dtype of autocast around a call of a cell.
     needs_grad : bool
         Whether a result may require a gradient.
-    asked : bool
+    knows_reason : bool
         Whether `reason` is known: operators and pools do not ask for it.
     reason : Path or None
         Why plain torch runs the calls.
@@ -95,7 +95,7 @@ class Entry:
         The kernels' plan, from the first call that they run.
     """
 
-    asked = in_float32 = False
+    knows_reason = in_float32 = False
     reason: Any = None
     plan: Any = None
     _guard: Any = None

@@ -5,16 +5,13 @@ A sample is padded after its own last step.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..compat.torch_private import transforms_are_active
 from .spec import check_dense
-
-if TYPE_CHECKING:
-    from .call import Call
 
 _INTS = {torch.int64, torch.int32, torch.int16, torch.int8}
 _INTS |= {torch.uint64, torch.uint32, torch.uint16, torch.uint8}
@@ -105,10 +102,3 @@ def held(live: Tensor, new: Any, old: Any, first: bool = False) -> Any:
 def mask_padding(x: Tensor, lengths: Tensor) -> Tensor:
     """Set the padded samples of a sequence (T, N, ...) to zero."""
     return torch.where(length_mask(lengths, x.shape[0], x.dim()), x, 0)
-
-
-def recorded_states(call: Call, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
-    """Make padded samples repeat their last recorded state, which the kernels do not."""
-    lengths = call.lengths
-    assert lengths is not None
-    return hold_last(syn, call.syn, lengths), hold_last(mem, call.mem, lengths)

@@ -1,7 +1,7 @@
 """The reasons why the reference path runs a call, and what users' hooks replace in it.
 
 A reason that holds for all similar calls is found once (:func:`static_reason`), and every call
-checks for the others (:func:`asked_every_call`).
+checks for the others (:func:`recording_and_overrides`).
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def is_usual_step(given: Any, spec: CellSpec) -> bool:
     )  # fmt: skip
 
 
-def asked_every_call(
+def recording_and_overrides(
     conv: Any,
     kind: type[nn.Conv1d | nn.Conv2d],
     spec: CellSpec,
@@ -275,7 +275,7 @@ def misfit(
     Raises
     ------
     ValueError
-        As :func:`asked_every_call`.
+        As :func:`recording_and_overrides`.
     """
     kernel = spec.kernel_size[-1:] if kind is nn.Conv1d else spec.kernel_size
     if tuple(conv.weight.shape) == (4 * channels[1], sum(channels), *kernel):

@@ -19,13 +19,13 @@ from .path import Path, native_path
 from .reasons import NATIVE_PATHS, function, leaky, operators, static_reason
 
 
-def asked(entry: Entry, call: Any, overrides: Overrides | None = None) -> Entry:
+def with_reason(entry: Entry, call: Any, overrides: Overrides | None = None) -> Entry:
     """The entry, which knows why plain torch runs its calls, or that the kernels do."""
-    if not entry.asked:
+    if not entry.knows_reason:
         entry.reason = static_reason(call, entry.spec, entry.settings.algorithm, overrides)
         half_type = entry.reason is None and call.x.dtype in HALF_TYPES
         entry.in_float32 = half_type and not entry.backend.half_types
-        entry.asked = True
+        entry.knows_reason = True
     return entry
 
 
@@ -40,8 +40,8 @@ def run_call(
     entry: Entry, call: Call, recording: Path | None, overrides: Overrides | None = None
 ) -> Results:
     """Run a call by its entry; `recording` is from :func:`reasons.recorded_now`."""
-    if not entry.asked:
-        asked(entry, call, overrides)
+    if not entry.knows_reason:
+        with_reason(entry, call, overrides)
     path = recording or entry.reason
     try:
         return _run_by(path, call, entry, overrides)
@@ -64,8 +64,8 @@ def run_leaky(
         against: Any = recording or static_reason(call, spec, algorithms.current, None)
         return None, None, against, last
     entry = find_entry(last, call, spec)
-    if not entry.asked:
-        asked(entry, call)
+    if not entry.knows_reason:
+        with_reason(entry, call)
     if entry is not last[0]:
         last = kept_entries(last, entry)
     path = recording or entry.reason
@@ -102,7 +102,9 @@ def run_usual(given: tuple[Any, ...], spec: CellSpec) -> tuple[Any, Path]:
 
 def _similar(entry: Entry, part: Call) -> Entry:
     """The entry of a part of a call, in the settings of the whole one."""
-    return asked(entry_of(part, entry.spec, entry.backend, entry.settings, entry.autocast), part)
+    return with_reason(
+        entry_of(part, entry.spec, entry.backend, entry.settings, entry.autocast), part
+    )
 
 
 def _run_by(path: Path | None, call: Call, entry: Entry, overrides: Overrides | None) -> Results:

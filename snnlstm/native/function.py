@@ -15,8 +15,7 @@ from torch import Tensor
 
 from .. import reference
 from ..calls import algorithms
-from ..calls.call import Call
-from ..calls.lengths import recorded_states
+from ..calls.call import Call, recorded_states
 from ..calls.spec import CellSpec
 from ..compat.torch_private import (
     forward_level,

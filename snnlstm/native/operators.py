@@ -17,9 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from ..calls.call import Call, autocast_dtype, may_require_grad, state_shape, weight_tensor
+from ..calls.call import (
+    Call,
+    autocast_dtype,
+    may_require_grad,
+    recorded_states,
+    state_shape,
+    weight_tensor,
+)
 from ..calls.entries import BACKENDS, Entry, backend_of, entry_of
-from ..calls.lengths import recorded_states
 from ..calls.spec import HALF_TYPES, CellSpec
 from . import leaky_operators, lender, pool2d
 from .batch_norm import batch_norm_of_step

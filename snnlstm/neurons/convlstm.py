@@ -18,7 +18,7 @@ from ..calls.entries import NO_ENTRIES, find_entry, kept_entries
 from ..calls.lengths import CheckedLengths, checked_lengths, held, mask_padding
 from ..calls.spec import Size
 from ..dispatch.path import LastPath, log_fallback, log_once
-from ..dispatch.reasons import EXPORT, asked_every_call, beyond_forward, misfit
+from ..dispatch.reasons import EXPORT, beyond_forward, misfit, recording_and_overrides
 from ..dispatch.run import run_call, run_traced
 from ..reference import Overrides
 
@@ -131,7 +131,7 @@ class ConvLSTMCell(nn.Module):
             raise TypeError(f"{name} must be h and c, (Tensor, Tensor), or None, got {got}")
         conv, traced = self.conv, torch.compiler.is_compiling()
         channels = self.input_dim, self.hidden_dim
-        recording, overrides = asked_every_call(conv, nn.Conv2d, self._spec, traced=traced)
+        recording, overrides = recording_and_overrides(conv, nn.Conv2d, self._spec, traced=traced)
         if overrides is None:
             reason = misfit(conv, nn.Conv2d, self._spec, channels)
             overrides = None if reason is None else Overrides(conv, reason)

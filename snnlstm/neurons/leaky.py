@@ -376,11 +376,12 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
 
     def _described(self, sequence: bool = False) -> LeakySpec:
         """The spec of a call. What decides may have been set unseen, as by a closure's owner."""
-        asked = self.spike_grad, self._base, self.reset_delay, self.inhibition, self.state_quant
+        options = self.reset_delay, self.inhibition, self.state_quant
+        attributes = self.spike_grad, self._base, *options
         says = self._says
         if (
             says is None
-            or says.asked != asked
+            or says.attributes != attributes
             or not all(map(operator.is_, says.held, says.holds()))
         ):
             says = self._describe()
@@ -435,7 +436,7 @@ class _Description:
         Whether the threshold may have infinities or NaN.
     reset : int
         The number of the reset mechanism.
-    asked : tuple or None
+    attributes : tuple or None
         The attributes that decide, as they were.
     holds : callable
         Reads the numbers that a surrogate of snnTorch's holds, which may change; `held` has them as
@@ -443,7 +444,7 @@ class _Description:
     """
 
     may_be_infinite, reset = True, 0
-    asked: Any = None
+    attributes: Any = None
 
     def __init__(self, layer: Leaky, before: _Description | None) -> None:
         theirs, kind = layer.spike_grad, kind_of(layer.spike_grad)
@@ -461,7 +462,7 @@ class _Description:
         self.held = [*self.holds()]
         if is_known or kind is None:  # else the attempt may have failed, and is made again
             options = layer.reset_delay, layer.inhibition, layer.state_quant
-            self.asked = theirs, layer._base, *options
+            self.attributes = theirs, layer._base, *options
         if before is not None:
             self.may_be_infinite, self.reset = before.may_be_infinite, before.reset
         self.read(layer)

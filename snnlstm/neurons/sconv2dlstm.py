@@ -21,13 +21,13 @@ from ..calls.call import (
     real_tensor,
     values,
 )
-from ..calls.entries import find_entry, kept_entries
+from ..calls.entries import Entry, find_entry, kept_entries
 from ..calls.lengths import checked_lengths
 from ..calls.spec import CellSpec, Size
 from ..compat.registry import register
 from ..compat.torch_private import NO_LEVEL, backward_pass, level_of
 from ..dispatch.path import Path, log_fallback
-from ..dispatch.reasons import EXPORT, asked_every_call, is_usual_step, misfit
+from ..dispatch.reasons import EXPORT, is_usual_step, misfit, recording_and_overrides
 from ..dispatch.run import Results, run_call, run_traced, run_usual
 from ..reference import Overrides
 from .attributes import CellAttributes
@@ -273,14 +273,13 @@ class SConv2dLSTM(CellAttributes):
         spec = self._spec or self._make_spec()
         if torch.compiler.is_compiling():
             return self._traced(x, syn, mem, record, lengths, spec, name)
-        recording, overrides = self._asked(spec, False)
-        call: Any = None
-        entry: Any = None
+        recording, overrides = self._recording_and_overrides(spec, False)
+        known = None
         if overrides is None and recording is not EXPORT:
-            given = self._as_it_came(x, syn, mem, record, lengths, False)
-            call = given and Call._make(given)
-            entry = call and find_entry(self._entries, call, spec, checked=False)
-        if call is None or entry is None:
+            known = self._known_call(x, syn, mem, record, lengths, spec)
+        if known is not None:
+            call, entry = known
+        else:
             call = self._checked(x, syn, mem, record, lengths, spec, False, name)
             overrides = self._with_misfit(overrides, spec)
             entry = find_entry(self._entries, call, spec, shared=overrides is None)
@@ -292,7 +291,7 @@ class SConv2dLSTM(CellAttributes):
         self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec, name: str
     ) -> Any:
         """Run a call that torch.compile traces."""
-        recording, overrides = self._asked(spec, True)
+        recording, overrides = self._recording_and_overrides(spec, True)
         if overrides is None and recording is None and record is False and lengths is None:
             given = self._as_it_came(x, syn, mem, False, None, True)
             if given is not None and is_usual_step(given, spec):
@@ -306,6 +305,17 @@ class SConv2dLSTM(CellAttributes):
         call = self._checked(x, syn, mem, record, lengths, spec, True, name)
         overrides = self._with_misfit(overrides, spec)
         return self._return(call, run_traced(call, spec, recording, overrides), recording, True)
+
+    def _known_call(
+        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, spec: CellSpec
+    ) -> tuple[Call, Entry] | None:
+        """Return the call, unchecked, and its entry; None if no similar call was checked before."""
+        given = self._as_it_came(x, syn, mem, record, lengths, False)
+        if given is None:
+            return None
+        call = Call._make(given)
+        entry = find_entry(self._entries, call, spec, checked=False)
+        return None if entry is None else (call, entry)
 
     def _as_it_came(
         self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool
@@ -373,8 +383,10 @@ class SConv2dLSTM(CellAttributes):
             dims=self._dims, name=name,
         )  # fmt: skip
 
-    def _asked(self, spec: CellSpec, traced: bool) -> tuple[Path | None, Overrides | None]:
-        """Return what every call checks; see :func:`reasons.asked_every_call`."""
+    def _recording_and_overrides(
+        self, spec: CellSpec, traced: bool
+    ) -> tuple[Path | None, Overrides | None]:
+        """Return what no key holds; see :func:`reasons.recording_and_overrides`."""
         kind, attributes = type(self), self.__dict__
         fire = mem_reset = None
         if kind.fire is not _FIRE or "fire" in attributes:
@@ -383,7 +395,7 @@ class SConv2dLSTM(CellAttributes):
             mem_reset = self._on_images(self.mem_reset)
         # The conv may be a plain function, and may lie in __dict__.
         conv: Any = attributes.get("conv") or attributes["_modules"].get("conv") or self.conv
-        recording, overrides = asked_every_call(
+        recording, overrides = recording_and_overrides(
             conv, self._conv_kind, spec, fire, mem_reset, traced
         )
         if overrides is not None and overrides.conv is not None:
