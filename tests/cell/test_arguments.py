@@ -451,6 +451,7 @@ SAID = {
     "got an unexpected keyword argument 'surrogates'": lambda: snnlstm.accelerate(
         ours(), surrogates=True
     ),
+    "net must be an nn.Module, got list": lambda: snnlstm.reset([ours()]),
     f"accelerate() {WITHOUT}": lambda: without_snntorch(snnlstm.accelerate, ours()),
     f"patch() {WITHOUT}": lambda: without_snntorch(snnlstm.patch),
 }

@@ -214,16 +214,6 @@ def test_layers_that_share_a_state_say_so(tied, name, caplog):
     assert caplog.messages[:1] == [said] * (tied != "Leaky")  # a Leaky's steps are fast, too
 
 
-def test_it_is_an_nn_sequential():
-    net = nn.Sequential(ours(), nn.ReLU(), nn.Flatten())
-    one = snnlstm.Sequential(*net)
-    assert str(one) == str(net)
-    assert list(one.state_dict()) == list(net.state_dict())
-    assert one[0] is net[0]
-    assert type(one[:2]) is snnlstm.Sequential
-    assert one.report is None
-
-
 def test_batch_first_is_kept_and_shown():
     net = snnlstm.Sequential(hidden(), hidden(3, 2, 3), nn.Flatten(), batch_first=True)
     assert net[:2].batch_first
@@ -282,14 +272,17 @@ def test_of_refuses_a_forward_that_would_be_lost(replaced):
         snnlstm.Sequential.of(net)
 
 
-def test_of_keeps_names_and_mode():
+def test_it_is_an_nn_sequential_and_of_keeps_names_and_mode():
     tied = nn.ReLU()
     layers = {"cell": ours(), "relu": tied, "flat": nn.Flatten(), "again": tied}
     net = nn.Sequential(OrderedDict(layers)).eval()
     one = snnlstm.Sequential.of(net)
-    assert type(one) is snnlstm.Sequential
+    assert str(one) == str(net)
+    assert type(one) is type(one[:2]) is snnlstm.Sequential
+    assert one[0] is net[0]
     assert list(one.state_dict()) == list(net.state_dict())
     assert not one.training
+    assert one.report is None
     expected = loop(copy.deepcopy(net), X)
     close(one(X), expected)
     assert [layer.name for layer in one.report] == ["cell", "relu", "flat", "again"]

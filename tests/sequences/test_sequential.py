@@ -205,15 +205,6 @@ def test_layers_equal_the_loop(name, form, largest, grad, monkeypatch):
         equals_the_loop(nn.Sequential(*make()), x, kinds, atol, form, *calls)
 
 
-def test_functional_call_uses_the_parameters_that_it_is_given():
-    net = snnlstm.Sequential(nn.Conv2d(2, 2, 3, padding=1), hidden(2, 3, 3), leaky())
-    given = {name: 1.5 * p.detach() for name, p in net.named_parameters()}
-    out = flat(torch.func.functional_call(net, given, (X,)))
-    utils.reset(net)
-    net.load_state_dict(given, strict=False)
-    close(out, flat(net(X)))
-
-
 def test_one_constant_sample_may_be_written_to():
     x = X[:1, :1].expand(T, -1, -1, -1, -1)
     with torch.no_grad():

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import pytest
 import snntorch
@@ -300,14 +301,12 @@ def test_the_report_names_a_device_without_kernels(caplog):
 
 
 CHANGED = {
-    "SConv2dLSTM": ("sconv2dlstm.py", "mem2 *= self.reset", "mem2 *= 2 * self.reset"),
-    "Leaky": ("leaky.py", "return self._base_state_function(input_)\n\n    def _base_int",
+    "SConv2dLSTM": ("_neurons/sconv2dlstm.py", "mem2 *= self.reset", "mem2 *= 2 * self.reset"),
+    "Leaky": ("_neurons/leaky.py", "return self._base_state_function(input_)\n\n    def _base_int",
               "return (1 - self.reset) * self._base_state_function(input_)\n\n    def _base_int"),
 }  # fmt: skip
 WITH_ANOTHER = """
-import warnings, snntorch, snnlstm, torch
-
-assert snntorch.__file__.startswith(FOLDER), snntorch.__file__
+import warnings
 warnings.simplefilter("error", UserWarning)
 net = torch.nn.Sequential(
     snntorch.SConv2dLSTM(1, 1, 1, threshold=0.1), snntorch.Leaky(0.5, reset_mechanism="zero")
@@ -324,16 +323,22 @@ assert torch.equal(compiled(x, mem)[1], theirs(x, mem)[1])
 """
 
 
+def with_another(folder: Path, file: str, old: str, new: str, program: str) -> Any:
+    """Runs a program beside a copy of snnTorch, one of whose files has new text for an old one."""
+    changed = shutil.copytree(Path(snntorch.__file__).parent, folder / "snntorch") / file
+    source = changed.read_text()
+    assert source.count(old) == 1
+    changed.write_text(source.replace(old, new))
+    said = "assert snntorch.__file__.startswith(FOLDER), snntorch.__file__"
+    begin = f"import snntorch, snnlstm, torch\nFOLDER = {str(folder)!r}\n{said}\n"
+    return fresh(begin + program, [folder, Path.cwd()])
+
+
 @pytest.mark.parametrize("name", CHANGED)
 def test_layers_that_the_installed_snntorch_computes_otherwise_are_left_to_it(name, tmp_path):
     """The change of Leaky is that of snnTorch's pull request 426, in which "zero" drops x, too."""
-    file, old, new = CHANGED[name]
-    copied = shutil.copytree(Path(snntorch.__file__).parent, tmp_path / "snntorch")
-    source = (copied / "_neurons" / file).read_text()
-    assert source.count(old) == 1
-    (copied / "_neurons" / file).write_text(source.replace(old, new))
     traced = TRACED if name == "Leaky" else ""
-    out = fresh(f"FOLDER = {str(tmp_path)!r}\n{WITH_ANOTHER}{traced}", [tmp_path, Path.cwd()])
+    out = with_another(tmp_path, *CHANGED[name], WITH_ANOTHER + traced)
     assert out.returncode == 0, out.stderr
     left, reason = out.stdout.splitlines()
     said = f"the installed snntorch computes {name} differently from snntorch 1.0.0"
@@ -343,9 +348,6 @@ def test_layers_that_the_installed_snntorch_computes_otherwise_are_left_to_it(na
 
 
 WITH_OTHER_SURROGATES = """
-import snntorch, snnlstm, torch
-
-assert snntorch.__file__.startswith(FOLDER), snntorch.__file__
 for spike in snntorch.surrogate.atan(), snntorch.surrogate.fast_sigmoid():
     layer = snnlstm.Leaky(0.5, spike_grad=spike)
     layer(torch.rand(3))
@@ -355,13 +357,8 @@ for spike in snntorch.surrogate.atan(), snntorch.surrogate.fast_sigmoid():
 
 def test_a_surrogate_that_the_installed_snntorch_computes_otherwise_stays_as_it_is(tmp_path):
     """The copy has 1.0.0's name, and one of its functions is another one."""
-    copied = shutil.copytree(Path(snntorch.__file__).parent, tmp_path / "snntorch")
-    source = (copied / "surrogate.py").read_text()
-    changed = source.replace("torch.pi / 2 * ctx.alpha", "torch.pi * ctx.alpha")
-    assert changed != source
-    (copied / "surrogate.py").write_text(changed)
-    program = f"FOLDER = {str(tmp_path)!r}\n{WITH_OTHER_SURROGATES}"
-    out = fresh(program, [tmp_path, Path.cwd()])
+    change = "surrogate.py", "torch.pi / 2 * ctx.alpha", "torch.pi * ctx.alpha"
+    out = with_another(tmp_path, *change, WITH_OTHER_SURROGATES)
     assert out.stdout.splitlines() == [
         "the surrogate is not a known one", "the native kernels cover this call"
     ], out.stderr  # fmt: skip
