@@ -79,7 +79,12 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor):
         """Multiply by the weight, as ``torch.nn.Linear`` does."""
         if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-            out, ran = products.run(input, self.weight, self.bias)
+            own = self._parameters  # nn.Module's __getattr__ takes longer than the decision
+            if "weight" in own and "bias" in own:
+                weight, bias = own["weight"], own["bias"]
+            else:
+                weight, bias = self.weight, self.bias
+            out, ran = products.run(input, weight, bias)
             if isinstance(self, Linear):  # a stack calls this function with torch's layers, too
                 self.__dict__["_ran"] = ran
             return out
