@@ -8,7 +8,7 @@ another one of them than the first.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ def _run(
 # In multiply-adds of torch's function: a packed value, and what a pass must save; and the share of
 # torch's time that a pass must not exceed.
 OF_VALUE, LEAST, LEAST_IN_TRAINING, MOST_TIME = 150, 3_000_000, 5_000_000, 0.9
+LEAST_PERCENT = 5  # of nonzeros in x that lists must be able to take, so that a look at x pays
 FEWEST = 4  # input channels; lists gain nothing with fewer
 PIXELS = 512  # of the images that a piece of the weight's gradient sums, or about as many
 LARGEST = 64  # of a kernel's sides and strides
@@ -139,15 +140,11 @@ class _Layer:
     of_weight: Any = None
 
     def __init__(
-        self, x: Any, weight: Any, channels_last: bool, outputs: Any, options: tuple[Any, ...]
+        self, x: Any, weight: Any, orders: Any, outputs: Any, options: tuple[Any, ...]
     ) -> None:
         (n, cin, *image), (cout, _, *kernel), (stride, padding, _) = x, weight, options
-        self.options, self.channels_last, self.n, self.weight_shape = (
-            options,
-            channels_last,
-            n,
-            weight,
-        )
+        self.options, self.channels_last = options, 1 in orders
+        self.weight_shape, self.weight_form = weight, (orders[1], cpu.isa)
         self.y_shape = n, cout, *outputs
         products_of_all = n * math.prod(outputs) * math.prod(weight)
 
@@ -158,50 +155,48 @@ class _Layer:
 
         self.lists = _C.Convolution(LISTS, 1, n, cin, cout, *image, kernel, stride, padding)
         empty, full = self.lists.cost(0), self.lists.cost(1)
-        self.most, self.most_in_training = (
-            100 * (allowed - empty) / (full - empty) if empty < allowed else -1
-            for allowed in (share(LEAST), share(LEAST_IN_TRAINING, self.lists))
-        )
+        shares = share(LEAST), share(LEAST_IN_TRAINING, self.lists)
+        most = (100 * (allowed - empty) / (full - empty) for allowed in shares)
+        self.most, self.most_in_training = (m if m >= LEAST_PERCENT else -1 for m in most)
         if stride != (1, 1):
             return
         turned = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
         of_x = _C.Convolution(TILES, 1, n, cout, cin, *outputs, kernel, stride, turned)
+        # The gradient of a weight has about as many values in tiles as the weight.
+        allowed = share(LEAST_IN_TRAINING, of_x)
+        self.of_x = of_x if of_x.cost(1) < allowed else None
+        if any(2 * p >= k for k, p in zip(kernel, padding, strict=True)):
+            return
         divisors = (d for d in range(1, n + 1) if n % d == 0)
         distance = lambda d: abs(math.log(d * math.prod(outputs) / PIXELS))  # noqa: E731
         self.piece = min(divisors, key=distance)
         of_weight = _C.Convolution(
             WEIGHT, n // self.piece, self.piece, cin, cout, *image, kernel, stride, padding
         )
-        # The gradient of a weight has about as many values in tiles as the weight.
-        allowed = share(LEAST_IN_TRAINING, of_x)
-        self.of_x, self.of_weight = (
-            one if one.cost(1) < allowed else None for one in (of_x, of_weight)
-        )
+        self.of_weight = of_weight if of_weight.cost(1) < allowed else None
 
     def forward(self, ran: Ran, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The result, by lists of nonzeros or, if `ran` says why, by torch."""
         if isinstance(ran, str):
             return F.conv2d(x, weight, bias, *self.options)
-        packed = cpu.packed_weight(weight)
-        layout = packed.layouts.get(key := ("conv2d", cpu.isa))
-        if layout is None:
-            layout = packed.pack(key, self.lists.packed_bytes, self.lists.pack)
+        packed = self._packed(weight)
+        layout = packed.layouts.get(key := ("conv2d", *self.weight_form)) or self._pack(
+            packed, key, self.lists, lambda copy: copy
+        )
         y = self._empty(self.y_shape, x)
         self._run(self.lists, layout[0], x, y, pointer(bias))
         return y
 
     def gradient_of_x(self, weight: Tensor, shape: Sequence[int], grad: Tensor) -> Tensor | None:
         """The gradient of x, None if the weight has numbers that a tile would spread."""
-        packed, of_x = cpu.packed_weight(weight), self.of_x
+        packed = self._packed(weight)
         if not packed.gain < math.inf:
             return None
-        layout = packed.layouts.get(key := ("conv2d turned", cpu.isa))
-        if layout is None:
-            turned = packed.copy.flip(2, 3).transpose(0, 1).contiguous()
-            pack = lambda _, address: of_x.pack(turned.data_ptr(), address)  # noqa: E731
-            layout = packed.pack(key, of_x.packed_bytes, pack)
+        layout = packed.layouts.get(key := ("conv2d turned", *self.weight_form)) or self._pack(
+            packed, key, self.of_x, lambda copy: copy.flip(2, 3).transpose(0, 1)
+        )
         x = self._empty(shape, grad)
-        self._run(of_x, layout[0], grad, x)
+        self._run(self.of_x, layout[0], grad, x)
         return x
 
     def gradients_of_parameters(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,6 +212,21 @@ class _Layer:
         if any(grad.stride() == strides(self.y_shape) for strides in ORDERS):
             return laid_out(grad, self.y_shape, grad.stride(), *memory)
         return laid_out(grad, self.y_shape, ORDERS[self.channels_last](self.y_shape), *memory)
+
+    def _packed(self, weight: Tensor) -> cpu.PackedWeight:
+        """The packed copy of the weight, or of the view of a channels-last one without gaps."""
+        return cpu.packed_weight(weight.permute(0, 2, 3, 1) if self.weight_form[0] else weight)
+
+    def _pack(
+        self, packed: cpu.PackedWeight, key: Any, convolution: Any, turn: Callable[[Tensor], Tensor]
+    ) -> Any:
+        """Pack a weight for a pass that reads it as `turn` returns it."""
+        weight = packed.copy
+        if self.weight_form[0]:
+            weight = weight.permute(0, 3, 1, 2)
+        weight = turn(weight).contiguous()
+        pack = lambda _, address: convolution.pack(weight.data_ptr(), address)  # noqa: E731
+        return packed.pack(key, convolution.packed_bytes, pack)
 
     def _empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Memory for a result of this shape."""
@@ -276,7 +286,7 @@ def _layer_of(
     orders = [_order(x, strides), _order(weight, weight_strides)]
     if None in orders:
         return products.X if orders[0] is None else products.WEIGHT
-    layer = _Layer(x, weight, 1 in orders, outputs, (stride, padding, dilation))
+    layer = _Layer(x, weight, orders, outputs, (stride, padding, dilation))
     pays = layer.most >= 0 or layer.of_x or layer.of_weight
     return layer if pays else products.SMALL
 
@@ -289,12 +299,13 @@ def _pair(value: Any) -> tuple[int, int] | None:
 
 
 def _order(shape: Any, strides: Any) -> int | None:
-    """Which of ORDERS a tensor's memory has, None if it has neither."""
-    for order, made in enumerate(ORDERS):
-        pairs = zip(shape, strides, made(shape), strict=True)
-        if all(size == 1 or one == other for size, one, other in pairs):
-            return order
-    return None
+    """Which of ORDERS a tensor's memory has, None if it has neither, or both."""
+    orders = [
+        order
+        for order, made in enumerate(ORDERS)
+        if all(s == 1 or a == b for s, a, b in zip(shape, strides, made(shape), strict=True))
+    ]
+    return orders[0] if len(orders) == 1 else None
 
 
 # ---- the Function --------------------------------------------------------------------------------
@@ -304,6 +315,7 @@ def _forward(
     ctx: Any, layer: _Layer, ran: Ran, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Any]:
     ctx.x_memory = x.shape, x.stride(), x.dtype, x.device
+    ctx.weight_strides = weight.stride()
     ctx.save_for_backward(x, weight)
     return layer.forward(ran, x, weight, bias), ()
 
@@ -316,6 +328,7 @@ def _gradients(
     wanted, out = [*ctx.needs_input_grad[2:]], [None] * 3
     weight = restored(weight, layer.weight_shape, *memory)
     if not by_torch:
+        weight = laid_out(weight, layer.weight_shape, ctx.weight_strides, *memory)
         grad = layer.readable_grad(grad, *memory)
         if wanted[1] and layer.of_weight is not None:
             out[1:] = layer.gradients_of_parameters(laid_out(x, *ctx.x_memory), grad)
