@@ -29,6 +29,7 @@ from ..calls.entries import BACKENDS, Entry, backend_of, entry_of
 from ..calls.spec import HALF_TYPES, CellSpec
 from . import leaky_operators, lender, pool2d
 from .batch_norm import batch_norm_of_step
+from .conv2d import conv2d
 from .function import constant_states, in_float32, reached, run_plan
 from .leaky_operators import NAMESPACE, OPERATORS
 from .linear import linear
@@ -264,4 +265,5 @@ IN_GRAPH: dict[Any, Callable[[], Any]] = {
     F.avg_pool2d: lambda: pool2d.avg_pool2d,
     F.batch_norm: lambda: batch_norm_of_step,
     F.linear: lambda: linear,
+    F.conv2d: lambda: conv2d,
 }

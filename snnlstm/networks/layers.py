@@ -19,7 +19,7 @@ from ..neurons.attributes import CELL
 from ..neurons.leaky import Leaky
 from ..neurons.sconv2dlstm import SConv1dLSTM, SConv2dLSTM
 from .spikes import SpikeCount
-from .torch_layers import AvgPool2d, Linear, MaxPool2d, ours_for
+from .torch_layers import AvgPool2d, Conv2d, Linear, MaxPool2d, ours_for
 
 try:
     from ..native.batch_norm import batch_norm
@@ -84,7 +84,7 @@ PER_SAMPLE: dict[type[nn.Module], tuple[str, int]] = {
     nn.AdaptiveAvgPool1d: ("adaptive_avg_pool1d", 3),
     nn.AdaptiveAvgPool2d: ("adaptive_avg_pool2d", 4),
     nn.AdaptiveMaxPool2d: ("adaptive_max_pool2d", 4),
-    MaxPool2d: ("max_pool2d", 4), AvgPool2d: ("avg_pool2d", 4),
+    Conv2d: ("conv2d", 4), MaxPool2d: ("max_pool2d", 4), AvgPool2d: ("avg_pool2d", 4),
     nn.GroupNorm: ("group_norm", 2), nn.BatchNorm1d: ("batch_norm", 2),
     nn.BatchNorm2d: ("batch_norm", 4),
     nn.Linear: ("", 2), Linear: ("", 2), nn.Flatten: ("", 2), nn.Identity: ("", 2),

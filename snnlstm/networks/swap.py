@@ -1,6 +1,6 @@
 """Swaps snnTorch's cells and Leaky for ours: in a model, or wherever one is made.
 
-In a model it also swaps torch's pools and linear layers.
+In a model it also swaps torch's pools, linear layers and convolutions.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ _CONVLSTM = (
     "snnlstm.ConvLSTM replaces it"
 )
 _ROUNDED = (
-    "linear layers equal torch's to rounding, which may flip a spike at its threshold: "
+    "linear layers and convolutions equal torch's to rounding, which may flip a spike at its "
+    "threshold: "
     "products=False leaves torch's"
 )
+_PRODUCTS = torch_layers.Linear, torch_layers.Conv2d
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,8 +56,8 @@ class SwapReport:
         Names of the swapped layers, as ``model.named_modules()`` gives them. A layer that occurs in
         several places has all of its names here. The name of the model itself is "".
     left : dict of str to str
-        Names of the cells, neurons, pools and linear layers that stay as they were, each with the
-        reason.
+        Names of the cells, neurons, pools, linear layers and convolutions that stay as they were,
+        each with the reason.
     silent : tuple of str
         Names of the cells whose threshold no mem can exceed, so that they never spike.
     slow : tuple of str
@@ -82,7 +84,7 @@ class SwapReport:
             what += f"; {_SILENT}" if name in self.silent else ""
             lines.append(f"  {name or _ITSELF:{width}}  {what}")
         lines += [f"  on the reference path, which is slower: {reason}" for reason in self.slow]
-        if any(type(m) is torch_layers.Linear for m in self.model.modules()):
+        if any(isinstance(m, _PRODUCTS) for m in self.model.modules()):
             lines.append(f"  {_ROUNDED}")
         return "\n".join(lines)
 
@@ -102,8 +104,9 @@ def accelerate(model: nn.Module, *, products: bool = True) -> SwapReport:
     """Make every ``snntorch.SConv2dLSTM`` and ``snntorch.Leaky`` in a model ours, in place.
 
     ``torch.nn.MaxPool2d`` and ``torch.nn.AvgPool2d`` become faster subclasses of themselves, too,
-    and so does ``torch.nn.Linear`` in a model with a spiking neuron: on the CPU it uses the zeros
-    among spikes. Its results equal torch's to rounding, so a spike at its threshold may flip.
+    and so do ``torch.nn.Linear`` and ``torch.nn.Conv2d`` in a model with a spiking neuron: on the
+    CPU they use the zeros among spikes. Their results equal torch's to rounding, so a spike at its
+    threshold may flip.
 
     Each layer stays the same object, with its parameters, buffers, submodules, state and hooks, and
     changes its class, so optimizers, plain lists and ``torch.compile`` keep working with it. Some
@@ -122,7 +125,8 @@ def accelerate(model: nn.Module, *, products: bool = True) -> SwapReport:
     model : nn.Module
         A model, or a bare cell.
     products : bool, default True
-        False leaves torch's linear layers as they are, and so their results by bits.
+        False leaves torch's linear layers and convolutions as they are, and so their results by
+        bits.
 
     Returns
     -------
@@ -166,15 +170,16 @@ def _swap(model: nn.Module, products: bool) -> SwapReport:
     a_module("model", model)
     _require_snntorch("accelerate")
     spikes = any(isinstance(module, (Neuron, *_OURS.values())) for module in model.modules())
-    torchs = {kind for kind in torch_layers.OURS if kind is not nn.Linear or (products and spikes)}
-    owned = _owned_by_torch(model)
+    rounding = () if products and spikes else torch_layers.PRODUCTS
+    torchs = [kind for kind in torch_layers.OURS if kind not in rounding]
+    owned, of_cells = _owned_by_torch(model), _convolutions_of_cells(model)
     # All new cells are made before the model is changed, so that an error leaves it whole.
     results: dict[str, Any] = {}
     pairs: dict[nn.Module, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if module not in pairs:
             try:
-                result = _as_ours(module, torchs)
+                result = None if module in of_cells else _as_ours(module, torchs)
                 if module in owned and isinstance(result, nn.Module):
                     result = f"its owner, {owned[module]}, may read its weight and not call it"
             except (TypeError, ValueError) as error:
@@ -213,6 +218,19 @@ def _owned_by_torch(model: nn.Module) -> dict[nn.Module, str]:
         for child in module.children()
         if isinstance(child, nn.Linear)
     }
+
+
+def _convolutions_of_cells(model: nn.Module) -> set[nn.Module]:
+    """The convolutions within cells: ours read the weight, and others stay as they are."""
+
+    def is_cell(module: nn.Module) -> bool:
+        if isinstance(module, nn.Sequential):
+            return False
+        ours = type(module).__module__.startswith("snnlstm.")
+        return ours or isinstance(module, Base) or _looks_like_a_convlstm(module)
+
+    cells = filter(is_cell, model.modules())
+    return {child for cell in cells for child in cell.children() if isinstance(child, nn.Conv2d)}
 
 
 def _as_ours(module: nn.Module, torchs: Collection[Any]) -> nn.Module | str | None:

@@ -1,9 +1,9 @@
-"""torch's nn.Linear, nn.MaxPool2d and nn.AvgPool2d with a forward that runs the CPU kernels."""
+"""torch's nn.Linear, nn.Conv2d and 2d pools with a forward that runs the CPU kernels."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,14 @@ from ..dispatch.path import Path
 from ..dispatch.reasons import Reason
 
 try:
-    from ..native import linear as products
+    from ..native import conv2d, linear
     from ..native import pool2d as kernels
 except ImportError:  # there is no core
-    kernels, products = (
+    _lacks = "the core is not built"
+    kernels, linear, conv2d = (
         F,
-        SimpleNamespace(  # type: ignore[assignment]
-            run=lambda *args: (F.linear(*args), "the core is not built")
-        ),
+        SimpleNamespace(run=lambda *args: (F.linear(*args), _lacks)),  # type: ignore[assignment]
+        SimpleNamespace(run=lambda *args: (F.conv2d(*args), _lacks)),  # type: ignore[assignment]
     )
 
 # Whatever records a call gets torch's function: a compiler may fuse it, and an export has it.
@@ -65,30 +65,11 @@ class AvgPool2d(nn.AvgPool2d):
         )  # fmt: skip
 
 
-class Linear(nn.Linear):
-    """``torch.nn.Linear``, faster on the CPU where most of its input is zero, as behind neurons.
-
-    A subclass with the same constructor, attributes and state_dict; results and gradients are equal
-    to rounding. :func:`snnlstm.accelerate` gives torch's modules this class. The kernels sum over
-    the nonzeros of an x of float32, if each call's x has enough zeros and the layer is large enough
-    to gain; torch's function takes all other calls.
-    """
+class _Product(nn.Module):
+    """What layers that multiply spikes by a weight share: they tell what ran their last call."""
 
     __jit_unused_properties__ = ("path",)
-
-    def forward(self, input: Tensor):
-        """Multiply by the weight, as ``torch.nn.Linear`` does."""
-        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-            own = self._parameters  # nn.Module's __getattr__ takes longer than the decision
-            if "weight" in own and "bias" in own:
-                weight, bias = own["weight"], own["bias"]
-            else:
-                weight, bias = self.weight, self.bias
-            out, ran = products.run(input, weight, bias)
-            if isinstance(self, Linear):  # a stack calls this function with torch's layers, too
-                self.__dict__["_ran"] = ran
-            return out
-        return F.linear(input, self.weight, self.bias)
+    _by_kernels: ClassVar[str]
 
     @property
     def path(self) -> Path | None:
@@ -98,30 +79,95 @@ class Linear(nn.Linear):
             return None
         if isinstance(ran, str):
             return Path("torch", ran)
-        return Path("linear by lists of nonzeros", f"{ran} % of x is not zero")
+        return Path(self._by_kernels, f"{ran} % of x is not zero")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_ran"}
 
 
+def _noted(layer: nn.Module, result: tuple[Tensor, Any]) -> Tensor:
+    """Return the result of a call, and note in our own layers what ran it."""
+    out, ran = result
+    if isinstance(layer, _Product):  # a stack calls our forward with torch's layers, too
+        layer.__dict__["_ran"] = ran
+    return out
+
+
+def _weight_and_bias(layer: Any) -> tuple[Any, Any]:
+    """The layer's parameters: nn.Module's __getattr__ takes longer than what a call decides."""
+    own = layer._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return layer.weight, layer.bias
+
+
+def _padded_otherwise(layer: nn.Conv2d) -> str:
+    return f"padding_mode is {layer.padding_mode!r}, and the kernels pad with zeros"
+
+
+class Linear(_Product, nn.Linear):
+    """``torch.nn.Linear``, faster on the CPU where most of its input is zero, as behind neurons.
+
+    A subclass with the same constructor, attributes and state_dict; results and gradients are equal
+    to rounding. :func:`snnlstm.accelerate` gives torch's modules this class. The kernels sum over
+    the nonzeros of an x of float32, if each call's x has enough zeros and the layer is large enough
+    to gain; torch's function takes all other calls.
+    """
+
+    _by_kernels = "linear by lists of nonzeros"
+
+    def forward(self, input: Tensor):
+        """Multiply by the weight, as ``torch.nn.Linear`` does."""
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            return _noted(self, linear.run(input, *_weight_and_bias(self)))
+        return F.linear(input, self.weight, self.bias)
+
+
+class Conv2d(_Product, nn.Conv2d):
+    """``torch.nn.Conv2d``, faster on the CPU where most of its input is zero, and in training.
+
+    The kernels sum over the nonzeros of x, if it has enough zeros, and compute the gradients of
+    layers with stride 1 by Winograd. They take odd kernels and one group; else as :class:`Linear`.
+    """
+
+    _by_kernels = "conv2d by lists of nonzeros"
+
+    def forward(self, input: Tensor):
+        """Convolve images, as ``torch.nn.Conv2d`` does."""
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            if self.padding_mode != "zeros":
+                out = self._conv_forward(input, self.weight, self.bias)
+                return _noted(self, (out, _padded_otherwise(self)))
+            options = self.stride, self.padding, self.dilation, self.groups
+            return _noted(self, conv2d.run(input, *_weight_and_bias(self), *options))
+        return self._conv_forward(input, self.weight, self.bias)
+
+
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
+    nn.Conv2d: Conv2d,
     nn.MaxPool2d: MaxPool2d,
     nn.AvgPool2d: AvgPool2d,
 }
 """Our class for each of torch's."""
-_RELEASED = {kind: kind.forward for kind in OURS}
+PRODUCTS = nn.Linear, nn.Conv2d
+"""Those whose results are torch's to rounding, not by bits."""
+_METHODS = "forward", "_conv_forward"
+_RELEASED = {kind: [getattr(kind, name, None) for name in _METHODS] for kind in OURS}
 
 
-def reason_against(layer: nn.Module, kind: type[nn.Module]) -> str | None:
+def reason_against(layer: Any, kind: type[nn.Module]) -> str | None:
     """Why a layer of torch's class `kind`, or of a subclass, may compute something else."""
     if type(layer) not in (kind, OURS[kind]):
         name = type(layer).__name__
         return f"{name} is a subclass of nn.{kind.__name__} and may compute something else"
-    if "forward" in layer.__dict__ or kind.forward is not _RELEASED[kind]:
+    methods = [getattr(kind, name, None) for name in _METHODS]
+    if not layer.__dict__.keys().isdisjoint(_METHODS) or methods != _RELEASED[kind]:
         return Reason.REPLACED
-    if kind is nn.Linear and "weight" not in layer._parameters:
+    if kind in PRODUCTS and "weight" not in layer._parameters:
         return "its weight is no parameter of its own"
+    if kind is nn.Conv2d and layer.padding_mode != "zeros":
+        return _padded_otherwise(layer)
     return None
 
 

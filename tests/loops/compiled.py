@@ -25,7 +25,7 @@ merges = pytest.mark.skipif(BACKEND != "snnlstm", reason="only our backend merge
 _NAMES = {
     "snnlstm::forward": "cell", "snnlstm::leaky": "leaky",
     "snnlstm::max_pool2d": "pool", "snnlstm::avg_pool2d": "pool",
-    "snnlstm::batch_norm": "batch_norm", "snnlstm::linear": "linear",
+    "snnlstm::batch_norm": "batch_norm", "snnlstm::linear": "linear", "snnlstm::conv2d": "conv",
     "conv2d": "conv", "_convolution": "conv", "addmm": "linear",
 }  # fmt: skip
 _STATES = ("syn", "mem", "spk")

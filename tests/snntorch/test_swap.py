@@ -167,9 +167,11 @@ def test_the_report_names_what_looks_like_a_convlstm_and_nothing_changes():
         "block": MyBlock(), "lstm": nn.LSTM(2, 3), "ours": snnlstm.ConvLSTM(2, 3, 3, 1),
     })  # fmt: skip
     report = snnlstm.accelerate(model)
-    assert (report.swapped, list(report.left)) == (("cell",), ["mine"])
+    others = "odd.gates", "wide.gates", "block.gates"
+    assert (report.swapped, list(report.left)) == (("cell", *others), ["mine"])
+    assert type(model["mine"].gates) is type(model["ours"].cell_list[0].conv) is nn.Conv2d
     assert "page ConvLSTM" in report.left["mine"]
-    assert "  mine  left: it looks like a ConvLSTM and stays as it is" in str(report)
+    assert "mine         left: it looks like a ConvLSTM and stays as it is" in str(report)
     assert type(model["mine"]) is MyConvLstm
 
 
