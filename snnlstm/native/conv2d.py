@@ -65,9 +65,10 @@ def _run(
     return layer.forward(ran, x, weight, bias)
 
 
-# In multiply-adds of torch's function: a packed value, and what a pass must save; and the share of
-# torch's time that a pass must not exceed.
-OF_VALUE, LEAST, LEAST_IN_TRAINING, MOST_TIME = 150, 3_000_000, 5_000_000, 0.9
+# In multiply-adds of torch's function: a value of a packed weight, which some steps of a loop
+# share, and of a weight's gradient; and what a pass must save.
+OF_PACKED, OF_GRADIENT, LEAST, LEAST_IN_TRAINING = 50, 150, 3_000_000, 5_000_000
+MOST_TIME = 0.9  # the share of torch's time that a pass must not exceed
 LEAST_PERCENT = 5  # of nonzeros in x that lists must be able to take, so that a look at x pays
 FEWEST = 4  # input channels; lists gain nothing with fewer
 PIXELS = 512  # of the images that a piece of the weight's gradient sums, or about as many
@@ -148,23 +149,22 @@ class _Layer:
         self.y_shape = n, cout, *outputs
         products_of_all = n * math.prod(outputs) * math.prod(weight)
 
-        def share(least: int, packed: Any = None) -> float:
+        def share(least: int, of_value: int = 0, packed: Any = None) -> float:
             """The share of torch's time that a pass may take."""
             values = 0 if packed is None else packed.packed_bytes // 4
-            return MOST_TIME - (OF_VALUE * values + least) / products_of_all
+            return MOST_TIME - (of_value * values + least) / products_of_all
 
         self.lists = _C.Convolution(LISTS, 1, n, cin, cout, *image, kernel, stride, padding)
         empty, full = self.lists.cost(0), self.lists.cost(1)
-        shares = share(LEAST), share(LEAST_IN_TRAINING, self.lists)
+        shares = share(LEAST), share(LEAST_IN_TRAINING, OF_PACKED, self.lists)
         most = (100 * (allowed - empty) / (full - empty) for allowed in shares)
         self.most, self.most_in_training = (m if m >= LEAST_PERCENT else -1 for m in most)
         if stride != (1, 1):
             return
         turned = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
         of_x = _C.Convolution(TILES, 1, n, cout, cin, *outputs, kernel, stride, turned)
-        # The gradient of a weight has about as many values in tiles as the weight.
-        allowed = share(LEAST_IN_TRAINING, of_x)
-        self.of_x = of_x if of_x.cost(1) < allowed else None
+        if of_x.cost(1) < share(LEAST_IN_TRAINING, OF_PACKED, of_x):
+            self.of_x = of_x
         if any(2 * p >= k for k, p in zip(kernel, padding, strict=True)):
             return
         divisors = (d for d in range(1, n + 1) if n % d == 0)
@@ -173,7 +173,9 @@ class _Layer:
         of_weight = _C.Convolution(
             WEIGHT, n // self.piece, self.piece, cin, cout, *image, kernel, stride, padding
         )
-        self.of_weight = of_weight if of_weight.cost(1) < allowed else None
+        # The gradient of a weight has about as many values in tiles as the weight.
+        if of_weight.cost(1) < share(LEAST_IN_TRAINING, OF_GRADIENT, of_x):
+            self.of_weight = of_weight
 
     def forward(self, ran: Ran, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The result, by lists of nonzeros or, if `ran` says why, by torch."""
@@ -315,7 +317,6 @@ def _forward(
     ctx: Any, layer: _Layer, ran: Ran, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Any]:
     ctx.x_memory = x.shape, x.stride(), x.dtype, x.device
-    ctx.weight_strides = weight.stride()
     ctx.save_for_backward(x, weight)
     return layer.forward(ran, x, weight, bias), ()
 
@@ -328,7 +329,6 @@ def _gradients(
     wanted, out = [*ctx.needs_input_grad[2:]], [None] * 3
     weight = restored(weight, layer.weight_shape, *memory)
     if not by_torch:
-        weight = laid_out(weight, layer.weight_shape, ctx.weight_strides, *memory)
         grad = layer.readable_grad(grad, *memory)
         if wanted[1] and layer.of_weight is not None:
             out[1:] = layer.gradients_of_parameters(laid_out(x, *ctx.x_memory), grad)
