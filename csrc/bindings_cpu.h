@@ -289,9 +289,6 @@ inline Convolution make_convolution(int number, int64_t T, int64_t N, int64_t Ci
   if (!fits(H, c.kernel_h, c.padding_h) || !fits(W, c.kernel_w, c.padding_w))
     throw py::value_error("kernel must be odd, larger than padding, and fit into the image");
   if (pass != ConvolutionPass::weight && T > 1) throw py::value_error("T must be 1");
-  if (pass == ConvolutionPass::weight &&
-      (2 * c.padding_h >= c.kernel_h || 2 * c.padding_w >= c.kernel_w))
-    throw py::value_error("padding must be less than half of the kernel");
   const cpu::Kernels& kernels = cpu::kernels();
   c.x_algorithm = CpuAlgorithm::sparse;
   if (pass != ConvolutionPass::lists) {

@@ -165,8 +165,6 @@ class _Layer:
         of_x = _C.Convolution(TILES, 1, n, cout, cin, *outputs, kernel, stride, turned)
         if of_x.cost(1) < share(LEAST_IN_TRAINING, OF_PACKED, of_x):
             self.of_x = of_x
-        if any(2 * p >= k for k, p in zip(kernel, padding, strict=True)):
-            return
         divisors = (d for d in range(1, n + 1) if n % d == 0)
         distance = lambda d: abs(math.log(d * math.prod(outputs) / PIXELS))  # noqa: E731
         self.piece = min(divisors, key=distance)

@@ -145,11 +145,7 @@ def test_convolutions_are_as_exact_as_torchs(isa, sizes, calls):
             x = spikes((3, cin, *image), density, kind)
             compare(x, weight, bias, stride=stride, padding=padding)
     assert calls.count("lists") == 3 * 15
-    # The kernels have no stride, and the weight's gradient no wide border.
-    pads, sides = ((v, v) if isinstance(v, int) else v for v in (padding, kernel))
-    narrow = all(2 * pad < side for pad, side in zip(pads, sides, strict=True))
-    assert calls.count("x") == 2 * 15 * (stride == 1)
-    assert calls.count("weight") == 2 * 15 * (stride == 1 and narrow)
+    assert calls.count("x") == calls.count("weight") == 2 * 15 * (stride == 1)
 
 
 @pytest.mark.parametrize("number", range(8))
@@ -190,8 +186,7 @@ def test_any_number_of_threads_has_equal_bits(n):
         with poisoned(NAN):
             found.append(gradients(conv2d, x, weight, bias, grad=grad, padding=1))
     for other in found[1:]:
-        assert all(map(torch.equal, found[0][:3], other))
-        torch.testing.assert_close(found[0][3], other[3], rtol=1e-5, atol=1e-4)
+        assert all(map(torch.equal, found[0], other))
 
 
 def test_zeros_of_x_meet_no_weight_and_a_tile_spreads_no_weight(calls):
