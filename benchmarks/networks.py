@@ -258,6 +258,20 @@ def deep(cell: Any, shape: Sequence[int], *channels: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1], 10), last)
 
 
+def wide(cell: Any, shape: Sequence[int], *channels: int) -> nn.Module:
+    """Makes a convolution with Leaky for each number of channels, with a pool behind each second.
+
+    Behind the last comes the average of all pixels.
+    """
+    layers = list[nn.Module]()
+    for index, (one, other) in enumerate(itertools.pairwise((shape[2], *channels))):
+        layers += [nn.Conv2d(one, other, 3, padding=1), _leaky(cell, **_kept())]
+        layers += [nn.MaxPool2d(2)] * (index % 2)
+    last = _leaky(cell, **_kept(), output=True)
+    average = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, *average, nn.Linear(channels[-1], 10), last)
+
+
 class Residual(nn.Module):
     """Has two blocks of two convolutions with batch norm and Leaky; x (N, 2, H, W), one step.
 
@@ -512,6 +526,10 @@ def _users(small: bool = False) -> dict[str, Network]:
         ),
         "deep": norms,
         "deep-eval": _evaluated(norms),
+        "wide": _stepwise(
+            "Conv 2->2 x 64->3 x 128 3x3 32x32, each with Leaky; max_pool 2, average", wide,
+            size(8, 10, 2, 32, 32), 64, 64, 128, 128, 128, swap=True,
+        ),
         "residual": dataclasses.replace(
             _stepwise(
                 "two residual blocks 2->32->64 32x32, BatchNorm, Leaky", Residual,

@@ -59,8 +59,11 @@ def patched(network: Network) -> nn.Module:
 
 def accelerated(network: Network) -> nn.Module:
     net = theirs(network)
-    kinds = snntorch.SConv2dLSTM, snntorch.Leaky, nn.MaxPool2d, nn.Linear
-    layers = [name for name, layer in net.named_modules() if type(layer) in kinds]
+    kinds = snntorch.SConv2dLSTM, snntorch.Leaky, nn.MaxPool2d, nn.Linear, nn.Conv2d
+    cells = [layer.conv for layer in net.modules() if type(layer) is snntorch.SConv2dLSTM]
+    layers = [
+        name for name, layer in net.named_modules() if type(layer) in kinds and layer not in cells
+    ]
     assert snnlstm.accelerate(net).swapped == tuple(layers)
     return net
 
