@@ -116,7 +116,7 @@ def compare(
             assert actual.stride() == other.stride()
             error, allowed = ((t.double() - right).norm() for t in (actual, other))
             scale = sums if right.numel() < 1000 else right
-            most = 8e-7 if actual is ours[0] else 1.5e-6
+            most = 1.5e-7 if actual is ours[0] else 1.5e-6
             assert error <= max(2 * allowed, most * scale.norm())
     with torch.no_grad():
         assert torch.equal(conv2d(x, weight, bias, **options), ours[0])
