@@ -96,7 +96,7 @@ def gradients(function: Any, *tensors: Any, grad: Tensor, **options: Any) -> lis
 def compare(
     x: Tensor, weight: Tensor, bias: Tensor, orders: Sequence[Any] = ORDERS[:1] * 3, **options: Any
 ) -> None:
-    """Asserts that errors are at most twice torch's, or those of a few roundings.
+    """Asserts that errors are at most three times torch's, or those of a few roundings.
 
     Those of few numbers, which may be small by chance, are compared with the sum of magnitudes.
     """
@@ -116,9 +116,9 @@ def compare(
             assert actual.stride() == other.stride()
             error, allowed = ((t.double() - right).norm() for t in (actual, other))
             scale = sums if right.numel() < 1000 else right
-            most = 1.5e-7 if actual is ours[0] else 1.5e-6
+            most = 2e-7 if actual is ours[0] else 1.5e-6
             # Subnormal results have an absolute error.
-            assert error <= max(2 * allowed, most * scale.norm(), 1e-40)
+            assert error <= max(3 * allowed, most * scale.norm(), 1e-40)
     with torch.no_grad():
         assert torch.equal(conv2d(x, weight, bias, **options), ours[0])
 
