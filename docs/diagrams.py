@@ -38,7 +38,7 @@ IMAGES = ROOT / "docs" / "images"
 # Of the call that `times` makes, on one thread of a Zen 5 (AVX-512). The kernels take part of run.
 MICROSECONDS = {
     "arguments": "3.3",
-    "asked": "1.0",
+    "other code": "1.0",
     "as it came": "0.9",
     "guard": "2.0",
     "checked": "16",
@@ -136,7 +136,7 @@ def draw_call() -> str:
     box("python", x, 64, width, "which arguments came?", right=time["arguments"])
     box("python", x, 120, width, "does torch.compile trace?")
     box("python", x, 176, width, "other code in the call?", "hooks, replaced methods, exports",
-        right=time["asked"])  # fmt: skip
+        right=time["other code"])  # fmt: skip
     box("python", x, 256, width, "arguments as they came", "tensors that need no conversion",
         right=time["as it came"])  # fmt: skip
     box("python", x, 336, width, "the cell's last two entries", "is one of its guards true?",
@@ -348,7 +348,7 @@ def times() -> dict[str, float]:
 
     parts = {
         "whole": partial(cell, x),
-        "asked": partial(cell._recording_and_overrides, spec, False),
+        "other code": partial(cell._recording_and_overrides, spec, False),
         "as it came": partial(cell._as_it_came, x, None, None, False, None, False),
         "guard": partial(entries.find_entry, cell._entries, call, spec, False),
         "checked": partial(cell._checked, x, None, None, False, None, spec, False, "x"),
@@ -369,7 +369,7 @@ def times() -> dict[str, float]:
     out["kernels"] = out["whole"] - out.pop("idle")
     out["made"] -= out["run"]
     out["reference"] -= out["whole"] - out["run"]
-    straight = ("asked", "as it came", "guard", "run", "kept")
+    straight = ("other code", "as it came", "guard", "run", "kept")
     return out | {"arguments": out["whole"] - sum(out[part] for part in straight)}
 
 
