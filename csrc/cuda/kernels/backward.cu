@@ -51,7 +51,7 @@ class Backward {
   int64_t threshold_pitch() const { return steps_.to_mem.tiling.columns * steps_.to_mem.channels; }
 
   // Returns the memory for mem after each step, or null if it is not needed.
-  void* own_mem() const { return a_.grad_weight ? mem_ : nullptr; }
+  void* mem_for_weight() const { return a_.grad_weight ? mem_ : nullptr; }
 
   Tensor d_gates(int64_t t) const { return image(from_.d_gates, s_, steps_.gates, 4, t); }
   NeuronBackward neuron(int64_t t) const {
@@ -66,7 +66,7 @@ class Backward {
     else
       n.grad_syn0 = state_tensor(c, a_.grad_syn0, 0, 4);
     n.d_gates = d_gates(t);
-    if (own_mem() && t < c.T - 1) n.own_mem = image(mem_, s_, steps_.gates, 1, t);
+    if (mem_for_weight() && t < c.T - 1) n.mem_for_weight = image(mem_, s_, steps_.gates, 1, t);
     if (a_.grad_threshold) n.sums = sums_;
     n.first_sums = t == c.T - 1;
     if (!a_.record && fault(Fault::lost_last_gradient)) n.grad_mem = Tensor();

@@ -1,9 +1,9 @@
 // The neurons of the backward pass of one time step: spike, pooling, reset, LSTM. All backward
 // kernels share this; they differ in how they sum the recurrent gradient of mem. The forward pass
 // has saved the activated gates and syn before the step, from which this part recomputes mem.
-//   d_gates   (T, N, Ho, Wo, 4, Cp)  gradient of the gates before activation, for the convolutions
-//   own_mem  (T, N, Ho, Wo, Cp)     mem after the step, for the weight gradient
-//   d_syn     (N, Ho, Wo, Cp)        in the compute type, passed from step to step
+//   d_gates         (T, N, Ho, Wo, 4, Cp)  gradient of the gates before activation
+//   mem_for_weight  (T, N, Ho, Wo, Cp)     mem after the step, for the weight gradient
+//   d_syn           (N, Ho, Wo, Cp)        in the compute type, passed from step to step
 #pragma once
 
 #include "neuron_forward.cuh"
@@ -20,7 +20,7 @@ struct NeuronBackward : NeuronStep {
   Tensor spikes_in;            // if the cell pools: gradient of mem through the spikes, by fire.cuh
   Tensor d_syn_in, d_syn_out;  // may be the same
   Tensor grad_syn0;            // if present, replaces d_syn_out
-  Tensor d_gates, own_mem;
+  Tensor d_gates, mem_for_weight;
   // (blocks of pixels, columns * channels): the threshold's gradient, summed over the block's
   // pixels and over the launches so far. Null if it is not needed.
   void* sums = nullptr;
@@ -90,7 +90,8 @@ class BackwardTile {
   SNNLSTM_DEVICE void patch(int m, int first, Recurrent&& recurrent, const RowSums<R>& sums) const {
     Patch p;
     load(p, m, first);
-    if (p_.own_mem.present()) store_patch<Ours<OfGates>>(p_.own_mem, p.at, p.c0, p.mem);
+    if (p_.mem_for_weight.present())
+      store_patch<Ours<OfGates>>(p_.mem_for_weight, p.at, p.c0, p.mem);
     R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {}, d_threshold[2][4];
     from_later(p, recurrent, d_syn, d_mem);
     from_spikes(p, spike);

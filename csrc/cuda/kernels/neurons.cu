@@ -55,7 +55,7 @@ void CudnnSteps::backward(const BackwardArgs& args, void* stream) const {
   n = neuron_backward(args, 0);
   n.gates = image(args.saved_gates, s, gates, 4);
   n.d_gates = image(args.d_gates, s, gates, 4);
-  if (args.mem_after) n.own_mem = image(args.mem_after, s, gates);
+  if (args.mem_after) n.mem_for_weight = image(args.mem_after, s, gates);
   n.grad_syn0 = state_tensor(c, args.grad_syn0, 0, 4);
   if (args.grad_threshold) n.sums = space;
   if (c.pool != Pool::none) launch_spread(n, image(space + sums_bytes, s, real), c.N, stream);
