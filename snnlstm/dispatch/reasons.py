@@ -205,19 +205,14 @@ def tell_of_kernels(device: str) -> None:
         _operator_paths[context].path = NATIVE_PATHS[device]
 
 
-def recorded_while_tracing() -> str | None:
-    """The reason that :func:`recorded_now` finds while torch.compile traces.
-
-    The compiler asks once for each call that it traces, and puts no guard on the answer. It would
-    guard on an object that it gets twice, and an export could not check that guard.
-    """
-    now = recorded_now(True)
-    return None if now is None else now.reason
+def _transforms_while_tracing() -> bool:
+    """Whether a transform of torch.func is active, a question that the compiler would record."""
+    return transforms_are_active()
 
 
 # torch.compiler.assume_constant_result sets this flag, but its import loads the compiler.
 operator_path._dynamo_marked_constant = True  # type: ignore[attr-defined]
-recorded_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_transforms_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_usual_step(given: Any, spec: CellSpec) -> bool:
@@ -258,7 +253,7 @@ def recording_and_overrides(
     ValueError
         If the cell has a stride, which needs a plain conv, and its conv is not plain.
     """
-    recording = _recorded_traced() if traced else recorded_now()
+    recording = recorded_now(traced)
     is_plain = _is_plain(conv, kind, spec)
     if is_plain and fire is None and mem_reset is None:
         return recording, None
@@ -291,19 +286,11 @@ def _check_stride(kind: type[nn.Module], spec: CellSpec, reason: str | None) -> 
         )
 
 
-def _recorded_traced() -> Path | None:
-    """What :func:`recorded_now` returns, for code that torch.compile traces."""
-    reason = recorded_while_tracing()
-    if reason is None:
-        return None
-    return EXPORT if exporting() else Path("reference", reason)
-
-
 def recorded_now(traced: bool = False) -> Path | None:
     """Why plain torch must run any call now: something records or transforms it."""
     if exporting():
         return EXPORT
-    if transforms_are_active():
+    if _transforms_while_tracing() if traced else transforms_are_active():
         return Path("reference", "a torch.func transform is active")
     if not traced:
         modes = dispatch_modes()
