@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls.call import batch_before_time, stateless_call
+from .calls.call import batch_before_time, checked_call, state_tensor, weight_tensor
 from .calls.entries import find_entry
-from .calls.spec import Size
+from .calls.spec import Size, flag, make_spec
 from .dispatch.reasons import recorded_now
 from .dispatch.run import run_call, run_traced
 
@@ -85,14 +85,22 @@ def sconv2dlstm(
     spiking neural networks using lessons from deep learning", Proc. IEEE 111, 2023;
     ``snntorch.SConv2dLSTM`` 1.0.0.
     """
-    call, spec = stateless_call(
-        x, syn, mem, weight, bias, threshold=threshold, spike_grad=spike_grad,
+    traced = torch.compiler.is_compiling()
+    channels, states = weight_tensor(weight), {"syn": syn, "mem": mem}
+    assert weight is not None
+    spec = make_spec(
+        tuple(weight.shape[2:]), traced=traced, spike_grad=spike_grad,
         surrogate_disable=surrogate_disable, reset_mechanism=reset_mechanism, max_pool=max_pool,
-        avg_pool=avg_pool, state_quant=state_quant, graded_spikes_factor=graded_spikes_factor,
-        inhibition=inhibition, stride=stride, dilation=dilation, record=record, lengths=lengths,
-        batch_first=batch_first,
+        avg_pool=avg_pool, state_quant=state_quant, inhibition=inhibition, stride=stride,
+        dilation=dilation,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    call = checked_call(
+        x, weight, bias, threshold, graded_spikes_factor, channels, spec,
+        lambda name, shape, x: state_tensor(name, states[name], shape, x, weight),
+        record=record, lengths=lengths, batch_first=flag("batch_first", batch_first),
+        traced=traced,
+    )  # fmt: skip
+    if traced:
         results = run_traced(call, spec, recorded_now(True))
     else:
         entry = _last["entry"] = find_entry((_last.get("entry"),), call, spec)

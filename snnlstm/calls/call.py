@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..compat.torch_private import has_ended
 from ..surrogate import is_number
 from .lengths import checked_lengths, hold_last
-from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, check_dense, flag, make_spec
+from .spec import DTYPES, NAMES_OF_DTYPES, CellSpec, check_dense, flag
 
 # The sizes that follow the channels in a shape, by the number of an image's dimensions.
 SIZES = {1: "L", 2: "H, W"}
@@ -112,36 +112,6 @@ def checked_call(
     if dims == 1:
         x, syn, mem, threshold, graded = map(as_image, (x, syn, mem, threshold, graded))
     return Call(x, syn, mem, weight, bias, threshold, graded, lengths, record)
-
-
-def stateless_call(
-    x: Any,
-    syn: Any = None,
-    mem: Any = None,
-    weight: Any = None,
-    bias: Any = None,
-    *,
-    threshold: Any = 1.0,
-    graded_spikes_factor: Any = 1.0,
-    record: Any = False,
-    lengths: Any = None,
-    batch_first: Any = False,
-    **described: Any,
-) -> tuple[Call, CellSpec]:
-    """Check every argument of :func:`snnlstm.functional.sconv2dlstm`, which documents them.
-
-    `described` holds the arguments of :func:`snnlstm.calls.spec.make_spec`.
-    """
-    traced = torch.compiler.is_compiling()
-    channels, states = weight_tensor(weight), {"syn": syn, "mem": mem}
-    spec = make_spec(tuple(weight.shape[2:]), traced=traced, **described)
-    call = checked_call(
-        x, weight, bias, threshold, graded_spikes_factor, channels, spec,
-        lambda name, shape, x: state_tensor(name, states[name], shape, x, weight),
-        record=record, lengths=lengths, batch_first=flag("batch_first", batch_first),
-        traced=traced,
-    )  # fmt: skip
-    return call, spec
 
 
 def may_require_grad(tensors: Sequence[Tensor | None]) -> bool:

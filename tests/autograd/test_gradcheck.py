@@ -11,7 +11,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import snnlstm
 from snnlstm import surrogate
-from snnlstm.calls.call import stateless_call
+from snnlstm.calls.call import Call
+from snnlstm.calls.spec import make_spec
 from snnlstm.functional import sconv2dlstm
 from snnlstm.native import operators
 from tests.shared.cpu_kernels import needs_core
@@ -50,8 +51,10 @@ def called(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
 
 
 def by_operator(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    call, spec = stateless_call(*tensors[:5], threshold=tensors[5], **options)
-    return operators.run_operator(call, spec, "auto")[:3]
+    lengths, record = options.pop("lengths", None), options.pop("record", False)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    call = Call(*tensors, tensors[0].new_ones(()), lengths, record)
+    return operators.run_operator(call, make_spec((3, 3), **options), "auto")[:3]
 
 
 @pytest.mark.parametrize("name", CASES)
