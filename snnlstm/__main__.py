@@ -70,8 +70,10 @@ def fact_of(name: str, attribute: str) -> Any:
 
 
 def driver() -> Any:
-    newest = cuda_check.driver_version()
-    return newest and cuda_check.show(newest)
+    from .compat import torch_private
+
+    newest = torch_private.driver_version()
+    return cuda_check.show(newest) if newest else None
 
 
 def gpus() -> list[str]:

@@ -19,21 +19,16 @@ from .path import Path, native_path
 from .reasons import NATIVE_PATHS, function, leaky, operators, static_reason
 
 
-def with_reason(entry: Entry, call: Any, overrides: Overrides | None = None) -> Entry:
-    """The entry, which knows why plain torch runs its calls, or that the kernels do."""
-    if not entry.knows_reason:
-        entry.reason = static_reason(call, entry.spec, entry.settings.algorithm, overrides)
-        half_type = entry.reason is None and call.x.dtype in HALF_TYPES
-        entry.in_float32 = half_type and not entry.backend.half_types
-        entry.knows_reason = True
-    return entry
-
-
-# ---- running ------------------------------------------------------------------------------------
-
-
 Results = tuple[Tensor, Tensor, Tensor, Path]
 """spk, syn and mem, and the path that ran."""
+
+
+def _find_reason(entry: Entry, call: Any, overrides: Overrides | None = None) -> None:
+    """Let an entry know why plain torch runs its calls, or that the kernels do."""
+    entry.reason = static_reason(call, entry.spec, entry.settings.algorithm, overrides)
+    half_type = entry.reason is None and call.x.dtype in HALF_TYPES
+    entry.in_float32 = half_type and not entry.backend.half_types
+    entry.knows_reason = True
 
 
 def run_call(
@@ -41,7 +36,7 @@ def run_call(
 ) -> Results:
     """Run a call by its entry; `recording` is from :func:`reasons.recorded_now`."""
     if not entry.knows_reason:
-        with_reason(entry, call, overrides)
+        _find_reason(entry, call, overrides)
     path = recording or entry.reason
     try:
         return _run_by(path, call, entry, overrides)
@@ -65,7 +60,7 @@ def run_leaky(
         return None, None, against, last
     entry = find_entry(last, call, spec)
     if not entry.knows_reason:
-        with_reason(entry, call)
+        _find_reason(entry, call)
     if entry is not last[0]:
         last = kept_entries(last, entry)
     path = recording or entry.reason
@@ -100,21 +95,15 @@ def run_usual(given: tuple[Any, ...], spec: CellSpec) -> tuple[Any, Path]:
     return out, NATIVE_PATHS[given[0].device.type]
 
 
-def _similar(entry: Entry, part: Call) -> Entry:
-    """The entry of a part of a call, in the settings of the whole one."""
-    return with_reason(
-        entry_of(part, entry.spec, entry.backend, entry.settings, entry.autocast), part
-    )
-
-
 def _run_by(path: Path | None, call: Call, entry: Entry, overrides: Overrides | None) -> Results:
     """Run a call by the implementation that was chosen: by plain torch for the reason of `path`."""
     if path is not None:
         return (*reference.run(call, entry.spec, overrides), path)
     if entry.in_float32:
         check_memory(call)  # torch reads the tensors first
+        settings = entry.spec, entry.backend, entry.settings, entry.autocast
         return function.in_float32(
-            call, lambda step: _run_by(None, step, _similar(entry, step), None)
+            call, lambda step: _run_by(None, step, entry_of(step, *settings), None)
         )
     plan = entry.plan or entry.planned(function.Plan, call)
     if plan.reason is not None:

@@ -29,20 +29,13 @@ from .plan import (
     Sizes,
     make_cell,
 )
-from .tensors import check_memory, compute_dtype, contiguous_as, empty_bytes, pointer, restored
+from .tensors import check_memory, compute_dtype, contiguous_as, pointer, restored
 
 # The order is that of csrc/cuda/pass.h; other names mean "auto".
 _ALGORITHMS = ("auto", "fused", "cudnn")
 _CUDNN = _ALGORITHMS.index("cudnn")
 _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 2, torch.bfloat16: 3}
-
-
-def _tf32_is_allowed() -> bool:
-    """Whether torch's setting for its own convolutions allows TF32, as it does by default."""
-    if fp32_precision is None:
-        return torch.backends.cudnn.allow_tf32
-    return fp32_precision("cuda", "conv") == "tf32"
 
 
 class Passes:
@@ -93,7 +86,7 @@ class Passes:
         """
         weight = contiguous_as(weight, self.plan.dtype)
         workspace = -core.packed_bytes // 256 * -256
-        memory = empty_bytes(workspace + core.workspace, weight.device)
+        memory = weight.new_empty(workspace + core.workspace, dtype=torch.uint8)
         packed = memory.data_ptr()
         core.pack(weight.data_ptr(), packed, stream)
         return packed + workspace, packed, (memory, weight)
@@ -125,7 +118,7 @@ class Passes:
             weight = restored(call.weight, shape, self.plan.dtype, self.plan.device)
             levels = self._levels_on(core, call.x, stream)
             if core.algorithm == _CUDNN:
-                memory = empty_bytes(core.workspace, self.plan.device)
+                memory = weight.new_empty(core.workspace, dtype=torch.uint8)
 
                 def run_kernels(fields: Fields) -> None:
                     core.run(stream, (pointer(memory), 0, 0, 0, pointer(levels), 0, *fields))
@@ -166,21 +159,21 @@ class Backend(CommonBackend):
             self._devices[device] = self.core.cuda_device(device.index)
         return self._devices[device]
 
-    def _facts(self, s: Sizes, tf32: bool) -> tuple[Any, Any, int]:
-        """The core's cell and device, and the type of the numbers that convolutions multiply."""
-        device, matrix = self.device(s.device), _EXACT
-        if s.operands is not None:
-            matrix = _OPERANDS[s.operands]
-        elif s.dtype == torch.float32:
-            matrix = _TF32 if tf32 else _EXACT
-        return make_cell(self.core, s), device, matrix
-
     def core_pass(self, s: Sizes, tf32: bool, algorithm: str, backward: bool) -> Any:
         """The core's pass."""
+        matrix = _TF32 if tf32 and s.dtype == torch.float32 else _EXACT
+        if s.operands is not None:
+            matrix = _OPERANDS[s.operands]
         number = _ALGORITHMS.index(algorithm) if algorithm in _ALGORITHMS else 0
-        return self.core.CudaPass(*self._facts(s, tf32), number, backward, lengths=s.has_lengths)
+        cell, device = make_cell(self.core, s), self.device(s.device)
+        return self.core.CudaPass(cell, device, matrix, number, backward, lengths=s.has_lengths)
 
-    tf32 = property(lambda _: _tf32_is_allowed())
+    @property
+    def tf32(self) -> bool:
+        """Whether torch's setting for its own convolutions allows TF32, as it does by default."""
+        if fp32_precision is None:
+            return torch.backends.cudnn.allow_tf32
+        return fp32_precision("cuda", "conv") == "tf32"
 
     def saved_shapes(self, s: Sizes) -> Shapes:
         padded = self.core.cuda_padded_channels(s.c)

@@ -30,11 +30,11 @@ def without_kernels(build: Mapping[str, str]) -> str | None:
 def driver_trouble(build: Mapping[str, str], driver: int | None) -> str | None:
     """What is wrong with a driver for a build with CUDA code; None if nothing is.
 
-    `driver` is the newest CUDA version that it runs, as :func:`driver_version` returns it.
+    `driver` is the newest CUDA version that it runs, 1000 * major + 10 * minor, or 0 or None.
     """
     built = int(build.get("cuda_version", "").split(".")[0] or 0)
     needed = 11080 if built == 11 else 1000 * built
-    if driver is None or driver >= needed:
+    if not driver or driver >= needed:
         return None
     newer = f" to {FIRST_DRIVERS[built]} or newer" if built in FIRST_DRIVERS else ""
     other = f", or install the build for CUDA {driver // 1000}" if driver // 1000 < built else ""
@@ -88,7 +88,7 @@ def device_trouble(
         return None
     major, minor = (*map(int, (build.get("cuda_version", "") or "0").split(".")[:2]), 0)[:2]
     newest = 1000 * major + 10 * minor
-    if driver is None or driver >= newest:
+    if not driver or driver >= newest:
         return None
     return (
         f"{gpu} needs the PTX of this build, which is of CUDA {show(newest)}, and the NVIDIA "
@@ -103,24 +103,18 @@ def trouble(index: int) -> str | None:
     import torch
 
     from .. import _C
+    from ..compat import torch_private
 
     if torch.version.hip:
         return f"torch is built for ROCm {torch.version.hip}, for which there are no kernels"
     build = _C.build_info()
     if missing := without_kernels(build):
         return missing
-    driver = driver_version()
+    driver = torch_private.driver_version()
     if old := driver_trouble(build, driver):
         return old
     card = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
     return device_trouble(build, *card, driver)
-
-
-def driver_version() -> int | None:
-    """Newest CUDA version that the driver runs, 1000 * major + 10 * minor; None if unknown."""
-    from ..compat.torch_private import driver_version
-
-    return driver_version() or None
 
 
 def show(version: int) -> str:

@@ -320,7 +320,8 @@ class Plan(Sizes):
             if x_at and syn_at and mem_at and saved.data_ptr() % ALIGNMENT == 0:
                 at = (x_at, self.x_strides), (syn_at, self.syn_strides), (mem_at, self.mem_strides)
                 return call, saved, at
-        block = self.restored_block(saved, self.saved.bytes)
+        block = restored(saved, (self.saved.bytes,), torch.uint8, self.device).contiguous()
+        block = block.clone() if block.data_ptr() % ALIGNMENT else block
         states = [
             restored(tensor, shape, self.dtype, self.device)
             for tensor, shape in zip(call[:3], self._saved_shapes, strict=True)
@@ -332,11 +333,6 @@ class Plan(Sizes):
         if self._guard is None and is_kept and strides == [view and view[1] for view in views]:
             self._guard = guard_of(guarded)
         return readable, block, views
-
-    def restored_block(self, saved: Tensor, size: int) -> Tensor:
-        """Restore a saved block of `size` bytes, as :meth:`restore` does."""
-        block = restored(saved, (size,), torch.uint8, self.device).contiguous()
-        return block.clone() if block.data_ptr() % ALIGNMENT else block
 
     def forward(self, call: Call, save: bool) -> Result:
         """Run the forward kernels, and `save` what :meth:`backward` needs."""

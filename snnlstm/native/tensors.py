@@ -141,11 +141,6 @@ def laid_out(
 # ---- memory -----------------------------------------------------------------------------------
 
 
-def empty_bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Uninitialised memory that only the kernels use."""
-    return torch.empty(count, dtype=torch.uint8, device=device)
-
-
 def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in the order of x's, of an output whose `shape` ends in (C, H, W).
 
