@@ -17,12 +17,10 @@ from torch import Tensor
 
 from .. import _C
 from ..calls.call import may_require_grad
-from ..calls.entries import TORCH_TYPES
 from ..calls.spec import DTYPES
-from ..compat.torch_private import dispatch_modes, forward_level, is_tracing, transforms_are_active
 from . import lender
-from .function import differentiable
-from .tensors import laid_out, pointer, restored
+from .function import differentiable, torch_must_run
+from .tensors import is_readable, laid_out, pointer, restored
 
 _BACKWARD = torch.ops.aten.native_batch_norm_backward.default
 
@@ -70,20 +68,16 @@ def batch_norm_of_step(
 
 
 def _is_readable(x: Tensor, others: Sequence[Tensor | None]) -> bool:
-    """Whether the kernels may read the tensors, and nothing records or transforms the call.
+    """Whether the kernels may read the tensors, and torch need not run the call.
 
     Torch refuses steps with a single value for each channel, and tensors of another size.
     """
     given = [tensor for tensor in others if tensor is not None]
     return (
-        TORCH_TYPES.issuperset(map(type, (x, *given)))
-        and not (transforms_are_active() or dispatch_modes() or is_tracing())
-        and forward_level() < 0
-        and x.device.type == "cpu" and x.dtype in DTYPES[:2] and not x.is_neg()
-        and x.dim() > 2 and x.numel() > x.shape[0] * x.shape[2] > 0
+        all(map(is_readable, (x, *given))) and not torch_must_run()
+        and x.dtype in DTYPES[:2] and x.dim() > 2 and x.numel() > x.shape[0] * x.shape[2] > 0
         and all(t.shape == x.shape[2:3] and t.dtype is x.dtype for t in given)
         and all(t.is_contiguous() for t in given)
-        and not any(t.is_neg() or t.device != x.device for t in given)
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
+import snnlstm
 from tests.shared.cpu_kernels import native, needs_core, one_thread
 from tests.shared.helpers import close
 
@@ -188,6 +189,7 @@ OTHERS: dict[str, Callable[[Any], Any]] = {
     "an eps of 0": lambda f: f(X, None, None, None, None, True, 0.1, 0.0),
     "a weight with gaps": lambda f: f(X, None, None, torch.ones(2 * C)[::2]),
     "no channel": lambda f: f(X[:, :, :0], None, None),
+    "the user's choice": snnlstm.algorithm("reference")(lambda f: f(X, None, None)),
 }
 
 
