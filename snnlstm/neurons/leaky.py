@@ -375,15 +375,9 @@ class Leaky(TheirLeaky):  # type: ignore[misc]
     # ---- what the layer computes --------------------------------------------------------------
 
     def _described(self, sequence: bool = False) -> LeakySpec:
-        """The spec of a call. What decides may have been set unseen, as by a closure's owner."""
-        options = self.reset_delay, self.inhibition, self.state_quant
-        attributes = self.spike_grad, self._base, *options
+        """The spec of a call. The owner of a closure may have set its numbers unseen."""
         says = self._says
-        if (
-            says is None
-            or says.attributes != attributes
-            or not all(map(operator.is_, says.held, says.holds()))
-        ):
+        if not (says and says.is_final and all(map(operator.is_, says.held, says.holds()))):
             says = self._describe()
         return says.specs[sequence]
 
@@ -436,15 +430,14 @@ class _Description:
         Whether the threshold may have infinities or NaN.
     reset : int
         The number of the reset mechanism.
-    attributes : tuple or None
-        The attributes that decide, as they were.
+    is_final : bool
+        Whether the surrogate was tried; an attempt that may have failed is made again.
     holds : callable
         Reads the numbers that a surrogate of snnTorch's holds, which may change; `held` has them as
         they were.
     """
 
     may_be_infinite, reset = True, 0
-    attributes: Any = None
 
     def __init__(self, layer: Leaky, before: _Description | None) -> None:
         theirs, kind = layer.spike_grad, kind_of(layer.spike_grad)
@@ -460,9 +453,7 @@ class _Description:
         self.surrogate = self.specs[0].surrogate if is_written else None
         self.holds = reader_of(theirs, kind.parameters if kind else ())
         self.held = [*self.holds()]
-        if is_known or kind is None:  # else the attempt may have failed, and is made again
-            options = layer.reset_delay, layer.inhibition, layer.state_quant
-            self.attributes = theirs, layer._base, *options
+        self.is_final = is_known or kind is None
         if before is not None:
             self.may_be_infinite, self.reset = before.may_be_infinite, before.reset
         self.read(layer)

@@ -490,7 +490,3 @@ class SConv1dLSTM(SConv2dLSTM):
     """
 
     _dims, _conv_kind = 1, nn.Conv1d
-
-    def init_sconv1dlstm(self) -> tuple[Tensor, Tensor]:
-        """Another name of :meth:`reset_mem`, from an open proposal to snnTorch."""
-        return self.reset_mem()

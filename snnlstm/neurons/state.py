@@ -216,10 +216,6 @@ class State(Exportable):
             self._note_pass()
         self.syn, self.mem, self.restarted = syn, mem, False
 
-    def readable(self) -> bool:
-        """Whether a call may continue from the stored states: they are not another pass's."""
-        return backward_pass() in (-1, self.stored_in)
-
     def before(
         self,
         name: str,
@@ -252,7 +248,7 @@ class State(Exportable):
             if self.restarted:
                 self.warn_if_ignored()
                 return x.new_zeros(shape)
-        elif not self.readable():
+        elif backward_pass() not in (-1, self.stored_in):
             raise RuntimeError(
                 "a backward pass, such as torch.utils.checkpoint's, calls the cell again, but the "
                 "stored state has changed since the forward pass: pass syn and mem, or call "
