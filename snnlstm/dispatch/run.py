@@ -18,7 +18,6 @@ from ..reference import Overrides
 from .path import Path, native_path
 from .reasons import NATIVE_PATHS, function, leaky, operators, static_reason
 
-
 Results = tuple[Tensor, Tensor, Tensor, Path]
 """spk, syn and mem, and the path that ran."""
 
