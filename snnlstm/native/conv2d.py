@@ -25,17 +25,9 @@ from .products import Ran
 from .tensors import contiguous_strides, laid_out, pointer, restored, with_time
 
 
-def conv2d(
-    input: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: Any = 1,
-) -> Tensor:
+def conv2d(*args: Any, **options: Any) -> Tensor:
     """``torch.nn.functional.conv2d``, by the kernels where they gain; equal to rounding."""
-    return run(input, weight, bias, stride, padding, dilation, groups)[0]
+    return run(*args, **options)[0]
 
 
 def run(

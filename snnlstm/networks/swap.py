@@ -38,10 +38,9 @@ _CONVLSTM = (
 )
 _ROUNDED = (
     "linear layers and convolutions equal torch's to rounding, which may flip a spike at its "
-    "threshold: "
-    "products=False leaves torch's"
+    "threshold: products=False leaves torch's"
 )
-_PRODUCTS = torch_layers.Linear, torch_layers.Conv2d
+_PRODUCTS = tuple(torch_layers.OURS[kind] for kind in torch_layers.PRODUCTS)
 
 
 @dataclass(frozen=True, repr=False)
