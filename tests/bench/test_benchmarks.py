@@ -23,10 +23,10 @@ from benchmarks import (
     gpu,
     gpu_smoke,
     host,
-    linear,
     machine,
     networks,
     peak_memory,
+    products,
     providers,
     report,
     run,
@@ -377,10 +377,11 @@ def test_the_other_commands_print_their_tables(capsys, monkeypatch):
         monkeypatch.setattr(accuracy, name, few)
     accuracy.main()
     assert capsys.readouterr().out.count("\n| ") == len(accuracy.LAYERS)
-    for name, few in (("ROWS", (4,)), ("SHORTEST", 1e-5), ("SECONDS", 0)):
-        monkeypatch.setattr(linear, name, few)
-    linear.main(["0.5"])
-    assert capsys.readouterr().out.count("x") == len(linear.SIZES)
+    few = {"ROWS": (4,), "CONVOLUTIONS": ((2, 3, 4, 6, 3, 1),), "SHORTEST": 1e-5, "SECONDS": 0}
+    for name, value in few.items():
+        monkeypatch.setattr(products, name, value)
+    products.main(["0.5", "--channels-last"])
+    assert capsys.readouterr().out.count("\n| ") == len(products.LINEAR) + 1
     lines = list(gpu_smoke.run("cpu", algorithms=("direct",)))
     assert len(lines) == len(gpu_smoke.rows("cpu", ["direct"], list(gpu_smoke.OPTIONS)))
     assert all(right for _, right in lines)
