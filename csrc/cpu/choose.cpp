@@ -116,13 +116,16 @@ Cell choose(const Cell& cell, CpuAlgorithm algorithm, double density, int max_ti
   return c;
 }
 
-// The sides for which a tile has at most 6 inputs: more would round too much.
-std::pair<int, int> convolution_tile(const Cell& c) {
-  if (!kernels().has_tiles(c) || c.kernel_h * c.kernel_w == 1) return {0, 0};
-  const auto side = [](int kernel) {
-    return kernel == 1 ? 1 : kernel == 3 ? 4 : kernel == 5 ? 2 : 3;
+// Tiles with more than 6 inputs along an axis would round too much. Where most of x is zero, torch's
+// function rounds less, and so do fine tiles: F(4,3) or F(2,5) along one axis alone.
+std::pair<int, int> convolution_tile(const Cell& c, bool fine) {
+  const bool too_coarse =
+      fine && c.kernel_h >= 5 && c.kernel_w >= 5 && (c.kernel_h == 5 || c.kernel_w == 5);
+  if (!kernels().has_tiles(c) || c.kernel_h * c.kernel_w == 1 || too_coarse) return {0, 0};
+  const auto side = [](int kernel, bool fine) {
+    return kernel == 1 ? 1 : kernel == 3 ? (fine ? 2 : 4) : kernel == 5 ? 2 : 3;
   };
-  return {side(c.kernel_h), side(c.kernel_w)};
+  return {side(c.kernel_h, fine && c.kernel_w > 3), side(c.kernel_w, fine && c.kernel_h > 1)};
 }
 
 // torch's function multiplies nearly as fast as the processor can, if channels come last, so it

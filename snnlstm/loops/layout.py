@@ -25,8 +25,11 @@ channels-last already, 0.5 to 1.05. Without gradients: 3x3 0.6 to 1; 2 for one s
 """
 
 
-def channels_last(loop: Loop) -> set[Node]:
-    """The convolutions that run channels-last, each with all equal ones and all of its run."""
+def channels_last(loop: Loop) -> dict[Node, bool]:
+    """The convolutions that run channels-last, each with all equal ones and all of its run.
+
+    Each comes with whether its weight must become so, because x is not.
+    """
     leading: set[Node] = set()  # nodes that reach a pool or a Leaky, if by nodes that keep a layout
     for node in reversed(loop.nodes):
         if (
@@ -36,18 +39,21 @@ def channels_last(loop: Loop) -> set[Node]:
         ):
             leading.update(loop.same[arg] for arg in node.all_input_nodes)
     found: set[Node] = set()  # nodes whose results are channels-last
+    converted: dict[Node, bool] = {}
     for node in loop.nodes:
         if loop.same[node] is not node:
             continue
         behind = any(loop.same[arg] in found for arg in node.all_input_nodes)
         if rules.name_of(node) == "conv2d":
             if _can(loop, node) and (
-                loop.same[node.args[0]] in found or (node in leading and _pays(node))
+                (follows := loop.same[node.args[0]] in found) or (node in leading and _pays(node))
             ):
-                found.update(loop.runs[node][0].calls if node in loop.runs else [node])
+                calls = loop.runs[node][0].calls if node in loop.runs else [node]
+                found.update(calls)
+                converted.update(dict.fromkeys(calls, not follows))
         elif behind and (_keeps(node) or _is_pool(node)):
             found.add(node)
-    return {node for node in found if rules.name_of(node) == "conv2d"}
+    return converted
 
 
 def _is_pool(node: Node) -> bool:

@@ -7,7 +7,7 @@ strides, gets the strides that were recorded.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,12 +33,15 @@ class Writer:
     loop : Loop
     operators : mapping
         Makes, for each call of an operator, what takes the operator's place.
-    channels_last : set of Node
-        The convolutions that run channels-last.
+    channels_last : mapping
+        The convolutions that run channels-last, and whether their weights must become so.
     """
 
     def __init__(
-        self, loop: Loop, operators: Mapping[Any, Callable[[], Any]], channels_last: Set[Node]
+        self,
+        loop: Loop,
+        operators: Mapping[Any, Callable[[], Any]],
+        channels_last: Mapping[Node, bool],
     ) -> None:
         self.graph = Graph()
         self._loop, self._operators, self._channels_last = loop, operators, channels_last
@@ -101,16 +104,16 @@ class Writer:
         The weight of a convolution decides its layout, and has the scale of a batch norm behind it.
         """
         args, norm = self.copied(list(call.args[1:])), self._norms.get(call)
-        channels_last = call in self._channels_last
-        if not channels_last and norm is None:
+        converted = self._channels_last.get(call, False)
+        if not converted and norm is None:
             return args
-        key = self._loop.region(self._at), channels_last, *args[:2]
+        key = self._loop.region(self._at), converted, *args[:2]
         if key not in self._weights:
             weight = args[:2]
             if norm is not None:
                 both = self.call(scaled, *weight, *self.copied(scale_of(norm)))
                 weight = [self.call(rules.ITEM, both, item) for item in range(2)]
-            if channels_last:
+            if converted:
                 weight[0] = self.call("clone", weight[0], memory_format=torch.channels_last)
             self._weights[key] = weight
         return self._weights[key] + args[2:]

@@ -65,7 +65,8 @@ LEAST_PERCENT = 5  # of nonzeros in x that lists must be able to take, so that a
 FEWEST = 4  # input channels; lists gain nothing with fewer
 PIXELS = 512  # of the images that a piece of the weight's gradient sums, or about as many
 LARGEST = 64  # of a kernel's sides and strides
-LISTS, TILES, WEIGHT = range(3)  # the passes of csrc/bindings_cpu.h
+LISTS, TILES, FINE_TILES, WEIGHT = range(4)  # the passes of csrc/bindings_cpu.h
+MOSTLY_ZERO = 75  # percent of nonzeros in y's gradient below which fine tiles compute x's
 
 
 def _decided(
@@ -90,7 +91,7 @@ def _decided(
     if isinstance(layer, str):
         return layer
     gains = needs_grad and (
-        (x.requires_grad and layer.of_x is not None)
+        (x.requires_grad and any(layer.of_x))
         or (weight.requires_grad and layer.of_weight is not None)
     )
     most = layer.most_in_training if needs_grad else layer.most
@@ -100,7 +101,7 @@ def _decided(
         return reason
     ran: Ran = products.NO_LISTS
     if most >= 0:
-        percent = layer.lists.facts((x.data_ptr(), with_time(x.stride())))[0]
+        percent = _percent(layer.lists, x)
         ran = percent if percent <= most else products.too_dense(percent / 100)
     if isinstance(ran, str) and not gains:
         return ran
@@ -109,6 +110,11 @@ def _decided(
     if bias is not None and bias.shape != weight.shape[:1]:
         return products.SHAPES
     return layer, ran, needs_grad
+
+
+def _percent(convolution: Any, x: Tensor) -> int:
+    """How much of a convolution's x is not zero."""
+    return convolution.facts((x.data_ptr(), with_time(x.stride())))[0]
 
 
 class _Layer:
@@ -123,13 +129,16 @@ class _Layer:
     lists : Convolution
         Computes y. It pays up to ``most`` percent of nonzeros in x, which is negative if it never
         does, and up to ``most_in_training`` if a gradient follows.
-    of_x, of_weight : Convolution or None
-        Compute the gradients, None if torch's function does.
+    of_x : pair of Convolution or None
+        Compute the gradient of x, if y's has few zeros and if it has many, as behind max_pool2d.
+        None if torch's function does.
+    of_weight : Convolution or None
+        Computes the gradient of the weight.
     piece : int
         The images of which `of_weight` sums the gradient at a time.
     """
 
-    of_x: Any = None
+    of_x: tuple[Any, Any] = (None, None)
     of_weight: Any = None
 
     def __init__(
@@ -154,9 +163,15 @@ class _Layer:
         if stride != (1, 1):
             return
         turned = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
-        of_x = _C.Convolution(TILES, 1, n, cout, cin, *outputs, kernel, stride, turned)
-        if of_x.cost(1) < share(LEAST_IN_TRAINING, OF_PACKED, of_x):
-            self.of_x = of_x
+        sizes = 1, n, cout, cin, *outputs, kernel, stride, turned
+        of_x = _C.Convolution(TILES, *sizes)
+        fine = None if min(kernel) == 5 else _C.Convolution(FINE_TILES, *sizes)
+
+        def if_it_pays(tiles: Any) -> Any:
+            pays = tiles and tiles.cost(1) < share(LEAST_IN_TRAINING, OF_PACKED, tiles)
+            return tiles if pays else None
+
+        self.of_x = if_it_pays(of_x), if_it_pays(fine)
         divisors = (d for d in range(1, n + 1) if n % d == 0)
         distance = lambda d: abs(math.log(d * math.prod(outputs) / PIXELS))  # noqa: E731
         self.piece = min(divisors, key=distance)
@@ -180,15 +195,18 @@ class _Layer:
         return y
 
     def gradient_of_x(self, weight: Tensor, shape: Sequence[int], grad: Tensor) -> Tensor | None:
-        """The gradient of x, None if the weight has numbers that a tile would spread."""
-        packed = self._packed(weight)
-        if not packed.gain < math.inf:
+        """The gradient of x, None if torch's function is faster or more exact."""
+        look = self.of_x[0] or self.of_x[1]
+        fine = look is not None and _percent(look, grad) < MOSTLY_ZERO
+        packed, convolution = self._packed(weight), self.of_x[fine]
+        if convolution is None or not packed.gain < math.inf:  # tiles spread what is not finite
             return None
-        layout = packed.layouts.get(key := ("conv2d turned", *self.weight_form)) or self._pack(
-            packed, key, self.of_x, lambda copy: copy.flip(2, 3).transpose(0, 1)
+        key = "conv2d turned", fine, *self.weight_form
+        layout = packed.layouts.get(key) or self._pack(
+            packed, key, convolution, lambda copy: copy.flip(2, 3).transpose(0, 1)
         )
         x = self._empty(shape, grad)
-        self._run(self.of_x, layout[0], grad, x)
+        self._run(convolution, layout[0], grad, x)
         return x
 
     def gradients_of_parameters(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,7 +297,7 @@ def _layer_of(
     if None in orders:
         return products.X if orders[0] is None else products.WEIGHT
     layer = _Layer(x, weight, orders, outputs, (stride, padding, dilation))
-    pays = layer.most >= 0 or layer.of_x or layer.of_weight
+    pays = layer.most >= 0 or any(layer.of_x) or layer.of_weight
     return layer if pays else products.SMALL
 
 
@@ -322,7 +340,7 @@ def _gradients(
         grad = layer.readable_grad(grad, *memory)
         if wanted[1] and layer.of_weight is not None:
             out[1:] = layer.gradients_of_parameters(laid_out(x, *ctx.x_memory), grad)
-        if wanted[0] and layer.of_x is not None:
+        if wanted[0]:
             out[0] = layer.gradient_of_x(weight, shape, grad)
     rest = [want and one is None for want, one in zip(wanted, out, strict=True)]
     if any(rest):

@@ -45,7 +45,7 @@ def calls(monkeypatch) -> list[str]:
         """This object takes the place of a pass."""
 
         def __init__(self, number: int, *sizes: Any) -> None:
-            self._name, self._pass = ("lists", "x", "weight")[number], kind(number, *sizes)
+            self._name, self._pass = ("lists", "x", "x", "weight")[number], kind(number, *sizes)
 
         def __getattr__(self, name: str) -> Any:
             if name in ("run", "pack"):
@@ -474,7 +474,7 @@ def test_the_core_refuses_what_would_reach_other_memory(monkeypatch):
     monkeypatch.undo()
     sizes = (0, 1, 4, 8, 6, 10, 10, (3, 3), (1, 1), (1, 1))
     for place, value in [
-        (0, 3), (0, -1), (1, 2), (1, 0), (2, 0), (2, 1 << 50), (3, 0), (4, 0), (4, 1 << 50), (5, 0),
+        (0, 4), (0, -1), (1, 2), (1, 0), (2, 0), (2, 1 << 50), (3, 0), (4, 0), (4, 1 << 50), (5, 0),
         (6, 1 << 46), (7, (2, 3)), (7, (3, 0)), (7, (13, 3)), (8, (0, 1)), (9, (3, 1)),
         (9, (1, -1)),
     ]:  # fmt: skip
@@ -484,7 +484,7 @@ def test_the_core_refuses_what_would_reach_other_memory(monkeypatch):
         with pytest.raises(ValueError, match="no tiles"):
             _C.Convolution(1, *sizes[1:7], kernel, stride, (0, 0))
     at, view = 1 << 20, (1 << 20, (0, 1, 1, 1, 1))
-    by_lists, of_weight = _C.Convolution(*sizes), _C.Convolution(2, *sizes[1:])
+    by_lists, of_weight = _C.Convolution(*sizes), _C.Convolution(3, *sizes[1:])
     fields = (at, at, view, at, view, 0, 0)
     for place in (0, 1, 2, 4):
         missing = None if place in (2, 4) else 0

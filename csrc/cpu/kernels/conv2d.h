@@ -98,7 +98,7 @@ class Convolution {
       x_.transform(tiles, s.blocks[k], s.tiles.values + k * tiles.image_values());
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
       const T* weight = static_cast<const T*>(a_.weight) + cb * l_.tile_weights() * kOutputs * Cin;
-      multiply<S, 4>(tiles, s.tiles.values, weight, Cin, false, s.tiles.products);
+      multiply<S, 4, 32>(tiles, s.tiles.values, weight, Cin, false, s.tiles.products);
       for (int64_t h0 = b0; h0 < b1; h0 += x_.strip()) {
         const int64_t h1 = std::min(h0 + x_.strip(), b1);
         for (int64_t k = 0; k < together; ++k) {

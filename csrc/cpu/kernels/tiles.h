@@ -221,13 +221,14 @@ struct TileRows {
   }
 };
 
-// Writes the products with a weight (points, parts, len, NV * VL), or adds them to `products`.
-template <class S, int NV, class T = typename S::Scalar>
+// Writes the products with a weight (points, parts, len, NV * VL), or adds them to `products`. Sums
+// of more than `longest` values would have larger errors.
+template <class S, int NV, int longest = 48, class T = typename S::Scalar>
 void multiply(const TileBlock<T>& b, const T* values, const T* weight, const SummedChannels& summed,
               bool add, T* products) {
   constexpr int64_t width = NV * S::lanes;
   constexpr int64_t in_cache = chunk_length<T>(width);
-  constexpr int most = in_cache < 48 ? in_cache : 48;  // longer sums would have larger errors
+  constexpr int most = in_cache < longest ? in_cache : longest;
   const TileRows rows(b);
   for (int k = 0; k < b.winograd.points(); ++k) {
     const T* w = weight + k * b.winograd.parts() * summed.len * width;
