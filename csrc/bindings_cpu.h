@@ -259,9 +259,9 @@ inline void linear_backward(const py::tuple& fields) {
 
 // ---- convolutions of spikes ----
 
-// What a convolution computes: y by lists of the nonzeros of x; y by Winograd, for an x of mostly
-// other numbers or mostly zeros; or the gradients of weight and bias by Winograd.
-enum class ConvolutionPass : int { lists = 0, tiles = 1, fine_tiles = 2, weight = 3 };
+// What a convolution computes: y by lists of the nonzeros of x, y by Winograd, or the gradients of
+// weight and bias by Winograd.
+enum class ConvolutionPass : int { lists = 0, tiles = 1, weight = 2 };
 
 struct Convolution {
   Cell cell;
@@ -272,10 +272,10 @@ struct Convolution {
   cpu::Form form() const { return cell.tiled() ? cpu::Form::forward_x_tiles : cpu::Form::forward; }
 };
 
-inline Convolution make_convolution(int number, int64_t T, int64_t N, int64_t Cin, int64_t Cout,
-                                    int64_t H, int64_t W, std::pair<int, int> kernel,
+inline Convolution make_convolution(int number, bool fine, int64_t T, int64_t N, int64_t Cin,
+                                    int64_t Cout, int64_t H, int64_t W, std::pair<int, int> kernel,
                                     std::pair<int, int> stride, std::pair<int, int> padding) {
-  const auto pass = numbered<ConvolutionPass>("pass", number, 4);
+  const auto pass = numbered<ConvolutionPass>("pass", number, 3);
   counted("Cout", Cout, 1);
   Cell c;
   c.T = T, c.N = N, c.Cin = Cin, c.C = (Cout + 3) / 4, c.Cout = Cout, c.H = H, c.W = W;
@@ -293,7 +293,7 @@ inline Convolution make_convolution(int number, int64_t T, int64_t N, int64_t Ci
   c.x_algorithm = CpuAlgorithm::sparse;
   if (pass != ConvolutionPass::lists) {
     c.x_algorithm = CpuAlgorithm::winograd;
-    std::tie(c.tile_h, c.tile_w) = cpu::convolution_tile(c, pass == ConvolutionPass::fine_tiles);
+    std::tie(c.tile_h, c.tile_w) = cpu::convolution_tile(c, fine);
     if (!c.tiled() || c.stride_h * c.stride_w != 1)
       throw py::value_error("there are no tiles for this kernel and stride");
   }

@@ -116,8 +116,8 @@ Cell choose(const Cell& cell, CpuAlgorithm algorithm, double density, int max_ti
   return c;
 }
 
-// Tiles with more than 6 inputs along an axis would round too much. Where most of x is zero, torch's
-// function rounds less, and so do fine tiles: F(4,3) or F(2,5) along one axis alone.
+// Tiles with more than 6 inputs along an axis would round too much. Fine tiles are
+// F(4,3) or F(2,5) along one axis alone.
 std::pair<int, int> convolution_tile(const Cell& c, bool fine) {
   const bool too_coarse =
       fine && c.kernel_h >= 5 && c.kernel_w >= 5 && (c.kernel_h == 5 || c.kernel_w == 5);

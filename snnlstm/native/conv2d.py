@@ -65,8 +65,10 @@ LEAST_PERCENT = 5  # of nonzeros in x that lists must be able to take, so that a
 FEWEST = 4  # input channels; lists gain nothing with fewer
 PIXELS = 512  # of the images that a piece of the weight's gradient sums, or about as many
 LARGEST = 64  # of a kernel's sides and strides
-LISTS, TILES, FINE_TILES, WEIGHT = range(4)  # the passes of csrc/bindings_cpu.h
-MOSTLY_ZERO = 75  # percent of nonzeros in y's gradient below which fine tiles compute x's
+LISTS, TILES, WEIGHT = range(3)  # the passes of csrc/bindings_cpu.h
+# Where torch's function adds few numbers it rounds less, and so do fine tiles: for the gradient of
+# x below this percentage of nonzeros in that of y, and for a weight's up to so many pixels.
+FINE_BELOW, FINE_PIXELS = 75, 4096
 
 
 def _decided(
@@ -131,9 +133,8 @@ class _Layer:
         does, and up to ``most_in_training`` if a gradient follows.
     of_x : pair of Convolution or None
         Compute the gradient of x, if y's has few zeros and if it has many, as behind max_pool2d.
-        None if torch's function does.
     of_weight : Convolution or None
-        Computes the gradient of the weight.
+        Computes the gradients of the weight and the bias.
     piece : int
         The images of which `of_weight` sums the gradient at a time.
     """
@@ -150,37 +151,34 @@ class _Layer:
         self.y_shape = n, cout, *outputs
         products_of_all = n * math.prod(outputs) * math.prod(weight)
 
-        def share(least: int, of_value: int = 0, packed: Any = None) -> float:
+        def share(least: int, of_value: int, one: Any) -> float:
             """The share of torch's time that a pass may take."""
-            values = 0 if packed is None else packed.packed_bytes // 4
+            values = one.packed_bytes // 4
             return MOST_TIME - (of_value * values + least) / products_of_all
 
-        self.lists = _C.Convolution(LISTS, 1, n, cin, cout, *image, kernel, stride, padding)
+        self.lists = _C.Convolution(LISTS, False, 1, n, cin, cout, *image, kernel, stride, padding)
         empty, full = self.lists.cost(0), self.lists.cost(1)
-        shares = share(LEAST), share(LEAST_IN_TRAINING, OF_PACKED, self.lists)
+        shares = share(LEAST, 0, self.lists), share(LEAST_IN_TRAINING, OF_PACKED, self.lists)
         most = (100 * (allowed - empty) / (full - empty) for allowed in shares)
         self.most, self.most_in_training = (m if m >= LEAST_PERCENT else -1 for m in most)
         if stride != (1, 1):
             return
+
+        def tiles(number: int, fine: bool, of_value: int, *sizes: Any) -> Any:
+            if fine and min(kernel) == 5:
+                return None  # there are no fine tiles
+            one = _C.Convolution(number, fine, *sizes)
+            return one if one.cost(1) < share(LEAST_IN_TRAINING, of_value, one) else None
+
         turned = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
-        sizes = 1, n, cout, cin, *outputs, kernel, stride, turned
-        of_x = _C.Convolution(TILES, *sizes)
-        fine = None if min(kernel) == 5 else _C.Convolution(FINE_TILES, *sizes)
-
-        def if_it_pays(tiles: Any) -> Any:
-            pays = tiles and tiles.cost(1) < share(LEAST_IN_TRAINING, OF_PACKED, tiles)
-            return tiles if pays else None
-
-        self.of_x = if_it_pays(of_x), if_it_pays(fine)
+        of_y = 1, n, cout, cin, *outputs, kernel, stride, turned
+        coarse, fine = (tiles(TILES, fine, OF_PACKED, *of_y) for fine in (False, True))
+        self.of_x = coarse, fine
+        pixels = math.prod(outputs)
         divisors = (d for d in range(1, n + 1) if n % d == 0)
-        distance = lambda d: abs(math.log(d * math.prod(outputs) / PIXELS))  # noqa: E731
-        self.piece = min(divisors, key=distance)
-        of_weight = _C.Convolution(
-            WEIGHT, n // self.piece, self.piece, cin, cout, *image, kernel, stride, padding
-        )
-        # The gradient of a weight has about as many values in tiles as the weight.
-        if of_weight.cost(1) < share(LEAST_IN_TRAINING, OF_GRADIENT, of_x):
-            self.of_weight = of_weight
+        self.piece = min(divisors, key=lambda d: abs(math.log(d * pixels / PIXELS)))
+        of_both = n // self.piece, self.piece, cin, cout, *image, kernel, stride, padding
+        self.of_weight = tiles(WEIGHT, n * pixels <= FINE_PIXELS, OF_GRADIENT, *of_both)
 
     def forward(self, ran: Ran, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The result, by lists of nonzeros or, if `ran` says why, by torch."""
@@ -197,7 +195,7 @@ class _Layer:
     def gradient_of_x(self, weight: Tensor, shape: Sequence[int], grad: Tensor) -> Tensor | None:
         """The gradient of x, None if torch's function is faster or more exact."""
         look = self.of_x[0] or self.of_x[1]
-        fine = look is not None and _percent(look, grad) < MOSTLY_ZERO
+        fine = look is not None and _percent(look, grad) < FINE_BELOW
         packed, convolution = self._packed(weight), self.of_x[fine]
         if convolution is None or not packed.gain < math.inf:  # tiles spread what is not finite
             return None

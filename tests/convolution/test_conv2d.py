@@ -45,7 +45,7 @@ def calls(monkeypatch) -> list[str]:
         """This object takes the place of a pass."""
 
         def __init__(self, number: int, *sizes: Any) -> None:
-            self._name, self._pass = ("lists", "x", "x", "weight")[number], kind(number, *sizes)
+            self._name, self._pass = ("lists", "x", "weight")[number], kind(number, *sizes)
 
         def __getattr__(self, name: str) -> Any:
             if name in ("run", "pack"):
@@ -116,7 +116,7 @@ def compare(
             assert actual.stride() == other.stride()
             error, allowed = ((t.double() - right).norm() for t in (actual, other))
             scale = sums if right.numel() < 1000 else right
-            most = 2e-7 if actual is ours[0] else 1.5e-6
+            most = 2e-7 if actual is ours[0] else 1e-6
             # Subnormal results have an absolute error.
             assert error <= max(3 * allowed, most * scale.norm(), 1e-40)
     with torch.no_grad():
@@ -146,7 +146,9 @@ def test_convolutions_are_as_exact_as_torchs(isa, sizes, calls):
             x = spikes((3, cin, *image), density, kind)
             compare(x, weight, bias, stride=stride, padding=padding)
     assert calls.count("lists") == 3 * 15
-    assert calls.count("x") == calls.count("weight") == 2 * 15 * (stride == 1)
+    assert calls.count("x") == 2 * 15 * (stride == 1)
+    # Its tiles of 5x5 would round too much for so few pixels.
+    assert calls.count("weight") == (0 if kernel == 5 else calls.count("x"))
 
 
 @pytest.mark.parametrize("number", range(8))
@@ -472,19 +474,19 @@ def test_hooks_may_bring_back_what_was_saved_in_another_form(calls):
 
 def test_the_core_refuses_what_would_reach_other_memory(monkeypatch):
     monkeypatch.undo()
-    sizes = (0, 1, 4, 8, 6, 10, 10, (3, 3), (1, 1), (1, 1))
+    sizes = (0, False, 1, 4, 8, 6, 10, 10, (3, 3), (1, 1), (1, 1))
     for place, value in [
-        (0, 4), (0, -1), (1, 2), (1, 0), (2, 0), (2, 1 << 50), (3, 0), (4, 0), (4, 1 << 50), (5, 0),
-        (6, 1 << 46), (7, (2, 3)), (7, (3, 0)), (7, (13, 3)), (8, (0, 1)), (9, (3, 1)),
-        (9, (1, -1)),
+        (0, 3), (0, -1), (2, 2), (2, 0), (3, 0), (3, 1 << 50), (4, 0), (5, 0), (5, 1 << 50), (6, 0),
+        (7, 1 << 46), (8, (2, 3)), (8, (3, 0)), (8, (13, 3)), (9, (0, 1)), (10, (3, 1)),
+        (10, (1, -1)),
     ]:  # fmt: skip
         with pytest.raises(ValueError):
             _C.Convolution(*sizes[:place], value, *sizes[place + 1 :])
-    for kernel, stride in (((1, 1), (1, 1)), ((3, 3), (2, 1))):
+    for fine, kernel, stride in ((0, (1, 1), (1, 1)), (0, (3, 3), (2, 1)), (1, (5, 7), (1, 1))):
         with pytest.raises(ValueError, match="no tiles"):
-            _C.Convolution(1, *sizes[1:7], kernel, stride, (0, 0))
+            _C.Convolution(1, bool(fine), *sizes[2:8], kernel, stride, (0, 0))
     at, view = 1 << 20, (1 << 20, (0, 1, 1, 1, 1))
-    by_lists, of_weight = _C.Convolution(*sizes), _C.Convolution(3, *sizes[1:])
+    by_lists, of_weight = _C.Convolution(*sizes), _C.Convolution(2, *sizes[1:])
     fields = (at, at, view, at, view, 0, 0)
     for place in (0, 1, 2, 4):
         missing = None if place in (2, 4) else 0
