@@ -60,6 +60,9 @@ struct Cell {
   // A convolution's output channels, or 0 for a cell. Its C is a quarter of them, rounded up.
   int64_t Cout = 0;
   int padding_h = 0, padding_w = 0;  // a convolution's
+  // A convolution's weight: whether its input channels lie next to each other, and whether it is
+  // turned around for the gradient of x, whose inputs are that weight's outputs.
+  bool weight_last = false, turned = false;
 
   int64_t pad_h() const { return Cout ? padding_h : int64_t(dilation_h) * (kernel_h - 1) / 2; }
   int64_t pad_w() const { return Cout ? padding_w : int64_t(dilation_w) * (kernel_w - 1) / 2; }

@@ -259,8 +259,8 @@ inline void linear_backward(const py::tuple& fields) {
 
 // ---- convolutions of spikes ----
 
-// What a convolution computes: y by lists of the nonzeros of x, y by Winograd, or the gradients of
-// weight and bias by Winograd.
+// What a convolution computes: y by lists of the nonzeros of x; y by Winograd, with the weight
+// turned around, for the gradient of x; or the gradients of weight and bias by Winograd.
 enum class ConvolutionPass : int { lists = 0, tiles = 1, weight = 2 };
 
 struct Convolution {
@@ -272,9 +272,10 @@ struct Convolution {
   cpu::Form form() const { return cell.tiled() ? cpu::Form::forward_x_tiles : cpu::Form::forward; }
 };
 
-inline Convolution make_convolution(int number, bool fine, int64_t T, int64_t N, int64_t Cin,
-                                    int64_t Cout, int64_t H, int64_t W, std::pair<int, int> kernel,
-                                    std::pair<int, int> stride, std::pair<int, int> padding) {
+inline Convolution make_convolution(int number, bool fine, bool weight_last, int64_t T, int64_t N,
+                                    int64_t Cin, int64_t Cout, int64_t H, int64_t W,
+                                    std::pair<int, int> kernel, std::pair<int, int> stride,
+                                    std::pair<int, int> padding) {
   const auto pass = numbered<ConvolutionPass>("pass", number, 3);
   counted("Cout", Cout, 1);
   Cell c;
@@ -288,6 +289,8 @@ inline Convolution make_convolution(int number, bool fine, int64_t T, int64_t N,
   };
   if (!fits(H, c.kernel_h, c.padding_h) || !fits(W, c.kernel_w, c.padding_w))
     throw py::value_error("kernel must be odd, larger than padding, and fit into the image");
+  c.turned = pass == ConvolutionPass::tiles;
+  c.weight_last = weight_last && pass != ConvolutionPass::weight;
   if (pass != ConvolutionPass::weight && T > 1) throw py::value_error("T must be 1");
   const cpu::Kernels& kernels = cpu::kernels();
   c.x_algorithm = CpuAlgorithm::sparse;

@@ -8,7 +8,7 @@ another one of them than the first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -156,7 +156,10 @@ class _Layer:
             values = one.packed_bytes // 4
             return MOST_TIME - (of_value * values + least) / products_of_all
 
-        self.lists = _C.Convolution(LISTS, False, 1, n, cin, cout, *image, kernel, stride, padding)
+        last = orders[1] == 1
+        self.lists = _C.Convolution(
+            LISTS, False, last, 1, n, cin, cout, *image, kernel, stride, padding
+        )
         empty, full = self.lists.cost(0), self.lists.cost(1)
         shares = share(LEAST, 0, self.lists), share(LEAST_IN_TRAINING, OF_PACKED, self.lists)
         most = (100 * (allowed - empty) / (full - empty) for allowed in shares)
@@ -167,7 +170,7 @@ class _Layer:
         def tiles(number: int, fine: bool, of_value: int, *sizes: Any) -> Any:
             if fine and min(kernel) == 5:
                 return None  # there are no fine tiles
-            one = _C.Convolution(number, fine, *sizes)
+            one = _C.Convolution(number, fine, last, *sizes)
             return one if one.cost(1) < share(LEAST_IN_TRAINING, of_value, one) else None
 
         turned = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
@@ -185,9 +188,7 @@ class _Layer:
         if isinstance(ran, str):
             return F.conv2d(x, weight, bias, *self.options)
         packed = self._packed(weight)
-        layout = packed.layouts.get(key := ("conv2d", *self.weight_form)) or self._pack(
-            packed, key, self.lists, lambda copy: copy
-        )
+        layout = self._pack(packed, ("conv2d", *self.weight_form), self.lists)
         y = self._empty(self.y_shape, x)
         self._run(self.lists, layout[0], x, y, pointer(bias))
         return y
@@ -199,10 +200,7 @@ class _Layer:
         packed, convolution = self._packed(weight), self.of_x[fine]
         if convolution is None or not packed.gain < math.inf:  # tiles spread what is not finite
             return None
-        key = "conv2d turned", fine, *self.weight_form
-        layout = packed.layouts.get(key) or self._pack(
-            packed, key, convolution, lambda copy: copy.flip(2, 3).transpose(0, 1)
-        )
+        layout = self._pack(packed, ("conv2d turned", fine, *self.weight_form), convolution)
         x = self._empty(shape, grad)
         self._run(convolution, layout[0], grad, x)
         return x
@@ -225,16 +223,11 @@ class _Layer:
         """The packed copy of the weight, or of the view of a channels-last one without gaps."""
         return cpu.packed_weight(weight.permute(0, 2, 3, 1) if self.weight_form[0] else weight)
 
-    def _pack(
-        self, packed: cpu.PackedWeight, key: Any, convolution: Any, turn: Callable[[Tensor], Tensor]
-    ) -> Any:
-        """Pack a weight for a pass that reads it as `turn` returns it."""
-        weight = packed.copy
-        if self.weight_form[0]:
-            weight = weight.permute(0, 3, 1, 2)
-        weight = turn(weight).contiguous()
-        pack = lambda _, address: convolution.pack(weight.data_ptr(), address)  # noqa: E731
-        return packed.pack(key, convolution.packed_bytes, pack)
+    def _pack(self, packed: cpu.PackedWeight, key: Any, convolution: Any) -> Any:
+        """The layout of a weight that a pass reads."""
+        return packed.layouts.get(key) or packed.pack(
+            key, convolution.packed_bytes, convolution.pack
+        )
 
     def _empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Memory for a result of this shape."""

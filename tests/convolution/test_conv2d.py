@@ -474,17 +474,17 @@ def test_hooks_may_bring_back_what_was_saved_in_another_form(calls):
 
 def test_the_core_refuses_what_would_reach_other_memory(monkeypatch):
     monkeypatch.undo()
-    sizes = (0, False, 1, 4, 8, 6, 10, 10, (3, 3), (1, 1), (1, 1))
+    sizes = (0, False, False, 1, 4, 8, 6, 10, 10, (3, 3), (1, 1), (1, 1))
     for place, value in [
-        (0, 3), (0, -1), (2, 2), (2, 0), (3, 0), (3, 1 << 50), (4, 0), (5, 0), (5, 1 << 50), (6, 0),
-        (7, 1 << 46), (8, (2, 3)), (8, (3, 0)), (8, (13, 3)), (9, (0, 1)), (10, (3, 1)),
-        (10, (1, -1)),
+        (0, 3), (0, -1), (3, 2), (3, 0), (4, 0), (4, 1 << 50), (5, 0), (6, 0), (6, 1 << 50), (7, 0),
+        (8, 1 << 46), (9, (2, 3)), (9, (3, 0)), (9, (13, 3)), (10, (0, 1)), (11, (3, 1)),
+        (11, (1, -1)),
     ]:  # fmt: skip
         with pytest.raises(ValueError):
             _C.Convolution(*sizes[:place], value, *sizes[place + 1 :])
     for fine, kernel, stride in ((0, (1, 1), (1, 1)), (0, (3, 3), (2, 1)), (1, (5, 7), (1, 1))):
         with pytest.raises(ValueError, match="no tiles"):
-            _C.Convolution(1, bool(fine), *sizes[2:8], kernel, stride, (0, 0))
+            _C.Convolution(1, bool(fine), *sizes[2:9], kernel, stride, (0, 0))
     at, view = 1 << 20, (1 << 20, (0, 1, 1, 1, 1))
     by_lists, of_weight = _C.Convolution(*sizes), _C.Convolution(2, *sizes[1:])
     fields = (at, at, view, at, view, 0, 0)

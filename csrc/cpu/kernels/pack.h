@@ -13,10 +13,27 @@ struct Packing {
   using L = Layout<T, VL>;
   using S = Simd<T, VL>;
 
+  // The distances, in the caller's weight, of neighbouring outputs, inputs and taps. A turned weight
+  // has the inputs first.
+  struct Distances {
+    int64_t output, input, tap;
+
+    explicit Distances(const L& l) {
+      const int64_t inputs = l.x.channels + l.mem.channels;
+      const int64_t second = l.c.turned ? l.c.Cout : inputs;
+      const int64_t of_first = second * l.all_taps();
+      const int64_t of_second = l.c.weight_last ? 1 : l.all_taps();
+      output = l.c.turned ? of_second : of_first;
+      input = l.c.turned ? of_first : of_second;
+      tap = l.c.weight_last ? second : 1;
+    }
+  };
+
   // Returns the place of the weight from input channel ci (x's first, then mem's) to gate channel
   // g, at a place among its taps.
   static int64_t source(const L& l, int64_t g, int64_t ci, int64_t place) {
-    return (g * (l.x.channels + l.mem.channels) + ci) * l.all_taps() + place;
+    const Distances to(l);
+    return g * to.output + ci * to.input + place * to.tap;
   }
 
   // Returns how many neighbouring input channels are packed together, so that their taps fill
@@ -49,7 +66,7 @@ struct Packing {
                  l.lanes(cb, gate), n, taps.of(thread, gate * n), {l.taps, l.taps * VL, VL});
           T* const out = packed + (cb * l.tile_weights() * count + begin) * 4 * VL;
           for (int64_t k = 0; k < 4 * n; ++k)
-            tile_weights(l, taps.of(thread, k % 4 * n + k / 4), false, count * 4 * VL,
+            tile_weights(l, taps.of(thread, k % 4 * n + k / 4), l.c.turned, count * 4 * VL,
                          out + k * VL);
         });
   }
@@ -87,12 +104,19 @@ struct Packing {
   // lanes from `lanes` on are zero.
   static void load(const L& l, const T* weight, int64_t stride, int64_t lanes, int64_t count,
                    T* dst, const Pixels& to) {
-    if (l.all_taps() == l.taps && count > 1)
+    const Distances from(l);
+    if (l.all_taps() == l.taps && count > 1 && from.tap == 1 && from.input == l.taps)
       return load_row<S>(weight, stride, 1, count * l.taps, lanes, dst, to, VL);
+    if (l.c.weight_last && !l.c.turned) {
+      for (int64_t tap = 0; tap < l.taps; ++tap)
+        load_row<S>(weight + tap * from.tap, stride, 1, count, lanes, dst + tap * to.pixel,
+                    Row{to.row}, VL);
+      return;
+    }
     const int64_t run = l.c.outer_w == 0 ? l.taps : l.c.kernel_w;  // neighbours
     for (int64_t k = 0; k < count * l.taps; k += run) {
       const int64_t ci = k / l.taps, tap = k % l.taps;
-      load_row<S>(weight + ci * l.all_taps() + l.place(tap), stride, 1, run, lanes,
+      load_row<S>(weight + ci * from.input + l.place(tap) * from.tap, stride, from.tap, run, lanes,
                   dst + ci * to.row + tap * to.pixel, Row{to.pixel}, VL);
     }
   }
