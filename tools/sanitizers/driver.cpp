@@ -312,10 +312,13 @@ void run_convolution(const cpu::Kernels& kernels) {
   c.padding_w = int(between(0, c.dilation_w * (c.kernel_w - 1)));
   if (c.Ho() < 1 || c.Wo() < 1) return;
   const bool odd = c.kernel_h % 2 && c.kernel_w % 2 && c.kernel_h * c.kernel_w > 1;
-  const auto tile = [](int kernel) { return kernel == 1 ? 1 : int(between(3, 4)); };
+  const auto tile = [](int kernel) {
+    return kernel == 1 ? 1 : int(between(kernel <= 5 ? 2 : 3, 4));
+  };
   if (odd && c.stride_h * c.stride_w == 1 && kernels.has_tiles(c) && between(0, 2) > 0)
     c.tile_h = tile(c.kernel_h), c.tile_w = tile(c.kernel_w);
   c.x_algorithm = c.tiled() ? CpuAlgorithm::winograd : CpuAlgorithm::sparse;
+  c.weight_last = between(0, 1), c.turned = c.tiled() && between(0, 1);
   loose = special;
   const auto number = [&] {
     return special && between(0, 40) == 0
@@ -341,7 +344,7 @@ void run_convolution(const cpu::Kernels& kernels) {
   }
   y.check("y of a convolution");
 
-  a.cell.T = mostly_small(4);
+  a.cell.T = mostly_small(4), a.cell.weight_last = a.cell.turned = false;
   if (!c.tiled()) a.cell.x_algorithm = CpuAlgorithm::direct;
   StridedTensor<float> steps({a.cell.T, c.N, c.Cin, c.H, c.W}, true);
   StridedTensor<float> grad_y({a.cell.T, c.N, c.Cout, c.Ho(), c.Wo()}, true);
