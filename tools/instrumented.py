@@ -45,7 +45,7 @@ ISAS = {
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"],
 }
 TESTS = [
-    "kernels", "linear", "pool/test_pool2d.py", "autograd/test_loop.py", "cell/test_threads.py",
+    "kernels", "products", "pool/test_pool2d.py", "autograd/test_loop.py", "cell/test_threads.py",
     *(f"--ignore=tests/kernels/test_{name}.py" for name in ("cuda_check", "math", "packing")),
     "-k", "not long and not gil",
 ]  # fmt: skip
