@@ -1,5 +1,6 @@
 """Calls that torch's functions must run, and what records a network."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -55,7 +56,9 @@ def dual(f: Any, x: Tensor, *rest: Tensor) -> Any:
 
 def traced(f: Any, x: Tensor, *rest: Tensor) -> str:
     constants = [t.detach() for t in rest]
-    return kinds(torch.jit.trace(lambda x: f(x, *constants), x, check_trace=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)  # a decision looked at sizes
+        return kinds(torch.jit.trace(lambda x: f(x, *constants), x, check_trace=False))
 
 
 class Seen(TorchFunctionMode):
