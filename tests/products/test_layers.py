@@ -227,7 +227,7 @@ def test_stacks_call_it_once_for_all_steps(name, accelerated, seen):
 
 
 @merges
-def test_compiled_loops_use_the_kernels(name, seen):
+def test_compiled_loops_use_the_kernels(name, seen, fresh_compiler):
     assert operators.IN_GRAPH[F.linear]() is linear.linear
     assert operators.IN_GRAPH[F.conv2d]() is conv2d.conv2d
     x, (net, theirs) = X[name], networks(name)
