@@ -1,6 +1,5 @@
 """The kernels' max_pool2d and avg_pool2d equal torch's by bits, and torch takes all else."""
 
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from random import Random
@@ -12,15 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-import snnlstm
 from tests.shared.cases import drawing
 from tests.shared.cpu_kernels import native, needs_core
+from tests.shared.left_to_torch import CALLS, Call, assert_torchs, with_x
 from tests.shared.poison import HUGE, NAN, poisoned
 
 pytestmark = needs_core
@@ -162,80 +157,24 @@ def test_pools_of_several_threads(threads, channels_last):
 
 # ---- what is torch's -----------------------------------------------------------------------------
 
-Tagged = type("Tagged", (Tensor,), {})
 X = torch.randn(2, 3, 6, 8)
 
-
-def faked(f: Any) -> Any:
-    with FakeTensorMode() as mode:
-        return f(mode.from_tensor(X)).shape
-
-
-def dual(f: Any) -> Any:
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(f(forward_ad.make_dual(X, X.cos())))
-
-
-class Seen(TorchFunctionMode):
-    """Counts the pools that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pools = 0
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        self.pools += "pool2d" in function.__name__
-        return function(*args, **kwargs or {})
-
-
-def intercepted(f: Any) -> Any:
-    with Seen() as mode:
-        f(X)
-    return mode.pools
-
-
-def by_reference(f: Any) -> Any:
-    with snnlstm.algorithm("reference"):
-        return f(X)
-
-
-# What is called with a pool, which takes x, a window of 2, and torch's options. What records a pool
-# stands in tests/pool/test_recorded.py.
-TORCHS: dict[str, Callable[[Any], Any]] = {
-    "3-D": lambda f: f(X[0]),
-    "float16": lambda f: f(X.half()),
-    "bfloat16": lambda f: f(X.bfloat16()),
-    "a subclass": lambda f: f(X.as_subclass(Tagged)),
-    "a slice": lambda f: f(X[..., ::2]),
-    "transposed": lambda f: f(X.transpose(2, 3)),
-    "expanded": lambda f: f(X[:1].expand(2, 3, 6, 8)),
-    "negated": lambda f: f(torch._neg_view(X)),
-    "zeros without memory": lambda f: f(torch._efficientzerotensor(X.shape)),
-    "a function mode": intercepted,
-    "no sample": lambda f: f(X[:0]),
-    "meta": lambda f: f(X.to("meta")).shape,
-    "vmap": lambda f: torch.func.vmap(f)(X[None]),
-    "grad": lambda f: torch.func.grad(lambda x: f(x).sum())(X),
-    "jvp": lambda f: torch.func.jvp(f, (X,), (X.cos(),)),
-    "dual": dual,
-    "FakeTensorMode": faked,
-    "reference": by_reference,
+# Calls of a pool, which takes x, a window of 2, and torch's options. What records a pool stands in
+# tests/pool/test_recorded.py.
+TORCHS: dict[str, Call] = CALLS | {
+    "3-D": with_x(lambda x: x[0]),
     # Errors.
-    "2-D": lambda f: f(X[0, 0]),
-    "no pixel": lambda f: f(X[:, :, :0]),
-    "no channel": lambda f: f(X[:, :0]),
-    "integers": lambda f: f(X.long()),
-    "large window": lambda f: f(X, kernel_size=9),
-    "large padding": lambda f: f(X, padding=2),
-    "no window": lambda f: f(X, kernel_size=0),
-    "no stride": lambda f: f(X, stride=0),
-    "half a pixel": lambda f: f(X, kernel_size=1.5),
-    "words": lambda f: f(X, kernel_size="2"),
-    "three sizes": lambda f: f(X, kernel_size=(2, 2, 2)),
-    "lists": lambda f: f(X, kernel_size=[[2], [2]]),
-    "no tensor": lambda f: f([1.0]),
-    "nested": lambda f: f(torch.nested.nested_tensor([*X])),
-    "jagged": lambda f: f(torch.nested.nested_tensor([*X], layout=torch.jagged)),
+    "2-D": with_x(lambda x: x[0, 0]),
+    "no pixel": with_x(lambda x: x[:, :, :0]),
+    "no channel": with_x(lambda x: x[:, :0]),
+    "large window": lambda f, x: f(x, kernel_size=9),
+    "large padding": lambda f, x: f(x, padding=2),
+    "no window": lambda f, x: f(x, kernel_size=0),
+    "no stride": lambda f, x: f(x, stride=0),
+    "half a pixel": lambda f, x: f(x, kernel_size=1.5),
+    "words": lambda f, x: f(x, kernel_size="2"),
+    "three sizes": lambda f, x: f(x, kernel_size=(2, 2, 2)),
+    "lists": lambda f, x: f(x, kernel_size=[[2], [2]]),
 }
 OF_ONE = {
     "indices": lambda pools: pools.max_pool2d(X, 2, return_indices=True),
@@ -245,31 +184,18 @@ OF_ONE = {
 }
 
 
-def result_of(function: Callable[[Any], Any], of: Any) -> Any:
-    """Returns what a call returns, or the error that it raises."""
-    try:
-        return function(of)
-    except TypeError as error:  # its text tells how the argument was given
-        return type(error)
-    except Exception as error:
-        return type(error), str(error)
-
-
-@pytest.mark.parametrize("name", [*TORCHS, *OF_ONE])
+@pytest.mark.parametrize("name", TORCHS)
 def test_torch_takes_everything_else(name, calls):
     for pool in ("max_pool2d", "avg_pool2d"):
-        results = []
-        for pools in (F, pool2d):
-            function = getattr(pools, pool)
-            # Anybody's kernel_size takes the place of 2.
-            of = lambda x, function=function, **how: function(x, **{"kernel_size": 2, **how})  # noqa: E731
-            one = (OF_ONE[name], pools) if name in OF_ONE else (TORCHS[name], of)
-            results.append(result_of(*one))
-        assert type(results[0]) is type(results[1])
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(results)):
-            torch.testing.assert_close(*results, rtol=0, atol=0)
-        else:
-            assert results[0] == results[1]
+        # Anybody's kernel_size takes the place of 2.
+        ours, theirs = (partial(getattr(pools, pool), kernel_size=2) for pools in (pool2d, F))
+        assert_torchs(TORCHS[name], ours, theirs, X)
+    assert not calls
+
+
+@pytest.mark.parametrize("name", OF_ONE)
+def test_torch_takes_options_of_one_pool(name, calls):
+    assert_torchs(OF_ONE[name], pool2d, F)
     assert not calls
 
 

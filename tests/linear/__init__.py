@@ -1,1 +1,0 @@
-"""Linear layers of spikes compute what torch's do, to rounding, and torch runs all others."""

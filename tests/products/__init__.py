@@ -1,0 +1,1 @@
+"""Products of spikes compute what torch's do, to rounding, and torch runs all others."""
