@@ -259,15 +259,16 @@ inline void linear_backward(const py::tuple& fields) {
 
 // ---- convolutions of spikes ----
 
-// What a convolution computes: y by lists of the nonzeros of x; y by Winograd, with the weight
-// turned around, for the gradient of x; or the gradients of weight and bias by Winograd.
-enum class ConvolutionPass : int { lists = 0, tiles = 1, weight = 2 };
+// What a convolution computes: y by lists of the nonzeros of x, or by Winograd; or, by Winograd, the
+// gradient of x, for which the weight is turned around, or those of weight and bias.
+enum class ConvolutionPass : int { lists = 0, tiles = 1, turned = 2, weight = 3 };
 
 struct Convolution {
   Cell cell;
   bool weight;
   int threads;
   const cpu::Kernels& kernels;
+  std::string layout;  // names that of the packed weight
 
   cpu::Form form() const { return cell.tiled() ? cpu::Form::forward_x_tiles : cpu::Form::forward; }
 };
@@ -276,7 +277,7 @@ inline Convolution make_convolution(int number, bool fine, bool weight_last, int
                                     int64_t Cin, int64_t Cout, int64_t H, int64_t W,
                                     std::pair<int, int> kernel, std::pair<int, int> stride,
                                     std::pair<int, int> padding) {
-  const auto pass = numbered<ConvolutionPass>("pass", number, 3);
+  const auto pass = numbered<ConvolutionPass>("pass", number, 4);
   counted("Cout", Cout, 1);
   Cell c;
   c.T = T, c.N = N, c.Cin = Cin, c.C = (Cout + 3) / 4, c.Cout = Cout, c.H = H, c.W = W;
@@ -289,7 +290,7 @@ inline Convolution make_convolution(int number, bool fine, bool weight_last, int
   };
   if (!fits(H, c.kernel_h, c.padding_h) || !fits(W, c.kernel_w, c.padding_w))
     throw py::value_error("kernel must be odd, larger than padding, and fit into the image");
-  c.turned = pass == ConvolutionPass::tiles;
+  c.turned = pass == ConvolutionPass::turned;
   c.weight_last = weight_last && pass != ConvolutionPass::weight;
   if (pass != ConvolutionPass::weight && T > 1) throw py::value_error("T must be 1");
   const cpu::Kernels& kernels = cpu::kernels();
@@ -300,7 +301,9 @@ inline Convolution make_convolution(int number, bool fine, bool weight_last, int
     if (!c.tiled() || c.stride_h * c.stride_w != 1)
       throw py::value_error("there are no tiles for this kernel and stride");
   }
-  return {c, pass == ConvolutionPass::weight, most_threads(), kernels};
+  const std::string layout = cpu::isa_name() + " " + cpu::form_name(c, cpu::Form::forward_x_tiles) +
+                             (c.turned ? " turned" : "") + (c.weight_last ? " last" : "");
+  return {c, pass == ConvolutionPass::weight, most_threads(), kernels, layout};
 }
 
 inline void pack_convolution(const Convolution& conv, Address weight, Address packed) {
@@ -378,6 +381,7 @@ inline void bind_cpu(py::module_& m) {
       .def_property_readonly(
           "packed_bytes",
           [](const Convolution& c) { return c.kernels.packed_bytes(c.cell, c.form()); })
+      .def_readonly("layout", &Convolution::layout)
       .def("facts", [](const Convolution& c, const py::handle& x) { return facts(c.cell, x, 0); })
       .def("cost", [](const Convolution& c,
                       double density) { return cpu::convolution_cost(c.cell, c.weight, density); })

@@ -29,7 +29,7 @@ except ImportError as error:
     ) from error
 from . import rules
 from .functions import make_functions
-from .layout import channels_last
+from .layout import channels_last, for_neurons
 from .rewrite import Writer
 from .steps import Loop
 
@@ -80,7 +80,7 @@ def compile_loop(
         needed = ".".join(map(str, OLDEST))
         raise RuntimeError(f'backend "snnlstm" needs torch {needed} or newer, got {version}')
     loop = Loop(gm.graph)
-    graph = Writer(loop, IN_GRAPH, channels_last(loop)).write()
+    graph = Writer(loop, IN_GRAPH, channels_last(loop), for_neurons(loop)).write()
     _log(loop, gm)
     leaky = next((node for node in loop.nodes if node.target is rules.LEAKY_OPERATOR), None)
     if leaky is not None:

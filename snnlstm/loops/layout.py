@@ -1,4 +1,4 @@
-"""Which convolutions of a loop on the CPU run channels-last.
+"""Which convolutions of a loop on the CPU run channels-last, and which of them neurons alone read.
 
 torch's convolutions follow the layout of their weight, so the weight alone decides. What follows a
 convolution keeps its layout: pools, Leaky, cells, batch norm, elementwise functions and flatten.
@@ -54,6 +54,33 @@ def channels_last(loop: Loop) -> dict[Node, bool]:
         elif behind and (_keeps(node) or _is_pool(node)):
             found.add(node)
     return converted
+
+
+def for_neurons(loop: Loop) -> set[Node]:
+    """The convolutions of which a Leaky alone reads the results, if behind sums and batch norms.
+
+    These may be rounded otherwise at equal pixels. A max_pool2d would give the gradient of such
+    pixels to another one than the first, so nothing but a neuron may read mem, either.
+    """
+    alone: set[Node] = set()
+    for node in reversed(loop.nodes):
+        users = loop.users[loop.same[node]]
+        if users and all(
+            _keeps_mem(loop, user) if user.target is rules.LEAKY_OPERATOR
+            else user in alone and rules.name_of(user) in ("add", "iadd", "batch_norm")
+            for user in users
+        ):  # fmt: skip
+            alone.add(node)
+    convolutions = [node for node in loop.nodes if rules.name_of(node) == "conv2d"]
+    runs = (loop.runs[node][0].calls if node in loop.runs else [node] for node in convolutions)
+    return {call for calls in runs if alone.issuperset(calls) for call in calls}
+
+
+def _keeps_mem(loop: Loop, leaky: Node) -> bool:
+    """Whether only neurons, or who calls the loop, read the mem that a Leaky returns."""
+    mems = [item for item in loop.users[loop.same[leaky]] if item.args[1:] != (0,)]
+    readers = [user for mem in mems for user in loop.users[loop.same[mem]]]
+    return all(user.op == "output" or user.target in rules.STATEFUL for user in readers)
 
 
 def _is_pool(node: Node) -> bool:

@@ -7,7 +7,7 @@ strides, gets the strides that were recorded.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class Writer:
         Makes, for each call of an operator, what takes the operator's place.
     channels_last : mapping
         The convolutions that run channels-last, and whether their weights must become so.
+    for_neurons : set of Node
+        The convolutions of which neurons alone read the results.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class Writer:
         loop: Loop,
         operators: Mapping[Any, Callable[[], Any]],
         channels_last: Mapping[Node, bool],
+        for_neurons: Set[Node],
     ) -> None:
         self.graph = Graph()
         self._loop, self._operators, self._channels_last = loop, operators, channels_last
+        self._for_neurons = for_neurons
         self._norms = {conv: norm for norm, conv in loop.folded.items()}
         results = loop.nodes[-1].all_input_nodes
         self._returned = {storage for node in results for storage in loop.memory[node]}
@@ -117,6 +121,11 @@ class Writer:
                 weight[0] = self.call("clone", weight[0], memory_format=torch.channels_last)
             self._weights[key] = weight
         return self._weights[key] + args[2:]
+
+    def options(self, call: Node) -> dict[str, Any]:
+        """The arguments of a call by name; of a convolution, who reads it."""
+        is_ours = call in self._for_neurons and self._made(call.target) is not call.target
+        return self.copied(dict(call.kwargs)) | ({"for_neurons": True} if is_ours else {})
 
     def is_one(self, nodes: Sequence[Node]) -> bool:
         """Whether the nodes of all steps are one."""
@@ -229,6 +238,8 @@ class Writer:
                 argument = self._as_recorded  # the function may see strides
         new = self.graph.node_copy(node, argument)
         new.target = self._made(node.target)
+        if node in self._for_neurons:
+            new.kwargs = self.options(node)
         if node in self._channels_last or node in self._norms:
             with self.graph.inserting_before(new):
                 new.args = new.args[0], *self.arguments(node)

@@ -150,7 +150,7 @@ def _whole(w: Any, run: Any, function: Any = None, x: Any = None) -> Any:
     """The run's function, or another one, takes all steps, or x, with the arguments of one call."""
     call = run.calls[0]
     x = _first(w, run) if x is None else x
-    return w.call(function or call.target, x, *w.arguments(call), **w.copied(dict(call.kwargs)))
+    return w.call(function or call.target, x, *w.arguments(call), **w.options(call))
 
 
 def linear_of_steps(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

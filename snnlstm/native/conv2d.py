@@ -1,15 +1,15 @@
-"""Convolutions of spikes on the CPU kernels: results by lists of nonzeros, gradients by Winograd.
+"""Convolutions of spikes on the CPU kernels: by lists of nonzeros or Winograd's tiles.
 
-The gradient of x is a convolution of y's gradient with the weight turned around. A forward pass has
-no Winograd: it rounds equal pixels apart, and a max_pool2d behind it would give the gradient to
-another one of them than the first.
+The gradient of x is a convolution of y's gradient with the weight turned around. Tiles compute y
+only where neurons alone read it: they round equal pixels apart, and a max_pool2d behind them would
+give the gradient to another one of these pixels than the first.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,23 +38,30 @@ def run(
     padding: Any = 0,
     dilation: Any = 1,
     groups: Any = 1,
+    for_neurons: bool = False,
 ) -> tuple[Tensor, Ran]:
-    """The result of :func:`conv2d`, and what ran."""
+    """The result of :func:`conv2d`, and what ran; tiles may compute what only neurons read."""
     options = stride, padding, dilation, groups
-    decided = _decided(input, weight, bias, options)
-    if isinstance(decided, str):
-        return F.conv2d(input, weight, bias, *options), decided
-    layer, ran, needs_grad = decided
-    return _run(layer, ran, needs_grad, input, weight, bias), ran
+    call = _decided(input, weight, bias, options, for_neurons)
+    if isinstance(call, str):
+        return F.conv2d(input, weight, bias, *options), call
+    return _run(call, input, weight, bias), call.ran
+
+
+class _Call(NamedTuple):
+    """What runs a call, the packed weight that it reads, and whether a gradient follows."""
+
+    layer: _Layer
+    ran: Ran
+    packed: cpu.PackedWeight | None
+    needs_grad: bool
 
 
 @lender.where_it_fits
-def _run(
-    layer: _Layer, ran: Ran, needs_grad: bool, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    if needs_grad:
-        return _apply(layer, ran, x, weight, bias)
-    return layer.forward(ran, x, weight, bias)
+def _run(call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if call.needs_grad:
+        return _apply(call.layer, call, x, weight, bias)
+    return call.layer.forward(call, x, weight, bias)
 
 
 # In multiply-adds of torch's function: a value of a packed weight, which some steps of a loop
@@ -65,16 +72,18 @@ LEAST_PERCENT = 5  # of nonzeros in x that lists must be able to take, so that a
 FEWEST = 4  # input channels; lists gain nothing with fewer
 PIXELS = 512  # of the images that a piece of the weight's gradient sums, or about as many
 LARGEST = 64  # of a kernel's sides and strides
-LISTS, TILES, WEIGHT = range(3)  # the passes of csrc/bindings_cpu.h
-# Where torch's function adds few numbers it rounds less, and so do fine tiles: for the gradient of
-# x below this percentage of nonzeros in that of y, and for a weight's up to so many pixels.
-FINE_BELOW, FINE_PIXELS = 75, 4096
+LISTS, TILES, TURNED, WEIGHT = range(4)  # the passes of csrc/bindings_cpu.h
+# Where torch's function adds few numbers it rounds less, and so do fine tiles: for what is computed
+# from fewer nonzeros than this percentage (of 5x5 there are none), and for the gradient of a weight
+# up to so many pixels.
+FINE_BELOW, FINE_BELOW_OF_5, FINE_PIXELS = 85, 45, 4096
+MOST_INPUTS = 6  # of a tile along an axis
 
 
 def _decided(
-    x: Any, weight: Any, bias: Any, options: tuple[Any, ...]
-) -> tuple[_Layer, Ran, bool] | str:
-    """Decide about a call: what the kernels run and whether a gradient follows; or why torch runs.
+    x: Any, weight: Any, bias: Any, options: tuple[Any, ...], for_neurons: bool
+) -> _Call | str:
+    """Decide what runs a call: the kernels, or why torch's function does.
 
     The steps come in the order of what they cost, because each step of a loop asks.
     """
@@ -87,7 +96,9 @@ def _decided(
         needs_grad = may_require_grad((x, weight, bias))
     except TypeError:  # an option is a list, or nothing that torch takes
         frozen = tuple(tuple(o) if isinstance(o, list) else o for o in options)
-        return products.SHAPES if frozen == options else _decided(x, weight, bias, frozen)
+        if frozen == options:
+            return products.SHAPES
+        return _decided(x, weight, bias, frozen, for_neurons)
     except (AttributeError, RuntimeError):  # None, or a tensor without strides
         return products.SHAPES
     if isinstance(layer, str):
@@ -97,26 +108,34 @@ def _decided(
         or (weight.requires_grad and layer.of_weight is not None)
     )
     most = layer.most_in_training if needs_grad else layer.most
-    if most < 0 and not gains:
+    for_neurons = for_neurons and any(layer.of_y)
+    if most < 0 and not (gains or for_neurons):
         return products.SMALL
     if (reason := products.reason_against(x)) is not None:
         return reason
     ran: Ran = products.NO_LISTS
-    if most >= 0:
-        percent = _percent(layer.lists, x)
-        ran = percent if percent <= most else products.too_dense(percent / 100)
-    if isinstance(ran, str) and not gains:
+    by_tiles, largest = False, 1.0
+    if most >= 0 or for_neurons:
+        percent, largest = _facts(layer.lists, x)
+        by_tiles = for_neurons and layer.tiles(percent) is not None
+        by_lists = percent <= (min(most, layer.most_beside_tiles) if by_tiles else most)
+        by_tiles = by_tiles and not by_lists
+        ran = percent if by_lists else products.too_dense(percent / 100)
+    if isinstance(ran, str) and not (gains or by_tiles):
         return ran
     if (reason := products.reason_against_weight(weight, bias)) is not None:
         return reason
     if bias is not None and bias.shape != weight.shape[:1]:
         return products.SHAPES
-    return layer, ran, needs_grad
+    packed = layer.packed(weight) if by_tiles or not isinstance(ran, str) else None
+    if by_tiles and packed and packed.max_tile_inputs(largest) >= MOST_INPUTS:
+        ran = products.ByTiles(percent)
+    return _Call(layer, ran, packed, needs_grad)
 
 
-def _percent(convolution: Any, x: Tensor) -> int:
-    """How much of a convolution's x is not zero."""
-    return convolution.facts((x.data_ptr(), with_time(x.stride())))[0]
+def _facts(convolution: Any, x: Tensor) -> tuple[int, float]:
+    """How many percent of a convolution's x are not zero, and its largest magnitude, at least 1."""
+    return convolution.facts((x.data_ptr(), with_time(x.stride())))
 
 
 class _Layer:
@@ -130,16 +149,19 @@ class _Layer:
         Whether results and gradients are so: if x or the weight is, as torch's are.
     lists : Convolution
         Computes y. It pays up to ``most`` percent of nonzeros in x, which is negative if it never
-        does, and up to ``most_in_training`` if a gradient follows.
-    of_x : pair of Convolution or None
-        Compute the gradient of x, if y's has few zeros and if it has many, as behind max_pool2d.
+        does, and up to ``most_in_training`` if a gradient follows; beside tiles, up to
+        ``most_beside_tiles``.
+    of_y, of_x : pair of Convolution or None
+        Compute y from x, or the gradient of x from y's, if that has few zeros and if it has many.
     of_weight : Convolution or None
         Computes the gradients of the weight and the bias.
     piece : int
         The images of which `of_weight` sums the gradient at a time.
     """
 
+    of_y: tuple[Any, Any] = (None, None)
     of_x: tuple[Any, Any] = (None, None)
+    most_beside_tiles = 100.0
     of_weight: Any = None
 
     def __init__(
@@ -147,7 +169,7 @@ class _Layer:
     ) -> None:
         (n, cin, *image), (cout, _, *kernel), (stride, padding, _) = x, weight, options
         self.options, self.channels_last = options, 1 in orders
-        self.weight_shape, self.weight_form = weight, (orders[1], cpu.isa)
+        self.weight_shape, self.weight_last = weight, orders[1] == 1
         self.y_shape = n, cout, *outputs
         products_of_all = n * math.prod(outputs) * math.prod(weight)
 
@@ -156,7 +178,7 @@ class _Layer:
             values = one.packed_bytes // 4
             return MOST_TIME - (of_value * values + least) / products_of_all
 
-        last = orders[1] == 1
+        last = self.weight_last
         self.lists = _C.Convolution(
             LISTS, False, last, 1, n, cin, cout, *image, kernel, stride, padding
         )
@@ -173,36 +195,45 @@ class _Layer:
             one = _C.Convolution(number, fine, last, *sizes)
             return one if one.cost(1) < share(LEAST_IN_TRAINING, of_value, one) else None
 
+        def pair(number: int, *sizes: Any) -> tuple[Any, Any]:
+            coarse, fine = (tiles(number, fine, OF_PACKED, 1, n, *sizes) for fine in (False, True))
+            return coarse, fine
+
+        self.of_y = pair(TILES, cin, cout, *image, kernel, stride, padding)
+        if (one := self.of_y[1] or self.of_y[0]) is not None:
+            self.most_beside_tiles = 100 * (one.cost(1) - empty) / (full - empty)
         turned = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
-        of_y = 1, n, cout, cin, *outputs, kernel, stride, turned
-        coarse, fine = (tiles(TILES, fine, OF_PACKED, *of_y) for fine in (False, True))
-        self.of_x = coarse, fine
+        self.of_x = pair(TURNED, cout, cin, *outputs, kernel, stride, turned)
         pixels = math.prod(outputs)
         divisors = (d for d in range(1, n + 1) if n % d == 0)
         self.piece = min(divisors, key=lambda d: abs(math.log(d * pixels / PIXELS)))
         of_both = n // self.piece, self.piece, cin, cout, *image, kernel, stride, padding
         self.of_weight = tiles(WEIGHT, n * pixels <= FINE_PIXELS, OF_GRADIENT, *of_both)
 
-    def forward(self, ran: Ran, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The result, by lists of nonzeros or, if `ran` says why, by torch."""
-        if isinstance(ran, str):
+    def tiles(self, percent: int, turned: bool = False) -> Any:
+        """The pass by tiles for such a percentage of nonzeros, None if there is none that pays."""
+        below = FINE_BELOW_OF_5 if min(self.weight_shape[2:]) == 5 else FINE_BELOW
+        return (self.of_x if turned else self.of_y)[percent < below]
+
+    def forward(self, call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The result, by what `call` tells."""
+        if isinstance(call.ran, str):
             return F.conv2d(x, weight, bias, *self.options)
-        packed = self._packed(weight)
-        layout = self._pack(packed, ("conv2d", *self.weight_form), self.lists)
+        by_tiles = isinstance(call.ran, products.ByTiles)
+        convolution = self.tiles(call.ran) if by_tiles else self.lists
         y = self._empty(self.y_shape, x)
-        self._run(self.lists, layout[0], x, y, pointer(bias))
+        self._run(convolution, self._pack(call.packed, convolution), x, y, pointer(bias))
         return y
 
     def gradient_of_x(self, weight: Tensor, shape: Sequence[int], grad: Tensor) -> Tensor | None:
         """The gradient of x, None if torch's function is faster or more exact."""
-        look = self.of_x[0] or self.of_x[1]
-        fine = look is not None and _percent(look, grad) < FINE_BELOW
-        packed, convolution = self._packed(weight), self.of_x[fine]
-        if convolution is None or not packed.gain < math.inf:  # tiles spread what is not finite
+        one = self.of_x[0] or self.of_x[1]
+        convolution = one and self.tiles(_facts(one, grad)[0], turned=True)
+        packed = convolution and self.packed(weight)
+        if packed is None or not packed.gain < math.inf:  # tiles spread what is not finite
             return None
-        layout = self._pack(packed, ("conv2d turned", fine, *self.weight_form), convolution)
         x = self._empty(shape, grad)
-        self._run(convolution, layout[0], grad, x)
+        self._run(convolution, self._pack(packed, convolution), grad, x)
         return x
 
     def gradients_of_parameters(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,15 +250,15 @@ class _Layer:
             return laid_out(grad, self.y_shape, grad.stride(), *memory)
         return laid_out(grad, self.y_shape, ORDERS[self.channels_last](self.y_shape), *memory)
 
-    def _packed(self, weight: Tensor) -> cpu.PackedWeight:
+    def packed(self, weight: Tensor) -> cpu.PackedWeight:
         """The packed copy of the weight, or of the view of a channels-last one without gaps."""
-        return cpu.packed_weight(weight.permute(0, 2, 3, 1) if self.weight_form[0] else weight)
+        return cpu.packed_weight(weight.permute(0, 2, 3, 1) if self.weight_last else weight)
 
-    def _pack(self, packed: cpu.PackedWeight, key: Any, convolution: Any) -> Any:
-        """The layout of a weight that a pass reads."""
-        return packed.layouts.get(key) or packed.pack(
-            key, convolution.packed_bytes, convolution.pack
-        )
+    def _pack(self, packed: Any, convolution: Any) -> int:
+        """The address of the weight in the layout that a pass reads."""
+        key = convolution.layout
+        layout = packed.layouts.get(key)
+        return (layout or packed.pack(key, convolution.packed_bytes, convolution.pack))[0]
 
     def _empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Memory for a result of this shape."""
@@ -288,7 +319,7 @@ def _layer_of(
     if None in orders:
         return products.X if orders[0] is None else products.WEIGHT
     layer = _Layer(x, weight, orders, outputs, (stride, padding, dilation))
-    pays = layer.most >= 0 or any(layer.of_x) or layer.of_weight
+    pays = layer.most >= 0 or any(layer.of_x) or any(layer.of_y) or layer.of_weight
     return layer if pays else products.SMALL
 
 
@@ -313,11 +344,11 @@ def _order(shape: Any, strides: Any) -> int | None:
 
 
 def _forward(
-    ctx: Any, layer: _Layer, ran: Ran, x: Tensor, weight: Tensor, bias: Tensor | None
+    ctx: Any, layer: _Layer, call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Any]:
     ctx.x_memory = x.shape, x.stride(), x.dtype, x.device
     ctx.save_for_backward(x, weight)
-    return layer.forward(ran, x, weight, bias), ()
+    return layer.forward(call, x, weight, bias), ()
 
 
 def _gradients(

@@ -15,6 +15,13 @@ from .tensors import is_readable
 Ran = int | str
 """What ran a call: the percentage of nonzeros in x if the kernels did, else why torch's did."""
 
+
+class ByTiles(int):
+    """The percentage of nonzeros in an x that Winograd's tiles convolved, zeros and all."""
+
+    algorithm = "Winograd"
+
+
 SMALL = "the layer and its batch are too small to gain"
 SHAPES = "torch's function checks the shapes"
 WIDE = "x has more than 65,535 columns"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -264,6 +264,12 @@ def is_constant(x: Tensor) -> bool:
         return False
     told_apart = x.requires_grad and torch.is_grad_enabled()
     return not told_apart and recorded_now(torch.compiler.is_compiling()) is None
+
+
+def neurons_alone_read(layers: Sequence[tuple[str, Any]], at: int) -> bool:
+    """Whether a Leaky alone reads what a layer returns, if behind batch norms."""
+    behind = (type(layer) for _, layer in layers[at + 1 :])
+    return next((kind for kind in behind if kind not in NORMS), None) in (Leaky, TheirLeaky)
 
 
 def unshared(x: Tensor, repeated: bool = False) -> Tensor:

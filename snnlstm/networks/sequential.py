@@ -29,6 +29,7 @@ from .layers import (
     is_constant,
     joined,
     mapped,
+    neurons_alone_read,
     not_per_sample,
     stack,
     unshared,
@@ -36,6 +37,7 @@ from .layers import (
     whole_sequence,
 )
 from .spikes import SpikeCount
+from .torch_layers import Conv2d
 
 Named = tuple[str, nn.Module]  # a layer and its name
 _report = lru_cache(maxsize=1024)(LayerReport)
@@ -280,7 +282,7 @@ def _over_time(
             if batch is None:
                 x, batch = x.flatten(0, 1), x.shape[:2]
             x = x if way.safe else unshared(x, x.stride(0) == 0)
-            out = layer(x) if way.ours is None else way.ours.forward(layer, x)
+            out = _call_of(layers, len(ways), way)(x)
         ways.append(way)
     if batch is not None:
         out = out.unflatten(0, batch)
@@ -354,7 +356,7 @@ def _once(layers: list[Named], x: Tensor, ways: list[Way], traced: bool) -> Tens
         way = way_of(name, layer, x, x.dim() - 1, len(x), traced)
         if not (way.alone and way.safe):
             break
-        step = layer(x[0]) if way.ours is None else way.ours.forward(layer, x[0])
+        step = _call_of(layers, len(ways), way)(x[0])
         x = step.expand(len(x), *step.shape)
         ways.append(Way("once", Reason.CONSTANT))
     return x
@@ -384,7 +386,7 @@ def _step_by_step(
         if way.kind != "step":
             break
         ways.append(way)
-        call: Any = layer if way.ours is None else partial(way.ours.forward, layer)
+        call: Any = _call_of(layers, len(ways) - 1, way)
         if isinstance(layer, Sequential):
             call = partial(_one_step, layer)
         if lengths is not None and not way.alone:
@@ -396,6 +398,14 @@ def _step_by_step(
             given = first_item(previous, outs[t])
             outs[t] = call(given if safe else unshared(given, repeated))
     return joined(before, outs)
+
+
+def _call_of(layers: list[Named], at: int, way: Way) -> Callable[[Tensor], Any]:
+    """The function that runs a layer: its call, or our class's forward."""
+    layer = layers[at][1]
+    if way.ours is Conv2d and neurons_alone_read(layers, at):
+        return partial(Conv2d.convolved, layer, for_neurons=True)
+    return layer if way.ours is None else partial(way.ours.forward, layer)
 
 
 def _one_step(layer: Sequential, x: Tensor) -> Any:

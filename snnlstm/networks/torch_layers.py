@@ -20,7 +20,7 @@ except ImportError:  # there is no core
     kernels, linear, conv2d = (
         F,
         SimpleNamespace(run=lambda *args: (F.linear(*args), _lacks)),  # type: ignore[assignment]
-        SimpleNamespace(run=lambda *args: (F.conv2d(*args), _lacks)),  # type: ignore[assignment]
+        SimpleNamespace(run=lambda *args, **_: (F.conv2d(*args), _lacks)),  # type: ignore[assignment]
     )
 
 # Whatever records a call gets torch's function: a compiler may fuse it, and an export has it.
@@ -69,7 +69,7 @@ class _Product(nn.Module):
     """What layers that multiply spikes by a weight share: they tell what ran their last call."""
 
     __jit_unused_properties__ = ("path",)
-    _by_kernels: ClassVar[str]
+    _name: ClassVar[str]
 
     @property
     def path(self) -> Path | None:
@@ -79,7 +79,8 @@ class _Product(nn.Module):
             return None
         if isinstance(ran, str):
             return Path("torch", ran)
-        return Path(self._by_kernels, f"{ran} % of x is not zero")
+        algorithm = getattr(ran, "algorithm", "lists of nonzeros")
+        return Path(f"{self._name} by {algorithm}", f"{ran} % of x is not zero")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_ran"}
@@ -114,7 +115,7 @@ class Linear(_Product, nn.Linear):
     to gain; torch's function takes all other calls.
     """
 
-    _by_kernels = "linear by lists of nonzeros"
+    _name = "linear"
 
     def forward(self, input: Tensor):
         """Multiply by the weight, as ``torch.nn.Linear`` does."""
@@ -130,7 +131,7 @@ class Conv2d(_Product, nn.Conv2d):
     layers with stride 1 by Winograd. They take odd kernels and one group; else as :class:`Linear`.
     """
 
-    _by_kernels = "conv2d by lists of nonzeros"
+    _name = "conv2d"
 
     def forward(self, input: Tensor):
         """Convolve images, as ``torch.nn.Conv2d`` does."""
@@ -138,9 +139,13 @@ class Conv2d(_Product, nn.Conv2d):
             if self.padding_mode != "zeros":
                 out = self._conv_forward(input, self.weight, self.bias)
                 return _noted(self, (out, _padded_otherwise(self)))
-            options = self.stride, self.padding, self.dilation, self.groups
-            return _noted(self, conv2d.run(input, *_weight_and_bias(self), *options))
+            return Conv2d.convolved(self, input)  # a stack calls this with torch's layers, too
         return self._conv_forward(input, self.weight, self.bias)
+
+    def convolved(self, input: Tensor, for_neurons: bool = False) -> Tensor:
+        """Convolve images, by tiles too if neurons alone read the result."""
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        return _noted(self, conv2d.run(input, *_weight_and_bias(self), *geometry, for_neurons))
 
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {

@@ -21,7 +21,7 @@ def product(request: pytest.FixtureRequest) -> Product:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Returns the passes that a test has run, and "pack" for each packed weight; every pass pays.
 
-    The pass "lists" computes y; "x" and "weight" compute their gradients.
+    The passes "lists" and "tiles" compute y; "x" and "weight" compute their gradients.
     """
     called: list[str] = []
     convolution = _C.Convolution
@@ -34,7 +34,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         def __init__(self, number: int, *sizes: Any) -> None:
             self._pass = convolution(number, *sizes)
-            self.run = noted(("lists", "x", "weight")[number], self._pass.run)
+            self.run = noted(("lists", "tiles", "x", "weight")[number], self._pass.run)
             self.pack = noted("pack", self._pass.pack)
 
         def __getattr__(self, name: str) -> Any:

@@ -212,7 +212,7 @@ def test_the_core_refuses_what_would_reach_other_memory(monkeypatch):
     monkeypatch.undo()
     sizes = (0, False, False, 1, 4, 8, 6, 10, 10, (3, 3), (1, 1), (1, 1))
     for place, value in [
-        (0, 3), (0, -1), (3, 2), (3, 0), (4, 0), (4, 1 << 50), (5, 0), (6, 0), (6, 1 << 50), (7, 0),
+        (0, 4), (0, -1), (3, 2), (3, 0), (4, 0), (4, 1 << 50), (5, 0), (6, 0), (6, 1 << 50), (7, 0),
         (8, 1 << 46), (9, (2, 3)), (9, (3, 0)), (9, (13, 3)), (10, (0, 1)), (11, (3, 1)),
         (11, (1, -1)),
     ]:  # fmt: skip
@@ -224,7 +224,7 @@ def test_the_core_refuses_what_would_reach_other_memory(monkeypatch):
         with pytest.raises(ValueError, match="no tiles"):
             _C.Convolution(1, fine, *sizes[2:9], kernel, stride, (0, 0))
     at, view = 1 << 20, (1 << 20, (0, 1, 1, 1, 1))
-    by_lists, of_weight = _C.Convolution(*sizes), _C.Convolution(2, *sizes[1:])
+    by_lists, of_weight = _C.Convolution(*sizes), _C.Convolution(3, *sizes[1:])
     fields = (at, at, view, at, view, 0, 0)
     for call, argument, match in (
         (by_lists.run, (0, *fields[1:]), "must be given"),
