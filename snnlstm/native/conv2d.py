@@ -8,6 +8,7 @@ give the gradient to another one of these pixels than the first.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -103,6 +104,8 @@ def _decided(
         return products.SHAPES
     if isinstance(layer, str):
         return layer
+    if not (all(map(operator.is_, options, layer.given)) or _are_plain(options)):
+        return products.SHAPES  # 1.0 finds the layer of 1
     gains = needs_grad and (
         (x.requires_grad and any(layer.of_x))
         or (weight.requires_grad and layer.of_weight is not None)
@@ -129,7 +132,8 @@ def _decided(
         return products.SHAPES
     packed = layer.packed(weight) if by_tiles or not isinstance(ran, str) else None
     if by_tiles and packed and packed.max_tile_inputs(largest) >= MOST_INPUTS:
-        ran = products.ByTiles(percent)
+        # mem may equal the threshold exactly, as in networks of whole numbers, which no tile keeps.
+        ran = ran if packed.has_few_digits else products.ByTiles(percent)
     return _Call(layer, ran, packed, needs_grad)
 
 
@@ -143,8 +147,8 @@ class _Layer:
 
     Attributes
     ----------
-    options : tuple
-        Stride, padding and dilation, as torch takes them.
+    given, options : tuple
+        Stride, padding, dilation and groups of the first call; the first three as pairs.
     channels_last : bool
         Whether results and gradients are so: if x or the weight is, as torch's are.
     lists : Convolution
@@ -165,10 +169,11 @@ class _Layer:
     of_weight: Any = None
 
     def __init__(
-        self, x: Any, weight: Any, orders: Any, outputs: Any, options: tuple[Any, ...]
+        self, x: Any, weight: Any, orders: Any, outputs: Any, stride: Any, padding: Any, given: Any
     ) -> None:
-        (n, cin, *image), (cout, _, *kernel), (stride, padding, _) = x, weight, options
-        self.options, self.channels_last = options, 1 in orders
+        (n, cin, *image), (cout, _, *kernel) = x, weight
+        self.given, self.channels_last = given, 1 in orders
+        self.options = stride, padding, (1, 1)
         self.weight_shape, self.weight_last = weight, orders[1] == 1
         self.y_shape = n, cout, *outputs
         products_of_all = n * math.prod(outputs) * math.prod(weight)
@@ -318,7 +323,7 @@ def _layer_of(
     orders = [_order(x, strides), _order(weight, weight_strides)]
     if None in orders:
         return products.X if orders[0] is None else products.WEIGHT
-    layer = _Layer(x, weight, orders, outputs, (stride, padding, dilation))
+    layer = _Layer(x, weight, orders, outputs, stride, padding, options)
     pays = layer.most >= 0 or any(layer.of_x) or any(layer.of_y) or layer.of_weight
     return layer if pays else products.SMALL
 
@@ -328,6 +333,11 @@ def _pair(value: Any) -> tuple[int, int] | None:
     values = value if isinstance(value, tuple) else (value,)
     plain = len(values) in (1, 2) and all(type(number) is int for number in values)
     return (values[0], values[-1]) if plain else None
+
+
+def _are_plain(options: tuple[Any, ...]) -> bool:
+    """Whether torch takes options that equal those of another call."""
+    return all(isinstance(option, str) or _pair(option) is not None for option in options)
 
 
 def _order(shape: Any, strides: Any) -> int | None:

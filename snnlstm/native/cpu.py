@@ -70,6 +70,12 @@ class PackedWeight:
             squares = _C.sum_of_squares(self.address, dtype, self.copy.numel())
         return (squares / max(self.copy.shape[0], 1)) ** 0.5
 
+    @cached_property
+    def has_few_digits(self) -> bool:
+        """Whether float32 weights leave half of their digits 0, so that sums of some are exact."""
+        digits = self.copy.view(torch.int32).flatten()
+        return not any((part & 0xFFF).any() for part in (digits[:64], digits[64:]))
+
     def max_tile_inputs(self, largest: float) -> int:
         """The side of the largest tile with admissible rounding errors, or 0 if there is none.
 

@@ -155,6 +155,7 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.AvgPool2d: AvgPool2d,
 }
 """Our class for each of torch's."""
+_THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 PRODUCTS = nn.Linear, nn.Conv2d
 """Those whose results are torch's to rounding, not by bits."""
 _METHODS = "forward", "_conv_forward"
@@ -177,6 +178,6 @@ def reason_against(layer: Any, kind: type[nn.Module]) -> str | None:
 
 
 def ours_for(layer: nn.Module) -> Any:
-    """Our class whose forward may stand in for that of a layer without hooks, or None."""
-    kind = type(layer)
+    """Our class whose forward may stand in for the call of a layer without hooks, or None."""
+    kind = _THEIRS.get(type(layer), type(layer))
     return OURS[kind] if kind in OURS and reason_against(layer, kind) is None else None

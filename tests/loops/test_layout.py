@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import snnlstm
 from snnlstm.loops import rules
-from snnlstm.loops.layout import channels_last
+from snnlstm.loops.layout import channels_last, for_neurons
 from snnlstm.loops.steps import Loop
 from snnlstm.networks import layers as sizes
 from tests.loops.compiled import as_eager, dyadic_, merges, numbers
@@ -118,3 +118,48 @@ def test_where_convolutions_run_channels_last(name):
     with torch.set_grad_enabled(training):
         torch.compile(net, backend=backend)(numbers(1, samples, channels, 8, 8))
     assert found == expected
+
+
+def read(net: Images, x: Tensor, by: str) -> Any:
+    """Lets some layers read a convolution's result."""
+    mem, read = net.lif1.reset_mem(), []
+    for x_t in x:
+        cur = net.conv1(x_t)
+        if by == "a pool":
+            cur = F.max_pool2d(cur, 2)
+        if by == "a norm and a sum":
+            cur = net.norm(cur) + net.conv1(x_t * 2)
+        spk, mem = net.lif1(cur, mem)
+        if by == "a neuron and relu":
+            read.append(torch.relu(cur))
+        if by == "a neuron and the caller":
+            read.append(cur)
+        read.append(F.max_pool2d(mem if by == "a neuron whose mem is pooled" else spk, 2))
+    return spk, mem, read
+
+
+@merges
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    {
+        "a neuron": 3, "a norm and a sum": 6, "a pool": 0, "a neuron whose mem is pooled": 0,
+        "a neuron and relu": 0, "a neuron and the caller": 0,
+    }.items(),
+)  # fmt: skip
+def test_which_convolutions_neurons_alone_read(by, expected):
+    """Tiles may compute them, which round equal pixels apart."""
+    found: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        loop = Loop(graph.graph)
+        chosen = for_neurons(loop)
+        assert {rules.name_of(node) for node in chosen} <= {"conv2d"}
+        found.append(len(chosen))
+        return graph.forward
+
+    net = Images(None)
+    net.norm = nn.BatchNorm2d(4)
+    snnlstm.accelerate(net)
+    torch._dynamo.reset()
+    torch.compile(lambda x: read(net, x, by), backend=backend)(numbers(T, N, 3, 8, 8))
+    assert found == [expected]

@@ -61,7 +61,7 @@ class Product:
     few: int
 
     def __str__(self) -> str:
-        return self.ours.__name__
+        return self.theirs.__name__
 
 
 torch.manual_seed(0)

@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from random import Random
 from statistics import median
 from typing import Any
@@ -19,15 +21,31 @@ from snnlstm.native import conv2d as layers
 from snnlstm.native.conv2d import conv2d
 from snnlstm.networks.torch_layers import Conv2d, MaxPool2d
 from tests.loops.compiled import BACKEND
-from tests.products.parts import CONV2D, ORDERS, assert_exact, gradients, parameters, spikes
+from tests.products.parts import (
+    CONV2D,
+    ORDERS,
+    Product,
+    assert_exact,
+    gradients,
+    parameters,
+    spikes,
+)
 from tests.shared.cases import drawing
 from tests.shared.helpers import close
 
 pytestmark = pytest.mark.usefixtures("calls")
 
 
+FOR_NEURONS = replace(CONV2D, ours=partial(conv2d, for_neurons=True), of_y=1e-6)
+
+
 def compare(
-    x: Tensor, weight: Tensor, bias: Tensor, orders: Sequence[Any] = ORDERS[:1] * 3, **options: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    orders: Sequence[Any] = ORDERS[:1] * 3,
+    product: Product = CONV2D,
+    **options: Any,
 ) -> None:
     """Asserts that y and the gradients are as exact as torch's, with such orders of memory."""
     grad = torch.randn(F.conv2d(x, weight, bias, **options).shape)
@@ -36,7 +54,7 @@ def compare(
         for t, order in zip((x, weight, grad), orders, strict=True)
     )
     tensors = (t.requires_grad_() for t in (x, weight, bias))
-    assert_exact(CONV2D, *tensors, grad=grad, **options)
+    assert_exact(product, *tensors, grad=grad, **options)
 
 
 # Channels of x and y, image, kernel, stride, padding.
@@ -59,9 +77,34 @@ def test_convolutions_are_as_exact_as_torchs(isa, sizes, calls):
             x = spikes((3, cin, *image), density, kind)
             compare(x, weight, bias, stride=stride, padding=padding)
     assert calls.count("lists") == 3 * 15
+    assert "tiles" not in calls
     assert calls.count("x") == 2 * 15 * (stride == 1)
     # Its tiles of 5x5 would round too much for so few pixels.
     assert calls.count("weight") == (0 if kernel == 5 else calls.count("x"))
+
+
+@pytest.mark.parametrize("sizes", [sizes for sizes in SIZES if sizes[4] == 1], ids=str)
+def test_tiles_for_neurons_are_as_exact(isa, sizes, calls):
+    cin, cout, image, kernel, _, padding = sizes
+    weight, bias = parameters(cin, cout, (kernel, kernel) if isinstance(kernel, int) else kernel)
+    for density in (0.4, 0.7, 1.0):
+        for kind in ("ones", "numbers"):
+            calls.clear()
+            x = spikes((3, cin, *image), density, kind)
+            compare(x, weight, bias, product=FOR_NEURONS, padding=padding)
+            few = kernel == 5 and density < 0.45  # there are no fine tiles of 5x5
+            assert calls.count("tiles") == (0 if few else 3)
+
+
+def test_tiles_compute_neither_whole_numbers_nor_large_ones(calls):
+    """They would round what is exact, and errors beside a large number."""
+    (_, weight, bias), options = CONV2D.tensors, {"for_neurons": True}
+    dense, whole = torch.rand(4, 8, 10, 10), (16 * weight.detach()).round()
+    for tensors in ((dense.round(), whole), (dense * 1e4, weight)):
+        assert torch.equal(conv2d(*tensors, bias, **options), F.conv2d(*tensors, bias))
+    assert "tiles" not in calls
+    conv2d(dense, weight, bias, **options)
+    assert "tiles" in calls
 
 
 @pytest.mark.parametrize("number", range(8))
@@ -69,8 +112,10 @@ def test_orders_of_memory_are_torchs(number, calls):
     weight, bias = parameters(12, 20, (3, 3))
     orders = [ORDERS[number >> k & 1] for k in range(3)]
     for shape in ((4, 12, 9, 7), (1, 12, 6, 6), (3, 12, 1, 3), (2, 12, 3, 1), (3, 12, 4, 5)):
-        compare(spikes(shape, 0.2), weight, bias, orders, padding=1)
-    assert calls.count("x") == 10
+        for product, density in ((CONV2D, 0.2), (FOR_NEURONS, 0.9)):
+            compare(spikes(shape, density), weight, bias, orders, product, padding=1)
+    assert calls.count("x") == 20
+    assert calls.count("tiles") == 3 * 4  # lists are faster on images of one row
 
 
 @pytest.mark.drawn
@@ -89,7 +134,9 @@ def test_drawn_convolutions(isa, seed):
     )  # fmt: skip
     orders = [random.choice(ORDERS) for _ in range(3)]
     stride = random.choice([1, 1, 1, 2, (1, 3)])
-    compare(x, *parameters(cin, cout, kernel), orders, stride=stride, padding=tuple(padding))
+    options = {"stride": stride, "padding": tuple(padding)}
+    product = random.choice([CONV2D, FOR_NEURONS])
+    compare(x, *parameters(cin, cout, kernel), orders, product, **options)
 
 
 def test_zeros_of_x_meet_no_weight_and_a_tile_spreads_no_weight(calls):
@@ -183,6 +230,13 @@ OPTIONS = [
     {"padding": "valid", "stride": (2,)},
     {"stride": [1, 2], "padding": [1, 0]},
 ]
+
+
+def test_an_option_that_equals_another_calls_is_torchs_to_refuse(calls):
+    conv2d(*CONV2D.tensors, 1)
+    for stride in (1.0, (1.0, 1)):
+        with pytest.raises(TypeError):
+            conv2d(*CONV2D.tensors, stride)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

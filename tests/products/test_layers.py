@@ -226,6 +226,25 @@ def test_stacks_call_it_once_for_all_steps(name, accelerated, seen):
         assert stack.report[0].reason is Reason.PRODUCT
 
 
+def test_tiles_compute_what_neurons_alone_read():
+    x = spikes(X["Conv2d"].shape, 0.5)
+    for behind, algorithm in (
+        ([lif()], "Winograd"), ([nn.BatchNorm2d(48), lif()], "Winograd"),
+        ([nn.MaxPool2d(2), lif()], None), ([nn.ReLU(), lif()], None), ([], None),
+    ):  # fmt: skip
+        ours, theirs = layers("Conv2d")
+        stack = snnlstm.Sequential(ours, *behind)
+        snnlstm.accelerate(stack)
+        plain = nn.Sequential(theirs, *copy.deepcopy(behind))
+        out = stack(x)
+        assert str(ours.path) == (
+            f"conv2d by {algorithm} (49 % of x is not zero)" if algorithm
+            else "torch (49 % of x is not zero)"
+        )  # fmt: skip
+        snnlstm.reset(plain)
+        close(out, torch.stack([plain(x_t) for x_t in x]), atol=1e-5)
+
+
 @merges
 def test_compiled_loops_use_the_kernels(name, seen, fresh_compiler):
     assert operators.IN_GRAPH[F.linear]() is linear.linear
