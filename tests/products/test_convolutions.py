@@ -99,8 +99,8 @@ def test_tiles_for_neurons_are_as_exact(isa, sizes, calls):
 def test_tiles_compute_neither_whole_numbers_nor_large_ones(calls):
     """They would round what is exact, and errors beside a large number."""
     (_, weight, bias), options = CONV2D.tensors, {"for_neurons": True}
-    dense, whole = torch.rand(4, 8, 10, 10), (16 * weight.detach()).round()
-    for tensors in ((dense.round(), whole), (dense * 1e4, weight)):
+    dense, whole = torch.rand(4, 8, 10, 10), (8 * weight.detach()).round()
+    for tensors in (((4 * dense).ceil(), whole), (dense * 1e4, weight)):
         assert torch.equal(conv2d(*tensors, bias, **options), F.conv2d(*tensors, bias))
     assert "tiles" not in calls
     conv2d(dense, weight, bias, **options)

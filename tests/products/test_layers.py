@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import snnlstm
 from snnlstm.dispatch.reasons import Reason
-from snnlstm.native import conv2d, linear, operators
+from snnlstm.native import conv2d, linear, operators, products
 from snnlstm.networks import torch_layers
 from tests.loops.compiled import BACKEND, merges
 from tests.products.parts import spikes
@@ -226,8 +226,9 @@ def test_stacks_call_it_once_for_all_steps(name, accelerated, seen):
         assert stack.report[0].reason is Reason.PRODUCT
 
 
-def test_tiles_compute_what_neurons_alone_read():
-    x = spikes(X["Conv2d"].shape, 0.5)
+@merges
+def test_tiles_compute_what_neurons_alone_read(monkeypatch):
+    x, seen = spikes(X["Conv2d"].shape, 0.5), watched(monkeypatch, conv2d, "run")
     for behind, algorithm in (
         ([lif()], "Winograd"), ([nn.BatchNorm2d(48), lif()], "Winograd"),
         ([nn.MaxPool2d(2), lif()], None), ([nn.ReLU(), lif()], None), ([], None),
@@ -237,6 +238,12 @@ def test_tiles_compute_what_neurons_alone_read():
         snnlstm.accelerate(stack)
         plain = nn.Sequential(theirs, *copy.deepcopy(behind))
         out = stack(x)
+        seen.clear()
+        torch.compile(
+            lambda x, stack=stack: torch.stack([nn.Sequential.forward(stack, x_t) for x_t in x]),
+            backend=BACKEND,
+        )(x)
+        assert {type(ran) for _, (_, ran) in seen} == {products.ByTiles if algorithm else str}
         assert str(ours.path) == (
             f"conv2d by {algorithm} (49 % of x is not zero)" if algorithm
             else "torch (49 % of x is not zero)"
