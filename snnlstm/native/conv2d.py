@@ -93,7 +93,7 @@ def _decided(
     try:
         shapes = x.shape, x.stride(), weight.shape, weight.stride(), options
         key = *shapes, cpu.isa, torch.get_num_threads()
-        layer = _layers.get(key) or _layers.keep(key, _layer_of(*shapes))
+        layer = _layers.get(key)
         needs_grad = may_require_grad((x, weight, bias))
     except TypeError:  # an option is a list, or nothing that torch takes
         frozen = tuple(tuple(o) if isinstance(o, list) else o for o in options)
@@ -102,16 +102,17 @@ def _decided(
         return _decided(x, weight, bias, frozen, for_neurons)
     except (AttributeError, RuntimeError):  # None, or a tensor without strides
         return products.SHAPES
+    if layer is None:
+        layer = _layers.keep(key, _layer_of(*shapes))
     if isinstance(layer, str):
         return layer
     if not (all(map(operator.is_, options, layer.given)) or _are_plain(options)):
         return products.SHAPES  # 1.0 finds the layer of 1
     gains = needs_grad and (
-        (x.requires_grad and any(layer.of_x))
-        or (weight.requires_grad and layer.of_weight is not None)
+        (x.requires_grad and layer.of_x.pay) or (weight.requires_grad and layer.of_weight.pay)
     )
     most = layer.most_in_training if needs_grad else layer.most
-    for_neurons = for_neurons and any(layer.of_y)
+    for_neurons = for_neurons and layer.of_y.pay
     if most < 0 and not (gains or for_neurons):
         return products.SMALL
     if (reason := products.reason_against(x)) is not None:
@@ -120,7 +121,7 @@ def _decided(
     by_tiles, largest = False, 1.0
     if most >= 0 or for_neurons:
         percent, largest = _facts(layer.lists, x)
-        by_tiles = for_neurons and layer.tiles(percent) is not None
+        by_tiles = for_neurons and layer.of_y.for_share(percent) is not None
         by_lists = percent <= (min(most, layer.most_beside_tiles) if by_tiles else most)
         by_tiles = by_tiles and not by_lists
         ran = percent if by_lists else products.too_dense(percent / 100)
@@ -142,6 +143,26 @@ def _facts(convolution: Any, x: Tensor) -> tuple[int, float]:
     return convolution.facts((x.data_ptr(), with_time(x.stride())))
 
 
+class _Tiles(NamedTuple):
+    """The passes that compute something by tiles from numbers of few zeros, and of many.
+
+    None where no pass gains, or rounds little enough.
+    """
+
+    coarse: Any = None
+    fine: Any = None
+    fine_below: int = FINE_BELOW
+
+    @property
+    def pay(self) -> bool:
+        """Whether there is a pass."""
+        return self.coarse is not None or self.fine is not None
+
+    def for_share(self, percent: int) -> Any:
+        """The pass for this percentage of nonzeros."""
+        return self.fine if percent < self.fine_below else self.coarse
+
+
 class _Layer:
     """What calls of equal sizes and layouts share: the passes of csrc/bindings_cpu.h that pay.
 
@@ -155,18 +176,18 @@ class _Layer:
         Computes y. It pays up to ``most`` percent of nonzeros in x, which is negative if it never
         does, and up to ``most_in_training`` if a gradient follows; beside tiles, up to
         ``most_beside_tiles``.
-    of_y, of_x : pair of Convolution or None
-        Compute y from x, or the gradient of x from y's, if that has few zeros and if it has many.
-    of_weight : Convolution or None
-        Computes the gradients of the weight and the bias.
+    of_y : _Tiles
+        Compute y from x.
+    grad : Convolution
+        Looks at the gradient of y, if the stride is 1.
+    of_x, of_weight : _Tiles
+        Compute the gradients of x, or of weight and bias, from that of y.
     piece : int
         The images of which `of_weight` sums the gradient at a time.
     """
 
-    of_y: tuple[Any, Any] = (None, None)
-    of_x: tuple[Any, Any] = (None, None)
+    of_y = of_x = of_weight = _Tiles()
     most_beside_tiles = 100.0
-    of_weight: Any = None
 
     def __init__(
         self, x: Any, weight: Any, orders: Any, outputs: Any, stride: Any, padding: Any, given: Any
@@ -194,57 +215,58 @@ class _Layer:
         if stride != (1, 1):
             return
 
-        def tiles(number: int, fine: bool, of_value: int, *sizes: Any) -> Any:
-            if fine and min(kernel) == 5:
-                return None  # there are no fine tiles
-            one = _C.Convolution(number, fine, last, *sizes)
-            return one if one.cost(1) < share(LEAST_IN_TRAINING, of_value, one) else None
+        of_5 = min(kernel) == 5  # of which there are no fine tiles
 
-        def pair(number: int, *sizes: Any) -> tuple[Any, Any]:
-            coarse, fine = (tiles(number, fine, OF_PACKED, 1, n, *sizes) for fine in (False, True))
-            return coarse, fine
+        def tiles(number: int, of_value: int, *sizes: Any) -> _Tiles:
+            def if_it_pays(fine: bool) -> Any:
+                one = _C.Convolution(number, fine, last, *sizes)
+                return one if one.cost(1) < share(LEAST_IN_TRAINING, of_value, one) else None
 
-        self.of_y = pair(TILES, cin, cout, *image, kernel, stride, padding)
-        if (one := self.of_y[1] or self.of_y[0]) is not None:
+            fine = None if of_5 else if_it_pays(True)
+            return _Tiles(if_it_pays(False), fine, FINE_BELOW_OF_5 if of_5 else FINE_BELOW)
+
+        self.of_y = tiles(TILES, OF_PACKED, 1, n, cin, cout, *image, kernel, stride, padding)
+        if (one := self.of_y.fine or self.of_y.coarse) is not None:
             self.most_beside_tiles = 100 * (one.cost(1) - empty) / (full - empty)
         turned = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
-        self.of_x = pair(TURNED, cout, cin, *outputs, kernel, stride, turned)
+        from_y = 1, n, cout, cin, *outputs, kernel, stride, turned
+        self.grad = _C.Convolution(LISTS, False, last, *from_y)
+        self.of_x = tiles(TURNED, OF_PACKED, *from_y)
         pixels = math.prod(outputs)
         divisors = (d for d in range(1, n + 1) if n % d == 0)
         self.piece = min(divisors, key=lambda d: abs(math.log(d * pixels / PIXELS)))
         of_both = n // self.piece, self.piece, cin, cout, *image, kernel, stride, padding
-        self.of_weight = tiles(WEIGHT, n * pixels <= FINE_PIXELS, OF_GRADIENT, *of_both)
-
-    def tiles(self, percent: int, turned: bool = False) -> Any:
-        """The pass by tiles for such a percentage of nonzeros, None if there is none that pays."""
-        below = FINE_BELOW_OF_5 if min(self.weight_shape[2:]) == 5 else FINE_BELOW
-        return (self.of_x if turned else self.of_y)[percent < below]
+        self.of_weight = tiles(WEIGHT, OF_GRADIENT, *of_both)
+        if n * pixels > FINE_PIXELS:
+            self.of_weight = self.of_weight._replace(fine=self.of_weight.coarse)
 
     def forward(self, call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The result, by what `call` tells."""
         if isinstance(call.ran, str):
             return F.conv2d(x, weight, bias, *self.options)
         by_tiles = isinstance(call.ran, products.ByTiles)
-        convolution = self.tiles(call.ran) if by_tiles else self.lists
+        convolution = self.of_y.for_share(call.ran) if by_tiles else self.lists
         y = self._empty(self.y_shape, x)
         self._run(convolution, self._pack(call.packed, convolution), x, y, pointer(bias))
         return y
 
-    def gradient_of_x(self, weight: Tensor, shape: Sequence[int], grad: Tensor) -> Tensor | None:
-        """The gradient of x, None if torch's function is faster or more exact."""
-        one = self.of_x[0] or self.of_x[1]
-        convolution = one and self.tiles(_facts(one, grad)[0], turned=True)
-        packed = convolution and self.packed(weight)
-        if packed is None or not packed.gain < math.inf:  # tiles spread what is not finite
+    def gradient_of_x(
+        self, convolution: Any, weight: Tensor, shape: Sequence[int], grad: Tensor
+    ) -> Tensor | None:
+        """The gradient of x by a pass, None if tiles would spread what is not finite."""
+        packed = self.packed(weight)
+        if not packed.gain < math.inf:
             return None
         x = self._empty(shape, grad)
         self._run(convolution, self._pack(packed, convolution), grad, x)
         return x
 
-    def gradients_of_parameters(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of weight and bias."""
+    def gradients_of_parameters(
+        self, convolution: Any, x: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of weight and bias by a pass."""
         weight, bias = grad.new_empty(self.weight_shape), grad.new_empty(self.weight_shape[0])
-        self._run(self.of_weight, 0, x, grad, 0, weight.data_ptr(), bias.data_ptr(), self.piece)
+        self._run(convolution, 0, x, grad, 0, weight.data_ptr(), bias.data_ptr(), self.piece)
         if self.channels_last:
             weight = weight.contiguous(memory_format=torch.channels_last)
         return weight, bias
@@ -324,7 +346,7 @@ def _layer_of(
     if None in orders:
         return products.X if orders[0] is None else products.WEIGHT
     layer = _Layer(x, weight, orders, outputs, stride, padding, options)
-    pays = layer.most >= 0 or any(layer.of_x) or any(layer.of_y) or layer.of_weight
+    pays = layer.most >= 0 or layer.of_y.pay or layer.of_x.pay or layer.of_weight.pay
     return layer if pays else products.SMALL
 
 
@@ -368,12 +390,14 @@ def _gradients(
     shape, _, *memory = ctx.x_memory
     wanted, out = [*ctx.needs_input_grad[2:]], [None] * 3
     weight = restored(weight, layer.weight_shape, *memory)
-    if not by_torch:
+    if not by_torch and (layer.of_x.pay or layer.of_weight.pay):
         grad = layer.readable_grad(grad, *memory)
-        if wanted[1] and layer.of_weight is not None:
-            out[1:] = layer.gradients_of_parameters(laid_out(x, *ctx.x_memory), grad)
-        if wanted[0]:
-            out[0] = layer.gradient_of_x(weight, shape, grad)
+        percent = _facts(layer.grad, grad)[0]
+        if wanted[1] and (convolution := layer.of_weight.for_share(percent)) is not None:
+            x = laid_out(x, *ctx.x_memory)
+            out[1:] = layer.gradients_of_parameters(convolution, x, grad)
+        if wanted[0] and (convolution := layer.of_x.for_share(percent)) is not None:
+            out[0] = layer.gradient_of_x(convolution, weight, shape, grad)
     rest = [want and one is None for want, one in zip(wanted, out, strict=True)]
     if any(rest):
         x, sizes = restored(x, shape, *memory), layer.weight_shape[:1]
