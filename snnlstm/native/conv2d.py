@@ -121,10 +121,9 @@ def _decided(
     by_tiles, largest = False, 1.0
     if most >= 0 or for_neurons:
         percent, largest = _facts(layer.lists, x)
-        by_tiles = for_neurons and layer.of_y.for_share(percent) is not None
-        by_lists = percent <= (min(most, layer.most_beside_tiles) if by_tiles else most)
-        by_tiles = by_tiles and not by_lists
-        ran = percent if by_lists else products.too_dense(percent / 100)
+        ran = percent if percent <= most else products.too_dense(percent / 100)
+        beside_lists = percent > min(most, layer.most_beside_tiles)
+        by_tiles = for_neurons and beside_lists and layer.of_y.for_share(percent) is not None
     if isinstance(ran, str) and not (gains or by_tiles):
         return ran
     if (reason := products.reason_against_weight(weight, bias)) is not None:
@@ -132,15 +131,22 @@ def _decided(
     if bias is not None and bias.shape != weight.shape[:1]:
         return products.SHAPES
     packed = layer.packed(weight) if by_tiles or not isinstance(ran, str) else None
-    if by_tiles and packed and packed.max_tile_inputs(largest) >= MOST_INPUTS:
-        # mem may equal the threshold exactly, as in networks of whole numbers, which no tile keeps.
-        ran = ran if packed.has_few_digits else products.ByTiles(percent)
+    if by_tiles and packed and _admits_tiles(packed, largest):
+        ran = products.ByTiles(percent)
     return _Call(layer, ran, packed, needs_grad)
 
 
 def _facts(convolution: Any, x: Tensor) -> tuple[int, float]:
     """How many percent of a convolution's x are not zero, and its largest magnitude, at least 1."""
     return convolution.facts((x.data_ptr(), with_time(x.stride())))
+
+
+def _admits_tiles(weight: cpu.PackedWeight, largest: float) -> bool:
+    """Whether tiles round little enough beside the largest number of x.
+
+    In networks of whole numbers mem may equal the threshold exactly, which no tile keeps.
+    """
+    return weight.max_tile_inputs(largest) >= MOST_INPUTS and not weight.has_few_digits
 
 
 class _Tiles(NamedTuple):
