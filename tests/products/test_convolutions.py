@@ -132,7 +132,8 @@ def test_drawn_convolutions(isa, seed):
     random = Random(seed)
     torch.manual_seed(seed)
     cin, cout = (random.choice([2, 3, 8, 16, 30, 64]) + random.choice([0, 1, 5]) for _ in "ab")
-    kernel = [random.choice([1, 3, 3, 5, 7]) for _ in "hw"]
+    # oneDNN's own gradient of 1x1 weights sometimes crashes in torch 2.13, and no kernel takes 1x1.
+    kernel = random.choice([[1, 3], [3, 1], [3, 3], [3, 3], [5, 5], [5, 1], [3, 5], [7, 3], [7, 7]])
     padding = [random.randrange(side) for side in kernel]
     image = [random.randint(max(2, k - 2 * p), 14) for k, p in zip(kernel, padding, strict=True)]
     x = spikes(
