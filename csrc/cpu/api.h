@@ -120,8 +120,8 @@ struct Pass {
 Cell choose(const Cell& cell, CpuAlgorithm algorithm, double density, int max_tile_inputs,
             bool backward);
 
-// Returns the sides of a convolution's Winograd tile, or zeros if there is none. Fine tiles
-// round less, as torch's function does if it adds few numbers because most of x is zero.
+// Returns the sides of a convolution's Winograd tile, or zeros if there is none. Fine tiles round
+// less, as torch's function does if it adds few numbers because most of x is zero.
 std::pair<int, int> convolution_tile(const Cell& cell, bool fine);
 
 // Returns how long a convolution takes, divided by the time of torch's function at its best. The

@@ -116,11 +116,10 @@ Cell choose(const Cell& cell, CpuAlgorithm algorithm, double density, int max_ti
   return c;
 }
 
-// Tiles with more than 6 inputs along an axis would round too much. Fine tiles are
-// F(4,3) or F(2,5) along one axis alone.
+// Tiles with more than 6 inputs along an axis would round too much. Fine tiles are F(4,3) or F(2,5)
+// along one axis alone.
 std::pair<int, int> convolution_tile(const Cell& c, bool fine) {
-  const bool too_coarse =
-      fine && c.kernel_h >= 5 && c.kernel_w >= 5 && (c.kernel_h == 5 || c.kernel_w == 5);
+  const bool too_coarse = fine && std::min(c.kernel_h, c.kernel_w) == 5;
   if (!kernels().has_tiles(c) || c.kernel_h * c.kernel_w == 1 || too_coarse) return {0, 0};
   const auto side = [](int kernel, bool fine) {
     return kernel == 1 ? 1 : kernel == 3 ? (fine ? 2 : 4) : kernel == 5 ? 2 : 3;

@@ -396,7 +396,7 @@ def _gradients(
     shape, _, *memory = ctx.x_memory
     wanted, out = [*ctx.needs_input_grad[2:]], [None] * 3
     weight = restored(weight, layer.weight_shape, *memory)
-    if not by_torch and (layer.of_x.pay or layer.of_weight.pay):
+    if not by_torch and ((wanted[0] and layer.of_x.pay) or (wanted[1] and layer.of_weight.pay)):
         grad = layer.readable_grad(grad, *memory)
         percent = _facts(layer.grad, grad)[0]
         if wanted[1] and (convolution := layer.of_weight.for_share(percent)) is not None:

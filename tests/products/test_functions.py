@@ -84,7 +84,7 @@ def test_each_tensor_may_want_a_gradient_or_not(product, wanted, calls):
     ]
     grad = product.grad.transpose(0, 1).contiguous().transpose(0, 1)
     theirs, ours = (gradients(f, *tensors, grad=grad) for f in (product.theirs, product.ours))
-    close(ours, theirs, atol=1e-5, rtol=1e-4)
+    close(ours, theirs, atol=1e-5, rtol=product.rtol)
     for place, name in enumerate(("x", "weight")):
         assert calls.count(name) == (wanted >> place & 1 and name in product.passes)
 
@@ -169,7 +169,7 @@ def test_any_number_of_threads_has_equal_bits(product, shape, sizes):
         with poisoned(NAN):
             found.append(gradients(product.ours, x, weight, bias, grad=grad))
         same(found[0], found[-1])
-    assert (found[0][-2] - of_weight).norm() <= 2e-6 * of_weight.norm()
+    assert (found[0][-2] - of_weight).norm() <= 2 * product.of_gradients * of_weight.norm()
 
 
 @pytest.mark.parametrize(
@@ -186,6 +186,6 @@ def test_a_weight_is_packed_when_its_bytes_have_changed(product, order, calls):
             ours, theirs = (
                 gradients(f, x, *rest, grad=product.grad) for f in (product.ours, product.theirs)
             )
-            close(ours, theirs, atol=1e-5, rtol=1e-4)
+            close(ours, theirs, atol=1e-5, rtol=product.rtol)
         weight.data[3].neg_()
     assert calls.count("pack") == 3 * (1 + ("x" in product.passes))
